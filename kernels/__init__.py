@@ -1,0 +1,1 @@
+"""Chunked fast-weight update kernels: arrays in, arrays out."""

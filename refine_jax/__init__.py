@@ -1,0 +1,1 @@
+"""ReFINE: next-sequence reinforcement learning for fast-weight language models, in JAX."""

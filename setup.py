@@ -1,0 +1,13 @@
+"""Build of refine_jax: `kernels/` at the top level installs as `refine_jax.kernels`."""
+
+from setuptools import find_packages, setup
+
+KERNELS = "refine_jax.kernels"
+
+packages = find_packages(include=["refine_jax", "refine_jax.*"])
+packages += [KERNELS] + [f"{KERNELS}.{name}" for name in find_packages("kernels")]
+
+setup(
+    packages=packages,
+    package_dir={"refine_jax": "refine_jax", KERNELS: "kernels"},
+)
