@@ -1,0 +1,102 @@
+"""Building blocks shared by the models: linear maps, norms, rope, MLP, short convolution.
+
+Parameters keep the layout of the published PyTorch checkpoints: linear weights are [out, in].
+Activations come in float32 or bfloat16; parameters are cast to the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+INIT_STD = 0.02
+
+
+def normal_param(key: jax.Array, shape: tuple[int, ...], std: float = INIT_STD) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2)."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x [..., in]` times `weight [out, in]` transposed, in the dtype of x."""
+    return lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+class Linear(nnx.Module):
+    """Affine map with `weight` [out, in] and, if asked for, `bias` [out]."""
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool = False, rngs: nnx.Rngs):
+        self.weight = normal_param(rngs.params(), (size_out, size_in))
+        self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        y = linear(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a learned `weight` [size]."""
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., size] -> [..., size]."""
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+def l2_norm_fla(x: jax.Array) -> jax.Array:
+    """`x * rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
+def l2_norm_lact(x: jax.Array) -> jax.Array:
+    """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
+    y = x.astype(jnp.float32)
+    return (y / (safe_norm(y) + 1e-5)).astype(x.dtype)
+
+
+def safe_norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm over the last axis, kept as size 1; its gradient at zero is 0, not NaN."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding on non-interleaved halves (golden README, section 4).
+
+    x: [..., h, hd] with even hd; positions: [...] int32, one for all heads of a token.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, size: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate_proj = Linear(size, hidden, rngs=rngs)
+        self.up_proj = Linear(size, hidden, rngs=rngs)
+        self.down_proj = Linear(hidden, size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
