@@ -1,0 +1,1 @@
+"""Fast-weight language models as pure functions: `forward`, `fork`, `extend`."""

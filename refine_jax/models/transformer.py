@@ -1,0 +1,262 @@
+"""The language models: embedding, a scan over pre-norm layers, final norm, head.
+
+A model offers the three functions that everything else is built on (DESIGN, section 2):
+
+    hidden, trace = model.forward(params, tokens, layout)     # whole sequences, once
+    state = model.fork(params, trace, positions)              # exact decode states at positions
+    hidden, state = model.extend(params, tokens, state)       # continue any state
+
+Parameters are a nested dict of arrays named and laid out as in the published PyTorch checkpoints,
+with the layers stacked on a leading axis L.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from refine_jax.models.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    LaCTConfig,
+    ModelConfig,
+)
+from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
+from refine_jax.models.lact import LaCTMixer
+from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
+from refine_jax.models.layout import Layout
+
+Params = dict[str, Any]
+State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
+
+_MIXERS = {
+    LaCTConfig: LaCTMixer,
+    DeltaNetConfig: DeltaNetMixer,
+    GatedDeltaNetConfig: GatedDeltaNetMixer,
+}
+
+_REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputePolicy:
+    """How a model computes.
+
+    compute_dtype: "float32" or "bfloat16", of activations and matmul operands. Fast-weight states,
+        norms and losses are float32 in both.
+    remat: what the backward pass of `forward` computes again: "none", "dots" (everything but
+        matmul outputs) or "full" (every layer from its input).
+    implementation: of the kernels; None picks the best for the device.
+    """
+
+    compute_dtype: str = "float32"
+    remat: str = "none"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                "compute_dtype must be 'float32' or 'bfloat16'. "
+                f"Got: compute_dtype={self.compute_dtype!r}."
+            )
+        if self.remat not in ("none", *_REMAT_POLICIES):
+            raise ValueError(f"remat must be 'none', 'dots' or 'full'. Got: remat={self.remat!r}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What forks need of a forward pass; every leaf of `layers` leads with [L, B]."""
+
+    layers: Any
+    layout: Layout | None
+    plan: Any
+
+
+class Block(nnx.Module):
+    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: ModelConfig, implementation: str | None, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = _MIXERS[type(config)](config, implementation=implementation, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.mlp_size, rngs=rngs)
+
+    def add_mlp(self, x: jax.Array) -> jax.Array:
+        """The second half of the block."""
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def _exact_float32(method):
+    """Run `method` so that float32 products keep float32 accuracy on every device."""
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        with jax.default_matmul_precision(self.matmul_precision):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Model:
+    """A fast-weight language model: static configuration, and pure functions of its parameters."""
+
+    def __init__(self, config: ModelConfig, policy: ComputePolicy | None = None):
+        self.config = config
+        self.policy = policy or ComputePolicy()
+        self._mixer = _MIXERS[type(config)]
+        block = nnx.eval_shape(lambda: self._new_block(jax.random.key(0)))
+        self._block_graph, _ = nnx.split(block)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of activations."""
+        return jnp.dtype(self.policy.compute_dtype)
+
+    @property
+    def matmul_precision(self) -> str:
+        """Precision under which the model's products run."""
+        return "highest" if self.policy.compute_dtype == "float32" else "default"
+
+    def _new_block(self, key: jax.Array) -> Block:
+        return Block(self.config, self.policy.implementation, rngs=nnx.Rngs(key))
+
+    def _block(self, layer_params: Params) -> Block:
+        return nnx.merge(self._block_graph, layer_params)
+
+    def init(self, key: jax.Array) -> Params:
+        """Random float32 parameters."""
+        config = self.config
+        embedding_key, layers_key, head_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.initializer_range
+
+        def layer(layer_key):
+            return nnx.to_pure_dict(nnx.split(self._new_block(layer_key))[1])
+
+        params = {
+            "embeddings": {"weight": normal_param(embedding_key, shape, std)[...]},
+            "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_hidden_layers)),
+            "norm": {"weight": jnp.ones((config.hidden_size,), jnp.float32)},
+        }
+        if not config.tie_word_embeddings:
+            params["lm_head"] = {"weight": normal_param(head_key, shape, std)[...]}
+        return params
+
+    def abstract_params(self) -> Params:
+        """Shapes and dtypes of the parameters."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def head(self, params: Params) -> jax.Array:
+        """The output embedding [V, D]."""
+        return params["embeddings" if self.config.tie_word_embeddings else "lm_head"]["weight"]
+
+    def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return params["embeddings"]["weight"][tokens].astype(self.dtype)
+
+    def _final_norm(self, params: Params, x: jax.Array) -> jax.Array:
+        return rms_norm(x, params["norm"]["weight"], self.config.norm_eps)
+
+    @_exact_float32
+    def forward(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        layout: Layout | None = None,
+        *,
+        with_trace: bool = False,
+    ) -> tuple[jax.Array, Trace | None]:
+        """Run whole rows.
+
+        tokens: [B, T] int32. layout: where the real tokens are; None for full rows of one document.
+        Returns the final norm's output [B, T, D] (undefined at padding) and, if asked for, the
+        Trace that `fork` needs.
+        """
+        plan = self._mixer.plan(self.config, layout, tokens.shape)
+
+        def layer(x, layer_params):
+            block = self._block(layer_params)
+            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+            return block.add_mlp(x + y), trace if with_trace else None
+
+        if self.policy.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.policy.remat])
+        x, layers = lax.scan(layer, self._embed(params, tokens), params["layers"])
+        trace = Trace(layers, layout, plan) if with_trace else None
+        return self._final_norm(params, x), trace
+
+    @_exact_float32
+    def fork(
+        self, params: Params, trace: Trace, positions: jax.Array, *, horizon: int | None = None
+    ) -> State:
+        """Decode states after the first `positions` [B, R] slots of the traced rows.
+
+        horizon: the most tokens by which the states will be extended, if known: lets LaCT leave
+        out what only a crossing of a chunk boundary needs.
+        """
+
+        def layer(_, inputs):
+            layer_params, layer_trace = inputs
+            attn = self._block(layer_params).attn
+            return None, attn.fork(layer_trace, positions, trace.layout, trace.plan, horizon)
+
+        return lax.scan(layer, None, (params["layers"], trace.layers))[1]
+
+    @_exact_float32
+    def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
+        """Continue decode states by `tokens` [B, R, S].
+
+        Returns the final norm's output [B, R, S, D] and the new state.
+        """
+
+        def layer(x, inputs):
+            layer_params, layer_state = inputs
+            block = self._block(layer_params)
+            y, new_state = block.attn.extend(block.attn_norm(x), layer_state)
+            return block.add_mlp(x + y), new_state
+
+        x, state = lax.scan(layer, self._embed(params, tokens), (params["layers"], state))
+        return self._final_norm(params, x), state
+
+    @_exact_float32
+    def forward_forks(
+        self, params: Params, trace: Trace, positions: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
+        """Hidden states [B, R, S, D] of `tokens` [B, R, S] continuing the rows at `positions`.
+
+        Equal to `extend(params, tokens, fork(params, trace, positions))`, but each layer's states
+        live only while that layer runs. Differentiable in params and in trace; with the trace of
+        a differentiated `forward` the gradient is that of running every prefix on its own.
+        """
+
+        # Recomputed in the backward pass: few tokens, but states far larger than them.
+        @jax.checkpoint
+        def layer(x, inputs):
+            layer_params, layer_trace = inputs
+            block = self._block(layer_params)
+            state = block.attn.fork(
+                layer_trace, positions, trace.layout, trace.plan, tokens.shape[-1]
+            )
+            y, _ = block.attn.extend(block.attn_norm(x), state)
+            return block.add_mlp(x + y), None
+
+        inputs = (params["layers"], trace.layers)
+        x, _ = lax.scan(layer, self._embed(params, tokens), inputs)
+        return self._final_norm(params, x)
+
+    def init_state(self, params: Params, batch: tuple[int, int]) -> State:
+        """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""
+
+        def layer(_, layer_params):
+            return None, self._block(layer_params).attn.init_state(batch, self.dtype)
+
+        return lax.scan(layer, None, params["layers"])[1]
