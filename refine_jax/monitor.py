@@ -1,0 +1,248 @@
+"""What a run reports: progress, `metrics.jsonl`, TensorBoard, the closing table, `results.json`.
+
+`metrics.jsonl` holds one JSON object a step, in order: `step`, the training metrics of that step
+and, where the step was evaluated, `eval/...`. Step 0 holds the evaluation before training. Numbers
+that are not finite are written as null. The plots are in `refine_jax.plots`.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+RESULTS_FILE = "results.json"
+EDGE = 10
+"""Steps at either end of ReFINE training whose rewards the results average."""
+
+
+class Monitor:
+    """Writes the metrics of a run as it goes and remembers them for the closing table.
+
+    Args:
+      workdir: Existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
+      steps: Steps of the whole run.
+      start: Steps already done: records after it, left by a run that went on beyond its last
+        checkpoint, are removed, so that the file continues without gaps or duplicates.
+      log_every: Steps between lines on standard output; 0: none. The progress bar is separate and
+        shown on a terminal only.
+
+    Attributes:
+      history: The records of the file, oldest first.
+    """
+
+    def __init__(self, workdir: Path, *, steps: int, start: int = 0, log_every: int = 10):
+        self._steps, self._log_every = steps, log_every
+        path = Path(workdir) / METRICS_FILE
+        self.history = [record for record in read_metrics(path) if record["step"] <= start]
+        _replace(path, "".join(json.dumps(record) + "\n" for record in self.history))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
+        self._before = self.history[-1].get("time/total", 0.0) if self.history else 0.0
+        self._started = time.perf_counter()
+        # disable=None: no bar where standard error is not a terminal; the lines remain.
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the run so far, those before an interruption included."""
+        return self._before + time.perf_counter() - self._started
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of one step, flushed to the file before this returns."""
+        record = {"step": step}
+        record |= {name: _number(value) for name, value in metrics.items()}
+        record["time/total"] = round(self.seconds, 3)
+        self.history.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if self._tensorboard and name != "step" and value is not None:
+                self._tensorboard.add_scalar(name, value, step)
+        self._bar.update(step - self._bar.n)
+        self._bar.set_postfix_str(_brief(record), refresh=False)
+        evaluated = any(name.startswith("eval/") for name in record)
+        if self._log_every and (step % self._log_every == 0 or evaluated or step == self._steps):
+            self.say(f"step {step}/{self._steps}  {_brief(record)}{self._time_left(step)}")
+
+    def say(self, message: str) -> None:
+        """Print a line on standard output without breaking the progress bar."""
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(message, flush=True)
+
+    def close(self) -> None:
+        """Close the files and end the progress bar."""
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _time_left(self, step: int) -> str:
+        """Estimate from the last steps; the median leaves a compilation among them out."""
+        recent = [record["time/step"] for record in self.history[-EDGE:] if "time/step" in record]
+        if not recent or step == self._steps:
+            return ""
+        return f"  {duration(statistics.median(recent) * (self._steps - step))} left"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Records of a `metrics.jsonl`, oldest first; none if there is no file.
+
+    A last line cut off by a crash is left out.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def summarize(history: list[dict]) -> dict:
+    """Figures of a run: before and after, rewards of its first and last ReFINE steps, times.
+
+    Values are None where the run has no such figure. Step times are medians, in seconds, over the
+    steps of one kind, the first (which compiles) left out where there are others.
+    """
+    evaluations = [record for record in history if "eval/loss" in record]
+    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
+    after = evaluations[-1] if evaluations and evaluations[-1]["step"] > 0 else {}
+    training = [record for record in history if "time/step" in record]
+    refine = [record for record in training if "reward/mean" in record]
+    plain = [record for record in training if "reward/mean" not in record]
+    results: dict = {"steps": history[-1]["step"] if history else 0}
+    results["seconds_total"] = history[-1]["time/total"] if history else 0.0
+    for name in ("loss", "accuracy", "entropy", "reward"):
+        results[f"validation_{name}_before"] = before.get(f"eval/{name}")
+        results[f"validation_{name}_after"] = after.get(f"eval/{name}")
+    results["mean_reward_first_10"] = _mean(refine[:EDGE], "reward/mean")
+    results["mean_reward_last_10"] = _mean(refine[-EDGE:], "reward/mean")
+    results["refine_steps"], results["ntp_steps"] = len(refine), len(plain)
+    results["step_seconds_refine"] = _median(refine, "time/step")
+    results["step_seconds_collect"] = _median(refine, "time/collect")
+    results["step_seconds_ntp"] = _median(plain, "time/step")
+    results["tokens_per_second"] = _median(refine or plain, "tokens_per_second")
+    results["skipped_updates"] = sum(record.get("update/skipped") or 0 for record in training)
+    return results
+
+
+def write_results(workdir: Path, results: Mapping) -> None:
+    """Save the figures as `results.json`, replaced whole."""
+    _replace(Path(workdir) / RESULTS_FILE, json.dumps(dict(results), indent=2) + "\n")
+
+
+def table(results: Mapping) -> str:
+    """The closing table: before and after on held-out documents, rewards, step times."""
+    head = f"{'':28}{'before':>12}{'after':>12}{'change':>12}"
+    lines = [head, "-" * len(head)]
+    for label, name in (
+        ("validation loss (nats)", "validation_loss"),
+        ("validation accuracy", "validation_accuracy"),
+        ("validation entropy (nats)", "validation_entropy"),
+        ("validation mean reward", "validation_reward"),
+    ):
+        lines.append(_row(label, results[f"{name}_before"], results[f"{name}_after"]))
+    lines += ["", f"{'':28}{f'first {EDGE}':>12}{f'last {EDGE}':>12}{'change':>12}"]
+    lines.append(
+        _row(
+            "reward, ReFINE steps", results["mean_reward_first_10"], results["mean_reward_last_10"]
+        )
+    )
+    lines.append("")
+    for label, seconds, count in (
+        ("next-token step", "step_seconds_ntp", "ntp_steps"),
+        ("ReFINE step", "step_seconds_refine", "refine_steps"),
+    ):
+        if results[seconds] is not None:
+            lines.append(f"{label:28}{results[seconds]:>10.3f} s   (median of {results[count]})")
+    lines.append(f"{'total':28}{results['seconds_total']:>10.1f} s")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 min 20 s` or `2 h 5 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _brief(record: Mapping) -> str:
+    """The few numbers of a record worth watching."""
+    parts = []
+    for label, name, form in (
+        ("loss", "loss/ntp", ".3f"),
+        ("reward", "reward/mean", ".3f"),
+        ("grad", "grad/norm", ".2f"),
+        ("tok/s", "tokens_per_second", ",.0f"),
+        ("val loss", "eval/loss", ".3f"),
+        ("val acc", "eval/accuracy", ".1%"),
+        ("val reward", "eval/reward", ".3f"),
+    ):
+        if record.get(name) is not None:
+            parts.append(f"{label} {record[name]:{form}}")
+    if record.get("update/skipped"):
+        parts.append(f"skipped {record['update/skipped']:.0f}")
+    return "  ".join(parts)
+
+
+def _row(label: str, before: float | None, after: float | None) -> str:
+    known = [f"{value:>12.4f}" if value is not None else f"{'-':>12}" for value in (before, after)]
+    change = f"{'-':>12}" if None in (before, after) else f"{after - before:>+12.4f}"
+    return f"{label:28}{''.join(known)}{change}"
+
+
+def _values(records: list[dict], name: str) -> list[float]:
+    return [record[name] for record in records if record.get(name) is not None]
+
+
+def _mean(records: list[dict], name: str) -> float | None:
+    values = _values(records, name)
+    return statistics.fmean(values) if values else None
+
+
+def _median(records: list[dict], name: str) -> float | None:
+    values = _values(records[1:] or records, name)
+    return statistics.median(values) if values else None
+
+
+def _number(value) -> float | int | None:
+    value = value.item() if hasattr(value, "item") else value
+    return value if math.isfinite(value) else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _tensorboard_writer(folder: Path):
+    """A writer of TensorBoard scalars, or None where the tensorboard package is not installed."""
+    with contextlib.suppress(ImportError):
+        from tensorboard.summary import Writer
+
+        return Writer(str(folder))
+    return None

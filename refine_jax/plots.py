@@ -1,0 +1,263 @@
+"""PNG plots of a run: its training curves, and one sequence with its rollouts.
+
+matplotlib is imported when a plot is drawn, and draws to files only (no display is needed).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
+
+
+def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | None) -> None:
+    """Training curves of the records of `metrics.jsonl`: losses, rewards, gradients, speed.
+
+    Args:
+      path: PNG file to write.
+      history: Records, one a step (`refine_jax.monitor.Monitor.history`).
+      clip_norm: Largest gradient norm that is not clipped, drawn as a line; None: none.
+    """
+    training = [record for record in history if "time/step" in record]
+    if not training:
+        return
+    figure, axes = _figure(2, 3, (15, 7.5))
+    (loss, accuracy, reward), (gradient, entropy, speed) = axes
+    for axis in axes.flat:
+        axis.set_xlabel("training step")
+        _shade_warmup(axis, training)
+
+    _curve(loss, training, "loss/ntp", BLUE, "training")
+    _points(loss, history, "eval/loss", ORANGE, "held-out")
+    _finish(loss, "Next-token loss", "nats a token")
+
+    _points(accuracy, history, "eval/accuracy", ORANGE, "held-out", scale=100)
+    _finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
+
+    _band(reward, training, "reward/mean", "reward/std", GREEN)
+    _curve(reward, training, "reward/mean", GREEN, "training (band: deviation)")
+    _points(reward, history, "eval/reward", ORANGE, "held-out")
+    _finish(reward, "Reward of the rollouts", "reward")
+
+    _curve(gradient, training, "grad/norm", BLUE, "before clipping")
+    if clip_norm is not None:
+        gradient.axhline(clip_norm, color=GREY, linestyle="--", label=f"clipped to {clip_norm:g}")
+    gradient.set_yscale("log")
+    gradient.yaxis.set_major_formatter("{x:g}")
+    gradient.yaxis.set_minor_formatter("{x:g}")
+    gradient.tick_params(axis="y", which="minor", labelsize=7)
+    _finish(gradient, "Gradient", "global L2 norm")
+
+    _curve(entropy, training, "entropy/mean", BLUE, "training")
+    _points(entropy, history, "eval/entropy", ORANGE, "held-out")
+    _finish(entropy, "Entropy of the prediction", "nats a token")
+
+    _stack_times(speed, training)
+    _finish(speed, "Time of a step", "seconds")
+    _save(figure, path)
+
+
+def plot_rollouts(
+    path: Path,
+    entropy: np.ndarray,
+    starts: np.ndarray,
+    rewards: np.ndarray,
+    *,
+    length: int,
+    reward_name: str,
+    texts: Sequence[tuple[str, str]] | None = None,
+) -> None:
+    """One sequence: its entropy, where rollouts start, and the reward of each.
+
+    Args:
+      path: PNG file to write.
+      entropy: [T] nats of the prediction at each token, NaN where there is no real token.
+      starts: [c] index of the first token of the rollouts of each position.
+      rewards: [c, n] their rewards.
+      length: Tokens of a rollout.
+      reward_name: What the reward compares, for the label.
+      texts: c pairs (true continuation, first rollout), listed under the plot if given.
+    """
+    c, n = rewards.shape
+    rows = 3 if texts else 2
+    heights = [3.2, 2.0] + [0.26 * (c + 1.5)] * (rows - 2)
+    figure, axes = _figure(rows, 1, (14, sum(heights) + 0.8), height_ratios=heights)
+    line, bars = axes[0, 0], axes[1, 0]
+    tokens = np.arange(len(entropy))
+    line.plot(tokens, entropy, color=BLUE, linewidth=0.5, alpha=0.45)
+    smooth = _running_mean(entropy, max(5, len(entropy) // 100))
+    line.plot(tokens, smooth, color=BLUE, linewidth=1.4, label="entropy (thick: running mean)")
+    top = np.nanmax(entropy)
+    for index, start in enumerate(starts):
+        line.axvspan(start, start + max(length, len(entropy) / 400), color=ORANGE, alpha=0.7, lw=0)
+        line.annotate(
+            str(index + 1),
+            (start, top * 1.04),
+            color=ORANGE,
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            annotation_clip=False,
+        )
+    line.plot([], [], color=ORANGE, linewidth=4, alpha=0.7, label=f"rollouts of {length} tokens")
+    line.set_xlim(0, len(entropy) - 1)
+    line.set_ylim(0, top * 1.04)
+    line.set_xlabel("token of the sequence")
+    _finish(line, "Where the model is unsure, and the chosen positions", "entropy (nats)", pad=18)
+
+    width = 0.8 / n
+    colours = [GREEN if value >= rewards.mean() else GREY for value in rewards.flat]
+    offsets = (np.arange(n) - (n - 1) / 2) * width
+    places = (np.arange(c)[:, None] + offsets).ravel()
+    bars.bar(places, rewards.ravel(), width * 0.92, color=colours)
+    for place, value in zip(places, rewards.flat, strict=True):
+        bars.annotate(
+            f"{value:.2f}",
+            (place, max(value, 0)),
+            ha="center",
+            va="bottom",
+            fontsize=9 if c * n <= 16 else 6,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    bars.axhline(rewards.mean(), color=ORANGE, linestyle="--", label=f"mean {rewards.mean():.3f}")
+    bars.axhline(0, color="black", linewidth=0.8)
+    bars.margins(y=0.15)
+    bars.set_xticks(range(c), [f"{i + 1}\n@{start}" for i, start in enumerate(starts)])
+    bars.set_xlabel("position: number and first token of its rollouts")
+    _finish(bars, "Reward of each rollout (green: above the mean)", f"{reward_name} reward")
+    if texts:
+        _list_texts(axes[2, 0], texts)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _save(figure, path: Path) -> None:
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png")
+    part.replace(path)
+
+
+def _finish(axis, title: str, ylabel: str, pad: float | None = None) -> None:
+    axis.set_title(title, fontsize=12, loc="left", pad=pad)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=9)
+    elif not axis.has_data():
+        axis.text(0.5, 0.5, "none in this run", ha="center", color=GREY, transform=axis.transAxes)
+
+
+def _series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+    steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.asarray(steps), np.asarray(values, np.float64)
+
+
+def _curve(axis, records, name: str, colour: str, label: str) -> None:
+    """A line; with many steps a pale one and its running mean."""
+    steps, values = _series(records, name)
+    if not len(steps):
+        return
+    many = len(steps) > 60
+    axis.plot(
+        steps,
+        values,
+        color=colour,
+        linewidth=0.8 if many else 1.6,
+        alpha=0.35 if many else 1.0,
+        marker="o" if len(steps) < 3 else None,
+        label=None if many else label,
+    )
+    if many:
+        smooth = _running_mean(values, len(steps) // 20)
+        axis.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{label}, running mean")
+
+
+def _band(axis, records, mean: str, deviation: str, colour: str) -> None:
+    steps, centre = _series(records, mean)
+    same, spread = _series(records, deviation)
+    if len(steps) and np.array_equal(steps, same):
+        axis.fill_between(steps, centre - spread, centre + spread, color=colour, alpha=0.12, lw=0)
+
+
+def _points(axis, records, name: str, colour: str, label: str, scale: float = 1) -> None:
+    steps, values = _series(records, name)
+    if len(steps):
+        axis.plot(steps, values * scale, "o-", color=colour, linewidth=1.2, label=label)
+
+
+def _shade_warmup(axis, training) -> None:
+    """Mark the next-token warm-up of a run that has ReFINE steps after it."""
+    first = next((r["step"] for r in training if "reward/mean" in r), None)
+    if first is not None and first > training[0]["step"]:
+        axis.axvspan(training[0]["step"], first, color=GREY, alpha=0.12, lw=0)
+        axis.text(
+            training[0]["step"],
+            0.02,
+            " next-token warm-up",
+            color=GREY,
+            fontsize=8,
+            transform=axis.get_xaxis_transform(),
+        )
+
+
+def _stack_times(axis, training) -> None:
+    """Seconds of a step by part; steps that compile stand out of the range and are cut off."""
+    steps = np.asarray([record["step"] for record in training])
+    parts = {
+        "data": ("time/data", GREY),
+        "collect rollouts": ("time/collect", GREEN),
+        "update": ("time/update", BLUE),
+    }
+    values = {
+        label: np.asarray([record.get(name) or 0.0 for record in training])
+        for label, (name, _) in parts.items()
+    }
+    axis.stackplot(
+        steps,
+        list(values.values()),
+        labels=list(values),
+        colors=[colour for _, colour in parts.values()],
+        alpha=0.75,
+    )
+    totals = np.sum(list(values.values()), axis=0)
+    axis.set_ylim(0, 1.6 * np.percentile(totals, 90) or None)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred mean over `width` entries; at the ends, and around NaN, over those there are."""
+    width = max(1, width)
+    kernel, known = np.ones(width), np.isfinite(values)
+    total = np.convolve(np.where(known, values, 0.0), kernel, "full")
+    count = np.convolve(known.astype(float), kernel, "full")
+    first = (width - 1) // 2
+    window = slice(first, first + len(values))
+    with np.errstate(invalid="ignore"):
+        return np.where(known, total[window] / count[window], np.nan)
+
+
+def _list_texts(axis, texts) -> None:
+    axis.axis("off")
+    axis.set_title("True continuation, and the first rollout", fontsize=12, loc="left")
+    axis.set_ylim(len(texts), 0)
+    axis.set_xlim(0, 1)
+    for row, (truth, rollout) in enumerate(texts):
+        for place, text, colour in (
+            (0.0, str(row + 1), ORANGE),
+            (0.03, truth, "black"),
+            (0.5, rollout, BLUE),
+        ):
+            axis.text(
+                place, row + 0.5, text, color=colour, family="monospace", fontsize=9, va="center"
+            )
