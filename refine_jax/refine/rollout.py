@@ -1,0 +1,93 @@
+"""Rollouts from many positions of a row, forked from one forward pass over it.
+
+Letters: B rows, T tokens, R = c * n forks of a row, k tokens a rollout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.models.head import logits, token_log_probs
+from refine_jax.models.transformer import Model, Params, Trace
+
+
+class Scores(NamedTuple):
+    """What the policy makes of given rollouts."""
+
+    log_probs: jax.Array  # [B, R, k] float32, nats
+    entropies: jax.Array  # [B, R, k] float32, nats, of the distributions that predict the tokens
+    hidden: jax.Array  # [B, R, k, D] final-norm states after reading each rollout token
+
+
+def take_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """`x [B, T, ...]` at `slots [B, ...]`, row by row: [B, *slots.shape[1:], *x.shape[2:]]."""
+    return jax.vmap(lambda row, index: row[index])(x, slots)
+
+
+def sample_rollouts(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    trace: Trace,
+    starts: jax.Array,
+    keys: jax.Array,
+    *,
+    rollout_length: int,
+    temperature: float = 1.0,
+    forbidden_token: int | None = None,
+) -> jax.Array:
+    """Sample k tokens from the policy at every start.
+
+    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
+    each rollout's first token. keys: [B] random keys, one a row. forbidden_token: never sampled
+    (the published code forbids the end of sequence, so that all rollouts have k tokens).
+
+    Returns tokens [B, R, k] int32.
+    """
+    head = model.head(params)
+    forks = jnp.arange(starts.shape[1])
+    fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
+
+    def sample(last_hidden, index):
+        z = logits(last_hidden, head) / temperature
+        if forbidden_token is not None:
+            z = z.at[..., forbidden_token].set(-jnp.inf)
+        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(fork_keys)
+        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, z).astype(jnp.int32)
+
+    def step(carry, index):
+        last_hidden, state = carry
+        tokens = sample(last_hidden, index)
+        new_hidden, state = model.extend(params, tokens[..., None], state)
+        return (new_hidden[:, :, 0], state), tokens
+
+    state = model.fork(params, trace, starts, horizon=rollout_length)
+    carry = take_slots(hidden, starts - 1), state
+    (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
+    final = sample(last_hidden, rollout_length - 1)
+    return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
+
+
+def score_rollouts(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    trace: Trace,
+    starts: jax.Array,
+    tokens: jax.Array,
+) -> Scores:
+    """Log-probabilities and hidden states of rollouts `tokens` [B, R, k] from `starts` [B, R].
+
+    Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
+    pass, the gradient is that of running every prefix with its rollout on its own. Log-probabilities
+    before and after an update both come from here, so that they differ by the update alone.
+    """
+    fork_hidden = model.forward_forks(params, trace, starts, tokens)
+    before = take_slots(hidden, starts - 1)[:, :, None]
+    predictors = jnp.concatenate([before, fork_hidden[:, :, :-1]], axis=2)
+    log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
+    return Scores(log_probs, entropies, fork_hidden)
