@@ -1,0 +1,168 @@
+"""Where rollouts start: one position a span, drawn by the entropy of the next-token prediction.
+
+Source: ReFINE (arXiv 2602.16704), section 3, and its published code. The entropy at slot t belongs
+to the prediction of token t+1, so choosing slot p means that the rollout replaces the tokens from
+p+1 on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+SELECTIONS = ("entropy", "uniform", "argmax", "argmin")
+
+
+class Selection(NamedTuple):
+    """Rollout positions of rows of T tokens.
+
+    starts: [B, c] int32, slot of the first of the k tokens that a rollout replaces; always in
+        1..T-k (as far as T allows), so that it may be used as an index even where not valid.
+    chosen: [B, c] int32, the slot whose entropy was chosen; -1 where the span is empty.
+    valid: [B, c] bool, whether the rollout has a truth to be compared with: the tokens
+        start-1..start+k-1 are real and of one document.
+    """
+
+    starts: jax.Array
+    chosen: jax.Array
+    valid: jax.Array
+
+
+def smooth_entropy(entropy: jax.Array, rollout_length: int) -> jax.Array:
+    """Centred moving average of `entropy` [B, T] over k tokens (k + 1 if k is even).
+
+    Zeros stand beyond both ends and count in the average. It runs over the whole row, so entropies
+    at padding enter the averages next to it, as in the published code.
+    """
+    width = rollout_length + 1 - rollout_length % 2
+    half = width // 2
+    total = lax.reduce_window(
+        entropy, 0.0, lax.add, (1, width), (1, 1), padding=((0, 0), (half, half))
+    )
+    return total / width
+
+
+def assign_spans(mask: jax.Array, num_positions: int) -> jax.Array:
+    """Span 0..c-1 of every slot of `mask` [B, T] bool, -1 for slots of no span: [B, T] int32.
+
+    The n real tokens of a row, in order, are cut into c spans of n // c tokens. The n % c tokens
+    left at the end and padding belong to none; with n < c all spans are empty. Documents packed in
+    a row count as one sequence.
+    """
+    count = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32)
+    size = count // num_positions
+    rank = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    in_span = mask & (rank < size * num_positions)
+    return jnp.where(in_span, rank // jnp.maximum(size, 1), -1)
+
+
+def selection_scores(
+    entropy: jax.Array, rollout_length: int, method: str, temperature: float = 1.0
+) -> jax.Array:
+    """What selection compares inside a span, [B, T] float32, from `entropy` [B, T] (nats).
+
+    For `entropy` and `uniform` the unnormalised log probabilities that slots are drawn with; for
+    `argmax` and `argmin` the score whose largest value wins, from the entropies as they are (the
+    published code smooths them for drawing only).
+    """
+    entropy = entropy.astype(jnp.float32)
+    match method:
+        case "entropy":
+            return smooth_entropy(entropy, rollout_length) / temperature
+        case "uniform":
+            return jnp.zeros_like(entropy)
+        case "argmax":
+            return entropy
+        case "argmin":
+            return -entropy
+    raise ValueError(f"selection must be one of {SELECTIONS}. Got: {method!r}.")
+
+
+def response_starts(
+    chosen: jax.Array, mask: jax.Array, rollout_length: int, edge_margin: int = 20
+) -> jax.Array:
+    """Slots [B, c] at which the rollouts of the `chosen` slots [B, c] start; `mask` [B, T] bool.
+
+    One after the chosen slot, clamped to [s + margin, e - margin] where s..e-1 reach from the first
+    to the last real token; the upper bound wins where they cross. The published code pads on the
+    left only and uses the padded length for e. With padding on the right that would put starts
+    outside of the text, so the end of the text it is. A rollout longer than the margin keeps its
+    own length from the end.
+    """
+    num_tokens = mask.shape[1]
+    first = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
+    end = num_tokens - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)[:, None]
+    lower = first + edge_margin
+    upper = end - max(edge_margin, rollout_length)
+    return jnp.minimum(jnp.maximum(chosen + 1, lower), upper)
+
+
+def rollout_slots(starts: jax.Array, rollout_length: int) -> jax.Array:
+    """Slots [B, c, k] that the rollouts from `starts` [B, c] stand for."""
+    return starts[..., None] + jnp.arange(rollout_length, dtype=jnp.int32)
+
+
+def has_truth(
+    starts: jax.Array, mask: jax.Array, rollout_length: int, document: jax.Array | None = None
+) -> jax.Array:
+    """Whether rollouts from `starts` [B, c] have k true tokens to be compared with: [B, c] bool.
+
+    The k tokens and the one before them must be real (`mask` [B, T] bool) and of one document
+    (`document` [B, T] int32; None: a row is one document).
+    """
+    batch, num_tokens = mask.shape
+    slots = rollout_slots(starts - 1, rollout_length + 1)
+    inside = (slots >= 0) & (slots < num_tokens)
+    row = jnp.arange(batch)[:, None, None]
+    safe = jnp.clip(slots, 0, num_tokens - 1)
+    ok = inside & mask[row, safe]
+    if document is not None:
+        owner = document[row, safe]
+        ok &= owner == owner[..., :1]
+    return jnp.all(ok, axis=-1)
+
+
+def select_positions(
+    keys: jax.Array,
+    entropy: jax.Array,
+    mask: jax.Array,
+    *,
+    num_positions: int,
+    rollout_length: int,
+    method: str = "entropy",
+    temperature: float = 1.0,
+    edge_margin: int = 20,
+    document: jax.Array | None = None,
+) -> Selection:
+    """Choose c rollout positions a row, one in each of c equal spans of its real tokens.
+
+    keys: [B] random keys, one a row, so that a row's draw does not depend on the rows beside it
+        (derive them from the row's index in the whole batch); unused by argmax and argmin.
+    entropy: [B, T], nats, of the prediction of the next token.
+    mask: [B, T] bool, True at real tokens.
+    method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` with equal
+        probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy.
+    edge_margin: least distance of a start from either end of the text.
+    document: [B, T] int32, for packed rows: positions whose rollout would leave the document of
+        the token before it are not valid.
+
+    Different spans can end up with one start, as in the published code. Raises ValueError for an
+    unknown method.
+    """
+    num_tokens = entropy.shape[1]
+    scores = selection_scores(entropy, rollout_length, method, temperature)
+    if method in ("entropy", "uniform"):
+        # The Gumbel trick: the spans are disjoint, so one noise vector serves all their draws.
+        scores += jax.vmap(lambda key: jax.random.gumbel(key, (num_tokens,)))(keys)
+    span = assign_spans(mask, num_positions)
+    in_span = span[:, None, :] == jnp.arange(num_positions, dtype=jnp.int32)[:, None]
+    chosen = jnp.argmax(jnp.where(in_span, scores[:, None, :], -jnp.inf), axis=-1)
+    filled = jnp.any(in_span, axis=-1)
+    chosen = jnp.where(filled, chosen.astype(jnp.int32), -1)
+    starts = response_starts(chosen, mask, rollout_length, edge_margin)
+    valid = filled & has_truth(starts, mask, rollout_length, document)
+    starts = jnp.clip(starts, 1, max(num_tokens - rollout_length, 1))
+    return Selection(starts, chosen, valid)
