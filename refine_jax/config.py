@@ -203,29 +203,46 @@ class TrainConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(_Section):
-    """Which documents, and how they become rows of tokens."""
+    """Which documents, and how they become rows of tokens (`refine_jax.data.options`)."""
 
     section: ClassVar[str] = "data"
 
     source: str = _field(
         "stdlib",
-        "`stdlib`: source files of the Python standard library; or a path: parquet, jsonl "
-        "(.gz, .zst), a text file or folder; or `tfds:NAME`",
+        "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
+        "jsonl (.gz, .zst), text; a file, folder or glob pattern",
     )
-    text_field: str = _field("text", "column or key that holds the text")
+    text_field: str = _field("text", "parquet column, JSON field or tfds feature with the text")
+    files: str = _field("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
+    tfds_split: str = _field("train", "split of a tfds data set, e.g. `train[:10%]`")
+    tfds_data_dir: str = _field("", "where tensorflow-datasets keeps its data; '': its default")
+    limit_documents: int | None = _field(None, "use only the first documents; None: all", low=1)
     tokenizer: str = _field(
-        "mistral-v1", "`mistral-v1`, `bytes`, `checkpoint` (the model's own), or a path"
+        "mistral-v1", "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path"
     )
-    sequence_length: int = _field(16384, "T: tokens a row", low=2)
+    add_bos: bool = _field(True, "begin-of-sequence token before each document")
+    add_eos: bool = _field(False, "end-of-sequence token after each document")
+    sequence_length: int = _field(16384, "T: tokens of a row", low=2)
     min_tokens: int | None = _field(
-        None, "shorter documents are left out; None: sequence_length", low=2
+        None, "drop documents with fewer tokens; None: sequence_length", low=1
     )
-    max_tokens: int | None = _field(None, "longer documents are left out", low=2)
+    max_tokens: int | None = _field(None, "drop documents with more tokens; None: no limit", low=1)
+    chunking: str = _field(
+        "all",
+        "longer documents: cut into rows, or keep the first row",
+        choices=("all", "first"),
+    )
+    min_remainder: int = _field(
+        1, "keep the last piece of a cut document if it has so many tokens", low=1
+    )
     pack: bool = _field(False, "short documents share a row")
+    max_documents: int = _field(8, "most documents of a packed row", low=1)
     holdout: float = _field(
-        0.05, "fraction of the documents kept for evaluation", above=0, high=0.5
+        0.05, "fraction of the documents held out for evaluation", above=0, high=0.5
     )
-    workers: int = _field(0, "processes that prepare batches; 0: threads of this one", low=0)
+    epochs: int | None = _field(None, "passes over the training rows; None: no end", low=1)
+    workers: int = _field(0, "processes that read ahead; 0: threads of this one", low=0)
+    cache_dir: str = _field("", "folder that keeps tokens between runs; '': memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,12 +424,6 @@ def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
     length, margin = data.sequence_length, refine.edge_margin
     shortest = length if data.min_tokens is None else data.min_tokens
     k, c = refine.rollout_length, refine.num_positions
-    if data.max_tokens is not None and data.max_tokens < shortest:
-        raise ConfigError(
-            "config.data.max_tokens must be at least config.data.min_tokens "
-            f"(default: sequence_length). Got: max_tokens={data.max_tokens}, "
-            f"min_tokens={shortest}."
-        )
     if refine.objective == "ntp":
         return
     if k > margin:
