@@ -242,11 +242,12 @@ def packed_rows(draw_from, batch=3, num_tokens=64):
     """Segments [B, T]: 0 is padding, anywhere; documents numbered in order."""
     segments = np.zeros((batch, num_tokens), np.int32)
     for row in segments:
-        at, number = 0, 0
-        for pad, length in draw_from(
+        at = 0
+        documents = draw_from(
             st.lists(st.tuples(st.integers(0, 9), st.integers(0, 64)), max_size=4)
-        ):
-                row[at + pad : at + pad + length] = number
+        )
+        for number, (pad, length) in enumerate(documents, start=1):
+            row[at + pad : at + pad + length] = number
             at += pad + length
     return segments
 
