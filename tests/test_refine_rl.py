@@ -190,7 +190,7 @@ def test_draws_follow_the_golden_probabilities(golden_selection, method, name):
             )
             draws = np.asarray(got.chosen) - arrays[f"c{c}/chunk_start"][row]
             probabilities = arrays[f"c{c}/{name}"][row]
-            assert chi_square_p_value(draws, probabilities, size) > 1e-3
+            assert chi_square_p_value(draws, probabilities, size) > 1e-5
 
 
 def test_temperature_sharpens_the_draws():
@@ -202,7 +202,7 @@ def test_temperature_sharpens_the_draws():
     for temperature, fits in ((0.5, True), (1.0, False)):
         chosen = draw(entropy, mask, 4000, temperature=temperature, **options).chosen
         draws = np.asarray(chosen) - np.array([0, 20, 40])
-        assert (chi_square_p_value(draws, probabilities, 20) > 1e-3) == fits
+        assert (chi_square_p_value(draws, probabilities, 20) > 1e-5) == fits
 
 
 def test_spans_of_a_row_are_drawn_independently():
@@ -210,7 +210,7 @@ def test_spans_of_a_row_are_drawn_independently():
     options = {"num_positions": 2, "rollout_length": 1, "method": "uniform"}
     draws = np.asarray(draw(np.zeros(8), mask, 8000, **options).chosen)
     table = np.histogram2d(draws[:, 0], draws[:, 1] - 4, bins=4)[0]
-    assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-5
 
 
 def test_a_draw_depends_on_its_own_key_only():
@@ -428,7 +428,7 @@ def test_advantages_of_a_group(values, valid, normalize_std, random):
     np.testing.assert_allclose(got[valid], expected, rtol=1e-4, atol=1e-6 / scale)
     assert not got[~valid].any()
     if len(members) > 1:
-        np.testing.assert_allclose(got.sum(), 0.0, atol=1e-6 / scale)
+        np.testing.assert_allclose(got.sum(), 0.0, atol=4e-6 / scale)
     # What is not valid has no influence, whatever it is.
     garbage = np.where(valid, values, np.float32(random.choice([np.nan, np.inf, -1e30])))
     np.testing.assert_array_equal(normalize(garbage, valid, normalize_std=normalize_std), got)
