@@ -1,0 +1,23 @@
+"""Checkpoints: of training runs and models (Orbax), and of Hugging Face folders (safetensors)."""
+
+from refine_jax.checkpoint.hf import Pretrained, read_hf, write_hf
+from refine_jax.checkpoint.manager import (
+    CheckpointManager,
+    ModelCheckpoint,
+    Restored,
+    load_model,
+    save_model,
+)
+from refine_jax.checkpoint.tree import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointManager",
+    "ModelCheckpoint",
+    "Pretrained",
+    "Restored",
+    "load_model",
+    "read_hf",
+    "save_model",
+    "write_hf",
+]

@@ -1,0 +1,131 @@
+"""A pytree as named arrays: names, comparison with what a file holds, fingerprints.
+
+Checkpoints store a pytree as {name: array}, a leaf's name being its path joined by dots
+(`params.layers.attn.qkv.weight`, `opt_state.0.mu.norm.weight`). So what is missing, unknown or of
+another shape can be said by name, and a part of a checkpoint can be read without the rest.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PyTree = Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names it and says what to do."""
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Leaves of `tree` by name, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("Two leaves of the tree have the same name: a key must hold no dot.")
+    return named
+
+
+def unflatten(tree: PyTree, named: Mapping[str, Any]) -> PyTree:
+    """The structure of `tree` with the leaves of `named`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in flatten(tree)])
+
+
+def nest(named: Mapping[str, Any]) -> dict:
+    """Nested dict from dotted names."""
+    root: dict = {}
+    for name, leaf in named.items():
+        *parents, last = name.split(".")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return root
+
+
+def parse_json(text: str, path: Any) -> dict:
+    """The fields of a JSON object. Raises CheckpointError, which names `path`, if it is none."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must hold a JSON object. Got: {type(fields).__name__}.")
+    return fields
+
+
+def differences(expected: Mapping[str, tuple], got: Mapping[str, tuple]) -> list[str]:
+    """One line for every name that is missing, unknown or has another shape.
+
+    expected, got: shapes by name.
+    """
+    lines = []
+    for name in sorted(expected.keys() | got.keys()):
+        if name not in got:
+            lines.append(f"{name}: missing, expected {list(expected[name])}")
+        elif name not in expected:
+            lines.append(f"{name}: unknown, got {list(got[name])}")
+        elif tuple(expected[name]) != tuple(got[name]):
+            lines.append(f"{name}: expected {list(expected[name])}, got {list(got[name])}")
+    return lines
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf (or its abstract value) is a typed random key."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def plain_leaf(leaf: Any) -> Any:
+    """The leaf, or the data of a typed random key: what a file can hold. Abstract leaves too."""
+    if not is_key(leaf):
+        return leaf
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.random.key_data(leaf)
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    # A key's data has one axis more than the key; the sharding of the leading axes still holds.
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def typed_leaf(data: jax.Array, like: Any) -> jax.Array:
+    """The inverse of `plain_leaf`; `like` is the original leaf or its abstract value."""
+    if not is_key(like):
+        return data
+    return jax.random.wrap_key_data(data, impl=_key_impl(like.shape, like.dtype))
+
+
+@functools.cache
+def _key_impl(shape: tuple[int, ...], dtype: Any) -> Any:
+    # jax.random.key_impl takes arrays and tracers, not abstract values.
+    found = []
+    jax.eval_shape(
+        lambda keys: found.append(jax.random.key_impl(keys)), jax.ShapeDtypeStruct(shape, dtype)
+    )
+    return found[0]
+
+
+def fingerprints(named: Mapping[str, Any]) -> dict[str, int]:
+    """A 32-bit number for every array, which changes with any change of a single element.
+
+    Storage formats check their indices but not their data: a flipped bit in a file would be loaded
+    as another weight. The numbers do not depend on device, sharding or order of summation.
+    """
+    numbers = {name: _fingerprint(leaf) for name, leaf in named.items()}
+    return {name: int(number) for name, number in jax.device_get(numbers).items()}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """Sum of bits_i * (2 i + 1) modulo 2^32: odd factors keep every change of one element."""
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)

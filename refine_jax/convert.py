@@ -1,0 +1,150 @@
+"""Convert models between PyTorch (Hugging Face folders) and JAX (Orbax), bit for bit.
+
+    python -m refine_jax.convert from_hf SRC DST     a Hugging Face folder -> a model checkpoint
+    python -m refine_jax.convert to_hf   SRC DST     a model checkpoint or a training run -> back
+
+SRC of `from_hf` holds config.json, the weights (safetensors, one file or shards; pytorch_model.bin
+needs the extra [torch]) and tokenizer files. DST is what `config.model.checkpoint` takes. SRC of
+`to_hf` may also be the work folder of a training run.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from refine_jax.checkpoint import CheckpointError, load_model, read_hf, save_model, write_hf
+from refine_jax.checkpoint.folders import check_free
+from refine_jax.models.config import ModelConfigError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def from_hf(src: str, dst: str, *, overwrite: bool = False) -> str:
+    """Convert a Hugging Face folder to a model checkpoint; returns a line that says what."""
+    _check_paths(src, dst, overwrite)
+    model = read_hf(src)
+    save_model(dst, model.params, model.config_json, model.files, overwrite=overwrite)
+    return _summary(model.tensors, model.params, dst)
+
+
+def to_hf(
+    src: str,
+    dst: str,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    dtype: str | None = None,
+    step: int | str = "latest",
+) -> str:
+    """Convert a checkpoint to a Hugging Face folder; returns a line that says what.
+
+    dtype: cast the parameters ("float32", "bfloat16", "float16") and say so in config.json.
+    step: of a training run: "latest", "best" or a number.
+    """
+    _check_paths(src, dst, overwrite)
+    model = load_model(src, step=step, dtype=dtype)
+    config_json = model.config_json
+    if dtype is not None:
+        name = "dtype" if "dtype" in model.config else "torch_dtype"
+        config_json = json.dumps(model.config | {name: dtype}, indent=2, sort_keys=True) + "\n"
+    tensors = write_hf(
+        dst,
+        model.params,
+        config_json,
+        model.files,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+    return _summary(tensors, model.params, dst)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = vars(_parser().parse_args(arguments))
+    # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)
+    convert = options.pop("convert")
+    try:
+        print(convert(**options))
+    except (CheckpointError, ModelConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m refine_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="from_hf | to_hf")
+    for function, title in ((from_hf, "PyTorch -> JAX"), (to_hf, "JAX -> PyTorch")):
+        command = commands.add_parser(function.__name__, help=title, description=title)
+        command.set_defaults(convert=function)
+        command.add_argument("src", metavar="SRC", help="folder to read")
+        command.add_argument("dst", metavar="DST", help="folder to write; must not exist")
+        command.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
+    command.add_argument(
+        "--max_shard_size",
+        dest="max_shard_bytes",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="cut larger weights into shards (bytes, or a number with KB, MB, GB; default 5GB)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="cast the parameters (default: as they are)",
+    )
+    command.add_argument(
+        "--step",
+        type=_step,
+        default="latest",
+        help="of a training run: latest (default), best, or a number",
+    )
+    return parser
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
+    size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {text!r}")
+    return int(size)
+
+
+def _step(text: str) -> int | str:
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected latest, best or a number, got {text!r}")
+    return int(text)
+
+
+def _check_paths(src: str, dst: str, overwrite: bool) -> None:
+    """Say what is wrong with DST before any work is done."""
+    source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
+    if source == target or target in source.parents:
+        raise CheckpointError(f"{dst} is SRC itself, or holds it: choose another DST.")
+    check_free(dst, overwrite=overwrite)
+
+
+def _summary(tensors: int, params: dict, dst: str) -> str:
+    leaves = jax.tree.leaves(params)
+    total = sum(leaf.size for leaf in leaves)
+    dtypes = ", ".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves}))
+    return f"{dst}: {tensors} tensors, {total:,} parameters, {dtypes}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
