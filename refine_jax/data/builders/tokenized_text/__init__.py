@@ -1,0 +1,1 @@
+"""Tokenised documents as ArrayRecord; run `python -m refine_jax.data.prepare --help`."""

@@ -1,0 +1,257 @@
+"""The input pipeline: rows of tokens as batches, in an order that only the options decide.
+
+    corpus = load_corpus(options)
+    train = corpus.dataset("train", batch_size=128)
+    batches = iter(train)
+    batch = next(batches)                 # {"tokens": [B, T] int32, "segments": [B, T] int32}
+    state = batches.get_state()           # a dict for JSON
+
+Row n of a run is a function of (options, n) alone. Process p of P gets rows p*B/P .. (p+1)*B/P of
+each global batch, and a state is a global row number, so it may be restored with any number of
+processes and workers, and with another batch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from refine_jax.data.options import SPLITS, DataError, DataOptions
+from refine_jax.data.rows import Rows, RowTable, Statistics, make_rows
+from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
+from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
+
+READ_THREADS = 2  # a row is a copy from memory or one record: more threads do not help
+READ_AHEAD = 4  # batches
+ENDLESS = 1 << 62
+
+Batch = dict[str, np.ndarray]
+
+
+class Corpus:
+    """Tokenised documents; makes the data sets of both splits. Made by `load_corpus`."""
+
+    def __init__(self, options: DataOptions, tokens: TokenSource, tokenizer: Tokenizer) -> None:
+        self.options, self.tokenizer = options, tokenizer
+        self._tokens = tokens
+
+    def dataset(
+        self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> Dataset:
+        """Return the batches of a split.
+
+        "train" is shuffled anew each epoch and runs for `options.epochs`; batches go across the
+        ends of epochs. "validation" is one pass in fixed order. Where the rows end within a batch,
+        it is filled up with rows of padding (all segments 0), so that shapes stay the same and no
+        row is dropped.
+
+        Args:
+            split: "train" or "validation".
+            batch_size: B, rows of a global batch.
+            process_index: p, which of the processes this is.
+            process_count: P, how many processes share each batch; must divide B.
+
+        Raises:
+            DataError: no rows, or the batch cannot be shared.
+        """
+        if process_count < 1 or not 0 <= process_index < process_count:
+            raise DataError(
+                "process_index must be in 0 .. process_count - 1. "
+                f"Got: process_index={process_index}, process_count={process_count}."
+            )
+        if batch_size < 1 or batch_size % process_count:
+            raise DataError(
+                "the number of processes must divide the batch size. "
+                f"Got: batch_size={batch_size}, process_count={process_count}."
+            )
+        table, statistics = make_rows(
+            self._tokens.lengths, self._tokens.hashes, self.options, split
+        )
+        return Dataset(
+            self, table, statistics, split, batch_size, batch_size // process_count, process_index
+        )
+
+
+class Dataset:
+    """An iterable of batches of one split; each `iter` starts at the first one.
+
+    Attributes:
+        statistics: what became of the documents.
+        rows: rows of one epoch.
+        batches: global batches until the end; None if it never ends.
+        batch_size: B, rows of a global batch.
+        fingerprint: equal for data sets with equal rows in equal order.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        table: RowTable,
+        statistics: Statistics,
+        split: str,
+        batch_size: int,
+        local_batch_size: int,
+        process_index: int,
+    ) -> None:
+        options, tokens = corpus.options, corpus._tokens
+        self.statistics, self.rows, self.batch_size = statistics, len(table), batch_size
+        self._local_batch_size, self._process_index = local_batch_size, process_index
+        self._rows = Rows(tokens, table, options.sequence_length, corpus.tokenizer.pad_id)
+        self._train = split == SPLITS[0]
+        self._epochs = options.epochs if self._train else 1
+        # Validation is short and starts often: processes would cost more than they read ahead.
+        self._workers = options.workers if self._train else 0
+        # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds apart.
+        self._seed = int(_digest("shuffle", options.seed), 16) % 2**32
+        order = (self._seed,) if self._train else ()
+        self.fingerprint = _digest(
+            FORMAT, tokens.fingerprint, table.fingerprint, options.sequence_length, *order
+        )
+
+    @property
+    def batches(self) -> int | None:
+        """Return how many batches there are; None if they never end."""
+        return None if self._epochs is None else -(-self._epochs * self.rows // self.batch_size)
+
+    def __iter__(self) -> BatchIterator:
+        """Return an iterator at the first batch."""
+        return BatchIterator(self)
+
+    def _read(self, next_row: int) -> Iterator[Batch]:
+        """Return grain's iterator over this process's part of the batches from a row on."""
+        rows = grain.MapDataset.source(self._rows)
+        if self._train:
+            rows = rows.shuffle(seed=self._seed)
+        rows = rows.repeat(self._epochs)
+        total = ENDLESS if self._epochs is None else self._epochs * self.rows
+        part = _ProcessPart(
+            rows,
+            self._rows.empty(),
+            start=next_row,
+            total=total,
+            batch_size=self.batch_size,
+            local_batch_size=self._local_batch_size,
+            process_index=self._process_index,
+        )
+        batches = part.batch(self._local_batch_size, drop_remainder=True).to_iter_dataset(
+            grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
+        )
+        if self._workers:
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._workers, per_worker_buffer_size=READ_AHEAD
+                )
+            )
+        return iter(batches)
+
+
+class BatchIterator(Iterator[Batch]):
+    """This process's part of the batches, with a state that any number of processes can restore."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._next_row = 0
+        self._reader: Any = None
+
+    def __next__(self) -> Batch:
+        """Return {"tokens": [B/P, T] int32, "segments": [B/P, T] int32}."""
+        if self._reader is None:
+            self._reader = self._dataset._read(self._next_row)
+        batch = next(self._reader)
+        self._next_row += self._dataset.batch_size
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the rows so far."""
+        return self._next_row / self._dataset.rows
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position after the last batch as values for JSON, equal on all processes."""
+        return {"next_row": self._next_row, "fingerprint": self._dataset.fingerprint}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to the position of a `get_state`.
+
+        Raises:
+            DataError: the state belongs to other data, or to the same in another order.
+        """
+        if state["fingerprint"] != self._dataset.fingerprint:
+            raise DataError(
+                "the saved position belongs to other data: the documents, the tokenizer, the seed "
+                "or a data option has changed since. Restore them, or start a new run. "
+                f"Got: {state['fingerprint']}, expected: {self._dataset.fingerprint}."
+            )
+        self.close()
+        self._next_row = int(state["next_row"])
+
+    def close(self) -> None:
+        """Stop reading ahead; the next batch starts it again."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+class _ProcessPart(grain.MapDataset):
+    """The rows of one process: its slice of every global batch, from a global row on."""
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        empty: dict[str, np.ndarray],
+        *,
+        start: int,
+        total: int,
+        batch_size: int,
+        local_batch_size: int,
+        process_index: int,
+    ) -> None:
+        super().__init__(rows)
+        self._empty, self._start, self._total = empty, start, total
+        self._batch_size, self._local_batch_size = batch_size, local_batch_size
+        self._first = process_index * local_batch_size
+
+    def __len__(self) -> int:
+        batches = -(-max(self._total - self._start, 0) // self._batch_size)
+        return batches * self._local_batch_size
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._local_batch_size)
+        row += self._start + batch * self._batch_size + self._first
+        return self._parent[row] if row < self._total else self._empty
+
+
+def load_corpus(options: DataOptions, tokenizer: Tokenizer | None = None) -> Corpus:
+    """Read and tokenise the documents of `options`.
+
+    Args:
+        options: the data options.
+        tokenizer: used instead of `options.tokenizer`.
+
+    Raises:
+        DataError: the source or the tokenizer is missing, unreadable or empty.
+    """
+    tokenizer = tokenizer or load_tokenizer(options.tokenizer)
+    return Corpus(options, open_tokens(options, tokenizer), tokenizer)
+
+
+def make_dataset(
+    options: DataOptions,
+    split: str,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Dataset:
+    """Return one split of `options`; for both, `load_corpus` tokenises only once."""
+    return load_corpus(options).dataset(split, batch_size, process_index, process_count)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()

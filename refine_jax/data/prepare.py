@@ -1,0 +1,87 @@
+"""Tokenise documents once, into ArrayRecord that runs read at random.
+
+    python -m refine_jax.data.prepare --source=corpus.jsonl.zst --tokenizer=mistral-v1 --out=DIR
+
+The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ...}. Give the folder to
+a run as `--config.data.source=FOLDER`. The folder appears when it is complete; preparing the same
+documents again finds it and does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from refine_jax.data.options import DataError, DataOptions
+
+
+def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
+    """Write the documents of `options` as tokenised ArrayRecord.
+
+    Args:
+        options: source, tokenizer and what else decides the tokens of a document.
+        out: folder under which the records' own folder is made.
+
+    Returns:
+        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens}.
+
+    Raises:
+        DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
+    """
+    from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
+    from refine_jax.data.sources import open_source
+    from refine_jax.data.tokenizer import load_tokenizer
+    from refine_jax.data.tokens import is_token_folder
+
+    if is_token_folder(options.source):
+        raise DataError(f"data.source={options.source!r} is tokenised already")
+    tokenizer = load_tokenizer(options.tokenizer)
+    source = open_source(options)
+    try:
+        builder = module.Builder(source=source, tokenizer=tokenizer, options=options, data_dir=out)
+        # tfds always makes a download folder, though this builder downloads nothing.
+        with tempfile.TemporaryDirectory() as unused:
+            builder.download_and_prepare(download_dir=unused)
+    except OSError as error:
+        raise DataError(f"cannot write the records to {out}: {error}") from error
+    metadata = builder.info.metadata
+    return {
+        "folder": str(Path(builder.data_dir).resolve()),
+        "documents": metadata["documents"],
+        "tokens": metadata["tokens"],
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
+    out = values.pop("out")
+    try:
+        print(json.dumps(prepare(DataOptions(**values), out)))
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("source", "stdlib", "stdlib, tfds:NAME, a file, a folder or a glob pattern")
+    flags.DEFINE_string("text_field", "text", "column, JSON field or feature that holds the text")
+    flags.DEFINE_string("files", "", "file name pattern within folders, e.g. *.py")
+    flags.DEFINE_string("tfds_split", "train", "split of a tfds data set")
+    flags.DEFINE_string("tfds_data_dir", "", "where tensorflow-datasets keeps its data")
+    flags.DEFINE_integer("limit_documents", None, "only the first so many documents")
+    flags.DEFINE_string("tokenizer", "mistral-v1", "mistral-v1, bytes, or a path")
+    flags.DEFINE_boolean("add_bos", True, "begin each document with the bos token")
+    flags.DEFINE_boolean("add_eos", False, "end each document with the eos token")
+    flags.DEFINE_string("out", None, "folder to write to", required=True)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
