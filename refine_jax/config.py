@@ -332,6 +332,22 @@ def _check_names(given: Iterable[str], known: Iterable[str], path: str) -> None:
             )
 
 
+def check_flag_names(arguments: Iterable[str]) -> None:
+    """Raise ConfigError for a `--config.section.field=value` that names no section or field.
+
+    Fields of `config.model.fresh` depend on the model and are not checked here.
+    """
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        prefix, _, rest = name.partition(".")
+        if not argument.startswith("-") or prefix != "config" or not rest:
+            continue
+        section, _, field = rest.partition(".")
+        _check_names([section], SECTIONS, "config")
+        fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
+        _check_names([field.partition(".")[0]], fields, f"config.{section}")
+
+
 def suggestion(name: Any, known: Iterable[str]) -> str:
     """' Did you mean ...?' where one of the known names is near, else an empty string."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
@@ -424,6 +440,12 @@ def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
     length, margin = data.sequence_length, refine.edge_margin
     shortest = length if data.min_tokens is None else data.min_tokens
     k, c = refine.rollout_length, refine.num_positions
+    if k + 2 > length:
+        raise ConfigError(
+            "config.refine.rollout_length must leave two tokens of config.data.sequence_length "
+            f"(evaluation rolls out for every objective). Got: rollout_length={k}, "
+            f"sequence_length={length}."
+        )
     if refine.objective == "ntp":
         return
     if k > margin:

@@ -140,7 +140,7 @@ def summarize(history: list[dict]) -> dict:
     results["step_seconds_collect"] = _median(refine, "time/collect")
     results["step_seconds_ntp"] = _median(plain, "time/step")
     results["tokens_per_second"] = _median(refine or plain, "tokens_per_second")
-    results["skipped_updates"] = sum(record.get("update/skipped") or 0 for record in training)
+    results["skipped_updates"] = training[-1].get("update/skipped", 0) if training else 0
     return results
 
 
@@ -202,8 +202,8 @@ def _brief(record: Mapping) -> str:
     ):
         if record.get(name) is not None:
             parts.append(f"{label} {record[name]:{form}}")
-    if record.get("update/skipped"):
-        parts.append(f"skipped {record['update/skipped']:.0f}")
+    if record.get("update/skipped_in_a_row"):
+        parts.append(f"update skipped: gradient not finite ({record['update/skipped']} so far)")
     return "  ".join(parts)
 
 

@@ -213,7 +213,7 @@ def _shade_warmup(axis, training) -> None:
 
 
 def _stack_times(axis, training) -> None:
-    """Seconds of a step by part; steps that compile stand out of the range and are cut off."""
+    """Seconds of a step by part; steps that compile reach beyond the range shown."""
     steps = np.asarray([record["step"] for record in training])
     parts = {
         "data": ("time/data", GREY),
@@ -232,7 +232,9 @@ def _stack_times(axis, training) -> None:
         alpha=0.75,
     )
     totals = np.sum(list(values.values()), axis=0)
-    axis.set_ylim(0, 1.6 * np.percentile(totals, 90) or None)
+    refine = np.asarray(["reward/mean" in record for record in training])
+    kinds = [totals[kind] for kind in (refine, ~refine) if kind.any()]
+    axis.set_ylim(0, 1.8 * max(np.median(kind) for kind in kinds))
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

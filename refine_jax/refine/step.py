@@ -58,14 +58,15 @@ class TrainState:
     ) -> TrainState:
         """The state before the first step."""
         keep_reference = config.objective == "refine" and config.kl_coef > 0
-        zero = jnp.zeros((), jnp.int32)
+        # Three buffers, not one: a step donates each of them.
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         return cls(
             params=params,
             opt_state=optimizer.init(params),
             key=key,
-            step=zero,
-            skipped=zero,
-            skipped_in_a_row=zero,
+            step=step,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
             reference_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
         )
 

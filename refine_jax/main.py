@@ -1,0 +1,84 @@
+"""Train from the command line:
+
+    python -m refine_jax.main --config=configs/demo.py --workdir=runs/demo
+    python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \
+        --config.train.steps=20 --config.refine.reward=binary
+
+Exit code 0: the run is complete, or SIGTERM or SIGINT stopped it after saving (the same command
+continues it). Exit code 1: bad input or a failed run, with one message on standard error. The last
+line on standard output is a JSON object with the figures of the run.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.config import Config, ConfigError, check_flag_names
+from refine_jax.data.options import DataError
+from refine_jax.models.config import ModelConfigError
+from refine_jax.phases import midtrain
+
+USER_ERRORS = (
+    ConfigError,
+    ModelConfigError,
+    DataError,
+    CheckpointError,
+    midtrain.RunError,
+    OSError,
+)
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="Configuration file, with its form after a colon: configs/demo.py:short"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the configuration of the flags; exits with 1 and a message if that fails."""
+    # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) > 1:
+            raise ConfigError(f"Arguments must be flags, --name=value. Got: {' '.join(argv[1:])}.")
+        if _CONFIG.value is None or not _WORKDIR.value:
+            raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
+        results = midtrain.run(Config.from_dict(_CONFIG.value), _WORKDIR.value)
+    except USER_ERRORS as error:
+        if _DEBUG.value:
+            raise
+        _fail(str(error))
+    print(json.dumps(results), flush=True)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments that are no flags; exits with 1 and a message for flags that are wrong."""
+    try:
+        check_flag_names(argv)
+        rest = flags.FLAGS(list(argv))
+        # A file that cannot be loaded is noticed only where its values are used.
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.train
+        return rest
+    except (KeyError, AttributeError) as error:
+        _fail(
+            f"The configuration file sets no field {error.args[0]}, which a --config. flag names. "
+            "Fields of a fresh model are set in the file before flags can change them."
+        )
+    except (flags.Error, ConfigError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

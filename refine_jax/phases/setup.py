@@ -1,0 +1,164 @@
+"""What a run is made of, built and checked from its configuration before anything is written."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.checkpoint.manager import load_model
+from refine_jax.config import Config, ConfigError, ModelConfig, suggestion
+from refine_jax.data.options import DataOptions
+from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
+from refine_jax.models.config import model_config
+from refine_jax.models.transformer import ComputePolicy, Model, Params
+
+CHECKPOINTS = "checkpoints"
+
+# Settings that may change when a run is continued: they do not change what it computes.
+_MAY_CHANGE = {
+    "model.checkpoint",
+    "model.remat",
+    "data.workers",
+    "data.cache_dir",
+    "train.steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_nonfinite_updates",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model to train: its description, and its parameters if they come from a checkpoint.
+
+    fields: of config.json. config_json: its text. params: nested dict of arrays; None: random, or
+    restored with the rest of an interrupted run. files: {name: path} of the tokenizer's files.
+    tokenizer: folder that holds the model's own tokenizer; None if it has none.
+    """
+
+    fields: Mapping[str, Any]
+    config_json: str
+    params: Params | None
+    files: Mapping[str, Any]
+    tokenizer: Any
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run in `workdir` has saved a step: a step's folder appears when it is complete."""
+    folder = Path(workdir) / CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def load_start(config: ModelConfig, workdir: Path) -> Start:
+    """The model of the interrupted run in `workdir`, else the one that the configuration names.
+
+    Raises:
+      CheckpointError: `config.checkpoint` is no checkpoint, or a corrupt one.
+      ConfigError, ModelConfigError: `config.fresh` describes no model.
+    """
+    if has_checkpoints(workdir):
+        folder = Path(workdir) / CHECKPOINTS
+        text = (folder / "config.json").read_text(encoding="utf-8")
+        return Start(json.loads(text), text, None, {}, folder)
+    if config.checkpoint is not None:
+        loaded = load_model(config.checkpoint)
+        return Start(
+            loaded.config, loaded.config_json, loaded.params, loaded.files, loaded.tokenizer
+        )
+    described = model_config(dict(config.fresh))
+    known = ["model_type", *(field.name for field in dataclasses.fields(described))]
+    for name in config.fresh:
+        if name not in known:
+            raise ConfigError(
+                f"config.model.fresh: {described.model_type} has no field {name!r}."
+                f"{suggestion(name, known)} Fields: {', '.join(known)}."
+            )
+    fields = described.to_hf()
+    return Start(fields, json.dumps(fields, indent=2) + "\n", None, {}, None)
+
+
+def make_model(start: Start, config: ModelConfig) -> Model:
+    """The model, computing as the configuration says."""
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    policy = ComputePolicy(
+        compute_dtype=config.compute_dtype or default,
+        remat=config.remat,
+        implementation=config.implementation,
+    )
+    return Model(model_config(dict(start.fields)), policy)
+
+
+def initial_params(model: Model, start: Start, config: Config) -> Params:
+    """Parameters before the first step, on the device, in the configured dtype."""
+    dtype = jnp.dtype(config.model.param_dtype)
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    if start.params is not None:
+        return cast(jax.device_put(start.params))
+    return jax.jit(lambda key: cast(model.init(key)))(jax.random.key(config.train.seed))
+
+
+def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
+    """The configured tokenizer.
+
+    Raises:
+      DataError: It is not there.
+      ConfigError: It has more tokens than the model has embeddings.
+    """
+    name = config.data.tokenizer
+    if name == "checkpoint":
+        if start.tokenizer is None:
+            raise ConfigError(
+                "config.data.tokenizer='checkpoint' needs a model.checkpoint with tokenizer files. "
+                f"Got: checkpoint={config.model.checkpoint!r}, which has none. Name a tokenizer: "
+                "'mistral-v1', 'bytes' or a path."
+            )
+        name = str(start.tokenizer)
+    tokenizer = load_tokenizer(name)
+    vocab_size = start.fields["vocab_size"]
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            "config.data.tokenizer has more tokens than the model's vocabulary. Got: "
+            f"{config.data.tokenizer!r} with {tokenizer.vocab_size}, vocab_size={vocab_size}. Use "
+            "the tokenizer the model was made for, or a larger vocab_size."
+        )
+    return tokenizer
+
+
+def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
+    """The pipeline's options: the data section, the loop's seed and the rows it evaluates."""
+    fields = dataclasses.asdict(config.data) | {"tokenizer": tokenizer.name}
+    rows = config.train.eval_batches * config.train.micro_batch
+    return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
+
+
+def check_same_run(config: Config, workdir: Path) -> None:
+    """Refuse to continue a run under a configuration that computes something else.
+
+    Raises:
+      ConfigError: Fields differ from those that the saved run was started with.
+    """
+    record = Path(workdir) / CHECKPOINTS / "run.json"
+    if not (has_checkpoints(workdir) and record.is_file()):
+        return
+    old = json.loads(record.read_text(encoding="utf-8"))["config"]
+    changed = []
+    for section, fields in json.loads(json.dumps(config.to_dict())).items():
+        for name, value in fields.items():
+            before = old.get(section, {}).get(name)
+            if f"{section}.{name}" not in _MAY_CHANGE and value != before:
+                changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds a run with another configuration. Choose another --workdir, or the "
+            "configuration it was started with:\n" + "\n".join(changed)
+        )
