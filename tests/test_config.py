@@ -1,0 +1,158 @@
+"""The configuration: what it accepts, and what its errors say."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from refine_jax.config import Config, ConfigError, ModelConfig, RefineConfig, defaults
+from refine_jax.data.options import DataOptions
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FORMS = {
+    "demo": (None, "short", "deltanet", "deltanet,short"),
+    "midtrain_lact_760m": (None, "runlocal"),
+    "midtrain_deltanet_1_3b": (None, "runlocal"),
+}
+
+
+def valid():
+    config = defaults()
+    config.model.fresh = {"model_type": "delta_net", "hidden_size": 16}
+    return config
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_defaults_are_the_papers():
+    refine = Config.from_dict(valid()).refine
+    assert (refine.num_positions, refine.rollout_length, refine.rollouts_per_position) == (8, 5, 1)
+    assert (refine.lambda_sft, refine.lambda_rl, refine.reward) == (1.0, 0.2, "cosine")
+    assert (refine.clip_low, refine.clip_high, refine.dual_clip) == (0.2, 0.2, 3.0)
+
+
+def test_dict_round_trip():
+    config = valid()
+    config.train.mini_batch_size = 32
+    config.optimizer.clip_norm = None
+    config = Config.from_dict(config)
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_batches_resolve_to_the_larger():
+    config = valid()
+    config.train.update(batch_size=12, mini_batch_size=6)
+    train = Config.from_dict(config).train
+    assert (train.mini_batch, train.micro_batch, train.updates_per_step) == (6, 6, 2)
+
+
+def test_whole_numbers_pass_as_floats_and_nothing_else_is_converted():
+    assert isinstance(RefineConfig(lambda_rl=1).lambda_rl, float)
+    with pytest.raises(ConfigError, match=r"rollout_length must be a whole number. Got: 5.0"):
+        RefineConfig(rollout_length=5.0)
+    with pytest.raises(ConfigError, match=r"num_positions must be a whole number. Got: True"):
+        RefineConfig(num_positions=True)
+    with pytest.raises(ConfigError, match=r"lambda_rl must be finite. Got: nan"):
+        RefineConfig(lambda_rl=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("refine", "reward", "cosin", ["'cosine', 'binary', 'hybrid'", "Did you mean 'cosine'?"]),
+        ("refine", "clip_low", 0, ["config.refine.clip_low", "more than 0", "Got: 0"]),
+        ("refine", "rollout_length", 21, ["edge_margin", "Got: rollout_length=21, edge_margin=20"]),
+        ("refine", "num_positions", 4000, ["num_positions", "sequence_length=16384", "<= 16344"]),
+        ("data", "min_tokens", 79, ["min_tokens=79", "80 tokens are needed", "<= 39"]),
+        ("data", "sequence_length", 1, ["config.data.sequence_length", "at least 2"]),
+        ("train", "mini_batch_size", 3, ["divide config.train.batch_size", "batch_size=128"]),
+        ("train", "warmup_ntp_steps", 101, ["at most config.train.steps", "steps=100"]),
+        ("train", "best_metric", "loss", ["eval_every"]),
+        ("optimizer", "warmup_steps", 101, ["at most config.train.steps"]),
+        ("optimizer", "learning_rate", "fast", ["a number", "Got: 'fast'"]),
+    ],
+)
+def test_errors_name_the_field_what_was_got_and_what_is_allowed(section, field, value, words):
+    values = valid().to_dict()
+    values[section][field] = value
+    with pytest.raises(ConfigError) as error:
+        Config.from_dict(values)
+    assert field in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_micro_batch_must_divide_mini_batch():
+    config = valid()
+    config.train.update(batch_size=12, mini_batch_size=6, micro_batch_size=4)
+    with pytest.raises(ConfigError, match=r"Got: micro_batch_size=4, mini_batch_size=6"):
+        Config.from_dict(config)
+
+
+def test_unknown_names_get_a_suggestion():
+    values = valid().to_dict()
+    with pytest.raises(ConfigError, match=r"config has no field 'optimiser'.*'optimizer'"):
+        Config.from_dict(values | {"optimiser": {}})
+    values["refine"]["rolout_length"] = 5
+    with pytest.raises(ConfigError, match=r"config.refine has no field.*'rollout_length'\?"):
+        Config.from_dict(values)
+
+
+def test_a_model_is_needed():
+    with pytest.raises(ConfigError, match=r"config.model needs `checkpoint`"):
+        Config.from_dict(defaults())
+    assert ModelConfig(checkpoint="folder").fresh is None
+
+
+def test_short_rows_are_fine_without_rollouts():
+    config = valid()
+    config.data.sequence_length = 32
+    config.refine.objective = "ntp"
+    assert Config.from_dict(config).data.sequence_length == 32
+
+
+def test_data_section_mirrors_the_pipelines_options():
+    """All options of the pipeline, with its defaults, but for those that the loop sets itself."""
+    options = {f.name: f.default for f in dataclasses.fields(DataOptions)}
+    ours = {f.name: f.default for f in dataclasses.fields(type(Config.from_dict(valid()).data))}
+    assert options.keys() - ours.keys() == {"seed", "validation_rows"}
+    assert not ours.keys() - options.keys()
+    differing = {name for name in ours if ours[name] != options[name]}
+    assert differing == {"holdout"}
+
+
+@pytest.mark.parametrize(("name", "arg"), [(n, arg) for n, args in FORMS.items() for arg in args])
+def test_config_files_are_valid(name, arg):
+    Config.from_dict(load(name).get_config(arg))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_config_files_refuse_unknown_forms(name):
+    with pytest.raises(ValueError, match="runlocl"):
+        load(name).get_config("runlocl")
+
+
+@pytest.mark.parametrize("name", ["midtrain_lact_760m", "midtrain_deltanet_1_3b"])
+def test_full_size_configs_carry_the_papers_numbers(name):
+    config = Config.from_dict(load(name).get_config())
+    train, optimizer, refine = config.train, config.optimizer, config.refine
+    assert (train.batch_size, train.mini_batch) == (128, 32)
+    assert config.data.sequence_length == 16384
+    assert (optimizer.learning_rate, optimizer.schedule) == (1e-6, "constant")
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.01, 0.2)
+    assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
+    assert (refine.objective, refine.reward, refine.kl_coef) == ("refine", "cosine", 0.0)
+
+
+def test_readme_lists_every_field():
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    config = Config.from_dict(valid())
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert f"`{section.name}.{field.name}`" in readme
