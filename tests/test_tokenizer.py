@@ -16,7 +16,7 @@ from refine_jax.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokeniz
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 FILES = sorted(DATA.glob("*/*.parquet"))
-WORDS = "the quick brown fox jumps over a lazy dog".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
 
 
 @pytest.fixture(scope="module")

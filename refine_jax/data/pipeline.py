@@ -20,6 +20,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from refine_jax.data.options import SPLITS, DataError, DataOptions
 from refine_jax.data.rows import Rows, RowTable, Statistics, make_rows
@@ -142,6 +143,8 @@ class Dataset:
             grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         )
         if self._workers:
+            if not flags.FLAGS.is_parsed():  # grain reads flags of its own, also in a notebook
+                flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._workers, per_worker_buffer_size=READ_AHEAD

@@ -1,0 +1,184 @@
+"""The tfds builder and its command: the same tokens as without it, complete or not at all."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from refine_jax.data import DataError, DataOptions, load_corpus, open_source
+from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
+from refine_jax.data.prepare import prepare
+from refine_jax.data.tokenizer import ByteTokenizer
+from refine_jax.data.tokens import is_token_folder
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ["alpha", "", "gämma", *("x" * n for n in range(1, 40))]
+
+
+class Letters(tfds.core.GeneratorBasedBuilder):
+    """A data set with text, as tensorflow-datasets has many."""
+
+    name = "letters"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict(
+            {"story": tfds.features.Text(), "label": tfds.features.Scalar(np.int32)}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, text in enumerate(TEXTS):
+            yield i, {"story": text, "label": i}
+
+
+@pytest.fixture
+def corpus_file(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+def options_of(source: str, **changes) -> DataOptions:
+    values = {"tokenizer": "bytes", "sequence_length": 16, "min_tokens": 1, "holdout": 0.1}
+    return DataOptions(source=source, **{**values, **changes})
+
+
+def batches_of(options: DataOptions, split: str) -> tuple:
+    dataset = load_corpus(options).dataset(split, 4)
+    batches = [batch for _, batch in zip(range(20), dataset, strict=False)]
+    arrays = [np.stack([batch[name] for batch in batches]) for name in ("tokens", "segments")]
+    return dataset.statistics, dataset.fingerprint, *arrays
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_records_give_the_same_batches_as_their_source(tmp_path, corpus_file, split) -> None:
+    options = options_of(corpus_file, add_eos=True, pack=True)
+    made = prepare(options, str(tmp_path / "out"))
+    assert made["documents"] == len(TEXTS)
+    assert made["tokens"] == sum(len(text.encode()) + 2 for text in TEXTS)
+    records = options_of(made["folder"], add_eos=True, pack=True)
+    *expected_facts, expected_tokens, expected_segments = batches_of(options, split)
+    *facts, tokens, segments = batches_of(records, split)
+    assert facts == expected_facts  # with the fingerprint, so a run can change over on the way
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_array_equal(segments, expected_segments)
+
+
+def test_records_are_a_plain_tfds_data_set(tmp_path: Path, corpus_file: str) -> None:
+    options = options_of(corpus_file)
+    folder = prepare(options, str(tmp_path))["folder"]
+    builder = tfds.builder_from_directory(folder)
+    source = builder.as_data_source(split="train")
+    tokens = [ByteTokenizer().decode(record["tokens"]) for record in source]
+    assert tokens == TEXTS
+    metadata = dict(builder.info.metadata)
+    assert (metadata["tokenizer"], metadata["vocab_size"]) == ("bytes", 259)
+    assert (metadata["documents"], metadata["add_bos"]) == (len(TEXTS), True)
+
+
+def test_order_holds_over_shards(tmp_path: Path, corpus_file: str) -> None:
+    options = options_of(corpus_file)
+    builder = module.Builder(
+        source=open_source(options),
+        tokenizer=ByteTokenizer(),
+        options=options,
+        data_dir=str(tmp_path / "sharded"),
+    )
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(num_shards=3),
+        download_dir=str(tmp_path / "downloads"),
+    )
+    assert builder.info.splits["train"].num_shards == 3
+    expected = batches_of(options, "train")
+    found = batches_of(options_of(str(builder.data_dir)), "train")
+    assert found[:2] == expected[:2]
+    np.testing.assert_array_equal(found[2], expected[2])
+
+
+def test_preparing_again_finds_the_folder(tmp_path: Path, corpus_file: str, monkeypatch) -> None:
+    options, out = options_of(corpus_file), str(tmp_path / "out")
+    made = prepare(options, out)
+    other = prepare(options_of(corpus_file, add_eos=True), out)
+    assert other["folder"] != made["folder"]
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", None)  # must not be needed again
+    assert prepare(options, out) == made
+
+
+def test_interruption_leaves_nothing_that_looks_complete(
+    tmp_path, corpus_file, monkeypatch
+) -> None:
+    options, out = options_of(corpus_file), tmp_path / "out"
+
+    def interrupted(self, texts, bos, eos):
+        yield self.encode("one")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options, str(out))
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    monkeypatch.undo()
+    assert prepare(options, str(out))["documents"] == len(TEXTS)
+
+
+def test_a_bad_document_names_its_line(tmp_path: Path) -> None:
+    path, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    path.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2 must be a string"):
+        prepare(options_of(str(path)), str(out))
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+def test_records_of_another_tokenizer_are_refused(tmp_path: Path, corpus_file: str) -> None:
+    folder = prepare(options_of(corpus_file), str(tmp_path))["folder"]
+    assert is_token_folder(folder)
+    with pytest.raises(DataError, match=r"tokenizer_fingerprint='bytes-259'"):
+        load_corpus(options_of(folder, tokenizer="mistral-v1"))
+    with pytest.raises(DataError, match="made with add_eos=False"):
+        load_corpus(options_of(folder, add_eos=True))
+    with pytest.raises(DataError, match="tokenised already"):
+        prepare(options_of(folder), str(tmp_path))
+    np.savez(Path(folder) / "documents.npz", lengths=np.ones(3), hashes=np.ones(3))
+    with pytest.raises(DataError, match="42 documents instead of 3"):
+        load_corpus(options_of(folder))
+
+
+def test_tfds_text_source(tmp_path: Path) -> None:
+    builder = Letters(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare(download_dir=str(tmp_path / "downloads"))
+    folder = str(builder.data_dir)
+    for name in (folder, f"tfds:{folder}"):
+        source = open_source(options_of(name, text_field="story"))
+        assert [source[i] for i in range(len(source))] == TEXTS
+    part = open_source(options_of(folder, text_field="story", tfds_split="train[:4]"))
+    assert [part[i] for i in range(len(part))] == TEXTS[:4]
+    assert part.fingerprint != source.fingerprint
+    by_name = options_of("tfds:letters", text_field="story", tfds_data_dir=str(tmp_path))
+    assert open_source(by_name)[2] == TEXTS[2]
+    with pytest.raises(DataError, match=r"no feature 'text'.*label, story"):
+        open_source(options_of(folder))
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        open_source(options_of(folder, text_field="label"))[0]
+    with pytest.raises(DataError, match="split 'test'"):
+        open_source(options_of(folder, text_field="story", tfds_split="test"))
+
+
+def test_command(tmp_path: Path, corpus_file: str) -> None:
+    command = [sys.executable, "-m", "refine_jax.data.prepare", "--tokenizer=bytes"]
+    run = {"cwd": ROOT, "capture_output": True, "text": True}
+    good = subprocess.run([*command, f"--source={corpus_file}", f"--out={tmp_path}"], **run)
+    assert good.returncode == 0, good.stderr
+    made = json.loads(good.stdout.splitlines()[-1])
+    assert load_corpus(options_of(made["folder"])).dataset("train", 2).statistics.documents == 42
+    bad = subprocess.run([*command, "--source=nowhere", f"--out={tmp_path / 'bad'}"], **run)
+    assert bad.returncode == 1
+    assert bad.stderr.splitlines()[-1].startswith("error: no such file or folder")
+    assert not (tmp_path / "bad").exists()
