@@ -11,8 +11,8 @@ line on standard output is a JSON object with the figures of the run.
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -39,45 +39,70 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it i
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
 
 
+def execute(values: Mapping | None, workdir: str | None, *, debug: bool = False) -> int:
+    """Run a configuration and print its figures; returns the exit code.
+
+    Args:
+      values: A ConfigDict or nested dict of fields.
+      workdir: Folder of the run.
+      debug: Let errors of the user's input through, with their traceback.
+    """
+    try:
+        if values is None or not workdir:
+            raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
+        results = midtrain.run(Config.from_dict(values), workdir)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        return _complain(error)
+    print(json.dumps(results), flush=True)
+    return 0
+
+
 def main(argv: Sequence[str]) -> None:
-    """Run the configuration of the flags; exits with 1 and a message if that fails."""
+    """Run the configuration of the flags, and exit."""
+    if len(argv) > 1:
+        got = " ".join(argv[1:])
+        sys.exit(_complain(f"Arguments must be flags, --name=value. Got: {got}."))
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
-        if len(argv) > 1:
-            raise ConfigError(f"Arguments must be flags, --name=value. Got: {' '.join(argv[1:])}.")
-        if _CONFIG.value is None or not _WORKDIR.value:
-            raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
-        results = midtrain.run(Config.from_dict(_CONFIG.value), _WORKDIR.value)
-    except USER_ERRORS as error:
-        if _DEBUG.value:
-            raise
-        _fail(str(error))
-    print(json.dumps(results), flush=True)
+    sys.exit(execute(_CONFIG.value, _WORKDIR.value, debug=_DEBUG.value))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """The arguments that are no flags; exits with 1 and a message for flags that are wrong."""
     try:
         check_flag_names(argv)
+        _check_file(argv)
         rest = flags.FLAGS(list(argv))
         # A file that cannot be loaded is noticed only where its values are used.
         if _CONFIG.value is not None:
             _ = _CONFIG.value.train
         return rest
     except (KeyError, AttributeError) as error:
-        _fail(
+        message = (
             f"The configuration file sets no field {error.args[0]}, which a --config. flag names. "
             "Fields of a fresh model are set in the file before flags can change them."
         )
     except (flags.Error, ConfigError, OSError) as error:
-        _fail(str(error))
+        message = str(error).strip()
+        if "Traceback" in message:  # of the configuration file; its last line says it all
+            message = f"The configuration file failed: {message.splitlines()[-1]}"
+    sys.exit(_complain(message))
 
 
-def _fail(message: str) -> NoReturn:
+def _check_file(argv: Sequence[str]) -> None:
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        path = value.partition(":")[0]
+        if name == "config" and path and not Path(path).is_file():
+            raise ConfigError(f"There is no configuration file {path!r}.")
+
+
+def _complain(message: object) -> int:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(1)
+    return 1
 
 
 if __name__ == "__main__":
