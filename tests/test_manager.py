@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from refine_jax.checkpoint import CheckpointError, CheckpointManager
+from refine_jax.checkpoint import CheckpointError, CheckpointManager, tree
 
 CONFIG = json.dumps({"model_type": "delta_net", "hidden_size": 8})
 
@@ -98,14 +98,16 @@ def test_restores_onto_another_sharding(tmp_path):
     script = f"""
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-        from refine_jax.checkpoint import CheckpointManager
+        from refine_jax.checkpoint import CheckpointManager, tree
         devices = np.array(jax.devices())
         assert devices.size == 4
         place = lambda n, spec: NamedSharding(Mesh(devices[:n], "x"), spec)
         w = jnp.arange(64 * 6, dtype=jnp.float32).reshape(64, 6)
         key = jax.device_put(jax.random.key(5), place(4, P()))
+        sharded = jax.device_put(w, place(4, P("x")))
+        assert int(tree._device_fingerprint(sharded)) == tree._host_fingerprint(np.asarray(w))
         manager = CheckpointManager({str(tmp_path)!r}, config_json="{{}}")
-        manager.save(1, dict(w=jax.device_put(w, place(4, P("x"))), key=key), force=True)
+        manager.save(1, dict(w=sharded, key=key), force=True)
         for sharding in (place(2, P(None, "x")), place(1, P())):
             goal = dict(
                 w=jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=sharding),
@@ -189,6 +191,23 @@ def test_a_damaged_checkpoint_is_one_clear_message(tmp_path, damage):
     assert f"Delete {tmp_path / '2'} to continue from step 1" in message
     assert len(message) < 800 and "\n" not in message
     assert failure.value.__context__ is None or failure.value.__suppress_context__
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "bool"])
+def test_fingerprints_agree_on_host_and_device_and_see_every_bit(dtype):
+    rng = np.random.default_rng(0)
+    array = np.asarray(jnp.asarray(rng.normal(size=(7, 3, 5)) * 9).astype(dtype))
+    bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(object)
+    want = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
+    assert tree._host_fingerprint(array) == tree._host_fingerprint(array, block=10) == want
+    assert int(tree._device_fingerprint(array)) == want
+    assert tree.fingerprints({"x": jnp.asarray(array), "y": array}) == {"x": want, "y": want}
+    if dtype != "bool":
+        for _ in range(50):
+            raw = bytearray(array.tobytes())
+            raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
+            changed = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+            assert tree._host_fingerprint(changed) != want
 
 
 def test_another_state_is_listed_by_name(tmp_path):

@@ -45,8 +45,10 @@ def copy_files(files: Mapping, folder) -> None:
 
 
 def write_text(path, text: str) -> None:
-    """Write `text` as UTF-8 with its line ends as they are."""
-    path.write_bytes(text.encode())
+    """Write `text` as UTF-8 with its line ends as they are; in full or not at all."""
+    partial = path.parent / f".{path.name}.new"
+    partial.write_bytes(text.encode())
+    partial.replace(path)
 
 
 def read_text(path) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
     companions,
@@ -32,8 +33,6 @@ from refine_jax.checkpoint.folders import (
     write_text,
 )
 from refine_jax.checkpoint.tree import CheckpointError, differences, flatten, nest, parse_json
-from refine_jax.models.config import model_config
-from refine_jax.models.transformer import Model
 
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -95,7 +94,7 @@ def read_hf(folder: str | os.PathLike) -> Pretrained:
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
     config_json = read_text(folder / CONFIG)
     config = parse_json(config_json, folder / CONFIG)
-    slots = published_slots(_expected_params(config))
+    slots = published_slots(_shapes(abstract_params(config)))
     files, listed, open_file = _weight_files(folder)
 
     stored: dict[str, _Stored] = {}
@@ -108,7 +107,7 @@ def read_hf(folder: str | os.PathLike) -> Pretrained:
     expected = {name: slot.shape for name, slot in slots.items()}
     if tied:
         expected[_HEAD] = expected[_EMBEDDINGS]
-    wrong = differences(expected, {name: entry.shape for name, entry in stored.items()})
+    wrong = differences(expected, _shapes(stored))
     wrong += [f"{name}: named by the index, in no file" for name in sorted(listed - stored.keys())]
     wrong += _dtype_problems(slots, stored)
     if wrong:
@@ -161,8 +160,8 @@ def write_hf(
     parameters are not those of the config.
     """
     named = flatten(params)
-    expected = _expected_params(parse_json(config_json, CONFIG))
-    wrong = differences(expected, {name: leaf.shape for name, leaf in named.items()})
+    expected = _shapes(abstract_params(parse_json(config_json, CONFIG)))
+    wrong = differences(expected, _shapes(named))
     if wrong:
         raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  " + "\n  ".join(wrong))
     arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
@@ -194,10 +193,8 @@ def published_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Slot]:
     return slots
 
 
-def _expected_params(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of the parameters of a model with this config.json."""
-    abstract = Model(model_config(dict(config))).abstract_params()
-    return {name: leaf.shape for name, leaf in flatten(abstract).items()}
+def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in named.items()}
 
 
 def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -> list[str]:

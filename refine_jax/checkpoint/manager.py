@@ -25,6 +25,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, write_arrays
+from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
     RUN,
@@ -45,8 +46,6 @@ from refine_jax.checkpoint.tree import (
     typed_leaf,
     unflatten,
 )
-from refine_jax.models.config import model_config
-from refine_jax.models.transformer import Model
 
 _PARAMS = "params"
 _STATE, _DATA = "state", "data"
@@ -130,7 +129,8 @@ class CheckpointManager:
             )
         copy_files(files, self.directory)
         write_text(self.directory / RUN, json.dumps(run, indent=2) + "\n")
-        write_text(config, config_json)
+        if not config.exists():
+            write_text(config, config_json)
 
     def save(
         self,
@@ -304,7 +304,7 @@ def load_model(
             f"{path} is not a checkpoint of this package: it has no {_PARAMS} and no {RUN}. A "
             "Hugging Face folder is converted by `python -m refine_jax.convert from_hf SRC DST`."
         )
-    abstract = flatten(Model(model_config(config)).abstract_params())
+    abstract = abstract_params(config)
     placed = flatten(shardings) if shardings is not None else dict.fromkeys(abstract)
     arrays = read_arrays(
         source,

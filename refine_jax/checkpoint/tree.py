@@ -112,15 +112,34 @@ def fingerprints(named: Mapping[str, Any]) -> dict[str, int]:
     """A 32-bit number for every array, which changes with any change of a single element.
 
     Storage formats check their indices but not their data: a flipped bit in a file would be loaded
-    as another weight. The numbers do not depend on device, sharding or order of summation.
+    as another weight. The number is the sum of bits_i * (2 i + 1) modulo 2^32 over the elements'
+    bits; odd factors keep every change of one of them. It does not depend on device or sharding.
     """
-    numbers = {name: _fingerprint(leaf) for name, leaf in named.items()}
+    numbers = {
+        name: _host_fingerprint(np.asarray(leaf)) if _on_host(leaf) else _device_fingerprint(leaf)
+        for name, leaf in named.items()
+    }
     return {name: int(number) for name, number in jax.device_get(numbers).items()}
 
 
+def _on_host(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
+
+
+def _host_fingerprint(x: np.ndarray, block: int = 1 << 20) -> int:
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    total = 0
+    for start in range(0, bits.size, block):
+        part = bits[start : start + block].astype(np.uint32)
+        weights = np.arange(start, start + part.size).astype(np.uint32) * np.uint32(2)
+        total += int(np.sum(part * (weights + np.uint32(1)), dtype=np.uint32))
+    return total % 2**32
+
+
 @jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    """Sum of bits_i * (2 i + 1) modulo 2^32: odd factors keep every change of one element."""
+def _device_fingerprint(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     width = min(x.dtype.itemsize, 4)
