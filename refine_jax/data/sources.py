@@ -215,7 +215,7 @@ class TfdsSource:
             raise DataError(
                 f"tensorflow-datasets cannot read {name!r}, split {split!r}: {error}"
             ) from error
-        features = list(builder.info.features or ())
+        features = sorted(builder.info.features or ())  # tfds gives them in any order
         if feature not in features:
             raise DataError(
                 f"no feature {feature!r} in {builder.info.full_name}: set data.text_field to one "
