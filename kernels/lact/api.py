@@ -1,0 +1,86 @@
+"""The LaCT fast-weight op: choice of the implementation."""
+
+from __future__ import annotations
+
+import jax
+
+from refine_jax.kernels.lact.reference import FastState, Options, Weights, lact_reference
+from refine_jax.kernels.lact.xla import lact_xla
+
+IMPLEMENTATIONS = {"reference": lact_reference, "xla": lact_xla}
+_ABSENT = ("pallas_tpu", "pallas_gpu")
+
+
+def lact(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rates: jax.Array,
+    momentum: jax.Array | None,
+    weights: Weights,
+    *,
+    mask: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    carry: FastState | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+    implementation: str | None = None,
+) -> tuple[jax.Array, FastState]:
+    """Chunk by chunk: read `f(q)` with the fast weights, then update them from keys and values.
+
+    q, k, v: [B, N, H, C, d] float32 or bfloat16, in chunks of C token slots.
+    rates: [B, N, H, C, 3, E] float32, learning rates of W0, W1, W2; E is 1, or d (= F).
+    momentum: [B, N, H, C] float32 in (0, 1), averaged over a chunk's tokens; None for no momentum.
+    weights: initial w0, w2 [H, F, d] and w1 [H, d, F] float32, or with a leading B. Their row
+        norms are those every update restores.
+    mask: [B, N, C] bool, True at tokens; other slots update nothing, and their output is undefined.
+    reset: [B, N] bool, True where a chunk starts a new document (initial weights, no momentum).
+    carry: FastState [B, H, ...] to begin with instead of the initial weights.
+
+    Returns out [B, N, H, C, d] in the dtype of q, and the FastState [B, N, H, ...] with which each
+    chunk was read, i.e. before its own update. The update after the last chunk is not made:
+    `update_sums` and `apply_update` make it when a next token comes.
+
+    implementation: None for the best available, "xla" or "reference"; a name never falls back.
+    Raises ValueError for shapes that do not fit or an implementation that is not available.
+    Source: LaCT (arXiv 2505.23884), golden README section 5.
+    """
+    _check(q, k, v, rates, momentum, weights)
+    name = "xla" if implementation is None else implementation
+    if name in _ABSENT:
+        raise ValueError(
+            f"The LaCT op has no {name!r} kernel in this version. Use implementation=None or one "
+            f"of {sorted(IMPLEMENTATIONS)}."
+        )
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
+            f"Got: implementation={implementation!r}."
+        )
+    return IMPLEMENTATIONS[name](
+        q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry, options=options
+    )
+
+
+def _check(q, k, v, rates, momentum, weights):
+    batch, chunks, heads, size, d = q.shape
+    hidden = weights.w1.shape[-1]
+    expected = {
+        "k": (k, q.shape),
+        "v": (v, q.shape),
+        "rates": (rates, (*q.shape[:4], 3, rates.shape[-1])),
+        "momentum": (momentum, q.shape[:4]),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}. Got: {list(array.shape)}.")
+    for name, shape in {"w0": (heads, hidden, d), "w1": (heads, d, hidden)}.items():
+        array = getattr(weights, name)
+        if array.shape[-3:] != shape or array.shape[:-3] not in ((), (batch,)):
+            raise ValueError(f"{name} must be {list(shape)}. Got: {list(array.shape)}.")
+    if weights.w2.shape != weights.w0.shape:
+        raise ValueError(f"w2 must be as w0. Got: {list(weights.w2.shape)}.")
+    if rates.shape[-1] not in ({1, d} if hidden == d else {1}):
+        raise ValueError(
+            "rates must have 1 channel, or d where the hidden size F equals d. "
+            f"Got: E={rates.shape[-1]}, d={d}, F={hidden}."
+        )

@@ -1,0 +1,233 @@
+"""The LaCT fast-weight op in XLA, and its parts as the decode path needs them.
+
+Letters as in reference.py. Operands of the matrix products have the dtype of q, k, v (bfloat16 or
+float32); products accumulate in float32, and weights, momentum and their gradients are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.kernels.lact.reference import (
+    EPS,
+    NEWTON_SCHULZ,
+    FastState,
+    Options,
+    Weights,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _dot(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """einsum of two operands rounded to `dtype`, accumulated in float32.
+
+    Its own derivative keeps the same rule (plain autodiff would multiply float32 cotangents with
+    bfloat16 operands, or round the gradient of a float32 weight to bfloat16).
+    """
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(
+        spec,
+        a.astype(dtype),
+        b.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _dot_forward(spec, a, b, dtype):
+    return _dot(spec, a, b, dtype), (a, b)
+
+
+def _dot_backward(spec, dtype, operands, cotangent):
+    a, b = operands
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    da = _dot(f"{out},{right}->{left}", cotangent, b, dtype)
+    db = _dot(f"{left},{out}->{right}", a, cotangent, dtype)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _norm(w: jax.Array) -> jax.Array:
+    """Row norms [..., 1]; the gradient at a zero row is 0."""
+    square = jnp.sum(w * w, -1, keepdims=True)
+    is_zero = square == 0
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def row_norms(weights: Weights) -> Weights:
+    """Norms of the rows of the initial weights, [..., F, 1], [..., d, 1], [..., F, 1]."""
+    return Weights(*map(_norm, weights))
+
+
+def fresh_state(weights: Weights, use_momentum: bool, options: Options) -> FastState:
+    """The state at the start of a document, of initial weights [..., H, F, d], [..., H, d, F]."""
+    return FastState(
+        weights,
+        Weights(*map(jnp.zeros_like, weights)) if use_momentum else None,
+        weights if options.prenorm else None,
+    )
+
+
+def apply_fast_weights(weights: Weights, q: jax.Array) -> jax.Array:
+    """`W1 (silu(W0 q) * (W2 q))` for q [..., H, C, d]; result as q, in its dtype."""
+    gate = _dot("...cd,...fd->...cf", q, weights.w0, q.dtype)
+    up = _dot("...cd,...fd->...cf", q, weights.w2, q.dtype)
+    return _dot("...cf,...df->...cd", jax.nn.silu(gate) * up, weights.w1, q.dtype).astype(q.dtype)
+
+
+def update_sums(weights: Weights, k: jax.Array, v: jax.Array, rates: jax.Array) -> Weights:
+    """The gradient-ascent step `d/dW sum_t rate_t <f(k_t), v_t>` of the tokens given.
+
+    k, v: [..., H, C, d]. rates: [..., H, C, 3, E] float32, for W0, W1, W2; 0 leaves a token out.
+    With E > 1 they are one a channel: of the hidden for W1, of the key for W0 and W2.
+    """
+    rate0, rate1, rate2 = rates[..., 0, :], rates[..., 1, :], rates[..., 2, :]
+    gate = _dot("...cd,...fd->...cf", k, weights.w0, k.dtype)
+    up = _dot("...cd,...fd->...cf", k, weights.w2, k.dtype)
+    error = _dot("...cd,...df->...cf", v, weights.w1, k.dtype)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_gate = error * up * (sigmoid + silu * (1 - sigmoid))
+    d_up = error * silu
+    k0 = k2 = k
+    if rates.shape[-1] == 1:
+        d_gate, d_up = d_gate * rate0, d_up * rate2
+    else:
+        k0, k2 = k * rate0, k * rate2
+    return Weights(
+        _dot("...cf,...cd->...fd", d_gate, k0, k.dtype),
+        _dot("...cd,...cf->...df", v, silu * up * rate1, k.dtype),
+        _dot("...cf,...cd->...fd", d_up, k2, k.dtype),
+    )
+
+
+def newton_schulz(g: jax.Array, dtype: str) -> jax.Array:
+    """Five Newton-Schulz steps towards the orthogonal factor of g [..., rows, columns] float32.
+
+    With dtype "bfloat16" the input and every intermediate result are rounded to bfloat16, as in
+    the reference; by `reduce_precision`, which XLA may not take out as it may a pair of casts.
+    """
+    if g.shape[-2] > g.shape[-1]:
+        return newton_schulz(g.mT, dtype).mT
+    operand = jnp.dtype(dtype)
+
+    def low(x):
+        return lax.reduce_precision(x, 8, 7) if operand == jnp.bfloat16 else x
+
+    x = low(g)
+    norm = low(_norm(x.reshape(*x.shape[:-2], 1, -1)))
+    x = low(x / low(norm + 1e-7))
+
+    def iterate(x, coefficients):
+        a, b, c = coefficients
+        xx = low(_dot("...ij,...kj->...ik", x, x, operand))
+        y = low(low(b * xx) + low(_dot("...ij,...jk->...ik", low(c * xx), xx, operand)))
+        return low(low(a * x) + low(_dot("...ij,...jk->...ik", y, x, operand))), None
+
+    return lax.scan(iterate, x, jnp.asarray(NEWTON_SCHULZ))[0]
+
+
+def apply_update(
+    state: FastState,
+    sums: Weights,
+    momentum_mean: jax.Array | None,
+    norms: Weights,
+    options: Options,
+) -> FastState:
+    """The state after the update that `sums` and the mean momentum [..., H] of a chunk make.
+
+    norms: `row_norms` of the initial weights.
+    """
+    step, momentum = sums, None
+    if momentum_mean is not None:
+        mean = momentum_mean[..., None, None]
+        step = momentum = jax.tree.map(lambda d, last: d + mean * last, sums, state.momentum)
+    if options.muon is not None:
+        if options.fused:
+            both = newton_schulz(jnp.concatenate([step.w0, step.w2], -2), options.muon)
+            d0, d2 = jnp.split(both, 2, axis=-2)
+        else:
+            d0, d2 = (newton_schulz(d, options.muon) for d in (step.w0, step.w2))
+        step = Weights(d0, newton_schulz(step.w1, options.muon), d2)
+    base = jax.tree.map(jnp.add, state.accumulator if options.prenorm else state.weights, step)
+
+    def rescale(w, norm):
+        if options.fused and not options.prenorm:
+            return w * (norm * lax.rsqrt(jnp.sum(w * w, -1, keepdims=True) + EPS))
+        return w * (norm / (_norm(w) + EPS))
+
+    weights = jax.tree.map(rescale, base, norms)
+    return FastState(weights, momentum, base if options.prenorm else None)
+
+
+def lact_xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rates: jax.Array,
+    momentum: jax.Array | None,
+    weights: Weights,
+    *,
+    mask: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    carry: FastState | None = None,
+    options: Options = Options(),  # noqa: B008 (frozen)
+) -> tuple[jax.Array, FastState]:
+    """`lact` of api.py: a scan for the weights, then every chunk read with its own.
+
+    Both are recomputed in the backward pass from the weights of the chunks, so that no [T, F]
+    intermediate outlives a chunk.
+    """
+    num_batch, num_chunks = q.shape[:2]
+    mean = None
+    if momentum is not None:
+        live = jnp.ones((), bool) if mask is None else mask[:, :, None, :]
+        count = q.shape[3] if mask is None else jnp.maximum(live.sum(-1), 1)
+        mean = jnp.where(live, momentum, 0.0).sum(-1) / count
+    if mask is not None:
+        rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
+    norms = row_norms(weights)
+    fresh = jax.tree.map(
+        lambda w: jnp.broadcast_to(w, (num_batch, *w.shape[-3:])).astype(jnp.float32),
+        fresh_state(weights, momentum is not None, options),
+    )
+    state = fresh if carry is None else carry
+
+    def restart(again, state):
+        if again is None:
+            return state
+        again = again[:, None, None, None]
+        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
+
+    by_chunk = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
+    state = restart(None if reset is None else reset[:, 0], state)
+    first = jax.tree.map(lambda x: x[None], state)
+
+    @jax.checkpoint
+    def update(state, chunk):
+        k, v, rates, mean, again = chunk
+        sums = update_sums(state.weights, k, v, rates)
+        state = restart(again, apply_update(state, sums, mean, norms, options))
+        return state, state
+
+    @jax.checkpoint
+    def read(chunk):
+        return apply_fast_weights(*chunk)
+
+    if num_chunks == 1:
+        states, out = first, read((state.weights, q[:, 0]))[None]
+    else:
+        # The update after the last chunk is never made here: what follows may be nothing.
+        chunks = by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
+        again = None if reset is None else reset[:, 1:].T
+        _, later = lax.scan(update, state, (*chunks, again))
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, later)
+        out = lax.map(read, (states.weights, by_chunk(q)))
+    return jnp.moveaxis(out, 0, 1), by_chunk(states)

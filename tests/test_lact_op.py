@@ -1,0 +1,296 @@
+"""The LaCT op: every implementation against the specification, the goldens and its own laws."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refine_jax.kernels import lact as ops
+from refine_jax.kernels.lact.reference import newton_schulz_reference
+
+GOLDEN = pathlib.Path(
+    os.environ.get("REFINE_GOLDEN", pathlib.Path(__file__).parents[1] / "../shared/golden")
+)
+IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Arguments of one case."""
+
+    chunks: int = 3
+    batch: int = 2
+    heads: int = 2
+    chunk: int = 4
+    dim: int = 6
+    hidden: int = 6
+    rate_channels: int = 1
+    momentum: bool = True
+    masked: bool = False
+    resets: bool = False
+    carried: bool = False
+    options: ops.Options = ops.Options()
+
+
+SPECS = {
+    "one_chunk": Spec(chunks=1),
+    "plain": Spec(chunks=4, momentum=False, hidden=9),
+    "rate_channels": Spec(rate_channels=6),
+    "masked_reset": Spec(chunks=5, masked=True, resets=True),
+    "carried": Spec(carried=True, resets=True),
+    "prenorm": Spec(options=ops.Options(prenorm=True), masked=True, resets=True, carried=True),
+    "muon": Spec(options=ops.Options(muon="float32"), hidden=9),
+    "fused": Spec(options=ops.Options(muon="float32", fused=True), hidden=4),
+}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def make_weights(rng, spec, *lead):
+    fan = np.sqrt(spec.dim)
+    shapes = (spec.hidden, spec.dim), (spec.dim, spec.hidden), (spec.hidden, spec.dim)
+    draw = (rng.normal(size=(*lead, spec.heads, *shape)) / fan for shape in shapes)
+    return ops.Weights(*(jnp.asarray(w, jnp.float32) for w in draw))
+
+
+def make_arguments(spec, seed=0):
+    """(differentiable arguments, keyword arguments) of `lact` for a spec."""
+    rng = np.random.default_rng(seed)
+    slots = (spec.batch, spec.chunks, spec.heads, spec.chunk)
+    q, k = (unit(rng.normal(size=(*slots, spec.dim))) for _ in range(2))
+    v = rng.normal(size=(*slots, spec.dim))
+    rates = 0.1 * rng.uniform(size=(*slots, 3, spec.rate_channels))
+    momentum = rng.uniform(size=slots) if spec.momentum else None
+    arrays = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (q, k, v, rates, momentum))
+    keywords = {"options": spec.options}
+    if spec.masked:
+        keywords["mask"] = jnp.asarray(
+            rng.uniform(size=(spec.batch, spec.chunks, spec.chunk)) < 0.7
+        )
+    if spec.resets:
+        keywords["reset"] = jnp.asarray(rng.uniform(size=(spec.batch, spec.chunks)) < 0.4)
+    if spec.carried:
+        weights, momentum, accumulator = (make_weights(rng, spec, spec.batch) for _ in range(3))
+        keywords["carry"] = ops.FastState(
+            weights,
+            momentum if spec.momentum else None,
+            accumulator if spec.options.prenorm else None,
+        )
+    return (*arrays, make_weights(rng, spec)), keywords
+
+
+def relative_rms(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-30))
+
+
+def assert_close(got, expected, tolerance):
+    """Every leaf within `tolerance` relative RMS."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(expected)
+    assert jax.tree.structure(got) == tree
+    for (path, b), a in zip(flat, jax.tree.leaves(got), strict=True):
+        error = relative_rms(a, b)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.0e}"
+
+
+def value_and_gradients(arguments, keywords, implementation):
+    """Output, trace and the gradients of a fixed random weighting of both."""
+    mask = keywords.get("mask")
+
+    def run(arguments, carry):
+        out, trace = ops.lact(
+            *arguments, **(keywords | {"carry": carry}), implementation=implementation
+        )
+        if mask is not None:  # the output of masked slots is undefined
+            out = jnp.where(mask[:, :, None, :, None], out, 0)
+        return out, trace
+
+    @jax.jit
+    def both(cotangents, *inputs):
+        primal, pullback = jax.vjp(run, *inputs)
+        return primal, pullback(cotangents)
+
+    inputs = arguments, keywords.get("carry")
+    rng = np.random.default_rng(1)
+    cotangents = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(run, *inputs)
+    )
+    return both(cotangents, *inputs)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", SPECS)
+def test_matches_the_specification(name, implementation):
+    arguments, keywords = make_arguments(SPECS[name])
+    expected = value_and_gradients(arguments, keywords, "reference")
+    got = value_and_gradients(arguments, keywords, implementation)
+    # Newton-Schulz amplifies rounding.
+    assert_close(got, expected, 1e-4 if SPECS[name].options.muon else 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_operands(implementation):
+    spec = Spec(chunks=4, chunk=32, dim=16, hidden=16)
+    arguments, keywords = make_arguments(spec)
+    low = tuple(x.astype(jnp.bfloat16) for x in arguments[:3])
+    exact = tuple(x.astype(jnp.float32) for x in low)
+    expected = value_and_gradients((*exact, *arguments[3:]), keywords, "reference")
+    got = value_and_gradients((*low, *arguments[3:]), keywords, implementation)
+    (out, trace), gradients = got
+    assert out.dtype == gradients[0][0].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(trace)} == {jnp.dtype("float32")}
+    assert_close(got[0], expected[0], 0.006)
+    assert_close(got[1], expected[1], 0.008)
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
+    """T in {1, C-1, C, C+1, 3C+3}: whatever stands in masked slots, the tokens read the same."""
+    arguments, _ = make_arguments(Spec(chunks=5))
+    run = jax.jit(functools.partial(ops.lact, implementation=implementation))
+    expected, _ = run(*arguments, mask=jnp.ones((2, 5, 4), bool))
+    for length in (1, 3, 4, 5, 15):
+        mask = (np.arange(20) < length).reshape(5, 4)
+
+        def spoil(x, mask=mask):
+            inside = mask[:, None, :].reshape(5, 1, 4, *[1] * (x.ndim - 4))
+            return jnp.asarray(np.where(inside, x, np.float32(7)))
+
+        spoiled = jax.tree.map(spoil, arguments[:5])
+        out, _ = run(*spoiled, arguments[5], mask=jnp.asarray(np.stack([mask] * 2)))
+        for got, want in zip(
+            *(np.swapaxes(x, 2, 3)[:, mask] for x in (out, expected)), strict=True
+        ):
+            np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["rate_channels", "prenorm", "fused"])
+def test_continues_from_a_carried_state(name, implementation):
+    """Two chunks, their pending update by hand, the rest: as all chunks at once."""
+    spec = dataclasses.replace(SPECS[name], chunks=5, masked=False, resets=False, carried=False)
+    (*arrays, weights), keywords = make_arguments(spec)
+    keywords |= {"implementation": implementation}
+    expected = ops.lact(*arrays, weights, **keywords)
+    before, after = ([x[:, part] for x in arrays] for part in (slice(0, 2), slice(2, None)))
+    out, trace = ops.lact(*before, weights, **keywords)
+    last = jax.tree.map(lambda x: x[:, -1], trace)
+    k, v, rates, momentum = (x[:, -1] for x in before[1:])
+    sums = ops.update_sums(last.weights, k, v, rates)
+    norms = ops.row_norms(weights)
+    carry = ops.apply_update(last, sums, momentum.mean(-1), norms, spec.options)
+    rest = ops.lact(*after, weights, carry=carry, **keywords)
+    got = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), (out, trace), rest)
+    assert_close(got, expected, 1e-5)
+
+
+def test_zero_weights_and_keys_have_finite_gradients():
+    spec = Spec(chunks=3, options=ops.Options(muon="float32"))
+    (q, k, v, rates, momentum, weights), keywords = make_arguments(spec)
+    zeros = ops.Weights(*map(jnp.zeros_like, weights))
+    _, gradients = value_and_gradients((q, 0 * k, v, rates, momentum, zeros), keywords, "xla")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+def test_golden_newton_schulz():
+    path = GOLDEN / "ops" / "newton_schulz.npz"
+    if not path.exists():
+        pytest.skip(f"golden data not found: {path}")
+    golden = np.load(path)
+    for name in sorted({key.split("/")[0] for key in golden}):
+        given = jnp.asarray(golden[f"{name}/input"])
+        for function in (ops.newton_schulz, newton_schulz_reference):
+            run = jax.jit(function, static_argnums=1)
+            np.testing.assert_allclose(
+                run(given, "float32"), golden[f"{name}/output_f32"], atol=1e-5
+            )
+            # One unit in the last place of bfloat16 at the most, and almost everywhere none.
+            error = np.abs(run(given, "bfloat16") - golden[f"{name}/output_bf16"])
+            assert error.max() <= 2**-7 and np.mean(error > 1e-6) < 0.02, name
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_golden_op(implementation):
+    path = GOLDEN / "ops" / "lact_ttt.npz"
+    if not path.exists():
+        pytest.skip(f"golden data not found: {path}")
+    golden = np.load(path)
+    chunk = int(golden["chunk_size"])
+    length = golden["q"].shape[1]
+    chunks = -(-length // chunk)
+
+    def cut(x):  # [H, T, ...] -> [1, N, H, C, ...]
+        x = np.pad(x, ((0, 0), (0, chunks * chunk - length), (0, 0)))
+        return jnp.asarray(x.reshape(x.shape[0], chunks, chunk, -1).swapaxes(0, 1)[None])
+
+    def join(x):  # the way back
+        return np.asarray(x)[0].swapaxes(0, 1).reshape(x.shape[2], chunks * chunk, -1)[:, :length]
+
+    mask = (jnp.arange(chunks * chunk) < length).reshape(1, chunks, chunk)
+    q, k, v, *rates = (cut(golden[name]) for name in ("q", "k", "v", "lr0", "lr1", "lr2"))
+    given = q, k, v, jnp.stack(rates, -2), cut(golden["momentum"])[..., 0]
+    weights = ops.Weights(*(jnp.asarray(golden[name]) for name in ("w0", "w1", "w2")))
+    tags = sorted({key.split("/")[0] for key in golden if key.endswith("/out")})
+    assert tags
+    for tag in tags:
+        muon = "muonf32" in tag
+        options = ops.Options(
+            prenorm="pre" in tag, muon="float32" if muon else None, fused="fused" in tag
+        )
+
+        use_momentum = "momentum" in tag
+
+        def run(arrays, weights, options=options, use_momentum=use_momentum):
+            *arrays, momentum = arrays
+            return ops.lact(
+                *arrays,
+                momentum if use_momentum else None,
+                weights,
+                mask=mask,
+                options=options,
+                implementation=implementation,
+            )[0]
+
+        tolerance = 1e-4 if muon else 1e-5
+        if f"{tag}/grad_q" not in golden:
+            out = jax.jit(run)(given, weights)
+            np.testing.assert_allclose(join(out), golden[f"{tag}/out"], atol=tolerance, err_msg=tag)
+            continue
+
+        @jax.jit
+        def both(given, weights, run=run):
+            value, pullback = jax.vjp(run, given, weights)
+            return value, pullback(cut(golden["cotangent"]))
+
+        out, ((dq, dk, dv, d_rates, d_momentum), d_weights) = both(given, weights)
+        np.testing.assert_allclose(join(out), golden[f"{tag}/out"], atol=tolerance, err_msg=tag)
+        gradients = {"q": dq, "k": dk, "v": dv, "momentum": d_momentum[..., None]}
+        gradients |= {f"lr{i}": d_rates[..., i, :] for i in range(3)}
+        gradients = {name: join(x) for name, x in gradients.items()}
+        gradients |= d_weights._asdict()
+        for name, gradient in gradients.items():
+            expected = golden[f"{tag}/grad_{name}"]
+            error = relative_rms(gradient, expected)
+            assert error <= (2e-3 if muon else 2e-5), f"{tag} {name}: {error:.1e}"
+
+
+def test_bad_arguments_are_named():
+    arguments, _ = make_arguments(Spec())
+    q, k, v, rates, momentum, weights = arguments
+    for name in ("pallas_tpu", "pallas_gpu", "cuda"):
+        with pytest.raises(ValueError, match=name):
+            ops.lact(*arguments, implementation=name)
+    with pytest.raises(ValueError, match=r"^v must be \[2, 3, 2, 4, 6\]. Got: \[2, 2, 2, 4, 6\]"):
+        ops.lact(q, k, v[:, :2], rates, momentum, weights)
+    with pytest.raises(ValueError, match="w1 must be"):
+        ops.lact(q, k, v, rates, momentum, weights._replace(w1=weights.w1[..., :3, :]))
+    with pytest.raises(ValueError, match="E=2"):
+        ops.lact(q, k, v, jnp.concatenate([rates, rates], -1), momentum, weights)
+    with pytest.raises(ValueError, match="muon must be"):
+        ops.Options(muon="bf16")
