@@ -163,6 +163,14 @@ def test_a_higher_best_metric(tmp_path):
         assert manager.best_step() == 2
 
 
+def test_damaged_metrics_are_one_clear_message(tmp_path):
+    with open_manager(tmp_path, best_metric="loss") as manager:
+        manager.save(1, {"w": jnp.ones(2)}, metrics={"loss": 1.0}, force=True)
+    (tmp_path / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / '1'} is corrupt.*Delete"):
+        open_manager(tmp_path, best_metric="loss")
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "metadata", "data"])
 def test_a_damaged_checkpoint_is_one_clear_message(tmp_path, damage):
     state = make_state()

@@ -73,7 +73,7 @@ def damaged(folder: epath.PathLike, reason: Any, fix: str) -> CheckpointError:
     """The error for a checkpoint that is corrupt or incomplete, in one line."""
     if isinstance(reason, Exception):
         # Storage drivers chain every layer's status into one very long line.
-        text = " ".join(str(reason).split())
+        text = " ".join(str(reason).split()).split(" See full TensorStore details")[0]
         reason = f"{type(reason).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
     return CheckpointError(f"{folder} is corrupt or incomplete ({reason}). {fix}")
 

@@ -347,16 +347,29 @@ def _open(
                 keep_checkpoints_without_metrics=False,
             )
         )
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=quality if best_metric else None,
-            best_mode=best_mode,
-            create=write,
-            cleanup_tmp_directories=write,
-        ),
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=quality if best_metric else None,
+        best_mode=best_mode,
+        create=write,
+        cleanup_tmp_directories=write,
     )
+    try:
+        return ocp.CheckpointManager(directory, options=options)
+    except ValueError as error:  # Orbax reads the metrics of all steps.
+        step = _step_with_bad_metrics(directory)
+        if step is None:
+            raise
+        raise damaged(step, error, f"Delete {step}.") from None
+
+
+def _step_with_bad_metrics(directory: epath.Path) -> epath.Path | None:
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(read_text(path))
+        except ValueError:
+            return path.parent.parent
+    return None
 
 
 def _value(metrics: Mapping[str, float] | None, name: str | None) -> float | None:
