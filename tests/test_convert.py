@@ -174,6 +174,8 @@ def test_shards_dtypes_buffers_and_other_files(tmp_path, dtype, capsys):
     shards = {file.name: load_file(file) for file in (tmp_path / "back").glob("*.safetensors")}
     assert index["weight_map"] == {k: file for file, part in shards.items() for k in part}
     assert len(shards) > 2
+    modes = {file.stat().st_mode for file in (tmp_path / "back").iterdir()}
+    assert len(modes) == 1, "shards are as readable as the other files"
     assert all(sum(t.nbytes for t in part.values()) <= size for part in shards.values())
     assert_same_tensors(
         read_hf(tmp_path / "back").params["layers"]["mlp"]["up_proj"],

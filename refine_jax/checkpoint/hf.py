@@ -14,6 +14,7 @@ Nothing is transposed and no dtype is changed, so that both directions are exact
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,6 +174,9 @@ def write_hf(
         _write_shards(target, tensors, max_shard_bytes)
         copy_files(files or {}, target)
         write_text(target / CONFIG, config_json)
+        for file in target.glob("*.safetensors"):
+            # safetensors makes files that only their owner can read.
+            shutil.copymode(target / CONFIG, file)
     return len(tensors)
 
 
