@@ -1,0 +1,74 @@
+"""The ReFINE step against the truncated-prefix algorithm, which shares no fork with it."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny, tokens
+
+from refine_jax.config import RefineConfig
+from refine_jax.refine.step import Method
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+
+from truncated_prefix import TruncatedPrefixStep
+
+CONFIG = RefineConfig(
+    num_positions=2,
+    rollout_length=5,
+    rollouts_per_position=2,
+    edge_margin=6,
+    reward="hybrid",
+    lambda_rl=0.7,
+)
+EOS = 3
+
+
+def moments(values):
+    return {"mean": jnp.mean(values), "square": jnp.mean(values**2)}
+
+
+@pytest.mark.parametrize("name", ["lact", "deltanet"])
+def test_the_step_is_that_of_truncated_prefixes(name):
+    """From the same keys: positions, rollouts, rewards, loss and gradient."""
+    model, params = tiny(name)
+    ids = tokens(1, 1, 40)
+    keys = jax.random.split(jax.random.key(4), 1)
+
+    by_prefix = TruncatedPrefixStep(model, optax.sgd(0.1), CONFIG, eos_id=EOS)
+    experience = by_prefix.collect(params, ids, keys)
+    want_loss, want = by_prefix.gradient(params, ids, experience)
+    assert experience.valid.all()
+    assert not (experience.tokens == EOS).any()
+
+    method = Method(model, CONFIG, eos_id=EOS, max_documents=1)
+    count = jnp.float32(ids.size - len(ids))
+    by_fork = jax.jit(
+        jax.value_and_grad(
+            lambda p: method.loss(p, {"tokens": ids}, None, keys=keys, token_count=count),
+            has_aux=True,
+        )
+    )
+    (loss, metrics), got = by_fork(params)
+
+    for quantity, values in (("reward", experience.rewards), ("advantage", experience.advantages)):
+        for moment, value in moments(values).items():
+            np.testing.assert_allclose(metrics[f"{quantity}/{moment}"], value, atol=1e-5)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    total = optax.tree.norm(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        norm = jnp.linalg.norm(b)
+        assert jnp.linalg.norm(a - b) <= 1e-4 * jnp.maximum(norm, 1e-2 * total)
+    # The policy has its part in what was compared.
+    _, ntp_only = by_prefix.ntp_gradient(params, ids)
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, want, ntp_only)) > 0.05 * total
+
+
+def test_what_has_no_truncated_form_is_refused():
+    model, _ = tiny("deltanet")
+    with pytest.raises(ValueError, match="Got: objective='ntp'"):
+        TruncatedPrefixStep(model, optax.sgd(0.1), RefineConfig(objective="ntp"))
