@@ -160,12 +160,10 @@ def table(results: Mapping) -> str:
         ("validation mean reward", "validation_reward"),
     ):
         lines.append(_row(label, results[f"{name}_before"], results[f"{name}_after"]))
-    lines += ["", f"{'':28}{f'first {EDGE}':>12}{f'last {EDGE}':>12}{'change':>12}"]
-    lines.append(
-        _row(
-            "reward, ReFINE steps", results["mean_reward_first_10"], results["mean_reward_last_10"]
-        )
-    )
+    first, last = results["mean_reward_first_10"], results["mean_reward_last_10"]
+    if first is not None:
+        lines += ["", f"{'':28}{f'first {EDGE}':>12}{f'last {EDGE}':>12}{'change':>12}"]
+        lines.append(_row("reward, ReFINE steps", first, last))
     lines.append("")
     for label, seconds, count in (
         ("next-token step", "step_seconds_ntp", "ntp_steps"),

@@ -139,18 +139,9 @@ class _Loop:
 
     def run(self, interrupt: Interrupt) -> dict:
         """From the latest checkpoint, or the start, to the end."""
-        train, start = self.config.train, self.parts.start
+        train = self.config.train
         self.workdir.mkdir(parents=True, exist_ok=True)
-        with CheckpointManager(
-            self.workdir / CHECKPOINTS,
-            save_every=train.checkpoint_every,
-            keep=train.keep_checkpoints,
-            best_metric=train.best_metric,
-            best_mode="min" if train.best_metric == "loss" else "max",
-            config_json=start.config_json,
-            run_config=self.config.to_dict(),
-            files=start.files,
-        ) as manager:
+        with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
             with Monitor(
@@ -166,17 +157,32 @@ class _Loop:
             return {"interrupted": interrupt.signal, "step": int(state.step)}
         return self.report(state, monitor.history)
 
+    def open_checkpoints(self) -> CheckpointManager:
+        """The checkpoints of this run; makes their folder."""
+        train, start = self.config.train, self.parts.start
+        return CheckpointManager(
+            self.workdir / CHECKPOINTS,
+            save_every=train.checkpoint_every,
+            keep=train.keep_checkpoints,
+            best_metric=train.best_metric,
+            best_mode="min" if train.best_metric == "loss" else "max",
+            config_json=start.config_json,
+            run_config=self.config.to_dict(),
+            files=start.files,
+        )
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        params = initial_params(self.parts.model, self.parts.start, self.config)
+        return TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Steps done, the state after them, and the batches that follow."""
 
-        def create(params):
-            return TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
-
-        make = lambda: create(initial_params(self.parts.model, self.parts.start, self.config))  # noqa: E731
         batches = iter(self.parts.training)
         if not manager.steps():
-            return 0, make(), batches
-        restored = manager.restore_latest(jax.eval_shape(make))
+            return 0, self.initial_state(), batches
+        restored = manager.restore_latest(jax.eval_shape(self.initial_state))
         batches.set_state(restored.data_state)
         return restored.step, restored.state, batches
 
