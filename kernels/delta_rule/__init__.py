@@ -1,0 +1,5 @@
+"""The delta rule of DeltaNet and Gated DeltaNet: `delta_rule`, and `delta_step` for decoding."""
+
+from refine_jax.kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule, delta_step
+
+__all__ = ["IMPLEMENTATIONS", "delta_rule", "delta_step"]

@@ -1,0 +1,143 @@
+"""The delta rule op: every implementation against the reference, and both against golden data."""
+
+import functools
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refine_jax.kernels.delta_rule import IMPLEMENTATIONS, delta_rule, delta_step
+from refine_jax.kernels.delta_rule.specs import TEST_SPECS
+from refine_jax.kernels.delta_rule.xla import invert_unit_lower
+
+# Relative RMS error of values and of gradients.
+TOLERANCES = {"float32": (1e-5, 1e-5), "bfloat16": (0.006, 0.008)}
+
+
+def relative_rms(got, want):
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    return np.sqrt(np.mean((got - want) ** 2) / max(np.mean(want**2), 1e-30))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "options"))
+def values_and_gradients(arrays, weights, implementation, options):
+    """Outputs, and gradients of a random weighted sum of all of them."""
+    fixed = {name: x for name, x in arrays.items() if name == "document"}
+    moving = {name: x for name, x in arrays.items() if name != "document"}
+
+    def loss(moving):
+        outs = delta_rule(**moving, **fixed, **dict(options), implementation=implementation)
+        outs = [x.astype(jnp.float32) for x in outs if x is not None]
+        return sum(jnp.vdot(x, w) for x, w in zip(outs, weights, strict=False)), outs
+
+    gradients, outs = jax.grad(loss, has_aux=True)(moving)
+    return outs, gradients
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("spec", TEST_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"reference"}))
+def test_implementation_equals_reference(implementation, spec, dtype):
+    arrays, options = spec.arguments(dtype)
+    options = tuple(sorted(options.items()))
+    exact = {name: x if name == "document" else x.astype(jnp.float32) for name, x in arrays.items()}
+    call = functools.partial(delta_rule, **exact, **dict(options), implementation="reference")
+    shapes = [x.shape for x in jax.eval_shape(call) if x is not None]
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    weights = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+    want, want_gradients = values_and_gradients(exact, weights, "reference", options)
+    got, gradients = values_and_gradients(arrays, weights, implementation, options)
+    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
+    assert len(got) == len(want) == (2 if spec.save_every is None else 3)
+    for x, y in zip(got, want, strict=True):
+        assert relative_rms(x, y) < value_tolerance
+    for name, gradient in want_gradients.items():
+        assert gradients[name].dtype == arrays[name].dtype
+        assert relative_rms(gradients[name], gradient) < gradient_tolerance, name
+
+
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize(
+    "case", ["delta", "delta_initial", "delta_negeig", "gated", "gated_initial"]
+)
+def test_golden(case, implementation):
+    golden = goldens.load_arrays("ops", "delta_rule.npz")
+    want = goldens.subtree(golden, case)
+    gated, initial = case.startswith("gated"), case.endswith("initial")
+    arrays = {name: golden[name] for name in ("q", "k", "v", "beta")}
+    arrays |= {"g": golden["g"]} if gated else {}
+    if case == "delta_negeig":
+        arrays["beta"] = 2 * arrays["beta"]
+
+    def loss(arrays):
+        q, k = (x / jnp.sqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6) for x in
+                (arrays["q"], arrays["k"]))  # fmt: skip
+        out, final, _ = delta_rule(
+            q,
+            k,
+            arrays["v"],
+            arrays["beta"],
+            arrays.get("g"),
+            initial_state=golden["initial_state"] if initial else None,
+            chunk_size=16,
+            implementation=implementation,
+        )
+        return jnp.vdot(out, golden["cotangent"]), (out, final)
+
+    gradients, (out, final) = jax.jit(jax.grad(loss, has_aux=True))(arrays)
+    np.testing.assert_allclose(out, want["out"], atol=1e-5)
+    np.testing.assert_allclose(final, want["final_state"], atol=1e-5)
+    for name in want:
+        if name.startswith("grad_"):
+            np.testing.assert_allclose(gradients[name[5:]], want[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["value_groups", "ungated_17"])
+def test_steps_equal_the_sequence(name):
+    spec = next(spec for spec in TEST_SPECS if spec.name == name)
+    arrays, options = spec.arguments()
+    want, final, _ = delta_rule(**arrays, **options, implementation="reference")
+    state = arrays.pop("initial_state", jnp.zeros_like(final))
+    step = jax.jit(delta_step)
+    for t in range(spec.tokens):
+        out, state = step(**{key: x[:, t] for key, x in arrays.items()}, state=state)
+        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+    np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+def test_state_alone():
+    spec = next(spec for spec in TEST_SPECS if spec.name == "gated_documents")
+    arrays, options = spec.arguments()
+    _, want, _ = delta_rule(**arrays, **options)
+    for implementation in IMPLEMENTATIONS:
+        out, final, _ = delta_rule(**arrays | {"q": None}, **options, implementation=implementation)
+        assert out is None
+        np.testing.assert_allclose(final, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 128])
+def test_inverse_of_nearly_singular_systems(size):
+    # Equal keys and beta near 2: entries of `a` near 2, whose powers overflow float32 at this size.
+    noise = np.random.default_rng(0).standard_normal((3, size, size))
+    a = np.tril(1.95 + 0.02 * noise, -1)
+    got = np.asarray(invert_unit_lower(jnp.asarray(a, jnp.float32)), np.float64)
+    want = np.linalg.inv(np.eye(size) + a)
+    assert relative_rms(got, want) < 1e-5
+
+
+def test_errors_name_what_was_got():
+    arrays, _ = TEST_SPECS[0].arguments()
+    with pytest.raises(ValueError, match=r"no Pallas kernels.*'pallas_tpu'"):
+        delta_rule(**arrays, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        delta_rule(**arrays, implementation="fast")
+    with pytest.raises(ValueError, match=r"beta must have shape .* Got: \(2, 1\)"):
+        delta_rule(**arrays | {"beta": arrays["beta"][..., 0]})
+    with pytest.raises(ValueError, match="multiple of H"):
+        delta_rule(**arrays | {"v": arrays["v"][:, :, :1]})
+    with pytest.raises(ValueError, match=r"power of two.*48"):
+        delta_rule(**arrays, chunk_size=48)
+    with pytest.raises(ValueError, match="save_every=40"):
+        delta_rule(**arrays, chunk_size=16, save_every=40)
