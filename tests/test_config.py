@@ -148,11 +148,3 @@ def test_full_size_configs_carry_the_papers_numbers(name):
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.01, 0.2)
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert (refine.objective, refine.reward, refine.kl_coef) == ("refine", "cosine", 0.0)
-
-
-def test_readme_lists_every_field():
-    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
-    config = Config.from_dict(valid())
-    for section in dataclasses.fields(config):
-        for field in dataclasses.fields(getattr(config, section.name)):
-            assert f"`{section.name}.{field.name}`" in readme

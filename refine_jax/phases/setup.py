@@ -85,14 +85,25 @@ def load_start(config: ModelConfig, workdir: Path) -> Start:
 
 
 def make_model(start: Start, config: ModelConfig) -> Model:
-    """The model, computing as the configuration says."""
+    """The model, computing as the configuration says.
+
+    Raises:
+      ConfigError: The configured implementation cannot run this model.
+    """
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     policy = ComputePolicy(
         compute_dtype=config.compute_dtype or default,
         remat=config.remat,
         implementation=config.implementation,
     )
-    return Model(model_config(dict(start.fields)), policy)
+    model = Model(model_config(dict(start.fields)), policy)
+    if config.implementation is not None:
+        try:
+            tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+            jax.eval_shape(model.forward, model.abstract_params(), tokens)
+        except ValueError as error:
+            raise ConfigError(f"config.model.implementation: {error}") from error
+    return model
 
 
 def initial_params(model: Model, start: Start, config: Config) -> Params:
