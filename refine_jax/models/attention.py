@@ -1,0 +1,198 @@
+"""Causal softmax attention over a window of tokens: for whole rows, and for continued states.
+
+Query i sees the keys i - window + 1 ... i of its own document. Letters: B batch, A attention heads,
+T tokens, hd head dim, R forks of a sequence, S new tokens, W window.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.models.layout import Layout
+
+_MASKED = -1e30  # finite: a row that sees nothing must not become NaN
+_QUERY_BLOCK = 256
+
+
+def window_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, layout: Layout | None = None
+) -> jax.Array:
+    """Causal attention of whole rows, exact, in time and memory linear in T.
+
+    q, k, v: [B, A, T, hd] in one dtype; scores are scaled by hd^-0.5, the softmax is float32.
+    layout: documents do not see each other, and padding is not seen; its own output is 0.
+    Returns [B, A, T, hd] in the dtype of q.
+    """
+    num_tokens = q.shape[2]
+    block = min(_QUERY_BLOCK, max(window, 64), num_tokens)
+    ids = None
+    if layout is not None:
+        ids = jnp.where(layout.mask, layout.document, 0)
+    pad = -num_tokens % block
+    if pad:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
+        ids = None if ids is None else jnp.pad(ids, ((0, 0), (0, pad)))
+    return _attend(q, k, v, ids, min(window, num_tokens), block)[:, :, :num_tokens]
+
+
+def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum in the dtype of `b`, accumulated in float32."""
+    return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _visible(start, size: int, window: int, ids) -> jax.Array:
+    """Which keys, from start - window + 1 on, the queries of a block see; [1 or B, 1, q, k]."""
+    query = jnp.arange(size)[:, None]
+    key = jnp.arange(size + window - 1)[None] - (window - 1)  # both relative to the block's start
+    seen = (key <= query) & (query - key < window) & (start + key >= 0)
+    if ids is None:
+        return seen[None, None]
+    at_query = lax.dynamic_slice_in_dim(ids, start + window - 1, size, axis=1)[:, :, None]
+    at_key = lax.dynamic_slice_in_dim(ids, start, size + window - 1, axis=1)[:, None]
+    return (seen & (at_query == at_key) & (at_query > 0))[:, None]
+
+
+def _front_pad(x, rows: int, axis: int):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (rows, 0)
+    return jnp.pad(x, widths)
+
+
+def _to_blocks(x, block: int):
+    """[B, A, T, ...] -> [T / block, B, A, block, ...]."""
+    blocks = x.reshape(*x.shape[:2], -1, block, *x.shape[3:])
+    return jnp.moveaxis(blocks, 2, 0)
+
+
+def _from_blocks(x):
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q, k, v, ids, window: int, block: int):
+    return _attend_forward(q, k, v, ids, window, block)[0]
+
+
+def _attend_forward(q, k, v, ids, window, block):
+    """A scan over blocks of queries; each looks at the slab of keys that its window can reach."""
+    before = window - 1
+    keys, values = (_front_pad(x, before, 2) for x in (k, v))
+    padded_ids = None if ids is None else _front_pad(ids, before, 1)
+    scale = q.shape[-1] ** -0.5
+
+    def attend_block(start, queries):
+        slab = [lax.dynamic_slice_in_dim(x, start, block + before, axis=2) for x in (keys, values)]
+        seen = _visible(start, block, window, padded_ids)
+        scores = jnp.where(seen, scale * _product("baqh,bakh->baqk", queries, slab[0]), _MASKED)
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
+        total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        out = _product("baqk,bakh->baqh", weights, slab[1]) / total
+        return start + block, (out.astype(q.dtype), (top + jnp.log(total))[..., 0])
+
+    _, (out, log_total) = lax.scan(attend_block, 0, _to_blocks(q, block))
+    out = _from_blocks(out)
+    return out, (q, k, v, ids, out, _from_blocks(log_total))
+
+
+def _attend_backward(window, block, residuals, cotangent):
+    """Recomputes the probabilities of a block from its log normaliser."""
+    q, k, v, ids, out, log_total = residuals
+    before = window - 1
+    keys, values = (_front_pad(x, before, 2) for x in (k, v))
+    padded_ids = None if ids is None else _front_pad(ids, before, 1)
+    scale = q.shape[-1] ** -0.5
+    cotangent = cotangent.astype(q.dtype)
+    delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), -1)
+
+    def add_slab(total, part, start):
+        old = lax.dynamic_slice_in_dim(total, start, block + before, axis=2)
+        return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
+
+    def block_gradients(carry, inputs):
+        start, dk, dv = carry
+        queries, d_out, delta, log_total = inputs
+        slab_k, slab_v = (
+            lax.dynamic_slice_in_dim(x, start, block + before, axis=2) for x in (keys, values)
+        )
+        seen = _visible(start, block, window, padded_ids)
+        scores = scale * _product("baqh,bakh->baqk", queries, slab_k)
+        weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
+        d_weights = _product("baqh,bakh->baqk", d_out, slab_v)
+        d_scores = scale * weights * (d_weights - delta[..., None])
+        dq = _product("baqk,bakh->baqh", d_scores, slab_k)
+        dk = add_slab(dk, _product("baqk,baqh->bakh", d_scores, queries), start)
+        dv = add_slab(dv, _product("baqk,baqh->bakh", weights, d_out), start)
+        return (start + block, dk, dv), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(keys.shape, jnp.float32)
+    inputs = tuple(_to_blocks(x, block) for x in (q, cotangent, delta, log_total))
+    (_, dk, dv), dq = lax.scan(block_gradients, (0, zeros, zeros), inputs)
+    dk, dv = (x[:, :, before:].astype(k.dtype) for x in (dk, dv))
+    return _from_blocks(dq), dk, dv, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def ring_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ring_k: jax.Array,
+    ring_v: jax.Array,
+    cursor: jax.Array,
+    position: jax.Array,
+) -> jax.Array:
+    """Attention of S new tokens to themselves and to the tokens that a decode state remembers.
+
+    q, k, v: [B, R, A, S, hd], the new tokens. ring_k, ring_v: [B, R, A, W, hd], the last W tokens
+    of the document in ring order; the newest stands before slot `cursor` [B, R]. position: [B, R],
+    tokens of the document so far; slots that hold none of them are not seen. W is the window.
+    Returns [B, R, A, S, hd] in the dtype of q.
+    """
+    num_new, window = q.shape[3], ring_k.shape[3]
+    scale = q.shape[-1] ** -0.5
+    index = jnp.arange(num_new)
+    age = (cursor[..., None] - 1 - jnp.arange(window)) % window  # [B, R, W]; 0 is the newest
+    distance = index[:, None] + 1 + age[..., None, :]  # [B, R, S, W]
+    in_ring = (age < position[..., None])[..., None, :] & (distance < window)
+    back = index[:, None] - index[None]
+    in_new = (back >= 0) & (back < window)
+    scores = jnp.concatenate(
+        [
+            jnp.where(
+                in_ring[:, :, None], _product("brash,brawh->brasw", q, ring_k) * scale, _MASKED
+            ),
+            jnp.where(in_new, _product("brash,brath->brast", q, k) * scale, _MASKED),
+        ],
+        axis=-1,
+    )
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = _product("brasw,brawh->brash", weights[..., :window], ring_v)
+    out = out + _product("brast,brath->brash", weights[..., window:], v)
+    return out.astype(q.dtype)
+
+
+def push_to_ring(ring: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
+    """`ring` [B, R, A, W, hd] after `new` [B, R, A, S, hd] is written from slot `cursor` [B, R] on.
+
+    The next cursor is (cursor + S) % W, also where S > W and only the last W tokens stay.
+    """
+    window, num_new = ring.shape[3], new.shape[3]
+    if num_new > window:
+        cursor = (cursor + num_new - window) % window
+        new = new[..., -window:, :]
+
+    def write(ring, new, cursor):  # [A, W, hd], [A, S, hd], []
+        if num_new == 1:
+            return lax.dynamic_update_slice_in_dim(ring, new, cursor, axis=1)
+        slots = (cursor + jnp.arange(new.shape[1])) % window
+        return ring.at[:, slots].set(new, unique_indices=True)
+
+    return jax.vmap(jax.vmap(write))(ring, new.astype(ring.dtype), cursor)
