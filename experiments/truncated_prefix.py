@@ -31,7 +31,7 @@ from refine_jax.refine.step import Experience
 
 
 class TruncatedPrefixStep:
-    """The phases of one update of `rows` rows [B, T]; each prefix is a program of its own length.
+    """One update of rows [B, T]; programs are compiled for the length of each prefix.
 
     All sizes are as in the package: c positions, n rollouts each, R = c * n, k tokens a rollout.
     Raises ValueError for an objective other than `refine` and for a KL term.
@@ -88,19 +88,28 @@ class TruncatedPrefixStep:
     ) -> tuple[jax.Array, Params]:
         """Total loss and its gradient, accumulated prefix by prefix."""
         total, gradients = self.ntp_gradient(params, tokens)
-        for row, fork in np.ndindex(experience.starts.shape):
-            prefix = tokens[row : row + 1, : int(experience.starts[row, fork])]
-            rollout = experience.tokens[row, fork][None]
+        sequences = self.sequences(tokens, experience.starts, experience.tokens)
+        forks = np.ndindex(experience.starts.shape)
+        for (row, fork), sequence in zip(forks, sequences, strict=True):
             gradients, total = self.add_policy_gradient(
                 (gradients, total),
                 params,
-                jnp.concatenate([prefix, rollout], axis=1),
+                sequence,
                 experience.old_log_probs[row, fork][None],
                 experience.advantages[row, fork][None, None],
                 experience.valid[row, fork][None],
                 experience.valid,
             )
         return total, gradients
+
+    def sequences(
+        self, tokens: jax.Array, starts: jax.Array, rollouts: jax.Array
+    ) -> list[jax.Array]:
+        """The prefixes with their rollouts [B, R, k]: B * R arrays [1, S + k]."""
+        return [
+            jnp.append(tokens[row, : int(starts[row, fork])], rollouts[row, fork])[None]
+            for row, fork in np.ndindex(starts.shape)
+        ]
 
     def __call__(
         self, params: Params, opt_state, tokens: jax.Array, keys: jax.Array

@@ -1,0 +1,111 @@
+"""Time and state of generation after contexts of different lengths.
+
+    python experiments/bench_decode.py --model=lact --json
+
+The context is read in blocks by `extend`; from the state after 1K, 4K, 16K and 64K tokens, tokens
+are generated greedily one at a time, the same number from each, in turns; medians are reported.
+For LaCT that includes the fast-weight update that is due after each whole chunk. Re-running the
+whole prefix, as the published code generates, means a forward pass over 16K tokens for one token.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from harness import medians, parser, report, small_model, tree_bytes
+from jax import lax
+
+from refine_jax.models.head import logits
+from refine_jax.models.transformer import Model, Params, State
+
+CONTEXTS = (1024, 4096, 16384, 65536)
+RERUN = 16384
+BLOCK = 1024
+
+
+def states_after(model: Model, params: Params, tokens: jax.Array) -> dict[int, State]:
+    """Decode states after each of CONTEXTS tokens of `tokens` [1, 1, T]."""
+    extend = jax.jit(lambda params, block, state: model.extend(params, block, state)[1])
+    state = model.init_state(params, (1, 1))
+    states = {}
+    for at in range(0, max(CONTEXTS), BLOCK):
+        state = extend(params, tokens[:, :, at : at + BLOCK], state)
+        if at + BLOCK in CONTEXTS:
+            states[at + BLOCK] = state
+    return states
+
+
+def make_generate(model: Model, count: int):
+    """`generate(params, token [1, 1, 1], state)` -> `count` greedy tokens."""
+
+    @jax.jit
+    def generate(params: Params, token: jax.Array, state: State) -> jax.Array:
+        head = model.head(params)
+
+        def step(carry, _):
+            token, state = carry
+            hidden, state = model.extend(params, token, state)
+            token = jnp.argmax(logits(hidden, head), axis=-1).astype(jnp.int32)
+            return (token, state), token[0, 0, 0]
+
+        return lax.scan(step, (token, state), None, length=count)[1]
+
+    return generate
+
+
+def make_rerun(model: Model):
+    """`rerun(params, tokens [1, T])` -> the next greedy token by a pass over the whole prefix."""
+
+    @jax.jit
+    def rerun(params: Params, tokens: jax.Array) -> jax.Array:
+        hidden, _ = model.forward(params, tokens)
+        return jnp.argmax(logits(hidden[:, -1], model.head(params)), axis=-1)
+
+    return rerun
+
+
+def main():
+    """Measure and print."""
+    flags = parser(__doc__)
+    flags.add_argument("--generate", type=int, default=64, help="tokens generated per repeat")
+    args = flags.parse_args()
+    model = small_model(args.model)
+    params = model.init(jax.random.key(0))
+    shape = (1, 1, max(CONTEXTS))
+    tokens = jax.random.randint(jax.random.key(1), shape, 3, model.config.vocab_size)
+
+    states = states_after(model, params, tokens)
+    generate = make_generate(model, args.generate)
+    runs = {
+        context: functools.partial(generate, params, tokens[:, :, :1], state)
+        for context, state in states.items()
+    }
+    rerun = functools.partial(make_rerun(model), params, tokens[0, :, :RERUN])
+    times = medians(runs, args.repeats)
+    rerun_s = medians({"rerun": rerun}, args.repeats)["rerun"]
+
+    per_token = {context: times[context] / args.generate for context in CONTEXTS}
+    state_bytes = {context: tree_bytes(states[context]) for context in CONTEXTS}
+    result = {
+        "contexts": list(CONTEXTS),
+        "seconds_per_token": list(per_token.values()),
+        "state_bytes": list(state_bytes.values()),
+        "flatness": max(per_token.values()) / min(per_token.values()),
+        "speedup_over_rerun_16k": rerun_s / per_token[RERUN],
+    }
+    lines = [
+        f"{context:>6} tokens: {per_token[context] * 1e3:7.3f} ms a token, "
+        f"state {state_bytes[context] / 2**20:.2f} MiB"
+        for context in CONTEXTS
+    ]
+    lines.append(
+        f"slowest / fastest {result['flatness']:.3f}; re-running {RERUN} tokens takes "
+        f"{rerun_s:.3f} s, {result['speedup_over_rerun_16k']:.0f} x a token"
+    )
+    report(result, lines, args.json)
+
+
+if __name__ == "__main__":
+    main()
