@@ -68,7 +68,7 @@ def make_rerun(model: Model):
 
 def main():
     """Measure and print."""
-    flags = parser(__doc__)
+    flags = parser(__doc__, repeats=15)
     flags.add_argument("--generate", type=int, default=64, help="tokens generated per repeat")
     args = flags.parse_args()
     model = small_model(args.model)

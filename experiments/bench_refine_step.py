@@ -108,7 +108,7 @@ class TruncatedStep:
 
 def main():
     """Measure and print."""
-    flags = parser(__doc__)
+    flags = parser(__doc__, repeats=5)
     flags.add_argument("--tokens", type=int, default=4096, help="tokens of the row")
     args = flags.parse_args()
     model = small_model(args.model)

@@ -37,11 +37,15 @@ def small_model(name: str) -> Model:
     return Model(model_config(SMALL_MODELS[name] | sizes), ComputePolicy(compute_dtype=dtype))
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, *, repeats: int) -> argparse.ArgumentParser:
     """Flags that all benchmarks of models take."""
-    flags = argparse.ArgumentParser(description=description)
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("--model", choices=sorted(SMALL_MODELS), default="lact")
-    flags.add_argument("--repeats", type=int, default=5, help="timed repeats; medians are reported")
+    flags.add_argument(
+        "--repeats", type=int, default=repeats, help="timed repeats; medians are reported"
+    )
     flags.add_argument("--json", action="store_true", help="print one JSON line last")
     return flags
 
