@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 # Diagonal blocks up to this size are inverted by full masked products, larger ones blockwise.
-_INVERSE_BASE = 8
+_INVERSE_BASE = 16
 
 
 def delta_rule_xla(

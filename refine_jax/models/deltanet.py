@@ -1,0 +1,348 @@
+"""The DeltaNet and Gated DeltaNet mixers (golden README, section 6).
+
+Letters: B batch, T tokens, D model dim, H key heads, Hv value heads, K key dim, V value dim,
+W convolution taps, R forks of a sequence, S new tokens, N tokens between two saved states.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from refine_jax.kernels.delta_rule import delta_rule, delta_step
+from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
+from refine_jax.models.layers import Linear, RMSNorm, l2_norm_fla
+from refine_jax.models.layout import Layout
+
+_CHUNK = 64
+
+
+class DeltaTrace(NamedTuple):
+    """What forks need of a forward pass.
+
+    x: [B, T, D], the mixer's input, for the last inputs of the convolutions. k: [B, T, H, K] and
+    v: [B, T, Hv, V] as the delta rule reads them; beta, log_decay: [B, T, Hv] (log_decay None in
+    DeltaNet), 0 at padding. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
+    """
+
+    x: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    log_decay: jax.Array | None
+    states: jax.Array
+
+
+class DeltaState(NamedTuple):
+    """A decode state; its size does not depend on the tokens seen.
+
+    memory: [B, R, Hv, K, V] float32. tails: the last W - 1 inputs of the convolutions of q, k and
+    v, [B, R, W - 1, channels] each; None without convolutions.
+    """
+
+    memory: jax.Array
+    tails: tuple[jax.Array, jax.Array, jax.Array] | None
+
+
+class ShortConv(nnx.Module):
+    """Depthwise causal convolution with `weight` [channels, 1, W]; the last tap is the present."""
+
+    def __init__(self, channels: int, taps: int, *, rngs: nnx.Rngs):
+        # The bound of PyTorch's Conv1d: outputs of the order of the inputs.
+        bound, shape = 1 / math.sqrt(taps), (channels, 1, taps)
+        self.weight = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
+        )
+
+    def __call__(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
+        """Convolve `x` [..., W - 1 + T, channels], whose first W - 1 tokens come before.
+
+        position: [..., T] int32, index of the tokens within their document: taps do not reach
+        before its start. Returns [..., T, channels].
+        """
+        weight = self.weight[...]
+        taps = weight.shape[-1]
+        tokens = x.shape[-2] - (taps - 1)
+        y = 0.0
+        for tap in range(taps):
+            term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
+            if position is not None:
+                term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
+            y = y + term
+        return y.astype(x.dtype)
+
+
+class DeltaNetMixer(nnx.Module):
+    """DeltaNet's layer between norm and residual; the mixer protocol of transformer.py."""
+
+    def __init__(
+        self,
+        config: DeltaNetConfig | GatedDeltaNetConfig,
+        *,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.implementation = implementation
+        size, value_heads = config.hidden_size, config.num_value_heads
+        keys, values = config.num_heads * config.key_dim, value_heads * config.value_dim
+        self.q_proj = Linear(size, keys, rngs=rngs)
+        self.k_proj = Linear(size, keys, rngs=rngs)
+        self.v_proj = Linear(size, values, rngs=rngs)
+        if config.use_short_conv:
+            self.q_conv1d = ShortConv(keys, config.conv_size, rngs=rngs)
+            self.k_conv1d = ShortConv(keys, config.conv_size, rngs=rngs)
+            self.v_conv1d = ShortConv(values, config.conv_size, rngs=rngs)
+        self.b_proj = Linear(size, value_heads, rngs=rngs) if self._learns_beta else None
+        self.g_proj = Linear(size, values, rngs=rngs) if config.use_gate else None
+        self.o_norm = RMSNorm(config.value_dim, config.norm_eps)
+        self.o_proj = Linear(values, size, rngs=rngs)
+
+    # What the two mixers do differently
+
+    @property
+    def _learns_beta(self) -> bool:
+        return self.config.use_beta
+
+    @property
+    def _activation(self) -> str:
+        return self.config.qk_activation
+
+    @property
+    def _norm(self) -> str:
+        return self.config.qk_norm
+
+    def _log_decay(self, x: jax.Array) -> jax.Array | None:
+        """Log of the decay [..., Hv] float32; None where nothing decays."""
+        del x
+
+    # What forward and extend share
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def _convolve(self, inputs, position=None):
+        """Convolutions of (q, k, v), which begin with the W - 1 inputs before the first token."""
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        return tuple(c(x, position) for c, x in zip(convolutions, inputs, strict=True))
+
+    def _heads(self, q, k, v):
+        """Activations, heads and norms: q, k [..., H, K] and v [..., Hv, V]."""
+        config = self.config
+
+        def key_heads(x):
+            if self._activation == "silu":
+                x = jax.nn.silu(x)
+            elif self._activation == "relu":
+                x = jax.nn.relu(x)
+            elif self._activation == "elu":
+                x = jax.nn.elu(x) + 1
+            x = x.reshape(*x.shape[:-1], config.num_heads, config.key_dim)
+            return l2_norm_fla(x) if self._norm == "l2" else _sum_norm(x)
+
+        v = jax.nn.silu(v).reshape(*v.shape[:-1], config.num_value_heads, config.value_dim)
+        return key_heads(q), key_heads(k), v
+
+    def _beta(self, x: jax.Array) -> jax.Array:
+        """Writing strengths [..., Hv] float32."""
+        if self.b_proj is None:
+            beta = jnp.ones((*x.shape[:-1], self.config.num_value_heads), jnp.float32)
+        else:
+            beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+        return 2 * beta if self.config.allow_neg_eigval else beta
+
+    def _output(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """Norm per head, gate and output projection of out [..., Hv, V]."""
+        out = self.o_norm(out)
+        if self.g_proj is not None:
+            out = out * jax.nn.silu(self.g_proj(x)).reshape(out.shape)
+        return self.o_proj(out.reshape(*out.shape[:-2], -1))
+
+    @property
+    def _save_every(self) -> int:
+        """N: saved states then take no more memory than float32 values would."""
+        return _CHUNK * -(-self.config.key_dim // _CHUNK)
+
+    # The mixer protocol
+
+    @staticmethod
+    def plan(config, layout: Layout | None, shape: tuple[int, int]) -> None:
+        """Nothing that the layers would share."""
+        del config, layout, shape
+
+    def forward(
+        self, x: jax.Array, layout: Layout | None, plan: None
+    ) -> tuple[jax.Array, DeltaTrace]:
+        """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace."""
+        del plan
+        projected = self._project(x)
+        if self.config.use_short_conv:
+            before = ((0, 0), (self.config.conv_size - 1, 0), (0, 0))
+            position = None if layout is None else layout.position
+            projected = self._convolve([jnp.pad(p, before) for p in projected], position)
+        q, k, v = self._heads(*projected)
+        beta, log_decay = self._beta(x), self._log_decay(x)
+        if layout is not None:
+            k, beta, log_decay = _keep(layout.mask, k, beta, log_decay)
+        out, _, states = delta_rule(
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            document=None if layout is None else layout.document,
+            chunk_size=_CHUNK,
+            save_every=self._save_every,
+            implementation=self.implementation,
+        )
+        return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
+
+    def fork(
+        self,
+        trace: DeltaTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+        horizon: int | None = None,
+    ) -> DeltaState:
+        """Decode states after the first `positions` [B, R] slots of the rows.
+
+        Takes the state saved before the block of N tokens that a position lies in, and replays the
+        tokens of that block that belong to the position's document, for all forks at once.
+        """
+        del plan, horizon
+        tokens, block_size = trace.k.shape[1], self._save_every
+        block = (jnp.maximum(positions, 1) - 1) // block_size
+        slot = block[..., None] * block_size + jnp.arange(block_size)
+        replayed = slot < positions[..., None]
+        memory = _take(trace.states, block)
+        if layout is None:
+            last, count = positions - 1, positions
+        else:
+            document = _take(layout.document, jnp.maximum(positions - 1, 0))
+            of_slot = _take(layout.document, jnp.minimum(slot, tokens - 1))
+            replayed &= of_slot == document[..., None]
+            of_memory = _take(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
+            memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
+            last, count = layout.last_real(positions), layout.tokens_before(positions)
+
+        def forks(x):
+            """Blocks of x [B, T, ...] at the forks: [B, R, N, ...]."""
+            if x is None:
+                return None
+            missing = -tokens % block_size
+            x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+            return _take(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
+
+        k, beta, log_decay = _keep(
+            replayed, forks(trace.k), forks(trace.beta), forks(trace.log_decay)
+        )
+        _, memory = self._delta_rule(None, k, forks(trace.v), beta, log_decay, memory)
+        return DeltaState(memory, self._tails(trace.x, last, count))
+
+    def _tails(self, x, last, count):
+        """Inputs of the convolutions at the last W - 1 of `count` tokens that end at `last`."""
+        if not self.config.use_short_conv:
+            return None
+        back = jnp.arange(self.config.conv_size - 2, -1, -1)
+        x = _take(x, jnp.maximum(last[..., None] - back, 0))
+        return self._project(jnp.where((back < count[..., None])[..., None], x, 0))
+
+    def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
+        """The state before any token, for `batch` (B, R)."""
+        config = self.config
+        shape = (config.num_value_heads, config.key_dim, config.value_dim)
+        memory = jnp.zeros((*batch, *shape), jnp.float32)
+        if not config.use_short_conv:
+            return DeltaState(memory, None)
+        x = jnp.zeros((*batch, config.conv_size - 1, config.hidden_size), dtype)
+        return DeltaState(memory, self._project(x))
+
+    def extend(self, x: jax.Array, state: DeltaState) -> tuple[jax.Array, DeltaState]:
+        """Continue `state` by x [B, R, S, D]; returns [B, R, S, D] and the new state."""
+        projected, tails = self._project(x), None
+        if self.config.use_short_conv:
+            inputs = [
+                jnp.concatenate([tail, p], axis=2)
+                for tail, p in zip(state.tails, projected, strict=True)
+            ]
+            tails = tuple(p[:, :, x.shape[2] :] for p in inputs)
+            projected = self._convolve(inputs)
+        q, k, v = self._heads(*projected)
+        out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
+        return self._output(x, out), DeltaState(memory, tails)
+
+    def _delta_rule(self, q, k, v, beta, log_decay, memory):
+        """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
+        forks, tokens = v.shape[:2], v.shape[2]
+
+        def merged(x):
+            return None if x is None else x.reshape(-1, *x.shape[2:])
+
+        arrays = [merged(x) for x in (q, k, v, beta, log_decay)]
+        if q is not None and tokens == 1:
+            arrays = [None if x is None else x[:, 0] for x in arrays]
+            out, new = delta_step(*arrays, state=merged(memory))
+        else:
+            out, new, _ = delta_rule(
+                *arrays,
+                initial_state=merged(memory),
+                chunk_size=_CHUNK,
+                implementation=self.implementation,
+            )
+        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+
+class GatedDeltaNetMixer(DeltaNetMixer):
+    """Gated DeltaNet's layer: DeltaNet (silu, l2 norm) with a decay per value head and token."""
+
+    def __init__(
+        self, config: GatedDeltaNetConfig, *, implementation: str | None = None, rngs: nnx.Rngs
+    ):
+        super().__init__(config, implementation=implementation, rngs=rngs)
+        heads = config.num_value_heads
+        self.a_proj = Linear(config.hidden_size, heads, rngs=rngs)
+        # Initial values of the Gated DeltaNet code: rates of 0 to 16 times a step of 1e-3 to 0.1.
+        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1e-3, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(rate))
+        low, high = math.log(1e-3), math.log(0.1)
+        step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
+        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is step
+
+    @property
+    def _learns_beta(self) -> bool:
+        return True
+
+    @property
+    def _activation(self) -> str:
+        return "silu"
+
+    @property
+    def _norm(self) -> str:
+        return "l2"
+
+    def _log_decay(self, x: jax.Array) -> jax.Array:
+        step = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
+        return -jnp.exp(self.A_log[...]) * step
+
+
+def _sum_norm(x):
+    """`x / sum(x)` over the last axis; zeros where the sum is 0, as at padding."""
+    total = jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True)
+    return jnp.where(total == 0, 0.0, x / jnp.where(total == 0, 1.0, total)).astype(x.dtype)
+
+
+def _keep(mask, k, beta, log_decay):
+    """Zeros for tokens outside `mask`, which then change nothing."""
+    k = jnp.where(mask[..., None, None], k, 0)
+    beta = jnp.where(mask[..., None], beta, 0)
+    return k, beta, None if log_decay is None else jnp.where(mask[..., None], log_decay, 0)
+
+
+def _take(x, index):
+    """Entries of x [B, T, ...] along T at index [B, ...], row by row."""
+    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)
