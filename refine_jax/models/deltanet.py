@@ -278,7 +278,7 @@ class DeltaNetMixer(nnx.Module):
 
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
-        forks, tokens = v.shape[:2], v.shape[2]
+        tokens = v.shape[2]
 
         def merged(x):
             return None if x is None else x.reshape(-1, *x.shape[2:])
