@@ -1,0 +1,121 @@
+"""Window attention against dense masks, the golden values and its own laws."""
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
+from refine_jax.models.layout import Layout
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def dense_attention(q, k, v, seen):
+    """float64, one query at a time; seen [B, T, T]. Rows that see nothing are 0."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(v)
+    for b, a, t in np.ndindex(q.shape[:3]):
+        keys = np.flatnonzero(seen[b, t])
+        if keys.size:
+            scores = k[b, a, keys] @ q[b, a, t] / np.sqrt(q.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[b, a, t] = weights @ v[b, a, keys] / weights.sum()
+    return out
+
+
+def visible(segments, window):
+    """[B, T, T]: token i sees token j."""
+    length = segments.shape[1]
+    back = np.arange(length)[:, None] - np.arange(length)
+    same = segments[:, :, None] == segments[:, None]
+    return (back >= 0) & (back < window) & same & (segments[:, :, None] > 0)
+
+
+def test_golden_windows():
+    golden = goldens.load_arrays("ops", "attention_rope_conv.npz")
+    q, k, v = (jnp.asarray(golden[name]).swapaxes(1, 2) for name in "qkv")
+    windows = [int(name[6:-4]) for name in golden if name.startswith("window")]
+    assert windows
+    for window in windows:
+        out = window_attention(q, k, v, window).swapaxes(1, 2)
+        np.testing.assert_allclose(out, golden[f"window{window}/out"], atol=1e-5)
+
+
+# One block; several, with a window inside one and over several.
+@pytest.mark.parametrize(("length", "window"), [(50, 7), (150, 1), (300, 100)])
+def test_packed_and_padded_rows_match_dense_masks(length, window):
+    rng = np.random.default_rng(0)
+    segments = np.zeros((2, length), np.int32)
+    cuts = np.sort(rng.choice(np.arange(3, length - 3), 3, replace=False))
+    segments[0, cuts[0] : cuts[1]], segments[0, cuts[1] : cuts[2]] = 1, 2  # padding on both sides
+    segments[1, : cuts[0]], segments[1, cuts[1] :] = 1, 2  # and between
+    layout = Layout.from_segments(jnp.asarray(segments), max_documents=2)
+    q, k, v, cotangent = (draw(2, 2, length, 4, seed=i) for i in range(4))
+    seen = visible(segments, window)
+
+    def plain(q, k, v):  # dense, for the gradient
+        scores = jnp.einsum("bath,bash->bats", q, k) / 2
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        weights = jnp.where((segments > 0)[:, None, :, None], weights, 0)
+        return jnp.einsum("bats,bash->bath", weights, v)
+
+    def blocked(q, k, v):
+        return window_attention(q, k, v, window, layout)
+
+    def with_gradient(function):
+        out, pullback = jax.vjp(function, q, k, v)
+        return out, pullback(cotangent)
+
+    out, gradients = jax.jit(lambda: with_gradient(blocked))()
+    np.testing.assert_allclose(out, dense_attention(q, k, v, seen), atol=1e-5)
+    # The dense softmax of a row that sees nothing is NaN: give such rows one key.
+    seen = seen | (np.eye(length, dtype=bool) & (segments == 0)[:, :, None])
+    _, expected = jax.jit(lambda: with_gradient(plain))()
+    for name, got, want in zip("qkv", gradients, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
+        padding = np.broadcast_to((segments == 0)[:, None, :, None], got.shape)
+        assert not np.any(np.asarray(got)[padding]), f"padding got a gradient: {name}"
+
+
+def test_bfloat16_is_close_and_keeps_its_dtype():
+    q, k, v = (draw(1, 2, 100, 8, seed=i).astype(jnp.bfloat16) for i in range(3))
+    out = window_attention(q, k, v, 20)
+    assert out.dtype == jnp.bfloat16
+    exact = dense_attention(q, k, v, visible(np.ones((1, 100), np.int32), 20))
+    assert np.sqrt(np.mean((np.float64(out) - exact) ** 2) / np.mean(exact**2)) < 0.006
+
+
+@pytest.mark.parametrize("window", [1, 6])
+def test_ring_continues_a_row(window):
+    """New tokens in groups of 1 and of more than the window, in two phases at once."""
+    length = 18
+    q, k, v = (draw(2, length, 4, seed=i) for i in range(3))  # [A, T, hd]
+    expected = np.asarray(window_attention(q[None], k[None], v[None], window))[0]
+    # Fork 0 begins before any token; fork 1 after 5, with the ring turned by 3.
+    cursor, position = np.array([[0, 3 % window]]), np.array([[0, 5]])
+
+    def remembered(x):
+        ring = np.full((1, 2, 2, window, 4), 1e3, np.float32)  # garbage where nothing is
+        for age in range(min(5, window)):
+            ring[0, 1, :, (3 % window - 1 - age) % window] = x[:, 4 - age]
+        return ring
+
+    @jax.jit
+    def step(new, rings, cursor, position):
+        out = ring_attention(*new, *rings, cursor, position)
+        rings = [push_to_ring(ring, x, cursor) for ring, x in zip(rings, new[1:], strict=True)]
+        return out, rings
+
+    rings = [remembered(x) for x in (k, v)]
+    for size in (1, window + 2, 1, window + 2, 1):
+        rows = position[0][:, None] + np.arange(size)
+        new = [np.moveaxis(np.asarray(x)[:, rows], 1, 0)[None] for x in (q, k, v)]
+        out, rings = step(new, rings, cursor, position)
+        np.testing.assert_allclose(out, np.moveaxis(expected[:, rows], 1, 0)[None], atol=1e-5)
+        cursor, position = (cursor + size) % window, position + size
+        if position.max() + window + 2 > length:
+            break
