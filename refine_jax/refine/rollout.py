@@ -83,8 +83,9 @@ def score_rollouts(
     """Log-probabilities and hidden states of rollouts `tokens` [B, R, k] from `starts` [B, R].
 
     Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
-    pass, the gradient is that of running every prefix with its rollout on its own. Log-probabilities
-    before and after an update both come from here, so that they differ by the update alone.
+    pass, the gradient is that of running every prefix with its rollout on its own.
+    Log-probabilities before and after an update both come from here, so that they differ by the
+    update alone.
     """
     fork_hidden = model.forward_forks(params, trace, starts, tokens)
     before = take_slots(hidden, starts - 1)[:, :, None]

@@ -1,0 +1,304 @@
+"""The laws that every model keeps (DESIGN, section 2), forward and backward.
+
+1. Extending the initial state is the forward pass; splitting a sequence anywhere changes nothing.
+2. A fork at p is the state after the first p tokens, also when what follows crosses LaCT's chunk
+   boundaries (chunks of 8 tokens here, so that up to 20 tokens cross one, two or three).
+3. Padding on either side and packed neighbours change nothing.
+4. Gradients obey 1 to 3.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIGS, tiny, tokens
+
+from refine_jax.models.layout import Layout
+from refine_jax.refine.rollout import score_rollouts
+from refine_jax.refine.step import run_trunk
+
+# Few lengths, so that few programs are compiled; positions vary freely.
+LENGTHS = (1, 7, 8, 9, 26)
+MODELS = sorted(CONFIGS)
+laws = settings(max_examples=8, deadline=None, derandomize=True)
+
+
+def assert_same(got, want, tolerance=1e-5):
+    """Equal to `tolerance`, relative to the largest value."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    scale = max(np.abs(want).max(initial=0), 1e-3)
+    error = np.abs(got - want).max(initial=0) / scale
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def assert_same_gradients(got, want, tolerance=1e-4):
+    """Relative L2 of all parameters together, and of each on the scale of the largest."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    norms = [float(jnp.linalg.norm(b)) for _, b in pairs]
+    total = np.sqrt(sum(norm**2 for norm in norms))
+    for (a, b), norm in zip(pairs, norms, strict=True):
+        difference = float(jnp.linalg.norm(a - b))
+        assert difference <= tolerance * max(norm, 1e-2 * total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, ids, segments=None, documents=1):
+    layout = None if segments is None else Layout.from_segments(segments, 3)
+    return model.forward(params, ids, layout, with_trace=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(model, params, ids, state):
+    return model.extend(params, ids, state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def fork(model, params, trace, positions, horizon=None):
+    return model.fork(params, trace, positions, horizon=horizon)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_forks(model, params, trace, positions, ids):
+    return model.forward_forks(params, trace, positions, ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@laws
+@given(parts=st.lists(st.sampled_from((1, 3, 11)), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_splitting_changes_nothing(name, parts, seed):
+    model, params = tiny(name)
+    ids = tokens(seed, 2, 1, 40)
+    # Run to one length for all, so that one forward pass is compiled; it is causal.
+    want, _ = forward(model, params, ids[:, 0])
+    state = model.init_state(params, (2, 1))
+    at = 0
+    for size in parts:
+        got, state = extend(model, params, ids[:, :, at : at + size], state)
+        assert_same(got[:, 0], want[:, at : at + size])
+        at += size
+
+
+@pytest.mark.parametrize("name", MODELS)
+@laws
+@given(data=st.data())
+def test_fork_is_the_state_after_the_prefix(name, data):
+    model, params = tiny(name)
+    length = data.draw(st.sampled_from(LENGTHS))
+    size = data.draw(st.sampled_from((1, 5, 20)))
+    seed = data.draw(st.integers(0, 99))
+    position = st.integers(0, length)
+    positions = data.draw(st.lists(position, min_size=6, max_size=6))
+    positions = jnp.asarray(positions, jnp.int32).reshape(2, 3)
+    ids, new = tokens(seed, 2, length), tokens(seed + 1, 2, 3, size)
+    _, trace = forward(model, params, ids)
+    state = fork(model, params, trace, positions)
+    got, _ = extend(model, params, new, state)
+    at_once = forward_forks(model, params, trace, positions, new)
+    bounded, _ = extend(model, params, new, fork(model, params, trace, positions, size))
+    for b in range(2):
+        for r in range(3):
+            p = int(positions[b, r])
+            whole = jnp.zeros((1, 46), jnp.int32)
+            whole = whole.at[0, :p].set(ids[b, :p]).at[0, p : p + size].set(new[b, r])
+            want = forward(model, params, whole)[0][0, p : p + size]
+            for result in (got, at_once, bounded):
+                assert_same(result[b, r], want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_token_by_token(name):
+    """A fork extended one token at a time, across chunk boundaries."""
+    model, params = tiny(name)
+    ids = tokens(3, 2, 40)
+    want, _ = forward(model, params, ids)
+    _, trace = forward(model, params, ids[:, :9])
+    state = fork(model, params, trace, jnp.full((2, 1), 9))
+    sizes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    for t in range(9, 40):
+        got, state = extend(model, params, ids[:, None, t : t + 1], state)
+        assert_same(got[:, 0, 0], want[:, t])
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} == sizes
+
+
+def packed(data, width=40):
+    """Rows of up to three documents with padding around them: segments, document slices."""
+    rows, slices = np.zeros((2, width), np.int32), []
+    for b in range(2):
+        at, found = 0, []
+        for number in range(1, data.draw(st.integers(1, 3)) + 1):
+            at += data.draw(st.integers(0, 5))
+            size = min(data.draw(st.integers(1, 20)), width - at)
+            if size <= 0:
+                break
+            rows[b, at : at + size] = number
+            found.append(slice(at, at + size))
+            at += size
+        slices.append(found)
+    return jnp.asarray(rows), slices
+
+
+@pytest.mark.parametrize("name", MODELS)
+@laws
+@given(data=st.data())
+def test_padding_and_neighbours_change_nothing(name, data):
+    model, params = tiny(name)
+    segments, slices = packed(data)
+    ids = tokens(data.draw(st.integers(0, 99)), 2, 40)
+    hidden, trace = forward(model, params, ids, segments)
+    new = tokens(7, 2, 3, 5)
+    ends = jnp.asarray([([s.stop for s in row] * 3)[:3] for row in slices], jnp.int32)
+    middles = jnp.asarray([([(s.start + s.stop + 1) // 2 for s in row] * 3)[:3] for row in slices])
+    for positions in (ends, middles.astype(jnp.int32)):
+        continued = forward_forks(model, params, trace, positions, new)
+        for b, row in enumerate(slices):
+            for r, document in enumerate((row * 3)[:3]):
+                prefix = ids[b, document.start : int(positions[b, r])]
+                alone = jnp.zeros((1, 46), jnp.int32).at[0, : len(prefix)].set(prefix)
+                alone = alone.at[0, len(prefix) : len(prefix) + 5].set(new[b, r])
+                want = forward(model, params, alone)[0][0]
+                start = document.start
+                assert_same(hidden[b, start : start + len(prefix)], want[: len(prefix)])
+                assert_same(continued[b, r], want[len(prefix) : len(prefix) + 5])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fork_before_any_token_is_the_initial_state(name):
+    """At slot 0 and inside left padding."""
+    model, params = tiny(name)
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]] * 2, jnp.int32)
+    ids, new = tokens(5, 2, 12), tokens(6, 2, 3, 5)
+    _, trace = forward(model, params, ids, segments)
+    got = forward_forks(model, params, trace, jnp.asarray([[0, 2, 3]] * 2), new)
+    want, _ = extend(model, params, new, model.init_state(params, (2, 3)))
+    assert_same(got, want)
+
+
+def weighted(hidden, seed):
+    """A scalar of hidden states whose gradient is generic."""
+    noise = np.random.default_rng(seed).standard_normal(hidden.shape)
+    return jnp.sum(hidden * jnp.asarray(noise, hidden.dtype))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_through_forks_are_those_of_prefixes(name):
+    """Rollouts of 5 tokens from the middle, and of 12, which cross two chunk boundaries."""
+    model, params = tiny(name)
+    ids = tokens(11, 2, 30)
+    positions = np.asarray([[6, 8, 21], [3, 15, 24]])
+    new = {size: tokens(size, 2, 3, size) for size in (5, 12)}
+
+    @jax.jit
+    def by_fork(params):
+        hidden, trace = model.forward(params, ids, with_trace=True)
+        total = weighted(hidden, 0)
+        for size, rollout in new.items():
+            total += weighted(model.forward_forks(params, trace, positions, rollout), size)
+        return total
+
+    @jax.jit
+    def by_prefix(params):
+        total = weighted(model.forward(params, ids)[0], 0)
+        for size, rollout in new.items():
+            rows = []
+            for b in range(2):
+                for r in range(3):
+                    whole = jnp.concatenate([ids[b, : positions[b, r]], rollout[b, r]])[None]
+                    rows.append(model.forward(params, whole)[0][0, -size:])
+            total += weighted(jnp.stack(rows).reshape(2, 3, size, -1), size)
+        return total
+
+    assert_same_gradients(jax.grad(by_fork)(params), jax.grad(by_prefix)(params))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_ignore_padding_and_neighbours(name):
+    model, params = tiny(name)
+    ids = tokens(13, 1, 30)
+    segments = jnp.asarray([[0] * 2 + [1] * 10 + [2] * 9 + [0] * 1 + [3] * 5 + [0] * 3])
+    documents = [slice(2, 12), slice(12, 21), slice(22, 27)]
+    new = tokens(14, 1, 3, 5)
+    positions = jnp.asarray([[7, 21, 25]])
+
+    @jax.jit
+    def together(params):
+        layout = Layout.from_segments(segments, 3)
+        hidden, trace = model.forward(params, ids, layout, with_trace=True)
+        forks = model.forward_forks(params, trace, positions, new)
+        parts = [weighted(hidden[:, s], i) for i, s in enumerate(documents)]
+        return sum(parts) + sum(weighted(forks[:, r], r) for r in range(3))
+
+    @jax.jit
+    def apart(params):
+        total = 0.0
+        for i, s in enumerate(documents):
+            total += weighted(model.forward(params, ids[:, s])[0], i)
+            prefix = ids[:, s.start : int(positions[0, i])]
+            whole = jnp.concatenate([prefix, new[:, i]], axis=1)
+            total += weighted(model.forward(params, whole)[0][:, -5:], i)
+        return total
+
+    assert_same_gradients(jax.grad(together)(params), jax.grad(apart)(params))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputation_changes_no_gradient(name, remat):
+    from refine_jax.models.transformer import ComputePolicy, Model
+
+    model, params = tiny(name)
+    ids = tokens(15, 2, 20)
+
+    def gradient(model):
+        return jax.grad(lambda p: weighted(model.forward(p, ids)[0], 0))(params)
+
+    other = Model(model.config, ComputePolicy(remat=remat))
+    assert_same_gradients(gradient(other), gradient(model), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lact", "deltanet", "gated_deltanet"])
+def test_bfloat16_is_near_float32(name):
+    """Activations in bfloat16, states in float32: within bfloat16's rounding of a few layers."""
+    from refine_jax.models.transformer import ComputePolicy, Model
+
+    model, params = tiny(name)
+    low = Model(model.config, ComputePolicy(compute_dtype="bfloat16"))
+    ids, new = tokens(17, 2, 30), tokens(18, 2, 2, 5)
+    positions = jnp.asarray([[4, 20], [8, 30]])
+    results = []
+    for m in (model, low):
+        hidden, trace = m.forward(params, ids, with_trace=True)
+        results.append((hidden, m.forward_forks(params, trace, positions, new)))
+    for want, got in zip(*results, strict=True):
+        assert got.dtype == jnp.bfloat16
+        error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+        assert 1e-5 < error < 0.06
+    state = low.fork(params, low.forward(params, ids, with_trace=True)[1], positions)
+    assert jnp.float32 in {leaf.dtype for leaf in jax.tree.leaves(state)}
+
+
+@pytest.mark.parametrize("name", ["lact", "deltanet"])
+def test_depth_adds_no_code(name):
+    """Layers are scanned: the program of 12 layers is as long as that of 2."""
+
+    def size(layers):
+        model, _ = tiny(name)
+        model = tiny(name, num_hidden_layers=layers)[0]
+        params = model.abstract_params()
+        ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+        positions = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+        new = jax.ShapeDtypeStruct((2, 3, 5), jnp.int32)
+
+        def loss(params, ids, positions, new):
+            trunk = run_trunk(model, params, {"tokens": ids}, with_trace=True)
+            scores = score_rollouts(model, params, trunk.hidden, trunk.trace, positions, new)
+            return trunk.nll_sum + scores.log_probs.sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(params, ids, positions, new).as_text().split("\n"))
+
+    assert size(12) == size(2)

@@ -1,0 +1,54 @@
+"""Tiny models of every family with weights far from their initial values, for tests of laws."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.models.config import model_config
+from refine_jax.models.transformer import ComputePolicy, Model
+
+_COMMON = {"vocab_size": 53, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
+_LACT = _COMMON | {
+    "model_type": "lact_swiglu",
+    "num_attn_heads": 4,
+    "num_lact_heads": 2,
+    "lact_chunk_size": 8,
+    "window_size": 6,
+    "w0_w2_low_rank": 4,
+}
+_DELTA = _COMMON | {"model_type": "delta_net", "num_heads": 2}
+
+CONFIGS = {
+    "lact": _LACT,
+    "lact_prenorm": _LACT
+    | {"ttt_prenorm": True, "use_momentum": False, "w0_w2_low_rank": -1, "attn_qk_norm": True},
+    "lact_muon": _LACT | {"use_muon": True, "muon_dtype": "float32", "inter_multi": 2},
+    "deltanet": _DELTA,
+    "deltanet_plain": _DELTA
+    | {"use_short_conv": False, "use_gate": True, "expand_v": 2, "qk_activation": "relu"},
+    "gated_deltanet": _COMMON
+    | {"model_type": "gated_deltanet", "num_heads": 2, "head_dim": 8, "num_v_heads": 4},
+}
+
+
+@functools.cache
+def tiny(name: str, **changes):
+    """(Model, params) of a family; `changes` are fields of its config."""
+    model = Model(model_config(CONFIGS[name] | changes), ComputePolicy())
+    params = model.init(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    noise = np.random.default_rng(len(name))
+
+    def perturb(leaf):
+        # Norm weights away from 1, biases from 0, projections large enough to matter.
+        scale = 0.3 if leaf.ndim > 2 else 0.2
+        return leaf + jnp.asarray(scale * noise.standard_normal(leaf.shape), jnp.float32)
+
+    return model, jax.tree.unflatten(structure, [perturb(leaf) for leaf in leaves])
+
+
+def tokens(seed: int, *shape: int) -> jax.Array:
+    """Random token ids."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 53, shape), jnp.int32)
