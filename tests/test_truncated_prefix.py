@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from truncated_prefix import TruncatedPrefixStep
 
 CONFIG = RefineConfig(
-    num_positions=2,
+    num_positions=1,
     rollout_length=5,
     rollouts_per_position=2,
     edge_margin=6,
