@@ -19,7 +19,7 @@ LACT = {
     "model_type": "lact_swiglu",
     "vocab_size": 32000,
     "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attn_heads": 4,
     "num_lact_heads": 2,
     "intermediate_size": 384,
@@ -32,7 +32,7 @@ DELTANET = {
     "model_type": "delta_net",
     "vocab_size": 32000,
     "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_heads": 2,
     "intermediate_size": 384,
 }
@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.update(
         steps=120,
         warmup_ntp_steps=60,
-        batch_size=8,
+        batch_size=4,
         eval_every=20,
         eval_batches=2,
         checkpoint_every=40,

@@ -16,7 +16,7 @@ def blocks(language):
 def test_the_first_screen_holds_the_two_commands():
     screen = "\n".join(README.splitlines()[:25])
     blocks = re.findall(r"```bash\n(.*?)```", screen, re.S)
-    commands = [re.sub(r"\\?\s+", " ", block).strip() for block in blocks]
+    commands = [re.sub(r"[\s\\]+", " ", block).strip() for block in blocks]
     environment = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
     assert commands == [
         f"{environment}. && python -m refine_jax.main --config=configs/demo.py --workdir=runs/demo",

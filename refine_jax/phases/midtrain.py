@@ -39,7 +39,6 @@ from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import (
     TrainState,
     make_eval_step,
-    make_inspect_step,
     make_train_step,
 )
 
@@ -132,7 +131,6 @@ class _Loop:
             for objective in ("ntp", "refine")
         }
         self.eval_step = make_eval_step(parts.model, refine, **rows)
-        self.inspect_step = make_inspect_step(parts.model, refine, **rows)
         key = jax.random.key(train.seed)
         self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
         self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
@@ -285,8 +283,9 @@ class _Loop:
         sums: dict[str, float] = {}
         begin = time.perf_counter()
         for index, batch in enumerate(self.parts.held_out):
-            part = self.eval_step(state.params, batch, jax.random.fold_in(self.eval_key, index))
-            for name, value in jax.device_get(part).items():
+            key = jax.random.fold_in(self.eval_key, index)
+            part, _ = jax.device_get(self.eval_step(state.params, batch, key))
+            for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
             f"eval/{name}": sums[f"{source}_sum"] / max(sums["token_count"], 1.0)
@@ -310,7 +309,8 @@ class _Loop:
     def plot_rollouts(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = next(iter(self.parts.held_out))
-        seen = jax.device_get(self.inspect_step(state.params, batch, self.eval_key))
+        key = jax.random.fold_in(self.eval_key, 0)
+        _, seen = jax.device_get(self.eval_step(state.params, batch, key))
         for row in range(len(seen["valid"])):
             if seen["valid"][row].any():
                 break

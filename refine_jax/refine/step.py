@@ -488,22 +488,25 @@ def make_train_step(
 
 def make_eval_step(
     model: Model, config: RefineConfig, *, eos_id: int | None = None, max_documents: int = 1
-) -> Callable[[Params, Batch, jax.Array], Metrics]:
-    """`eval_step(params, batch, key)` -> sums and counts over a held-out batch.
+) -> Callable[[Params, Batch, jax.Array], tuple[Metrics, dict[str, jax.Array]]]:
+    """`eval_step(params, batch, key)` -> sums over a held-out batch, and what they come from.
 
-    nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
+    The sums: nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
     reward_square_sum over rollout_count valid rollouts (sampled also for objective `ntp`, so that
     both objectives can be compared).
+    What the method saw, for plots: entropy [B, T] (nats), mask [B, T], starts [B, R], valid [B, R],
+    rewards [B, R], tokens [B, R, k] of the rollouts and truth [B, R, k]. One program gives both, as
+    compiling it takes far longer than copying them.
     """
     config = dataclasses.replace(config, objective="refine", kl_coef=0.0)
     method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch, key: jax.Array) -> Metrics:
+    def eval_step(params: Params, batch: Batch, key: jax.Array):
         keys = _row_keys(key, jnp.int32(0), batch["tokens"].shape[0])
         experience, trunk = method.collect(params, None, batch, keys)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
-        return {
+        sums = {
             "nll_sum": trunk.nll_sum,
             "correct_sum": jnp.sum(trunk.stats.correct * trunk.weights),
             "entropy_sum": jnp.sum(trunk.stats.entropy * trunk.weights),
@@ -512,35 +515,18 @@ def make_eval_step(
             "reward_square_sum": jnp.sum(rewards**2),
             "rollout_count": jnp.sum(experience.valid),
         }
-
-    return eval_step
-
-
-def make_inspect_step(
-    model: Model, config: RefineConfig, *, eos_id: int | None = None, max_documents: int = 1
-) -> Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]:
-    """`inspect_step(params, batch, key)` -> what the method sees in a batch, for plots.
-
-    entropy [B, T] (nats), mask [B, T], starts [B, R], valid [B, R], rewards [B, R],
-    tokens [B, R, k] of the rollouts and truth [B, R, k].
-    """
-    config = dataclasses.replace(config, objective="refine", kl_coef=0.0)
-    method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
-
-    @jax.jit
-    def inspect_step(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        keys = _row_keys(key, jnp.int32(0), batch["tokens"].shape[0])
-        experience, trunk = method.collect(params, None, batch, keys)
-        slots = rollout_slots(experience.starts, config.rollout_length)
         layout = trunk.layout
-        return {
+        seen = {
             "entropy": trunk.stats.entropy,
             "mask": jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
             "starts": experience.starts,
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": take_slots(batch["tokens"], slots),
+            "truth": take_slots(
+                batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
+            ),
         }
+        return sums, seen
 
-    return inspect_step
+    return eval_step
