@@ -13,6 +13,8 @@ from refine_jax.kernels.delta_rule.xla import invert_unit_lower
 
 # Relative RMS error of values and of gradients.
 TOLERANCES = {"float32": (1e-5, 1e-5), "bfloat16": (0.006, 0.008)}
+# Every path of the code once; the other specs differ in shapes.
+BFLOAT16 = ("ungated_55", "negative_eigenvalues", "gated", "value_groups")
 
 
 def relative_rms(got, want):
@@ -35,8 +37,15 @@ def values_and_gradients(arrays, weights, implementation, options):
     return outs, gradients
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("spec", TEST_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        pytest.param(spec, dtype, id=f"{spec.name}-{dtype}")
+        for spec in TEST_SPECS
+        for dtype in ("float32", "bfloat16")
+        if dtype == "float32" or spec.name in BFLOAT16
+    ],
+)
 @pytest.mark.parametrize("implementation", sorted(set(IMPLEMENTATIONS) - {"reference"}))
 def test_implementation_equals_reference(implementation, spec, dtype):
     arrays, options = spec.arguments(dtype)
@@ -94,7 +103,7 @@ def test_golden(case, implementation):
             np.testing.assert_allclose(gradients[name[5:]], want[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["value_groups", "ungated_17"])
+@pytest.mark.parametrize("name", ["gated", "ungated_17"])
 def test_steps_equal_the_sequence(name):
     spec = next(spec for spec in TEST_SPECS if spec.name == name)
     arrays, options = spec.arguments()
@@ -108,11 +117,12 @@ def test_steps_equal_the_sequence(name):
 
 
 def test_state_alone():
-    spec = next(spec for spec in TEST_SPECS if spec.name == "gated_documents")
+    spec = next(spec for spec in TEST_SPECS if spec.name == "value_groups")
     arrays, options = spec.arguments()
-    _, want, _ = delta_rule(**arrays, **options)
+    _, want, _ = delta_rule(**arrays, **options, implementation="reference")
     for implementation in IMPLEMENTATIONS:
-        out, final, _ = delta_rule(**arrays | {"q": None}, **options, implementation=implementation)
+        call = functools.partial(delta_rule, **options, implementation=implementation)
+        out, final, _ = jax.jit(call)(**arrays | {"q": None})
         assert out is None
         np.testing.assert_allclose(final, want, atol=1e-5)
 

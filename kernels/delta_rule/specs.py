@@ -80,12 +80,10 @@ TEST_SPECS = (
     *(Spec(f"ungated_{n}", tokens=n) for n in (1, _C - 1, _C, _C + 1, 3 * _C + 7)),
     Spec("initial_state", tokens=37, initial_state=True, save_every=_C),
     Spec("negative_eigenvalues", tokens=37, beta_max=2.0),
-    Spec("documents", tokens=61, documents=5, initial_state=True, save_every=2 * _C),
-    Spec("gated", tokens=55, gated=True, initial_state=True, save_every=2 * _C),
+    Spec("documents", tokens=61, value_heads=4, documents=5, initial_state=True, save_every=2 * _C),
+    Spec("gated", tokens=55, value_heads=4, gated=True, initial_state=True, save_every=2 * _C),
     Spec("strong_decay", tokens=48, gated=True, strong_decay=True, initial_state=True),
-    Spec("gated_documents", tokens=61, gated=True, documents=4, initial_state=True),
-    Spec("value_groups", tokens=37, value_heads=6, gated=True, initial_state=True),
-    Spec("value_groups_ungated", tokens=37, value_heads=4, documents=3),
+    Spec("value_groups", tokens=61, value_heads=6, gated=True, documents=4, initial_state=True),
     Spec("long_chunk", tokens=130, chunk_size=64, key_dim=32, value_dim=16, save_every=128),
 )
 
