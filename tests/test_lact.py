@@ -271,9 +271,8 @@ def test_extend_from_the_start_is_forward():
     assert_equal(token_by_token(params, x[0]), reference_mixer(config, params, x[0]), config)
 
 
-@pytest.mark.parametrize("name", ["released", "fused"])
-def test_gradients_of_forks_are_those_of_truncated_prefixes(name):
-    config, graph, params = make(name)
+def test_gradients_of_forks_are_those_of_truncated_prefixes():
+    config, graph, params = make("released")
     positions = np.array([[0, 2, 4, 7, 11, 14]])  # within a chunk, at boundaries, the whole row
     forks = positions.shape[1]
     x, rollouts = draw(1, TOKENS, 24), draw(1, forks, ROLLOUT, 24, seed=1)
@@ -308,7 +307,7 @@ def test_padding_gets_no_gradient_and_gives_none():
     """A padded, packed row of two documents has the gradients of its documents alone."""
     config, graph, params = make("released")
     segments = np.zeros((1, 20), np.int32)
-    segments[0, 3:9], segments[0, 11:19] = 1, 2
+    segments[0, 1:5], segments[0, 8:19] = 1, 2
     x, cotangent = draw(1, 20, 24), draw(1, 20, 24, seed=1)
     real = segments[0] > 0
 
@@ -327,7 +326,7 @@ def test_padding_gets_no_gradient_and_gives_none():
     got, want = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, x) for f in (packed, alone))
     assert not np.any(np.asarray(got[1])[0, ~real])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+        assert 0 < np.linalg.norm(b) > 1e5 * np.linalg.norm(a - b)
 
 
 def test_bfloat16_keeps_states_float32():

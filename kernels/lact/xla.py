@@ -167,6 +167,22 @@ def apply_update(
     return FastState(weights, momentum, base if options.prenorm else None)
 
 
+def _heads_one_by_one(q: jax.Array, weights: Weights) -> bool:
+    """Whether a head's [C, F] is enough work for the device.
+
+    On CPUs one head after the other then stays in the cache; accelerators want all at once.
+    """
+    return jax.default_backend() == "cpu" and q.shape[3] * weights.w1.shape[-1] >= 1 << 16
+
+
+def _one_by_one(function, *arguments):
+    """`function` of arrays [B, H, ...] by a loop over the B * H heads."""
+    lead = jax.tree.leaves(arguments)[0].shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arguments)
+    out = lax.map(lambda args: function(*args), flat)
+    return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)
+
+
 def lact_xla(
     q: jax.Array,
     k: jax.Array,
@@ -210,16 +226,25 @@ def lact_xla(
     state = restart(None if reset is None else reset[:, 0], state)
     first = jax.tree.map(lambda x: x[None], state)
 
+    one_by_one = _heads_one_by_one(q, weights)
+
+    def over_heads(function, *arguments):
+        function = jax.checkpoint(function)
+        return _one_by_one(function, *arguments) if one_by_one else function(*arguments)
+
+    # Apart from the sums: its derivative needs their values, and they would be computed again.
     @jax.checkpoint
+    def next_state(state, sums, mean):
+        return apply_update(state, sums, mean, norms, options)
+
     def update(state, chunk):
         k, v, rates, mean, again = chunk
-        sums = update_sums(state.weights, k, v, rates)
-        state = restart(again, apply_update(state, sums, mean, norms, options))
+        sums = over_heads(update_sums, state.weights, k, v, rates)
+        state = restart(again, next_state(state, sums, mean))
         return state, state
 
-    @jax.checkpoint
     def read(chunk):
-        return apply_fast_weights(*chunk)
+        return over_heads(apply_fast_weights, *chunk)
 
     if num_chunks == 1:
         states, out = first, read((state.weights, q[:, 0]))[None]
