@@ -58,11 +58,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_steps=10, clip_norm=1.0
     )
     config.train.update(
-        steps=120,
-        warmup_ntp_steps=60,
+        steps=80,
+        warmup_ntp_steps=40,
         batch_size=4,
         eval_every=20,
-        eval_batches=2,
+        eval_batches=4,
         checkpoint_every=40,
         log_every=10,
     )

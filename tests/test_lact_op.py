@@ -33,7 +33,7 @@ class Spec:
     masked: bool = False
     resets: bool = False
     carried: bool = False
-    options: ops.Options = ops.Options()
+    options: ops.Options = ops.Options()  # noqa: RUF009 (frozen)
 
 
 SPECS = {

@@ -22,7 +22,7 @@ from refine_jax.refine.rollout import score_rollouts
 from refine_jax.refine.step import run_trunk
 
 # Few lengths, so that few programs are compiled; positions vary freely.
-LENGTHS = (1, 7, 8, 9, 26)
+LENGTHS = (9, 26)
 MODELS = sorted(CONFIGS)
 laws = settings(max_examples=8, deadline=None, derandomize=True)
 
@@ -48,7 +48,7 @@ def assert_same_gradients(got, want, tolerance=1e-4):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def forward(model, params, ids, segments=None, documents=1):
+def forward(model, params, ids, segments=None):
     layout = None if segments is None else Layout.from_segments(segments, 3)
     return model.forward(params, ids, layout, with_trace=True)
 
@@ -70,7 +70,7 @@ def forward_forks(model, params, trace, positions, ids):
 
 @pytest.mark.parametrize("name", MODELS)
 @laws
-@given(parts=st.lists(st.sampled_from((1, 3, 11)), min_size=1, max_size=4), seed=st.integers(0, 99))
+@given(parts=st.lists(st.sampled_from((1, 11)), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_splitting_changes_nothing(name, parts, seed):
     model, params = tiny(name)
     ids = tokens(seed, 2, 1, 40)
@@ -90,7 +90,7 @@ def test_splitting_changes_nothing(name, parts, seed):
 def test_fork_is_the_state_after_the_prefix(name, data):
     model, params = tiny(name)
     length = data.draw(st.sampled_from(LENGTHS))
-    size = data.draw(st.sampled_from((1, 5, 20)))
+    size = data.draw(st.sampled_from((5, 20)))
     seed = data.draw(st.integers(0, 99))
     position = st.integers(0, length)
     positions = data.draw(st.lists(position, min_size=6, max_size=6))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-
 from refine_jax.kernels.lact.reference import FastState, Options, Weights, lact_reference
 from refine_jax.kernels.lact.xla import lact_xla
 
@@ -62,7 +61,7 @@ def lact(
 
 
 def _check(q, k, v, rates, momentum, weights):
-    batch, chunks, heads, size, d = q.shape
+    batch, _, heads, _, d = q.shape
     hidden = weights.w1.shape[-1]
     expected = {
         "k": (k, q.shape),

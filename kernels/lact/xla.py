@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-
 from refine_jax.kernels.lact.reference import (
     EPS,
     NEWTON_SCHULZ,

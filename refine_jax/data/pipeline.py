@@ -87,6 +87,8 @@ class Dataset:
         batches: global batches until the end; None if it never ends.
         batch_size: B, rows of a global batch.
         fingerprint: equal for data sets with equal rows in equal order.
+        full_rows: whether one document fills every row of every batch, so that segments say
+            nothing.
     """
 
     def __init__(
@@ -105,6 +107,11 @@ class Dataset:
         self._rows = Rows(tokens, table, options.sequence_length, corpus.tokenizer.pad_id)
         self._train = split == SPLITS[0]
         self._epochs = options.epochs if self._train else 1
+        # The last batch of a finite run is filled up with empty rows.
+        whole = self._epochs is None or self._epochs * len(table) % batch_size == 0
+        self.full_rows = whole and bool(
+            len(table.length) == len(table) and np.all(table.length == options.sequence_length)
+        )
         # Validation is short and starts often: processes would cost more than they read ahead.
         self._workers = options.workers if self._train else 0
         # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds apart.

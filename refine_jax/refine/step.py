@@ -368,7 +368,7 @@ def _apply_update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update, skipped and counted where the gradient is not finite."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
