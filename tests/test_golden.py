@@ -25,11 +25,11 @@ from refine_jax.models.head import entropy, log_prob, logits
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model
 from refine_jax.refine.grpo import group_advantages, policy_loss
+from refine_jax.refine.method import Experience, Method, run_trunk
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.rewards import REWARDS
 from refine_jax.refine.rollout import score_rollouts, take_slots
 from refine_jax.refine.selection import rollout_slots
-from refine_jax.refine.step import Experience, Method, run_trunk
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, tiny, tokens
 
 from refine_jax.models.layout import Layout
+from refine_jax.refine.method import run_trunk
 from refine_jax.refine.rollout import score_rollouts
-from refine_jax.refine.step import run_trunk
 
 # Few lengths, so that few programs are compiled; positions vary freely.
 LENGTHS = (9, 26)

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny, tokens
 
 from refine_jax.config import RefineConfig
-from refine_jax.refine.step import Method
+from refine_jax.refine.method import Method
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 

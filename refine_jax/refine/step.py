@@ -1,12 +1,10 @@
-"""One ReFINE step: select, roll out, reward, advantage, loss, update.
+"""Training and evaluation steps: batches, mini-batches, micro-batches, updates.
 
 A batch of B rows is one *step*. Its rollouts are collected with the parameters at its start; then
 each of its mini-batches makes one optimizer update, whose gradient is accumulated over
 micro-batches. Where a batch is a single micro-batch, rollouts and gradient share one forward pass:
-the policy that rolls out is then the one that is updated.
-
-Rows come as {"tokens": [B, T] int32, "segments": [B, T] int32}; segment 0 is padding, each other
-number a document. Without "segments" every row is one document that fills it.
+the policy that rolls out is then the one that is updated. What happens to the rows is in
+`method.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +21,17 @@ import optax
 from jax import lax
 
 from refine_jax.config import RefineConfig
-from refine_jax.models.head import TokenStats, next_token_loss
-from refine_jax.models.layout import Layout
-from refine_jax.models.transformer import Model, Params, Trace
-from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
-from refine_jax.refine.rewards import rollout_rewards
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts, take_slots
-from refine_jax.refine.selection import rollout_slots, select_positions
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+from refine_jax.models.transformer import Model, Params
+from refine_jax.refine.method import (
+    Batch,
+    Experience,
+    Method,
+    Metrics,
+    layout_of,
+    target_weights,
+)
+from refine_jax.refine.rollout import take_slots
+from refine_jax.refine.selection import rollout_slots
 
 
 @jax.tree_util.register_dataclass
@@ -69,268 +68,6 @@ class TrainState:
             skipped_in_a_row=in_a_row,
             reference_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
         )
-
-
-class Trunk(NamedTuple):
-    """The one forward pass over whole rows."""
-
-    hidden: jax.Array  # [B, T, D]
-    trace: Trace | None
-    layout: Layout | None
-    nll_sum: jax.Array  # scalar, over the predicted tokens
-    stats: TokenStats  # [B, T] each
-    weights: jax.Array  # [B, T] float32, 1 where the next token is predicted
-
-
-class Experience(NamedTuple):
-    """Rollouts with their rewards; constants for the gradient. R = c * n."""
-
-    starts: jax.Array  # [B, R] int32, slot of the first token
-    valid: jax.Array  # [B, R] bool, whether there is a truth to compare with
-    tokens: jax.Array  # [B, R, k] int32
-    rewards: jax.Array  # [B, R]
-    advantages: jax.Array  # [B, R]
-    old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
-    ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
-
-
-def _layout(batch: Batch, max_documents: int) -> Layout | None:
-    segments = batch.get("segments")
-    return None if segments is None else Layout.from_segments(segments, max_documents)
-
-
-def _target_weights(tokens: jax.Array, layout: Layout | None) -> jax.Array:
-    """[B, T] float32: 1 where slot t and its target t + 1 are real and of one document."""
-    if layout is None:
-        return jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
-    same = layout.document[:, 1:] == layout.document[:, :-1]
-    has_target = layout.mask[:, 1:] & layout.mask[:, :-1] & same
-    return jnp.pad(has_target, ((0, 0), (0, 1))).astype(jnp.float32)
-
-
-def run_trunk(
-    model: Model, params: Params, batch: Batch, *, with_trace: bool, max_documents: int = 1
-) -> Trunk:
-    """Forward pass, next-token loss and entropies of a batch."""
-    tokens = batch["tokens"]
-    layout = _layout(batch, max_documents)
-    weights = _target_weights(tokens, layout)
-    hidden, trace = model.forward(params, tokens, layout, with_trace=with_trace)
-    targets = jnp.roll(tokens, -1, axis=1)
-    nll_sum, stats = next_token_loss(hidden, model.head(params), targets, weights)
-    return Trunk(hidden, trace, layout, nll_sum, stats, weights)
-
-
-def roll_out(
-    model: Model,
-    params: Params,
-    trunk: Trunk,
-    keys: jax.Array,
-    config: RefineConfig,
-    eos_id: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Select positions and sample from them: starts [B, R], valid [B, R], tokens [B, R, k].
-
-    keys: [B], one a row. Nothing here is differentiated.
-    """
-    params, trunk = lax.stop_gradient((params, trunk))
-    layout = trunk.layout
-    select_keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    selection = select_positions(
-        select_keys,
-        trunk.stats.entropy,
-        jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
-        num_positions=config.num_positions,
-        rollout_length=config.rollout_length,
-        method=config.selection,
-        temperature=config.selection_temperature,
-        edge_margin=config.edge_margin,
-        document=None if layout is None else layout.document,
-    )
-    repeat = functools.partial(jnp.repeat, repeats=config.rollouts_per_position, axis=1)
-    starts, valid = repeat(selection.starts), repeat(selection.valid)
-    tokens = sample_rollouts(
-        model,
-        params,
-        trunk.hidden,
-        trunk.trace,
-        starts,
-        sample_keys,
-        rollout_length=config.rollout_length,
-        temperature=config.sampling_temperature,
-        forbidden_token=eos_id if config.forbid_eos else None,
-    )
-    return starts, valid, tokens
-
-
-def judge(
-    trunk: Trunk,
-    batch: Batch,
-    starts: jax.Array,
-    valid: jax.Array,
-    tokens: jax.Array,
-    scores: Scores,
-    config: RefineConfig,
-    ref_log_probs: jax.Array | None = None,
-) -> Experience:
-    """Rewards against the true continuation, and advantages within each group."""
-    hidden, scores = lax.stop_gradient((trunk.hidden, scores))
-    slots = rollout_slots(starts, config.rollout_length)
-    rewards = rollout_rewards(
-        config.reward,
-        scores.hidden,
-        take_slots(hidden, slots),
-        tokens,
-        take_slots(batch["tokens"], slots),
-    )
-    group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
-    advantages = group_advantages(
-        rewards.reshape(group),
-        valid.reshape(group),
-        grouping=config.grouping,
-        normalize_std=config.normalize_std,
-    ).reshape(starts.shape)
-    return Experience(starts, valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs)
-
-
-class Method:
-    """The losses of one configuration, as pure functions of parameters and rows."""
-
-    def __init__(
-        self, model: Model, config: RefineConfig, *, eos_id: int | None, max_documents: int
-    ):
-        self.model = model
-        self.config = config
-        self.eos_id = eos_id
-        self.max_documents = max_documents
-
-    def trunk(self, params: Params, batch: Batch) -> Trunk:
-        """The forward pass that the objective needs."""
-        return run_trunk(
-            self.model,
-            params,
-            batch,
-            with_trace=self.config.objective == "refine",
-            max_documents=self.max_documents,
-        )
-
-    def score(self, params: Params, trunk: Trunk, starts: jax.Array, tokens: jax.Array) -> Scores:
-        """Log-probabilities and hidden states of rollouts."""
-        return score_rollouts(self.model, params, trunk.hidden, trunk.trace, starts, tokens)
-
-    def reference_log_probs(
-        self, reference_params: Params | None, batch: Batch, starts: jax.Array, tokens: jax.Array
-    ) -> jax.Array | None:
-        """[B, R, k] of the initial policy, where the KL term asks for them."""
-        if self.config.kl_coef == 0:
-            return None
-        reference = self.trunk(reference_params, batch)
-        return lax.stop_gradient(self.score(reference_params, reference, starts, tokens).log_probs)
-
-    def gather(
-        self,
-        params: Params,
-        reference_params: Params | None,
-        trunk: Trunk,
-        batch: Batch,
-        keys: jax.Array,
-    ) -> tuple[Experience, Scores]:
-        """Select, roll out, reward, advantage. The scores are differentiable, the rest is not."""
-        starts, valid, tokens = roll_out(self.model, params, trunk, keys, self.config, self.eos_id)
-        scores = self.score(params, trunk, starts, tokens)
-        ref_log_probs = self.reference_log_probs(reference_params, batch, starts, tokens)
-        rollouts = starts, valid, tokens
-        return judge(trunk, batch, *rollouts, scores, self.config, ref_log_probs), scores
-
-    def collect(
-        self, params: Params, reference_params: Params | None, batch: Batch, keys: jax.Array
-    ) -> tuple[Experience, Trunk]:
-        """The experience of some rows, with keys [B], and the forward pass it comes from."""
-        trunk = self.trunk(params, batch)
-        return self.gather(params, reference_params, trunk, batch, keys)[0], trunk
-
-    def loss(
-        self,
-        params: Params,
-        batch: Batch,
-        experience: Experience | None,
-        *,
-        keys: jax.Array | None = None,
-        reference_params: Params | None = None,
-        token_count: jax.Array,
-        valid: jax.Array | None = None,
-    ) -> tuple[jax.Array, Metrics]:
-        """Loss of a micro-batch, as its share of the mini-batch's; losses and metrics add up.
-
-        experience: of these rows; None: roll out now, with `keys` [B].
-        token_count: predicted tokens of the mini-batch. valid: [mini-batch, R] bool, of its
-        rollouts; None where the rows are the whole mini-batch.
-        """
-        config = self.config
-        trunk = self.trunk(params, batch)
-        ntp = trunk.nll_sum / token_count
-        metrics = {
-            "loss/ntp": ntp,
-            "accuracy": jnp.sum(trunk.stats.correct * trunk.weights) / token_count,
-            "entropy/mean": jnp.sum(trunk.stats.entropy * trunk.weights) / token_count,
-        }
-        if config.objective == "ntp":
-            return ntp, {"loss/total": ntp} | metrics
-
-        if experience is None:
-            experience, scores = self.gather(params, reference_params, trunk, batch, keys)
-        else:
-            scores = self.score(params, trunk, experience.starts, experience.tokens)
-
-        k = config.rollout_length
-        mask = _token_mask(experience.valid, k)
-        whole = mask if valid is None else _token_mask(valid, k)
-        policy, policy_metrics = policy_loss(
-            scores.log_probs.reshape(-1, k),
-            experience.old_log_probs.reshape(-1, k),
-            experience.advantages.reshape(-1, 1),
-            mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            aggregation=config.loss_aggregation,
-            mini_batch_mask=whole,
-        )
-        entropies = scores.entropies.reshape(-1, k)
-        metrics |= {f"policy/{name}": value for name, value in policy_metrics.items()}
-        metrics["policy/entropy"] = aggregate(entropies, mask, "token-mean", whole)
-        metrics["loss/policy"] = policy
-        total = config.lambda_sft * ntp + config.lambda_rl * policy
-        if config.kl_coef > 0:
-            penalty = kl_penalty(
-                scores.log_probs.reshape(-1, k),
-                experience.ref_log_probs.reshape(-1, k),
-                config.kl_type,
-            )
-            metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole)
-            total += config.lambda_rl * config.kl_coef * metrics["loss/kl"]
-        metrics["loss/total"] = total
-        return total, metrics | _reward_shares(experience, mask, whole)
-
-
-def _token_mask(valid: jax.Array, rollout_length: int) -> jax.Array:
-    """[B, R] bool -> [B * R, k] float32."""
-    return jnp.repeat(valid.reshape(-1, 1), rollout_length, axis=1).astype(jnp.float32)
-
-
-def _reward_shares(experience: Experience, mask: jax.Array, whole: jax.Array) -> Metrics:
-    """First and second moments of rewards and advantages, which add up over micro-batches."""
-
-    def mean(x):
-        return aggregate(jnp.broadcast_to(x.reshape(-1, 1), mask.shape), mask, "token-mean", whole)
-
-    return {
-        "reward/mean": mean(experience.rewards),
-        "reward/square": mean(experience.rewards**2),
-        "advantage/mean": mean(experience.advantages),
-        "advantage/square": mean(experience.advantages**2),
-        "rollouts/valid": jnp.sum(experience.valid) / (whole.shape[0]),
-    }
 
 
 def _finish_moments(metrics: Metrics) -> Metrics:
@@ -391,8 +128,8 @@ def _apply_update(
 
 def _accumulated_gradient(method: Method, state: TrainState, batch, experience, keys, parts: int):
     """Gradient and metrics of a mini-batch, over `parts` micro-batches."""
-    layout = _layout(batch, method.max_documents)
-    token_count = jnp.maximum(jnp.sum(_target_weights(batch["tokens"], layout)), 1.0)
+    layout = layout_of(batch, method.max_documents)
+    token_count = jnp.maximum(jnp.sum(target_weights(batch["tokens"], layout)), 1.0)
     gradient = jax.grad(method.loss, has_aux=True)
     options = {"token_count": token_count, "reference_params": state.reference_params}
     if parts == 1:
