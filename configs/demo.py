@@ -55,15 +55,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config.refine.update(num_positions=8, rollout_length=5)
     config.optimizer.update(
-        learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_steps=10, clip_norm=1.0
+        learning_rate=2e-3, schedule="cosine", final_fraction=0.1, warmup_steps=5, clip_norm=1.0
     )
     config.train.update(
-        steps=80,
-        warmup_ntp_steps=40,
+        steps=60,
+        warmup_ntp_steps=30,
         batch_size=4,
-        eval_every=20,
-        eval_batches=4,
-        checkpoint_every=40,
+        eval_every=15,
+        eval_batches=3,
+        checkpoint_every=30,
         log_every=10,
     )
     if "short" in forms:
