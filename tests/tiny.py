@@ -49,6 +49,6 @@ def tiny(name: str, **changes):
     return model, jax.tree.unflatten(structure, [perturb(leaf) for leaf in leaves])
 
 
-def tokens(seed: int, *shape: int) -> jax.Array:
+def tokens(seed: int, *shape: int) -> np.ndarray:
     """Random token ids."""
-    return jnp.asarray(np.random.default_rng(seed).integers(0, 53, shape), jnp.int32)
+    return np.random.default_rng(seed).integers(0, 53, shape, np.int32)
