@@ -26,6 +26,8 @@ LENGTHS = (9, 26)
 MODELS = sorted(CONFIGS)
 # One of each family; the options of the mixers have tests of their own.
 FAMILIES = ["lact", "deltanet", "gated_deltanet"]
+# Newton-Schulz steps amplify rounding (golden README, section 10).
+FORWARD, BACKWARD = {"lact_muon": 1e-4}, {"lact_muon": 2e-3}
 laws = settings(max_examples=5, deadline=None, derandomize=True)
 
 
@@ -118,7 +120,7 @@ def test_fork_is_the_state_after_the_prefix(name, data):
             p = int(positions[b, r])
             want = alone(model, params, ids[b, :p], new[b, r])[p : p + size]
             for result in (got, at_once, bounded):
-                assert_same(result[b, r], want)
+                assert_same(result[b, r], want, FORWARD.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -171,8 +173,9 @@ def test_padding_and_neighbours_change_nothing(name, data):
                 prefix = ids[b, document.start : int(positions[b, r])]
                 want = alone(model, params, prefix, new[b, r])
                 start = document.start
-                assert_same(hidden[b, start : start + len(prefix)], want[: len(prefix)])
-                assert_same(continued[b, r], want[len(prefix) : len(prefix) + 5])
+                size, tolerance = len(prefix), FORWARD.get(name, 1e-5)
+                assert_same(hidden[b, start : start + size], want[:size], tolerance)
+                assert_same(continued[b, r], want[size : size + 5], tolerance)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -227,7 +230,11 @@ def test_gradients_through_forks_are_those_of_prefixes(name):
             total += weighted(jnp.stack(forks).reshape(2, 3, size, -1), size)
         return total
 
-    assert_same_gradients(jax.jit(jax.grad(by_fork))(params), jax.jit(jax.grad(by_prefix))(params))
+    assert_same_gradients(
+        jax.jit(jax.grad(by_fork))(params),
+        jax.jit(jax.grad(by_prefix))(params),
+        BACKWARD.get(name, 1e-4),
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -259,7 +266,11 @@ def test_gradients_ignore_padding_and_neighbours(name):
             total += weighted(hidden[3 + i : 4 + i, len(prefix) : len(prefix) + 5], i)
         return total
 
-    assert_same_gradients(jax.jit(jax.grad(together))(params), jax.jit(jax.grad(apart))(params))
+    assert_same_gradients(
+        jax.jit(jax.grad(together))(params),
+        jax.jit(jax.grad(apart))(params),
+        BACKWARD.get(name, 1e-4),
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
