@@ -42,13 +42,18 @@ def assert_same(got, want, tolerance=1e-5):
 
 
 def assert_same_gradients(got, want, tolerance=1e-4):
-    """Relative L2 of all parameters together, and of each on the scale of the largest."""
+    """Relative L2 of the whole gradient; single parameters on the scale of a tenth of it.
+
+    A parameter whose gradient is far smaller than the rest is a difference of large terms, with
+    their rounding.
+    """
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
     norms = [float(jnp.linalg.norm(b)) for _, b in pairs]
-    total = np.sqrt(sum(norm**2 for norm in norms))
-    for (a, b), norm in zip(pairs, norms, strict=True):
-        difference = float(jnp.linalg.norm(a - b))
-        assert difference <= tolerance * max(norm, 1e-2 * total)
+    differences = [float(jnp.linalg.norm(a - b)) for a, b in pairs]
+    total = np.linalg.norm(norms)
+    assert np.linalg.norm(differences) <= tolerance * total
+    for difference, norm in zip(differences, norms, strict=True):
+        assert difference <= tolerance * max(norm, 0.1 * total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
