@@ -43,7 +43,7 @@ def tiny(name: str, **changes):
 
     def perturb(leaf):
         # Norm weights away from 1, biases from 0, projections large enough to matter.
-        scale = 0.3 if leaf.ndim > 2 else 0.2
+        scale = 0.15 if leaf.ndim > 2 else 0.1
         return leaf + jnp.asarray(scale * noise.standard_normal(leaf.shape), jnp.float32)
 
     return model, jax.tree.unflatten(structure, [perturb(leaf) for leaf in leaves])
