@@ -22,6 +22,7 @@ import numpy as np
 from harness import medians, report
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.delta_rule.specs import BENCH_SPECS as DELTA_SPECS
+from refine_jax.kernels.lact import Weights, lact
 
 MATMUL = 2048
 
@@ -57,10 +58,53 @@ def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case
     return Case(spec.name, shape, forward, arrays, spec.flops())
 
 
+def lact_case(implementation: str | None) -> Case:
+    """LaCT's fast weights with momentum, at the shape of the published 760M model and 8192 tokens.
+
+    A chunk is read by 3 products of 2 C d F operations a head, and its update takes 6; the last
+    chunk makes none.
+    """
+    chunks, heads, chunk, d, hidden = 4, 4, 2048, 384, 384
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    slots = (1, chunks, heads, chunk)
+    q, k = (
+        x / np.linalg.norm(x, axis=-1, keepdims=True)
+        for x in (normal(*slots, d), normal(*slots, d))
+    )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": normal(*slots, d),
+        "rates": 0.002 * rng.random((*slots, 3, 1), dtype=np.float32),
+        "momentum": rng.random(slots, dtype=np.float32),
+        "w0": normal(heads, hidden, d) / d**0.5,
+        "w1": normal(heads, d, hidden) / hidden**0.5,
+        "w2": normal(heads, hidden, d) / d**0.5,
+    }
+
+    def forward(arrays):
+        weights = Weights(arrays["w0"], arrays["w1"], arrays["w2"])
+        tokens = (arrays[name] for name in ("q", "k", "v", "rates", "momentum"))
+        return lact(*tokens, weights, implementation=implementation)[0]
+
+    return Case(
+        name="lact",
+        shape=f"1 x {chunks * chunk} tokens, {heads} heads {d} x {hidden}, chunk {chunk}",
+        forward=forward,
+        arrays={name: jnp.asarray(x) for name, x in arrays.items()},
+        flops=2 * heads * chunk * d * hidden * (3 * chunks + 6 * (chunks - 1)),
+    )
+
+
 def all_cases(flags: argparse.Namespace) -> list[Case]:
     """The table of cases."""
-    delta = [delta_case(spec, flags.implementation, flags.chunk_size) for spec in DELTA_SPECS]
-    return [case for case in delta if not flags.cases or case.name in flags.cases]
+    cases = [delta_case(spec, flags.implementation, flags.chunk_size) for spec in DELTA_SPECS]
+    cases += [lact_case(flags.implementation)]
+    return [case for case in cases if not flags.cases or case.name in flags.cases]
 
 
 def measure(case: Case, repeats: int) -> dict:

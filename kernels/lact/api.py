@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import jax
-from refine_jax.kernels.lact.reference import FastState, Options, Weights, lact_reference
+from refine_jax.kernels.lact.reference import (
+    PLAIN,
+    FastState,
+    Options,
+    Weights,
+    lact_reference,
+)
 from refine_jax.kernels.lact.xla import lact_xla
 
 IMPLEMENTATIONS = {"reference": lact_reference, "xla": lact_xla}
@@ -21,7 +27,7 @@ def lact(
     mask: jax.Array | None = None,
     reset: jax.Array | None = None,
     carry: FastState | None = None,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = PLAIN,
     implementation: str | None = None,
 ) -> tuple[jax.Array, FastState]:
     """Chunk by chunk: read `f(q)` with the fast weights, then update them from keys and values.

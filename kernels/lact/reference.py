@@ -67,6 +67,9 @@ class Options:
             )
 
 
+PLAIN = Options()
+
+
 def lact_reference(
     q: jax.Array,
     k: jax.Array,
@@ -78,7 +81,7 @@ def lact_reference(
     mask: jax.Array | None = None,
     reset: jax.Array | None = None,
     carry: FastState | None = None,
-    options: Options = Options(),
+    options: Options = PLAIN,
 ) -> tuple[jax.Array, FastState]:
     """The specification of `lact` (see api.py), chunk after chunk in plain float32 formulas."""
     live = jnp.ones(q.shape[:2] + q.shape[3:4], bool) if mask is None else mask  # [B, N, C]

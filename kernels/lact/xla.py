@@ -14,6 +14,7 @@ from jax import lax
 from refine_jax.kernels.lact.reference import (
     EPS,
     NEWTON_SCHULZ,
+    PLAIN,
     FastState,
     Options,
     Weights,
@@ -193,7 +194,7 @@ def lact_xla(
     mask: jax.Array | None = None,
     reset: jax.Array | None = None,
     carry: FastState | None = None,
-    options: Options = Options(),  # noqa: B008 (frozen)
+    options: Options = PLAIN,
 ) -> tuple[jax.Array, FastState]:
     """`lact` of api.py: a scan for the weights, then every chunk read with its own.
 
