@@ -309,7 +309,7 @@ def test_bfloat16_is_near_float32(name):
     for want, got in zip(*results, strict=True):
         assert got.dtype == jnp.bfloat16
         error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
-        assert 1e-5 < error < 0.06
+        assert 1e-5 < error < 0.15  # a wrong formula is of order 1
     state = low.fork(params, low.forward(params, ids, with_trace=True)[1], positions)
     assert jnp.float32 in {leaf.dtype for leaf in jax.tree.leaves(state)}
 
