@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,6 @@ import pytest
 from refine_jax.kernels import lact as ops
 from refine_jax.kernels.lact.reference import newton_schulz_reference
 
-GOLDEN = pathlib.Path(
-    os.environ.get("REFINE_GOLDEN", pathlib.Path(__file__).parents[1] / "../shared/golden")
-)
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
 
 
@@ -199,10 +195,7 @@ def test_zero_weights_and_keys_have_finite_gradients():
 
 
 def test_golden_newton_schulz():
-    path = GOLDEN / "ops" / "newton_schulz.npz"
-    if not path.exists():
-        pytest.skip(f"golden data not found: {path}")
-    golden = np.load(path)
+    golden = goldens.load_arrays("ops", "newton_schulz.npz")
     for name in sorted({key.split("/")[0] for key in golden}):
         given = jnp.asarray(golden[f"{name}/input"])
         for function in (ops.newton_schulz, newton_schulz_reference):
@@ -217,10 +210,7 @@ def test_golden_newton_schulz():
 
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
 def test_golden_op(implementation):
-    path = GOLDEN / "ops" / "lact_ttt.npz"
-    if not path.exists():
-        pytest.skip(f"golden data not found: {path}")
-    golden = np.load(path)
+    golden = goldens.load_arrays("ops", "lact_ttt.npz")
     chunk = int(golden["chunk_size"])
     length = golden["q"].shape[1]
     chunks = -(-length // chunk)
@@ -259,8 +249,6 @@ def test_golden_op(implementation):
 
         tolerance = 1e-4 if muon else 1e-5
         if f"{tag}/grad_q" not in golden:
-            if implementation == "reference":  # held to the others by the tests above
-                continue
             out = jax.jit(run)(given, weights)
             np.testing.assert_allclose(join(out), golden[f"{tag}/out"], atol=tolerance, err_msg=tag)
             continue

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, tiny, tokens
 
 from refine_jax.models.layout import Layout
+from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.refine.method import run_trunk
 from refine_jax.refine.rollout import score_rollouts
 
@@ -281,8 +282,6 @@ def test_gradients_ignore_padding_and_neighbours(name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputation_changes_no_gradient(name, remat):
-    from refine_jax.models.transformer import ComputePolicy, Model
-
     model, params = tiny(name)
     ids = tokens(15, 2, 20)
 
@@ -295,23 +294,34 @@ def test_recomputation_changes_no_gradient(name, remat):
 
 @pytest.mark.parametrize("name", ["lact", "deltanet", "gated_deltanet"])
 def test_bfloat16_is_near_float32(name):
-    """Activations in bfloat16, states in float32: within bfloat16's rounding of a few layers."""
-    from refine_jax.models.transformer import ComputePolicy, Model
+    """Activations in bfloat16, states in float32.
 
+    The yardstick is float32 with the weights alone rounded to bfloat16: what no bfloat16 model can
+    avoid. Rounded activations may add to it, but not much (measured: 0.7 to 1.9 times in all).
+    """
     model, params = tiny(name)
     low = Model(model.config, ComputePolicy(compute_dtype="bfloat16"))
     ids, new = tokens(17, 2, 30), tokens(18, 2, 2, 5)
-    positions = jnp.asarray([[4, 20], [8, 30]])
-    results = []
-    for m in (model, low):
-        hidden, trace = m.forward(params, ids, with_trace=True)
-        results.append((hidden, m.forward_forks(params, trace, positions, new)))
-    for want, got in zip(*results, strict=True):
-        assert got.dtype == jnp.bfloat16
-        error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
-        assert 1e-5 < error < 0.15  # a wrong formula is of order 1
-    state = low.fork(params, low.forward(params, ids, with_trace=True)[1], positions)
-    assert jnp.float32 in {leaf.dtype for leaf in jax.tree.leaves(state)}
+    positions = np.asarray([[4, 20], [8, 30]])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(model, params):
+        hidden, trace = model.forward(params, ids, with_trace=True)
+        state = model.fork(params, trace, positions)
+        return (hidden, model.forward_forks(params, trace, positions, new)), state
+
+    def errors(outputs):
+        pairs = zip(outputs, exact, strict=True)
+        return [jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y) for x, y in pairs]
+
+    exact, _ = run(model, params)
+    rounded, _ = run(model, jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(w.dtype), params))
+    outputs, state = run(low, params)
+    for output, error, unavoidable in zip(outputs, errors(outputs), errors(rounded), strict=True):
+        assert output.dtype == jnp.bfloat16
+        assert 1e-5 < error < 3 * unavoidable
+    fast_weights = (state.fast, state.sums) if name == "lact" else state.memory
+    assert {leaf.dtype for leaf in jax.tree.leaves(fast_weights)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", ["lact", "deltanet"])

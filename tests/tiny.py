@@ -37,7 +37,7 @@ CONFIGS = {
 def tiny(name: str, **changes):
     """(Model, params) of a family; `changes` are fields of its config."""
     model = Model(model_config(CONFIGS[name] | changes), ComputePolicy())
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     noise = np.random.default_rng(len(name))
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from refine_jax.kernels import numerics
 
 # Diagonal blocks up to this size are inverted by full masked products, larger ones blockwise.
 _INVERSE_BASE = 16
@@ -81,7 +82,7 @@ def _block(state, k, v, beta, q=None, log_decay=None, reset=None, *, scale):
     [B, G, C, Hv, V] in v's dtype (None without q).
     """
     chunk, group = k.shape[2], v.shape[3] // k.shape[3]
-    dot = functools.partial(_dot, v.dtype)
+    dot = functools.partial(numerics.dot, dtype=v.dtype)
 
     def per_key_head(x):
         return jnp.moveaxis(x, 3, 1)
@@ -193,43 +194,6 @@ def _product(a, b):
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _einsum(dtype, equation, a, b):
-    """Operands in `dtype`; sums and result float32."""
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(
-        equation,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _dot(dtype, equation, a, b):
-    """Product of two operands cast to `dtype`, whose gradients keep the dtype of the arguments.
-
-    Plain casts would round the gradients of the float32 state and of u to `dtype`, too.
-    """
-    return _einsum(dtype, equation, a, b)
-
-
-def _dot_forward(dtype, equation, a, b):
-    return _einsum(dtype, equation, a, b), (a, b)
-
-
-def _dot_backward(dtype, equation, residuals, g):
-    a, b = residuals
-    operands, result = equation.split("->")
-    of_a, of_b = operands.split(",")
-    d_a = _einsum(dtype, f"{result},{of_b}->{of_a}", g, b)
-    d_b = _einsum(dtype, f"{of_a},{result}->{of_b}", a, g)
-    return d_a.astype(a.dtype), d_b.astype(b.dtype)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _solve(dtype, a, inverse, error):
     """u with (I + a) u = error, given the inverse (taken as a constant by the gradient).
@@ -238,7 +202,7 @@ def _solve(dtype, a, inverse, error):
     `error` and -z u^T for `a`; nothing is differentiated through the inversion.
     """
     del a
-    return _einsum(dtype, "bhij,bhjv->bhiv", inverse, error)
+    return numerics.einsum("bhij,bhjv->bhiv", inverse, error, dtype)
 
 
 def _solve_forward(dtype, a, inverse, error):
@@ -248,8 +212,8 @@ def _solve_forward(dtype, a, inverse, error):
 
 def _solve_backward(dtype, residuals, g):
     inverse, u = residuals
-    z = _einsum(dtype, "bhij,bhiv->bhjv", inverse, g)
-    return -_einsum(dtype, "bhiv,bhjv->bhij", z, u), jnp.zeros_like(inverse), z
+    z = numerics.einsum("bhij,bhiv->bhjv", inverse, g, dtype)
+    return -numerics.einsum("bhiv,bhjv->bhij", z, u, dtype), jnp.zeros_like(inverse), z
 
 
 _solve.defvjp(_solve_forward, _solve_backward)

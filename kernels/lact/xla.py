@@ -19,51 +19,12 @@ from refine_jax.kernels.lact.reference import (
     Options,
     Weights,
 )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _dot(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """einsum of two operands rounded to `dtype`, accumulated in float32.
-
-    Its own derivative keeps the same rule (plain autodiff would multiply float32 cotangents with
-    bfloat16 operands, or round the gradient of a float32 weight to bfloat16).
-    """
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(
-        spec,
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _dot_forward(spec, a, b, dtype):
-    return _dot(spec, a, b, dtype), (a, b)
-
-
-def _dot_backward(spec, dtype, operands, cotangent):
-    a, b = operands
-    inputs, out = spec.split("->")
-    left, right = inputs.split(",")
-    da = _dot(f"{out},{right}->{left}", cotangent, b, dtype)
-    db = _dot(f"{left},{out}->{right}", a, cotangent, dtype)
-    return da.astype(a.dtype), db.astype(b.dtype)
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
-
-
-def _norm(w: jax.Array) -> jax.Array:
-    """Row norms [..., 1]; the gradient at a zero row is 0."""
-    square = jnp.sum(w * w, -1, keepdims=True)
-    is_zero = square == 0
-    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+from refine_jax.kernels.numerics import dot, safe_norm
 
 
 def row_norms(weights: Weights) -> Weights:
     """Norms of the rows of the initial weights, [..., F, 1], [..., d, 1], [..., F, 1]."""
-    return Weights(*map(_norm, weights))
+    return Weights(*map(safe_norm, weights))
 
 
 def fresh_state(weights: Weights, use_momentum: bool, options: Options) -> FastState:
@@ -77,9 +38,9 @@ def fresh_state(weights: Weights, use_momentum: bool, options: Options) -> FastS
 
 def apply_fast_weights(weights: Weights, q: jax.Array) -> jax.Array:
     """`W1 (silu(W0 q) * (W2 q))` for q [..., H, C, d]; result as q, in its dtype."""
-    gate = _dot("...cd,...fd->...cf", q, weights.w0, q.dtype)
-    up = _dot("...cd,...fd->...cf", q, weights.w2, q.dtype)
-    return _dot("...cf,...df->...cd", jax.nn.silu(gate) * up, weights.w1, q.dtype).astype(q.dtype)
+    gate = dot("...cd,...fd->...cf", q, weights.w0, q.dtype)
+    up = dot("...cd,...fd->...cf", q, weights.w2, q.dtype)
+    return dot("...cf,...df->...cd", jax.nn.silu(gate) * up, weights.w1, q.dtype).astype(q.dtype)
 
 
 def update_sums(weights: Weights, k: jax.Array, v: jax.Array, rates: jax.Array) -> Weights:
@@ -89,9 +50,9 @@ def update_sums(weights: Weights, k: jax.Array, v: jax.Array, rates: jax.Array) 
     With E > 1 they are one a channel: of the hidden for W1, of the key for W0 and W2.
     """
     rate0, rate1, rate2 = rates[..., 0, :], rates[..., 1, :], rates[..., 2, :]
-    gate = _dot("...cd,...fd->...cf", k, weights.w0, k.dtype)
-    up = _dot("...cd,...fd->...cf", k, weights.w2, k.dtype)
-    error = _dot("...cd,...df->...cf", v, weights.w1, k.dtype)
+    gate = dot("...cd,...fd->...cf", k, weights.w0, k.dtype)
+    up = dot("...cd,...fd->...cf", k, weights.w2, k.dtype)
+    error = dot("...cd,...df->...cf", v, weights.w1, k.dtype)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_gate = error * up * (sigmoid + silu * (1 - sigmoid))
@@ -102,9 +63,9 @@ def update_sums(weights: Weights, k: jax.Array, v: jax.Array, rates: jax.Array) 
     else:
         k0, k2 = k * rate0, k * rate2
     return Weights(
-        _dot("...cf,...cd->...fd", d_gate, k0, k.dtype),
-        _dot("...cd,...cf->...df", v, silu * up * rate1, k.dtype),
-        _dot("...cf,...cd->...fd", d_up, k2, k.dtype),
+        dot("...cf,...cd->...fd", d_gate, k0, k.dtype),
+        dot("...cd,...cf->...df", v, silu * up * rate1, k.dtype),
+        dot("...cf,...cd->...fd", d_up, k2, k.dtype),
     )
 
 
@@ -122,14 +83,14 @@ def newton_schulz(g: jax.Array, dtype: str) -> jax.Array:
         return lax.reduce_precision(x, 8, 7) if operand == jnp.bfloat16 else x
 
     x = low(g)
-    norm = low(_norm(x.reshape(*x.shape[:-2], 1, -1)))
+    norm = low(safe_norm(x.reshape(*x.shape[:-2], 1, -1)))
     x = low(x / low(norm + 1e-7))
 
     def iterate(x, coefficients):
         a, b, c = coefficients
-        xx = low(_dot("...ij,...kj->...ik", x, x, operand))
-        y = low(low(b * xx) + low(_dot("...ij,...jk->...ik", low(c * xx), xx, operand)))
-        return low(low(a * x) + low(_dot("...ij,...jk->...ik", y, x, operand))), None
+        xx = low(dot("...ij,...kj->...ik", x, x, operand))
+        y = low(low(b * xx) + low(dot("...ij,...jk->...ik", low(c * xx), xx, operand)))
+        return low(low(a * x) + low(dot("...ij,...jk->...ik", y, x, operand))), None
 
     return lax.scan(iterate, x, jnp.asarray(NEWTON_SCHULZ))[0]
 
@@ -161,7 +122,7 @@ def apply_update(
     def rescale(w, norm):
         if options.fused and not options.prenorm:
             return w * (norm * lax.rsqrt(jnp.sum(w * w, -1, keepdims=True) + EPS))
-        return w * (norm / (_norm(w) + EPS))
+        return w * (norm / (safe_norm(w) + EPS))
 
     weights = jax.tree.map(rescale, base, norms)
     return FastState(weights, momentum, base if options.prenorm else None)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from refine_jax.kernels.numerics import safe_norm
+
 INIT_STD = 0.02
 
 
@@ -67,13 +69,6 @@ def l2_norm_lact(x: jax.Array) -> jax.Array:
     """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
     y = x.astype(jnp.float32)
     return (y / (safe_norm(y) + 1e-5)).astype(x.dtype)
-
-
-def safe_norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis, kept as size 1; its gradient at zero is 0, not NaN."""
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    is_zero = square == 0
-    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
