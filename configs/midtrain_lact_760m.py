@@ -11,9 +11,10 @@ The paper reports after mid-training, against the untouched model, at 16K tokens
 (24.2 %), MV-NIAH 18.6 % (17.7 %), HotpotQA 12.5 % (12.0 %), and a LongBench mean of 16.9 (13.1). We
 have not run this size ourselves.
 
-A checkpoint's own config.json replaces the `fresh` fields, which start the same architecture from
-random weights. `midtrain_lact_760m.py:runlocal` runs the same code small, on a CPU, from random
-weights and the source files of the Python standard library.
+A checkpoint's own config.json replaces the `fresh` fields, which start the architecture of LaCT's
+published 760M configuration (lact_llm/configs/760M_lact_swiglu_nh4_fwlow_rank_momentum.json, with
+momentum and without Muon) from random weights. `midtrain_lact_760m.py:runlocal` runs the same code
+small, on a CPU, from random weights and the source files of the Python standard library.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +32,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "vocab_size": 32000,
         "hidden_size": 1536,
         "num_hidden_layers": 24,
-        "num_attn_heads": 12,
+        "num_attn_heads": 24,
         "num_lact_heads": 4,
         "lact_chunk_size": 2048,
         "window_size": 2048,

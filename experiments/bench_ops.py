@@ -2,8 +2,9 @@
 
     python experiments/bench_ops.py --json
 
-Every case runs in turns with a product of two 2048 x 2048 matrices: forward, and forward + backward
-(gradients of all array arguments). Reported are medians, and GFLOP/s by the floating point
+Every case runs in turns with a product of two 2048 x 2048 matrices (the plain rate) and with the
+most frequent product of the op alone, at its size (what the op could reach at best): forward, and
+forward + backward (gradients of all array arguments). Medians, and GFLOP/s by the floating point
 operations of the matrix products in the op's chunked form (2 m n k a product; `flops` of its
 specs); the backward pass of a product is two products, so forward + backward counts three times the
 forward. What is computed again in the backward pass to save memory, inverses and elementwise work
@@ -20,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from harness import medians, report
+from jax import lax
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.delta_rule.specs import BENCH_SPECS as DELTA_SPECS
 from refine_jax.kernels.lact import Weights, lact
 
 MATMUL = 2048
+PRODUCTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Case:
     """One op at one shape.
 
     forward: arrays -> output array, jit-able. arrays: its arguments, all of them differentiated.
-    flops: of the forward pass.
+    flops: of the forward pass. product: (heads, rows, size) of the op's most frequent matrix
+    product, [rows, size] times [size, size] for every head.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Case:
     forward: Callable[[dict[str, jax.Array]], jax.Array]
     arrays: dict[str, jax.Array]
     flops: int
+    product: tuple[int, int, int]
 
 
 def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case:
@@ -55,7 +60,8 @@ def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case
         f"{spec.batch} x {spec.tokens} tokens, {spec.value_heads} heads "
         f"{spec.key_dim} x {spec.value_dim}, chunk {spec.chunk_size}"
     )
-    return Case(spec.name, shape, forward, arrays, spec.flops())
+    product = (spec.value_heads, spec.chunk_size, spec.key_dim)
+    return Case(spec.name, shape, forward, arrays, spec.flops(), product)
 
 
 def lact_case(implementation: str | None) -> Case:
@@ -97,6 +103,7 @@ def lact_case(implementation: str | None) -> Case:
         forward=forward,
         arrays={name: jnp.asarray(x) for name, x in arrays.items()},
         flops=2 * heads * chunk * d * hidden * (3 * chunks + 6 * (chunks - 1)),
+        product=(heads, chunk, d),
     )
 
 
@@ -116,10 +123,20 @@ def measure(case: Case, repeats: int) -> dict:
     weights = jnp.asarray(
         rng.standard_normal(jax.eval_shape(case.forward, case.arrays).shape, dtype=np.float32)
     )
+    heads, rows, size = case.product
+    left = jnp.asarray(rng.standard_normal((heads, rows, size), dtype=np.float32))
+    right = jnp.asarray(rng.standard_normal((heads, size, size), dtype=np.float32)) / size**0.5
+    # Several in one program, as calling one takes about as long as a small product.
+    product = jax.jit(
+        lambda x, y: lax.fori_loop(
+            0, PRODUCTS, lambda _, z: jnp.matmul(z, y, precision=lax.Precision.HIGHEST), x
+        )
+    )
     both = jax.jit(jax.value_and_grad(lambda arrays, w: jnp.vdot(case.forward(arrays), w)))
     times = medians(
         {
             "matmul": lambda: matmul(square),
+            "product": lambda: product(left, right),
             "forward": lambda: forward(case.arrays),
             "forward_backward": lambda: both(case.arrays, weights),
         },
@@ -127,6 +144,7 @@ def measure(case: Case, repeats: int) -> dict:
     )
     gflops = {
         "matmul": 2 * MATMUL**3 / times["matmul"] / 1e9,
+        "product": 2 * heads * rows * size**2 * PRODUCTS / times["product"] / 1e9,
         "forward": case.flops / times["forward"] / 1e9,
         "forward_backward": 3 * case.flops / times["forward_backward"] / 1e9,
     }
@@ -138,6 +156,7 @@ def measure(case: Case, repeats: int) -> dict:
         "forward_gflops": gflops["forward"],
         "forward_backward_gflops": gflops["forward_backward"],
         "matmul_gflops": gflops["matmul"],
+        "product_gflops": gflops["product"],
         "forward_of_matmul": gflops["forward"] / gflops["matmul"],
         "forward_backward_of_matmul": gflops["forward_backward"] / gflops["matmul"],
     }
@@ -158,7 +177,10 @@ def main():
     results = [measure(case, flags.repeats) for case in all_cases(flags)]
     lines = []
     for r in results:
-        lines += [f"{r['case']}: {r['shape']}; plain matmul {r['matmul_gflops']:.0f} GFLOP/s"]
+        lines += [
+            f"{r['case']}: {r['shape']}; plain matmul {r['matmul_gflops']:.0f} GFLOP/s, "
+            f"own product alone {r['product_gflops']:.0f} GFLOP/s"
+        ]
         for part in ("forward", "forward_backward"):
             lines += [
                 f"  {part:17s} {r[part + '_ms']:8.1f} ms  {r[part + '_gflops']:6.1f} GFLOP/s  "

@@ -232,8 +232,11 @@ class DataConfig(_Section):
         "longer documents: cut into rows, or keep the first row",
         choices=("all", "first"),
     )
-    min_remainder: int = _field(
-        1, "keep the last piece of a cut document if it has so many tokens", low=1
+    min_remainder: int | None = _field(
+        None,
+        "keep the last piece of a cut document if it has so many tokens; None: as many as the "
+        "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
+        low=1,
     )
     pack: bool = _field(False, "short documents share a row")
     max_documents: int = _field(8, "most documents of a packed row", low=1)

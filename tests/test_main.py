@@ -213,6 +213,27 @@ def test_another_configuration_does_not_continue_the_run(whole, corpus, tmp_path
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
+def test_a_model_without_a_tokenizer_gets_that_of_its_run(corpus, tmp_path):
+    config = tiny(corpus, data={"tokenizer": "mistral-v1", "sequence_length": 44})
+    config.model.fresh.vocab_size = 32000
+    config.data.min_remainder = None
+    parts = midtrain.prepare(Config.from_dict(config), tmp_path / "run")
+    (name,) = parts.start.files
+    assert name == "tokenizer.model"
+    shutil.copy(parts.start.files[name], tmp_path / name)
+    copied = load_tokenizer(tmp_path)
+    assert copied.fingerprint == parts.tokenizer.fingerprint
+    assert copied.vocab_size == 32000
+
+
+@pytest.mark.parametrize(("objective", "length", "expected"), [("ntp", 52, 44), ("refine", 44, 44)])
+def test_pieces_of_documents_hold_the_rollouts(corpus, objective, length, expected):
+    config = tiny(corpus, refine={"objective": objective}, data={"sequence_length": length})
+    config.data.min_remainder = None
+    options = data_options(Config.from_dict(config), load_tokenizer("bytes"))
+    assert options.min_remainder == expected == 2 * 20 + 2 * 2
+
+
 def test_the_best_checkpoint_is_kept(corpus, tmp_path):
     train = {"best_metric": "accuracy", "eval_every": 1, "checkpoint_every": 0, "steps": 3}
     train |= {"keep_checkpoints": 1, "warmup_ntp_steps": 0}

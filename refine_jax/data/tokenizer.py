@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -19,6 +19,9 @@ import numpy as np
 from refine_jax.data.options import DataError
 
 Ids = Sequence[int] | np.ndarray
+
+# Files beside a tokenizer.json that name its special tokens; the first has the last word.
+SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 @runtime_checkable
@@ -32,6 +35,7 @@ class Tokenizer(Protocol):
         bos_id: beginning of sequence; None if the tokenizer has none.
         eos_id: end of sequence; None if the tokenizer has none.
         pad_id: fills the slots of a row that hold no token (their segment is 0).
+        files: {name: path} from which a folder that they are copied to loads it; empty for bytes.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     pad_id: int
+    files: Mapping[str, Path]
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
         """Return the ids [T] int32 of `text`, with bos before and eos after it if wanted."""
@@ -60,6 +65,7 @@ class ByteTokenizer:
     fingerprint = "bytes-259"
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
+    files: Mapping[str, Path] = {}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
         """Return the bytes of `text` as ids [T] int32."""
@@ -94,6 +100,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise DataError(f"not a SentencePiece model: {path} ({error})") from error
         self.name = name or str(path)
+        self.files = {"tokenizer.model": Path(path)}
         self.fingerprint = f"sentencepiece-{_digest(model)}"
         self.vocab_size = self._model.get_piece_size()
         self.bos_id = _id_or_none(self._model.bos_id())
@@ -141,6 +148,10 @@ class HuggingFaceTokenizer:
         special = _special_tokens(Path(path).parent)
         ids = {key: self._model.token_to_id(token) for key, token in special.items()}
         self.name = str(path)
+        self.files = {"tokenizer.json": Path(path)}
+        for name in SPECIAL_TOKENS:
+            if (Path(path).parent / name).is_file():
+                self.files[name] = Path(path).parent / name
         self.fingerprint = f"tokenizers-{_digest(content, json.dumps(ids, sort_keys=True))}"
         # Added tokens may lie beyond a gap, so the largest id counts, not the number of tokens.
         self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
@@ -240,7 +251,7 @@ def _with_ends(tokenizer: Tokenizer, ids: np.ndarray, bos: bool, eos: bool) -> n
 def _special_tokens(folder: Path) -> dict[str, str]:
     """Return {"bos_token": "<s>", ...} as the files beside a tokenizer.json name them."""
     found: dict[str, str] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+    for file in SPECIAL_TOKENS:
         path = folder / file
         if not path.is_file():
             continue

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
+from refine_jax.kernels.numerics import by_rows, drop_unit_axes
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_fla
 from refine_jax.models.layout import Layout
@@ -67,13 +68,16 @@ class ShortConv(nnx.Module):
         weight = self.weight[...]
         taps = weight.shape[-1]
         tokens = x.shape[-2] - (taps - 1)
+        shape = (*x.shape[:-2], tokens, x.shape[-1])
+        x = drop_unit_axes(x, 2)
+        position = None if position is None else drop_unit_axes(position, 1)
         y = 0.0
         for tap in range(taps):
             term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
             if position is not None:
                 term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
             y = y + term
-        return y.astype(x.dtype)
+        return y.astype(x.dtype).reshape(shape)
 
 
 class DeltaNetMixer(nnx.Module):
@@ -332,8 +336,12 @@ class GatedDeltaNetMixer(DeltaNetMixer):
 
 def _sum_norm(x):
     """`x / sum(x)` over the last axis; zeros where the sum is 0, as at padding."""
-    total = jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True)
-    return jnp.where(total == 0, 0.0, x / jnp.where(total == 0, 1.0, total)).astype(x.dtype)
+
+    def rows(x):
+        total = jnp.sum(x.astype(jnp.float32), axis=-1, keepdims=True)
+        return jnp.where(total == 0, 0.0, x / jnp.where(total == 0, 1.0, total)).astype(x.dtype)
+
+    return by_rows(rows, x)
 
 
 def _keep(mask, k, beta, log_decay):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.kernels.numerics import by_rows
+
 BLOCK_TOKENS = 512
 
 
@@ -42,10 +44,14 @@ def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 
 def entropy(z: jax.Array) -> jax.Array:
     """Entropy in nats of softmax(z [..., V]): logsumexp(z) - sum(softmax(z) z)."""
-    shifted = z - lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
-    return jnp.log(total) - jnp.sum(weights * shifted, axis=-1) / total
+
+    def rows(z):
+        shifted = z - lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+        weights = jnp.exp(shifted)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.log(total) - jnp.sum(weights * shifted, axis=-1, keepdims=True) / total
+
+    return by_rows(rows, z)[..., 0]
 
 
 def log_prob(z: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -55,27 +61,31 @@ def log_prob(z: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _token_blocks(array: jax.Array, size: int) -> jax.Array:
-    """[B, T, ...] -> [T / size, B, size, ...], zero-padded to a multiple of `size`."""
+    """[B, T, ...] -> [T / size, B * size, ...], zero-padded to a multiple of `size`.
+
+    Every block has tokens of all rows, so that the batch axis can be sharded.
+    """
     batch, length, *rest = array.shape
     count = -(-length // size)
     padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * len(rest)
     blocks = jnp.pad(array, padding).reshape(batch, count, size, *rest)
-    return jnp.moveaxis(blocks, 1, 0)
+    return jnp.moveaxis(blocks, 1, 0).reshape(count, batch * size, *rest)
 
 
-def _join_blocks(blocks: jax.Array, length: int) -> jax.Array:
+def _join_blocks(blocks: jax.Array, batch: int, length: int) -> jax.Array:
     """Inverse of `_token_blocks`."""
-    joined = jnp.moveaxis(blocks, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+    count, _, *rest = blocks.shape
+    joined = jnp.moveaxis(blocks.reshape(count, batch, -1, *rest), 0, 1)
+    return joined.reshape(batch, -1, *rest)[:, :length]
 
 
 def _block_size(batch: int, length: int, block_tokens: int) -> int:
-    """Tokens of a row in one block: blocks keep the batch axis whole, so that it can be sharded."""
+    """Tokens of a row in one block of about `block_tokens`."""
     return max(1, min(length, block_tokens // batch))
 
 
 def _block_stats(hidden, head, targets):
-    """Stats of one block, and what its gradient needs: softmax [b, t, V] before division."""
+    """Stats [N] of hidden [N, D], and what their gradient needs: softmax [N, V] before division."""
     z = logits(hidden, head)
     top = jnp.max(z, axis=-1, keepdims=True)
     shifted = z - top
@@ -116,7 +126,7 @@ def next_token_loss(
 
     blocks = _token_blocks(hidden, size), _token_blocks(targets, size)
     _, stats = lax.scan(block, None, blocks)
-    stats = jax.tree.map(lambda x: _join_blocks(x, targets.shape[1]), stats)
+    stats = jax.tree.map(lambda x: _join_blocks(x, *targets.shape), stats)
     return jnp.sum(stats.nll * weights), stats
 
 
@@ -127,20 +137,20 @@ def _next_token_loss_forward(hidden, head, targets, weights, block_tokens):
     def block(head_gradient, inputs):
         h, target, weight = inputs
         stats, exponentials, total = _block_stats(h, operand, target)
-        is_target = lax.broadcasted_iota(jnp.int32, exponentials.shape, 2) == target[..., None]
+        is_target = lax.broadcasted_iota(jnp.int32, exponentials.shape, 1) == target[..., None]
         scale = weight / total
         dz = exponentials * scale[..., None] - jnp.where(is_target, weight[..., None], 0.0)
         dz = dz.astype(h.dtype)
         einsum = functools.partial(
             jnp.einsum, precision=_precision(h), preferred_element_type=jnp.float32
         )
-        dh = einsum("btv,vd->btd", dz, operand).astype(h.dtype)
-        head_gradient += einsum("btv,btd->vd", dz, h)
+        dh = einsum("nv,vd->nd", dz, operand).astype(h.dtype)
+        head_gradient += einsum("nv,nd->vd", dz, h)
         return head_gradient, (stats, dh)
 
     blocks = jax.tree.map(lambda x: _token_blocks(x, size), (hidden, targets, weights))
     head_gradient, (stats, dh) = lax.scan(block, jnp.zeros(head.shape, jnp.float32), blocks)
-    stats, dh = jax.tree.map(lambda x: _join_blocks(x, targets.shape[1]), (stats, dh))
+    stats, dh = jax.tree.map(lambda x: _join_blocks(x, *targets.shape), (stats, dh))
     loss = jnp.sum(stats.nll * weights)
     return (loss, stats), (dh, head_gradient.astype(head.dtype))
 
@@ -182,5 +192,5 @@ def token_log_probs(
     blocks = _token_blocks(flat_hidden, size), _token_blocks(flat_tokens, size)
     outputs = lax.map(block, blocks)
     return jax.tree.map(
-        lambda x: _join_blocks(x, flat_tokens.shape[1]).reshape(tokens.shape), outputs
+        lambda x: _join_blocks(x, *flat_tokens.shape).reshape(tokens.shape), outputs
     )

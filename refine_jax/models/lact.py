@@ -30,6 +30,7 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
+from refine_jax.kernels.numerics import by_rows
 from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
@@ -168,7 +169,7 @@ class LaCTMixer(nnx.Module):
     def _fast_input(self, x: jax.Array, column: int, positions: jax.Array) -> jax.Array:
         """Query (column 0) or key (1) of the fast weights from q or k [..., D]; [..., H, d]."""
         scale, offset = (p[...][:, column].astype(x.dtype) for p in (self.qk_scale, self.qk_offset))
-        x = x * scale + offset
+        x = by_rows(lambda rows: rows * scale + offset, x)
         if self.config.qkv_silu:
             x = jax.nn.silu(x)
         y = l2_norm_lact(self._fast_heads(x))
@@ -198,7 +199,7 @@ class LaCTMixer(nnx.Module):
         """Both branches, [..., D] and [..., H, d], to the layer's output [..., D]."""
         y = self.ttt_norm(fast)
         if self.ttt_scale_proj is not None:
-            y = y * jax.nn.silu(self.ttt_scale_proj(x))[..., None]
+            y = by_rows(jnp.multiply, y, jax.nn.silu(self.ttt_scale_proj(x))[..., None])
         return self.o_proj(attention + y.reshape(x.shape))
 
     # The mixer protocol
@@ -382,14 +383,23 @@ class LaCTMixer(nnx.Module):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""
         chunk = self.config.lact_chunk_size
         count = _tokens_in_chunk(seen, chunk)
+        start, slab = _slabs(last, min(chunk, trace.keys.shape[2]))
+        # Cut for all forks at once: in the loop, each would keep the whole trace for its gradient.
+        tokens = jax.tree.map(
+            slab,
+            (
+                trace.keys,
+                trace.values,
+                jnp.moveaxis(trace.rates, 1, 2),
+                None if trace.momentum is None else jnp.moveaxis(trace.momentum, 1, 2),
+            ),
+        )
 
         @jax.checkpoint
-        def chunk_sums(weights, last, seen, count):
-            start, slab = _slabs(last[:, None], min(chunk, trace.keys.shape[2]))
-            keys, values = (slab(x)[:, 0] for x in (trace.keys, trace.values))  # [B, A, C, hd]
-            rates = slab(jnp.moveaxis(trace.rates, 1, 2))[:, 0]  # [B, H, C, 3, E]
+        def chunk_sums(weights, tokens, ahead, seen, count):
+            keys, values, rates, momentum = tokens  # [B, A, C, hd] twice, [B, H, C, ...]
             # Slab row -> index in its chunk; rows before the chunk or after `last` are left out.
-            ahead = (start - last[:, None]) + jnp.arange(keys.shape[2])  # [B, C], 0 at `last`
+            ahead = ahead[:, None] + jnp.arange(keys.shape[2])  # [B, C], 0 at `last`
             live = (ahead <= 0) & (ahead > -count[:, None])
             positions = seen[:, None] - 1 + ahead
             # The trace keeps keys after rope; turned back, they are k again.
@@ -398,9 +408,8 @@ class LaCTMixer(nnx.Module):
             v = self._fast_value(jnp.swapaxes(values, 1, 2).reshape(*positions.shape, -1))
             rates = jnp.where(live[:, None, :, None, None], rates, 0.0)
             sums = update_sums(weights, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), rates)
-            if trace.momentum is None:
+            if momentum is None:
                 return sums, None
-            momentum = slab(jnp.moveaxis(trace.momentum, 1, 2))[:, 0]  # [B, H, C]
             return sums, jnp.where(live[:, None], momentum, 0.0).sum(-1)
 
         def one_fork(inputs):
@@ -414,7 +423,9 @@ class LaCTMixer(nnx.Module):
             return lax.cond(crosses, chunk_sums, lambda *_: nothing, *inputs)
 
         # Fork by fork, so that only those near a boundary cost anything.
-        by_fork = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (weights, last, seen, count))
+        by_fork = jax.tree.map(
+            lambda x: jnp.moveaxis(x, 1, 0), (weights, tokens, start - last, seen, count)
+        )
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lax.map(one_fork, by_fork))
 
     def _extend_block(self, x: jax.Array, state: LaCTState) -> tuple[jax.Array, LaCTState]:

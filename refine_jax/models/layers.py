@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from refine_jax.kernels.numerics import safe_norm
+from refine_jax.kernels.numerics import by_rows, safe_norm
 
 INIT_STD = 0.02
 
@@ -19,11 +19,6 @@ INIT_STD = 0.02
 def normal_param(key: jax.Array, shape: tuple[int, ...], std: float = INIT_STD) -> nnx.Param:
     """A float32 parameter drawn from N(0, std^2)."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
-
-
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [..., in]` times `weight [out, in]` transposed, in the dtype of x."""
-    return lax.dot_general(x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
 class Linear(nnx.Module):
@@ -35,15 +30,25 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
-        y = linear(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        weight = self.weight[...].astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+
+        def rows(x):
+            y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+            return y if bias is None else y + bias
+
+        return by_rows(rows, x)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; computed in float32."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+    def rows(x):
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+    return by_rows(rows, x)
 
 
 class RMSNorm(nnx.Module):
@@ -60,15 +65,22 @@ class RMSNorm(nnx.Module):
 
 def l2_norm_fla(x: jax.Array) -> jax.Array:
     """`x * rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)
-    return y.astype(x.dtype)
+
+    def rows(x):
+        y = x.astype(jnp.float32)
+        return (y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+    return by_rows(rows, x)
 
 
 def l2_norm_lact(x: jax.Array) -> jax.Array:
     """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
-    y = x.astype(jnp.float32)
-    return (y / (safe_norm(y) + 1e-5)).astype(x.dtype)
+
+    def rows(x):
+        y = x.astype(jnp.float32)
+        return (y / (safe_norm(y) + 1e-5)).astype(x.dtype)
+
+    return by_rows(rows, x)
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

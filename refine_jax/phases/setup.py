@@ -148,6 +148,9 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
 def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
     """The pipeline's options: the data section, the loop's seed and the rows it evaluates."""
     fields = dataclasses.asdict(config.data) | {"tokenizer": tokenizer.name}
+    if config.data.min_remainder is None:
+        needed = min(config.refine.tokens_needed, config.data.sequence_length)
+        fields["min_remainder"] = needed
     rows = config.train.eval_batches * config.train.micro_batch
     return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
 
