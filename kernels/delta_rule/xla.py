@@ -227,8 +227,12 @@ def delta_step_xla(q, k, v, beta, log_decay, *, state, scale):
     q, k, v, beta = (x.astype(jnp.float32) for x in (q, k, v, beta))
     if log_decay is not None:
         state = state * jnp.exp(log_decay)[..., None, None]
-    # Sums of products rather than matmuls: a vector times a matrix is bound by memory.
-    error = v - jnp.sum(state * k[..., None], axis=-2)
+
+    def recall(state, x):
+        # A sum of products rather than a matmul: a vector times a matrix is bound by memory.
+        product = numerics.drop_unit_axes(state, 3) * numerics.drop_unit_axes(x, 2)[..., None]
+        return jnp.sum(product, axis=-2).reshape(v.shape)
+
+    error = v - recall(state, k)
     state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
-    out = jnp.sum(state * q[..., None], axis=-2) * scale
-    return out.astype(dtype), state
+    return (recall(state, q) * scale).astype(dtype), state
