@@ -29,7 +29,6 @@ from refine_jax.phases.setup import (
     Start,
     check_same_run,
     data_options,
-    has_checkpoints,
     initial_params,
     load_matching_tokenizer,
     load_start,
@@ -78,7 +77,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     start = load_start(config.model, workdir)
     model = make_model(start, config.model)
     tokenizer = load_matching_tokenizer(config, start)
-    if start.tokenizer is None and not has_checkpoints(workdir):
+    if start.tokenizer is None:  # a continued run has that of its folder
         start = dataclasses.replace(start, files={**tokenizer.files, **start.files})
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
