@@ -73,3 +73,13 @@ def safe_norm(x: jax.Array) -> jax.Array:
     square = by_rows(lambda rows: jnp.sum(rows * rows, axis=-1, keepdims=True), x)
     is_zero = square == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
+
+
+def unit_rows(x: jax.Array) -> jax.Array:
+    """`x rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
+
+    def rows(x):
+        y = x.astype(jnp.float32)
+        return (y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+    return by_rows(rows, x)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
+from refine_jax.kernels.numerics import unit_rows
 
-IMPLEMENTATIONS = {"reference": delta_rule_reference, "xla": delta_rule_xla}
+IMPLEMENTATIONS = {
+    "reference": delta_rule_reference,
+    "xla": delta_rule_xla,
+    "pallas_tpu": delta_rule_pallas_tpu,
+}
 
-_NOT_YET = ("pallas_tpu", "pallas_gpu")
+_NOT_YET = ("pallas_gpu",)
+_NORMALIZES = ("pallas_tpu",)  # they take care of the norms of q and k themselves
+_KERNEL_TOKENS = 64  # of fewer, XLA's programs are as fast
 
 
 def delta_rule(
@@ -22,7 +30,8 @@ def delta_rule(
     initial_state: jax.Array | None = None,
     document: jax.Array | None = None,
     scale: float | None = None,
-    chunk_size: int = 64,
+    normalize: bool = False,
+    chunk_size: int | None = None,
     save_every: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
@@ -43,10 +52,13 @@ def delta_rule(
       initial_state: [B, Hv, K, V] float32 before token 0, of the document of token 0; zero if None.
       document: [B, T] int32; the state is set to zero where it changes between two tokens.
       scale: factor of the output; K**-0.5 if None.
-      chunk_size: tokens handled by one set of matrix products, a power of two.
+      normalize: divide q and k by their norms first, `x rsqrt(sum x^2 + 1e-6)`.
+      chunk_size: tokens handled by one set of matrix products, a power of two; None leaves it to
+        the implementation.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
         None keeps none.
-      implementation: "reference", "xla" or None for the best one; a named one never falls back.
+      implementation: "reference", "xla", "pallas_tpu" or None for the best one on this device; a
+        named one never falls back. Where there is no TPU, "pallas_tpu" is interpreted (slow).
 
     Returns:
       out [B, T, Hv, V] in the dtype of v, the final state [B, Hv, K, V] float32, and the saved
@@ -61,7 +73,7 @@ def delta_rule(
     """
     if implementation in _NOT_YET:
         raise ValueError(
-            "This version of delta_rule has no Pallas kernels; use implementation=None or 'xla'. "
+            "This version of delta_rule has no kernel for GPUs; use implementation=None or 'xla'. "
             f"Got: implementation={implementation!r}."
         )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -73,18 +85,27 @@ def delta_rule(
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         initial_state = jnp.zeros(shape, jnp.float32)
-    return IMPLEMENTATIONS[implementation or "xla"](
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        initial_state=initial_state.astype(jnp.float32),
-        document=document,
-        scale=k.shape[3] ** -0.5 if scale is None else scale,
-        chunk_size=chunk_size,
-        save_every=save_every,
-    )
+    name = implementation or _best(tokens=v.shape[1], chunk_size=chunk_size, save_every=save_every)
+    options = {
+        "initial_state": initial_state.astype(jnp.float32),
+        "document": document,
+        "scale": k.shape[3] ** -0.5 if scale is None else scale,
+        "chunk_size": chunk_size,
+        "save_every": save_every,
+    }
+    if name in _NORMALIZES:
+        options["normalize"] = normalize
+    elif normalize:
+        q, k = (None if x is None else unit_rows(x) for x in (q, k))
+    return IMPLEMENTATIONS[name](q, k, v, beta, log_decay, **options)
+
+
+def _best(tokens: int, chunk_size: int | None, save_every: int | None) -> str:
+    """The implementation for this device."""
+    sizes = [size for size in (chunk_size, save_every) if size is not None]
+    if jax.default_backend() == "tpu" and tokens >= _KERNEL_TOKENS <= min(sizes, default=tokens):
+        return "pallas_tpu"
+    return "xla"
 
 
 def delta_step(
@@ -128,9 +149,9 @@ def _check(q, k, v, beta, log_decay, initial_state, document, chunk_size, save_e
                 f"{name} must have shape {shape} to go with k {k.shape} and v {v.shape}. "
                 f"Got: {array.shape}."
             )
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+    if chunk_size is not None and (chunk_size < 1 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size must be a power of two. Got: chunk_size={chunk_size}.")
-    if save_every is not None and (save_every < 1 or save_every % chunk_size):
+    if save_every is not None and (save_every < 1 or save_every % (chunk_size or 1)):
         raise ValueError(
             "save_every must be a multiple of chunk_size. "
             f"Got: save_every={save_every}, chunk_size={chunk_size}."

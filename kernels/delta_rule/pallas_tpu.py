@@ -1,0 +1,197 @@
+"""The delta rule on TPU: plans, padding and the derivative around the Pallas kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
+from refine_jax.kernels.delta_rule.pallas_tpu_forward import Plan
+from refine_jax.kernels.delta_rule.pallas_tpu_math import scalar_fields
+from refine_jax.kernels.delta_rule.tuning import block_sizes
+
+_LANES = 128
+_MIN_CHUNK = 16  # whole sublane tiles in bfloat16
+
+
+def delta_rule_pallas_tpu(
+    q,
+    k,
+    v,
+    beta,
+    log_decay,
+    *,
+    initial_state,
+    document,
+    scale,
+    chunk_size,
+    save_every,
+    normalize,
+):
+    """`delta_rule` of api.py."""
+    batch, tokens, value_heads, value_dim = v.shape
+    key_heads, key_dim = k.shape[2:]
+    widths = _padded_width(key_dim), _padded_width(value_dim)
+    plan = _plan(
+        batch=batch,
+        tokens=tokens,
+        value_heads=value_heads,
+        group=value_heads // key_heads,
+        widths=widths,
+        scale=float(scale),
+        dtype=v.dtype,
+        fields=scalar_fields(log_decay is not None, document is not None),
+        normalize=normalize,
+        has_q=q is not None,
+        chunk_size=chunk_size,
+        save_every=save_every,
+    )
+
+    def flat(x, width):
+        """[B, T, heads, n] -> [B, T', heads * width]."""
+        if x is None:
+            return None
+        x = _pad_tokens(x.astype(v.dtype), plan.tokens)
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[3]),))
+        return x.reshape(batch, plan.tokens, -1)
+
+    if document is not None:
+        moved = document[:, 1:] != document[:, :-1]
+        document = jnp.cumsum(jnp.pad(moved, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+        document = jnp.pad(document, ((0, 0), (0, plan.tokens - tokens)), mode="edge")
+    state_pad = ((0, 0), (0, 0), (0, widths[0] - key_dim), (0, widths[1] - value_dim))
+    out, final, states = _delta_rule(
+        plan,
+        None if save_every is None else save_every // plan.chunk,
+        flat(q, widths[0]),
+        flat(k, widths[0]),
+        flat(v, widths[1]),
+        _pad_tokens(beta, plan.tokens),
+        None if log_decay is None else _pad_tokens(log_decay, plan.tokens),
+        document,
+        jnp.pad(initial_state, state_pad),
+    )
+    if out is not None:
+        out = out.reshape(batch, plan.tokens, value_heads, -1)[:, :tokens, :, :value_dim]
+    if states is not None:
+        states = states[:, : -(-tokens // save_every), :, :key_dim, :value_dim]
+    return out, final[..., :key_dim, :value_dim], states
+
+
+def _padded_width(size: int) -> int:
+    """Head sizes that the kernels take: half a register's lanes, or whole ones."""
+    return _LANES // 2 if size <= _LANES // 2 else -(-size // _LANES) * _LANES
+
+
+def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
+    """Zeros behind the last token; with beta, k and log_decay 0 they change nothing."""
+    return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+
+
+def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> Plan:
+    """How to cut a call into programs."""
+    key_dim, value_dim = widths
+    heads, chunk, chunks = block_sizes(*widths)
+    interpret = jax.default_backend() != "tpu"  # small programs then, as nothing has to fill lanes
+    if chunk_size is not None:
+        chunk = chunk_size
+    else:
+        while save_every is not None and save_every % chunk:
+            chunk //= 2
+        while chunk > max(_MIN_CHUNK, tokens):
+            chunk //= 2
+    if chunk < _MIN_CHUNK:
+        raise ValueError(
+            f"The TPU kernels need chunks of at least {_MIN_CHUNK} tokens, which save_every must be "
+            f"a multiple of. Got: chunk_size={chunk_size}, save_every={save_every}. "
+            "Use implementation='xla'."
+        )
+    if tokens <= chunk:
+        chunks = 1  # the block is the whole sequence, so it need not fill registers
+    else:
+        chunks = max(chunks, (_MIN_CHUNK * 2 if interpret else _LANES) // chunk)
+    block = chunk * chunks
+
+    def fits(heads):
+        whole = heads == value_heads
+        aligned = (heads // group * key_dim) % _LANES == 0 and (heads * value_dim) % _LANES == 0
+        aligned &= (heads * chunk) % _LANES == 0
+        return value_heads % heads == 0 and heads % group == 0 and (whole or aligned)
+
+    possible = [n for n in range(1, value_heads + 1) if fits(n)]
+    below = [n for n in possible if n <= heads]
+    return Plan(
+        tokens=-(-tokens // block) * block,
+        value_heads=value_heads,
+        heads=max(below) if below else min(possible),
+        group=group,
+        chunk=chunk,
+        chunks=chunks,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        interpret=interpret,
+        **rest,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _delta_rule(plan: Plan, save_chunks: int | None, q, k, v, beta, log_decay, document, initial):
+    """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks."""
+    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
+    found = pallas_tpu_forward.forward(
+        plan, q, k, v, rows, initial, with_states=save_chunks is not None, with_residuals=False
+    )
+    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
+    return found.get("out"), found["final"], saved
+
+
+def _delta_rule_forward(plan, save_chunks, *arguments):
+    q, k, v, beta, log_decay, document, initial = (
+        None if x is None else x.value for x in arguments
+    )
+    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
+    found = pallas_tpu_forward.forward(
+        plan, q, k, v, rows, initial, with_states=True, with_residuals=True
+    )
+    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
+    residuals = q, k, rows, found["states"], found["w"], found["inverse"], document
+    return (found.get("out"), found["final"], saved), residuals
+
+
+def _delta_rule_backward(plan, save_chunks, residuals, cotangents):
+    *arrays, document = residuals
+    d_out, d_final, d_saved = (_dense(x) for x in cotangents)
+    q, k, rows, states, w, inverse = arrays
+    if d_final is None:
+        d_final = jnp.zeros((states.shape[0], *states.shape[2:]), jnp.float32)
+    if plan.has_q and d_out is None:
+        d_out = jnp.zeros_like(w)
+    if d_saved is not None and save_chunks > 1:
+        count = states.shape[1]
+        stretched = jnp.zeros((states.shape[0], count, *states.shape[2:]), jnp.float32)
+        d_saved = stretched.at[:, ::save_chunks].set(d_saved)
+    found = pallas_tpu_backward.backward(
+        plan, q, k, rows, states, w, inverse, d_out, d_final, d_saved
+    )
+    d_beta, d_log_decay = pallas_tpu_backward.unpack_gradients(plan, found["d_rows"])
+    d_document = None if document is None else np.zeros(document.shape, jax.dtypes.float0)
+    return (
+        found.get("d_q"),
+        found["d_k"],
+        found["d_v"],
+        d_beta,
+        d_log_decay,
+        d_document,
+        found["d_initial"],
+    )
+
+
+def _dense(cotangent):
+    """None for a cotangent that is zero everywhere: the kernel then reads nothing for it."""
+    return None if isinstance(cotangent, SymbolicZero) else cotangent
+
+
+_delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward, symbolic_zeros=True)

@@ -1,0 +1,306 @@
+"""The delta rule on TPU: a Pallas kernel that walks over the chunks of a few heads.
+
+A program of the grid (batch, heads / G, blocks of chunks) carries the states of G heads in VMEM
+through the whole sequence. What does not depend on the state (scores, decays, inverses) is done
+for all heads and chunks of a block in step, so that the matrix units always have independent
+products to work on; the walk itself is three products deep a chunk. Arrays stay in the layout of
+the projections, [B, T, H K]; a head is a slice of lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
+from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
+
+
+class Plan(NamedTuple):
+    """What a kernel is specialised on.
+
+    heads: value heads a program (G). group: value heads that share a key head. chunk: C tokens.
+    chunks: of a grid step. fields: names of the per-token numbers (`Scalars`).
+    """
+
+    batch: int
+    tokens: int
+    value_heads: int
+    heads: int
+    group: int
+    chunk: int
+    chunks: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    dtype: jnp.dtype
+    fields: tuple[str, ...]
+    normalize: bool
+    has_q: bool
+    interpret: bool
+
+    @property
+    def block(self) -> int:
+        """Tokens of a grid step."""
+        return self.chunk * self.chunks
+
+    @property
+    def key_heads(self) -> int:
+        """Key heads of a program."""
+        return self.heads // self.group
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Programs: the last axis is walked in order."""
+        return self.batch, self.value_heads // self.heads, self.tokens // self.block
+
+    @property
+    def row_count(self) -> int:
+        """Rows of the packed per-token numbers of a program, whole sublane tiles."""
+        return -(-len(self.fields) * self.heads // 8) * 8
+
+    def token_slice(self, c: int) -> slice:
+        """Tokens of chunk c of a block."""
+        return slice(c * self.chunk, (c + 1) * self.chunk)
+
+
+def lanes(head: int, width: int) -> slice:
+    """Lanes of a head in arrays [..., H * width]."""
+    return slice(head * width, (head + 1) * width)
+
+
+def column_spec(plan: Plan, width: int, order) -> pl.BlockSpec:
+    """Blocks [1, tokens, G * width] of arrays [B, T, H * width]."""
+    return pl.BlockSpec((1, plan.block, width), lambda b, h, t: (b, order(t), h))
+
+
+def state_spec(plan: Plan) -> pl.BlockSpec:
+    """Blocks [1, G, K, V] of arrays [B, H, K, V]."""
+    return pl.BlockSpec(
+        (1, plan.heads, plan.key_dim, plan.value_dim), lambda b, h, t: (b, h, 0, 0)
+    )
+
+
+def states_spec(plan: Plan, order) -> pl.BlockSpec:
+    """Blocks [1, chunks, G, K, V] of arrays [B, N, H, K, V]."""
+    return pl.BlockSpec(
+        (1, plan.chunks, plan.heads, plan.key_dim, plan.value_dim),
+        lambda b, h, t: (b, order(t), h, 0, 0),
+    )
+
+
+def rows_spec(plan: Plan, count: int, order) -> pl.BlockSpec:
+    """Blocks [1, 1, count, tokens] of arrays [B, H / G, count, T]."""
+    return pl.BlockSpec((1, 1, count, plan.block), lambda b, h, t: (b, h, 0, order(t)))
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    """Batch and heads may be split over cores, the tokens are walked in order."""
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+def interpret_params(plan: Plan):
+    """How to run where there is no TPU."""
+    return plan.interpret
+
+
+def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
+    """Columns and rows of the per-token numbers of some chunks, chunk by chunk head by head."""
+    packed = refs["rows"][0, 0]
+    turned = packed.T
+    columns, rows = {}, {}
+    for i, name in enumerate(plan.fields):
+        at = [(plan.token_slice(c), i * plan.heads + h) for c in chunks for h in range(plan.heads)]
+        columns[name] = jnp.stack([turned[tokens, r : r + 1] for tokens, r in at])
+        rows[name] = jnp.stack([packed[r : r + 1, tokens] for tokens, r in at])
+    return Scalars(**columns), Scalars(**rows)
+
+
+def load_heads(plan: Plan, ref, width: int, chunks: range) -> jax.Array:
+    """Token blocks of some chunks, [chunks * heads, C, width], from a block [1, tokens, lanes]."""
+    heads = ref.shape[-1] // width
+    at = [(plan.token_slice(c), lanes(h, width)) for c in chunks for h in range(heads)]
+    return jnp.stack([ref[0, tokens, columns] for tokens, columns in at])
+
+
+def store_heads(plan: Plan, ref, x: jax.Array, c: int):
+    """The inverse of `load_heads` for chunk c."""
+    for h in range(x.shape[0]):
+        ref[0, plan.token_slice(c), lanes(h, x.shape[2])] = x[h].astype(ref.dtype)
+
+
+class Keys(NamedTuple):
+    """Key heads in some chunks: operands [U, C, K], and their products [U, C, C] with every key.
+
+    The last two lead with value heads, the others with key heads.
+    """
+
+    q: jax.Array | None  # float32 after normalisation, else as given
+    k: jax.Array
+    q_scale: jax.Array | None  # 1 / |q|, with normalisation
+    k_scale: jax.Array | None
+    qk: jax.Array | None
+    kk: jax.Array
+
+
+def read_keys(plan: Plan, refs, chunks: range) -> Keys:
+    """Load the key heads, normalise them and form their scores."""
+    k = load_heads(plan, refs["k"], plan.key_dim, chunks)
+    q = load_heads(plan, refs["q"], plan.key_dim, chunks) if plan.has_q else None
+    q_scale = k_scale = qk = None
+    if plan.normalize:
+        k, k_scale = chunk_math.normalize(k)
+        if plan.has_q:
+            q, q_scale = chunk_math.normalize(q)
+    if plan.has_q:
+        qk = per_value_head(plan, matmul(q, k, "nt", plan.dtype))
+    kk = per_value_head(plan, matmul(k, k, "nt", plan.dtype))
+    return Keys(q, k, q_scale, k_scale, qk, kk)
+
+
+def per_value_head(plan: Plan, x: jax.Array) -> jax.Array:
+    """[key heads, ...] -> [value heads, ...]."""
+    if plan.group == 1:
+        return x
+    shape = x.shape
+    return jnp.broadcast_to(x[:, None], (shape[0], plan.group, *shape[1:])).reshape(-1, *shape[1:])
+
+
+def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """x * factor, where there is one."""
+    return x if factor is None else x * factor
+
+
+def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
+    """Walk over the chunks of a block: outputs, and what the backward pass and forks read."""
+    refs = dict(zip(names, refs, strict=True))
+    state, dtype, chunks = refs["state"], plan.dtype, range(plan.chunks)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state[...] = refs["initial"][0]
+
+    columns, rows = read_scalars(plan, refs, chunks)
+    keys = read_keys(plan, refs, chunks)
+    decay = chunk_math.decay_matrix(columns, rows)
+    row, col = chunk_math.index_matrices(plan.chunk)
+    system = jnp.where(row > col, times(keys.kk, decay) * rows.beta, 0.0)
+    inverse = chunk_math.invert_unit_lower(system, dtype).astype(dtype)
+    k = per_value_head(plan, keys.k)
+    k_end = times(k, columns.to_end).astype(dtype)
+    if plan.has_q:
+        p = jnp.where(row >= col, times(keys.qk, decay), 0.0).astype(dtype)
+        q = per_value_head(plan, keys.q)
+
+    for c in chunks:
+        own = slice(c * plan.heads, (c + 1) * plan.heads)
+        before = state[...]
+        if "states" in refs:
+            refs["states"][0, c] = before
+        kept = None if columns.from_start is None else columns.from_start[own]
+        v = load_heads(plan, refs["v"], plan.value_dim, range(c, c + 1)).astype(jnp.float32)
+        error = v - times(matmul(k[own], before, "nn", dtype), kept)
+        w = matmul(inverse[own], error, "nn", dtype)
+        u = columns.beta[own] * w
+        after = matmul(k_end[own], u, "tn", dtype)
+        state[...] = after + times(before, None if kept is None else kept[:, -1:])
+        if plan.has_q:
+            out = times(matmul(q[own], before, "nn", dtype), kept)
+            out += matmul(p[own], u, "nn", dtype)
+            store_heads(plan, refs["out"], out * plan.scale, c)
+        if "w" in refs:
+            store_heads(plan, refs["w"], w, c)
+            store_heads(plan, refs["inverse"], inverse[own], c)
+
+    @pl.when(pl.program_id(2) == plan.grid[2] - 1)
+    def _():
+        refs["final"][0] = state[...]
+
+
+def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_residuals: bool):
+    """Run the forward kernel.
+
+    q, k [B, T, H K]; v [B, T, Hv V]; rows: `pack_scalars`; initial [B, Hv, K, V]. Returns a dict of
+    out [B, T, Hv V] (with q), final [B, Hv, K, V], and if asked for states [B, T / C, Hv, K, V],
+    w [B, T, Hv V] and inverse [B, T, Hv C].
+    """
+    keys, values = plan.key_heads * plan.key_dim, plan.heads * plan.value_dim
+
+    def in_order(t):
+        return t
+
+    by_token = functools.partial(column_spec, plan, order=in_order)
+    inputs = {"k": (k, by_token(keys)), "v": (v, by_token(values))}
+    if plan.has_q:
+        inputs["q"] = (q, by_token(keys))
+    inputs["rows"] = (rows, rows_spec(plan, plan.row_count, in_order))
+    inputs["initial"] = (initial, state_spec(plan))
+
+    batch, tokens = plan.batch, plan.tokens
+    state = plan.value_heads, plan.key_dim, plan.value_dim
+    outputs = {}
+    if plan.has_q:
+        outputs["out"] = (v.shape, v.dtype, by_token(values))
+    outputs["final"] = ((batch, *state), jnp.float32, state_spec(plan))
+    if with_states:
+        shape = (batch, tokens // plan.chunk, *state)
+        outputs["states"] = (shape, jnp.float32, states_spec(plan, in_order))
+    if with_residuals:
+        outputs["w"] = (v.shape, plan.dtype, by_token(values))
+        shape = (batch, tokens, plan.value_heads * plan.chunk)
+        outputs["inverse"] = (shape, plan.dtype, by_token(plan.heads * plan.chunk))
+    scratch = {"state": pltpu.VMEM((plan.heads, plan.key_dim, plan.value_dim), jnp.float32)}
+    return run(_forward_kernel, plan, "delta_rule_forward", inputs, outputs, scratch)
+
+
+def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
+    """`pallas_call` with arguments, results and scratch by name."""
+    results = pl.pallas_call(
+        functools.partial(kernel, plan=plan, names=(*inputs, *outputs, *scratch)),
+        grid=plan.grid,
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for *_, spec in outputs.values()],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
+        scratch_shapes=list(scratch.values()),
+        compiler_params=compiler_params(),
+        interpret=interpret_params(plan),
+        name=name,
+    )(*(x for x, _ in inputs.values()))
+    return dict(zip(outputs, results, strict=True))
+
+
+def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
+    """Per-token numbers [B, Hv / G, R, T] float32; row i * G + h holds field i of a program's head h.
+
+    beta, log_decay: [B, T, Hv]; document: [B, T], counted up at every reset of the state.
+    """
+    batch, tokens, heads = beta.shape
+    chunks = (batch, heads, tokens // plan.chunk, plan.chunk)
+
+    def per_head(x):
+        return jnp.swapaxes(x.astype(jnp.float32), 1, 2).reshape(chunks)
+
+    found = {"beta": per_head(beta)}
+    from_start = to_end = jnp.ones(chunks, jnp.float32)
+    if log_decay is not None:
+        found["log_decay"] = log = per_head(log_decay)
+        from_start = jnp.exp(jnp.cumsum(log, axis=-1))
+        after = lax.cumsum(log, axis=3, reverse=True) - log
+        to_end = jnp.exp(jnp.minimum(after, 0.0))
+    if document is not None:
+        count = document.reshape(batch, 1, -1, plan.chunk)
+        before = jnp.pad(document[:, :-1], ((0, 0), (1, 0)), mode="edge")
+        first = before.reshape(count.shape)[..., :1]
+        from_start = jnp.where(count == first, from_start, 0.0)
+        to_end = jnp.where(count == count[..., -1:], to_end, 0.0)
+        found["document"] = jnp.broadcast_to(count - first, chunks).astype(jnp.float32)
+    found |= {"from_start": from_start, "to_end": to_end}
+    rows = jnp.stack([found[name].reshape(batch, heads, tokens) for name in plan.fields], axis=2)
+    rows = rows.reshape(batch, heads // plan.heads, plan.heads, len(plan.fields), tokens)
+    rows = jnp.swapaxes(rows, 2, 3).reshape(batch, heads // plan.heads, -1, tokens)
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.row_count - rows.shape[2]), (0, 0)))
