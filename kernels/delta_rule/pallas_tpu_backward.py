@@ -6,7 +6,7 @@ of `pallas_tpu_math`:
     dU = scale P^T dO + (e K) dS          z = Y^T (beta dU)          dV = z
     dS <- f_C dS + scale (f Q)^T dO - (f K)^T z
 
-Only these three products a chunk form a chain. The scores are computed again; W, Y and the states
+Only these three products a chunk form a chain. The scores are computed again; W, Y^T and the states
 before every chunk come from the forward pass.
 """
 
@@ -69,89 +69,110 @@ def _backward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
 
 
 def _backward_chunk(plan: Plan, refs, c: int):
-    """Gradients of chunk c, and the cotangent of the state before it."""
+    """Gradients of chunk c, and the cotangent of the state before it.
+
+    Matrices [C, C] lead with the writing token i, and have the reading token r >= i along lanes:
+    the products of the walk then need no transposition. `turned` marks the others.
+    """
     dtype, chunk, own = plan.dtype, plan.chunk, range(c, c + 1)
-    row, col = chunk_math.index_matrices(chunk)
+    writer, reader = chunk_math.index_matrices(chunk)
     columns, rows = read_scalars(plan, refs, own)
-    keys = read_keys(plan, refs, own)
-    k, kept = per_value_head(plan, keys.k), columns.from_start
+    kept, beta = columns.from_start, columns.beta
     last = None if kept is None else kept[:, -1:]
-    decay = chunk_math.decay_matrix(columns, rows)
-    kk = jnp.where(row > col, times(keys.kk, decay), 0.0)
-    w = load_heads(plan, refs["w"], plan.value_dim, own).astype(jnp.float32)
-    inverse = load_heads(plan, refs["inverse"], chunk, own)
-    u = columns.beta * w
+    turned_decay = chunk_math.decay_matrix(columns, rows)
+    decay = None if turned_decay is None else jnp.swapaxes(turned_decay, 1, 2)
+    keys = read_keys(plan, refs, own)
+    operands = keys.operands(plan)
+    scores = per_value_head(plan, matmul(keys.k, operands, "nt", dtype))
+    operands = per_value_head(plan, operands)
+    k = operands[:, :chunk]
+    kk = jnp.where(writer < reader, times(scores[..., :chunk], decay), 0.0)
+    w = load_heads(plan, refs["w"], plan.value_dim, own)
+    turned_inverse = load_heads(plan, refs["inverse"], chunk, own)
+    u = (beta * w).astype(dtype)
     state, d_state = refs["states"][0, c], refs["d_state"][...]
 
-    # The walk.
-    d_u = matmul(times(k, columns.to_end), d_state, "nn", dtype)
+    # The walk: dU and dS are sums of two products, where they can be one of joined operands.
+    k_end = times(k, columns.to_end).astype(dtype)
+    before = times(d_state, last)
     if plan.has_q:
-        q = per_value_head(plan, keys.q)
-        p = jnp.where(row >= col, times(keys.qk, decay), 0.0) * plan.scale
+        q = operands[:, chunk:]
+        p = jnp.where(writer <= reader, times(scores[..., chunk:], decay), 0.0) * plan.scale
         d_out = load_heads(plan, refs["d_out"], plan.value_dim, own)
-        d_u += matmul(p, d_out, "tn", dtype)
-    z = matmul(inverse, columns.beta * d_u, "tn", dtype)
-    before = times(d_state, last) - matmul(times(k, kept), z, "tn", dtype)
-    if plan.has_q:
         before += plan.scale * matmul(times(q, kept), d_out, "tn", dtype)
+        left = jnp.concatenate([p.astype(dtype), k_end], axis=2)
+        right = jnp.concatenate([d_out, d_state.astype(dtype)], axis=1)
+        d_u = matmul(left, right, "nn", dtype)
+    else:
+        d_u = matmul(k_end, d_state, "nn", dtype)
+    z = matmul(turned_inverse, beta * d_u, "nn", dtype)
+    before -= matmul(times(k, kept), z, "tn", dtype)
     if "d_states" in refs:
         before += refs["d_states"][0, c]
     refs["d_state"][...] = before
+    z_low = z.astype(dtype)
 
     # What hangs on it.
-    d_b = jnp.where(row > col, -matmul(z, w, "nt", dtype), 0.0)
-    of_beta = d_b * kk
-    d_kk = times(d_b * rows.beta, decay)
-    recalled = -times(matmul(z, state, "nt", dtype), kept)
+    by_beta = jnp.where(writer < reader, -matmul(w, z_low, "nt", dtype), 0.0)
+    d_kk = times(by_beta * beta, decay)
+    turned_d_kk = times(jnp.where(writer > reader, -matmul(z_low, u, "nt", dtype), 0.0), turned_decay)
+    d_scores, sources = (d_kk + turned_d_kk).astype(dtype), k
+    errors = jnp.concatenate([z_low, d_out], axis=1) if plan.has_q else z_low
+    recalled = matmul(errors, state, "nt", dtype)
+    to_k = -times(recalled[:, :chunk], kept)
     written = times(matmul(u, d_state, "nt", dtype), columns.to_end)
-    symmetric = d_kk + jnp.swapaxes(d_kk, 1, 2)
-    d_k = recalled + written + matmul(symmetric, k, "nn", dtype)
     if plan.has_q:
-        d_p = jnp.where(row >= col, matmul(d_out, u, "nt", dtype), 0.0)
-        d_qk = times(d_p, decay) * plan.scale
-        asked = times(matmul(d_out, state, "nt", dtype), kept) * plan.scale
-        d_k += matmul(d_qk, q, "tn", dtype)
-        d_q = per_key_head(plan, asked + matmul(d_qk, k, "nn", dtype))
+        d_p = jnp.where(writer <= reader, matmul(u, d_out, "nt", dtype), 0.0)
+        d_qk = (times(d_p, decay) * plan.scale).astype(dtype)
+        turned_d_p = jnp.where(writer >= reader, matmul(d_out, u, "nt", dtype), 0.0)
+        turned_d_qk = times(turned_d_p, turned_decay) * plan.scale
+        to_q = times(recalled[:, chunk:], kept) * plan.scale
+        d_q = per_key_head(plan, to_q + matmul(turned_d_qk, k, "nn", dtype))
         if plan.normalize:
             d_q = chunk_math.normalize_gradient(d_q, keys.q, keys.q_scale)
         store_heads(plan, refs["d_q"], d_q, c)
-    d_k = per_key_head(plan, d_k)
+        d_scores, sources = jnp.concatenate([d_scores, d_qk], axis=2), operands
+    d_k = per_key_head(plan, to_k + written + matmul(d_scores, sources, "nn", dtype))
     if plan.normalize:
         d_k = chunk_math.normalize_gradient(d_k, keys.k, keys.k_scale)
     store_heads(plan, refs["d_k"], d_k, c)
     store_heads(plan, refs["d_v"], z, c)
 
     # Per-token gradients: parts that come as columns [G, C, 1] and parts that come as rows.
-    along = [jnp.sum(d_u * w, axis=2, keepdims=True)]
-    across = [jnp.sum(of_beta, axis=1, keepdims=True)]
+    def over_lanes(x):
+        return jnp.sum(x, axis=2, keepdims=True)
+
+    of_beta = by_beta * kk
+    along, across = [over_lanes(d_u * w) + over_lanes(of_beta)], [None]
     if "log_decay" in plan.fields:
         # For the log of a decay: its gradient times the decay is that of the product it is in.
-        between = of_beta * rows.beta
-        cumulative = jnp.sum(recalled * k, axis=2, keepdims=True)
+        between = of_beta * beta
+        cumulative = over_lanes(to_k * k)
         if plan.has_q:
             between += d_p * p
-            cumulative += jnp.sum(asked * q, axis=2, keepdims=True)
-        cumulative += jnp.sum(between, axis=2, keepdims=True)
-        through = jnp.sum(jnp.sum(state * d_state, axis=2, keepdims=True), axis=1, keepdims=True)
+            cumulative += over_lanes(to_q * q)
+        through = jnp.sum(over_lanes(state * d_state), axis=1, keepdims=True)
         at_end = lax.broadcasted_iota(jnp.int32, cumulative.shape, 1) == chunk - 1
-        cumulative += jnp.where(at_end, through * last, 0.0)
-        along += [cumulative, jnp.sum(written * k, axis=2, keepdims=True)]
-        across += [-jnp.sum(between, axis=1, keepdims=True), jnp.zeros_like(rows.beta)]
+        cumulative += jnp.where(at_end, through * last, 0.0) - over_lanes(between)
+        along += [cumulative, over_lanes(written * k)]
+        across += [jnp.sum(between, axis=1, keepdims=True), None]
     refs["d_rows"][0, 0, :, plan.token_slice(c)] = _pack_gradients(plan, along, across)
 
 
-def _pack_gradients(plan: Plan, along: list[jax.Array], across: list[jax.Array]) -> jax.Array:
-    """Sums of columns [G, C, 1] and rows [G, 1, C], a pair for each field, as [R, C]."""
+def _pack_gradients(plan: Plan, along: list[jax.Array], across: list[jax.Array | None]):
+    """Sums [R, C] of columns [G, C, 1] and rows [G, 1, C] (None: nothing), a pair for each field."""
     lane = lax.broadcasted_iota(jnp.int32, (plan.chunk, _LANES), 1)
     columns = jnp.zeros((plan.chunk, _LANES), jnp.float32)
-    lines = []
-    for field, (column, row) in enumerate(zip(along, across, strict=True)):
+    for field, column in enumerate(along):
         for head in range(plan.heads):
             columns = jnp.where(lane == field * plan.heads + head, column[head], columns)
-            lines.append(row[head])
-    count = gradient_rows(plan)
-    lines += [jnp.zeros((1, plan.chunk), jnp.float32)] * (count - len(lines))
-    return columns.T[:count] + jnp.concatenate(lines, axis=0)
+    packed = columns.T[: gradient_rows(plan)]
+    if all(row is None for row in across):
+        return packed
+    nothing = jnp.zeros((1, plan.chunk), jnp.float32)
+    lines = [nothing if row is None else row[h] for row in across for h in range(plan.heads)]
+    lines += [nothing] * (packed.shape[0] - len(lines))
+    return packed + jnp.concatenate(lines, axis=0)
 
 
 def per_key_head(plan: Plan, x: jax.Array) -> jax.Array:

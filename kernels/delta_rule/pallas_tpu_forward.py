@@ -135,32 +135,31 @@ def store_heads(plan: Plan, ref, x: jax.Array, c: int):
 
 
 class Keys(NamedTuple):
-    """Key heads in some chunks: operands [U, C, K], and their products [U, C, C] with every key.
+    """Key heads in some chunks, [U, C, K]: float32 after normalisation, else as given.
 
-    The last two lead with value heads, the others with key heads.
+    Scales are 1 / |q| and 1 / |k| [U, C, 1], with normalisation.
     """
 
-    q: jax.Array | None  # float32 after normalisation, else as given
+    q: jax.Array | None
     k: jax.Array
-    q_scale: jax.Array | None  # 1 / |q|, with normalisation
-    k_scale: jax.Array | None
-    qk: jax.Array | None
-    kk: jax.Array
+    q_scale: jax.Array | None = None
+    k_scale: jax.Array | None = None
+
+    def operands(self, plan: Plan) -> jax.Array:
+        """k, and q behind it where there is one: [U, C or 2 C, K]."""
+        both = [self.k] if self.q is None else [self.k, self.q]
+        return jnp.concatenate([x.astype(plan.dtype) for x in both], axis=1)
 
 
 def read_keys(plan: Plan, refs, chunks: range) -> Keys:
-    """Load the key heads, normalise them and form their scores."""
+    """Load the key heads, and normalise them if asked to."""
     k = load_heads(plan, refs["k"], plan.key_dim, chunks)
     q = load_heads(plan, refs["q"], plan.key_dim, chunks) if plan.has_q else None
-    q_scale = k_scale = qk = None
-    if plan.normalize:
-        k, k_scale = chunk_math.normalize(k)
-        if plan.has_q:
-            q, q_scale = chunk_math.normalize(q)
-    if plan.has_q:
-        qk = per_value_head(plan, matmul(q, k, "nt", plan.dtype))
-    kk = per_value_head(plan, matmul(k, k, "nt", plan.dtype))
-    return Keys(q, k, q_scale, k_scale, qk, kk)
+    if not plan.normalize:
+        return Keys(q, k)
+    k, k_scale = chunk_math.normalize(k)
+    q, q_scale = chunk_math.normalize(q) if plan.has_q else (None, None)
+    return Keys(q, k, q_scale, k_scale)
 
 
 def per_value_head(plan: Plan, x: jax.Array) -> jax.Array:
@@ -186,16 +185,20 @@ def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
         state[...] = refs["initial"][0]
 
     columns, rows = read_scalars(plan, refs, chunks)
-    keys = read_keys(plan, refs, chunks)
     decay = chunk_math.decay_matrix(columns, rows)
     row, col = chunk_math.index_matrices(plan.chunk)
-    system = jnp.where(row > col, times(keys.kk, decay) * rows.beta, 0.0)
-    inverse = chunk_math.invert_unit_lower(system, dtype).astype(dtype)
-    k = per_value_head(plan, keys.k)
-    k_end = times(k, columns.to_end).astype(dtype)
+    keys = read_keys(plan, refs, chunks)
+    operands = keys.operands(plan)
+    scores = matmul(operands, keys.k, "nt", dtype)
+    operands, scores = per_value_head(plan, operands), per_value_head(plan, scores)
+    system = times(scores[:, : plan.chunk], decay) * rows.beta
+    inverse = chunk_math.invert_unit_lower(jnp.where(row > col, system, 0.0), dtype).astype(dtype)
+    # What is multiplied with U: it goes into the state, and to the outputs of the chunk.
+    writers = [jnp.swapaxes(times(operands[:, : plan.chunk], columns.to_end).astype(dtype), 1, 2)]
     if plan.has_q:
-        p = jnp.where(row >= col, times(keys.qk, decay), 0.0).astype(dtype)
-        q = per_value_head(plan, keys.q)
+        p = times(scores[:, plan.chunk :], decay)
+        writers.append(jnp.where(row >= col, p, 0.0).astype(dtype))
+    writers = jnp.concatenate(writers, axis=1)
 
     for c in chunks:
         own = slice(c * plan.heads, (c + 1) * plan.heads)
@@ -204,18 +207,19 @@ def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
             refs["states"][0, c] = before
         kept = None if columns.from_start is None else columns.from_start[own]
         v = load_heads(plan, refs["v"], plan.value_dim, range(c, c + 1)).astype(jnp.float32)
-        error = v - times(matmul(k[own], before, "nn", dtype), kept)
+        recalled = matmul(operands[own], before, "nn", dtype)
+        error = v - times(recalled[:, : plan.chunk], kept)
         w = matmul(inverse[own], error, "nn", dtype)
         u = columns.beta[own] * w
-        after = matmul(k_end[own], u, "tn", dtype)
+        written = matmul(writers[own], u, "nn", dtype)
+        after = written[:, : plan.key_dim]
         state[...] = after + times(before, None if kept is None else kept[:, -1:])
         if plan.has_q:
-            out = times(matmul(q[own], before, "nn", dtype), kept)
-            out += matmul(p[own], u, "nn", dtype)
+            out = times(recalled[:, plan.chunk :], kept) + written[:, plan.key_dim :]
             store_heads(plan, refs["out"], out * plan.scale, c)
         if "w" in refs:
             store_heads(plan, refs["w"], w, c)
-            store_heads(plan, refs["inverse"], inverse[own], c)
+            store_heads(plan, refs["inverse"], jnp.swapaxes(inverse[own], 1, 2), c)
 
     @pl.when(pl.program_id(2) == plan.grid[2] - 1)
     def _():
@@ -227,7 +231,7 @@ def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_resid
 
     q, k [B, T, H K]; v [B, T, Hv V]; rows: `pack_scalars`; initial [B, Hv, K, V]. Returns a dict of
     out [B, T, Hv V] (with q), final [B, Hv, K, V], and if asked for states [B, T / C, Hv, K, V],
-    w [B, T, Hv V] and inverse [B, T, Hv C].
+    w [B, T, Hv V] and inverse [B, T, Hv C], of which a head's chunk holds Y^T.
     """
     keys, values = plan.key_heads * plan.key_dim, plan.heads * plan.value_dim
 
@@ -290,8 +294,9 @@ def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
     if log_decay is not None:
         found["log_decay"] = log = per_head(log_decay)
         from_start = jnp.exp(jnp.cumsum(log, axis=-1))
-        after = lax.cumsum(log, axis=3, reverse=True) - log
-        to_end = jnp.exp(jnp.minimum(after, 0.0))
+        # Summed without the token itself: taking it off again would lose digits.
+        after = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+        to_end = jnp.exp(lax.cumsum(after, axis=3, reverse=True))
     if document is not None:
         count = document.reshape(batch, 1, -1, plan.chunk)
         before = jnp.pad(document[:, :-1], ((0, 0), (1, 0)), mode="edge")

@@ -8,6 +8,9 @@ the others'. Letters as in xla.py; the triangular system is kept in the column-s
 
 whose inverse Y = (I + B)^-1 serves the forward pass (W = Y R) and the backward pass (z = Y^T dW),
 and whose solution W, unlike U, gives the gradient of beta without a division.
+
+Operands that meet the same matrix are stacked, so that it enters the matrix unit once. (Without
+that, libtpu 0.0.42, which belongs to jax 0.10.2, fails to schedule the forward kernel.)
 """
 
 from __future__ import annotations
