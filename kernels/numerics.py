@@ -75,8 +75,8 @@ def safe_norm(x: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
-def unit_rows(x: jax.Array) -> jax.Array:
-    """`x rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
+def l2_norm_fla(x: jax.Array) -> jax.Array:
+    """`x * rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
 
     def rows(x):
         y = x.astype(jnp.float32)

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from goldens import load_arrays
+from refine_jax.kernels.numerics import l2_norm_fla
 from test_attention import test_golden_windows  # noqa: F401
 from test_delta_rule import test_golden as test_golden_delta_rule  # noqa: F401
 from test_lact_op import test_golden_newton_schulz, test_golden_op  # noqa: F401
 
 from refine_jax.models.deltanet import ShortConv
-from refine_jax.models.layers import l2_norm_fla, l2_norm_lact, rms_norm, rope
+from refine_jax.models.layers import l2_norm_lact, rms_norm, rope
 
 
 def close(got, want):

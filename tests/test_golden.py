@@ -16,6 +16,7 @@ import pytest
 from golden_ops import *  # noqa: F403
 from golden_refine_rl import *  # noqa: F403
 from goldens import GOLDEN, load_arrays, load_json, model_folders, require, subtree
+from tiny import IMPLEMENTATION
 
 from refine_jax.checkpoint.hf import published_slots, read_hf
 from refine_jax.checkpoint.tree import flatten
@@ -23,7 +24,7 @@ from refine_jax.config import OptimizerConfig, RefineConfig
 from refine_jax.models.config import model_config
 from refine_jax.models.head import entropy, log_prob, logits
 from refine_jax.models.layout import Layout
-from refine_jax.models.transformer import Model
+from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.refine.grpo import group_advantages, policy_loss
 from refine_jax.refine.method import Experience, Method, run_trunk
 from refine_jax.refine.optimizer import make_optimizer
@@ -39,7 +40,8 @@ def load(folder: str, muon_dtype: str | None = None):
     config = model_config(loaded.config)
     if muon_dtype is not None:
         config = dataclasses.replace(config, muon_dtype=muon_dtype)
-    return Model(config), jax.tree.map(jnp.asarray, loaded.params)
+    policy = ComputePolicy(implementation=IMPLEMENTATION)
+    return Model(config, policy), jax.tree.map(jnp.asarray, loaded.params)
 
 
 def to_tensors(params) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Tiny models of every family with weights far from their initial values, for tests of laws."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import numpy as np
 
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
+
+# Of the kernels, to put other implementations through the same tests.
+IMPLEMENTATION = os.environ.get("REFINE_IMPLEMENTATION")
 
 _COMMON = {"vocab_size": 53, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24}
 _LACT = _COMMON | {
@@ -36,7 +40,9 @@ CONFIGS = {
 @functools.cache
 def tiny(name: str, **changes):
     """(Model, params) of a family; `changes` are fields of its config."""
-    model = Model(model_config(CONFIGS[name] | changes), ComputePolicy())
+    model = Model(
+        model_config(CONFIGS[name] | changes), ComputePolicy(implementation=IMPLEMENTATION)
+    )
     params = jax.jit(model.init)(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     noise = np.random.default_rng(len(name))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
-from refine_jax.kernels.numerics import unit_rows
+from refine_jax.kernels.numerics import l2_norm_fla
 
 IMPLEMENTATIONS = {
     "reference": delta_rule_reference,
@@ -52,7 +52,7 @@ def delta_rule(
       initial_state: [B, Hv, K, V] float32 before token 0, of the document of token 0; zero if None.
       document: [B, T] int32; the state is set to zero where it changes between two tokens.
       scale: factor of the output; K**-0.5 if None.
-      normalize: divide q and k by their norms first, `x rsqrt(sum x^2 + 1e-6)`.
+      normalize: divide q and k by their norms first, `x * rsqrt(sum x^2 + 1e-6)`.
       chunk_size: tokens handled by one set of matrix products, a power of two; None leaves it to
         the implementation.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
@@ -96,7 +96,7 @@ def delta_rule(
     if name in _NORMALIZES:
         options["normalize"] = normalize
     elif normalize:
-        q, k = (None if x is None else unit_rows(x) for x in (q, k))
+        q, k = (None if x is None else l2_norm_fla(x) for x in (q, k))
     return IMPLEMENTATIONS[name](q, k, v, beta, log_decay, **options)
 
 

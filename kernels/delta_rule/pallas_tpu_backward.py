@@ -13,6 +13,7 @@ before every chunk come from the forward pass.
 from __future__ import annotations
 
 import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -115,7 +116,9 @@ def _backward_chunk(plan: Plan, refs, c: int):
     # What hangs on it.
     by_beta = jnp.where(writer < reader, -matmul(w, z_low, "nt", dtype), 0.0)
     d_kk = times(by_beta * beta, decay)
-    turned_d_kk = times(jnp.where(writer > reader, -matmul(z_low, u, "nt", dtype), 0.0), turned_decay)
+    turned_d_kk = times(
+        jnp.where(writer > reader, -matmul(z_low, u, "nt", dtype), 0.0), turned_decay
+    )
     d_scores, sources = (d_kk + turned_d_kk).astype(dtype), k
     errors = jnp.concatenate([z_low, d_out], axis=1) if plan.has_q else z_low
     recalled = matmul(errors, state, "nt", dtype)

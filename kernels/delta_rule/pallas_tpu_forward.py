@@ -81,9 +81,7 @@ def column_spec(plan: Plan, width: int, order) -> pl.BlockSpec:
 
 def state_spec(plan: Plan) -> pl.BlockSpec:
     """Blocks [1, G, K, V] of arrays [B, H, K, V]."""
-    return pl.BlockSpec(
-        (1, plan.heads, plan.key_dim, plan.value_dim), lambda b, h, t: (b, h, 0, 0)
-    )
+    return pl.BlockSpec((1, plan.heads, plan.key_dim, plan.value_dim), lambda b, h, t: (b, h, 0, 0))
 
 
 def states_spec(plan: Plan, order) -> pl.BlockSpec:

@@ -26,6 +26,7 @@ class Spec:
     documents: int = 1
     beta_max: float = 1.0
     save_every: int | None = None
+    normalize: bool = False
 
     def arguments(self, dtype: str = "float32", seed: int = 0) -> tuple[dict, dict]:
         """(arrays, static options) for `delta_rule`; arrays that are not used are left out."""
@@ -38,10 +39,11 @@ class Spec:
         def unit(x):
             return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
+        norm = (lambda x: x) if self.normalize else unit
         arrays = {
-            "q": unit(normal(*rows, self.heads, self.key_dim)),
+            "q": norm(normal(*rows, self.heads, self.key_dim)),
             # Half of each key is shared: correlated keys make the triangular systems matter.
-            "k": unit(normal(*rows, self.heads, self.key_dim) + 1.0),
+            "k": norm(normal(*rows, self.heads, self.key_dim) + 1.0),
             "v": normal(*rows, self.value_heads, self.value_dim),
         }
         arrays = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
@@ -60,7 +62,12 @@ class Spec:
             cuts = np.sort(rng.integers(1, self.tokens, (self.batch, self.documents - 1)), axis=1)
             document = (np.arange(self.tokens)[None, :, None] >= cuts[:, None]).sum(-1)
             arrays["document"] = jnp.asarray(document, jnp.int32)
-        return arrays, {"chunk_size": self.chunk_size, "save_every": self.save_every}
+        options = {
+            "chunk_size": self.chunk_size,
+            "save_every": self.save_every,
+            "normalize": self.normalize,
+        }
+        return arrays, options
 
     def flops(self) -> int:
         """Floating point operations of the forward pass in chunks (2 m n k a matrix product).
@@ -82,6 +89,7 @@ TEST_SPECS = (
     Spec("negative_eigenvalues", tokens=37, beta_max=2.0),
     Spec("documents", tokens=61, value_heads=4, documents=5, initial_state=True, save_every=2 * _C),
     Spec("gated", tokens=55, value_heads=4, gated=True, initial_state=True, save_every=2 * _C),
+    Spec("normalized", tokens=37, heads=1, value_heads=2, gated=True, normalize=True),
     Spec("strong_decay", tokens=48, gated=True, strong_decay=True, initial_state=True),
     Spec("value_groups", tokens=61, value_heads=6, gated=True, documents=4, initial_state=True),
     Spec("long_chunk", tokens=130, chunk_size=64, key_dim=32, value_dim=16, save_every=128),

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
-from refine_jax.kernels.numerics import by_rows, drop_unit_axes
+from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
-from refine_jax.models.layers import Linear, RMSNorm, l2_norm_fla
+from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
 
 _CHUNK = 64
@@ -26,7 +26,7 @@ class DeltaTrace(NamedTuple):
     """What forks need of a forward pass.
 
     x: [B, T, D], the mixer's input, for the last inputs of the convolutions. k: [B, T, H, K] and
-    v: [B, T, Hv, V] as the delta rule reads them; beta, log_decay: [B, T, Hv] (log_decay None in
+    v: [B, T, Hv, V] as the delta rule takes them (k before the l2 norm); beta, log_decay: [B, T, Hv] (log_decay None in
     DeltaNet), 0 at padding. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
     """
 
@@ -135,7 +135,10 @@ class DeltaNetMixer(nnx.Module):
         return tuple(c(x, position) for c, x in zip(convolutions, inputs, strict=True))
 
     def _heads(self, q, k, v):
-        """Activations, heads and norms: q, k [..., H, K] and v [..., Hv, V]."""
+        """Activations and heads: q, k [..., H, K] and v [..., Hv, V].
+
+        The l2 norm is left to the delta rule.
+        """
         config = self.config
 
         def key_heads(x):
@@ -146,7 +149,7 @@ class DeltaNetMixer(nnx.Module):
             elif self._activation == "elu":
                 x = jax.nn.elu(x) + 1
             x = x.reshape(*x.shape[:-1], config.num_heads, config.key_dim)
-            return l2_norm_fla(x) if self._norm == "l2" else _sum_norm(x)
+            return _sum_norm(x) if self._norm == "sum" else x
 
         v = jax.nn.silu(v).reshape(*v.shape[:-1], config.num_value_heads, config.value_dim)
         return key_heads(q), key_heads(k), v
@@ -199,7 +202,7 @@ class DeltaNetMixer(nnx.Module):
             beta,
             log_decay,
             document=None if layout is None else layout.document,
-            chunk_size=_CHUNK,
+            normalize=self._norm == "l2",
             save_every=self._save_every,
             implementation=self.implementation,
         )
@@ -290,12 +293,14 @@ class DeltaNetMixer(nnx.Module):
         arrays = [merged(x) for x in (q, k, v, beta, log_decay)]
         if q is not None and tokens == 1:
             arrays = [None if x is None else x[:, 0] for x in arrays]
+            if self._norm == "l2":
+                arrays[:2] = map(l2_norm_fla, arrays[:2])
             out, new = delta_step(*arrays, state=merged(memory))
         else:
             out, new, _ = delta_rule(
                 *arrays,
                 initial_state=merged(memory),
-                chunk_size=_CHUNK,
+                normalize=self._norm == "l2",
                 implementation=self.implementation,
             )
         return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)

@@ -63,16 +63,6 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
 
-def l2_norm_fla(x: jax.Array) -> jax.Array:
-    """`x * rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
-
-    def rows(x):
-        y = x.astype(jnp.float32)
-        return (y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-    return by_rows(rows, x)
-
-
 def l2_norm_lact(x: jax.Array) -> jax.Array:
     """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
 
