@@ -171,7 +171,7 @@ def test_inverse_of_nearly_singular_systems(size):
 
 def test_errors_name_what_was_got():
     arrays, _ = TEST_SPECS[0].arguments()
-    with pytest.raises(ValueError, match="chunks of at least 16 tokens.*chunk_size=8"):
+    with pytest.raises(ValueError, match=r"chunks of at least 16 tokens.*chunk_size=8"):
         delta_rule(**arrays, implementation="pallas_tpu", chunk_size=8)
     with pytest.raises(ValueError, match="implementation='fast'"):
         delta_rule(**arrays, implementation="fast")

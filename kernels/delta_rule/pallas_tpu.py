@@ -105,8 +105,8 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
             chunk //= 2
     if chunk < _MIN_CHUNK:
         raise ValueError(
-            f"The TPU kernels need chunks of at least {_MIN_CHUNK} tokens, and save_every a multiple "
-            f"of them. Got: chunk_size={chunk_size}, save_every={save_every}. "
+            f"The TPU kernels need chunks of at least {_MIN_CHUNK} tokens, and save_every a "
+            f"multiple of them. Got: chunk_size={chunk_size}, save_every={save_every}. "
             "Use implementation='xla'."
         )
     if tokens <= chunk:

@@ -116,9 +116,8 @@ def _backward_chunk(plan: Plan, refs, c: int):
     # What hangs on it.
     by_beta = jnp.where(writer < reader, -matmul(w, z_low, "nt", dtype), 0.0)
     d_kk = times(by_beta * beta, decay)
-    turned_d_kk = times(
-        jnp.where(writer > reader, -matmul(z_low, u, "nt", dtype), 0.0), turned_decay
-    )
+    turned_d_kk = jnp.where(writer > reader, -matmul(z_low, u, "nt", dtype), 0.0)
+    turned_d_kk = times(turned_d_kk, turned_decay)
     d_scores, sources = (d_kk + turned_d_kk).astype(dtype), k
     errors = jnp.concatenate([z_low, d_out], axis=1) if plan.has_q else z_low
     recalled = matmul(errors, state, "nt", dtype)
@@ -163,7 +162,7 @@ def _backward_chunk(plan: Plan, refs, c: int):
 
 
 def _pack_gradients(plan: Plan, along: list[jax.Array], across: list[jax.Array | None]):
-    """Sums [R, C] of columns [G, C, 1] and rows [G, 1, C] (None: nothing), a pair for each field."""
+    """Sums [R, C] of columns [G, C, 1] and rows [G, 1, C] (None: nothing), a pair a field."""
     lane = lax.broadcasted_iota(jnp.int32, (plan.chunk, _LANES), 1)
     columns = jnp.zeros((plan.chunk, _LANES), jnp.float32)
     for field, column in enumerate(along):
@@ -186,9 +185,9 @@ def per_key_head(plan: Plan, x: jax.Array) -> jax.Array:
 def backward(plan: Plan, q, k, rows, states, w, inverse, d_out, d_final, d_states) -> dict:
     """Run the backward kernel.
 
-    Arguments as in `pallas_tpu_forward.forward`, with its w, inverse and states; cotangents d_out [B, T,
-    Hv V] (with q), d_final [B, Hv, K, V] and d_states [B, T / C, Hv, K, V] or None. Returns a dict
-    of d_q, d_k, d_v, d_initial like their primals, and d_rows [B, Hv / G, R, T] of
+    Arguments as in `pallas_tpu_forward.forward`, with its w, inverse and states; cotangents d_out
+    [B, T, Hv V] (with q), d_final [B, Hv, K, V] and d_states [B, T / C, Hv, K, V] or None. Returns
+    a dict of d_q, d_k, d_v, d_initial like their primals, and d_rows [B, Hv / G, R, T] of
     `gradient_fields`.
     """
     keys, values = plan.key_heads * plan.key_dim, plan.heads * plan.value_dim

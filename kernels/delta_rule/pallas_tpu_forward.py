@@ -277,7 +277,7 @@ def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dic
 
 
 def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
-    """Per-token numbers [B, Hv / G, R, T] float32; row i * G + h holds field i of a program's head h.
+    """Per-token numbers [B, Hv / G, R, T] float32; row i * G + h is field i of a program's head h.
 
     beta, log_decay: [B, T, Hv]; document: [B, T], counted up at every reset of the state.
     """

@@ -26,8 +26,9 @@ class DeltaTrace(NamedTuple):
     """What forks need of a forward pass.
 
     x: [B, T, D], the mixer's input, for the last inputs of the convolutions. k: [B, T, H, K] and
-    v: [B, T, Hv, V] as the delta rule takes them (k before the l2 norm); beta, log_decay: [B, T, Hv] (log_decay None in
-    DeltaNet), 0 at padding. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
+    v: [B, T, Hv, V] as the delta rule takes them (k before the l2 norm); beta, log_decay:
+    [B, T, Hv] (log_decay None in DeltaNet), 0 at padding. states: [B, ceil(T / N), Hv, K, V]
+    float32, before every N-th token.
     """
 
     x: jax.Array
