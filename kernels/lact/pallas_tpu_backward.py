@@ -121,7 +121,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
             stack1[:hidden],
             stack_t[:, : 2 * hidden],
         )
-        refs["dq"][tokens] = dq
+        refs["dq"][tokens] = dq.astype(operand)
         return z02, h
 
     slices = [pl.ds(i, plan.sub) for i in range(0, plan.block, plan.sub)]
@@ -150,8 +150,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
                 stack_t[...],
                 stack1_t[...],
             )
-            refs["dk"][tokens] = dk
-            refs["dv"][tokens] = dv
+            refs["dk"][tokens] = dk.astype(operand)
+            refs["dv"][tokens] = dv.astype(operand)
             refs["d_rates"][:, tokens] = d_rates
             parts.append((z02, x02, h, x1))
         z02, x02, h, x1 = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))

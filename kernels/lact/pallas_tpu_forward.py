@@ -97,7 +97,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
         begins = chunk == 0
         if plan.carry:
             pl.when(begins)(
-                lambda: load(list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head))
+                lambda: load(
+                    list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head)
+                )
             )
             begins = False
         if plan.resets:

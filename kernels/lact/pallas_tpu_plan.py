@@ -35,8 +35,8 @@ class Plan:
     carry: bool
     resets: bool
     fresh_by_row: bool
-    block: int
-    sub: int
+    block: int = 0
+    sub: int = 0
     save_scales: bool = False
     cotangents: tuple[str, ...] = ()
     reverse: bool = False
@@ -54,9 +54,7 @@ class Plan:
         names = ("weights", True), ("momentum", self.momentum), ("accumulator", self.prenorm)
         return tuple(name for name, present in names if present)
 
-    def scalars(
-        self, mean: jax.Array | None, reset: jax.Array | None
-    ) -> dict[str, jax.Array]:
+    def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
         """What goes to scalar memory: mean momentum [B N H], resets [B N]."""
         scalars = {}
         if self.momentum:
