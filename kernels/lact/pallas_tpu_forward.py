@@ -55,7 +55,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
     last = plan.chunks - 1
     w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
-    now, following = (lax.rem(chunk + i, 2) if plan.momentum else 0 for i in (0, 1))
+    # What a chunk reads and what its update makes take turns.
+    now, following = lax.rem(chunk, 2), lax.rem(chunk + 1, 2)
     # With momentum the sums of the update are added to the decayed momentum of the chunk before.
     sum02 = refs["sum02"]
     state = _State(plan, refs, now)
@@ -92,101 +93,124 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
             refs["a02"][...] = w02[...]
             refs["a1"][...] = w1[...]
 
+    def load_carry():
+        load(list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head))
+
+    def make_operands():
+        low02[now] = w02[...].astype(low02.dtype)
+        low1t[now] = w1[...].astype(low1t.dtype).T
+
     @pl.when(block == 0)
     def _begin():
         begins = chunk == 0
-        if plan.carry:
-            pl.when(begins)(
-                lambda: load(
-                    list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head)
-                )
-            )
-            begins = False
         if plan.resets:
             begins |= refs["reset"][row * plan.chunks + chunk] != 0
-        if plan.resets or not plan.carry:
-            pl.when(begins)(load_fresh)
+
+        @pl.when(begins)
+        def _restart():
+            if not plan.carry:
+                load_fresh()
+            elif not plan.resets:
+                load_carry()
+            else:
+                again = refs["reset"][row * plan.chunks + chunk] != 0
+                pl.when(again)(load_fresh)
+                pl.when(~again)(load_carry)
+            make_operands()
+
         for copy in copies_out():
             copy.start()
-        low02[...] = w02[...].astype(low02.dtype)
-        low1t[...] = w1[...].astype(low1t.dtype).T
 
     def mean():
         return refs["mean"][(row * plan.chunks + chunk) * plan.heads + head]
 
-    if last > 0:
-
-        @pl.when((block == 0) & (chunk < last))
-        def _clear():
-            if plan.momentum:
-                sum02[following] = mean() * refs["sum02"][now]
-            else:
-                sum02[0] = jnp.zeros_like(w02)
-            sum1t[...] = jnp.zeros_like(sum1t)
-
-    def read(tokens):
-        q = refs["q"][tokens]
-        refs["out"][tokens] = apply_block(q, low02[...], low1t[...]).astype(q.dtype)
-
     slices = [pl.ds(i, plan.sub) for i in range(0, plan.block, plan.sub)]
 
-    @pl.when(chunk == last)
-    def _read():
+    def read():
         for tokens in slices:
-            read(tokens)
+            q = refs["q"][tokens]
+            refs["out"][tokens] = apply_block(q, low02[now], low1t[now]).astype(q.dtype)
 
-    def read_and_sum():
-        factors = []
-        for tokens in slices:
-            read(tokens)
-            factors.append(
-                update_block(
-                    refs["k"][tokens],
-                    refs["v"][tokens],
-                    refs["rates"][:, tokens],
-                    low02[...],
-                    low1t[...],
-                )
+    def add_to_sums():
+        factors = [
+            update_block(
+                refs["k"][tokens],
+                refs["v"][tokens],
+                refs["rates"][:, tokens],
+                low02[now],
+                low1t[now],
             )
+            for tokens in slices
+        ]
         x02, x1 = (jnp.concatenate(x, 1) for x in zip(*factors, strict=True))
-        sum02[following] += nn(x02, refs["k"][...])
-        sum1t[...] += nn(x1, refs["v"][...])
-
-    if last > 0:
-        pl.when(chunk < last)(read_and_sum)
+        first = block == 0
+        both, flat = nn(x02, refs["k"][...]), nn(x1, refs["v"][...])
+        if plan.momentum:
+            decay = jnp.where(first, mean(), 1.0)
+            both += decay * sum02[jnp.where(first, now, following)]
+            sum02[following] = both
+        else:
+            sum02[0] = both + jnp.where(first, 0.0, sum02[0])
+        sum1t[...] = flat + jnp.where(first, 0.0, sum1t[...])
 
     def update_rows(target, total, step, rows, norm, scale_row):
+        """One step of some rows: their new values as operands."""
         total = refs[total] if plan.prenorm else target
         base = total[rows] + step
         if plan.prenorm:
             total[rows] = base
         scale = _rescale(base, norm, plan.eps_inside)
-        target[rows] = base * scale
         if plan.save_scales:
             matrix, start = scale_row
             refs["scales"][matrix : matrix + 1, start : start + LANES] = _row(scale)
+        new = base * scale
+        target[rows] = new
+        return new.astype(low02.dtype)
 
     def update():
         for start in range(0, 2 * plan.hidden, LANES):
             rows = slice(start, start + LANES)
             half, inside = divmod(start, plan.hidden)
             norm = refs[f"norm{2 * half}"][inside : inside + LANES]
-            update_rows(w02, "a02", sum02[following, rows], rows, norm, (2 * half, inside))
+            step = sum02[following if plan.momentum else 0, rows]
+            low02[following, rows] = update_rows(w02, "a02", step, rows, norm, (2 * half, inside))
         for start in range(0, plan.dim, LANES):
             rows = slice(start, start + LANES)
             step = sum1t[:, rows].T
             if plan.momentum:
                 step += mean() * refs["m1"][rows]
                 refs["m1"][rows] = step
-            update_rows(w1, "a1", step, rows, refs["norm1"][rows], (1, start))
+            low = update_rows(w1, "a1", step, rows, refs["norm1"][rows], (1, start))
+            low1t[following, :, rows] = low.T
 
-    @pl.when(block == plan.blocks - 1)
-    def _end():
-        # The states on their way out are what the update overwrites.
+    def wait():
         for copy in copies_out():
             copy.wait()
-        if last > 0:
-            pl.when(chunk < last)(update)
+
+    ends = block == plan.blocks - 1
+
+    @pl.when(chunk == last)
+    def _last_chunk():
+        read()
+        pl.when(ends)(wait)
+
+    if last > 0:
+
+        @pl.when((chunk < last) & ends)
+        def _last_block():
+            # The states on their way out are what the update overwrites.
+            wait()
+            add_to_sums()
+            # Reading is work for the matrix unit while the update occupies the others.
+            update()
+            read()
+
+    if last > 0 and plan.blocks > 1:
+
+        @pl.when((chunk < last) & ~ends)
+        def _block():
+            read()
+            add_to_sums()
 
 
 def forward(
@@ -246,8 +270,8 @@ def forward(
         "w1": pltpu.VMEM(flat, jnp.float32),
         "sum02": pltpu.VMEM((parities, *stacked), jnp.float32),
         "sum1t": pltpu.VMEM(square, jnp.float32),
-        "low02": pltpu.VMEM(stacked, operand),
-        "low1t": pltpu.VMEM(square, operand),
+        "low02": pltpu.VMEM((2, *stacked), operand),
+        "low1t": pltpu.VMEM((2, *square), operand),
         "semaphores": pltpu.SemaphoreType.DMA((3 * len(plan.groups),)),
     }
     if plan.momentum:
