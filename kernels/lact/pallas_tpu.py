@@ -171,7 +171,7 @@ def lact_pallas_tpu(
     carry = jax.tree.map(lambda w: _pad(w, -1, -2), carry)
     q, k, v = (_pad(x, -1, -2) for x in (q, k, v))
     by_channel = rates.shape[-1] > 1
-    rates = _pad(rates, -1, -3) if by_channel else _pad(rates[..., 0].mT, -1)
+    rates = _pad(rates, -1, -3) if by_channel else _pad(jnp.moveaxis(rates, -3, -1)[..., 0, :], -1)
     padded_dim, padded_hidden = weights.w1.shape[-2:]
     plan = Plan(
         batch=batch,
