@@ -26,7 +26,7 @@ def interpret_mode() -> pltpu.InterpretParams | bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _over_chunks(plan, q, k, v, rates, mean, norms, fresh, carry, reset):
-    plan = tuning.with_blocks(plan, "forward")
+    plan = tuning.with_blocks(plan, q.dtype)
     out, states, _ = forward(plan, q, k, v, rates, mean, norms, fresh, carry, reset)
     return out, states
 
@@ -34,7 +34,7 @@ def _over_chunks(plan, q, k, v, rates, mean, norms, fresh, carry, reset):
 def _over_chunks_forward(plan, *arguments):
     arguments = jax.tree.map(lambda x: x.value, arguments)
     q, k, v, rates, mean, norms, fresh, carry, reset = arguments
-    plan = dataclasses.replace(tuning.with_blocks(plan, "forward"), save_scales=True)
+    plan = dataclasses.replace(tuning.with_blocks(plan, q.dtype), save_scales=True)
     out, states, scales = forward(plan, *arguments)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (fresh, carry))
     return (out, states), (q, k, v, rates, mean, norms, shapes, reset, states, scales)
@@ -52,9 +52,8 @@ def _over_chunks_backward(plan, residuals, cotangents):
         for name in plan.groups
         if not all(isinstance(x, SymbolicZero) for x in getattr(d_states, name))
     }
-    plan = dataclasses.replace(
-        tuning.with_blocks(plan, "backward"), reverse=True, cotangents=tuple(present)
-    )
+    plan = dataclasses.replace(plan, reverse=True, cotangents=tuple(present))
+    plan = tuning.with_blocks(plan, q.dtype)
     gradients = backward(
         plan, q, k, v, rates, mean, norms, reset, states, scales, dense(d_out), present
     )

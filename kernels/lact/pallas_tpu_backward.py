@@ -49,12 +49,35 @@ def _rescale_backward(cotangent, weights, norm, scale, eps_inside):
     return scale * cotangent - weights * (factor * product), d_norm
 
 
+def _update_backward(cotangents, weights, norm, scale, eps_inside):
+    """From the cotangents of some rows of a state to those of the state before its update.
+
+    In place; the cotangents of the momentum are those after the update. Returns the cotangents of
+    the step and of the row norms.
+    """
+    d_base, d_norm = _rescale_backward(cotangents["weights"], weights, norm, scale, eps_inside)
+    if "accumulator" in cotangents:
+        d_base += cotangents["accumulator"]
+        cotangents["accumulator"] = d_base
+        cotangents["weights"] = jnp.zeros_like(d_base)
+    else:
+        cotangents["weights"] = d_base
+    if "momentum" in cotangents:
+        d_base += cotangents["momentum"]
+        cotangents["momentum"] = d_base
+    return d_base, d_norm
+
+
+def _starts(size):
+    return range(0, size, LANES)
+
+
 def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     refs = dict(zip(names, refs, strict=True))
     row, head = pl.program_id(0), pl.program_id(1)
     chunk, block = plan.chunk_index(pl.program_id(2)), pl.program_id(3)
     last, hidden, dim = plan.chunks - 1, plan.hidden, plan.dim
-    d02, d1, d1t = refs["weights_d02"], refs["weights_d1"], refs["d1t"]
+    d02, d1t = refs["weights_d02"], refs["d1t"]
     stack, stack_t, stack1, stack1_t = (refs[f"stack{x}"] for x in ("", "_t", "1", "1_t"))
     semaphores = refs["semaphores"]
     operand = stack.dtype
@@ -66,23 +89,29 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
         both, flat = pairs(prefix)
         return both.at[:hidden], flat, both.at[hidden:]
 
-    def copies_in():
-        """What the end of the chunk reads: the momentum and the cotangents of the states."""
-        sources = ("momentum",) if plan.momentum else ()
-        sources += tuple(f"ct_{name}" for name in plan.cotangents)
+    # 128 rows of a matrix at a time: its number, its rows there, and those of its pair in VMEM.
+    parts = [
+        (2 * half, start, half * hidden + start) for half in (0, 1) for start in _starts(hidden)
+    ]
+    parts += [(1, start, start) for start in _starts(dim)]
+
+    def fetches(part):
+        """Copies of what the end of the chunk needs from HBM, of one part of the rows."""
+        matrix, start, _ = parts[part]
+        width = hidden if matrix == 1 else dim
+        slot = part % plan.fetch_slots
         return [
             pltpu.make_async_copy(
-                refs[f"{name}{i}"].at[row, chunk, head],
-                view,
-                semaphores.at[3 * source + i],
+                refs[f"{name}{matrix}"].at[row, chunk, head, pl.ds(start, LANES)],
+                refs[f"{name}_in"].at[slot, :, pl.ds(0, width)],
+                semaphores.at[source, slot],
             )
-            for source, name in enumerate(sources)
-            for i, view in enumerate(views(f"{name}_in"))
+            for source, name in enumerate(plan.fetched)
         ]
 
     def copy_out(scratch, name):
         copies = [
-            pltpu.make_async_copy(view, refs[f"{name}{i}"].at[row, head], semaphores.at[i])
+            pltpu.make_async_copy(view, refs[f"{name}{i}"].at[row, head], semaphores.at[0, 0])
             for i, view in enumerate(views(scratch))
         ]
         for copy in copies:
@@ -101,8 +130,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
     @pl.when(block == 0)
     def _begin():
-        for copy in copies_in():
-            copy.start()
+        for part in range(min(plan.fetch_slots, len(parts))):
+            for copy in fetches(part):
+                copy.start()
         d1t[...] = jnp.zeros_like(d1t)
         for half, name in enumerate(("w0", "w2")):
             rows = slice(half * hidden, (half + 1) * hidden)
@@ -161,93 +191,75 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     if last > 0:
         pl.when(chunk < last)(read_and_update)
 
-    def restart():
-        """A document begins with this chunk: all cotangents of its state are the initial ones'."""
-        for (fresh02, fresh1), name in (
-            (pairs("fresh_d"), name) for name in plan.groups if name != "momentum"
-        ):
-            both, flat = pairs(f"{name}_d")
-            fresh02[...] += both[...]
-            fresh1[...] += flat[...]
-        for name in plan.groups:
-            for ref in pairs(f"{name}_d"):
-                ref[...] = jnp.zeros_like(ref)
-
-    def update_rows(rows, suffix, weights, norm, d_norm, scale):
-        """The cotangent of rows of the step of the update before the chunk."""
-        ref = refs[f"weights_d{suffix}"]
-        d_base, d_length = _rescale_backward(ref[rows], weights, norm, scale, plan.eps_inside)
-        d_norm[...] += d_length
-        if plan.prenorm:
-            total = refs[f"accumulator_d{suffix}"]
-            d_base += total[rows]
-            total[rows] = d_base
-            ref[rows] = jnp.zeros_like(d_base)
-        else:
-            ref[rows] = d_base
-        if plan.momentum:
-            step = refs[f"momentum_d{suffix}"]
-            d_base += step[rows]
-            step[rows] = d_base
-        return d_base.astype(operand)
-
-    def update():
-        for start in range(0, 2 * hidden, LANES):
-            half, inside = divmod(start, hidden)
-            rows, within = slice(start, start + LANES), slice(inside, inside + LANES)
-            low = update_rows(
-                rows,
-                "02",
-                refs[f"w{2 * half}"][within],
-                refs[f"norm{2 * half}"][within],
-                refs[f"d_norm{2 * half}"].at[within],
-                _column(refs["scales"][2 * half : 2 * half + 1, within]),
-            )
-            target = slice(2 * hidden + start, 2 * hidden + start + LANES)
-            stack[target] = low
-            stack_t[:, target] = low.T
-        for start in range(0, dim, LANES):
-            rows = slice(start, start + LANES)
-            low = update_rows(
-                rows,
-                "1",
-                refs["w1"][rows],
-                refs["norm1"][rows],
-                refs["d_norm1"].at[rows],
-                _column(refs["scales"][1:2, rows]),
-            )
-            stack1_t[rows, hidden:] = low
-            stack1[hidden:, rows] = low.T
-
-    @pl.when(block == plan.blocks - 1)
-    def _end():
-        for copy in copies_in():
-            copy.wait()
-        d1[...] += d1t[...].T
-        if plan.momentum:
-            # d_momentum is that of the state after the update: of the step, once and for all.
-            mean = refs["mean"][(row * plan.chunks + chunk) * plan.heads + head]
-            total = jnp.zeros((1, 1), jnp.float32)
-            for step, kept in zip(pairs("momentum_d"), pairs("momentum_in"), strict=True):
-                product = jnp.sum(step[...] * kept[...], 0, keepdims=True)
-                total += jnp.sum(product, 1, keepdims=True)
-                step[...] *= mean
-            refs["d_mean"][...] = jnp.broadcast_to(total, refs["d_mean"].shape)
-        for name in plan.cotangents:
-            for ref, given in zip(pairs(f"{name}_d"), pairs(f"ct_{name}_in"), strict=True):
-                ref[...] += given[...]
-        if plan.resets:
-            pl.when(refs["reset"][row * plan.chunks + chunk] != 0)(restart)
-        if last > 0:
-            pl.when(chunk > 0)(update)
-
-        @pl.when(chunk == 0)
-        def _finish():
-            for name in plan.groups:
-                if name != "momentum" or plan.carry:
-                    copy_out(f"{name}_d", f"d_{name}")
+    def end(is_first: bool):
+        """Completes the cotangents of the chunk's state, and takes them back through the update."""
+        again = refs["reset"][row * plan.chunks + chunk] != 0 if plan.resets else None
+        mean = (
+            refs["mean"][(row * plan.chunks + chunk) * plan.heads + head] if plan.momentum else None
+        )
+        products = jnp.zeros((1, 1), jnp.float32)
+        for part, (matrix, start, first_row) in enumerate(parts):
+            suffix, width = ("1", hidden) if matrix == 1 else ("02", dim)
+            rows, within = slice(first_row, first_row + LANES), slice(start, start + LANES)
+            slot = part % plan.fetch_slots
+            for copy in fetches(part):
+                copy.wait()
+            given = {name: refs[f"{name}_in"][slot, :, :width] for name in plan.fetched}
+            kept = {name: refs[f"{name}_d{suffix}"] for name in plan.groups}
+            cotangents = {name: ref[rows] for name, ref in kept.items()}
+            if matrix == 1:
+                cotangents["weights"] += d1t[:, rows].T
+            if plan.momentum:
+                # So far that of the momentum after the update, and of the step.
+                step = cotangents["momentum"]
+                summed = jnp.sum(step * given["momentum"], 0, keepdims=True)
+                products += jnp.sum(summed, 1, keepdims=True)
+                cotangents["momentum"] = step * mean
+            for name in plan.cotangents:
+                cotangents[name] += given[f"ct_{name}"]
+            if part + plan.fetch_slots < len(parts):
+                for copy in fetches(part + plan.fetch_slots):
+                    copy.start()
             if plan.resets:
-                copy_out("fresh_d", "d_fresh")
+                # A document begins: the state was the initial one whatever came before.
+                fresh = cotangents["weights"] + cotangents.get("accumulator", 0.0)
+                refs[f"fresh_d{suffix}"][rows] += jnp.where(again, fresh, 0.0)
+                cotangents = {name: jnp.where(again, 0.0, x) for name, x in cotangents.items()}
+            if not is_first:
+                d_step, d_norm = _update_backward(
+                    cotangents,
+                    refs[f"w{matrix}"][within],
+                    refs[f"norm{matrix}"][within],
+                    _column(refs["scales"][matrix : matrix + 1, within]),
+                    plan.eps_inside,
+                )
+                refs[f"d_norm{matrix}"][within] += d_norm
+                low = d_step.astype(operand)
+                if matrix == 1:
+                    stack1_t[within, hidden:] = low
+                    stack1[hidden:, within] = low.T
+                else:
+                    target = slice(2 * hidden + first_row, 2 * hidden + first_row + LANES)
+                    stack[target] = low
+                    stack_t[:, target] = low.T
+            for name, ref in kept.items():
+                ref[rows] = cotangents[name]
+        if plan.momentum:
+            refs["d_mean"][...] = jnp.broadcast_to(products, refs["d_mean"].shape)
+
+    ends = block == plan.blocks - 1
+
+    @pl.when((chunk == 0) & ends)
+    def _finish():
+        end(is_first=True)
+        for name in plan.groups:
+            if name != "momentum" or plan.carry:
+                copy_out(f"{name}_d", f"d_{name}")
+        if plan.resets:
+            copy_out("fresh_d", "d_fresh")
+
+    if last > 0:
+        pl.when((chunk > 0) & ends)(lambda: end(is_first=False))
 
 
 def backward(
@@ -289,16 +301,12 @@ def backward(
     for i, norm in enumerate(norms):
         add(f"norm{i}", norm, plan.head_spec(norm))
     for i, shape in enumerate(shapes):
-        add(f"w{i}", states.weights[i], plan.chunk_spec(shape))
+        add(f"w{i}", states.weights[i], plan.chunk_spec(shape, buffers=plan.weight_buffers))
     add("scales", scales, plan.chunk_spec(scales.shape[-2:], shift=-1))
-    fetched = ["momentum"] if plan.momentum else []
-    if plan.momentum:
-        for i, array in enumerate(states.momentum):
-            add(f"momentum{i}", array, in_hbm)
-    for name in plan.cotangents:
-        fetched.append(f"ct_{name}")
-        for i, array in enumerate(d_states[name]):
-            add(f"ct_{name}{i}", array, in_hbm)
+    for name in plan.fetched:
+        arrays = d_states[name.removeprefix("ct_")] if name != "momentum" else states.momentum
+        for i, array in enumerate(arrays):
+            add(f"{name}{i}", array, in_hbm)
 
     lead = (plan.batch, plan.chunks, plan.heads)
     heads = (plan.batch, plan.heads)
@@ -327,12 +335,13 @@ def backward(
         "stack_t": pltpu.VMEM((plan.dim, 4 * plan.hidden), operand),
         "stack1": pltpu.VMEM((2 * plan.hidden, plan.dim), operand),
         "stack1_t": pltpu.VMEM((plan.dim, 2 * plan.hidden), operand),
-        "semaphores": pltpu.SemaphoreType.DMA((3 * max(len(fetched), 1),)),
+        "semaphores": pltpu.SemaphoreType.DMA((max(len(plan.fetched), 1), plan.fetch_slots)),
     }
     for name in plan.groups:
         scratch |= pair(f"{name}_d")
-    for name in fetched:
-        scratch |= pair(f"{name}_in")
+    for name in plan.fetched:
+        shape = (plan.fetch_slots, LANES, max(plan.dim, plan.hidden))
+        scratch[f"{name}_in"] = pltpu.VMEM(shape, jnp.float32)
     if plan.resets:
         scratch |= pair("fresh_d")
     scalars = plan.scalars(mean, reset)

@@ -20,6 +20,8 @@ class Plan:
     fresh_by_row: whether the initial weights have a leading B.
     save_scales: whether the forward keeps what the backward needs of the rescalings.
     cotangents: fields of the states whose cotangents the backward is given.
+    fetch_slots: parts of 128 rows of the momentum and of the cotangents of the states that the
+        backward has room for. weight_buffers: 2 to fetch the weights of the next chunk early.
     reverse: whether the chunks are walked from the last to the first.
     """
 
@@ -40,6 +42,8 @@ class Plan:
     save_scales: bool = False
     cotangents: tuple[str, ...] = ()
     reverse: bool = False
+    fetch_slots: int = 1
+    weight_buffers: int = 2
     vmem_limit: int = 0
     interpret: object = False
 
@@ -53,6 +57,17 @@ class Plan:
         """Fields of FastState that are there."""
         names = ("weights", True), ("momentum", self.momentum), ("accumulator", self.prenorm)
         return tuple(name for name, present in names if present)
+
+    @property
+    def fetched(self) -> tuple[str, ...]:
+        """What the backward reads at the end of a chunk."""
+        given = tuple(f"ct_{name}" for name in self.cotangents)
+        return ("momentum", *given) if self.momentum else given
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of 128 rows of all three matrices."""
+        return (2 * self.hidden + self.dim) // 128
 
     def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
         """What goes to scalar memory: mean momentum [B N H], resets [B N]."""
@@ -96,13 +111,14 @@ class Plan:
 
         return pl.BlockSpec((None, None, None, 3, self.block), index)
 
-    def chunk_spec(self, shape: tuple[int, int], shift: int = 0) -> pl.BlockSpec:
+    def chunk_spec(self, shape: tuple[int, int], shift: int = 0, buffers: int = 2) -> pl.BlockSpec:
         """Blocks of [B, N, H, *shape], one a chunk: those of the chunk `shift` further."""
 
         def index(b, h, n, j, *_):
             return b, jnp.maximum(self.chunk_index(n) + shift, 0), h, 0, 0
 
-        return pl.BlockSpec((None, None, None, *shape), index)
+        mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
+        return pl.BlockSpec((None, None, None, *shape), index, **mode)
 
     def head_spec(self, array: jax.Array) -> pl.BlockSpec:
         """One block a head of [H, ...] or [B, H, ...] with two more axes."""
