@@ -1,0 +1,204 @@
+"""The LaCT fast-weight op as Pallas kernels for TPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.lact import pallas_tpu_parts as parts
+from refine_jax.kernels.lact import tuning
+from refine_jax.kernels.lact.pallas_tpu_backward import backward
+from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
+from refine_jax.kernels.lact.pallas_tpu_forward import forward
+from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
+from refine_jax.kernels.lact.xla import apply_update, fresh_state, row_norms, update_sums
+
+
+def interpret_mode() -> pltpu.InterpretParams | bool:
+    """How `pallas_call` runs: compiled on TPUs, simulated elsewhere."""
+    return False if jax.default_backend() == "tpu" else pltpu.InterpretParams()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_chunks(plan, q, k, v, rates, mean, norms, fresh, carry, reset):
+    plan = tuning.with_blocks(plan, q.dtype)
+    out, states, _ = forward(plan, q, k, v, rates, mean, norms, fresh, carry, reset)
+    return out, states
+
+
+def _over_chunks_forward(plan, *arguments):
+    arguments = jax.tree.map(lambda x: x.value, arguments)
+    q, k, v, rates, mean, norms, fresh, carry, reset = arguments
+    plan = dataclasses.replace(tuning.with_blocks(plan, q.dtype), save_scales=True)
+    out, states, scales = forward(plan, *arguments)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (fresh, carry))
+    return (out, states), (q, k, v, rates, mean, norms, shapes, reset, states, scales)
+
+
+def _over_chunks_backward(plan, residuals, cotangents):
+    q, k, v, rates, mean, norms, (fresh, _), reset, states, scales = residuals
+    d_out, d_states = cotangents
+
+    def dense(x):
+        return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+
+    present = {
+        name: Weights(*map(dense, getattr(d_states, name)))
+        for name in plan.groups
+        if not all(isinstance(x, SymbolicZero) for x in getattr(d_states, name))
+    }
+    plan = dataclasses.replace(plan, reverse=True, cotangents=tuple(present))
+    plan = tuning.with_blocks(plan, q.dtype)
+    gradients = backward(
+        plan, q, k, v, rates, mean, norms, reset, states, scales, dense(d_out), present
+    )
+
+    def as_given(gradient, given):
+        return gradient if gradient.ndim == len(given.shape) else gradient.sum(0)
+
+    start = {name: gradients[name] for name in plan.groups if name in gradients}
+    d_fresh = d_carry = None
+    if plan.resets or not plan.carry:
+        parts = [gradients["fresh"]] if plan.resets else []
+        parts += [] if plan.carry else list(start.values())
+        total = jax.tree.map(lambda *x: sum(x), *parts)
+        d_fresh = jax.tree.map(as_given, total, fresh)
+    if plan.carry:
+        d_carry = FastState(**start)
+    d_norms = jax.tree.map(as_given, gradients["norms"], norms)
+    return (
+        *(gradients[name] for name in ("q", "k", "v", "rates")),
+        gradients.get("mean"),
+        d_norms,
+        d_fresh,
+        d_carry,
+        None,
+    )
+
+
+_over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward, symbolic_zeros=True)
+
+
+def _pad(x: jax.Array, *axes: int) -> jax.Array:
+    """Zeros up to multiples of 128 along these axes (counted from the end)."""
+    widths = [(0, 0)] * x.ndim
+    for axis in axes:
+        widths[axis] = (0, -x.shape[axis] % LANES)
+    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+
+
+def _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles):
+    """The op as a scan over the chunks' updates, then every chunk read with its own weights.
+
+    rates: [B, N, H, 3, C], or [B, N, H, C, 3, E] with a rate for every channel.
+    """
+    batch, chunks, heads = q.shape[:3]
+    norms = row_norms(weights)
+    fresh = jax.tree.map(
+        lambda w: jnp.broadcast_to(w, (batch, *w.shape[-3:])),
+        fresh_state(weights, mean is not None, options),
+    )
+
+    def flat(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    def sums(weights, k, v, rates):
+        if rates.ndim == 5:
+            return jax.checkpoint(update_sums)(weights, k, v, rates)
+        arguments = jax.tree.map(flat, (weights, k, v, rates))
+        total = parts.update_sums(tiles, *arguments)
+        return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), total)
+
+    # Apart from the sums: its derivative needs their values, and they would be computed again.
+    @jax.checkpoint
+    def next_state(state, total, mean):
+        return apply_update(state, total, mean, norms, options)
+
+    def restart(again, state):
+        if again is None:
+            return state
+        again = again[:, None, None, None] != 0
+        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
+
+    def update(state, chunk):
+        k, v, rates, mean, again = chunk
+        state = restart(again, next_state(state, sums(state.weights, k, v, rates), mean))
+        return state, state
+
+    by_chunk = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
+    state = fresh if carry is None else carry
+    state = restart(None if reset is None else reset[:, 0], state)
+    states = jax.tree.map(lambda x: x[:, None], state)
+    if chunks > 1:
+        tokens = by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
+        again = None if reset is None else reset[:, 1:].T
+        _, later = jax.lax.scan(update, state, (*tokens, again))
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), states, by_chunk(later))
+    arguments = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (states.weights, q))
+    return parts.apply_fast_weights(tiles, *arguments).reshape(q.shape), states
+
+
+def lact_pallas_tpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rates: jax.Array,
+    momentum: jax.Array | None,
+    weights: Weights,
+    *,
+    mask: jax.Array | None = None,
+    reset: jax.Array | None = None,
+    carry: FastState | None = None,
+    options: Options = PLAIN,
+) -> tuple[jax.Array, FastState]:
+    """`lact` of api.py; on a CPU in interpret mode, for tests."""
+    batch, chunks, heads, chunk, dim = q.shape
+    hidden = weights.w1.shape[-1]
+    mean = None
+    if momentum is not None:
+        live = jnp.ones((), bool) if mask is None else mask[:, :, None, :]
+        count = chunk if mask is None else jnp.maximum(live.sum(-1), 1)
+        mean = jnp.where(live, momentum, 0.0).sum(-1) / count
+    if mask is not None:
+        rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
+    weights = jax.tree.map(lambda w: _pad(w.astype(jnp.float32), -1, -2), weights)
+    carry = jax.tree.map(lambda w: _pad(w, -1, -2), carry)
+    q, k, v = (_pad(x, -1, -2) for x in (q, k, v))
+    by_channel = rates.shape[-1] > 1
+    rates = _pad(rates, -1, -3) if by_channel else _pad(jnp.moveaxis(rates, -3, -1)[..., 0, :], -1)
+    padded_dim, padded_hidden = weights.w1.shape[-2:]
+    plan = Plan(
+        batch=batch,
+        chunks=chunks,
+        heads=heads,
+        chunk=q.shape[-2],
+        dim=padded_dim,
+        hidden=padded_hidden,
+        momentum=momentum is not None,
+        prenorm=options.prenorm,
+        eps_inside=options.fused and not options.prenorm,
+        carry=carry is not None,
+        resets=reset is not None,
+        fresh_by_row=weights.w0.ndim == 4,
+        interpret=interpret_mode(),
+    )
+    over_chunks = options.muon is None and not by_channel
+    if over_chunks and tuning.fits(plan, q.dtype):
+        out, states = _over_chunks(
+            plan, q, k, v, rates, mean, row_norms(weights), weights, carry, reset
+        )
+    else:
+        tiles = tuning.tiles(plan, q.dtype)
+        out, states = _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles)
+
+    def cut(states):
+        w0, w1, w2 = states
+        return Weights(w0[..., :hidden, :dim], w1[..., :dim, :hidden], w2[..., :hidden, :dim])
+
+    states = FastState(*(None if x is None else cut(x) for x in states))
+    return out[..., :chunk, :dim], states

@@ -1,0 +1,302 @@
+"""Forward kernel of the LaCT op on TPUs: one pass over all chunks, the fast weights in VMEM.
+
+A grid step is one block of tokens of a (row, chunk, head); chunks and their blocks run in order.
+The weights, their momentum sums and the sums of the pending update never leave VMEM but for the
+states that the op returns, which are copied to HBM while their chunk is at work. A chunk's last
+block ends with the update.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.lact.pallas_tpu_blocks import LANES, apply_block, nn, update_block
+from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.reference import EPS, FastState, Weights
+
+
+def _rescale(base, norm, fused):
+    """The factors [rows, 1] that give the rows of `base` the norms `norm` [rows, 1]."""
+    square = jnp.sum(base * base, 1, keepdims=True)
+    if fused:
+        return norm * lax.rsqrt(square + EPS)
+    return norm / (jnp.sqrt(square) + EPS)
+
+
+def _row(column):
+    """[128, 1] as [1, 128]."""
+    return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
+
+
+class _State:
+    """Views of a fast state in VMEM as the HBM arrays of the op have it, for copies."""
+
+    def __init__(self, plan, refs, momentum):
+        hidden = plan.hidden
+
+        def views(w02, w1):
+            return w02.at[:hidden], w1, w02.at[hidden:]
+
+        self.weights = views(refs["w02"], refs["w1"])
+        self.groups = [self.weights]
+        if plan.momentum:
+            self.groups.append(views(refs["sum02"].at[momentum], refs["m1"]))
+        if plan.prenorm:
+            self.groups.append(views(refs["a02"], refs["a1"]))
+
+
+def _kernel(plan: Plan, names: tuple[str, ...], *refs):
+    refs = dict(zip(names, refs, strict=True))
+    row, head, chunk, block = (pl.program_id(i) for i in range(4))
+    last = plan.chunks - 1
+    w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
+    # What a chunk reads and what its update makes take turns.
+    now, following = lax.rem(chunk, 2), lax.rem(chunk + 1, 2)
+    # With momentum the sums of the update are added to the decayed momentum of the chunk before.
+    sum02 = refs["sum02"]
+    state = _State(plan, refs, now)
+    semaphores = refs["semaphores"]
+
+    def copies_out():
+        copies = []
+        for group, (name, views) in enumerate(zip(plan.groups, state.groups, strict=True)):
+            for i, view in enumerate(views):
+                target = refs[f"{name}_out{i}"].at[row, chunk, head]
+                copies.append(pltpu.make_async_copy(view, target, semaphores.at[3 * group + i]))
+        return copies
+
+    def load(groups, prefix, lead):
+        copies = [
+            pltpu.make_async_copy(
+                refs[f"{prefix}_{name}{i}"].at[*lead], view, semaphores.at[3 * group + i]
+            )
+            for group, (name, views) in enumerate(groups)
+            for i, view in enumerate(views)
+        ]
+        for copy in copies:
+            copy.start()
+        for copy in copies:
+            copy.wait()
+
+    def load_fresh():
+        lead = (row, head) if plan.fresh_by_row else (head,)
+        load([("weights", state.weights)], "fresh", lead)
+        if plan.momentum:
+            refs["sum02"][now] = jnp.zeros_like(w02)
+            refs["m1"][...] = jnp.zeros_like(w1)
+        if plan.prenorm:
+            refs["a02"][...] = w02[...]
+            refs["a1"][...] = w1[...]
+
+    def load_carry():
+        load(list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head))
+
+    def make_operands():
+        low02[now] = w02[...].astype(low02.dtype)
+        low1t[now] = w1[...].astype(low1t.dtype).T
+
+    @pl.when(block == 0)
+    def _begin():
+        begins = chunk == 0
+        if plan.resets:
+            begins |= refs["reset"][row * plan.chunks + chunk] != 0
+
+        @pl.when(begins)
+        def _restart():
+            if not plan.carry:
+                load_fresh()
+            elif not plan.resets:
+                load_carry()
+            else:
+                again = refs["reset"][row * plan.chunks + chunk] != 0
+                pl.when(again)(load_fresh)
+                pl.when(~again)(load_carry)
+            make_operands()
+
+        for copy in copies_out():
+            copy.start()
+
+    def mean():
+        return refs["mean"][(row * plan.chunks + chunk) * plan.heads + head]
+
+    slices = [pl.ds(i, plan.sub) for i in range(0, plan.block, plan.sub)]
+
+    def read():
+        for tokens in slices:
+            q = refs["q"][tokens]
+            refs["out"][tokens] = apply_block(q, low02[now], low1t[now]).astype(q.dtype)
+
+    def add_to_sums():
+        factors = [
+            update_block(
+                refs["k"][tokens],
+                refs["v"][tokens],
+                refs["rates"][:, tokens],
+                low02[now],
+                low1t[now],
+            )
+            for tokens in slices
+        ]
+        x02, x1 = (jnp.concatenate(x, 1) for x in zip(*factors, strict=True))
+        first = block == 0
+        both, flat = nn(x02, refs["k"][...]), nn(x1, refs["v"][...])
+        if plan.momentum:
+            decay = jnp.where(first, mean(), 1.0)
+            both += decay * sum02[jnp.where(first, now, following)]
+            sum02[following] = both
+        else:
+            sum02[0] = both + jnp.where(first, 0.0, sum02[0])
+        sum1t[...] = flat + jnp.where(first, 0.0, sum1t[...])
+
+    def update_rows(target, total, step, rows, norm, scale_row):
+        """One step of some rows: their new values as operands."""
+        total = refs[total] if plan.prenorm else target
+        base = total[rows] + step
+        if plan.prenorm:
+            total[rows] = base
+        scale = _rescale(base, norm, plan.eps_inside)
+        if plan.save_scales:
+            matrix, start = scale_row
+            refs["scales"][matrix : matrix + 1, start : start + LANES] = _row(scale)
+        new = base * scale
+        target[rows] = new
+        return new.astype(low02.dtype)
+
+    def update():
+        for start in range(0, 2 * plan.hidden, LANES):
+            rows = slice(start, start + LANES)
+            half, inside = divmod(start, plan.hidden)
+            norm = refs[f"norm{2 * half}"][inside : inside + LANES]
+            step = sum02[following if plan.momentum else 0, rows]
+            low02[following, rows] = update_rows(w02, "a02", step, rows, norm, (2 * half, inside))
+        for start in range(0, plan.dim, LANES):
+            rows = slice(start, start + LANES)
+            step = sum1t[:, rows].T
+            if plan.momentum:
+                step += mean() * refs["m1"][rows]
+                refs["m1"][rows] = step
+            low = update_rows(w1, "a1", step, rows, refs["norm1"][rows], (1, start))
+            low1t[following, :, rows] = low.T
+
+    def wait():
+        for copy in copies_out():
+            copy.wait()
+
+    ends = block == plan.blocks - 1
+
+    @pl.when(chunk == last)
+    def _last_chunk():
+        read()
+        pl.when(ends)(wait)
+
+    if last > 0:
+
+        @pl.when((chunk < last) & ends)
+        def _last_block():
+            # The states on their way out are what the update overwrites.
+            wait()
+            add_to_sums()
+            # Reading is work for the matrix unit while the update occupies the others.
+            update()
+            read()
+
+    if last > 0 and plan.blocks > 1:
+
+        @pl.when((chunk < last) & ~ends)
+        def _block():
+            read()
+            add_to_sums()
+
+
+def forward(
+    plan: Plan,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rates: jax.Array,
+    mean: jax.Array | None,
+    norms: Weights,
+    fresh: Weights,
+    carry: FastState | None,
+    reset: jax.Array | None,
+) -> tuple[jax.Array, FastState, jax.Array | None]:
+    """Out, states, and the factors of the row rescalings [B, N, H, 3, max(F, d)] if asked for.
+
+    q, k, v: [B, N, H, C, d]. rates: [B, N, H, 3, C]. mean: [B, N, H]. norms: [H, F, 1], [H, d, 1],
+    [H, F, 1] or with a leading B. fresh: [(B,) H, ...]. carry: [B, H, ...]. reset: [B, N] int32.
+    """
+    operand = q.dtype
+    stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
+    inputs, specs = {}, {}
+
+    def add(name, array, spec):
+        if array is not None:
+            inputs[name], specs[name] = array, spec
+
+    by_chunk = plan.chunk_spec
+    add("q", q, plan.token_spec())
+    add("k", k, plan.token_spec(clip=True))
+    add("v", v, plan.token_spec(clip=True))
+    add("rates", rates, plan.rates_spec(clip=True))
+    for i, norm in enumerate(norms):
+        add(f"norm{i}", norm, plan.head_spec(norm))
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    if plan.resets or not plan.carry:
+        for i, w in enumerate(fresh):
+            add(f"fresh_weights{i}", w, in_hbm)
+    if plan.carry:
+        for name in plan.groups:
+            for i, w in enumerate(getattr(carry, name)):
+                add(f"carry_{name}{i}", w, in_hbm)
+
+    outputs = {"out": (jax.ShapeDtypeStruct(q.shape, operand), plan.token_spec())}
+    lead = (plan.batch, plan.chunks, plan.heads)
+    square = (plan.hidden, plan.dim)
+    for name in plan.groups:
+        for i, shape in enumerate((square, flat, square)):
+            outputs[f"{name}_out{i}"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), in_hbm)
+    if plan.save_scales:
+        shape = (3, max(plan.hidden, plan.dim))
+        outputs["scales"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), by_chunk(shape))
+
+    parities = 2 if plan.momentum else 1
+    scratch = {
+        "w02": pltpu.VMEM(stacked, jnp.float32),
+        "w1": pltpu.VMEM(flat, jnp.float32),
+        "sum02": pltpu.VMEM((parities, *stacked), jnp.float32),
+        "sum1t": pltpu.VMEM(square, jnp.float32),
+        "low02": pltpu.VMEM((2, *stacked), operand),
+        "low1t": pltpu.VMEM((2, *square), operand),
+        "semaphores": pltpu.SemaphoreType.DMA((3 * len(plan.groups),)),
+    }
+    if plan.momentum:
+        scratch["m1"] = pltpu.VMEM(flat, jnp.float32)
+    if plan.prenorm:
+        scratch |= {
+            "a02": pltpu.VMEM(stacked, jnp.float32),
+            "a1": pltpu.VMEM(flat, jnp.float32),
+        }
+    scalars = plan.scalars(mean, reset)
+    names = (*scalars, *inputs, *outputs, *scratch)
+    results = pl.pallas_call(
+        functools.partial(_kernel, plan, names),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(plan.batch, plan.heads, plan.chunks, plan.blocks),
+            in_specs=list(specs.values()),
+            out_specs=[spec for _, spec in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[shape for shape, _ in outputs.values()],
+        compiler_params=plan.compiler_params(),
+        interpret=plan.interpret,
+        name="lact_forward",
+    )(*scalars.values(), *inputs.values())
+    results = dict(zip(outputs, results, strict=True))
+    states = {name: Weights(*(results[f"{name}_out{i}"] for i in range(3))) for name in plan.groups}
+    return results["out"], FastState(**states), results.get("scales")

@@ -1,0 +1,134 @@
+"""Static facts of one call of the LaCT kernels over chunks, and their block specs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes (padded), options and blocks of a call.
+
+    direction: "forward" or "backward"; the second walks the chunks from the last to the first.
+    block, sub: tokens of a grid step, and of the parts it is computed in.
+    carry: whether a state to begin with is given. resets: whether chunks may begin documents.
+    fresh_by_row: whether the initial weights have a leading B.
+    save_scales: whether the forward keeps what the backward needs of the rescalings.
+    cotangents: fields of the states whose cotangents the backward is given.
+    fetch_slots: parts of 128 rows of the momentum and of the cotangents of the states that the
+        backward has room for. weight_buffers: 2 to fetch the weights of the next chunk early.
+    reverse: whether the chunks are walked from the last to the first.
+    """
+
+    batch: int
+    chunks: int
+    heads: int
+    chunk: int
+    dim: int
+    hidden: int
+    momentum: bool
+    prenorm: bool
+    eps_inside: bool
+    carry: bool
+    resets: bool
+    fresh_by_row: bool
+    block: int = 0
+    sub: int = 0
+    save_scales: bool = False
+    cotangents: tuple[str, ...] = ()
+    reverse: bool = False
+    fetch_slots: int = 1
+    weight_buffers: int = 2
+    vmem_limit: int = 0
+    interpret: object = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a chunk."""
+        return self.chunk // self.block
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Fields of FastState that are there."""
+        names = ("weights", True), ("momentum", self.momentum), ("accumulator", self.prenorm)
+        return tuple(name for name, present in names if present)
+
+    @property
+    def fetched(self) -> tuple[str, ...]:
+        """What the backward reads at the end of a chunk."""
+        given = tuple(f"ct_{name}" for name in self.cotangents)
+        return ("momentum", *given) if self.momentum else given
+
+    @property
+    def row_parts(self) -> int:
+        """Parts of 128 rows of all three matrices."""
+        return (2 * self.hidden + self.dim) // 128
+
+    def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
+        """What goes to scalar memory: mean momentum [B N H], resets [B N]."""
+        scalars = {}
+        if self.momentum:
+            scalars["mean"] = mean.astype(jnp.float32).reshape(-1)
+        if self.resets:
+            scalars["reset"] = reset.astype(jnp.int32).reshape(-1)
+        return scalars
+
+    def chunk_index(self, step: jax.Array | int) -> jax.Array | int:
+        """The chunk at work in a step of the grid's chunk axis."""
+        return self.chunks - 1 - step if self.reverse else step
+
+    def _clip(self, chunk, block):
+        # The last chunk makes no update. Its keys and values stay where they are: the blocks of
+        # the neighbour in time, which are in VMEM already.
+        final = max(self.chunks - 2, 0)
+        resting = 0 if self.reverse else self.blocks - 1
+        return jnp.minimum(chunk, final), jnp.where(chunk > final, resting, block)
+
+    def token_spec(self, clip: bool = False) -> pl.BlockSpec:
+        """Blocks of [B, N, H, C, d]."""
+
+        def index(b, h, n, j, *_):
+            n = self.chunk_index(n)
+            if clip:
+                n, j = self._clip(n, j)
+            return b, n, h, j, 0
+
+        return pl.BlockSpec((None, None, None, self.block, self.dim), index)
+
+    def rates_spec(self, clip: bool = False) -> pl.BlockSpec:
+        """Blocks of [B, N, H, 3, C]."""
+
+        def index(b, h, n, j, *_):
+            n = self.chunk_index(n)
+            if clip:
+                n, j = self._clip(n, j)
+            return b, n, h, 0, j
+
+        return pl.BlockSpec((None, None, None, 3, self.block), index)
+
+    def chunk_spec(self, shape: tuple[int, int], shift: int = 0, buffers: int = 2) -> pl.BlockSpec:
+        """Blocks of [B, N, H, *shape], one a chunk: those of the chunk `shift` further."""
+
+        def index(b, h, n, j, *_):
+            return b, jnp.maximum(self.chunk_index(n) + shift, 0), h, 0, 0
+
+        mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
+        return pl.BlockSpec((None, None, None, *shape), index, **mode)
+
+    def head_spec(self, array: jax.Array) -> pl.BlockSpec:
+        """One block a head of [H, ...] or [B, H, ...] with two more axes."""
+        if array.ndim == 3:
+            return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
+        return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, h, *_: (b, h, 0, 0))
+
+    def compiler_params(self) -> pltpu.CompilerParams:
+        """Rows and heads may be shared out among cores; chunks come in order."""
+        return pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=self.vmem_limit,
+        )

@@ -1,0 +1,96 @@
+"""Block sizes of the LaCT op's Pallas TPU kernels, by TPU generation and vector memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
+from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+
+# The first that vector memory has room for: tokens of a grid step, tokens of the parts that its
+# elementwise work is done in, and whether all that the next chunk needs is fetched early.
+_FORWARD = ((1024, 256, True), (512, 256, True), (256, 256, True), (256, 128, True))
+_BACKWARD = ((512, 512, True), (256, 256, True), (256, 256, False), (256, 128, False))
+# Generations that differ from these.
+_BLOCKS: dict[str, dict[str, tuple]] = {}
+_FEW_SLOTS = 3
+# What the compiler takes of the vector memory beside the arrays counted here.
+_SPARE = 1 << 20
+
+
+def _generation() -> str | None:
+    """Name of the TPU generation that is compiled for, e.g. "TPU_V6E"; None without a TPU."""
+    if jax.default_backend() != "tpu":
+        return None
+    return pltpu.get_tpu_info().chip_version.name
+
+
+def _vmem_bytes() -> int:
+    """Bytes of vector memory of a core; those of the largest if there is no TPU."""
+    if jax.default_backend() != "tpu":
+        return 128 << 20
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest multiple of 128 that divides `size`, itself one, and is at most `most`."""
+    return next(x for x in range(min(size, most), 0, -128) if size % x == 0)
+
+
+def _vmem_estimate(plan: Plan, itemsize: int) -> int:
+    """Bytes of vector memory that a kernel over chunks needs; a fit to what compilers report."""
+    area, wide = plan.dim * plan.hidden, max(plan.dim, plan.hidden)
+    groups = len(plan.groups)
+    if plan.reverse:
+        # Cotangents, those of the initial weights, weights, one sum; what is fetched; temporaries.
+        floats = area * (3 * (groups + plan.resets + plan.weight_buffers) + 1)
+        floats += len(plan.fetched) * plan.fetch_slots * 128 * wide
+        floats += (5 * plan.block + 16 * plan.sub) * wide
+        # Weights and cotangents with their transposes; tokens, twice.
+        operands = 12 * area + 14 * plan.block * plan.dim
+    else:
+        # Weights, momentum, accumulator, sums; temporaries. Weights, twice; tokens, twice.
+        floats = area * (3 * groups + 3 + plan.momentum) + 4 * (plan.block + plan.sub) * wide
+        operands = 6 * area + 8 * plan.block * plan.dim
+    return 4 * floats + itemsize * operands + _SPARE
+
+
+def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
+    """The plan with its block sizes; None if vector memory has no room for its weights."""
+    default = _BACKWARD if plan.reverse else _FORWARD
+    table = _BLOCKS.get(_generation(), {}).get("backward" if plan.reverse else "forward", default)
+    for block, sub, early in table:
+        block = _divisor(plan.chunk, block)
+        sized = dataclasses.replace(
+            plan,
+            block=block,
+            sub=_divisor(block, sub),
+            fetch_slots=plan.row_parts if early else min(_FEW_SLOTS, plan.row_parts),
+            weight_buffers=2 if early else 1,
+            vmem_limit=_vmem_bytes(),
+        )
+        if _vmem_estimate(sized, dtype.itemsize) <= _vmem_bytes():
+            return sized
+    return None
+
+
+def fits(plan: Plan, dtype: jnp.dtype) -> bool:
+    """Whether the kernels over chunks, forward and backward, have room for the plan's weights."""
+    backward = dataclasses.replace(plan, reverse=True, cotangents=plan.groups)
+    return all(with_blocks(each, dtype) is not None for each in (plan, backward))
+
+
+def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
+    """Blocks of the kernels in parts: as many hidden features and tokens as there is room for."""
+    limit, size = _vmem_bytes(), dtype.itemsize
+    for tokens, hidden in ((256, plan.hidden), (256, 256), (128, 128)):
+        tokens, hidden = _divisor(plan.chunk, tokens), _divisor(plan.hidden, hidden)
+        area = plan.dim * hidden
+        # Weights, cotangents, gradients, all twice; a sum; operands and transposes; tokens, twice.
+        floats = 19 * area + 18 * tokens * max(plan.dim, hidden)
+        if 4 * floats + size * (12 * area + 10 * tokens * plan.dim) + _SPARE <= limit:
+            break
+    return Tiles(tokens, hidden, limit, plan.interpret)
