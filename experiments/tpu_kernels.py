@@ -30,6 +30,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -144,38 +145,43 @@ def figures(case: Case, compiler: Compiler, topology: str) -> dict:
     """The entry of a case: its figures, or {"error": ...}."""
     xla = compiler.estimate(case.name, "xla", topology)
     own = xla if case.kernel is None else compiler.estimate(case.name, case.kernel, topology)
-    for name, found in (("xla", xla), (case.kernel, own)):
-        if "error" in found:
-            return {"error": f"{name}: {found['error']}"}
     mxu, hbm = floors(case, CHIPS[topology])
     entry = {
-        "ms": own["ms"],
-        "xla_ms": xla["ms"],
+        "ms": own.get("ms"),
+        "xla_ms": xla.get("ms"),
         "mxu_floor_ms": mxu,
         "hbm_floor_ms": hbm,
-        "mxu_fraction": None if own["ms"] is None else mxu / own["ms"],
-        "vmem_bytes": own["vmem_bytes"],
+        "mxu_fraction": mxu / own["ms"] if own.get("ms") else None,
+        "vmem_bytes": own.get("vmem_bytes"),
     }
-    notes = sorted({*own["notes"], *xla["notes"]})
-    return entry | ({"notes": notes} if notes else {})
+    if notes := sorted({*own.get("notes", ()), *xla.get("notes", ())}):
+        entry["notes"] = notes
+    if errors := {found["error"]: None for found in (own, xla) if "error" in found}:
+        entry["error"] = "\n".join(errors)
+    return entry
 
 
 def line(name: str, entry: dict) -> str:
     """An entry for people."""
-    if "error" in entry:
-        return f"{name:24s} {' '.join(entry['error'].split())[:300]}"
 
-    def cell(value, form):
-        return f"{'-' if value is None else format(value, form):>9s}"
+    def cell(value, form, scale=1):
+        return f"{'-' if value is None else format(value / scale, form):>9s}"
 
     times = (entry[key] for key in ("ms", "xla_ms", "mxu_floor_ms", "hbm_floor_ms"))
-    share = entry["mxu_fraction"]
     cells = [cell(x, ".3f") for x in times]
-    cells += [cell(share, ".1%"), cell(entry["vmem_bytes"] / 2**20, ".1f")]
-    return f"{name:24s} {' '.join(cells)}  {'; '.join(entry.get('notes', ()))}".rstrip()
+    cells += [cell(entry["mxu_fraction"], ".1%"), cell(entry["vmem_bytes"], ".1f", 2**20)]
+    remarks = [f"fault: {last_line(entry['error'])}"] if "error" in entry else []
+    return f"{name:24s} {' '.join(cells)}  {'; '.join(remarks + entry.get('notes', []))}".rstrip()
 
 
-HEADER = f"{'case':24s} {'ms':>9s} {'xla ms':>9s} {'mxu ms':>9s} {'hbm ms':>9s} {'mxu':>9s} {'VMEM MiB':>9s}"
+def last_line(error: str) -> str:
+    """The line of a traceback that names the exception, or as much of the text as fits."""
+    lines = [x for x in error.splitlines() if re.match(r"[\w.]*(Error|Exception)\b.*: ", x)]
+    return " ".join((lines[-1] if lines else error).split())[:300]
+
+
+_COLUMNS = ("ms", "xla ms", "mxu ms", "hbm ms", "mxu", "VMEM MiB")
+HEADER = f"{'case':24s} {' '.join(f'{name:>9s}' for name in _COLUMNS)}"
 
 
 def make_environment(folder: Path) -> str:
@@ -237,12 +243,15 @@ def run(flags: argparse.Namespace, compiler: Compiler) -> tuple[dict, list[str]]
     names = flags.cases or list(CASES)
     results, failed = {}, []
     for topology in topologies:
-        print(f"{topology}, jax {jax.__version__}; static estimates\n{HEADER}", flush=True)
+        print(f"{topology}, jax {jax.__version__}", flush=True)
+        if not flags.compile_only:
+            print(f"static estimates\n{HEADER}", flush=True)
         results[topology] = {}
         for name in names:
             if flags.compile_only:
                 entry = compiler.compile(name, CASES[name].kernel or "xla", topology)
-                text = f"{name:24s} {'fault' if 'error' in entry else 'compiled'}"
+                fault = f"fault: {last_line(entry['error'])}" if "error" in entry else None
+                text = f"{name:24s} {fault or 'compiled'}"
             else:
                 entry = figures(CASES[name], compiler, topology)
                 text = line(name, entry)
