@@ -82,7 +82,7 @@ class Compiler:
 
     def _run(self, command: list[str], out: Path) -> dict:
         """Run a command that writes JSON to `out`; {"error": why} if it does not."""
-        environment = dict(os.environ)
+        environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
         if self.libtpu is not None:
             environment["TPU_LIBRARY_PATH"] = self.libtpu
         try:
@@ -198,14 +198,14 @@ def find_compiler(flags: argparse.Namespace) -> Compiler:
 
     Raises ValueError where there is no libtpu.
     """
-    tool = None if flags.compile_only else flags.tool
+    tool = None if flags.compile_only else flags.tool.expanduser().resolve()
     if tool is not None and not tool.is_file():
         print(f"No tool at {tool}: compiling only. --tool names another.", file=sys.stderr)
         tool = None
     libtpu = flags.libtpu or os.environ.get("TPU_LIBRARY_PATH")
     python = sys.executable
     if flags.make_env is not None:
-        python, libtpu = make_environment(flags.make_env.expanduser()), None
+        python, libtpu = make_environment(flags.make_env.expanduser().resolve()), None
     elif libtpu is not None:
         libtpu = str(Path(libtpu).expanduser().resolve())
         if not Path(libtpu).is_file():
