@@ -1,0 +1,358 @@
+"""Next-token loss, entropies and their gradients in two Pallas kernels for TPUs.
+
+Letters: N tokens, D model dim, V vocabulary; v a block of the vocabulary, n a block of tokens.
+
+Three products of 2 N D V operations are needed, and no more are made:
+
+1. `_forward_kernel` walks over the vocabulary for a block of tokens. It forms the logits of a
+   block, their running maximum m and sums, and adds `exp(z - m) W` to the gradient of the hidden
+   states, rescaled whenever m grows, as flash attention does with its values. The target's row is
+   taken off at the end in float32, so that tokens predicted with confidence keep the digits of
+   their small gradient. The exponentials are written out in the dtype of the operands, with the m
+   that each block of them had.
+2. `_head_kernel` scales the exponentials to the gradient of the logits and multiplies it with the
+   hidden states, for the gradient of the head in float32.
+
+The exponentials exist for `Blocks.span` tokens at a time; spans follow one another in a scan whose
+carry, the gradient of the head, is updated in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128
+_MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of blocks.
+
+    tokens, head_tokens: tokens of one grid step of the two kernels. words: words of one. rows:
+    tokens of one turn of the loop in a step. span: tokens whose exponentials are kept; a multiple
+    of the others.
+    """
+
+    tokens: int
+    head_tokens: int
+    words: int
+    rows: int
+    span: int
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _by_rows(tokens: int, rows: int):
+    """A decorator that runs `body(slice of rows)` for all rows of a block of tokens."""
+
+    def run(body):
+        def step(index, _):
+            body(pl.ds(pl.multiple_of(index * rows, rows), rows))
+            return 0
+
+        if rows == tokens:
+            body(pl.ds(0, tokens))
+        else:
+            lax.fori_loop(0, tokens // rows, step, 0)
+
+    return run
+
+
+def _dot(a, b, contracted):
+    """The product over axis contracted[0] of `a` and contracted[1] of `b`, in float32."""
+    return lax.dot_general(
+        a,
+        b,
+        ((contracted[:1], contracted[1:]), ((), ())),
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool):
+    """Grid (tokens, words), words innermost.
+
+    In: h [n, D], w [v, D], target [n, 128] (all lanes equal); with the gradient also head rows
+    [n, D] at the targets, and weight [n, 128]. Out: stats [n, 128] (nll, entropy, correct, log
+    normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the maximum that e
+    was taken with, and dh [n, D].
+    """
+    del span  # for the index maps
+    if with_gradient:
+        h, w, target, chosen_rows, weight, stats, e_out, top_out, dh, m, s, u, t, acc = refs
+    else:
+        h, w, target, stats, m, s, u, t = refs
+    j = pl.program_id(1)
+    words = w.shape[0]
+
+    @pl.when(j == 0)
+    def _():
+        m[...] = jnp.full_like(m, _MASKED)
+        for sums in (s, u, t):
+            sums[...] = jnp.zeros_like(sums)
+        if with_gradient:
+            acc[...] = jnp.zeros_like(acc)
+
+    def by_lane(x):  # the sum over lanes waits for the last block
+        return sum(x[:, i : i + _LANES] for i in range(0, words, _LANES))
+
+    @_by_rows(h.shape[0], rows)
+    def _(at):
+        z = _dot(h[at, :], w[...], (1, 1))
+        word = j * words + lax.broadcasted_iota(jnp.int32, z.shape, 1)
+        if vocabulary % words:
+            z = jnp.where(word < vocabulary, z, _MASKED)
+        old = m[at, :]
+        top = jnp.maximum(old, jnp.max(z, axis=1, keepdims=True))
+        m[at, :] = top
+        shifted = z - _wide(top, words)
+        e = jnp.exp(shifted)
+        decay = jnp.exp(old - top)
+        u[at, :] = decay * (u[at, :] + (old - top) * s[at, :]) + by_lane(e * shifted)
+        s[at, :] = decay * s[at, :] + by_lane(e)
+        t[at, :] += by_lane(jnp.where(word == _wide(target[at, :], words), z, 0.0))
+        if with_gradient:
+            e = e.astype(e_out.dtype)
+            e_out[at, :] = e
+            top_out[0, at, :] = top
+            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + _dot(e, w[...], (1, 0))
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        total = jnp.sum(s[...], axis=1, keepdims=True)
+        chosen = jnp.sum(t[...], axis=1, keepdims=True)
+        log_total, top = jnp.log(total), m[:, :1]
+        columns = (
+            log_total - (chosen - top),
+            log_total - jnp.sum(u[...], axis=1, keepdims=True) / total,
+            (chosen >= top).astype(jnp.float32),
+            log_total + top,
+        )
+        lane = lax.broadcasted_iota(jnp.int32, stats.shape, 1)
+        out = jnp.zeros(stats.shape, jnp.float32)
+        for i, column in enumerate(columns):
+            out = jnp.where(lane == i, column, out)
+        stats[...] = out
+        if with_gradient:
+            gradient = acc[...] / total - chosen_rows[...].astype(jnp.float32)
+            dh[...] = (weight[:, :1] * gradient).astype(dh.dtype)
+
+
+def _wide(x: jax.Array, size: int) -> jax.Array:
+    """Columns [n, 128], all equal, as [n, size]: registers are used again, none is made."""
+    copies = -(-size // x.shape[1])
+    return (x if copies == 1 else jnp.concatenate([x] * copies, axis=1))[:, :size]
+
+
+def _head_kernel(span, h, e, top, normaliser, target, weight, old, out, *, rows):
+    """Grid (words, tokens), tokens innermost: old [D, v] plus the gradient of these words.
+
+    span [1]: of the first one `old` is taken as zero. h [D, n] or [D, span]; e [n, v] and
+    top [1, n, 128] of `_forward_kernel`; normaliser (its logarithm), target and weight [n, 128].
+    """
+    j, i = pl.program_id(0), pl.program_id(1)
+    num_tokens, words = e.shape
+
+    @pl.when(i == 0)
+    def _():
+        out[...] = jnp.where(span[0] == 0, 0.0, old[...])
+
+    first = 0 if h.shape[1] == num_tokens else i * num_tokens
+
+    @_by_rows(num_tokens, rows)
+    def _(at):
+        factor = weight[at, :] * jnp.exp(top[0, at, :] - normaliser[at, :])
+        dz = e[at, :].astype(jnp.float32) * _wide(factor, words)
+        word = j * words + lax.broadcasted_iota(jnp.int32, dz.shape, 1)
+        is_target = word == _wide(target[at, :], words)
+        dz -= jnp.where(is_target, _wide(weight[at, :], words), 0.0)
+        tokens = pl.ds(pl.multiple_of(first + at.start, rows), rows)
+        out[...] += _dot(h[:, tokens], dz.astype(h.dtype), (1, 0))
+
+
+def _interpret():
+    return False if jax.default_backend() == "tpu" else pltpu.InterpretParams()
+
+
+def _vmem_bytes() -> int:
+    """Of one core."""
+    if jax.default_backend() != "tpu":
+        return 64 * 2**20
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def choose_blocks(tokens: int, size: int, vocabulary: int, dtype: jnp.dtype) -> Blocks:
+    """Blocks for N tokens of width D that fit the VMEM of the TPU."""
+    vmem, itemsize = _vmem_bytes(), jnp.dtype(dtype).itemsize
+    words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
+    if vmem < 32 * 2**20:
+        words = min(words, 256)
+    words = min(words, _round_up(vocabulary, _LANES))
+    span = 8192 if vmem > 100 * 2**20 else 4096
+    count = -(-tokens // span)
+    for block in (1024, 512, 256, 128):
+        moved = 2 * itemsize * (3 * block * size + words * size + block * words)
+        if moved + 4 * block * (2 * size + 2 * words) < 0.75 * vmem:
+            break
+    block = min(block, _round_up(-(-tokens // count), 16))
+    span = _round_up(-(-tokens // count), block)
+    head_block = 2 * block if vmem > 100 * 2**20 and span % (2 * block) == 0 else block
+    return Blocks(block, head_block, words, min(block, 512), span)
+
+
+def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
+    """A `pallas_call` whose index maps get the number of the span as their last argument."""
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_vmem_bytes() * 15 // 16,
+        ),
+        interpret=_interpret(),
+        name=name,
+    )
+
+
+def _forward(span, h, w, targets, chosen_rows, weights, blocks, vocabulary):
+    """One span of h [N, D], w [V', D], targets [N, 128]: stats [span, 128], and e, top and dh.
+
+    chosen_rows [N, D] and weights [N, 128] are given for the gradient; None for the stats alone.
+    """
+    size, tokens, words = h.shape[1], blocks.tokens, blocks.words
+    grid = (blocks.span // tokens, w.shape[0] // words)
+    with_gradient = chosen_rows is not None
+
+    def of_all(width):
+        return pl.BlockSpec((tokens, width), lambda i, j, s: (s[0] * grid[0] + i, 0))
+
+    def of_span(width):
+        return pl.BlockSpec((tokens, width), lambda i, j, s: (i, 0))
+
+    args = [h, w, targets]
+    in_specs = [of_all(size), pl.BlockSpec((words, size), lambda i, j, s: (j, 0)), of_all(_LANES)]
+    out_specs = [of_span(_LANES)]
+    out_shape = [jax.ShapeDtypeStruct((blocks.span, _LANES), jnp.float32)]
+    scratch = [pltpu.VMEM((tokens, _LANES), jnp.float32)] * 4
+    if with_gradient:
+        args += [chosen_rows, weights]
+        in_specs += [of_all(size), of_all(_LANES)]
+        out_specs += [
+            pl.BlockSpec((tokens, words), lambda i, j, s: (i, j)),
+            pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0)),
+            of_span(size),
+        ]
+        out_shape += [
+            jax.ShapeDtypeStruct((blocks.span, w.shape[0]), h.dtype),
+            jax.ShapeDtypeStruct((grid[1], blocks.span, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct((blocks.span, size), h.dtype),
+        ]
+        scratch += [pltpu.VMEM((tokens, size), jnp.float32)]
+    kernel = functools.partial(
+        _forward_kernel, vocabulary=vocabulary, rows=blocks.rows, with_gradient=with_gradient
+    )
+    call = _call(kernel, "cross_entropy_forward", grid, in_specs, out_specs, out_shape, scratch)
+    return call(span, *args)
+
+
+def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks):
+    """`total` [D, V'] plus the gradient of the head from one span, in its place; h [D, N].
+
+    Transposed, since the product h^T dz then needs no operand transposed on the way.
+    """
+    size, words, tokens = h.shape[0], blocks.words, blocks.head_tokens
+    grid = (total.shape[1] // words, blocks.span // tokens)
+    # Read again for every block of words: kept in VMEM where it leaves room for the rest.
+    if size * blocks.span * h.dtype.itemsize < 0.35 * _vmem_bytes():
+        hidden = pl.BlockSpec(
+            (size, blocks.span), lambda j, i, s: (0, s[0]), pipeline_mode=pl.Buffered(1)
+        )
+    else:
+        hidden = pl.BlockSpec((size, tokens), lambda j, i, s: (0, s[0] * grid[1] + i))
+    head = pl.BlockSpec((size, words), lambda j, i, s: (0, j))
+    of_all = pl.BlockSpec((tokens, _LANES), lambda j, i, s: (s[0] * grid[1] + i, 0))
+    in_specs = [
+        hidden,
+        pl.BlockSpec((tokens, words), lambda j, i, s: (i, j)),
+        pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j, i, 0)),
+        pl.BlockSpec((tokens, _LANES), lambda j, i, s: (i, 0)),
+        of_all,
+        of_all,
+        head,
+    ]
+    kernel = functools.partial(_head_kernel, rows=blocks.rows)
+    out_shape = jax.ShapeDtypeStruct(total.shape, jnp.float32)
+    call = _call(kernel, "cross_entropy_head", grid, in_specs, head, out_shape, aliases={7: 0})
+    return call(span, h, e, top, normaliser, targets, weights, total)
+
+
+def _lanes(x):
+    """[N] -> [N, 128]: a row of numbers as kernels want it beside rows of a matrix."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], _LANES))
+
+
+def _pad_rows(x, multiple):
+    pad = -x.shape[0] % multiple
+    return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))) if pad else x
+
+
+def token_stats(hidden, head, targets, blocks: Blocks):
+    """nll, entropy and correct, each [N] float32, of hidden [N, D], head [V, D], targets [N]."""
+    num_tokens, vocabulary = hidden.shape[0], head.shape[0]
+    w = _pad_rows(head.astype(hidden.dtype), blocks.words)
+    hidden, targets = (_pad_rows(x, blocks.span) for x in (hidden, targets))
+    targets = _lanes(targets)
+
+    def step(_, span):
+        (stats,) = _forward(span, hidden, w, targets, None, None, blocks, vocabulary)
+        return None, stats[:, :3]
+
+    _, stats = lax.scan(step, None, _span_numbers(hidden, blocks))
+    return tuple(stats.reshape(-1, 3)[:num_tokens].T)
+
+
+def loss_gradients(hidden, head, targets, weights, blocks: Blocks):
+    """`token_stats`, and the gradients of `sum(weights * nll)`: dh [N, D], dw [V, D] float32."""
+    (num_tokens, size), vocabulary = hidden.shape, head.shape[0]
+    w = _pad_rows(head.astype(hidden.dtype), blocks.words)
+    hidden, targets, weights = (_pad_rows(x, blocks.span) for x in (hidden, targets, weights))
+    chosen_rows, transposed = w[targets], hidden.T
+    targets, weights = _lanes(targets), _lanes(weights)
+
+    def step(total, span):
+        stats, e, top, dh = _forward(
+            span, hidden, w, targets, chosen_rows, weights, blocks, vocabulary
+        )
+        normaliser = _lanes(stats[:, 3])
+        total = _head_gradient(
+            span, transposed, e, top, normaliser, targets, weights, total, blocks
+        )
+        return total, (stats[:, :3], dh)
+
+    # The first span does not read it: any memory will do.
+    total = lax.empty(w.shape[::-1], jnp.float32)
+    total, (stats, dh) = lax.scan(step, total, _span_numbers(hidden, blocks))
+    stats = tuple(stats.reshape(-1, 3)[:num_tokens].T)
+    return stats, dh.reshape(-1, size)[:num_tokens], total.T[:vocabulary]
+
+
+def _span_numbers(hidden, blocks):
+    return jnp.arange(hidden.shape[0] // blocks.span, dtype=jnp.int32)[:, None]
