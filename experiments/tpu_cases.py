@@ -17,11 +17,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from refine_jax.kernels.cross_entropy import next_token_loss
+from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_SPECS
+from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
 from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
 from refine_jax.kernels.lact import Weights, apply_fast_weights, lact, update_sums
-
-from refine_jax.models.head import next_token_loss
 
 PALLAS = "pallas_tpu"
 
@@ -190,29 +191,24 @@ def _lact_decode(name, forks, heads=4, d=384) -> Case:
     return Case(name, shape, function, args, flops, kernel=None, donated=(0,))
 
 
-def _cross_entropy(name, tokens=16384, size=2048, vocabulary=32000) -> Case:
-    """Next-token loss with entropies, and its gradients for hidden states and head.
-
-    Three products of 2 T D V operations: the logits, and two for the gradients.
-    """
+def _cross_entropy(spec: CrossEntropySpec) -> Case:
+    """Next-token loss with entropies, and its gradients for hidden states and head."""
 
     def function(implementation):
-        del implementation  # one form for all
-
         def loss(hidden, head, targets, weights):
-            total, stats = next_token_loss(hidden, head, targets, weights)
-            return total, stats
+            return next_token_loss(hidden, head, targets, weights, implementation=implementation)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
+    rows, size, words = (spec.batch, spec.tokens), spec.size, spec.vocabulary
     args = (
-        _array(1, tokens, size, dtype=jnp.bfloat16),
-        _array(vocabulary, size),
-        _array(1, tokens, dtype=jnp.int32),
-        _array(1, tokens),
+        _array(*rows, size, dtype=jnp.bfloat16),
+        _array(words, size),
+        _array(*rows, dtype=jnp.int32),
+        _array(*rows),
     )
-    shape = f"T {tokens}, D {size}, V {vocabulary}, bfloat16 states, float32 head"
-    return Case(name, shape, function, args, 3 * 2 * tokens * size * vocabulary, kernel=None)
+    shape = f"T {spec.tokens}, D {size}, V {words}, bfloat16 states, float32 head"
+    return Case(spec.name, shape, function, args, spec.flops())
 
 
 _ALL = (
@@ -225,6 +221,6 @@ _ALL = (
     _delta_decode("delta_decode", 8),
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),
-    _cross_entropy("ce_entropy"),
+    *map(_cross_entropy, CROSS_ENTROPY_SPECS),
 )
 CASES = {each.name: each for each in _ALL}

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.cross_entropy.reference import TokenStats
 
 _LANES = 128
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
@@ -36,14 +37,15 @@ _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is
 class Blocks:
     """Sizes of blocks.
 
-    tokens, head_tokens: tokens of one grid step of the two kernels. words: words of one. rows:
-    tokens of one turn of the loop in a step. span: tokens whose exponentials are kept; a multiple
-    of the others.
+    tokens, words: of one grid step of the first kernel. head_tokens, head_words: of the second
+    one; head_words divides words. rows: tokens of one turn of the loop in a step (twice as many in
+    the second kernel). span: tokens whose exponentials are kept; a multiple of the other counts.
     """
 
     tokens: int
-    head_tokens: int
     words: int
+    head_tokens: int
+    head_words: int
     rows: int
     span: int
 
@@ -84,12 +86,12 @@ def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool
 
     In: h [n, D], w [v, D], target [n, 128] (all lanes equal); with the gradient also head rows
     [n, D] at the targets, and weight [n, 128]. Out: stats [n, 128] (nll, entropy, correct, log
-    normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the maximum that e
-    was taken with, and dh [n, D].
+    normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the maximum that
+    e was taken with, and dh [n, D].
     """
     del span  # for the index maps
     if with_gradient:
-        h, w, target, chosen_rows, weight, stats, e_out, top_out, dh, m, s, u, t, acc = refs
+        h, w, target, chosen_rows, weight, _, stats, e_out, top_out, dh, m, s, u, t, acc = refs
     else:
         h, w, target, stats, m, s, u, t = refs
     j = pl.program_id(1)
@@ -191,23 +193,45 @@ def _vmem_bytes() -> int:
     return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
-def choose_blocks(tokens: int, size: int, vocabulary: int, dtype: jnp.dtype) -> Blocks:
-    """Blocks for N tokens of width D that fit the VMEM of the TPU."""
+def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
+    """VMEM of a step of `_forward_kernel`: blocks in two buffers, sums, logits, exponentials."""
+    moved = 3 * block * size + words * size + block * words
+    return 2 * itemsize * moved + 4 * block * (2 * size + 2 * words)
+
+
+def choose_blocks(
+    tokens: int, size: int, vocabulary: int, dtype: jnp.dtype, span: int | None = None
+) -> Blocks | None:
+    """Blocks for N tokens of width D that fit the VMEM of the TPU; None if there are none."""
     vmem, itemsize = _vmem_bytes(), jnp.dtype(dtype).itemsize
     words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
     if vmem < 32 * 2**20:
         words = min(words, 256)
     words = min(words, _round_up(vocabulary, _LANES))
-    span = 8192 if vmem > 100 * 2**20 else 4096
-    count = -(-tokens // span)
     for block in (1024, 512, 256, 128):
-        moved = 2 * itemsize * (3 * block * size + words * size + block * words)
-        if moved + 4 * block * (2 * size + 2 * words) < 0.75 * vmem:
+        if _step_bytes(block, words, size, itemsize) < 0.65 * vmem:
             break
-    block = min(block, _round_up(-(-tokens // count), 16))
+    else:
+        return None
+    span = span or (8192 if vmem > 100 * 2**20 else 4096)
+    count = -(-tokens // span)
+    block = min(block, _round_up(-(-tokens // count), _LANES))
     span = _round_up(-(-tokens // count), block)
-    head_block = 2 * block if vmem > 100 * 2**20 and span % (2 * block) == 0 else block
-    return Blocks(block, head_block, words, min(block, 512), span)
+    # Long steps hide the exchange of the head's blocks between them.
+    head_tokens = next(n for n in (4 * block, 2 * block, block) if span % n == 0)
+    # Four blocks of the head's gradient are in VMEM: two that come, two that go.
+    head_words = words if 16 * size * words < 0.4 * vmem or words % 256 else 256
+    return Blocks(block, words, head_tokens, head_words, min(block, 512), span)
+
+
+def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
+    """Why there are no kernels for hidden [B, T, D] and head [V, D]; None if there are."""
+    if hidden.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"hidden must be float32 or bfloat16, or use 'xla'. Got: {hidden.dtype}."
+    size, vocabulary = hidden.shape[-1], head.shape[0]
+    if choose_blocks(1, size, vocabulary, hidden.dtype) is None:
+        return f"a block of width D does not fit the VMEM, use 'xla'. Got: D={size}."
+    return None
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
@@ -232,14 +256,16 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliase
     )
 
 
-def _forward(span, h, w, targets, chosen_rows, weights, blocks, vocabulary):
-    """One span of h [N, D], w [V', D], targets [N, 128]: stats [span, 128], and e, top and dh.
+def _forward(span, h, w, targets, blocks, vocabulary, for_gradient=None):
+    """One span of h [N, D], w [V', D], targets [N, 128]: stats [span, 128] and, with for_gradient,
+    e [span, V'], top [blocks of words, span, 128] and dh [N, D].
 
-    chosen_rows [N, D] and weights [N, 128] are given for the gradient; None for the stats alone.
+    for_gradient: the head's rows at the targets [N, D], weights [N, 128], and the dh whose rows of
+    the span are written in place.
     """
     size, tokens, words = h.shape[1], blocks.tokens, blocks.words
     grid = (blocks.span // tokens, w.shape[0] // words)
-    with_gradient = chosen_rows is not None
+    with_gradient = for_gradient is not None
 
     def of_all(width):
         return pl.BlockSpec((tokens, width), lambda i, j, s: (s[0] * grid[0] + i, 0))
@@ -247,29 +273,32 @@ def _forward(span, h, w, targets, chosen_rows, weights, blocks, vocabulary):
     def of_span(width):
         return pl.BlockSpec((tokens, width), lambda i, j, s: (i, 0))
 
-    args = [h, w, targets]
+    args, aliases = [h, w, targets], {}
     in_specs = [of_all(size), pl.BlockSpec((words, size), lambda i, j, s: (j, 0)), of_all(_LANES)]
     out_specs = [of_span(_LANES)]
     out_shape = [jax.ShapeDtypeStruct((blocks.span, _LANES), jnp.float32)]
     scratch = [pltpu.VMEM((tokens, _LANES), jnp.float32)] * 4
     if with_gradient:
-        args += [chosen_rows, weights]
-        in_specs += [of_all(size), of_all(_LANES)]
+        args += for_gradient
+        in_specs += [of_all(size), of_all(_LANES), pl.BlockSpec(memory_space=pl.ANY)]
+        aliases = {6: 3}
         out_specs += [
             pl.BlockSpec((tokens, words), lambda i, j, s: (i, j)),
             pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0)),
-            of_span(size),
+            of_all(size),
         ]
         out_shape += [
             jax.ShapeDtypeStruct((blocks.span, w.shape[0]), h.dtype),
             jax.ShapeDtypeStruct((grid[1], blocks.span, _LANES), jnp.float32),
-            jax.ShapeDtypeStruct((blocks.span, size), h.dtype),
+            jax.ShapeDtypeStruct(h.shape, h.dtype),
         ]
         scratch += [pltpu.VMEM((tokens, size), jnp.float32)]
     kernel = functools.partial(
         _forward_kernel, vocabulary=vocabulary, rows=blocks.rows, with_gradient=with_gradient
     )
-    call = _call(kernel, "cross_entropy_forward", grid, in_specs, out_specs, out_shape, scratch)
+    call = _call(
+        kernel, "cross_entropy_forward", grid, in_specs, out_specs, out_shape, scratch, aliases
+    )
     return call(span, *args)
 
 
@@ -278,7 +307,7 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
 
     Transposed, since the product h^T dz then needs no operand transposed on the way.
     """
-    size, words, tokens = h.shape[0], blocks.words, blocks.head_tokens
+    size, words, tokens = h.shape[0], blocks.head_words, blocks.head_tokens
     grid = (total.shape[1] // words, blocks.span // tokens)
     # Read again for every block of words: kept in VMEM where it leaves room for the rest.
     if size * blocks.span * h.dtype.itemsize < 0.35 * _vmem_bytes():
@@ -288,17 +317,18 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
     else:
         hidden = pl.BlockSpec((size, tokens), lambda j, i, s: (0, s[0] * grid[1] + i))
     head = pl.BlockSpec((size, words), lambda j, i, s: (0, j))
+    share = blocks.words // words
     of_all = pl.BlockSpec((tokens, _LANES), lambda j, i, s: (s[0] * grid[1] + i, 0))
     in_specs = [
         hidden,
         pl.BlockSpec((tokens, words), lambda j, i, s: (i, j)),
-        pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j, i, 0)),
+        pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j // share, i, 0)),
         pl.BlockSpec((tokens, _LANES), lambda j, i, s: (i, 0)),
         of_all,
         of_all,
         head,
     ]
-    kernel = functools.partial(_head_kernel, rows=blocks.rows)
+    kernel = functools.partial(_head_kernel, rows=min(2 * blocks.rows, tokens))
     out_shape = jax.ShapeDtypeStruct(total.shape, jnp.float32)
     call = _call(kernel, "cross_entropy_head", grid, in_specs, head, out_shape, aliases={7: 0})
     return call(span, h, e, top, normaliser, targets, weights, total)
@@ -322,7 +352,7 @@ def token_stats(hidden, head, targets, blocks: Blocks):
     targets = _lanes(targets)
 
     def step(_, span):
-        (stats,) = _forward(span, hidden, w, targets, None, None, blocks, vocabulary)
+        (stats,) = _forward(span, hidden, w, targets, blocks, vocabulary)
         return None, stats[:, :3]
 
     _, stats = lax.scan(step, None, _span_numbers(hidden, blocks))
@@ -331,28 +361,62 @@ def token_stats(hidden, head, targets, blocks: Blocks):
 
 def loss_gradients(hidden, head, targets, weights, blocks: Blocks):
     """`token_stats`, and the gradients of `sum(weights * nll)`: dh [N, D], dw [V, D] float32."""
-    (num_tokens, size), vocabulary = hidden.shape, head.shape[0]
+    num_tokens, vocabulary = hidden.shape[0], head.shape[0]
     w = _pad_rows(head.astype(hidden.dtype), blocks.words)
     hidden, targets, weights = (_pad_rows(x, blocks.span) for x in (hidden, targets, weights))
     chosen_rows, transposed = w[targets], hidden.T
     targets, weights = _lanes(targets), _lanes(weights)
 
-    def step(total, span):
+    def step(gradients, span):
+        dh, total = gradients
         stats, e, top, dh = _forward(
-            span, hidden, w, targets, chosen_rows, weights, blocks, vocabulary
+            span, hidden, w, targets, blocks, vocabulary, (chosen_rows, weights, dh)
         )
         normaliser = _lanes(stats[:, 3])
         total = _head_gradient(
             span, transposed, e, top, normaliser, targets, weights, total, blocks
         )
-        return total, (stats[:, :3], dh)
+        return (dh, total), stats[:, :3]
 
-    # The first span does not read it: any memory will do.
-    total = lax.empty(w.shape[::-1], jnp.float32)
-    total, (stats, dh) = lax.scan(step, total, _span_numbers(hidden, blocks))
+    # Any memory will do: the kernels write all of it before it is read.
+    gradients = lax.empty(hidden.shape, hidden.dtype), lax.empty(w.shape[::-1], jnp.float32)
+    (dh, total), stats = lax.scan(step, gradients, _span_numbers(hidden, blocks))
     stats = tuple(stats.reshape(-1, 3)[:num_tokens].T)
-    return stats, dh.reshape(-1, size)[:num_tokens], total.T[:vocabulary]
+    return stats, dh[:num_tokens], total.T[:vocabulary]
 
 
 def _span_numbers(hidden, blocks):
     return jnp.arange(hidden.shape[0] // blocks.span, dtype=jnp.int32)[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def next_token_loss_pallas_tpu(hidden, head, targets, weights, block_tokens=None):
+    """`next_token_loss` of api.py; the gradient is formed in the forward pass."""
+    (batch, length, size), vocabulary = hidden.shape, head.shape[0]
+    blocks = choose_blocks(batch * length, size, vocabulary, hidden.dtype, block_tokens)
+    stats = token_stats(hidden.reshape(-1, size), head, targets.reshape(-1), blocks)
+    return _loss(stats, weights)
+
+
+def _loss(stats, weights):
+    stats = TokenStats(*(x.reshape(weights.shape) for x in stats))
+    return jnp.sum(stats.nll * weights), stats
+
+
+def _loss_forward(hidden, head, targets, weights, block_tokens):
+    (batch, length, size), vocabulary = hidden.shape, head.shape[0]
+    blocks = choose_blocks(batch * length, size, vocabulary, hidden.dtype, block_tokens)
+    stats, dh, head_gradient = loss_gradients(
+        hidden.reshape(-1, size), head, targets.reshape(-1), weights.reshape(-1), blocks
+    )
+    return _loss(stats, weights), (dh.reshape(hidden.shape), head_gradient.astype(head.dtype))
+
+
+def _loss_backward(block_tokens, residuals, cotangents):
+    del block_tokens
+    scale, _ = cotangents  # the statistics are constants
+    gradients = (x * scale.astype(x.dtype) for x in residuals)
+    return *gradients, None, None
+
+
+next_token_loss_pallas_tpu.defvjp(_loss_forward, _loss_backward)
