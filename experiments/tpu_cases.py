@@ -152,10 +152,8 @@ def _delta_decode(name, forks, heads=16, size=128) -> Case:
     """
 
     def function(implementation):
-        del implementation  # one form for all
-
-        def step(state, q, k, v, beta, log_decay):
-            return delta_step(q, k, v, beta, log_decay, state=state)
+        def step(state, *token):
+            return delta_step(*token, state=state, implementation=implementation)
 
         return step
 
@@ -164,7 +162,7 @@ def _delta_decode(name, forks, heads=16, size=128) -> Case:
     args = (_array(forks, heads, size, size), vector, vector, vector, rate, rate)
     flops = 3 * 2 * forks * heads * size * size
     shape = f"{forks} forks, {heads} heads of {size} x {size}"
-    return Case(name, shape, function, args, flops, kernel=None, donated=(0,))
+    return Case(name, shape, function, args, flops, donated=(0,))
 
 
 def _lact_decode(name, forks, heads=4, d=384) -> Case:

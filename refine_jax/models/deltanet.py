@@ -290,7 +290,9 @@ class DeltaNetMixer(nnx.Module):
         arrays = [merged(x) for x in (q, k, v, beta, log_decay)]
         if q is not None and tokens == 1:
             arrays = [None if x is None else x[:, 0] for x in arrays]
-            out, new = delta_step(*arrays, state=merged(memory))
+            # The step has no form for some names of the sequence: it is chosen by itself then.
+            name = "xla" if self.implementation == "xla" else None
+            out, new = delta_step(*arrays, state=merged(memory), implementation=name)
         else:
             out, new, _ = delta_rule(
                 *arrays,
