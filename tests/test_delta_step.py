@@ -13,7 +13,7 @@ from refine_jax.kernels.delta_rule.specs import Spec
     ("name", "gated"), [("xla", True), ("pallas_tpu", True), ("pallas_tpu", False)]
 )
 def test_steps_and_gradients_equal_the_sequence(name, gated, monkeypatch):
-    # The TPU kernel takes 8 states at a time then: 12 states are one block and a part of another.
+    # The TPU kernel takes 8 states at a time then: 12 states are padded to two blocks.
     monkeypatch.setattr(pallas_tpu_step, "_STATE_BYTES", 0)
     spec = Spec("", 2 if gated else 1, batch=3, value_heads=4, gated=gated, initial_state=True)
     arrays, options = spec.arguments()

@@ -1,8 +1,17 @@
 """One token of the delta rule in a Pallas kernel for TPUs: every state is read and written once.
 
-Static estimates of one step for 8 forks of 16 heads, 128 x 128 (16.8 MB of states, in and out;
-HBM floor at the published bandwidth / kernel / XLA): see `experiments/tpu_kernels.py`, case
-`delta_decode`.
+Static estimates of one step, 16 heads of 128 x 128 (`experiments/tpu_kernels.py`, cases
+delta_decode and delta_decode_64), in microseconds; the floor is states in and out at the published
+bandwidth. The kernel alone runs at 87 % of the bandwidth that the estimates assume; of the 17 us,
+3 are the transposition of q and k before it.
+
+    forks  chip  floor  kernel  XLA
+    8      v6e      10      17   47
+    64     v6e      82     109  291
+    8      v5e      21      29   66
+    64     v5e     165     195  432
+
+It has not run on a TPU: it is tested in interpret mode and compiled ahead of time.
 """
 
 from __future__ import annotations
@@ -39,36 +48,45 @@ def _kernel(q, k, v, beta, *refs):
     out[...] = jnp.concatenate(outs).astype(out.dtype)
 
 
+def _block_count(num_states: int, state_bytes: int) -> tuple[int, int]:
+    """States of one grid step, and the number of states padded to a multiple of it."""
+    most = max(8, _STATE_BYTES // state_bytes // 8 * 8)
+    if num_states <= most:
+        return num_states, num_states
+    padded = -(-num_states // 8) * 8
+    return next(n for n in range(most, 0, -8) if padded % n == 0), padded
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _step(q, k, v, beta, log_decay, state, scale):
     group = v.shape[1] // k.shape[1]
-    key_dim, value_dim = state.shape[2:]
-    num_states = state.shape[0] * state.shape[1]
-    count = max(8, _STATE_BYTES // (4 * key_dim * value_dim) // 8 * 8)
-    count = min(count, num_states)
-    blocks = pl.cdiv(num_states, count)
+    num_states, key_dim, value_dim = state.shape[0] * state.shape[1], *state.shape[2:]
+    count, padded = _block_count(num_states, 4 * key_dim * value_dim)
 
-    def columns(x):  # [B, H, K] -> [blocks, K, count]
-        x = jnp.repeat(x.astype(jnp.float32), group, axis=1).reshape(num_states, key_dim)
-        x = jnp.pad(x, ((0, blocks * count - num_states), (0, 0)))
-        return jnp.swapaxes(x.reshape(blocks, count, key_dim), 1, 2)
+    def flat(x, *shape):  # [B, Hv, ...] -> [padded, ...]
+        x = x.reshape(num_states, *shape)
+        missing = padded - num_states
+        return jnp.pad(x, ((0, missing), *[(0, 0)] * len(shape))) if missing else x
 
-    def rows(x):  # [B, Hv] or [B, Hv, V] -> [B * Hv, V]
-        x = x.reshape(num_states, -1)
-        return jnp.broadcast_to(x, (num_states, value_dim))
+    def columns(x):  # [B, H, K] -> [padded / count, K, count]
+        x = flat(jnp.repeat(x, group, axis=1), key_dim)
+        return jnp.swapaxes(x.reshape(-1, count, key_dim), 1, 2)
 
-    gates = [rows(x.astype(jnp.float32)) for x in (beta, log_decay) if x is not None]
+    def lanes(x):  # [B, Hv] -> [padded, V]
+        return jnp.broadcast_to(flat(x.astype(jnp.float32), 1), (padded, value_dim))
+
+    gates = [lanes(x) for x in (beta, log_decay) if x is not None]
     column = pl.BlockSpec((1, key_dim, count), lambda i: (i, 0, 0))
     row = pl.BlockSpec((count, value_dim), lambda i: (i, 0))
     states = pl.BlockSpec((count, key_dim, value_dim), lambda i: (i, 0, 0))
     out, new = pl.pallas_call(
         _kernel,
-        grid=(blocks,),
+        grid=(padded // count,),
         in_specs=[column, column, row, *[row] * len(gates), states],
         out_specs=[row, states],
         out_shape=[
-            jax.ShapeDtypeStruct((num_states, value_dim), v.dtype),
-            jax.ShapeDtypeStruct((num_states, key_dim, value_dim), jnp.float32),
+            jax.ShapeDtypeStruct((padded, value_dim), v.dtype),
+            jax.ShapeDtypeStruct((padded, key_dim, value_dim), jnp.float32),
         ],
         input_output_aliases={3 + len(gates): 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
@@ -76,12 +94,12 @@ def _step(q, k, v, beta, log_decay, state, scale):
         name="delta_step",
     )(
         columns(q.astype(jnp.float32) * scale),
-        columns(k),
-        rows(v),
+        columns(k.astype(jnp.float32)),
+        flat(v, value_dim),
         *gates,
-        state.reshape(num_states, key_dim, value_dim),
+        flat(state, key_dim, value_dim),
     )
-    return out.reshape(v.shape), new.reshape(state.shape)
+    return out[:num_states].reshape(v.shape), new[:num_states].reshape(state.shape)
 
 
 def _step_forward(*args):
