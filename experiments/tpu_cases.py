@@ -24,6 +24,8 @@ from refine_jax.kernels.delta_rule import delta_rule, delta_step
 from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
 from refine_jax.kernels.lact import Weights, apply_fast_weights, lact, update_sums
 
+from refine_jax.models.attention import window_attention
+
 PALLAS = "pallas_tpu"
 
 
@@ -68,7 +70,7 @@ def _array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _forward_and_backward(name, shape, forward, args, flops) -> tuple[Case, Case]:
+def _forward_and_backward(name, shape, forward, args, flops, kernel=PALLAS) -> tuple[Case, Case]:
     """The forward pass alone, and with the gradients of all arguments.
 
     The gradient of a product is two products of its size.
@@ -84,8 +86,8 @@ def _forward_and_backward(name, shape, forward, args, flops) -> tuple[Case, Case
     out = jax.eval_shape(forward("xla"), *args)
     both = (out, *args)
     return (
-        Case(name.format("fwd"), shape, forward, args, flops),
-        Case(name.format("fwdbwd"), shape, differentiated, both, 3 * flops, again=args),
+        Case(name.format("fwd"), shape, forward, args, flops, kernel),
+        Case(name.format("fwdbwd"), shape, differentiated, both, 3 * flops, kernel, again=args),
     )
 
 
@@ -209,6 +211,27 @@ def _cross_entropy(spec: CrossEntropySpec) -> Case:
     return Case(spec.name, shape, function, args, spec.flops())
 
 
+def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case, Case]:
+    """The window attention of LaCT-760M: one full row, bfloat16, in jax's splash attention.
+
+    Two products of 2 W hd operations for every query and head that has a whole window before it.
+    """
+
+    def forward(implementation):
+        def run(q, k, v):
+            q, k, v = (jnp.swapaxes(x.reshape(1, tokens, heads, size), 1, 2) for x in (q, k, v))
+            out = window_attention(q, k, v, window, implementation=implementation)
+            return jnp.swapaxes(out, 1, 2).reshape(1, tokens, heads * size)
+
+        return run
+
+    row = _array(1, tokens, heads * size, dtype=jnp.bfloat16)
+    pairs = tokens * window - window * (window - 1) // 2  # queries and the keys that they see
+    shape = f"B 1, T {tokens}, {heads} heads of {size}, window {window}, bfloat16"
+    flops = 2 * 2 * heads * pairs * size
+    return _forward_and_backward(name, shape, forward, (row, row, row), flops, "splash")
+
+
 _ALL = (
     *_delta_cases("delta_{}_8k", 8192),
     *_delta_cases("delta_{}_16k", 16384),
@@ -220,5 +243,6 @@ _ALL = (
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
+    *_attention_cases("window_attention_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

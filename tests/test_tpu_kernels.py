@@ -53,10 +53,12 @@ def test_figures_and_table(monkeypatch, capsys, stubs):
     assert list(result["cases"]) == ["delta_fwd_8k", "delta_decode"]
     entry = result["cases"]["delta_fwd_8k"]
     assert set(entry) == {
-        *("ms", "xla_ms", "mxu_floor_ms", "hbm_floor_ms", "mxu_fraction", "vmem_bytes")
+        *("ms", "kernels_ms", "xla_ms", "mxu_floor_ms", "hbm_floor_ms"),
+        *("mxu_fraction", "vmem_bytes"),
     }
     # 2 runs of 750,000 cycles and 1.5 million of XLA's, or 3 million, at 1.5 GHz.
     assert entry["ms"] == pytest.approx(2.0)
+    assert entry["kernels_ms"] == pytest.approx(1.0)
     assert entry["xla_ms"] == pytest.approx(2.0)
     assert entry["mxu_fraction"] == pytest.approx(entry["mxu_floor_ms"] / 2)
     assert entry["vmem_bytes"] == 4096
@@ -78,6 +80,13 @@ def test_a_tool_that_writes_nothing_is_reported(monkeypatch, capsys, stubs, tmp_
     code, result, _ = run(monkeypatch, capsys, *stubs, "--cases", "delta_decode")
     assert code == 1
     assert result["cases"]["delta_decode"]["error"] == "exit code 1: out of order"
+
+
+def test_no_estimate_is_not_taken_for_one():
+    report = {"calls": [], "xla_cycles": 2**64 - 1, "unknown_trips": 0}
+    found = tpu_kernels.read_estimate(report, tpu_kernels.CHIPS["tpu7x:1x1x1"])
+    assert found["ms"] is None
+    assert found["notes"] == ["XLA gives no estimate of its own part"]
 
 
 def test_flags(capsys, tmp_path):

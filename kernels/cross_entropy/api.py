@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import jax
-from refine_jax.kernels.cross_entropy.pallas_tpu import next_token_loss_pallas_tpu, unsupported
+from refine_jax.kernels.cross_entropy.pallas_tpu import (
+    is_faster,
+    next_token_loss_pallas_tpu,
+    unsupported,
+)
 from refine_jax.kernels.cross_entropy.reference import TokenStats, next_token_loss_reference
 from refine_jax.kernels.cross_entropy.xla import next_token_loss_xla, token_log_probs_xla
 
@@ -13,7 +17,7 @@ IMPLEMENTATIONS = {
     "pallas_tpu": next_token_loss_pallas_tpu,
 }
 
-_FEW_TOKENS = 512  # the kernels' blocks of tokens would be half empty
+_FEW_TOKENS = 512  # of fewer, the kernels' blocks would be half empty
 
 
 def next_token_loss(
@@ -42,9 +46,8 @@ def next_token_loss(
     """
     _check(hidden, head, targets, weights)
     if implementation is None:
-        best = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
-        best = best and unsupported(hidden, head) is None
-        implementation = "pallas_tpu" if best else "xla"
+        on_tpu = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
+        implementation = "pallas_tpu" if on_tpu and is_faster(hidden, head) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "

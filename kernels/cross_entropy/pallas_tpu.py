@@ -206,7 +206,7 @@ def choose_blocks(
     vmem, itemsize = _vmem_bytes(), jnp.dtype(dtype).itemsize
     words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
     if vmem < 32 * 2**20:
-        words = min(words, 256)
+        words = min(words, 256)  # vocabularies are padded to a multiple of it
     words = min(words, _round_up(vocabulary, _LANES))
     for block in (1024, 512, 256, 128):
         if _step_bytes(block, words, size, itemsize) < 0.65 * vmem:
@@ -232,6 +232,11 @@ def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
     if choose_blocks(1, size, vocabulary, hidden.dtype) is None:
         return f"a block of width D does not fit the VMEM, use 'xla'. Got: D={size}."
     return None
+
+
+def is_faster(hidden: jax.Array, head: jax.Array) -> bool:
+    """Whether the kernels beat XLA's program: on a v4, whose VMEM holds small blocks, they do not."""
+    return unsupported(hidden, head) is None and _vmem_bytes() >= 32 * 2**20
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
