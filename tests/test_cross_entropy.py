@@ -74,6 +74,20 @@ def test_tpu_kernels_walk_over_blocks_and_spans():
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("vmem", [16, 64, 128])
+def test_blocks_divide_one_another(vmem, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "_vmem_bytes", lambda: vmem * 2**20)
+    for tokens in (1, 130, 600, 1024, 5000, 8193, 16384, 100_000):
+        for vocabulary in (100, 32000, 32002, 50257, 151936):
+            blocks = pallas_tpu.choose_blocks(tokens, 2048, vocabulary, "bfloat16")
+            assert blocks.tokens % blocks.rows == 0
+            assert blocks.words % blocks.head_words == blocks.head_words % 128 == 0
+            assert blocks.span % blocks.tokens == blocks.span % blocks.head_tokens == 0
+            assert blocks.head_tokens % blocks.rows == blocks.rows % 128 == 0
+            spans = -(-tokens // blocks.span)
+            assert (spans * blocks.span - tokens) < max(128, 1024 * spans)
+
+
 def test_token_log_probs():
     hidden, head, tokens, weights = Spec("", 22, batch=2).arguments()
 

@@ -39,7 +39,8 @@ class Blocks:
 
     tokens, words: of one grid step of the first kernel. head_tokens, head_words: of the second
     one; head_words divides words. rows: tokens of one turn of the loop in a step (twice as many in
-    the second kernel). span: tokens whose exponentials are kept; a multiple of the other counts.
+    the second kernel where it has them). span: tokens whose exponentials are kept; a multiple of
+    the other counts.
     """
 
     tokens: int
@@ -221,7 +222,8 @@ def choose_blocks(
     head_tokens = next(n for n in (4 * block, 2 * block, block) if span % n == 0)
     # Four blocks of the head's gradient are in VMEM: two that come, two that go.
     head_words = words if 16 * size * words < 0.4 * vmem or words % 256 else 256
-    return Blocks(block, words, head_tokens, head_words, min(block, 512), span)
+    rows = next(n for n in (512, 384, 256, 128) if block % n == 0)
+    return Blocks(block, words, head_tokens, head_words, rows, span)
 
 
 def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
@@ -235,7 +237,7 @@ def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
 
 
 def is_faster(hidden: jax.Array, head: jax.Array) -> bool:
-    """Whether the kernels beat XLA's program: on a v4, whose VMEM holds small blocks, they do not."""
+    """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
     return unsupported(hidden, head) is None and _vmem_bytes() >= 32 * 2**20
 
 
@@ -333,7 +335,8 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
         of_all,
         head,
     ]
-    kernel = functools.partial(_head_kernel, rows=min(2 * blocks.rows, tokens))
+    rows = blocks.rows if tokens % (2 * blocks.rows) else 2 * blocks.rows
+    kernel = functools.partial(_head_kernel, rows=rows)
     out_shape = jax.ShapeDtypeStruct(total.shape, jnp.float32)
     call = _call(kernel, "cross_entropy_head", grid, in_specs, head, out_shape, aliases={7: 0})
     return call(span, h, e, top, normaliser, targets, weights, total)
