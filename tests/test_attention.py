@@ -1,10 +1,13 @@
 """Window attention against dense masks, the golden values and its own laws."""
 
+import re
+
 import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
 from refine_jax.models.layout import Layout
@@ -79,6 +82,57 @@ def test_packed_and_padded_rows_match_dense_masks(length, window):
         np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
         padding = np.broadcast_to((segments == 0)[:, None, :, None], got.shape)
         assert not np.any(np.asarray(got)[padding]), f"padding got a gradient: {name}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_splash_equals_the_blocked_form(packed):
+    length, window = 290, 130  # three blocks of queries, the last one cut; windows over two
+    layout = None
+    if packed:
+        segments = np.zeros((2, length), np.int32)
+        segments[0, 5:60], segments[0, 60:280] = 1, 2  # padding on both sides
+        segments[1, :90], segments[1, 150:] = 1, 2  # and between
+        layout = Layout.from_segments(jnp.asarray(segments), max_documents=2)
+    q, k, v, cotangent = (draw(2, 2, length, 8, seed=i) for i in range(4))
+
+    def with_gradient(name):
+        def attend(q, k, v):
+            return window_attention(q, k, v, window, layout, implementation=name)
+
+        with jax.default_matmul_precision("highest"):
+            out, pullback = jax.vjp(attend, q, k, v)
+            return out, pullback(cotangent)
+
+    run = jax.jit(with_gradient, static_argnums=0)
+    got, want = (jax.tree.leaves(run(name)) for name in ("splash", "xla"))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_cudnn_lowers_for_gpus(monkeypatch):
+    """Lowering only: needs no GPU. The version is asked of a library that is not there."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    x = jax.ShapeDtypeStruct((1, 2, 256, 64), jnp.bfloat16)
+
+    def total(q, k, v):
+        out = window_attention(q, k, v, 64, implementation="cudnn")
+        return out.astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    text = gradients.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    assert re.search(r"sliding_window_length\\22: 64\b", text)  # \22 is a quote
+
+
+def test_explicit_implementations_never_fall_back():
+    x = draw(1, 1, 32, 8)
+    layout = Layout.from_segments(jnp.ones((1, 32), jnp.int32))
+    with pytest.raises(ValueError, match=r"implementation of window_attention .*Got: .*'flash'"):
+        window_attention(x, x, x, 8, implementation="flash")
+    with pytest.raises(ValueError, match=r"'cudnn': arrays must be .*Got: float32. Use 'xla'"):
+        window_attention(x, x, x, 8, implementation="cudnn")
+    with pytest.raises(ValueError, match=r"'cudnn': documents .*Got: a layout"):
+        window_attention(*[x.astype(jnp.bfloat16)] * 3, 8, layout, implementation="cudnn")
 
 
 def test_bfloat16_is_close_and_keeps_its_dtype():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
+from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
 from refine_jax.kernels.numerics import l2_norm_fla
@@ -14,6 +15,7 @@ IMPLEMENTATIONS = {
     "xla": delta_rule_xla,
     "pallas_tpu": delta_rule_pallas_tpu,
 }
+STEP_IMPLEMENTATIONS = {"xla": delta_step_xla, "pallas_tpu": delta_step_pallas_tpu}
 
 _NOT_YET = ("pallas_gpu",)
 _NORMALIZES = ("pallas_tpu",)  # they take care of the norms of q and k themselves
@@ -117,14 +119,27 @@ def delta_step(
     *,
     state: jax.Array,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One token of `delta_rule`, for decoding.
 
-    q, k [B, H, K]; v [B, Hv, V]; beta, log_decay [B, Hv]; state [B, Hv, K, V] float32. Returns out
-    [B, Hv, V] in the dtype of v and the new state.
+    q, k [B, H, K]; v [B, Hv, V]; beta, log_decay [B, Hv]; state [B, Hv, K, V] float32.
+    implementation: "xla", "pallas_tpu" or None for the best one; a named one never falls back.
+    Returns out [B, Hv, V] in the dtype of v and the new state.
+
+    Raises:
+      ValueError: an implementation that does not exist.
     """
+    if implementation is None:
+        implementation = "pallas_tpu" if jax.default_backend() == "tpu" else "xla"
+    if implementation not in STEP_IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation of delta_step must be None or one of {sorted(STEP_IMPLEMENTATIONS)}. "
+            f"Got: implementation={implementation!r}."
+        )
     scale = k.shape[-1] ** -0.5 if scale is None else scale
-    return delta_step_xla(q, k, v, beta, log_decay, state=state, scale=scale)
+    step = STEP_IMPLEMENTATIONS[implementation]
+    return step(q, k, v, beta, log_decay, state=state, scale=scale)
 
 
 def _check(q, k, v, beta, log_decay, initial_state, document, chunk_size, save_every):

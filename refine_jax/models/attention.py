@@ -10,33 +10,131 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from refine_jax.models.layout import Layout
 
 _MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 _QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest on CPU at window 512
+_SPLASH_BLOCK = 1024  # and no larger than the window, as whole blocks are computed
 
 
 def window_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int, layout: Layout | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int,
+    layout: Layout | None = None,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Causal attention of whole rows, exact, in time and memory linear in T.
 
     q, k, v: [B, A, T, hd] in one dtype; scores are scaled by hd^-0.5, the softmax is float32.
     layout: documents do not see each other, and padding is not seen; its own output is 0.
+    implementation: "xla", "splash" (a Pallas kernel of jax, for TPUs), "cudnn" (GPUs; full rows in
+    bfloat16 or float16 only) or None for the best one on the device; a named one never falls back.
     Returns [B, A, T, hd] in the dtype of q.
+
+    Raises:
+      ValueError: an implementation that does not exist, or not for these arrays.
+    """
+    ids = None if layout is None else jnp.where(layout.mask, layout.document, 0)
+    window = min(window, q.shape[2])
+    if implementation is None:
+        backend = jax.default_backend()
+        if backend == "tpu":
+            implementation = "splash"
+        elif backend == "gpu" and _no_cudnn(q, ids) is None:
+            implementation = "cudnn"
+        else:
+            implementation = "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation of window_attention must be None or one of {sorted(IMPLEMENTATIONS)}. "
+            f"Got: implementation={implementation!r}."
+        )
+    return IMPLEMENTATIONS[implementation](q, k, v, ids, window)
+
+
+def _pad_tokens(arrays, ids, multiple: int):
+    """Arrays [B, A, T, hd] and ids [B, T] (or None) with T padded at its end."""
+    pad = -arrays[0].shape[2] % multiple
+    if not pad:
+        return arrays, ids
+    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in arrays]
+    return arrays, None if ids is None else jnp.pad(ids, ((0, 0), (0, pad)))
+
+
+@functools.lru_cache(maxsize=16)
+def _splash_kernel(num_heads: int, num_tokens: int, window: int, block: int, interpret: bool):
+    """jax's kernel with its tables of blocks, which take seconds to make: kept as numpy arrays."""
+    mask = splash_mask.LocalMask((num_tokens,) * 2, window_size=(window - 1, 0), offset=0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            splash_mask.MultiHeadMask([mask] * num_heads),
+            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)
+
+
+def _splash(q, k, v, ids, window):
+    """jax's splash attention, which visits only the blocks that the window reaches.
+
+    A row is padded to whole blocks: causality keeps real tokens from seeing what stands behind.
     """
     num_tokens = q.shape[2]
+    block = min(_SPLASH_BLOCK, *(-(-size // 128) * 128 for size in (window, num_tokens)))
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    (q, k, v), ids = _pad_tokens((q, k, v), ids, block)
+    attend = _splash_kernel(*q.shape[1:3], window, block, jax.default_backend() != "tpu")
+    if ids is None:
+        out = jax.vmap(attend)(q, k, v)
+    else:
+        # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
+        out = jax.vmap(attend)(q, k, v, splash.SegmentIds(ids, ids))
+        out = jnp.where((ids > 0)[:, None, :, None], out, 0)
+    return out[:, :, :num_tokens]
+
+
+def _no_cudnn(q, ids) -> str | None:
+    """Why cuDNN cannot do it; None if it can."""
+    if ids is not None:
+        return "documents and padding have no form without a mask of T x T. Got: a layout."
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"arrays must be bfloat16 or float16. Got: {q.dtype}."
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"the head dim must be a multiple of 8 and at most 128. Got: {q.shape[-1]}."
+    return None
+
+
+def _cudnn(q, k, v, ids, window):
+    """cuDNN's flash attention, on arrays [B, T, A, hd]."""
+    if reason := _no_cudnn(q, ids):
+        raise ValueError(f"window_attention by 'cudnn': {reason} Use 'xla'.")
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=(window - 1, 0), implementation="cudnn"
+    )
+    return jnp.swapaxes(out, 1, 2)
+
+
+def _blocked(q, k, v, ids, window):
+    """A scan over blocks of queries, for every device."""
+    num_tokens = q.shape[2]
     block = min(_QUERY_BLOCK, max(window, 64), num_tokens)
-    ids = None
-    if layout is not None:
-        ids = jnp.where(layout.mask, layout.document, 0)
-    pad = -num_tokens % block
-    if pad:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
-        ids = None if ids is None else jnp.pad(ids, ((0, 0), (0, pad)))
-    return _attend(q, k, v, ids, min(window, num_tokens), block)[:, :, :num_tokens]
+    (q, k, v), ids = _pad_tokens((q, k, v), ids, block)
+    return _attend(q, k, v, ids, window, block)[:, :, :num_tokens]
+
+
+IMPLEMENTATIONS = {"xla": _blocked, "splash": _splash, "cudnn": _cudnn}
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from refine_jax.kernels.delta_rule import delta_rule, delta_step
+from refine_jax.kernels.delta_rule import STEP_IMPLEMENTATIONS, delta_rule, delta_step
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
@@ -296,7 +296,9 @@ class DeltaNetMixer(nnx.Module):
             arrays = [None if x is None else x[:, 0] for x in arrays]
             if self._norm == "l2":
                 arrays[:2] = map(l2_norm_fla, arrays[:2])
-            out, new = delta_step(*arrays, state=merged(memory))
+            # The step has no form for some names of the sequence: it is chosen by itself then.
+            name = self.implementation if self.implementation in STEP_IMPLEMENTATIONS else None
+            out, new = delta_step(*arrays, state=merged(memory), implementation=name)
         else:
             out, new, _ = delta_rule(
                 *arrays,

@@ -1,0 +1,248 @@
+"""The programs that `tpu_kernels.py` compiles for TPUs, at the sizes of the published models.
+
+`case(name, implementation)` returns `(fn, args)`, the form that ahead-of-time tools take. What a
+program has to do at least, whatever computes it, is stated here: the floating point operations of
+the matrix products that its op needs in its chunked form (`Case.flops`, 2 m n k a product; products
+that are only made again to save memory, inverses and elementwise work are not counted), and the
+bytes that must pass the HBM (`least_bytes`).
+
+Arguments have the shapes in which the projections of a layer hand them over: [B, T, H * K].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from refine_jax.kernels.cross_entropy import next_token_loss
+from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_SPECS
+from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
+from refine_jax.kernels.delta_rule import delta_rule, delta_step
+from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
+from refine_jax.kernels.lact import Weights, apply_fast_weights, lact, update_sums
+
+from refine_jax.models.attention import window_attention
+
+PALLAS = "pallas_tpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program.
+
+    shape: in words. function: implementation -> fn. args: shapes of the arguments of fn.
+    flops: of the products it needs. kernel: the implementation that has the Pallas kernels; None
+    where XLA's program is the one used on TPUs. again: arguments that must be read twice, by the
+    forward and by the backward pass. donated: arguments whose memory the results may take.
+    """
+
+    name: str
+    shape: str
+    function: Callable[[str | None], Callable]
+    args: tuple
+    flops: int
+    kernel: str | None = PALLAS
+    again: tuple = ()
+    donated: tuple[int, ...] = ()
+
+    def program(self, implementation: str | None) -> tuple[Callable, tuple]:
+        """`(fn, args)` with the op of that name."""
+        return jax.jit(self.function(implementation), donate_argnums=self.donated), self.args
+
+    def least_bytes(self) -> int:
+        """Arguments and results once, what the backward pass reads again once more."""
+        results = jax.eval_shape(self.function("xla"), *self.args)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((self.args, results))) + sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(self.again)
+        )
+
+
+def case(name: str, implementation: str | None = PALLAS) -> tuple[Callable, tuple]:
+    """`(fn, args)` of one of CASES; implementation "xla" or that of its kernels."""
+    found = CASES[name]
+    return found.program(implementation if implementation == "xla" else found.kernel)
+
+
+def _array(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _forward_and_backward(name, shape, forward, args, flops, kernel=PALLAS) -> tuple[Case, Case]:
+    """The forward pass alone, and with the gradients of all arguments.
+
+    The gradient of a product is two products of its size.
+    """
+
+    def differentiated(implementation):
+        def both(cotangent, *args):
+            out, pullback = jax.vjp(forward(implementation), *args)
+            return out, pullback(cotangent)
+
+        return both
+
+    out = jax.eval_shape(forward("xla"), *args)
+    both = (out, *args)
+    return (
+        Case(name.format("fwd"), shape, forward, args, flops, kernel),
+        Case(name.format("fwdbwd"), shape, differentiated, both, 3 * flops, kernel, again=args),
+    )
+
+
+def _delta_cases(name, tokens, heads=16, size=128, gated=False) -> tuple[Case, Case]:
+    """The delta rule of DeltaNet-1.3B: one row of T tokens, bfloat16.
+
+    With a norm of keys and queries in the op where it has one (`normalize`), else without.
+    """
+    spec = DeltaSpec(name, tokens, 1, heads, heads, size, size, chunk_size=64, gated=gated)
+    options = {"chunk_size": spec.chunk_size}
+    if "normalize" in inspect.signature(delta_rule).parameters:
+        options["normalize"] = True
+
+    def forward(implementation):
+        def run(q, k, v, *rates):
+            q, k, v = (x.reshape(1, tokens, heads, size) for x in (q, k, v))
+            out, _, _ = delta_rule(q, k, v, *rates, **options, implementation=implementation)
+            return out.reshape(1, tokens, heads * size)
+
+        return run
+
+    row = _array(1, tokens, heads * size, dtype=jnp.bfloat16)
+    rates = (_array(1, tokens, heads),) * (2 if gated else 1)
+    shape = f"B 1, T {tokens}, {heads} heads of {size} x {size}, bfloat16"
+    return _forward_and_backward(name, shape, forward, (row, row, row, *rates), spec.flops())
+
+
+def _lact_cases(name, tokens, d, heads=4, chunk=2048) -> tuple[Case, Case]:
+    """LaCT's fast weights with momentum: one row of T tokens, bfloat16, F = d.
+
+    A chunk is read by 3 products of 2 C d F operations a head, and its update takes 6; the last
+    chunk makes none.
+    """
+    count = tokens // chunk
+
+    def forward(implementation):
+        def run(q, k, v, rates, momentum, w0, w1, w2):
+            def cut(x, *rest):  # [B, T, H * ...] -> [B, N, H, C, ...]
+                return jnp.swapaxes(x.reshape(1, count, chunk, heads, *rest), 2, 3)
+
+            out, _ = lact(
+                *(cut(x, d) for x in (q, k, v)),
+                cut(rates, 3, 1),
+                cut(momentum),
+                Weights(w0, w1, w2),
+                implementation=implementation,
+            )
+            return jnp.swapaxes(out, 2, 3).reshape(1, tokens, heads * d)
+
+        return run
+
+    row = _array(1, tokens, heads * d, dtype=jnp.bfloat16)
+    rates, momentum = _array(1, tokens, heads * 3), _array(1, tokens, heads)
+    args = (row, row, row, rates, momentum, *(_array(heads, d, d),) * 3)
+    flops = 2 * heads * chunk * d * d * (3 * count + 6 * (count - 1))
+    shape = f"B 1, T {tokens}, {heads} heads, d = F = {d}, chunk {chunk}, momentum, bfloat16"
+    return _forward_and_backward(name, shape, forward, args, flops)
+
+
+def _delta_decode(name, forks, heads=16, size=128) -> Case:
+    """One token of the gated delta rule for every fork; the state is replaced in place.
+
+    Three products of 2 K V operations a head: k S, the outer product that is added, q S.
+    """
+
+    def function(implementation):
+        def step(state, *token):
+            return delta_step(*token, state=state, implementation=implementation)
+
+        return step
+
+    vector = _array(forks, heads, size, dtype=jnp.bfloat16)
+    rate = _array(forks, heads)
+    args = (_array(forks, heads, size, size), vector, vector, vector, rate, rate)
+    flops = 3 * 2 * forks * heads * size * size
+    shape = f"{forks} forks, {heads} heads of {size} x {size}"
+    return Case(name, shape, function, args, flops, donated=(0,))
+
+
+def _lact_decode(name, forks, heads=4, d=384) -> Case:
+    """One token of a LaCT layer inside a chunk: read the weights, add to the update's sums.
+
+    The sums are replaced in place. 9 products of 2 d F operations a head, as in `_lact_cases`.
+    """
+
+    def function(implementation):
+        del implementation  # one form for all
+
+        def step(sums, weights, q, k, v, rates):
+            out = apply_fast_weights(weights, q)
+            return out, jax.tree.map(jnp.add, sums, update_sums(weights, k, v, rates))
+
+        return step
+
+    matrix = _array(forks, heads, d, d)
+    weights = Weights(matrix, matrix, matrix)
+    token = _array(forks, heads, 1, d, dtype=jnp.bfloat16)
+    args = (weights, weights, token, token, token, _array(forks, heads, 1, 3, 1))
+    flops = 9 * 2 * forks * heads * d * d
+    shape = f"{forks} forks, {heads} heads, d = F = {d}"
+    return Case(name, shape, function, args, flops, kernel=None, donated=(0,))
+
+
+def _cross_entropy(spec: CrossEntropySpec) -> Case:
+    """Next-token loss with entropies, and its gradients for hidden states and head."""
+
+    def function(implementation):
+        def loss(hidden, head, targets, weights):
+            return next_token_loss(hidden, head, targets, weights, implementation=implementation)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+    rows, size, words = (spec.batch, spec.tokens), spec.size, spec.vocabulary
+    args = (
+        _array(*rows, size, dtype=jnp.bfloat16),
+        _array(words, size),
+        _array(*rows, dtype=jnp.int32),
+        _array(*rows),
+    )
+    shape = f"T {spec.tokens}, D {size}, V {words}, bfloat16 states, float32 head"
+    return Case(spec.name, shape, function, args, spec.flops())
+
+
+def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case, Case]:
+    """The window attention of LaCT-760M: one full row, bfloat16, in jax's splash attention.
+
+    Two products of 2 W hd operations for every query and head that has a whole window before it.
+    """
+
+    def forward(implementation):
+        def run(q, k, v):
+            q, k, v = (jnp.swapaxes(x.reshape(1, tokens, heads, size), 1, 2) for x in (q, k, v))
+            out = window_attention(q, k, v, window, implementation=implementation)
+            return jnp.swapaxes(out, 1, 2).reshape(1, tokens, heads * size)
+
+        return run
+
+    row = _array(1, tokens, heads * size, dtype=jnp.bfloat16)
+    pairs = tokens * window - window * (window - 1) // 2  # queries and the keys that they see
+    shape = f"B 1, T {tokens}, {heads} heads of {size}, window {window}, bfloat16"
+    flops = 2 * 2 * heads * pairs * size
+    return _forward_and_backward(name, shape, forward, (row, row, row), flops, "splash")
+
+
+_ALL = (
+    *_delta_cases("delta_{}_8k", 8192),
+    *_delta_cases("delta_{}_16k", 16384),
+    *_delta_cases("gated_delta_{}_8k", 8192, gated=True),
+    *_delta_cases("delta64_{}_8k", 8192, heads=32, size=64),
+    *_lact_cases("lact760m_{}_16k", 16384, 384),
+    *_lact_cases("lact3b_{}_16k", 16384, 768),
+    _delta_decode("delta_decode", 8),
+    _delta_decode("delta_decode_64", 64),
+    _lact_decode("lact_decode", 8),
+    *map(_cross_entropy, CROSS_ENTROPY_SPECS),
+    *_attention_cases("window_attention_{}_16k", 16384),
+)
+CASES = {each.name: each for each in _ALL}

@@ -1,0 +1,82 @@
+"""The public functions of the vocabulary head, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import jax
+from refine_jax.kernels.cross_entropy.pallas_tpu import (
+    is_faster,
+    next_token_loss_pallas_tpu,
+    unsupported,
+)
+from refine_jax.kernels.cross_entropy.reference import TokenStats, next_token_loss_reference
+from refine_jax.kernels.cross_entropy.xla import next_token_loss_xla, token_log_probs_xla
+
+IMPLEMENTATIONS = {
+    "reference": next_token_loss_reference,
+    "xla": next_token_loss_xla,
+    "pallas_tpu": next_token_loss_pallas_tpu,
+}
+
+_FEW_TOKENS = 512  # of fewer, the kernels' blocks would be half empty
+
+
+def next_token_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    block_tokens: int | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, TokenStats]:
+    """Weighted sum of next-token losses, with per-token statistics.
+
+    hidden: [B, T, D] final hidden states, float32 or bfloat16, the dtype of the products' operands;
+    head: [V, D]; targets: [B, T] int32, the token that follows each position; weights: [B, T]
+    float32, 0 where there is nothing to predict. block_tokens: tokens for which arrays
+    [block_tokens, V] exist at a time; None leaves it to the implementation.
+    implementation: "reference", "xla", "pallas_tpu" or None for the best one; a named one never
+    falls back.
+
+    Returns `sum(weights * nll)` (nats) and TokenStats. Only the sum is differentiable, with respect
+    to hidden and head.
+
+    Raises:
+      ValueError: shapes that do not fit, or an implementation that is not available.
+    """
+    _check(hidden, head, targets, weights)
+    if implementation is None:
+        on_tpu = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
+        implementation = "pallas_tpu" if on_tpu and is_faster(hidden, head) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
+            f"Got: implementation={implementation!r}."
+        )
+    if implementation == "pallas_tpu" and (reason := unsupported(hidden, head)):
+        raise ValueError(f"next_token_loss has no 'pallas_tpu' form for this call: {reason}")
+    return IMPLEMENTATIONS[implementation](hidden, head, targets, weights, block_tokens)
+
+
+def token_log_probs(
+    hidden: jax.Array, head: jax.Array, tokens: jax.Array, block_tokens: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of given tokens and the entropies of their distributions.
+
+    hidden: [B, ..., D] states that predict the tokens; head: [V, D]; tokens: [B, ...] int32.
+    Returns two [B, ...] float32 arrays in nats, both differentiable. Rollouts are few tokens, for
+    which reading the head is all the time there is: XLA's program is used on every device.
+    """
+    return token_log_probs_xla(hidden, head, tokens, block_tokens)
+
+
+def _check(hidden, head, targets, weights):
+    if hidden.ndim != 3 or head.ndim != 2 or hidden.shape[2] != head.shape[1]:
+        raise ValueError(
+            f"hidden must be [B, T, D] and head [V, D]. Got: {hidden.shape}, {head.shape}."
+        )
+    for name, array in {"targets": targets, "weights": weights}.items():
+        if array.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"{name} must be [B, T] = {hidden.shape[:2]} to go with hidden. Got: {array.shape}."
+            )

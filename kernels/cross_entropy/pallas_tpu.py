@@ -1,0 +1,430 @@
+"""Next-token loss, entropies and their gradients in two Pallas kernels for TPUs.
+
+Letters: N tokens, D model dim, V vocabulary; v a block of the vocabulary, n a block of tokens.
+
+Three products of 2 N D V operations are needed, and no more are made:
+
+1. `_forward_kernel` walks over the vocabulary for a block of tokens. It forms the logits of a
+   block, their running maximum m and sums, and adds `exp(z - m) W` to the gradient of the hidden
+   states, rescaled whenever m grows, as flash attention does with its values. The target's row is
+   taken off at the end in float32, so that tokens predicted with confidence keep the digits of
+   their small gradient. The exponentials are written out in the dtype of the operands, with the m
+   that each block of them had.
+2. `_head_kernel` scales the exponentials to the gradient of the logits and multiplies it with the
+   hidden states, for the gradient of the head in float32.
+
+The exponentials exist for `Blocks.span` tokens at a time; spans follow one another in a scan whose
+carry, the gradient of the head, is updated in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.cross_entropy.reference import TokenStats
+
+_LANES = 128
+_MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of blocks.
+
+    tokens, words: of one grid step of the first kernel. head_tokens, head_words: of the second
+    one; head_words divides words. rows: tokens of one turn of the loop in a step (twice as many in
+    the second kernel where it has them). span: tokens whose exponentials are kept; a multiple of
+    the other counts.
+    """
+
+    tokens: int
+    words: int
+    head_tokens: int
+    head_words: int
+    rows: int
+    span: int
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _by_rows(tokens: int, rows: int):
+    """A decorator that runs `body(slice of rows)` for all rows of a block of tokens."""
+
+    def run(body):
+        def step(index, _):
+            body(pl.ds(pl.multiple_of(index * rows, rows), rows))
+            return 0
+
+        if rows == tokens:
+            body(pl.ds(0, tokens))
+        else:
+            lax.fori_loop(0, tokens // rows, step, 0)
+
+    return run
+
+
+def _dot(a, b, contracted):
+    """The product over axis contracted[0] of `a` and contracted[1] of `b`, in float32."""
+    return lax.dot_general(
+        a,
+        b,
+        ((contracted[:1], contracted[1:]), ((), ())),
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool):
+    """Grid (tokens, words), words innermost.
+
+    In: h [n, D], w [v, D], target [n, 128] (all lanes equal); with the gradient also head rows
+    [n, D] at the targets, and weight [n, 128]. Out: stats [n, 128] (nll, entropy, correct, log
+    normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the maximum that
+    e was taken with, and dh [n, D].
+    """
+    del span  # for the index maps
+    if with_gradient:
+        h, w, target, chosen_rows, weight, _, stats, e_out, top_out, dh, m, s, u, t, acc = refs
+    else:
+        h, w, target, stats, m, s, u, t = refs
+    j = pl.program_id(1)
+    words = w.shape[0]
+
+    @pl.when(j == 0)
+    def _():
+        m[...] = jnp.full_like(m, _MASKED)
+        for sums in (s, u, t):
+            sums[...] = jnp.zeros_like(sums)
+        if with_gradient:
+            acc[...] = jnp.zeros_like(acc)
+
+    def by_lane(x):  # the sum over lanes waits for the last block
+        return sum(x[:, i : i + _LANES] for i in range(0, words, _LANES))
+
+    @_by_rows(h.shape[0], rows)
+    def _(at):
+        z = _dot(h[at, :], w[...], (1, 1))
+        word = j * words + lax.broadcasted_iota(jnp.int32, z.shape, 1)
+        if vocabulary % words:
+            z = jnp.where(word < vocabulary, z, _MASKED)
+        old = m[at, :]
+        top = jnp.maximum(old, jnp.max(z, axis=1, keepdims=True))
+        m[at, :] = top
+        shifted = z - _wide(top, words)
+        e = jnp.exp(shifted)
+        decay = jnp.exp(old - top)
+        u[at, :] = decay * (u[at, :] + (old - top) * s[at, :]) + by_lane(e * shifted)
+        s[at, :] = decay * s[at, :] + by_lane(e)
+        t[at, :] += by_lane(jnp.where(word == _wide(target[at, :], words), z, 0.0))
+        if with_gradient:
+            e = e.astype(e_out.dtype)
+            e_out[at, :] = e
+            top_out[0, at, :] = top
+            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + _dot(e, w[...], (1, 0))
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        total = jnp.sum(s[...], axis=1, keepdims=True)
+        chosen = jnp.sum(t[...], axis=1, keepdims=True)
+        log_total, top = jnp.log(total), m[:, :1]
+        columns = (
+            log_total - (chosen - top),
+            log_total - jnp.sum(u[...], axis=1, keepdims=True) / total,
+            (chosen >= top).astype(jnp.float32),
+            log_total + top,
+        )
+        lane = lax.broadcasted_iota(jnp.int32, stats.shape, 1)
+        out = jnp.zeros(stats.shape, jnp.float32)
+        for i, column in enumerate(columns):
+            out = jnp.where(lane == i, column, out)
+        stats[...] = out
+        if with_gradient:
+            gradient = acc[...] / total - chosen_rows[...].astype(jnp.float32)
+            dh[...] = (weight[:, :1] * gradient).astype(dh.dtype)
+
+
+def _wide(x: jax.Array, size: int) -> jax.Array:
+    """Columns [n, 128], all equal, as [n, size]: registers are used again, none is made."""
+    copies = -(-size // x.shape[1])
+    return (x if copies == 1 else jnp.concatenate([x] * copies, axis=1))[:, :size]
+
+
+def _head_kernel(span, h, e, top, normaliser, target, weight, old, out, *, rows):
+    """Grid (words, tokens), tokens innermost: old [D, v] plus the gradient of these words.
+
+    span [1]: of the first one `old` is taken as zero. h [D, n] or [D, span]; e [n, v] and
+    top [1, n, 128] of `_forward_kernel`; normaliser (its logarithm), target and weight [n, 128].
+    """
+    j, i = pl.program_id(0), pl.program_id(1)
+    num_tokens, words = e.shape
+
+    @pl.when(i == 0)
+    def _():
+        out[...] = jnp.where(span[0] == 0, 0.0, old[...])
+
+    first = 0 if h.shape[1] == num_tokens else i * num_tokens
+
+    @_by_rows(num_tokens, rows)
+    def _(at):
+        factor = weight[at, :] * jnp.exp(top[0, at, :] - normaliser[at, :])
+        dz = e[at, :].astype(jnp.float32) * _wide(factor, words)
+        word = j * words + lax.broadcasted_iota(jnp.int32, dz.shape, 1)
+        is_target = word == _wide(target[at, :], words)
+        dz -= jnp.where(is_target, _wide(weight[at, :], words), 0.0)
+        tokens = pl.ds(pl.multiple_of(first + at.start, rows), rows)
+        out[...] += _dot(h[:, tokens], dz.astype(h.dtype), (1, 0))
+
+
+def _interpret():
+    return False if jax.default_backend() == "tpu" else pltpu.InterpretParams()
+
+
+def _vmem_bytes() -> int:
+    """Of one core."""
+    if jax.default_backend() != "tpu":
+        return 64 * 2**20
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
+    """VMEM of a step of `_forward_kernel`: blocks in two buffers, sums, logits, exponentials."""
+    moved = 3 * block * size + words * size + block * words
+    return 2 * itemsize * moved + 4 * block * (2 * size + 2 * words)
+
+
+def choose_blocks(
+    tokens: int, size: int, vocabulary: int, dtype: jnp.dtype, span: int | None = None
+) -> Blocks | None:
+    """Blocks for N tokens of width D that fit the VMEM of the TPU; None if there are none."""
+    vmem, itemsize = _vmem_bytes(), jnp.dtype(dtype).itemsize
+    words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
+    if vmem < 32 * 2**20:
+        words = min(words, 256)  # vocabularies are padded to a multiple of it
+    words = min(words, _round_up(vocabulary, _LANES))
+    for block in (1024, 512, 256, 128):
+        if _step_bytes(block, words, size, itemsize) < 0.65 * vmem:
+            break
+    else:
+        return None
+    span = span or (8192 if vmem > 100 * 2**20 else 4096)
+    count = -(-tokens // span)
+    block = min(block, _round_up(-(-tokens // count), _LANES))
+    span = _round_up(-(-tokens // count), block)
+    # Long steps hide the exchange of the head's blocks between them.
+    head_tokens = next(n for n in (4 * block, 2 * block, block) if span % n == 0)
+    # Four blocks of the head's gradient are in VMEM: two that come, two that go.
+    head_words = words if 16 * size * words < 0.4 * vmem or words % 256 else 256
+    rows = next(n for n in (512, 384, 256, 128) if block % n == 0)
+    return Blocks(block, words, head_tokens, head_words, rows, span)
+
+
+def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
+    """Why there are no kernels for hidden [B, T, D] and head [V, D]; None if there are."""
+    if hidden.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"hidden must be float32 or bfloat16, or use 'xla'. Got: {hidden.dtype}."
+    size, vocabulary = hidden.shape[-1], head.shape[0]
+    if choose_blocks(1, size, vocabulary, hidden.dtype) is None:
+        return f"a block of width D does not fit the VMEM, use 'xla'. Got: D={size}."
+    return None
+
+
+def is_faster(hidden: jax.Array, head: jax.Array) -> bool:
+    """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
+    return unsupported(hidden, head) is None and _vmem_bytes() >= 32 * 2**20
+
+
+def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
+    """A `pallas_call` whose index maps get the number of the span as their last argument."""
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=_vmem_bytes() * 15 // 16,
+        ),
+        interpret=_interpret(),
+        name=name,
+    )
+
+
+def _forward(span, h, w, targets, blocks, vocabulary, for_gradient=None):
+    """One span of h [N, D], w [V', D], targets [N, 128]: stats [span, 128] and, with for_gradient,
+    e [span, V'], top [blocks of words, span, 128] and dh [N, D].
+
+    for_gradient: the head's rows at the targets [N, D], weights [N, 128], and the dh whose rows of
+    the span are written in place.
+    """
+    size, tokens, words = h.shape[1], blocks.tokens, blocks.words
+    grid = (blocks.span // tokens, w.shape[0] // words)
+    with_gradient = for_gradient is not None
+
+    def of_all(width):
+        return pl.BlockSpec((tokens, width), lambda i, j, s: (s[0] * grid[0] + i, 0))
+
+    def of_span(width):
+        return pl.BlockSpec((tokens, width), lambda i, j, s: (i, 0))
+
+    args, aliases = [h, w, targets], {}
+    in_specs = [of_all(size), pl.BlockSpec((words, size), lambda i, j, s: (j, 0)), of_all(_LANES)]
+    out_specs = [of_span(_LANES)]
+    out_shape = [jax.ShapeDtypeStruct((blocks.span, _LANES), jnp.float32)]
+    scratch = [pltpu.VMEM((tokens, _LANES), jnp.float32)] * 4
+    if with_gradient:
+        args += for_gradient
+        in_specs += [of_all(size), of_all(_LANES), pl.BlockSpec(memory_space=pl.ANY)]
+        aliases = {6: 3}
+        out_specs += [
+            pl.BlockSpec((tokens, words), lambda i, j, s: (i, j)),
+            pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0)),
+            of_all(size),
+        ]
+        out_shape += [
+            jax.ShapeDtypeStruct((blocks.span, w.shape[0]), h.dtype),
+            jax.ShapeDtypeStruct((grid[1], blocks.span, _LANES), jnp.float32),
+            jax.ShapeDtypeStruct(h.shape, h.dtype),
+        ]
+        scratch += [pltpu.VMEM((tokens, size), jnp.float32)]
+    kernel = functools.partial(
+        _forward_kernel, vocabulary=vocabulary, rows=blocks.rows, with_gradient=with_gradient
+    )
+    call = _call(
+        kernel, "cross_entropy_forward", grid, in_specs, out_specs, out_shape, scratch, aliases
+    )
+    return call(span, *args)
+
+
+def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks):
+    """`total` [D, V'] plus the gradient of the head from one span, in its place; h [D, N].
+
+    Transposed, since the product h^T dz then needs no operand transposed on the way.
+    """
+    size, words, tokens = h.shape[0], blocks.head_words, blocks.head_tokens
+    grid = (total.shape[1] // words, blocks.span // tokens)
+    # Read again for every block of words: kept in VMEM where it leaves room for the rest.
+    if size * blocks.span * h.dtype.itemsize < 0.35 * _vmem_bytes():
+        hidden = pl.BlockSpec(
+            (size, blocks.span), lambda j, i, s: (0, s[0]), pipeline_mode=pl.Buffered(1)
+        )
+    else:
+        hidden = pl.BlockSpec((size, tokens), lambda j, i, s: (0, s[0] * grid[1] + i))
+    head = pl.BlockSpec((size, words), lambda j, i, s: (0, j))
+    share = blocks.words // words
+    of_all = pl.BlockSpec((tokens, _LANES), lambda j, i, s: (s[0] * grid[1] + i, 0))
+    in_specs = [
+        hidden,
+        pl.BlockSpec((tokens, words), lambda j, i, s: (i, j)),
+        pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j // share, i, 0)),
+        pl.BlockSpec((tokens, _LANES), lambda j, i, s: (i, 0)),
+        of_all,
+        of_all,
+        head,
+    ]
+    rows = blocks.rows if tokens % (2 * blocks.rows) else 2 * blocks.rows
+    kernel = functools.partial(_head_kernel, rows=rows)
+    out_shape = jax.ShapeDtypeStruct(total.shape, jnp.float32)
+    call = _call(kernel, "cross_entropy_head", grid, in_specs, head, out_shape, aliases={7: 0})
+    return call(span, h, e, top, normaliser, targets, weights, total)
+
+
+def _lanes(x):
+    """[N] -> [N, 128]: a row of numbers as kernels want it beside rows of a matrix."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], _LANES))
+
+
+def _pad_rows(x, multiple):
+    pad = -x.shape[0] % multiple
+    return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))) if pad else x
+
+
+def token_stats(hidden, head, targets, blocks: Blocks):
+    """nll, entropy and correct, each [N] float32, of hidden [N, D], head [V, D], targets [N]."""
+    num_tokens, vocabulary = hidden.shape[0], head.shape[0]
+    w = _pad_rows(head.astype(hidden.dtype), blocks.words)
+    hidden, targets = (_pad_rows(x, blocks.span) for x in (hidden, targets))
+    targets = _lanes(targets)
+
+    def step(_, span):
+        (stats,) = _forward(span, hidden, w, targets, blocks, vocabulary)
+        return None, stats[:, :3]
+
+    _, stats = lax.scan(step, None, _span_numbers(hidden, blocks))
+    return tuple(stats.reshape(-1, 3)[:num_tokens].T)
+
+
+def loss_gradients(hidden, head, targets, weights, blocks: Blocks):
+    """`token_stats`, and the gradients of `sum(weights * nll)`: dh [N, D], dw [V, D] float32."""
+    num_tokens, vocabulary = hidden.shape[0], head.shape[0]
+    w = _pad_rows(head.astype(hidden.dtype), blocks.words)
+    hidden, targets, weights = (_pad_rows(x, blocks.span) for x in (hidden, targets, weights))
+    chosen_rows, transposed = w[targets], hidden.T
+    targets, weights = _lanes(targets), _lanes(weights)
+
+    def step(gradients, span):
+        dh, total = gradients
+        stats, e, top, dh = _forward(
+            span, hidden, w, targets, blocks, vocabulary, (chosen_rows, weights, dh)
+        )
+        normaliser = _lanes(stats[:, 3])
+        total = _head_gradient(
+            span, transposed, e, top, normaliser, targets, weights, total, blocks
+        )
+        return (dh, total), stats[:, :3]
+
+    # Any memory will do: the kernels write all of it before it is read.
+    gradients = lax.empty(hidden.shape, hidden.dtype), lax.empty(w.shape[::-1], jnp.float32)
+    (dh, total), stats = lax.scan(step, gradients, _span_numbers(hidden, blocks))
+    stats = tuple(stats.reshape(-1, 3)[:num_tokens].T)
+    return stats, dh[:num_tokens], total.T[:vocabulary]
+
+
+def _span_numbers(hidden, blocks):
+    return jnp.arange(hidden.shape[0] // blocks.span, dtype=jnp.int32)[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def next_token_loss_pallas_tpu(hidden, head, targets, weights, block_tokens=None):
+    """`next_token_loss` of api.py; the gradient is formed in the forward pass."""
+    (batch, length, size), vocabulary = hidden.shape, head.shape[0]
+    blocks = choose_blocks(batch * length, size, vocabulary, hidden.dtype, block_tokens)
+    stats = token_stats(hidden.reshape(-1, size), head, targets.reshape(-1), blocks)
+    return _loss(stats, weights)
+
+
+def _loss(stats, weights):
+    stats = TokenStats(*(x.reshape(weights.shape) for x in stats))
+    return jnp.sum(stats.nll * weights), stats
+
+
+def _loss_forward(hidden, head, targets, weights, block_tokens):
+    (batch, length, size), vocabulary = hidden.shape, head.shape[0]
+    blocks = choose_blocks(batch * length, size, vocabulary, hidden.dtype, block_tokens)
+    stats, dh, head_gradient = loss_gradients(
+        hidden.reshape(-1, size), head, targets.reshape(-1), weights.reshape(-1), blocks
+    )
+    return _loss(stats, weights), (dh.reshape(hidden.shape), head_gradient.astype(head.dtype))
+
+
+def _loss_backward(block_tokens, residuals, cotangents):
+    del block_tokens
+    scale, _ = cotangents  # the statistics are constants
+    gradients = (x * scale.astype(x.dtype) for x in residuals)
+    return *gradients, None, None
+
+
+next_token_loss_pallas_tpu.defvjp(_loss_forward, _loss_backward)

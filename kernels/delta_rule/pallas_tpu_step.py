@@ -1,0 +1,123 @@
+"""One token of the delta rule in a Pallas kernel for TPUs: every state is read and written once.
+
+Static estimates of one step, 16 heads of 128 x 128 (`experiments/tpu_kernels.py`, cases
+delta_decode and delta_decode_64), in microseconds; the floor is states in and out at the published
+bandwidth. The kernel alone runs at 87 % of the bandwidth that the estimates assume; of the 17 us,
+3 are the transposition of q and k before it.
+
+    forks  chip  floor  kernel  XLA
+    8      v6e      10      17   47
+    64     v6e      82     109  291
+    8      v5e      21      29   66
+    64     v5e     165     195  432
+
+It has not run on a TPU: it is tested in interpret mode and compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.delta_rule.xla import delta_step_xla
+
+_STATE_BYTES = 2**20  # of one grid step: long enough to hide the start of a transfer
+
+
+def _kernel(q, k, v, beta, *refs):
+    """S states [S, K, V]; q and k [1, K, S], a column a state; the others [S, V], a row a state.
+
+    Columns and rows broadcast over a state as they are; beta and log_decay are equal along a row.
+    """
+    *log_decay, state, out, new = refs
+    values = v[...].astype(jnp.float32)
+    decay = [jnp.exp(x[...]) for x in log_decay]
+    outs = []
+    for i in range(state.shape[0]):
+        key, row = k[0, :, i : i + 1], slice(i, i + 1)
+        s = state[i]
+        for x in decay:
+            s = s * x[row]
+        error = values[row] - jnp.sum(s * key, axis=0, keepdims=True)
+        s = s + key * (beta[row, :] * error)
+        new[i] = s
+        outs.append(jnp.sum(s * q[0, :, i : i + 1], axis=0, keepdims=True))
+    out[...] = jnp.concatenate(outs).astype(out.dtype)
+
+
+def _block_count(num_states: int, state_bytes: int) -> tuple[int, int]:
+    """States of one grid step, and the number of states padded to a multiple of it."""
+    most = max(8, _STATE_BYTES // state_bytes // 8 * 8)
+    if num_states <= most:
+        return num_states, num_states
+    padded = -(-num_states // 8) * 8
+    return next(n for n in range(most, 0, -8) if padded % n == 0), padded
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _step(q, k, v, beta, log_decay, state, scale):
+    group = v.shape[1] // k.shape[1]
+    num_states, key_dim, value_dim = state.shape[0] * state.shape[1], *state.shape[2:]
+    count, padded = _block_count(num_states, 4 * key_dim * value_dim)
+
+    def flat(x, *shape):  # [B, Hv, ...] -> [padded, ...]
+        x = x.reshape(num_states, *shape)
+        missing = padded - num_states
+        return jnp.pad(x, ((0, missing), *[(0, 0)] * len(shape))) if missing else x
+
+    def columns(x):  # [B, H, K] -> [padded / count, K, count]
+        x = flat(jnp.repeat(x, group, axis=1), key_dim)
+        return jnp.swapaxes(x.reshape(-1, count, key_dim), 1, 2)
+
+    def lanes(x):  # [B, Hv] -> [padded, V]
+        return jnp.broadcast_to(flat(x.astype(jnp.float32), 1), (padded, value_dim))
+
+    gates = [lanes(x) for x in (beta, log_decay) if x is not None]
+    column = pl.BlockSpec((1, key_dim, count), lambda i: (i, 0, 0))
+    row = pl.BlockSpec((count, value_dim), lambda i: (i, 0))
+    states = pl.BlockSpec((count, key_dim, value_dim), lambda i: (i, 0, 0))
+    out, new = pl.pallas_call(
+        _kernel,
+        grid=(padded // count,),
+        in_specs=[column, column, row, *[row] * len(gates), states],
+        out_specs=[row, states],
+        out_shape=[
+            jax.ShapeDtypeStruct((padded, value_dim), v.dtype),
+            jax.ShapeDtypeStruct((padded, key_dim, value_dim), jnp.float32),
+        ],
+        input_output_aliases={3 + len(gates): 1},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=False if jax.default_backend() == "tpu" else pltpu.InterpretParams(),
+        name="delta_step",
+    )(
+        columns(q.astype(jnp.float32) * scale),
+        columns(k.astype(jnp.float32)),
+        flat(v, value_dim),
+        *gates,
+        flat(state, key_dim, value_dim),
+    )
+    return out[:num_states].reshape(v.shape), new[:num_states].reshape(state.shape)
+
+
+def _step_forward(*args):
+    *arrays, scale = args
+    return _step(*arrays, scale), arrays
+
+
+def _step_backward(scale, arrays, cotangents):
+    def step(*arrays):
+        *tokens, state = arrays
+        return delta_step_xla(*tokens, state=state, scale=scale)
+
+    return jax.vjp(step, *arrays)[1](cotangents)
+
+
+_step.defvjp(_step_forward, _step_backward)
+
+
+def delta_step_pallas_tpu(q, k, v, beta, log_decay, *, state, scale):
+    """`delta_step` of api.py; the gradient is that of XLA's form."""
+    return _step(q, k, v, beta, log_decay, state, scale)
