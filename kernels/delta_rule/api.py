@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
 
-IMPLEMENTATIONS = {"reference": delta_rule_reference, "xla": delta_rule_xla}
+IMPLEMENTATIONS = {
+    "reference": delta_rule_reference,
+    "xla": delta_rule_xla,
+    "pallas_gpu": delta_rule_pallas_gpu,
+}
 
-_NOT_YET = ("pallas_tpu", "pallas_gpu")
+_NOT_YET = ("pallas_tpu",)
 
 
 def delta_rule(
