@@ -3,22 +3,23 @@
 The WY form of xla.py, whose letters and formulas hold here, cut as is usual on GPUs:
 
     _prepare    a program a chunk and head: X = (I + A)^-1 and P
-    _walk       a program a head and block of value columns; goes over the chunks with S in registers
-                and writes U and the state before every chunk
+    _walk       a program a head and block of value columns: goes over the chunks with S in
+                registers, writes U and the state before every chunk
     _read       a program a chunk, head and block of value columns: O = scale (g q S + P U)
     _walk_back  as _walk, from the last chunk: dS in registers, writes Z = X^T dU and dS
-    _gradients  a program a chunk and head: gradients of q, k, v, beta and log_decay
+    _inside     a program a chunk and head: gradients by way of P and A, and of v
+    _outside    a program a chunk, head and block of K: gradients of q and k by way of the states
 
 A chunk has at most 64 tokens. The walks are the only sequential part and do nothing that can be
 done elsewhere: 3 dependent products a chunk. X, P, U and the states of the chunks (operand dtype,
-C + C + V + K V / C numbers a token and head) are kept for the backward pass, where a fresh walk would
-cost as much as the forward pass; `jax.checkpoint` around a layer limits that to one layer.
+C + C + V + K V / C numbers a token and head) are kept for the backward pass, where a fresh walk
+would cost as much as the forward pass; `jax.checkpoint` around a layer limits that to one layer.
 
-With bfloat16 operands the triangular inverse and the sums of logarithms of decays use three TF32
-products in place of a float32 one.
+Sums of logarithms of decays are products of three bfloat16 parts with masks; with bfloat16 operands
+the triangular inverse is made of products of three TF32 products each.
 
-Tested in interpret mode and compiled ahead of time for A100 and H100 (no spilled registers); none of
-it has run on a GPU. Block sizes and warps come from the compiler's register counts, not from timings.
+Tested in interpret mode and compiled ahead of time for A100 and H100; none of it has run on a GPU.
+Block sizes and warps come from the compiler's register counts, not from timings.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _CHUNK = 64
 _BLOCK = 64  # columns of K or V in one product
 _WALK_BLOCK = 32  # columns of V in the state of one program: [K, 32] float32 in registers
 _MAX_KEY_DIM = 256
+_STAGED_BYTES = 256  # of a token's key, up to which the loads of a walk run a chunk ahead
 
 
 class _Plan(NamedTuple):
@@ -48,9 +50,7 @@ class _Plan(NamedTuple):
     scale: float
 
 
-def unsupported(
-    k: jax.Array, v: jax.Array, chunk_size: int, save_every: int | None
-) -> str | None:
+def unsupported(k: jax.Array, v: jax.Array, chunk_size: int, save_every: int | None) -> str | None:
     """Why these arguments of `delta_rule` have no kernel here, or None."""
     if v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"v must be float32 or bfloat16. Got: {v.dtype}."
@@ -148,41 +148,67 @@ def _delta_rule_backward(plan, residuals, cotangents):
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)
 
 
-def _geometry(plan, arrays, *, columns, by_chunk):
-    """Grid, blocks and shapes for a kernel: (grid, {array: BlockSpec}, {array: shape}).
+class _Kernel(NamedTuple):
+    """How a kernel is cut: what its programs go over, and their warps."""
 
-    The grid is (chunks * blocks of `columns` values, Hv, B) if `by_chunk`; else a program goes over
-    all chunks and the grid is (blocks of values, Hv, B).
-    """
+    by_chunk: bool  # else a program goes over all chunks
+    key_block: int | None = None  # columns of K and V of a program, all if None
+    value_block: int | None = None
+    warps: int = 4
+
+
+# By the names of arrays: `d_` is a gradient; d_kk, d_qk and below belong to the backward kernels.
+_KINDS = {
+    "keys": ("q", "k"),
+    "key_gradients": ("d_q", "d_k"),
+    "values": ("v", "u", "z", "out", "d_v", "d_out"),
+    "scalars": ("beta", "log_decay", "from_start", "to_end", "d_beta", "d_log_decay"),
+    "segment": ("segment",),
+    "squares": ("inverse", "p", "d_kk", "d_qk"),
+    "states": ("states", "d_states"),
+    "state": ("state", "final", "d_state", "d_final"),
+    "saved": ("saved", "d_saved"),
+    "key_sums": ("d_k_seen", "d_start", "d_end"),
+    "chunk_sums": ("d_total",),
+}
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names}
+
+
+def _run(kernel, *, plan, arrays, inputs, outputs):
+    """Calls a kernel on those of the `inputs` that `arrays` has; {name: array} of `outputs`."""
+    cut = _KERNELS[kernel]
     batch, tokens, heads, key_dim = arrays["k"].shape
     value_heads, value_dim = arrays["v"].shape[2:]
-    dtype, group = arrays["v"].dtype, value_heads // heads
-    chunks, blocks = tokens // plan.chunk, value_dim // columns
-    span = plan.chunk if by_chunk else tokens
-    grid = (chunks * blocks if by_chunk else blocks, value_heads, batch)
-
-    # Chunk, and block of values, of a program.
-    def at(i):
-        return (i // blocks, i % blocks) if by_chunk else (0, i)
+    dtype, group, chunk = arrays["v"].dtype, value_heads // heads, plan.chunk
+    chunks = tokens // chunk
+    keys = min(cut.key_block or key_dim, key_dim)
+    values = min(cut.value_block or value_dim, value_dim)
+    key_blocks, value_blocks = key_dim // keys, value_dim // values
+    span, states = (chunk, None) if cut.by_chunk else (tokens, chunks)
+    grid = (key_blocks * value_blocks * (chunks if cut.by_chunk else 1), value_heads, batch)
 
     def spec(block, index):
-        return pl.BlockSpec(block, lambda i, h, b: index(*at(i), h, b))
+        def at(i, h, b):
+            """Chunk, block of K, block of V, head and row of a program."""
+            rest, j = i // value_blocks, i % value_blocks
+            return index(rest // key_blocks, rest % key_blocks, j, h, b)
 
-    kinds = {
-        "keys": spec((None, span, None, key_dim), lambda n, j, h, b: (b, n, h // group, 0)),
-        "key_gradients": spec((None, span, None, key_dim), lambda n, j, h, b: (b, n, h, 0)),
-        "values": spec((None, span, None, columns), lambda n, j, h, b: (b, n, h, j)),
-        "scalars": spec((None, span, None), lambda n, j, h, b: (b, n, h)),
-        "segment": spec((None, span), lambda n, j, h, b: (b, n)),
-        "squares": spec((None, None, span, plan.chunk), lambda n, j, h, b: (b, h, n, 0)),
-        "states": spec(
-            (None, None, None if by_chunk else chunks, key_dim, columns),
-            lambda n, j, h, b: (b, h, n, 0, j),
-        ),
-        "state": spec((None, None, key_dim, columns), lambda n, j, h, b: (b, h, 0, j)),
+        return pl.BlockSpec(block, at)
+
+    specs = {
+        "keys": spec((None, span, None, keys), lambda n, i, j, h, b: (b, n, h // group, i)),
+        "key_gradients": spec((None, span, None, keys), lambda n, i, j, h, b: (b, n, h, i)),
+        "values": spec((None, span, None, values), lambda n, i, j, h, b: (b, n, h, j)),
+        "scalars": spec((None, span, None), lambda n, i, j, h, b: (b, n, h)),
+        "segment": spec((None, span), lambda n, i, j, h, b: (b, n)),
+        "squares": spec((None, None, span, chunk), lambda n, i, j, h, b: (b, h, n, 0)),
+        "states": spec((None, None, states, keys, values), lambda n, i, j, h, b: (b, h, n, i, j)),
+        "state": spec((None, None, keys, values), lambda n, i, j, h, b: (b, h, i, j)),
         "saved": spec(
-            (None, plan.saves, None, key_dim, columns), lambda n, j, h, b: (b, 0, h, 0, j)
+            (None, plan.saves, None, keys, values), lambda n, i, j, h, b: (b, 0, h, i, j)
         ),
+        "key_sums": spec((None, None, span, None), lambda n, i, j, h, b: (i, b, n, h)),
+        "chunk_sums": spec((None, None, None, None), lambda n, i, j, h, b: (i, b, n, h)),
     }
     rows = (batch, tokens, value_heads)
     # Gradients of the value heads of one key head are added up outside.
@@ -191,50 +217,30 @@ def _geometry(plan, arrays, *, columns, by_chunk):
         "key_gradients": ((*rows, key_dim), gradient_dtype),
         "values": ((*rows, value_dim), dtype),
         "scalars": (rows, jnp.float32),
-        "squares": ((batch, value_heads, tokens, plan.chunk), dtype),
+        "squares": ((batch, value_heads, tokens, chunk), dtype),
         "states": ((batch, value_heads, chunks, key_dim, value_dim), dtype),
         "state": ((batch, value_heads, key_dim, value_dim), jnp.float32),
         "saved": ((batch, plan.saves, value_heads, key_dim, value_dim), jnp.float32),
+        "key_sums": ((key_blocks, *rows), jnp.float32),
+        "chunk_sums": ((key_blocks, batch, chunks, value_heads), jnp.float32),
     }
-    specs = {name: kinds[kind] for name, kind in _KINDS.items()}
-    shapes = {
-        name: jax.ShapeDtypeStruct(*shapes[kind]) for name, kind in _KINDS.items() if kind in shapes
-    }
-    return grid, specs, shapes
-
-
-_KINDS = {
-    **dict.fromkeys(("q", "k"), "keys"),
-    **dict.fromkeys(("d_q", "d_k"), "key_gradients"),
-    **dict.fromkeys(("v", "u", "z", "out", "d_v", "d_out"), "values"),
-    **dict.fromkeys(
-        ("beta", "log_decay", "from_start", "to_end", "d_beta", "d_log_decay"), "scalars"
-    ),
-    "segment": "segment",
-    **dict.fromkeys(("inverse", "p"), "squares"),
-    **dict.fromkeys(("states", "d_states"), "states"),
-    **dict.fromkeys(("state", "final", "d_state", "d_final"), "state"),
-    **dict.fromkeys(("saved", "d_saved"), "saved"),
-}
-
-
-def _run(kernel, plan, arrays, inputs, outputs, *, columns, by_chunk, warps, stages):
-    """Calls a kernel on the arrays named `inputs`; {name: array} of `outputs`."""
-    grid, specs, shapes = _geometry(plan, arrays, columns=columns, by_chunk=by_chunk)
+    inputs = {name: arrays[name] for name in inputs if arrays.get(name) is not None}
+    # The loads of two chunks of a walk at a time would not fit into shared memory.
+    stages = 1 if not cut.by_chunk and key_dim * dtype.itemsize > _STAGED_BYTES else 2
     return triton.call(
         functools.partial(kernel, plan),
         grid=grid,
-        inputs={name: arrays[name] for name in inputs if arrays.get(name) is not None},
-        outputs={name: shapes[name] for name in outputs},
-        specs=specs,
-        warps=warps,
+        inputs=inputs,
+        outputs={name: jax.ShapeDtypeStruct(*shapes[_KIND[name]]) for name in outputs},
+        specs={name: specs[_KIND[name]] for name in (*inputs, *outputs)},
+        warps=cut.warps,
         stages=stages,
         name=f"delta_rule{kernel.__name__}",
     )
 
 
 def _decays(plan, arrays):
-    """Decays since the start of a chunk and to its end, float32 [B, T, Hv]; empty if there are none.
+    """Decays since the start of a chunk and to its end, float32 [B, T, Hv], if there are any.
 
     Sums of logarithms over the tokens in between only, as everywhere here: differences of running
     sums would lose digits after a strong decay.
@@ -263,42 +269,20 @@ def _decays(plan, arrays):
 def _forward(plan, arrays, *, keep):
     """(output, final state, saved states), and what the backward pass needs beside `arrays`."""
     has_q = arrays["q"] is not None
-    value_dim = arrays["v"].shape[3]
     every = arrays | _decays(plan, arrays)
-    every |= _run(
+    run = functools.partial(_run, plan=plan, arrays=every)
+    every |= run(
         _prepare,
-        plan,
-        every,
-        ("q", "k", "beta", "log_decay", "segment"),
-        ("inverse", "p") if has_q else ("inverse",),
-        columns=value_dim,
-        by_chunk=True,
-        warps=4,
-        stages=2,
+        inputs=("q", "k", "beta", "log_decay", "segment"),
+        outputs=("inverse", "p") if has_q else ("inverse",),
     )
-    every |= _run(
+    every |= run(
         _walk,
-        plan,
-        every,
-        ("k", "v", "beta", "from_start", "to_end", "inverse", "state"),
-        ("final", "saved", *(("u", "states") if keep or has_q else ())),
-        columns=min(_WALK_BLOCK, value_dim),
-        by_chunk=False,
-        warps=4,
-        stages=2,
+        inputs=("k", "v", "beta", "from_start", "to_end", "inverse", "state"),
+        outputs=("final", "saved", *(("u", "states") if keep or has_q else ())),
     )
     if has_q:
-        every |= _run(
-            _read,
-            plan,
-            every,
-            ("q", "p", "u", "from_start", "states"),
-            ("out",),
-            columns=min(_BLOCK, value_dim),
-            by_chunk=True,
-            warps=4,
-            stages=2,
-        )
+        every |= run(_read, inputs=("q", "p", "u", "from_start", "states"), outputs=("out",))
     kept = {name: every.get(name) for name in ("inverse", "p", "u", "states")}
     return (every.get("out"), every["final"], every["saved"]), kept
 
@@ -306,37 +290,47 @@ def _forward(plan, arrays, *, keep):
 def _backward(plan, arrays, kept, d_out, d_final, d_saved):
     """Gradients of `arrays`."""
     has_q, is_gated = arrays["q"] is not None, arrays["log_decay"] is not None
-    value_dim = arrays["v"].shape[3]
     every = arrays | _decays(plan, arrays) | kept
-    every |= {"d_out": d_out, "d_final": d_final, "d_saved": d_saved}
-    walked = ("q", "k", "d_out", "beta", "from_start", "to_end", "inverse", "p")
-    every |= _run(
+    every |= {"d_out": d_out if has_q else None, "d_final": d_final, "d_saved": d_saved}
+    run = functools.partial(_run, plan=plan, arrays=every)
+    decays = ("beta", "from_start", "to_end")
+    every |= run(
         _walk_back,
-        plan,
-        every,
-        (*walked, "d_final", "d_saved"),
-        ("z", "d_states", "d_state"),
-        columns=min(_WALK_BLOCK, value_dim),
-        by_chunk=False,
-        warps=4,
-        stages=2,
+        inputs=("q", "k", "d_out", *decays, "inverse", "p", "d_final", "d_saved"),
+        outputs=("z", "d_states", "d_state"),
     )
-    decays = ("log_decay", "segment", "from_start", "to_end")
-    gradients = _run(
-        _gradients,
-        plan,
-        every,
-        ("q", "k", "v", "beta", "d_out", "u", "z", "states", "d_states", *decays),
-        (
-            *(("d_q",) if has_q else ()),
-            *("d_k", "d_v", "d_beta"),
+    every |= run(
+        _inside,
+        inputs=("q", "k", "v", "beta", "log_decay", "segment", "d_out", "u", "z"),
+        outputs=(
+            *("d_v", "d_beta", "d_kk"),
+            *(("d_qk",) if has_q else ()),
             *(("d_log_decay",) if is_gated else ()),
         ),
-        columns=value_dim,
-        by_chunk=True,
-        warps=4,
-        stages=2,
     )
+    every |= run(
+        _outside,
+        inputs=("q", "k", *decays, "d_out", "u", "z", "states", "d_states", "d_kk", "d_qk"),
+        outputs=(
+            *("d_k", "d_k_seen"),
+            *(("d_q",) if has_q else ()),
+            *(("d_start", "d_end", "d_total") if is_gated else ()),
+        ),
+    )
+    d_log_decay = None
+    if is_gated:
+        # log_decay of a token is part of from_start from there on, of to_end before it, and of the
+        # decay of the state over the whole chunk.
+        def chunks(x):
+            x = x.sum(axis=0)
+            return x.reshape(x.shape[0], -1, plan.chunk, x.shape[2])
+
+        d_start, d_end = chunks(every["d_start"]), chunks(every["d_end"])
+        behind = lax.cumsum(d_start, axis=2, reverse=True)
+        before = lax.cumsum(d_end[:, :, :-1], axis=2)
+        d_log = behind + jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))
+        d_log += every["d_total"].sum(axis=0)[:, :, None]
+        d_log_decay = every["d_log_decay"] + d_log.reshape(arrays["log_decay"].shape)
 
     def per_key_head(x, like):
         if x is None or x.shape == like.shape:
@@ -344,11 +338,11 @@ def _backward(plan, arrays, kept, d_out, d_final, d_saved):
         return x.reshape(*like.shape[:3], -1, like.shape[3]).sum(axis=3).astype(like.dtype)
 
     return {
-        "q": per_key_head(gradients.get("d_q"), arrays["q"]),
-        "k": per_key_head(gradients["d_k"], arrays["k"]),
-        "v": gradients["d_v"],
-        "beta": gradients["d_beta"],
-        "log_decay": gradients.get("d_log_decay"),
+        "q": per_key_head(every.get("d_q"), arrays["q"]),
+        "k": per_key_head(every["d_k"], arrays["k"]),
+        "v": every["d_v"],
+        "beta": every["d_beta"] - every["d_k_seen"].sum(axis=0),
+        "log_decay": d_log_decay,
         "segment": None,
         "state": every["d_state"],
     }
@@ -367,15 +361,29 @@ def _pieces(ref):
     return [pl.ds(i, block) for i in range(0, size, block)]
 
 
+def _masked_sums(mask, x):
+    """`mask @ x` for a Boolean mask [C, C] and float32 x [C, C], to float32 precision.
+
+    A float32 number is the sum of three bfloat16 numbers, so three products on tensor cores do it.
+    Cutting bits off, rather than casts there and back, because compilers take out pairs of casts.
+    """
+    mask = mask.astype(jnp.bfloat16)
+    sums = 0.0
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & -65536
+        head = lax.bitcast_convert_type(bits, jnp.float32)
+        sums += dot(mask, head.astype(jnp.bfloat16))
+        x -= head
+    return sums
+
+
 def _between(plan, inputs):
     """Decay D [C, C] between the tokens of a chunk, of no meaning above the diagonal, or None."""
     decay = None
     if "log_decay" in inputs:
         row, col = _indices(plan.chunk)
         after = jnp.where(row > col, inputs["log_decay"][...][:, None], 0.0)
-        lower = (row >= col).astype(jnp.float32)
-        precision = triton.float32_precision(inputs["k"].dtype)
-        decay = jnp.exp(dot(lower, after, precision=precision))
+        decay = jnp.exp(_masked_sums(row >= col, after))
     if "segment" in inputs:
         segment = inputs["segment"][...]
         same = segment[:, None] == segment[None, :]
@@ -419,7 +427,7 @@ def _prepare(plan, inputs, outputs):
 
 
 def _walk(plan, inputs, outputs):
-    """The state over all chunks for one block of value columns; U and S are rounded to be stored."""
+    """The state over all chunks, for one block of value columns."""
     k_ref, dtype = inputs["k"], inputs["k"].dtype
     pieces = _pieces(k_ref)
     keep = "u" in outputs
@@ -528,21 +536,17 @@ def _walk_back(plan, inputs, outputs):
         outputs["d_state"][piece, :] = d
 
 
-def _gradients(plan, inputs, outputs):
-    """Gradients of one chunk from U, Z, dO, the state before it and the gradient of that behind.
-
-    Products with [K, V] states are formed 64 columns of K at a time to spare registers.
+def _inside(plan, inputs, outputs):
+    """Gradients of one chunk from U, Z and dO: of P and A (as those of q k^T and k k^T), of v, and
+    what of those of beta and log_decay comes by way of them.
     """
-    k_ref, dtype, chunk = inputs["k"], inputs["k"].dtype, plan.chunk
-    has_q, is_gated = "q" in inputs, "log_decay" in inputs
+    dtype, chunk = inputs["k"].dtype, plan.chunk
+    has_q = "q" in inputs
     row, col = _indices(chunk)
     beta = inputs["beta"][...][:, None]
     values = min(_BLOCK, inputs["v"].shape[1])
-    num_values = inputs["v"].shape[1] // values
-    zeros = jnp.zeros((chunk, chunk), jnp.float32)
 
-    def inside(j, carry):
-        """Sums over V of the gradients of P and A, and of z.v; the gradient of v."""
+    def block(j, carry):
         d_p, d_a, d_beta = carry
         at = pl.ds(j * values, values)
         z, u = inputs["z"][:, at], inputs["u"][:, at]
@@ -554,73 +558,84 @@ def _gradients(plan, inputs, outputs):
             d_p += dot(inputs["d_out"][:, at], u, transpose_b=True)
         return d_p, d_a, d_beta
 
+    zeros = jnp.zeros((chunk, chunk), jnp.float32)
     carry = (zeros, zeros, jnp.zeros((chunk,), jnp.float32))
-    d_p, d_a, d_beta = lax.fori_loop(0, num_values, inside, carry)
-    kk, qk = _scores(inputs)
+    d_p, d_a, d_beta = lax.fori_loop(0, inputs["v"].shape[1] // values, block, carry)
     decay = _between(plan, inputs)
+    kk, qk = _scores(inputs)
     d_a = jnp.where(row > col, _times(d_a, decay), 0.0)
-    d_beta += jnp.sum(d_a * kk, axis=1)
+    outputs["d_beta"][...] = d_beta + jnp.sum(d_a * kk, axis=1)
     d_kk = beta * d_a
     d_log = d_kk * kk
     if has_q:
         d_qk = jnp.where(row >= col, plan.scale * _times(d_p, decay), 0.0)
         d_log += d_qk * qk
-        d_qk = d_qk.astype(dtype)
-    d_kk = (d_kk + d_kk.T).astype(dtype)
+        outputs["d_qk"][...] = d_qk.astype(dtype)
+    # Both of the equal factors of k k^T have a gradient.
+    outputs["d_kk"][...] = (d_kk + d_kk.T).astype(dtype)
+    if "d_log_decay" in outputs:
+        # log_decay of token j is part of D_ri for i < j <= r.
+        spans = _masked_sums(col >= row, d_log)
+        outputs["d_log_decay"][...] = jnp.sum(jnp.where(row > col, spans, 0.0), axis=1)
 
-    from_start = to_end = 1.0
-    total = None
+
+def _outside(plan, inputs, outputs):
+    """Gradients of 64 columns of q and k of one chunk, from the state before it (which q and k
+    read) and the gradient of the state behind it (to which k and U write).
+
+    Of beta (d_k_seen, to be subtracted) and of the logarithms of the decays from_start, to_end and
+    of the state it gives what these columns contribute.
+    """
+    has_q, is_gated = "q" in inputs, "d_total" in outputs
+    k = inputs["k"][...]
+    values = min(_BLOCK, inputs["u"].shape[1])
+
+    def block(j, carry):
+        d_q, d_seen, d_k_end, d_total = carry
+        at = pl.ds(j * values, values)
+        state, d_state = inputs["states"][:, at], inputs["d_states"][:, at]
+        if has_q:
+            d_q += dot(inputs["d_out"][:, at], state, transpose_b=True)
+        d_seen += dot(inputs["z"][:, at], state, transpose_b=True)
+        d_k_end += dot(inputs["u"][:, at], d_state, transpose_b=True)
+        if is_gated:
+            product = state.astype(jnp.float32) * d_state.astype(jnp.float32)
+            d_total += jnp.sum(product, axis=1)
+        return d_q, d_seen, d_k_end, d_total
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    carry = (zeros, zeros, zeros, jnp.zeros(k.shape[1], jnp.float32))
+    blocks = inputs["u"].shape[1] // values
+    d_q, d_seen, d_k_end, d_total = lax.fori_loop(0, blocks, block, carry)
+    read = plan.scale
     if "from_start" in inputs:
         from_start = inputs["from_start"][...][:, None]
-        to_end = inputs["to_end"][...][:, None]
-        total = inputs["from_start"][chunk - 1]
-
-    # Gradients of the logarithms of from_start, to_end and of the decay of the state.
-    d_start = d_end = jnp.zeros((chunk,), jnp.float32)
-    d_total = jnp.zeros((), jnp.float32)
-    for piece in _pieces(k_ref):
-
-        def outside(j, carry, piece=piece):
-            """Sums over V of dO S^T, Z S^T, U dS^T and S.dS."""
-            d_q, d_seen, d_k_end, d_total = carry
-            at = pl.ds(j * values, values)
-            state, d_state = inputs["states"][piece, at], inputs["d_states"][piece, at]
-            if has_q:
-                d_q += dot(inputs["d_out"][:, at], state, transpose_b=True)
-            d_seen += dot(inputs["z"][:, at], state, transpose_b=True)
-            d_k_end += dot(inputs["u"][:, at], d_state, transpose_b=True)
-            if is_gated:
-                d_total += jnp.sum(state.astype(jnp.float32) * d_state.astype(jnp.float32))
-            return d_q, d_seen, d_k_end, d_total
-
-        k = k_ref[:, piece]
-        zeros = jnp.zeros(k.shape, jnp.float32)
-        carry = (zeros, zeros, zeros, d_total)
-        d_q, d_seen, d_k_end, d_total = lax.fori_loop(0, num_values, outside, carry)
-        wide = k.astype(jnp.float32)
+        read = read * from_start
         d_seen *= from_start
-        seen = jnp.sum(d_seen * wide, axis=1)
-        d_beta -= seen
-        d_k_end *= to_end
-        d_k = d_k_end - beta * d_seen + dot(d_kk, k)
-        if is_gated:
-            d_start -= inputs["beta"][...] * seen
-            d_end += jnp.sum(d_k_end * wide, axis=1)
-        if has_q:
-            q = inputs["q"][:, piece]
-            d_q *= plan.scale * from_start
-            if is_gated:
-                d_start += jnp.sum(d_q * q.astype(jnp.float32), axis=1)
-            d_q += dot(d_qk, k)
-            d_k += dot(d_qk, q, transpose_a=True)
-            outputs["d_q"][:, piece] = d_q.astype(outputs["d_q"].dtype)
-        outputs["d_k"][:, piece] = d_k.astype(outputs["d_k"].dtype)
-    outputs["d_beta"][...] = d_beta
+        d_k_end *= inputs["to_end"][...][:, None]
+    beta, wide = inputs["beta"][...], k.astype(jnp.float32)
+    d_k_seen = jnp.sum(d_seen * wide, axis=1)
+    outputs["d_k_seen"][...] = d_k_seen
+    d_start = -beta * d_k_seen
+    d_k = d_k_end - beta[:, None] * d_seen + dot(inputs["d_kk"][...], k)
+    if has_q:
+        q, d_qk = inputs["q"][...], inputs["d_qk"][...]
+        d_q *= read
+        d_start += jnp.sum(d_q * q.astype(jnp.float32), axis=1)
+        outputs["d_q"][...] = (d_q + dot(d_qk, k)).astype(outputs["d_q"].dtype)
+        d_k += dot(d_qk, q, transpose_a=True)
+    outputs["d_k"][...] = d_k.astype(outputs["d_k"].dtype)
     if is_gated:
-        # log_decay of token j is part of D_ri for i < j <= r, of from_start from j on, of to_end
-        # before j, and of the decay of the state.
-        lower = (row >= col).astype(jnp.float32)
-        spans = dot(lower, d_log, transpose_a=True, precision=triton.float32_precision(dtype))
-        d_log_decay = jnp.sum(jnp.where(row > col, spans, 0.0), axis=1) + total * d_total
-        d_log_decay += jnp.sum(jnp.where(row >= col, d_start[:, None], d_end[:, None]), axis=0)
-        outputs["d_log_decay"][...] = d_log_decay
+        outputs["d_start"][...] = d_start
+        outputs["d_end"][...] = jnp.sum(d_k_end * wide, axis=1)
+        outputs["d_total"][...] = inputs["from_start"][plan.chunk - 1] * jnp.sum(d_total)
+
+
+_KERNELS = {
+    _prepare: _Kernel(by_chunk=True),
+    _walk: _Kernel(by_chunk=False, value_block=_WALK_BLOCK),
+    _read: _Kernel(by_chunk=True, value_block=_BLOCK),
+    _walk_back: _Kernel(by_chunk=False, value_block=_WALK_BLOCK),
+    _inside: _Kernel(by_chunk=True),
+    _outside: _Kernel(by_chunk=True, key_block=_BLOCK),
+}
