@@ -65,31 +65,23 @@ def call(
 
 
 def dot(
-    a: jax.Array,
-    b: jax.Array,
-    *,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
-    precision: lax.PrecisionLike | lax.DotAlgorithmPreset = lax.Precision.HIGHEST,
+    a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> jax.Array:
-    """Matrix product of two blocks with float32 sums; float32 operands are not rounded to TF32."""
-    if a.dtype != jnp.float32:
-        precision = lax.Precision.DEFAULT
+    """Matrix product of two blocks with float32 sums.
+
+    float32 operands count in full: as three TF32 products on tensor cores (error about 1e-6). Plain
+    float32 arithmetic is several times slower there, spills registers and takes minutes to compile.
+    CPUs, where kernels are interpreted, have no TF32.
+    """
+    precision = lax.Precision.DEFAULT
+    if a.dtype == jnp.float32:
+        precision = (
+            lax.Precision.HIGHEST if is_interpreted() else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        )
     contract = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
     return lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def float32_precision(operands: jnp.dtype) -> lax.Precision | lax.DotAlgorithmPreset:
-    """Precision of products that need float32 although the kernel's operands are `operands`.
-
-    Beside bfloat16 operands three TF32 products on tensor cores are exact enough (about 1e-6) and
-    several times faster than float32 arithmetic. CPUs, where kernels are interpreted, lack them.
-    """
-    if operands == jnp.float32 or is_interpreted():
-        return lax.Precision.HIGHEST
-    return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def rounded_size(size: int, largest_block: int) -> int:

@@ -15,8 +15,8 @@ done elsewhere: 3 dependent products a chunk. X, P, U and the states of the chun
 C + C + V + K V / C numbers a token and head) are kept for the backward pass, where a fresh walk
 would cost as much as the forward pass; `jax.checkpoint` around a layer limits that to one layer.
 
-Sums of logarithms of decays are products of three bfloat16 parts with masks; with bfloat16 operands
-the triangular inverse is made of products of three TF32 products each.
+Products of float32 operands, in the triangular inverse and of float32 q, k and v, are three TF32
+products each; sums of logarithms of decays are products of masks with three bfloat16 parts.
 
 Tested in interpret mode and compiled ahead of time for A100 and H100; none of it has run on a GPU.
 Block sizes and warps come from the compiler's register counts, not from timings.
@@ -415,13 +415,12 @@ def _prepare(plan, inputs, outputs):
     if qk is not None:
         outputs["p"][...] = jnp.where(row >= col, _times(qk, decay), 0.0).astype(dtype)
     a = inputs["beta"][...][:, None] * _times(kk, decay)
-    product = functools.partial(dot, precision=triton.float32_precision(dtype))
     x = (row == col).astype(jnp.float32)
     size = 1
     while size < plan.chunk:
         joined = ((row & -2 * size) == (col & -2 * size)) & ((row & size) > (col & size))
         below = jnp.where(joined, a, 0.0)
-        x -= below if size == 1 else product(product(x, below), x)
+        x -= below if size == 1 else dot(dot(x, below), x)
         size *= 2
     outputs["inverse"][...] = x.astype(dtype)
 
@@ -553,7 +552,7 @@ def _inside(plan, inputs, outputs):
         wide = z.astype(jnp.float32)
         outputs["d_v"][:, at] = (beta * wide).astype(dtype)
         d_beta += jnp.sum(wide * inputs["v"][:, at].astype(jnp.float32), axis=1)
-        d_a -= dot(z, u, transpose_b=True)
+        d_a += dot(z, u, transpose_b=True)
         if has_q:
             d_p += dot(inputs["d_out"][:, at], u, transpose_b=True)
         return d_p, d_a, d_beta
@@ -563,7 +562,7 @@ def _inside(plan, inputs, outputs):
     d_p, d_a, d_beta = lax.fori_loop(0, inputs["v"].shape[1] // values, block, carry)
     decay = _between(plan, inputs)
     kk, qk = _scores(inputs)
-    d_a = jnp.where(row > col, _times(d_a, decay), 0.0)
+    d_a = jnp.where(row > col, -_times(d_a, decay), 0.0)
     outputs["d_beta"][...] = d_beta + jnp.sum(d_a * kk, axis=1)
     d_kk = beta * d_a
     d_log = d_kk * kk
