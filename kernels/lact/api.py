@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.reference import (
     PLAIN,
     FastState,
@@ -12,8 +13,12 @@ from refine_jax.kernels.lact.reference import (
 )
 from refine_jax.kernels.lact.xla import lact_xla
 
-IMPLEMENTATIONS = {"reference": lact_reference, "xla": lact_xla}
-_ABSENT = ("pallas_tpu", "pallas_gpu")
+IMPLEMENTATIONS = {
+    "reference": lact_reference,
+    "xla": lact_xla,
+    "pallas_gpu": lact_pallas_gpu,
+}
+_ABSENT = ("pallas_tpu",)
 
 
 def lact(
