@@ -33,7 +33,7 @@ from refine_jax.kernels.lact.xla import lact_by_parts
 from refine_jax.kernels.numerics import einsum
 
 _BLOCK = 64  # tokens, columns of F and of d in one product
-_WARPS = 4
+_FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers; of more, half as many columns of F
 
 
 def unsupported(q: jax.Array) -> str | None:
@@ -252,6 +252,8 @@ def _fused(
     count = math.prod(lead)
     sizes = [triton.rounded_size(n, _BLOCK) for n in (size, dim, hidden)]
     block, dim_block, hidden_block = (min(n, _BLOCK) for n in sizes)
+    if len(products) > _FEW_PRODUCTS:
+        hidden_block = max(16, hidden_block // 2)
     hidden_blocks = sizes[2] // hidden_block
 
     def flat(x, rows, columns, dtype=some.dtype):
@@ -297,7 +299,7 @@ def _fused(
         inputs=inputs,
         outputs=written,
         specs=specs,
-        warps=_WARPS,
+        warps=4,
         stages=2,
         name=f"lact{formula.__name__}",
     )
