@@ -255,7 +255,7 @@ def test_golden_op(implementation):
 def test_bad_arguments_are_named():
     arguments, _ = Spec("", batch=2).arguments()
     q, k, v, rates, momentum, weights = arguments
-    for name in ("pallas_gpu", "cuda"):
+    for name in ("pallas", "cuda"):
         with pytest.raises(ValueError, match=name):
             ops.lact(*arguments, implementation=name)
     with pytest.raises(ValueError, match=r"^v must be \[2, 3, 2, 4, 6\]. Got: \[2, 2, 2, 4, 6\]"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
@@ -14,10 +15,10 @@ IMPLEMENTATIONS = {
     "reference": delta_rule_reference,
     "xla": delta_rule_xla,
     "pallas_tpu": delta_rule_pallas_tpu,
+    "pallas_gpu": delta_rule_pallas_gpu,
 }
 STEP_IMPLEMENTATIONS = {"xla": delta_step_xla, "pallas_tpu": delta_step_pallas_tpu}
 
-_NOT_YET = ("pallas_gpu",)
 _NORMALIZES = ("pallas_tpu",)  # they take care of the norms of q and k themselves
 _KERNEL_TOKENS = 64  # of fewer, XLA's programs are as fast
 
@@ -59,8 +60,9 @@ def delta_rule(
         the implementation.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
         None keeps none.
-      implementation: "reference", "xla", "pallas_tpu" or None for the best one on this device; a
-        named one never falls back. Where there is no TPU, "pallas_tpu" is interpreted (slow).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one (the
+        TPU kernels on TPU, else XLA: the GPU kernels have never run on hardware); a named one never
+        falls back. Where their device is absent, kernels are interpreted (slow).
 
     Returns:
       out [B, T, Hv, V] in the dtype of v, the final state [B, Hv, K, V] float32, and the saved
@@ -73,11 +75,6 @@ def delta_rule(
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist.
     """
-    if implementation in _NOT_YET:
-        raise ValueError(
-            "This version of delta_rule has no kernel for GPUs; use implementation=None or 'xla'. "
-            f"Got: implementation={implementation!r}."
-        )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "

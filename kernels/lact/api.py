@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.pallas_tpu import lact_pallas_tpu
 from refine_jax.kernels.lact.reference import (
     PLAIN,
@@ -13,8 +14,12 @@ from refine_jax.kernels.lact.reference import (
 )
 from refine_jax.kernels.lact.xla import lact_xla
 
-IMPLEMENTATIONS = {"reference": lact_reference, "xla": lact_xla, "pallas_tpu": lact_pallas_tpu}
-_ABSENT = ("pallas_gpu",)
+IMPLEMENTATIONS = {
+    "reference": lact_reference,
+    "xla": lact_xla,
+    "pallas_tpu": lact_pallas_tpu,
+    "pallas_gpu": lact_pallas_gpu,
+}
 
 
 def lact(
@@ -46,17 +51,15 @@ def lact(
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
     `update_sums` and `apply_update` make it when a next token comes.
 
-    implementation: None for the best available, "xla" or "reference"; a name never falls back.
+    implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one (the TPU
+        kernels on TPU, else XLA: the GPU kernels have never run on hardware); a named one never
+        falls back. Where their device is absent, kernels are interpreted (slow).
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
-    name = "xla" if implementation is None else implementation
-    if name in _ABSENT:
-        raise ValueError(
-            f"The LaCT op has no {name!r} kernel in this version. Use implementation=None or one "
-            f"of {sorted(IMPLEMENTATIONS)}."
-        )
+    best = "pallas_tpu" if jax.default_backend() == "tpu" else "xla"
+    name = best if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "

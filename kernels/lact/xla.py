@@ -7,6 +7,7 @@ float32); products accumulate in float32, and weights, momentum and their gradie
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,26 @@ def _one_by_one(function, *arguments):
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)
 
 
-def lact_xla(
+def lact_xla(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, FastState]:
+    """`lact` of api.py: what a chunk's backward pass needs is computed again from its weights."""
+    one_by_one = _heads_one_by_one(q, weights)
+
+    def over_heads(function, *arguments):
+        function = jax.checkpoint(function)
+        return _one_by_one(function, *arguments) if one_by_one else function(*arguments)
+
+    def read(weights, q):
+        if q.shape[0] == 1:
+            return over_heads(apply_fast_weights, *jax.tree.map(lambda x: x[0], (weights, q)))[None]
+        return lax.map(lambda chunk: over_heads(apply_fast_weights, *chunk), (weights, q))
+
+    sums = functools.partial(over_heads, update_sums)
+    return lact_by_parts(read, sums, q, k, v, rates, momentum, weights, **keywords)
+
+
+def lact_by_parts(
+    read: Callable[[Weights, jax.Array], jax.Array],
+    sums: Callable[[Weights, jax.Array, jax.Array, jax.Array], Weights],
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -159,8 +179,8 @@ def lact_xla(
 ) -> tuple[jax.Array, FastState]:
     """`lact` of api.py: a scan for the weights, then every chunk read with its own.
 
-    Both are recomputed in the backward pass from the weights of the chunks, so that no [T, F]
-    intermediate outlives a chunk.
+    read: `apply_fast_weights` for all chunks, weights and q with a leading N.
+    sums: `update_sums` for one chunk. Neither should keep [C, F] arrays for the backward pass.
     """
     num_batch, num_chunks = q.shape[:2]
     mean = None
@@ -185,35 +205,23 @@ def lact_xla(
 
     by_chunk = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
     state = restart(None if reset is None else reset[:, 0], state)
-    first = jax.tree.map(lambda x: x[None], state)
-
-    one_by_one = _heads_one_by_one(q, weights)
-
-    def over_heads(function, *arguments):
-        function = jax.checkpoint(function)
-        return _one_by_one(function, *arguments) if one_by_one else function(*arguments)
+    states = jax.tree.map(lambda x: x[None], state)
 
     # Apart from the sums: its derivative needs their values, and they would be computed again.
     @jax.checkpoint
-    def next_state(state, sums, mean):
-        return apply_update(state, sums, mean, norms, options)
+    def next_state(state, step, mean):
+        return apply_update(state, step, mean, norms, options)
 
     def update(state, chunk):
         k, v, rates, mean, again = chunk
-        sums = over_heads(update_sums, state.weights, k, v, rates)
-        state = restart(again, next_state(state, sums, mean))
+        state = restart(again, next_state(state, sums(state.weights, k, v, rates), mean))
         return state, state
 
-    def read(chunk):
-        return over_heads(apply_fast_weights, *chunk)
-
-    if num_chunks == 1:
-        states, out = first, read((state.weights, q[:, 0]))[None]
-    else:
+    if num_chunks > 1:
         # The update after the last chunk is never made here: what follows may be nothing.
         chunks = by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
         again = None if reset is None else reset[:, 1:].T
         _, later = lax.scan(update, state, (*chunks, again))
-        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, later)
-        out = lax.map(read, (states.weights, by_chunk(q)))
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, later)
+    out = read(states.weights, by_chunk(q))
     return jnp.moveaxis(out, 0, 1), by_chunk(states)

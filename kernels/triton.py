@@ -1,0 +1,100 @@
+"""What the GPU kernels (Pallas, Triton backend) of both ops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Tensor cores for bfloat16 and TF32, which the products are written for, begin with Ampere.
+_MIN_CAPABILITY = 8.0
+
+
+def device_is_supported() -> bool:
+    """Whether the default device is an NVIDIA GPU of the Ampere generation or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    try:
+        return float(capability) >= _MIN_CAPABILITY
+    except ValueError:  # ROCm names its architectures
+        return False
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in interpret mode: on CPUs, for tests."""
+    return jax.default_backend() == "cpu"
+
+
+def call(
+    kernel: Callable,
+    *,
+    grid: tuple[int, ...],
+    inputs: dict,
+    outputs: dict,
+    specs: dict,
+    warps: int,
+    stages: int,
+    name: str,
+) -> dict:
+    """`kernel(inputs, outputs)` on dicts of references; the dict of the arrays it writes.
+
+    outputs: shapes and dtypes by name. specs: blocks of (at least) all inputs and outputs by name.
+    stages: of the software pipeline of a kernel's loops.
+    """
+
+    def body(inputs, *out_refs):
+        kernel(inputs, dict(zip(outputs, out_refs, strict=True)))
+
+    body.__name__ = name  # what profilers show
+    arrays = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=[{key: specs[key] for key in inputs}],
+        out_shape=list(outputs.values()),
+        out_specs=[specs[key] for key in outputs],
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=is_interpreted(),
+        name=name,
+    )(inputs)
+    return dict(zip(outputs, arrays, strict=True))
+
+
+def dot(
+    a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """Matrix product of two blocks with float32 sums.
+
+    float32 operands count in full: as three TF32 products on tensor cores (error about 1e-6). Plain
+    float32 arithmetic is several times slower there, spills registers and takes minutes to compile.
+    CPUs, where kernels are interpreted, have no TF32.
+    """
+    precision = lax.Precision.DEFAULT
+    if a.dtype == jnp.float32:
+        precision = (
+            lax.Precision.HIGHEST if is_interpreted() else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        )
+    contract = ((0 if transpose_a else 1,), (1 if transpose_b else 0,))
+    return lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def rounded_size(size: int, largest_block: int) -> int:
+    """`size` filled up to a power of two of at least 16, or a multiple of `largest_block`."""
+    if size > largest_block:
+        return -(-size // largest_block) * largest_block
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` with zeros behind its axis `axis` up to `size`."""
+    if x.shape[axis] == size:
+        return x
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pads)
