@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
@@ -19,7 +21,7 @@ IMPLEMENTATIONS = {
 }
 STEP_IMPLEMENTATIONS = {"xla": delta_step_xla, "pallas_tpu": delta_step_pallas_tpu}
 
-_NORMALIZES = ("pallas_tpu",)  # they take care of the norms of q and k themselves
+_CHUNK = 64  # tokens, where neither the caller nor a table of a kernel says otherwise
 _KERNEL_TOKENS = 64  # of fewer, XLA's programs are as fast
 
 
@@ -92,10 +94,12 @@ def delta_rule(
         "chunk_size": chunk_size,
         "save_every": save_every,
     }
-    if name in _NORMALIZES:
+    if name == "pallas_tpu":
         options["normalize"] = normalize
-    elif normalize:
-        q, k = (None if x is None else l2_norm_fla(x) for x in (q, k))
+    else:
+        options["chunk_size"] = chunk_size or math.gcd(_CHUNK, save_every or _CHUNK)
+        if normalize:
+            q, k = (None if x is None else l2_norm_fla(x) for x in (q, k))
     return IMPLEMENTATIONS[name](q, k, v, beta, log_decay, **options)
 
 

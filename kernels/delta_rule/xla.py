@@ -18,7 +18,6 @@ not depend on S is computed for all chunks of a block at once.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +27,14 @@ from refine_jax.kernels import numerics
 
 # Diagonal blocks up to this size are inverted by full masked products, larger ones blockwise.
 _INVERSE_BASE = 16
-_CHUNK = 64  # tokens, where the caller leaves the choice
 
 
 def delta_rule_xla(
     q, k, v, beta, log_decay, *, initial_state, document, scale, chunk_size, save_every
 ):
-    """`delta_rule` of api.py, for normalised q and k."""
+    """`delta_rule` of api.py; `save_every` must be a multiple of `chunk_size`."""
     batch, tokens, value_heads = beta.shape
-    chunk = min(chunk_size or math.gcd(_CHUNK, save_every or _CHUNK), _power_of_two(tokens))
+    chunk = min(chunk_size, _power_of_two(tokens))
     block = max(chunk, min(save_every or chunk, -(-tokens // chunk) * chunk))
     blocks = -(-tokens // block)
 
