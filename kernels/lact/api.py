@@ -15,6 +15,7 @@ from refine_jax.kernels.lact.xla import lact_xla
 
 IMPLEMENTATIONS = {"reference": lact_reference, "xla": lact_xla, "pallas_tpu": lact_pallas_tpu}
 _ABSENT = ("pallas_gpu",)
+_KERNEL_CHUNK = 128  # smaller chunks would be mostly padding in the TPU's kernels
 
 
 def lact(
@@ -46,12 +47,13 @@ def lact(
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
     `update_sums` and `apply_update` make it when a next token comes.
 
-    implementation: None for the best available, "xla" or "reference"; a name never falls back.
+    implementation: None for the best on this device, "pallas_tpu", "xla" or "reference"; a name
+    never falls back. Where there is no TPU, "pallas_tpu" is interpreted (slow).
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
-    name = "xla" if implementation is None else implementation
+    name = implementation or _best(q)
     if name in _ABSENT:
         raise ValueError(
             f"The LaCT op has no {name!r} kernel in this version. Use implementation=None or one "
@@ -65,6 +67,12 @@ def lact(
     return IMPLEMENTATIONS[name](
         q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry, options=options
     )
+
+
+def _best(q: jax.Array) -> str:
+    """The implementation for this device."""
+    large = q.shape[3] >= _KERNEL_CHUNK
+    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
 
 
 def _check(q, k, v, rates, momentum, weights):
