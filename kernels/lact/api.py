@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "pallas_tpu": lact_pallas_tpu,
     "pallas_gpu": lact_pallas_gpu,
 }
+_KERNEL_CHUNK = 128  # smaller chunks would be mostly padding in the TPU's kernels
 
 
 def lact(
@@ -58,8 +59,7 @@ def lact(
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
-    best = "pallas_tpu" if jax.default_backend() == "tpu" else "xla"
-    name = best if implementation is None else implementation
+    name = implementation or _best(q)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
@@ -68,6 +68,12 @@ def lact(
     return IMPLEMENTATIONS[name](
         q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry, options=options
     )
+
+
+def _best(q: jax.Array) -> str:
+    """The implementation for this device."""
+    large = q.shape[3] >= _KERNEL_CHUNK
+    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
 
 
 def _check(q, k, v, rates, momentum, weights):

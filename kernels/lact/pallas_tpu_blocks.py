@@ -19,6 +19,9 @@ LANES = 128
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    if jax.default_backend() != "tpu":
+        # As exact, and CPUs lack some products of bfloat16.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(

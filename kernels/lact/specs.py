@@ -96,7 +96,7 @@ TEST_SPECS = (
     Spec("carried", batch=2, carried=True, resets=True, row_weights=True),
     Spec("prenorm", options=Options(prenorm=True), masked=True, resets=True, carried=True),
     Spec("muon", batch=2, options=Options(muon="float32"), hidden=9),
-    Spec("fused_muon", options=Options(muon="float32", fused=True), hidden=4),
+    Spec("fused_muon", chunk=8, options=Options(muon="float32", fused=True), hidden=4),
     Spec("fused", chunk=7, options=Options(fused=True), dim=5, hidden=130, carried=True),
 )
 

@@ -10,12 +10,20 @@ from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan
 
-# The first that vector memory has room for: tokens of a grid step, tokens of the parts that its
-# elementwise work is done in, and whether all that the next chunk needs is fetched early.
-_FORWARD = ((1024, 256, True), (512, 256, True), (256, 256, True), (256, 128, True))
-_BACKWARD = ((512, 512, True), (256, 256, True), (256, 256, False), (256, 128, False))
-# Generations that differ from these.
-_BLOCKS: dict[str, dict[str, tuple]] = {}
+# For d and F up to a size: tokens of a grid step, tokens of the parts that its elementwise work is
+# done in, and whether all that the next chunk needs is fetched early. The first is taken that
+# vector memory has room for. Larger steps would be a few per cent faster by the static schedule,
+# and programs of many MiB.
+_FORWARD = {
+    512: ((1024, 256, True), (512, 256, True), (256, 128, True)),
+    1 << 30: ((512, 256, True), (256, 128, True)),
+}
+_BACKWARD = {
+    512: ((512, 512, True), (256, 256, True), (256, 256, False), (256, 128, False)),
+    1 << 30: ((256, 256, True), (256, 256, False), (256, 128, False)),
+}
+# Generations that differ.
+_BLOCKS: dict[str, tuple[dict, dict]] = {}
 _FEW_SLOTS = 3
 # What the compiler takes of the vector memory beside the arrays counted here.
 _SPARE = 1 << 20
@@ -60,9 +68,9 @@ def _vmem_estimate(plan: Plan, itemsize: int) -> int:
 
 def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
     """The plan with its block sizes; None if vector memory has no room for its weights."""
-    default = _BACKWARD if plan.reverse else _FORWARD
-    table = _BLOCKS.get(_generation(), {}).get("backward" if plan.reverse else "forward", default)
-    for block, sub, early in table:
+    table = _BLOCKS.get(_generation(), (_FORWARD, _BACKWARD))[plan.reverse]
+    size = max(plan.dim, plan.hidden)
+    for block, sub, early in next(blocks for most, blocks in table.items() if size <= most):
         block = _divisor(plan.chunk, block)
         sized = dataclasses.replace(
             plan,
