@@ -14,7 +14,28 @@ Three products of 2 N D V operations are needed, and no more are made:
    hidden states, for the gradient of the head in float32.
 
 The exponentials exist for `Blocks.span` tokens at a time; spans follow one another in a scan whose
-carry, the gradient of the head, is updated in place.
+carry, the gradients, is updated in place.
+
+Static estimates of loss and gradients for N 16384, D 2048, V 32000, bfloat16 states, float32 head,
+in ms (`experiments/tpu_kernels.py`, case ce_entropy). The floor is that of the matrix units; those
+of the HBM are 0.2 to 0.8 ms. XLA's program takes 2048 tokens at a time:
+
+    chip  floor  kernels  program  XLA
+    v4     23.4                43   37
+    v5e    32.7     34.3       38
+    v5p    14.0              16.5   24
+    v6e     7.0      8.4     10.7   20
+
+On a v6e the first kernel keeps the matrix units busy for 82 % of its time, the second one for 87 %;
+the rest of the program, 2.3 ms, is XLA's estimate of the head's cast to bfloat16 (1.0) and of two
+transpositions (1.1). On a v4, whose VMEM has 16 MiB, blocks are too small and XLA is the default.
+
+Tried on a v6e: XLA alone with blocks of 512, 2048 and 4096 tokens, 22.3, 19.7 and 19.3 ms; the
+second kernel with exponentials transposed on the way or its sum transposed at the end, 3 times and
+twice as slow (its result is therefore transposed, and XLA turns it once); turns of 256 tokens, 5 %
+slower than of 512; steps of 1024 tokens in the second kernel, 18 % slower than of 4096.
+
+It has not run on a TPU: it is tested in interpret mode and compiled ahead of time.
 """
 
 from __future__ import annotations
