@@ -221,6 +221,18 @@ def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
     return 2 * itemsize * moved + 4 * block * (2 * size + 2 * words)
 
 
+def _is_resident(size: int, span: int, itemsize: int) -> bool:
+    """Whether `_head_kernel` keeps the hidden states of a span, which every block of words reads."""
+    return size * span * itemsize < 0.35 * _vmem_bytes()
+
+
+def _head_bytes(tokens: int, words: int, size: int, span: int, itemsize: int) -> int:
+    """VMEM of a step of `_head_kernel`: two buffers of everything but resident hidden states."""
+    resident = _is_resident(size, span, itemsize)
+    hidden = itemsize * size * (span if resident else 2 * tokens)
+    return hidden + 16 * size * words + 2 * tokens * (itemsize * words + 4 * 4 * _LANES)
+
+
 def choose_blocks(
     tokens: int, size: int, vocabulary: int, dtype: jnp.dtype, span: int | None = None
 ) -> Blocks | None:
@@ -240,13 +252,19 @@ def choose_blocks(
     block = min(block, _round_up(-(-tokens // count), _LANES))
     span = _round_up(-(-tokens // count), block)
     # Long steps hide the exchange of the head's blocks between them.
-    head_tokens = next(n for n in (4 * block, 2 * block, block) if span % n == 0)
-    # Four blocks of the head's gradient are in VMEM: two that come, two that go.
-    head_words = words if 16 * size * words < 0.4 * vmem or words % 256 else 256
+    choices = [
+        (tokens, head_words)
+        for head_words in dict.fromkeys((words, 256 if words % 256 == 0 else _LANES))
+        for tokens in (4 * block, 2 * block, block)
+        if span % tokens == 0
+        and _head_bytes(tokens, head_words, size, span, itemsize) < 0.86 * vmem
+    ]
+    if not choices:
+        return None
     # A float32 product is six passes of bfloat16 ones, unrolled: short turns bound the program.
     turns = (512, 384, 256, 128) if itemsize == 2 else (128,)
     rows = next(n for n in turns if block % n == 0)
-    return Blocks(block, words, head_tokens, head_words, rows, span)
+    return Blocks(block, words, *choices[0], rows, span)
 
 
 def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
@@ -339,8 +357,7 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
     """
     size, words, tokens = h.shape[0], blocks.head_words, blocks.head_tokens
     grid = (total.shape[1] // words, blocks.span // tokens)
-    # Read again for every block of words: kept in VMEM where it leaves room for the rest.
-    if size * blocks.span * h.dtype.itemsize < 0.35 * _vmem_bytes():
+    if _is_resident(size, blocks.span, h.dtype.itemsize):
         hidden = pl.BlockSpec(
             (size, blocks.span), lambda j, i, s: (0, s[0]), pipeline_mode=pl.Buffered(1)
         )
