@@ -222,7 +222,7 @@ def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
 
 
 def _is_resident(size: int, span: int, itemsize: int) -> bool:
-    """Whether `_head_kernel` keeps the hidden states of a span, which every block of words reads."""
+    """Whether `_head_kernel` keeps a span's hidden states, which every block of words reads."""
     return size * span * itemsize < 0.35 * _vmem_bytes()
 
 
@@ -253,11 +253,11 @@ def choose_blocks(
     span = _round_up(-(-tokens // count), block)
     # Long steps hide the exchange of the head's blocks between them.
     choices = [
-        (tokens, head_words)
+        (steps * block, head_words)
         for head_words in dict.fromkeys((words, 256 if words % 256 == 0 else _LANES))
-        for tokens in (4 * block, 2 * block, block)
-        if span % tokens == 0
-        and _head_bytes(tokens, head_words, size, span, itemsize) < 0.86 * vmem
+        for steps in (4, 2, 1)
+        if span % (steps * block) == 0
+        and _head_bytes(steps * block, head_words, size, span, itemsize) < 0.86 * vmem
     ]
     if not choices:
         return None
@@ -267,19 +267,19 @@ def choose_blocks(
     return Blocks(block, words, *choices[0], rows, span)
 
 
-def unsupported(hidden: jax.Array, head: jax.Array) -> str | None:
+def unsupported(hidden: jax.Array, head: jax.Array, block_tokens: int | None = None) -> str | None:
     """Why there are no kernels for hidden [B, T, D] and head [V, D]; None if there are."""
     if hidden.dtype not in (jnp.float32, jnp.bfloat16):
         return f"hidden must be float32 or bfloat16, or use 'xla'. Got: {hidden.dtype}."
-    size, vocabulary = hidden.shape[-1], head.shape[0]
-    if choose_blocks(1, size, vocabulary, hidden.dtype) is None:
+    (batch, length, size), vocabulary = hidden.shape, head.shape[0]
+    if choose_blocks(batch * length, size, vocabulary, hidden.dtype, block_tokens) is None:
         return f"a block of width D does not fit the VMEM, use 'xla'. Got: D={size}."
     return None
 
 
-def is_faster(hidden: jax.Array, head: jax.Array) -> bool:
+def is_faster(hidden: jax.Array, head: jax.Array, block_tokens: int | None = None) -> bool:
     """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
-    return unsupported(hidden, head) is None and _vmem_bytes() >= 32 * 2**20
+    return unsupported(hidden, head, block_tokens) is None and _vmem_bytes() >= 32 * 2**20
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
