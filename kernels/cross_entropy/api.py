@@ -47,13 +47,14 @@ def next_token_loss(
     _check(hidden, head, targets, weights)
     if implementation is None:
         on_tpu = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
-        implementation = "pallas_tpu" if on_tpu and is_faster(hidden, head) else "xla"
+        best = on_tpu and is_faster(hidden, head, block_tokens)
+        implementation = "pallas_tpu" if best else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
-    if implementation == "pallas_tpu" and (reason := unsupported(hidden, head)):
+    if implementation == "pallas_tpu" and (reason := unsupported(hidden, head, block_tokens)):
         raise ValueError(f"next_token_loss has no 'pallas_tpu' form for this call: {reason}")
     return IMPLEMENTATIONS[implementation](hidden, head, targets, weights, block_tokens)
 
