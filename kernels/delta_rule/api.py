@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
+from refine_jax.kernels import triton
+from refine_jax.kernels.delta_rule import pallas_gpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
 
 IMPLEMENTATIONS = {
     "reference": delta_rule_reference,
     "xla": delta_rule_xla,
-    "pallas_gpu": delta_rule_pallas_gpu,
+    "pallas_gpu": pallas_gpu.delta_rule_pallas_gpu,
 }
 
 _NOT_YET = ("pallas_tpu",)
@@ -51,7 +52,8 @@ def delta_rule(
       chunk_size: tokens handled by one set of matrix products, a power of two.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
         None keeps none.
-      implementation: "reference", "xla" or None for the best one; a named one never falls back.
+      implementation: "reference", "xla", "pallas_gpu" or None for the best one; a named one never
+        falls back.
 
     Returns:
       out [B, T, Hv, V] in the dtype of v, the final state [B, Hv, K, V] float32, and the saved
@@ -75,10 +77,14 @@ def delta_rule(
             f"Got: implementation={implementation!r}."
         )
     _check(q, k, v, beta, log_decay, initial_state, document, chunk_size, save_every)
+    if implementation is None:
+        reason = pallas_gpu.unsupported(k, v, chunk_size, save_every)
+        is_gpu = reason is None and triton.device_is_supported()
+        implementation = "pallas_gpu" if is_gpu else "xla"
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         initial_state = jnp.zeros(shape, jnp.float32)
-    return IMPLEMENTATIONS[implementation or "xla"](
+    return IMPLEMENTATIONS[implementation](
         q,
         k,
         v,

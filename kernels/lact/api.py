@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax
-from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
+from refine_jax.kernels import triton
+from refine_jax.kernels.lact import pallas_gpu
 from refine_jax.kernels.lact.reference import (
     PLAIN,
     FastState,
@@ -16,7 +17,7 @@ from refine_jax.kernels.lact.xla import lact_xla
 IMPLEMENTATIONS = {
     "reference": lact_reference,
     "xla": lact_xla,
-    "pallas_gpu": lact_pallas_gpu,
+    "pallas_gpu": pallas_gpu.lact_pallas_gpu,
 }
 _ABSENT = ("pallas_tpu",)
 
@@ -50,12 +51,16 @@ def lact(
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
     `update_sums` and `apply_update` make it when a next token comes.
 
-    implementation: None for the best available, "xla" or "reference"; a name never falls back.
+    implementation: None for the best available, "pallas_gpu", "xla" or "reference"; a name never
+    falls back.
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
-    name = "xla" if implementation is None else implementation
+    name = implementation
+    if name is None:
+        is_gpu = pallas_gpu.unsupported(q) is None and triton.device_is_supported()
+        name = "pallas_gpu" if is_gpu else "xla"
     if name in _ABSENT:
         raise ValueError(
             f"The LaCT op has no {name!r} kernel in this version. Use implementation=None or one "
