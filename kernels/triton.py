@@ -1,4 +1,8 @@
-"""What the GPU kernels (Pallas, Triton backend) of both ops share."""
+"""What the GPU kernels (Pallas, Triton backend) of both ops share.
+
+jax 0.12 calls this backend deprecated, in favour of Mosaic GPU (Hopper and later only). It is used
+here because it serves Ampere as well; both jax 0.10.2 and 0.12.0 compile these kernels.
+"""
 
 from __future__ import annotations
 

@@ -18,6 +18,9 @@ from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
 
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
 SPECS = {spec.name: spec for spec in TEST_SPECS}
+# Between chunks pallas_gpu is the xla implementation: its tests are those of what it does inside.
+WHOLE_IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "pallas_gpu"]
+NOT_ON_GPU = ("carried", "prenorm", "muon", "fused", "fused_muon")
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +68,15 @@ def value_and_gradients(arguments, keywords, implementation):
     return both(cotangents, *inputs)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        (name, implementation)
+        for implementation in IMPLEMENTATIONS
+        for name in SPECS
+        if implementation != "pallas_gpu" or name not in NOT_ON_GPU
+    ],
+)
 def test_matches_the_specification(name, implementation):
     arguments, keywords = SPECS[name].arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
@@ -189,7 +199,7 @@ def test_golden_newton_schulz():
             assert error.max() <= 2**-7 and np.mean(error > 1e-6) < 0.02, name
 
 
-@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WHOLE_IMPLEMENTATIONS)
 def test_golden_op(implementation):
     golden = goldens.load_arrays("ops", "lact_ttt.npz")
     chunk = int(golden["chunk_size"])

@@ -50,7 +50,9 @@ class _Plan(NamedTuple):
     scale: float
 
 
-def unsupported(k: jax.Array, v: jax.Array, chunk_size: int, save_every: int | None) -> str | None:
+def unsupported(
+    k: jax.Array, v: jax.Array, chunk_size: int | None, save_every: int | None
+) -> str | None:
     """Why these arguments of `delta_rule` have no kernel here, or None."""
     if v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"v must be float32 or bfloat16. Got: {v.dtype}."
@@ -67,9 +69,9 @@ def unsupported(k: jax.Array, v: jax.Array, chunk_size: int, save_every: int | N
     return None
 
 
-def _chunk_of(chunk_size: int, tokens: int) -> int:
+def _chunk_of(chunk_size: int | None, tokens: int) -> int:
     """Tokens of a chunk: 16 to 64, as matrix units want it; the result does not depend on it."""
-    return min(max(chunk_size, 16), _CHUNK, triton.rounded_size(tokens, _CHUNK))
+    return min(max(chunk_size or _CHUNK, 16), _CHUNK, triton.rounded_size(tokens, _CHUNK))
 
 
 def delta_rule_pallas_gpu(
