@@ -63,8 +63,8 @@ def delta_rule(
         the implementation.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
         None keeps none.
-      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on this
-        device: its kernels where they take the shapes, else XLA. A named one never falls back.
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on
+        this device: its kernels where they take the shapes, else XLA. A named one never falls back.
         Where their device is absent, kernels are interpreted (slow).
 
     Returns:

@@ -53,8 +53,8 @@ def lact(
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
     `update_sums` and `apply_update` make it when a next token comes.
 
-    implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on this
-        device: its kernels where they take the shapes, else XLA. A named one never falls back.
+    implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on
+        this device: its kernels where they take the shapes, else XLA. A named one never falls back.
         Where their device is absent, kernels are interpreted (slow).
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
