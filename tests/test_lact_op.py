@@ -93,8 +93,7 @@ def test_bfloat16_operands(implementation):
 def test_blocks_of_tokens_and_little_memory(monkeypatch):
     """Several blocks a chunk, weights fetched late and by few rows: as with room, and no race."""
     blocks = {256: ((128, 128, False),)}
-    monkeypatch.setattr(tuning, "_FORWARD", blocks)
-    monkeypatch.setattr(tuning, "_BACKWARD", blocks)
+    monkeypatch.setattr(tuning, "_FLOAT32", blocks)
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(pallas_tpu, "interpret_mode", lambda: params)
