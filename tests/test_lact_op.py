@@ -85,8 +85,10 @@ def test_matches_the_specification(name, implementation):
     assert_close(got, expected, 1e-4 if SPECS[name].options.muon else 1e-5)
 
 
-def assert_bfloat16_close(spec, implementation):
-    """Operands and results of tokens in bfloat16, within its bounds of the specification."""
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_operands(implementation):
+    heads = 1 if implementation == "pallas_tpu" else 2
+    spec = Spec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
     arguments, keywords = spec.arguments("bfloat16")
     exact = tuple(x.astype(jnp.float32) for x in arguments[:3])
     expected = value_and_gradients((*exact, *arguments[3:]), keywords, "reference")
@@ -98,22 +100,17 @@ def assert_bfloat16_close(spec, implementation):
     assert_close(got[1], expected[1], 0.008)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_operands(implementation):
-    heads = 1 if implementation == "pallas_tpu" else 2
-    assert_bfloat16_close(Spec("", 4, 1, heads, chunk=32, dim=16, hidden=16), implementation)
-
-
 def test_blocks_of_tokens_and_little_memory(monkeypatch):
     """Several blocks a chunk, weights fetched late and by few rows: as with room, and no race."""
     blocks = {256: ((128, 128, False),)}
-    monkeypatch.setattr(tuning, "_FORWARD", blocks)
-    monkeypatch.setattr(tuning, "_BACKWARD", blocks)
+    monkeypatch.setattr(tuning, "_FLOAT32", blocks)
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(pallas_tpu, "interpret_mode", lambda: params)
-    spec = Spec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True, rate=0.01)
-    assert_bfloat16_close(spec, "pallas_tpu")
+    spec = Spec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
+    arguments, keywords = spec.arguments()
+    expected = value_and_gradients(arguments, keywords, "reference")
+    assert_close(value_and_gradients(arguments, keywords, "pallas_tpu"), expected, 1e-5)
     races = interpret_pallas_call.races
     assert races is None or not races.races_found
 

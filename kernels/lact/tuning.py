@@ -1,4 +1,7 @@
-"""Block sizes of the LaCT op's Pallas TPU kernels, by TPU generation and vector memory."""
+"""Block sizes of the LaCT op's Pallas TPU kernels.
+
+The same order of preference served all generations; they differ in their vector memory.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,11 @@ _BACKWARD = {
     512: ((512, 512, True), (256, 256, True), (256, 256, False), (256, 128, False)),
     1 << 30: ((256, 256, True), (256, 256, False), (256, 128, False)),
 }
-# Generations that differ.
-_BLOCKS: dict[str, tuple[dict, dict]] = {}
+# A float32 product is six of bfloat16 in the program too.
+_FLOAT32 = {1 << 30: ((256, 128, True), (128, 128, False))}
 _FEW_SLOTS = 3
 # What the compiler takes of the vector memory beside the arrays counted here.
 _SPARE = 1 << 20
-
-
-def _generation() -> str | None:
-    """Name of the TPU generation that is compiled for, e.g. "TPU_V6E"; None without a TPU."""
-    if jax.default_backend() != "tpu":
-        return None
-    return pltpu.get_tpu_info().chip_version.name
 
 
 def _vmem_bytes() -> int:
@@ -68,7 +64,9 @@ def _vmem_estimate(plan: Plan, itemsize: int) -> int:
 
 def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
     """The plan with its block sizes; None if vector memory has no room for its weights."""
-    table = _BLOCKS.get(_generation(), (_FORWARD, _BACKWARD))[plan.reverse]
+    table = _BACKWARD if plan.reverse else _FORWARD
+    if dtype == jnp.float32:
+        table = _FLOAT32
     size = max(plan.dim, plan.hidden)
     for block, sub, early in next(blocks for most, blocks in table.items() if size <= most):
         block = _divisor(plan.chunk, block)
