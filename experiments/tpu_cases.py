@@ -12,7 +12,6 @@ Arguments have the shapes in which the projections of a layer hand them over: [B
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -94,17 +93,14 @@ def _forward_and_backward(name, shape, forward, args, flops, kernel=PALLAS) -> t
 def _delta_cases(name, tokens, heads=16, size=128, gated=False) -> tuple[Case, Case]:
     """The delta rule of DeltaNet-1.3B: one row of T tokens, bfloat16.
 
-    With a norm of keys and queries in the op where it has one (`normalize`), else without.
+    The norms of keys and queries are part of the op.
     """
     spec = DeltaSpec(name, tokens, 1, heads, heads, size, size, chunk_size=64, gated=gated)
-    options = {"chunk_size": spec.chunk_size}
-    if "normalize" in inspect.signature(delta_rule).parameters:
-        options["normalize"] = True
 
     def forward(implementation):
         def run(q, k, v, *rates):
             q, k, v = (x.reshape(1, tokens, heads, size) for x in (q, k, v))
-            out, _, _ = delta_rule(q, k, v, *rates, **options, implementation=implementation)
+            out, _, _ = delta_rule(q, k, v, *rates, normalize=True, implementation=implementation)
             return out.reshape(1, tokens, heads * size)
 
         return run

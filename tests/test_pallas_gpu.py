@@ -98,7 +98,7 @@ def test_delta_rule_of_several_blocks():
 
 
 def test_lact_of_several_blocks(monkeypatch):
-    spec = test_lact_op.Spec(chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True)
+    spec = test_lact_op.Spec("blocks", chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True)
     monkeypatch.setitem(test_lact_op.SPECS, "blocks", spec)
     test_lact_op.test_matches_the_specification("blocks", "pallas_gpu")
 
@@ -113,7 +113,7 @@ def test_unsupported_arguments_are_named():
         call(**arrays | {"v": arrays["v"].astype(jnp.float16)})
     with pytest.raises(ValueError, match=r"multiple of 16. Got: save_every=8"):
         call(**arrays, chunk_size=8, save_every=8)
-    (q, *rest), _ = test_lact_op.make_arguments(test_lact_op.SPECS["one_chunk"])
+    (q, *rest), _ = test_lact_op.SPECS["one_chunk"].arguments()
     with pytest.raises(ValueError, match=r"float32 or bfloat16. Got: float16"):
         lact(q.astype(jnp.float16), *rest, implementation="pallas_gpu")
 
@@ -130,7 +130,7 @@ def test_the_default_on_a_gpu(monkeypatch):
     arrays, _ = specs.TEST_SPECS[0].arguments()
     delta_rule(**arrays)
     delta_rule(**arrays, chunk_size=8, save_every=8)
-    arguments, _ = test_lact_op.make_arguments(test_lact_op.SPECS["one_chunk"])
+    arguments, _ = test_lact_op.SPECS["one_chunk"].arguments()
     lact(*arguments)
     assert taken == ["pallas_gpu", "xla", "pallas_gpu"]
 

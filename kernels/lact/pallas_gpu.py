@@ -33,7 +33,7 @@ from refine_jax.kernels.lact.xla import lact_by_parts
 from refine_jax.kernels.numerics import einsum
 
 _BLOCK = 64  # tokens, columns of F and of d in one product
-_FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers; of more, half as many columns of F
+_FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers
 
 
 def unsupported(q: jax.Array) -> str | None:
@@ -252,8 +252,10 @@ def _fused(
     count = math.prod(lead)
     sizes = [triton.rounded_size(n, _BLOCK) for n in (size, dim, hidden)]
     block, dim_block, hidden_block = (min(n, _BLOCK) for n in sizes)
-    if len(products) > _FEW_PRODUCTS:
+    if len(products) > _FEW_PRODUCTS or some.dtype == jnp.float32:
         hidden_block = max(16, hidden_block // 2)
+    if some.dtype == jnp.float32:
+        dim_block = max(16, dim_block // 2)
     hidden_blocks = sizes[2] // hidden_block
 
     def flat(x, rows, columns, dtype=some.dtype):
