@@ -1,4 +1,25 @@
-"""The delta rule on TPU: plans, padding and the derivative around the Pallas kernels."""
+"""The delta rule on TPU: plans, padding and the derivative around the Pallas kernels.
+
+Tested in interpret mode and compiled ahead of time (libtpu 0.0.42 and 0.0.52) for every generation
+below; none of it has run on a TPU. Static estimates of the kernels alone, in milliseconds, for 8192
+tokens of 16 heads 128 x 128 in bfloat16, ungated, without the fused norm:
+
+               v4    v5e    v5p    v6e     7x
+    forward   0.45  0.59   0.26   0.35   0.29
+    backward  0.43  0.48   0.21   0.38   0.30
+
+On v6e the matrix units need 0.033 ms for the products of the forward pass (2 m n k a product, the
+inverse not counted) and the HBM 0.10 ms forward and 0.25 ms backward. What bounds the schedule now:
+the inverses. 15 of the 20 products of a chunk and head are theirs, each fills half of a 256-wide
+unit, and the intermediate results of 8 heads go through VMEM. The backward kernel has no inverse
+and waits 24 % of its time for transpositions and sums over lanes.
+
+Tried, forward on v6e: a loop over 4 heads in the program's order 0.86 ms; heads as a batch axis of
+every operation, so that one head's product covers the latency of the others', 0.66; 8 heads 0.38;
+operands that meet the same matrix stacked 0.35. Backward, 4 heads: transposed products in the walk
+0.81; matrices that lead with the writing token, and the inverse stored transposed, 0.39; 8 heads
+0.38.
+"""
 
 from __future__ import annotations
 
