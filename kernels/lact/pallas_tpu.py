@@ -8,7 +8,7 @@ Floors at the published size (d = F = 384, 4 heads, 16384 tokens, chunks of 2048
 matrix units 0.17 ms forward, 0.62 ms forward + backward (66 and 235 products of 2.4 GFLOP over all
 heads: 9 a chunk, 8 + 15 in its backward; the last chunk has no update); HBM 0.19 and 0.48 ms, of
 which a third is states in float32. Static estimates of the whole program, forward and forward +
-backward: v6e 0.38 and 1.26 ms, v5e 0.94 and 3.38; with d = F = 768 on v5p 5.6 (floor 4.9). They count
+backward: v6e 0.38 and 1.26 ms, v5e 0.94 and 3.38; d = F = 768 on v5p 5.6 (floor 4.9). They count
 a transpose as libtpu's own static profile does.
 
 What bounds it now: on v5e and v5p the matrix units (87 to 91 % busy); on v6e too, where 384 fills
