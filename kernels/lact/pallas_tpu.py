@@ -4,20 +4,20 @@ Without Muon and with one rate a token, a forward and a backward kernel walk ove
 keep the weights in vector memory (pallas_tpu_forward.py, pallas_tpu_backward.py). Everything else,
 and weights too large for that (v4), runs in parts (pallas_tpu_parts.py).
 
-Floors at the published size (d = F = 384, 4 heads, 16384 tokens, chunks of 2048, bfloat16). Of the
-66 head-products of the forward and 235 of forward + backward (9 a chunk, 8 + 15 backward; the last
-chunk has no update), 2.4 GFLOP each, on v6e: matrix units 0.17 and 0.62 ms, HBM 0.20 and 0.48 ms
-(half of it the states, float32). Static estimates, forward; forward + backward, in ms, program with
-XLA's part: v6e 0.37; 1.26, v5e 0.94; 3.38, and d = F = 768 on v5p 5.6 (floor 4.9). These count
-transposes as libtpu's own static profile does.
+Floors at the published size (d = F = 384, 4 heads, 16384 tokens, chunks of 2048, bfloat16) on v6e:
+matrix units 0.17 ms forward, 0.62 ms forward + backward (66 and 235 products of 2.4 GFLOP over all
+heads: 9 a chunk, 8 + 15 in its backward; the last chunk has no update); HBM 0.19 and 0.48 ms, of
+which a third is states in float32. Static estimates of the whole program, forward and forward +
+backward: v6e 0.38 and 1.26 ms, v5e 0.94 and 3.38; d = F = 768 on v5p 5.6 (floor 4.9). They count
+a transpose as libtpu's own static profile does.
 
 What bounds it now: on v5e and v5p the matrix units (87 to 91 % busy); on v6e too, where 384 fills
 1.5 of its 256 columns: 36 % more cycles go into them than the floor has. Then the ends of chunks
 (5 to 15 %), of which the forward hides half behind the last reads.
 
-Tried, by static schedules: tokens along sublanes in the update (twice as slow on v6e: every sum
-needs a transposed operand); the reads feature-major (40 % slower: transposed outputs); steps of
-half the tokens (8 % slower).
+Tried, by static schedules on v6e: tokens along sublanes in the update (22 % slower: every sum needs
+a transposed operand); reads feature-major (5 % slower: transposed outputs); steps of half the
+tokens (6 % slower).
 """
 
 from __future__ import annotations
