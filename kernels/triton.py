@@ -14,20 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Tensor cores for bfloat16 and TF32, which the products are written for, begin with Ampere.
-_MIN_CAPABILITY = 8.0
-
-
-def device_is_supported() -> bool:
-    """Whether the default device is an NVIDIA GPU of the Ampere generation or later."""
-    if jax.default_backend() != "gpu":
-        return False
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
-    try:
-        return float(capability) >= _MIN_CAPABILITY
-    except ValueError:  # ROCm names its architectures
-        return False
-
 
 def is_interpreted() -> bool:
     """Whether kernels run in interpret mode: on CPUs, for tests."""

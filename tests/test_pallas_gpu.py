@@ -8,11 +8,8 @@ import pytest
 import test_delta_rule
 import test_lact_op
 from jax.sharding import AbstractDevice, AbstractMesh
-from refine_jax.kernels import triton
-from refine_jax.kernels.delta_rule import api as delta_api
 from refine_jax.kernels.delta_rule import delta_rule, specs
 from refine_jax.kernels.lact import Weights, lact
-from refine_jax.kernels.lact import api as lact_api
 
 
 def gradients_of(function, *arrays):
@@ -116,29 +113,3 @@ def test_unsupported_arguments_are_named():
     (q, *rest), _ = test_lact_op.SPECS["one_chunk"].arguments()
     with pytest.raises(ValueError, match=r"float32 or bfloat16. Got: float16"):
         lact(q.astype(jnp.float16), *rest, implementation="pallas_gpu")
-
-
-def test_the_default_on_a_gpu(monkeypatch):
-    """None takes the kernels where they run, and XLA for shapes they refuse."""
-    monkeypatch.setattr(triton, "device_is_supported", lambda: True)
-    taken = []
-    for api in (delta_api, lact_api):
-        for name in ("pallas_gpu", "xla"):
-            monkeypatch.setitem(
-                api.IMPLEMENTATIONS, name, lambda *_, name=name, **__: taken.append(name)
-            )
-    arrays, _ = specs.TEST_SPECS[0].arguments()
-    delta_rule(**arrays)
-    delta_rule(**arrays, chunk_size=8, save_every=8)
-    arguments, _ = test_lact_op.SPECS["one_chunk"].arguments()
-    lact(*arguments)
-    assert taken == ["pallas_gpu", "xla", "pallas_gpu"]
-
-
-@pytest.mark.parametrize(
-    ("capability", "supported"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
-)
-def test_devices_with_bfloat16_tensor_cores(gpu, monkeypatch, capability, supported):
-    device = type("Device", (), {"compute_capability": capability})
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert triton.device_is_supported() is supported

@@ -6,8 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from refine_jax.kernels import triton
-from refine_jax.kernels.delta_rule import pallas_gpu
+from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
@@ -18,7 +17,7 @@ IMPLEMENTATIONS = {
     "reference": delta_rule_reference,
     "xla": delta_rule_xla,
     "pallas_tpu": delta_rule_pallas_tpu,
-    "pallas_gpu": pallas_gpu.delta_rule_pallas_gpu,
+    "pallas_gpu": delta_rule_pallas_gpu,
 }
 STEP_IMPLEMENTATIONS = {"xla": delta_step_xla, "pallas_tpu": delta_step_pallas_tpu}
 
@@ -63,9 +62,9 @@ def delta_rule(
         the implementation.
       save_every: keep the state before every block of so many tokens (a multiple of chunk_size);
         None keeps none.
-      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on
-        this device: its kernels where they take the shapes, else XLA. A named one never falls back.
-        Where their device is absent, kernels are interpreted (slow).
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one: the
+        TPU kernels on TPU, else XLA (the GPU kernels have not run on a GPU yet). A named one never
+        falls back. Where their device is absent, kernels are interpreted (slow).
 
     Returns:
       out [B, T, Hv, V] in the dtype of v, the final state [B, Hv, K, V] float32, and the saved
@@ -87,7 +86,7 @@ def delta_rule(
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         initial_state = jnp.zeros(shape, jnp.float32)
-    name = implementation or _best(k, v, chunk_size, save_every)
+    name = implementation or _best(v, chunk_size, save_every)
     if name != "pallas_tpu":
         chunk_size = chunk_size or math.gcd(_CHUNK, save_every or _CHUNK)
     options = {
@@ -104,14 +103,11 @@ def delta_rule(
     return IMPLEMENTATIONS[name](q, k, v, beta, log_decay, **options)
 
 
-def _best(k, v, chunk_size: int | None, save_every: int | None) -> str:
-    """The implementation for this device."""
+def _best(v: jax.Array, chunk_size: int | None, save_every: int | None) -> str:
+    """The implementation for this device; not the GPU kernels before they have run on a GPU."""
     sizes = [size for size in (v.shape[1], chunk_size, save_every) if size is not None]
-    if jax.default_backend() == "tpu" and min(sizes) >= _KERNEL_TOKENS:
-        return "pallas_tpu"
-    if triton.device_is_supported() and not pallas_gpu.unsupported(k, v, chunk_size, save_every):
-        return "pallas_gpu"
-    return "xla"
+    large = min(sizes) >= _KERNEL_TOKENS
+    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
 
 
 def delta_step(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import jax
-from refine_jax.kernels import triton
-from refine_jax.kernels.lact import pallas_gpu
+from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.pallas_tpu import lact_pallas_tpu
 from refine_jax.kernels.lact.reference import (
     PLAIN,
@@ -19,7 +18,7 @@ IMPLEMENTATIONS = {
     "reference": lact_reference,
     "xla": lact_xla,
     "pallas_tpu": lact_pallas_tpu,
-    "pallas_gpu": pallas_gpu.lact_pallas_gpu,
+    "pallas_gpu": lact_pallas_gpu,
 }
 _KERNEL_CHUNK = 128  # smaller chunks would be mostly padding in the TPU's kernels
 
@@ -53,9 +52,9 @@ def lact(
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
     `update_sums` and `apply_update` make it when a next token comes.
 
-    implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one on
-        this device: its kernels where they take the shapes, else XLA. A named one never falls back.
-        Where their device is absent, kernels are interpreted (slow).
+    implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one: the
+        TPU kernels on TPU, else XLA (the GPU kernels have not run on a GPU yet). A named one never
+        falls back. Where their device is absent, kernels are interpreted (slow).
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
@@ -72,12 +71,9 @@ def lact(
 
 
 def _best(q: jax.Array) -> str:
-    """The implementation for this device."""
-    if jax.default_backend() == "tpu" and q.shape[3] >= _KERNEL_CHUNK:
-        return "pallas_tpu"
-    if triton.device_is_supported() and not pallas_gpu.unsupported(q):
-        return "pallas_gpu"
-    return "xla"
+    """The implementation for this device; not the GPU kernels before they have run on a GPU."""
+    large = q.shape[3] >= _KERNEL_CHUNK
+    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
 
 
 def _check(q, k, v, rates, momentum, weights):
