@@ -21,7 +21,7 @@ products each; sums of logarithms of decays are products of masks with three bfl
 
 Tested in interpret mode and compiled ahead of time for H100 and A100; none of it has run on a GPU.
 Block sizes come from the compiler's register counts, not from timings: with bfloat16 operands,
-K = V = 128 and decays at most 56 bytes a thread spill on H100; on A100 _prepare spills 0.8 kB a thread,
+K = V = 128 and decays at most 56 bytes a thread spill on H100; on A100 _prepare spills 0.8 kB,
 _inside and _outside 0.1 kB or less.
 """
 
