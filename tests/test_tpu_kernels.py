@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
+import tpu_compiler
 import tpu_kernels
 from tpu_cases import CASES
 
@@ -84,7 +85,7 @@ def test_a_tool_that_writes_nothing_is_reported(monkeypatch, capsys, stubs, tmp_
 
 def test_no_estimate_is_not_taken_for_one():
     report = {"calls": [], "xla_cycles": 2**64 - 1, "unknown_trips": 0}
-    found = tpu_kernels.read_estimate(report, tpu_kernels.CHIPS["tpu7x:1x1x1"])
+    found = tpu_compiler.read_estimate(report, tpu_compiler.CHIPS["tpu7x:1x1x1"])
     assert found["ms"] is None
     assert found["notes"] == ["XLA gives no estimate of its own part"]
 
@@ -93,14 +94,14 @@ def test_flags(capsys, tmp_path):
     flags = tpu_kernels.parse(["--libtpu", str(tmp_path / "absent.so")])
     assert flags.cases is None
     with pytest.raises(ValueError, match=r"must name a libtpu.so. Got: .*absent.so"):
-        tpu_kernels.find_compiler(flags)
+        tpu_compiler.find_compiler(flags)
     with pytest.raises(SystemExit):
         tpu_kernels.parse(["--cases", "no_such_case"])
     assert "no_such_case" in capsys.readouterr().err
 
 
 def floors(name, topology):
-    return tpu_kernels.floors(CASES[name], tpu_kernels.CHIPS[topology])
+    return tpu_kernels.floors(CASES[name], tpu_compiler.CHIPS[topology])
 
 
 def test_floors_by_hand():
@@ -128,8 +129,8 @@ def test_floors_by_hand():
 
 def test_an_exception_is_shown_by_its_own_line():
     error = "Traceback\n  File x\njax.errors.JaxRuntimeError: E1001: too\nlarge\n----\nmore"
-    assert tpu_kernels.last_line(error) == "jax.errors.JaxRuntimeError: E1001: too"
-    assert tpu_kernels.last_line("a\nb") == "a b"
+    assert tpu_compiler.last_line(error) == "jax.errors.JaxRuntimeError: E1001: too"
+    assert tpu_compiler.last_line("a\nb") == "a b"
 
 
 @pytest.mark.skipif(

@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
 from refine_jax.kernels.delta_rule.pallas_tpu_forward import Plan
 from refine_jax.kernels.delta_rule.pallas_tpu_math import scalar_fields
-from refine_jax.kernels.delta_rule.tuning import block_sizes
 
 _LANES = 128
 _MIN_CHUNK = 16  # whole sublane tiles in bfloat16
@@ -115,7 +115,7 @@ def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
 def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> Plan:
     """How to cut a call into programs."""
     key_dim, value_dim = widths
-    heads, chunk, chunks = block_sizes(*widths)
+    heads, chunk, chunks = tpu.blocks("delta_rule", widths)
     interpret = jax.default_backend() != "tpu"  # small programs then, as nothing has to fill lanes
     if chunk_size is not None:
         chunk = chunk_size

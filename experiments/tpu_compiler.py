@@ -1,0 +1,168 @@
+"""The TPU compiler where there is no TPU, and a tool that reads its schedules."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+import jax
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+TOOL = ROOT.parent / "shared" / "tools" / "tpu_static.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device of a TPU generation can do, by the published figures.
+
+    flops: bfloat16 operations a second. bandwidth: of the HBM, bytes a second. clock: Hz.
+    """
+
+    flops: float
+    bandwidth: float
+    clock: float
+
+
+# A v4 or v5p chip is one device of two cores, a 7x chip is two devices.
+CHIPS = {
+    "v4:1x1x1": Chip(275e12, 1228e9, 1.05e9),
+    "v5e:1x1": Chip(197e12, 819e9, 1.5e9),
+    "v5p:1x1x1": Chip(459e12, 2765e9, 1.75e9),
+    "v6e:1x1": Chip(918e12, 1640e9, 1.75e9),
+    "tpu7x:1x1x1": Chip(1153e12, 3690e9, 2.2e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """How to compile: the Python that has jax and the project, libtpu if not its own, the tool."""
+
+    python: str
+    libtpu: str | None
+    tool: Path | None
+    timeout: float
+
+    def _run(self, command: list[str], out: Path) -> dict:
+        """Run a command that writes JSON to `out`; {"error": why} if it does not."""
+        environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
+        if self.libtpu is not None:
+            environment["TPU_LIBRARY_PATH"] = self.libtpu
+        try:
+            done = subprocess.run(
+                [self.python, *command],
+                cwd=HERE,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=self.timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"no result after {self.timeout:.0f} s"}
+        if not out.exists():
+            return {"error": f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}"}
+        return json.loads(out.read_text(encoding="utf-8"))
+
+    def compile(self, name: str, implementation: str, topology: str) -> dict:
+        """{"vmem_bytes": ...} or {"error": ...}."""
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "report.json"
+            script = str(HERE / "tpu_compile.py")
+            return self._run([script, name, implementation, topology, str(out)], out)
+
+    def estimate(self, case: str, settings: dict[str, str], topology: str) -> dict:
+        """{"ms": ..., "kernels_ms": ..., "vmem_bytes": ..., "notes": [...]} or {"error": ...}.
+
+        case: "module:function" in this folder; settings: the arguments of the function.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "report.json"
+            command = [str(self.tool), case, "--topology", topology]
+            for name, value in settings.items():
+                command += ["--set", f"{name}={value}"]
+            command += ["--timeout", str(self.timeout), "--json", str(out)]
+            return read_estimate(self._run(command, out), CHIPS[topology])
+
+
+# Libtpu says the largest number there is where it has no estimate, as for some programs on a 7x.
+_NO_ESTIMATE = 1e15
+
+
+def read_estimate(tool_report: dict, chip: Chip) -> dict:
+    """What `Compiler.estimate` returns, of the tool's JSON."""
+    if "error" in tool_report:
+        message = tool_report.get("message", "").strip()
+        return {"error": f"{tool_report['error']}: {message}" if message else tool_report["error"]}
+    calls, notes = tool_report["calls"], []
+    if any("cycles" not in call for call in calls):
+        notes += ["a kernel without a schedule is left out"]
+    if not all(call.get("complete", True) for call in calls):
+        notes += ["a kernel was replayed in part"]
+    if tool_report["unknown_trips"]:
+        notes += [f"{tool_report['unknown_trips']} loops of unknown length counted once"]
+    kernels, around = sum(x["runs"] * x.get("cycles", 0) for x in calls), tool_report["xla_cycles"]
+    vmem = max((call["vmem"] for call in calls), default=0)
+    result = {"kernels_ms": 1e3 * kernels / chip.clock, "vmem_bytes": vmem, "notes": notes}
+    if around > _NO_ESTIMATE:
+        notes += ["XLA gives no estimate of its own part"]
+        return result | {"ms": None}
+    return result | {"ms": 1e3 * (kernels + around) / chip.clock}
+
+
+def last_line(error: str) -> str:
+    """The line of a traceback that names the exception, or as much of the text as fits."""
+    lines = [x for x in error.splitlines() if re.match(r"[\w.]*(Error|Exception)\b.*: ", x)]
+    return " ".join((lines[-1] if lines else error).split())[:300]
+
+
+def add_compiler_flags(flags: argparse.ArgumentParser) -> None:
+    """The flags that `find_compiler` reads."""
+    add = flags.add_argument
+    add("--tool", type=Path, default=TOOL, metavar="PATH", help="default: %(default)s")
+    add(
+        "--make_env", type=Path, metavar="FOLDER", help="make an environment with libtpu and use it"
+    )
+    add("--libtpu", metavar="PATH", help="a libtpu.so; default: TPU_LIBRARY_PATH")
+    add("--timeout", type=float, default=1200, metavar="S", help="for one program")
+
+
+def make_environment(folder: Path) -> str:
+    """An environment with this jax, its libtpu and this project in `folder`; its Python."""
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    wanted = [f"jax[tpu]=={jax.__version__}", "-e", str(ROOT)]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return str(python)
+
+
+def find_compiler(flags: argparse.Namespace) -> Compiler:
+    """The compiler that the flags ask for.
+
+    Raises ValueError where there is no libtpu.
+    """
+    tool = flags.tool.expanduser().resolve()
+    if not tool.is_file():
+        tool = None
+    libtpu = flags.libtpu or os.environ.get("TPU_LIBRARY_PATH")
+    python = sys.executable
+    if flags.make_env is not None:
+        python, libtpu = make_environment(flags.make_env.expanduser().resolve()), None
+    elif libtpu is not None:
+        libtpu = str(Path(libtpu).expanduser().resolve())
+        if not Path(libtpu).is_file():
+            raise ValueError(f"--libtpu must name a libtpu.so. Got: {libtpu}.")
+    elif importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "There is no libtpu here. Give --make_env FOLDER to have an environment with it made, "
+            "or --libtpu PATH/libtpu.so."
+        )
+    return Compiler(python, libtpu, tool, flags.timeout)

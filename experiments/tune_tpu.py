@@ -1,0 +1,152 @@
+"""Block sizes of the TPU kernels, searched by static schedule. Needs no TPU.
+
+    python experiments/tune_tpu.py --topology all --make_env ~/tpu-env
+
+Compiles every candidate of every op and shape for the chips of --topology (as tpu_kernels.py does;
+the flags are the same) and writes the fastest into kernels/tpu_table.py, which the kernels read.
+A candidate counts with the time inside its kernels, forward and backward. Candidates that do not
+compile, for want of vector memory most often, are left out; --topology and --ops search a part,
+and the rest of the table stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pprint
+import sys
+from collections.abc import Callable
+
+# As early as this: where libtpu is installed, jax looks for a TPU when it starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from refine_jax.kernels import tpu, tpu_table
+from refine_jax.kernels.delta_rule import delta_rule
+from tpu_compiler import CHIPS, ROOT, Compiler, add_compiler_flags, find_compiler, last_line
+
+TABLE = ROOT / "kernels" / "tpu_table.py"
+Sizes = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What to try for one op.
+
+    sizes: shapes, as the op looks them up. candidates: of a shape, the blocks to try, the preferred
+    first. program: of a shape, `(fn, args)` whose kernels run with the blocks of the table.
+    """
+
+    sizes: tuple[Sizes, ...]
+    candidates: Callable[[Sizes], list[tuple]]
+    program: Callable[[Sizes], tuple[Callable, tuple]]
+
+
+def _forward_and_backward(function: Callable, args: tuple) -> tuple[Callable, tuple]:
+    def both(cotangent, *args):
+        out, pullback = jax.vjp(function, *args)
+        return out, pullback(cotangent)
+
+    return jax.jit(both), (jax.eval_shape(function, *args), *args)
+
+
+def _delta_program(sizes: Sizes) -> tuple[Callable, tuple]:
+    """2048 tokens of heads that have 2048 features in all, as in DeltaNet-1.3B."""
+    key_dim, value_dim = sizes
+    heads = 2048 // value_dim
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, 2048, heads, *shape), dtype)
+
+    def run(q, k, v, beta):
+        options = {"normalize": True, "implementation": "pallas_tpu"}
+        return delta_rule(q, k, v, beta, **options)[0]
+
+    args = array(key_dim), array(key_dim), array(value_dim), array(dtype=jnp.float32)
+    return _forward_and_backward(run, args)
+
+
+SEARCHES = {
+    # Heads a program, tokens a chunk, chunks a grid step.
+    "delta_rule": Search(
+        sizes=((64, 64), (128, 128), (256, 256)),
+        candidates=lambda sizes: [
+            (heads, chunk, 1) for chunk in (128, 64) for heads in (8, 4, 16) if heads * 64 <= 2048
+        ],
+        program=_delta_program,
+    ),
+}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def candidate(op: str, sizes: str, blocks: str) -> tuple[Callable, tuple]:
+    """`(fn, args)` of one candidate, the form that ahead-of-time tools take; "128,128", "8,128,1".
+
+    The table of this process holds nothing else from now on.
+    """
+    tpu_table.BLOCKS[op] = {tpu.generation(): {_numbers(sizes): _numbers(blocks)}}
+    return SEARCHES[op].program(_numbers(sizes))
+
+
+def search(op: str, topology: str, compiler: Compiler) -> dict[Sizes, tuple]:
+    """The fastest blocks of each shape; shapes without a candidate that compiles are left out."""
+    best = {}
+    for sizes in SEARCHES[op].sizes:
+        times = {}
+        for blocks in SEARCHES[op].candidates(sizes):
+            words = {"op": op, "sizes": sizes, "blocks": blocks}
+            words = {
+                name: x if isinstance(x, str) else ",".join(map(str, x))
+                for name, x in words.items()
+            }
+            found = compiler.estimate("tune_tpu:candidate", words, topology)
+            if "error" in found:
+                text = f"fault: {last_line(found['error'])}"
+            else:
+                times[blocks] = found["kernels_ms"]
+                text = f"{times[blocks]:9.3f} ms  {found['vmem_bytes'] / 2**20:6.1f} MiB"
+            print(f"{op:16s} {topology:12s} {sizes!s:14s} {blocks!s:16s} {text}", flush=True)
+        if times:
+            best[sizes] = min(times, key=times.get)
+    return best
+
+
+def write_table(blocks: dict) -> None:
+    """Write the table as the module that the kernels read."""
+    body = pprint.pformat(blocks, width=90, sort_dicts=False)
+    TABLE.write_text(f'"""{tpu_table.__doc__}"""\n\nBLOCKS = {body}\n', encoding="utf-8")
+
+
+def main() -> int:
+    """Search, write the table; the exit code."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--topology", choices=[*CHIPS, "all"], default="all")
+    flags.add_argument("--ops", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    add_compiler_flags(flags)
+    flags = flags.parse_args()
+    try:
+        compiler = find_compiler(flags)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if compiler.tool is None:
+        print(f"The search needs the tool. Nothing at {flags.tool}.", file=sys.stderr)
+        return 2
+    for op in flags.ops:
+        for topology in CHIPS if flags.topology == "all" else [flags.topology]:
+            found = search(op, topology, compiler)
+            generation = topology.split(":")[0].removeprefix("tpu")
+            tpu_table.BLOCKS.setdefault(op, {}).setdefault(generation, {}).update(found)
+            write_table(tpu_table.BLOCKS)  # at once: an interrupted search keeps what it found
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""What the TPU kernels ask of the chip that they are compiled for."""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu_table
+
+_DEFAULT = "v6e"
+
+
+def generation() -> str:
+    """The TPU generation, "v4", "v5e", "v5p", "v6e" or "7x"; "v6e" where there is no TPU."""
+    if jax.default_backend() != "tpu":
+        return _DEFAULT
+    name = str(pltpu.get_tpu_info().chip_version)
+    return "7x" if name == "7" else name
+
+
+def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Block sizes of `op` for this generation (tpu_table.py), in an order of its own.
+
+    Those of the smallest searched shape that is as large as `sizes` in area; for shapes beyond all
+    of them, those of the largest. Generations that were not searched get those of v6e.
+    """
+    table = tpu_table.BLOCKS[op]
+    table = table.get(generation(), table[_DEFAULT])
+
+    def area(sizes):
+        product = 1
+        for size in sizes:
+            product *= size
+        return product
+
+    larger = [known for known in table if area(known) >= area(sizes)]
+    return table[min(larger, key=area) if larger else max(table, key=area)]

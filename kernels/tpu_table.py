@@ -1,0 +1,3 @@
+"""Block sizes of the TPU kernels by generation and shape. Written by experiments/tune_tpu.py."""
+
+BLOCKS = {"delta_rule": {"v6e": {(128, 128): (8, 128, 1), (256, 256): (4, 128, 1)}}}
