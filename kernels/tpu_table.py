@@ -1,3 +1,5 @@
 """Block sizes of the TPU kernels by generation and shape. Written by experiments/tune_tpu.py."""
 
-BLOCKS = {"delta_rule": {"v6e": {(128, 128): (8, 128, 1), (256, 256): (4, 128, 1)}}}
+BLOCKS = {
+    "delta_rule": {"v6e": {(128, 128): (8, 128, 1), (256, 256): (8, 128, 1), (64, 64): (8, 128, 1)}}
+}

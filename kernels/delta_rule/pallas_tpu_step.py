@@ -2,14 +2,16 @@
 
 Static estimates of one step, 16 heads of 128 x 128 (`experiments/tpu_kernels.py`, cases
 delta_decode and delta_decode_64), in microseconds; the floor is states in and out at the published
-bandwidth. The kernel alone runs at 87 % of the bandwidth that the estimates assume; of the 17 us,
-3 are the transposition of q and k before it.
+bandwidth.
 
     forks  chip  floor  kernel  XLA
-    8      v6e      10      17   47
-    64     v6e      82     109  291
-    8      v5e      21      29   66
-    64     v5e     165     195  432
+    8      v6e      10      15   47
+    64     v6e      82     105  291
+    8      v5e      21      26   66
+    64     v5e     165     190  432
+
+Tried: q and k transposed before the kernel, 2 us more for 8 forks; blocks of half or twice the
+states, within 6 %.
 
 It has not run on a TPU: it is tested in interpret mode and compiled ahead of time.
 """
@@ -27,24 +29,27 @@ from refine_jax.kernels.delta_rule.xla import delta_step_xla
 _STATE_BYTES = 2**20  # of one grid step: long enough to hide the start of a transfer
 
 
-def _kernel(q, k, v, beta, *refs):
-    """S states [S, K, V]; q and k [1, K, S], a column a state; the others [S, V], a row a state.
+def _kernel(scale, q, k, v, beta, *refs):
+    """S states [S, K, V]; q and k [S, K], the others [S, V], a row a state.
 
-    Columns and rows broadcast over a state as they are; beta and log_decay are equal along a row.
+    beta and log_decay are equal along a row.
     """
     *log_decay, state, out, new = refs
+    # Columns [K, 1] and rows [1, V] broadcast over a state as they are.
+    queries = (q[...].astype(jnp.float32) * scale).T
+    keys = k[...].astype(jnp.float32).T
     values = v[...].astype(jnp.float32)
     decay = [jnp.exp(x[...]) for x in log_decay]
     outs = []
     for i in range(state.shape[0]):
-        key, row = k[0, :, i : i + 1], slice(i, i + 1)
+        key, row = keys[:, i : i + 1], slice(i, i + 1)
         s = state[i]
         for x in decay:
             s = s * x[row]
         error = values[row] - jnp.sum(s * key, axis=0, keepdims=True)
         s = s + key * (beta[row, :] * error)
         new[i] = s
-        outs.append(jnp.sum(s * q[0, :, i : i + 1], axis=0, keepdims=True))
+        outs.append(jnp.sum(s * queries[:, i : i + 1], axis=0, keepdims=True))
     out[...] = jnp.concatenate(outs).astype(out.dtype)
 
 
@@ -68,21 +73,16 @@ def _step(q, k, v, beta, log_decay, state, scale):
         missing = padded - num_states
         return jnp.pad(x, ((0, missing), *[(0, 0)] * len(shape))) if missing else x
 
-    def columns(x):  # [B, H, K] -> [padded / count, K, count]
-        x = flat(jnp.repeat(x, group, axis=1), key_dim)
-        return jnp.swapaxes(x.reshape(-1, count, key_dim), 1, 2)
-
     def lanes(x):  # [B, Hv] -> [padded, V]
         return jnp.broadcast_to(flat(x.astype(jnp.float32), 1), (padded, value_dim))
 
     gates = [lanes(x) for x in (beta, log_decay) if x is not None]
-    column = pl.BlockSpec((1, key_dim, count), lambda i: (i, 0, 0))
-    row = pl.BlockSpec((count, value_dim), lambda i: (i, 0))
+    key, row = (pl.BlockSpec((count, size), lambda i: (i, 0)) for size in (key_dim, value_dim))
     states = pl.BlockSpec((count, key_dim, value_dim), lambda i: (i, 0, 0))
     out, new = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, scale),
         grid=(padded // count,),
-        in_specs=[column, column, row, *[row] * len(gates), states],
+        in_specs=[key, key, row, *[row] * len(gates), states],
         out_specs=[row, states],
         out_shape=[
             jax.ShapeDtypeStruct((padded, value_dim), v.dtype),
@@ -93,8 +93,7 @@ def _step(q, k, v, beta, log_decay, state, scale):
         interpret=False if jax.default_backend() == "tpu" else pltpu.InterpretParams(),
         name="delta_step",
     )(
-        columns(q.astype(jnp.float32) * scale),
-        columns(k.astype(jnp.float32)),
+        *(flat(jnp.repeat(x, group, axis=1), key_dim) for x in (q, k)),
         flat(v, value_dim),
         *gates,
         flat(state, key_dim, value_dim),
