@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu_table
@@ -23,14 +25,8 @@ def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     Those of the smallest searched shape that is as large as `sizes` in area; for shapes beyond all
     of them, those of the largest. Generations that were not searched get those of v6e.
     """
-    table = tpu_table.BLOCKS[op]
-    table = table.get(generation(), table[_DEFAULT])
+    table, name = tpu_table.BLOCKS[op], generation()
+    table = table[name if name in table else _DEFAULT]
 
-    def area(sizes):
-        product = 1
-        for size in sizes:
-            product *= size
-        return product
-
-    larger = [known for known in table if area(known) >= area(sizes)]
-    return table[min(larger, key=area) if larger else max(table, key=area)]
+    larger = [known for known in table if math.prod(known) >= math.prod(sizes)]
+    return table[min(larger, key=math.prod) if larger else max(table, key=math.prod)]
