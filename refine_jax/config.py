@@ -73,7 +73,7 @@ class ModelConfig(_Section):
     )
     implementation: str | None = _field(
         None,
-        "kernels; None: the best for the device",
+        "kernels of the mixers; xla: everywhere; None: the best for the device",
         choices=("xla", "reference", "pallas_tpu", "pallas_gpu"),
     )
 

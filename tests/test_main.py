@@ -307,7 +307,7 @@ BAD_INPUT = {
     "k too large": ({"refine": {"rollout_length": 21}}, "edge_margin"),
     "c too large": ({"refine": {"num_positions": 30}}, "num_positions * rollout_length <= 12"),
     "tokenizer too large": ({"data": {"tokenizer": "mistral-v1"}}, "32000, vocab_size=259"),
-    "absent kernels": ({"model": {"implementation": "cuda"}}, "implementation='cuda'"),
+    "absent kernels": ({"model": {"implementation": "cuda"}}, "'pallas_gpu'. Got: 'cuda'"),
     "too few epochs": ({"data": {"epochs": 1}, "train": {"steps": 10000}}, "epochs=1"),
 }
 

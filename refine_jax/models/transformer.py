@@ -55,7 +55,8 @@ class ComputePolicy:
         norms and losses are float32 in both.
     remat: what the backward pass of `forward` computes again: "none", "dots" (everything but
         matmul outputs) or "full" (every layer from its input).
-    implementation: of the kernels; None picks the best for the device.
+    implementation: of the mixers' kernels; "xla" holds for attention and head too; None picks the
+        best for the device.
     """
 
     compute_dtype: str = "float32"

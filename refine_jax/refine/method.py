@@ -74,7 +74,11 @@ def run_trunk(
     weights = target_weights(tokens, layout)
     hidden, trace = model.forward(params, tokens, layout, with_trace=with_trace)
     targets = jnp.roll(tokens, -1, axis=1)
-    nll_sum, stats = next_token_loss(hidden, model.head(params), targets, weights)
+    # Like attention, the head follows only "xla": other names are those of the mixers' kernels.
+    implementation = "xla" if model.policy.implementation == "xla" else None
+    nll_sum, stats = next_token_loss(
+        hidden, model.head(params), targets, weights, implementation=implementation
+    )
     return Trunk(hidden, trace, layout, nll_sum, stats, weights)
 
 
