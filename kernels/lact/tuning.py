@@ -31,7 +31,10 @@ _BACKWARD = {
     1 << 30: ((256, 256, 256, True), (256, 256, 256, False), (256, 128, 256, False)),
 }
 # A float32 product is six of bfloat16 in the program too.
-_FLOAT32 = {1 << 30: ((256, 128, 128, True), (128, 128, 128, False))}
+_FLOAT32 = {
+    384: ((256, 128, 128, True), (128, 128, 128, False)),
+    1 << 30: ((128, 128, 128, True), (128, 128, 128, False)),
+}
 _FEW_SLOTS = 3
 # What the compiler takes of the vector memory beside the arrays counted here.
 _SPARE = 1 << 20
@@ -98,7 +101,8 @@ def fits(plan: Plan, dtype: jnp.dtype) -> bool:
 def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
     """Blocks of the kernels in parts: as many hidden features and tokens as there is room for."""
     limit, size = _vmem_bytes(), dtype.itemsize
-    for tokens, hidden in ((256, plan.hidden), (256, 256), (128, 128)):
+    choices = ((256, 384), (256, 256), (128, 128))
+    for tokens, hidden in choices if dtype != jnp.float32 else choices[2:]:
         tokens, hidden = _divisor(plan.chunk, tokens), _divisor(plan.hidden, hidden)
         area = plan.dim * hidden
         # Weights, cotangents, gradients, all twice; a sum; operands and transposes; tokens, twice.
