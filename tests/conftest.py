@@ -44,5 +44,5 @@ def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="a further kernel case: set REFINE_EVERY_KERNEL_CASE=1")
     for item in items:
         further = "pallas_" in item.name and item.name not in _KERNEL_CASES
-        if further or item.name in _SLOW_KERNEL_TESTS:
+        if further or item.name.partition("[")[0] in _SLOW_KERNEL_TESTS:
             item.add_marker(skip)

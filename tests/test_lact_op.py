@@ -96,9 +96,13 @@ def test_bfloat16_operands(implementation):
     assert_close(got[1], expected[1], 0.008)
 
 
-def test_blocks_of_tokens_and_little_memory(monkeypatch):
-    """Several blocks a chunk, weights fetched late and by few rows: as with room, and no race."""
-    blocks = {256: ((128, 128, False),)}
+@pytest.mark.parametrize("tile", [256, 128])
+def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
+    """Several blocks a chunk, weights fetched late and by few rows: as with room, and no race.
+
+    With all hidden features at a time, and in a loop over two tiles of them.
+    """
+    blocks = {256: ((128, 128, tile, False),)}
     monkeypatch.setattr(tuning, "_FLOAT32", blocks)
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)

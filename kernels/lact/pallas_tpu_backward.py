@@ -21,7 +21,7 @@ from refine_jax.kernels.lact.pallas_tpu_blocks import (
     nn,
     update_block_backward,
 )
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights
 
 
@@ -68,10 +68,6 @@ def _update_backward(cotangents, weights, norm, scale, eps_inside):
     return d_base, d_norm
 
 
-def _starts(size):
-    return range(0, size, LANES)
-
-
 def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     refs = dict(zip(names, refs, strict=True))
     row, head = pl.program_id(0), pl.program_id(1)
@@ -85,111 +81,161 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     def pairs(prefix):
         return refs[f"{prefix}02"], refs[f"{prefix}1"]
 
-    def views(prefix):
-        both, flat = pairs(prefix)
-        return both.at[:hidden], flat, both.at[hidden:]
+    # Parts of 128 rows of a matrix: the number of the matrix, and the first of its parts.
+    starts = {0: 0, 2: hidden // LANES, 1: 2 * hidden // LANES}
+    counts = {0: hidden // LANES, 2: hidden // LANES, 1: dim // LANES}
 
-    # 128 rows of a matrix at a time: its number, its rows there, and those of its pair in VMEM.
-    parts = [
-        (2 * half, start, half * hidden + start) for half in (0, 1) for start in _starts(hidden)
-    ]
-    parts += [(1, start, start) for start in _starts(dim)]
-
-    def fetches(part):
+    def fetches(matrix, part):
         """Copies of what the end of the chunk needs from HBM, of one part of the rows."""
-        matrix, start, _ = parts[part]
         width = hidden if matrix == 1 else dim
         slot = part % plan.fetch_slots
         return [
             pltpu.make_async_copy(
-                refs[f"{name}{matrix}"].at[row, chunk, head, pl.ds(start, LANES)],
+                refs[f"{name}{matrix}"].at[row, chunk, head, rows((part - starts[matrix]) * LANES)],
                 refs[f"{name}_in"].at[slot, :, pl.ds(0, width)],
                 semaphores.at[source, slot],
             )
             for source, name in enumerate(plan.fetched)
         ]
 
+    def start_fetches(part):
+        """Starts the copies of a part, of whichever matrix it is; of none behind the last."""
+        for matrix, start in starts.items():
+
+            def go(matrix=matrix):
+                for copy in fetches(matrix, part):
+                    copy.start()
+
+            within = (start <= part) & (part < start + counts[matrix])
+            if not isinstance(part, int):
+                pl.when(within)(go)
+            elif within:
+                go()
+
     def copy_out(scratch, name):
         copies = [
-            pltpu.make_async_copy(view, refs[f"{name}{i}"].at[row, head], semaphores.at[0, 0])
-            for i, view in enumerate(views(scratch))
+            pltpu.make_async_copy(
+                view, refs[f"{name}{i}"].at[row, head, there], semaphores.at[0, 0]
+            )
+            for i, there, view in plan.views(*pairs(scratch))
         ]
         for copy in copies:
             copy.start()
         for copy in copies:
             copy.wait()
 
+    def clear(ref):
+        def part(i):
+            ref[rows(i * LANES)] = jnp.zeros((LANES, ref.shape[1]), ref.dtype)
+
+        plan.each(ref.shape[0] // LANES, part)
+
     @pl.when((chunk == last) & (block == 0))
     def _clear():
         kept = [f"{name}_d" for name in plan.groups] + (["fresh_d"] if plan.resets else [])
         for prefix in kept:
             for ref in pairs(prefix):
-                ref[...] = jnp.zeros_like(ref)
+                clear(ref)
         for i in range(3):
             refs[f"d_norm{i}"][...] = jnp.zeros_like(refs[f"d_norm{i}"])
 
+    def make_operands(tile):
+        here = rows(tile * plan.tile, plan.tile)
+        for half, name in enumerate(("w0", "w2")):
+            within = slice(half * plan.tile, (half + 1) * plan.tile)
+            low = refs[name][here].astype(operand)
+            stack[tile, within] = low
+            stack_t[tile, :, within] = low.T
+        low = refs["w1"][:, here].astype(operand)
+        stack1[tile, : plan.tile] = low.T
+        stack1_t[tile, :, : plan.tile] = low
+
     @pl.when(block == 0)
     def _begin():
-        for part in range(min(plan.fetch_slots, len(parts))):
-            for copy in fetches(part):
-                copy.start()
-        d1t[...] = jnp.zeros_like(d1t)
-        for half, name in enumerate(("w0", "w2")):
-            rows = slice(half * hidden, (half + 1) * hidden)
-            low = refs[name][...].astype(operand)
-            stack[rows] = low
-            stack_t[:, rows] = low.T
-        low = refs["w1"][...].astype(operand)
-        stack1[:hidden] = low.T
-        stack1_t[:, :hidden] = low
+        for part in range(plan.fetch_slots):
+            start_fetches(part)
+        clear(d1t)
+        plan.each(plan.tiles, make_operands)
 
-    def apply_backward(tokens):
+    def add(name, tokens, gradient, tile):
+        """Adds a tile's share, [features, tokens], to a gradient of tokens."""
+        if plan.tiles > 1:
+            gradient += jnp.where(tile == 0, 0.0, refs[f"sum_{name}"][:, tokens])
+            refs[f"sum_{name}"][:, tokens] = gradient
+        else:
+            give(name, tokens, gradient)
+
+    def give(name, tokens, gradient):
+        if name == "d_rates":
+            refs[name][:, tokens] = gradient
+        else:
+            refs[name][tokens] = gradient.T.astype(operand)
+
+    def give_sums(*names):
+        if plan.tiles > 1:
+            for name in names:
+                for tokens in slices:
+                    give(name, tokens, refs[f"sum_{name}"][:, tokens])
+
+    def apply_backward(tile, tokens):
         dq, z02, h = apply_block_backward(
             refs["q"][tokens],
             refs["d_out"][tokens],
-            stack[: 2 * hidden],
-            stack1[:hidden],
-            stack_t[:, : 2 * hidden],
+            stack[tile, : 2 * plan.tile],
+            stack1[tile, : plan.tile],
+            stack_t[tile, :, : 2 * plan.tile],
         )
-        refs["dq"][tokens] = dq.astype(operand)
+        add("dq", tokens, dq, tile)
         return z02, h
 
     slices = [pl.ds(i, plan.sub) for i in range(0, plan.block, plan.sub)]
 
+    def add_to_weights(tile, d02_tile, d1t_tile):
+        d02[rows(tile * 2 * plan.tile, 2 * plan.tile)] += d02_tile
+        d1t[rows(tile * plan.tile, plan.tile)] += d1t_tile
+
+    def read(tile):
+        parts = [apply_backward(tile, tokens) for tokens in slices]
+        z02, h = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+        add_to_weights(tile, nn(z02, refs["q"][...]), nn(h, refs["d_out"][...]))
+
     @pl.when(chunk == last)
     def _read_only():
-        z02, h = (
-            jnp.concatenate(x, 1)
-            for x in zip(*(apply_backward(tokens) for tokens in slices), strict=True)
-        )
-        d02[...] += nn(z02, refs["q"][...])
-        d1t[...] += nn(h, refs["d_out"][...])
+        plan.each(plan.tiles, read)
+        give_sums("dq")
         for name in ("dk", "dv", "d_rates"):
             refs[name][...] = jnp.zeros_like(refs[name])
 
-    def read_and_update():
+    def read_and_update(tile):
         parts = []
         for tokens in slices:
-            z02, h = apply_backward(tokens)
+            z02, h = apply_backward(tile, tokens)
             dk, dv, d_rates, x02, x1 = update_block_backward(
                 refs["k"][tokens],
                 refs["v"][tokens],
                 refs["rates"][:, tokens],
-                stack[...],
-                stack1[...],
-                stack_t[...],
-                stack1_t[...],
+                stack[tile],
+                stack1[tile],
+                stack_t[tile],
+                stack1_t[tile],
             )
-            refs["dk"][tokens] = dk.astype(operand)
-            refs["dv"][tokens] = dv.astype(operand)
-            refs["d_rates"][:, tokens] = d_rates
+            add("dk", tokens, dk, tile)
+            add("dv", tokens, dv, tile)
+            add("d_rates", tokens, d_rates, tile)
             parts.append((z02, x02, h, x1))
         z02, x02, h, x1 = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
-        d02[...] += nn(z02, refs["q"][...]) + nn(x02, refs["k"][...])
-        d1t[...] += nn(h, refs["d_out"][...]) + nn(x1, refs["v"][...])
+        add_to_weights(
+            tile,
+            nn(z02, refs["q"][...]) + nn(x02, refs["k"][...]),
+            nn(h, refs["d_out"][...]) + nn(x1, refs["v"][...]),
+        )
 
     if last > 0:
-        pl.when(chunk < last)(read_and_update)
+
+        @pl.when(chunk < last)
+        def _read_and_update():
+            plan.each(plan.tiles, read_and_update)
+            give_sums("dq", "dk", "dv", "d_rates")
 
     def end(is_first: bool):
         """Completes the cotangents of the chunk's state, and takes them back through the update."""
@@ -197,18 +243,20 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
         mean = (
             refs["mean"][(row * plan.chunks + chunk) * plan.heads + head] if plan.momentum else None
         )
-        products = jnp.zeros((1, 1), jnp.float32)
-        for part, (matrix, start, first_row) in enumerate(parts):
+
+        def end_rows(matrix, index, products):
             suffix, width = ("1", hidden) if matrix == 1 else ("02", dim)
-            rows, within = slice(first_row, first_row + LANES), slice(start, start + LANES)
+            part, start = starts[matrix] + index, index * LANES
+            within = rows(start)
+            here = within if matrix == 1 else rows(plan.pair_start(matrix // 2, start))
             slot = part % plan.fetch_slots
-            for copy in fetches(part):
+            for copy in fetches(matrix, part):
                 copy.wait()
             given = {name: refs[f"{name}_in"][slot, :, :width] for name in plan.fetched}
             kept = {name: refs[f"{name}_d{suffix}"] for name in plan.groups}
-            cotangents = {name: ref[rows] for name, ref in kept.items()}
+            cotangents = {name: ref[here] for name, ref in kept.items()}
             if matrix == 1:
-                cotangents["weights"] += d1t[:, rows].T
+                cotangents["weights"] += d1t[:, within].T
             if plan.momentum:
                 # So far that of the momentum after the update, and of the step.
                 step = cotangents["momentum"]
@@ -217,13 +265,12 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
                 cotangents["momentum"] = step * mean
             for name in plan.cotangents:
                 cotangents[name] += given[f"ct_{name}"]
-            if part + plan.fetch_slots < len(parts):
-                for copy in fetches(part + plan.fetch_slots):
-                    copy.start()
+            if plan.fetch_slots < plan.row_parts:
+                start_fetches(part + plan.fetch_slots)
             if plan.resets:
                 # A document begins: the state was the initial one whatever came before.
                 fresh = cotangents["weights"] + cotangents.get("accumulator", 0.0)
-                refs[f"fresh_d{suffix}"][rows] += jnp.where(again, fresh, 0.0)
+                refs[f"fresh_d{suffix}"][here] += jnp.where(again, fresh, 0.0)
                 cotangents = {name: jnp.where(again, 0.0, x) for name, x in cotangents.items()}
             if not is_first:
                 d_step, d_norm = _update_backward(
@@ -234,18 +281,30 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
                     plan.eps_inside,
                 )
                 refs[f"d_norm{matrix}"][within] += d_norm
-                low = d_step.astype(operand)
-                if matrix == 1:
-                    stack1_t[within, hidden:] = low
-                    stack1[hidden:, within] = low.T
-                else:
-                    target = slice(2 * hidden + first_row, 2 * hidden + first_row + LANES)
-                    stack[target] = low
-                    stack_t[:, target] = low.T
+                keep_operands(matrix, start, d_step.astype(operand))
             for name, ref in kept.items():
-                ref[rows] = cotangents[name]
+                ref[here] = cotangents[name]
+            return products
+
+        products = jnp.zeros((1, 1), jnp.float32)
+        for matrix in starts:
+            products = plan.fold(counts[matrix], functools.partial(end_rows, matrix), products)
         if plan.momentum:
             refs["d_mean"][...] = jnp.broadcast_to(products, refs["d_mean"].shape)
+
+    def keep_operands(matrix, start, low):
+        """128 rows of the cotangents of the update sums, for the tokens of the chunk before."""
+        if matrix == 1:
+            here = rows(start)
+            for tile in range(plan.tiles):
+                columns = low[:, tile * plan.tile : (tile + 1) * plan.tile]
+                stack1_t[tile, here, plan.tile :] = columns
+                stack1[tile, plan.tile :, here] = columns.T
+        else:
+            tile = start // plan.tile
+            here = rows((2 + matrix // 2) * plan.tile + start % plan.tile)
+            stack[tile, here] = low
+            stack_t[tile, :, here] = low.T
 
     ends = block == plan.blocks - 1
 
@@ -331,12 +390,15 @@ def backward(
 
     scratch = {
         "d1t": pltpu.VMEM(square, jnp.float32),
-        "stack": pltpu.VMEM((4 * plan.hidden, plan.dim), operand),
-        "stack_t": pltpu.VMEM((plan.dim, 4 * plan.hidden), operand),
-        "stack1": pltpu.VMEM((2 * plan.hidden, plan.dim), operand),
-        "stack1_t": pltpu.VMEM((plan.dim, 2 * plan.hidden), operand),
+        "stack": pltpu.VMEM((plan.tiles, 4 * plan.tile, plan.dim), operand),
+        "stack_t": pltpu.VMEM((plan.tiles, plan.dim, 4 * plan.tile), operand),
+        "stack1": pltpu.VMEM((plan.tiles, 2 * plan.tile, plan.dim), operand),
+        "stack1_t": pltpu.VMEM((plan.tiles, plan.dim, 2 * plan.tile), operand),
         "semaphores": pltpu.SemaphoreType.DMA((max(len(plan.fetched), 1), plan.fetch_slots)),
     }
+    if plan.tiles > 1:
+        for name, size in (("dq", plan.dim), ("dk", plan.dim), ("dv", plan.dim), ("d_rates", 3)):
+            scratch[f"sum_{name}"] = pltpu.VMEM((size, plan.block), jnp.float32)
     for name in plan.groups:
         scratch |= pair(f"{name}_d")
     for name in plan.fetched:

@@ -82,7 +82,7 @@ def update_block(
 def apply_block_backward(
     q: jax.Array, d_out: jax.Array, w02: jax.Array, w1t: jax.Array, w02t: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Backward of `apply_block`: (dq [T, d] float32, z02 [2F, T], h [F, T]).
+    """Backward of `apply_block`: (dq [d, T] float32, z02 [2F, T], h [F, T]).
 
     `z02 q` and `h d_out` are the gradients of w02 and w1t.
     """
@@ -90,7 +90,7 @@ def apply_block_backward(
     d_hidden = nt(w1t, d_out)
     _, silu, slope = _silu_and_slope(gate)
     z02 = jnp.concatenate([d_hidden * up * slope, d_hidden * silu]).astype(q.dtype)
-    return nn(w02t, z02).T, z02, (silu * up).astype(q.dtype)
+    return nn(w02t, z02), z02, (silu * up).astype(q.dtype)
 
 
 def update_block_backward(
@@ -105,7 +105,7 @@ def update_block_backward(
     """Backward of the update sums of a block, for the cotangents g0, g1, g2 of the sums.
 
     stack: [4F, d], of w0, w2, g0, g2. stack1: [2F, d], of w1t and g1^T. The others are their
-    transposes. Returns dk, dv [T, d] float32, the gradients of the rates [3, T], and
+    transposes. Returns dk, dv [d, T] float32, the gradients of the rates [3, T], and
     z02 [2F, T], z1 [F, T]: `z02 k` and `z1 v` are the gradients of w02 and w1t.
     """
     gate, up, a0, a2 = _split(nt(stack, k), 4)
@@ -125,5 +125,5 @@ def update_block_backward(
     d_error = up_slope * b0 + silu * b2
     z = jnp.concatenate([d_gate, d_up, y0 * rate0, y2 * rate2]).astype(k.dtype)
     z1 = jnp.concatenate([d_error, y1 * rate1]).astype(k.dtype)
-    dk, dv = nn(stack_t, z).T, nn(stack1_t, z1).T
+    dk, dv = nn(stack_t, z), nn(stack1_t, z1)
     return dk, dv, d_rates, z[: z.shape[0] // 2], z1[: z1.shape[0] // 2]

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES, apply_block, nn, update_block
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights
 
 
@@ -33,23 +33,6 @@ def _row(column):
     return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
 
 
-class _State:
-    """Views of a fast state in VMEM as the HBM arrays of the op have it, for copies."""
-
-    def __init__(self, plan, refs, momentum):
-        hidden = plan.hidden
-
-        def views(w02, w1):
-            return w02.at[:hidden], w1, w02.at[hidden:]
-
-        self.weights = views(refs["w02"], refs["w1"])
-        self.groups = [self.weights]
-        if plan.momentum:
-            self.groups.append(views(refs["sum02"].at[momentum], refs["m1"]))
-        if plan.prenorm:
-            self.groups.append(views(refs["a02"], refs["a1"]))
-
-
 def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     refs = dict(zip(names, refs, strict=True))
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
@@ -59,24 +42,32 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     now, following = lax.rem(chunk, 2), lax.rem(chunk + 1, 2)
     # With momentum the sums of the update are added to the decayed momentum of the chunk before.
     sum02 = refs["sum02"]
-    state = _State(plan, refs, now)
+    views = [plan.views(w02, w1)]
+    if plan.momentum:
+        views.append(plan.views(sum02.at[now], refs["m1"]))
+    if plan.prenorm:
+        views.append(plan.views(refs["a02"], refs["a1"]))
+    groups = list(zip(plan.groups, views, strict=True))
     semaphores = refs["semaphores"]
 
     def copies_out():
-        copies = []
-        for group, (name, views) in enumerate(zip(plan.groups, state.groups, strict=True)):
-            for i, view in enumerate(views):
-                target = refs[f"{name}_out{i}"].at[row, chunk, head]
-                copies.append(pltpu.make_async_copy(view, target, semaphores.at[3 * group + i]))
-        return copies
+        return [
+            pltpu.make_async_copy(
+                view,
+                refs[f"{name}_out{i}"].at[row, chunk, head, there],
+                semaphores.at[3 * group + i],
+            )
+            for group, (name, parts) in enumerate(groups)
+            for i, there, view in parts
+        ]
 
     def load(groups, prefix, lead):
         copies = [
             pltpu.make_async_copy(
-                refs[f"{prefix}_{name}{i}"].at[*lead], view, semaphores.at[3 * group + i]
+                refs[f"{prefix}_{name}{i}"].at[*lead, there], view, semaphores.at[3 * group + i]
             )
-            for group, (name, views) in enumerate(groups)
-            for i, view in enumerate(views)
+            for group, (name, parts) in enumerate(groups)
+            for i, there, view in parts
         ]
         for copy in copies:
             copy.start()
@@ -85,7 +76,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
     def load_fresh():
         lead = (row, head) if plan.fresh_by_row else (head,)
-        load([("weights", state.weights)], "fresh", lead)
+        load(groups[:1], "fresh", lead)
         if plan.momentum:
             refs["sum02"][now] = jnp.zeros_like(w02)
             refs["m1"][...] = jnp.zeros_like(w1)
@@ -94,11 +85,17 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
             refs["a1"][...] = w1[...]
 
     def load_carry():
-        load(list(zip(plan.groups, state.groups, strict=True)), "carry", (row, head))
+        load(groups, "carry", (row, head))
 
-    def make_operands():
-        low02[now] = w02[...].astype(low02.dtype)
-        low1t[now] = w1[...].astype(low1t.dtype).T
+    def pair(tile):
+        return rows(tile * 2 * plan.tile, 2 * plan.tile)
+
+    def flat(tile):
+        return rows(tile * plan.tile, plan.tile)
+
+    def make_operands(tile):
+        low02[now, pair(tile)] = w02[pair(tile)].astype(low02.dtype)
+        low1t[now, flat(tile)] = w1[:, flat(tile)].astype(low1t.dtype).T
 
     @pl.when(block == 0)
     def _begin():
@@ -116,7 +113,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
                 again = refs["reset"][row * plan.chunks + chunk] != 0
                 pl.when(again)(load_fresh)
                 pl.when(~again)(load_carry)
-            make_operands()
+            plan.each(plan.tiles, make_operands)
 
         for copy in copies_out():
             copy.start()
@@ -126,62 +123,73 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
     slices = [pl.ds(i, plan.sub) for i in range(0, plan.block, plan.sub)]
 
-    def read():
+    def read(tile):
         for tokens in slices:
             q = refs["q"][tokens]
-            refs["out"][tokens] = apply_block(q, low02[now], low1t[now]).astype(q.dtype)
+            out = apply_block(q, low02[now, pair(tile)], low1t[now, flat(tile)])
+            if plan.tiles > 1:
+                out += jnp.where(tile == 0, 0.0, refs["sum_out"][tokens])
+                refs["sum_out"][tokens] = out
+            refs["out"][tokens] = out.astype(q.dtype)
 
-    def add_to_sums():
+    def add_to_sums(tile):
         factors = [
             update_block(
                 refs["k"][tokens],
                 refs["v"][tokens],
                 refs["rates"][:, tokens],
-                low02[now],
-                low1t[now],
+                low02[now, pair(tile)],
+                low1t[now, flat(tile)],
             )
             for tokens in slices
         ]
         x02, x1 = (jnp.concatenate(x, 1) for x in zip(*factors, strict=True))
         first = block == 0
-        both, flat = nn(x02, refs["k"][...]), nn(x1, refs["v"][...])
+        add02, add1 = nn(x02, refs["k"][...]), nn(x1, refs["v"][...])
         if plan.momentum:
             decay = jnp.where(first, mean(), 1.0)
-            both += decay * sum02[jnp.where(first, now, following)]
-            sum02[following] = both
+            add02 += decay * sum02[jnp.where(first, now, following), pair(tile)]
+            sum02[following, pair(tile)] = add02
         else:
-            sum02[0] = both + jnp.where(first, 0.0, sum02[0])
-        sum1t[...] = flat + jnp.where(first, 0.0, sum1t[...])
+            sum02[0, pair(tile)] = add02 + jnp.where(first, 0.0, sum02[0, pair(tile)])
+        sum1t[flat(tile)] = add1 + jnp.where(first, 0.0, sum1t[flat(tile)])
 
-    def update_rows(target, total, step, rows, norm, scale_row):
-        """One step of some rows: their new values as operands."""
+    def update_rows(target, total, here, step, matrix, start):
+        """One step of 128 rows: their new values as operands."""
         total = refs[total] if plan.prenorm else target
-        base = total[rows] + step
+        base = total[here] + step
         if plan.prenorm:
-            total[rows] = base
-        scale = _rescale(base, norm, plan.eps_inside)
+            total[here] = base
+        scale = _rescale(base, refs[f"norm{matrix}"][rows(start)], plan.eps_inside)
         if plan.save_scales:
-            matrix, start = scale_row
-            refs["scales"][matrix : matrix + 1, start : start + LANES] = _row(scale)
+            refs["scales"][matrix : matrix + 1, rows(start)] = _row(scale)
         new = base * scale
-        target[rows] = new
+        target[here] = new
         return new.astype(low02.dtype)
 
-    def update():
-        for start in range(0, 2 * plan.hidden, LANES):
-            rows = slice(start, start + LANES)
-            half, inside = divmod(start, plan.hidden)
-            norm = refs[f"norm{2 * half}"][inside : inside + LANES]
-            step = sum02[following if plan.momentum else 0, rows]
-            low02[following, rows] = update_rows(w02, "a02", step, rows, norm, (2 * half, inside))
-        for start in range(0, plan.dim, LANES):
-            rows = slice(start, start + LANES)
-            step = sum1t[:, rows].T
-            if plan.momentum:
-                step += mean() * refs["m1"][rows]
-                refs["m1"][rows] = step
-            low = update_rows(w1, "a1", step, rows, refs["norm1"][rows], (1, start))
-            low1t[following, :, rows] = low.T
+    def update_pair(half, start):
+        here = rows(plan.pair_start(half, start))
+        step = sum02[following if plan.momentum else 0, here]
+        low02[following, here] = update_rows(w02, "a02", here, step, 2 * half, start)
+
+    def update_flat(start):
+        here = rows(start)
+        step = sum1t[:, here].T
+        if plan.momentum:
+            step += mean() * refs["m1"][here]
+            refs["m1"][here] = step
+        low = update_rows(w1, "a1", here, step, 1, start)
+        low1t[following, :, here] = low.T
+
+    # Parts of 128 rows of W1 that are updated with a tile of W0 and W2.
+    flat_parts = plan.dim // LANES // plan.tiles
+
+    def update(tile):
+        for half in (0, 1):
+            for start in range(0, plan.tile, LANES):
+                update_pair(half, tile * plan.tile + start)
+        for part in range(flat_parts):
+            update_flat((tile * flat_parts + part) * LANES)
 
     def wait():
         for copy in copies_out():
@@ -191,7 +199,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
     @pl.when(chunk == last)
     def _last_chunk():
-        read()
+        plan.each(plan.tiles, read)
         pl.when(ends)(wait)
 
     if last > 0:
@@ -200,17 +208,27 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
         def _last_block():
             # The states on their way out are what the update overwrites.
             wait()
-            add_to_sums()
-            # Reading is work for the matrix unit while the update occupies the others.
-            update()
-            read()
+            plan.each(plan.tiles, add_to_sums)
+
+            def update_and_read(tile):
+                # Reading is work for the matrix unit while the update occupies the others.
+                update(tile)
+                read(tile)
+
+            plan.each(plan.tiles, update_and_read)
+            for start in range(plan.tiles * flat_parts * LANES, plan.dim, LANES):
+                update_flat(start)
 
     if last > 0 and plan.blocks > 1:
 
         @pl.when((chunk < last) & ~ends)
         def _block():
-            read()
-            add_to_sums()
+
+            def read_and_add(tile):
+                read(tile)
+                add_to_sums(tile)
+
+            plan.each(plan.tiles, read_and_add)
 
 
 def forward(
@@ -274,6 +292,8 @@ def forward(
         "low1t": pltpu.VMEM((2, *square), operand),
         "semaphores": pltpu.SemaphoreType.DMA((3 * len(plan.groups),)),
     }
+    if plan.tiles > 1:
+        scratch["sum_out"] = pltpu.VMEM((plan.block, plan.dim), jnp.float32)
     if plan.momentum:
         scratch["m1"] = pltpu.VMEM(flat, jnp.float32)
     if plan.prenorm:

@@ -193,7 +193,7 @@ def _apply_backward(tiles, residuals, d_out):
         pl.when(pl.program_id(2) == 0)(lambda: _load(refs, "w", stack, stack1, 0, (stack_t, None)))
         q, d_out = refs["q"][...], refs["d_out"][...]
         dq, z02, h = apply_block_backward(q, d_out, stack[...], stack1[...], stack_t[...])
-        refs["dq"][...] = dq.astype(refs["dq"].dtype)
+        refs["dq"][...] = dq.T.astype(refs["dq"].dtype)
         _accumulate(refs, nn(z02, q), nn(h, d_out))
 
     results = call.run(kernel, "lact_apply_backward")
@@ -257,8 +257,8 @@ def _sums_backward(tiles, residuals, cotangents):
         k, v = refs["k"][...], refs["v"][...]
         operands = (x[...] for x in (stack, stack1, *transposes))
         dk, dv, d_rates, z02, z1 = update_block_backward(k, v, refs["rates"][...], *operands)
-        refs["dk"][...] = dk.astype(refs["dk"].dtype)
-        refs["dv"][...] = dv.astype(refs["dv"].dtype)
+        refs["dk"][...] = dk.T.astype(refs["dk"].dtype)
+        refs["dv"][...] = dv.T.astype(refs["dv"].dtype)
         refs["d_rates"][...] = d_rates
         _accumulate(refs, nn(z02, k), nn(z1, v))
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
+
+
+def rows(start: jax.Array | int, size: int = LANES) -> pl.Slice:
+    """`size` rows from `start`, a multiple of 128."""
+    return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +24,7 @@ class Plan:
 
     direction: "forward" or "backward"; the second walks the chunks from the last to the first.
     block, sub: tokens of a grid step, and of the parts it is computed in.
+    tile: hidden features that a step works on at a time.
     carry: whether a state to begin with is given. resets: whether chunks may begin documents.
     fresh_by_row: whether the initial weights have a leading B.
     save_scales: whether the forward keeps what the backward needs of the rescalings.
@@ -39,6 +48,7 @@ class Plan:
     fresh_by_row: bool
     block: int = 0
     sub: int = 0
+    tile: int = 0
     save_scales: bool = False
     cotangents: tuple[str, ...] = ()
     reverse: bool = False
@@ -67,7 +77,44 @@ class Plan:
     @property
     def row_parts(self) -> int:
         """Parts of 128 rows of all three matrices."""
-        return (2 * self.hidden + self.dim) // 128
+        return (2 * self.hidden + self.dim) // LANES
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the hidden axis. The kernels loop if there are several.
+
+        The compiler unrolls vector work, and is slow where there is much of it.
+        """
+        return self.hidden // self.tile
+
+    def fold(self, count: int, body: Callable, carry):
+        """`carry = body(i, carry)` for all i < count: unrolled if there is one tile, or a loop."""
+        if self.tiles > 1:
+            return lax.fori_loop(0, count, body, carry)
+        for i in range(count):
+            carry = body(i, carry)
+        return carry
+
+    def each(self, count: int, body: Callable) -> None:
+        """`body(i)` for all i < count, likewise."""
+        self.fold(count, lambda i, _: body(i), None)
+
+    def pair_start(self, half: int, start: jax.Array | int) -> jax.Array | int:
+        """Where a row of W0 (half 0) or W2 (1) is in their stack: tiles of both take turns."""
+        return (start // self.tile * 2 + half) * self.tile + start % self.tile
+
+    def views(self, w02, w1) -> list[tuple[int, pl.Slice, jax.Ref]]:
+        """Stacked matrices in VMEM as the op has them: (number, rows, view of these rows)."""
+        pairs = [
+            (
+                2 * half,
+                rows(start, self.tile),
+                w02.at[rows(self.pair_start(half, start), self.tile)],
+            )
+            for half in (0, 1)
+            for start in range(0, self.hidden, self.tile)
+        ]
+        return [*pairs, (1, rows(0, self.dim), w1)]
 
     def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
         """What goes to scalar memory: mean momentum [B N H], resets [B N]."""

@@ -14,19 +14,27 @@ from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan
 
 # For d and F up to a size: tokens of a grid step, tokens of the parts that its elementwise work is
-# done in, and whether all that the next chunk needs is fetched early. The first is taken that
-# vector memory has room for. Larger steps would be a few per cent faster by the static schedule,
-# and programs of many MiB.
+# done in, hidden features of a tile, and whether all that the next chunk needs is fetched early.
+# The first is taken that vector memory has room for. Larger steps and tiles would be a few per cent
+# faster by the static schedule, and programs of many MiB that take minutes to compile.
 _FORWARD = {
-    512: ((1024, 256, True), (512, 256, True), (256, 128, True)),
-    1 << 30: ((512, 256, True), (256, 128, True)),
+    384: ((1024, 256, 384, True), (512, 256, 384, True), (256, 128, 384, True)),
+    1 << 30: ((512, 256, 256, True), (256, 128, 256, True)),
 }
 _BACKWARD = {
-    512: ((512, 512, True), (256, 256, True), (256, 256, False), (256, 128, False)),
-    1 << 30: ((256, 256, True), (256, 256, False), (256, 128, False)),
+    384: (
+        (512, 512, 384, True),
+        (256, 256, 384, True),
+        (256, 256, 384, False),
+        (256, 128, 384, False),
+    ),
+    1 << 30: ((256, 256, 256, True), (256, 256, 256, False), (256, 128, 256, False)),
 }
 # A float32 product is six of bfloat16 in the program too.
-_FLOAT32 = {1 << 30: ((256, 128, True), (128, 128, False))}
+_FLOAT32 = {
+    384: ((256, 128, 128, True), (128, 128, 128, False)),
+    1 << 30: ((128, 128, 128, True), (128, 128, 128, False)),
+}
 _FEW_SLOTS = 3
 # What the compiler takes of the vector memory beside the arrays counted here.
 _SPARE = 1 << 20
@@ -68,12 +76,13 @@ def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
     if dtype == jnp.float32:
         table = _FLOAT32
     size = max(plan.dim, plan.hidden)
-    for block, sub, early in next(blocks for most, blocks in table.items() if size <= most):
+    for block, sub, tile, early in next(blocks for most, blocks in table.items() if size <= most):
         block = _divisor(plan.chunk, block)
         sized = dataclasses.replace(
             plan,
             block=block,
             sub=_divisor(block, sub),
+            tile=_divisor(plan.hidden, tile),
             fetch_slots=plan.row_parts if early else min(_FEW_SLOTS, plan.row_parts),
             weight_buffers=2 if early else 1,
             vmem_limit=_vmem_bytes(),
@@ -92,7 +101,8 @@ def fits(plan: Plan, dtype: jnp.dtype) -> bool:
 def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
     """Blocks of the kernels in parts: as many hidden features and tokens as there is room for."""
     limit, size = _vmem_bytes(), dtype.itemsize
-    for tokens, hidden in ((256, plan.hidden), (256, 256), (128, 128)):
+    choices = ((256, 384), (256, 256), (128, 128))
+    for tokens, hidden in choices if dtype != jnp.float32 else choices[2:]:
         tokens, hidden = _divisor(plan.chunk, tokens), _divisor(plan.hidden, hidden)
         area = plan.dim * hidden
         # Weights, cotangents, gradients, all twice; a sum; operands and transposes; tokens, twice.
