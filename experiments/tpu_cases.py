@@ -118,6 +118,44 @@ def _delta_cases(name, tokens, heads=16, size=128, gated=False) -> tuple[Case, C
     return _forward_and_backward(name, shape, forward, (row, row, row, *rates), spec.flops())
 
 
+def _delta_further(name, sizes, dtype=jnp.bfloat16, continued=False) -> Case:
+    """The delta rule as no published model has it, 1000 tokens forward and backward.
+
+    sizes: K and V. continued: gated, four value heads for a pair of key heads, packed documents, a
+    state to begin with, states saved, and the cotangents of all outputs.
+    """
+    key_dim, value_dim, tokens, heads = *sizes, 1000, 4
+    value_heads = 2 * heads if continued else heads
+    spec = DeltaSpec(name, tokens, 1, heads, value_heads, *sizes, chunk_size=64, gated=continued)
+
+    def forward(implementation):
+        def run(q, k, v, beta, log_decay, initial_state, document):
+            if document is not None:
+                document = document.astype(jnp.int32)
+            return delta_rule(
+                *(q, k, v, beta, log_decay),
+                initial_state=initial_state,
+                document=document,
+                save_every=128 if continued else None,
+                implementation=implementation,
+            )[: 3 if continued else 1]
+
+        return run
+
+    def array(*shape, dtype=dtype):
+        return _array(1, *shape, dtype=dtype)
+
+    key, beta = array(tokens, heads, key_dim), array(tokens, value_heads, dtype=jnp.float32)
+    log_decay = initial_state = document = None
+    if continued:
+        log_decay, document = beta, array(tokens, dtype=jnp.float32)
+        initial_state = array(value_heads, *sizes, dtype=jnp.float32)
+    args = (key, key, array(tokens, value_heads, value_dim), beta)
+    args = (*args, log_decay, initial_state, document)
+    shape = f"B 1, T {tokens}, {value_heads} heads of {key_dim} x {value_dim}"
+    return _forward_and_backward(name, shape, forward, args, spec.flops())[1]
+
+
 def _lact_cases(name, tokens, d, heads=4, chunk=2048) -> tuple[Case, Case]:
     """LaCT's fast weights with momentum: one row of T tokens, bfloat16, F = d.
 
@@ -278,6 +316,10 @@ _ALL = (
     *_delta_cases("delta_{}_16k", 16384),
     *_delta_cases("gated_delta_{}_8k", 8192, gated=True),
     *_delta_cases("delta64_{}_8k", 8192, heads=32, size=64),
+    _delta_further("delta_k64_v128", (64, 128)),
+    _delta_further("delta_k256_v256", (256, 256)),
+    _delta_further("delta_float32", (128, 256), dtype=jnp.float32),
+    _delta_further("gated_delta_states", (128, 128), continued=True),
     *_lact_cases("lact760m_{}_16k", 16384, 384),
     *_lact_cases("lact3b_{}_16k", 16384, 768),
     _lact_further("lact_float32", 384, dtype=jnp.float32),

@@ -73,7 +73,10 @@ SEARCHES = {
     "delta_rule": Search(
         sizes=((64, 64), (128, 128), (256, 256)),
         candidates=lambda sizes: [
-            (heads, chunk, 1) for chunk in (128, 64) for heads in (8, 4, 16) if heads * sizes[1] <= 2048
+            (heads, chunk, 1)
+            for chunk in (128, 64)
+            for heads in (8, 4, 16)
+            if heads * sizes[1] <= 2048
         ],
         program=_delta_program,
     ),

@@ -115,9 +115,11 @@ def _pad(x: jax.Array, *axes: int) -> jax.Array:
 def _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles):
     """The op as a scan over the chunks' updates, then every chunk read with its own weights.
 
-    rates: [B, N, H, 3, C], or [B, N, H, C, 3, E] with a rate for every channel.
+    rates: [B, N, H, 3, C], or [B, N, H, C, 3, E] with a rate for every channel. Tokens are padded,
+    the weights are not: Newton-Schulz rounds a padded matrix in another way.
     """
     batch, chunks, heads = q.shape[:3]
+    hidden, dim = weights.w0.shape[-2:]
     norms = row_norms(weights)
     fresh = jax.tree.map(
         lambda w: jnp.broadcast_to(w, (batch, *w.shape[-3:])),
@@ -128,11 +130,14 @@ def _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles):
         return x.reshape(-1, *x.shape[2:])
 
     def sums(weights, k, v, rates):
+        weights = _pad_weights(weights)
         if rates.ndim == 5:
-            return jax.checkpoint(update_sums)(weights, k, v, rates)
-        arguments = jax.tree.map(flat, (weights, k, v, rates))
-        total = parts.update_sums(tiles, *arguments)
-        return jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), total)
+            total = jax.checkpoint(update_sums)(weights, k, v, rates)
+        else:
+            arguments = jax.tree.map(flat, (weights, k, v, rates))
+            total = parts.update_sums(tiles, *arguments)
+            total = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), total)
+        return _cut_weights(total, hidden, dim)
 
     # Apart from the sums: its derivative needs their values, and they would be computed again.
     @jax.checkpoint
@@ -159,8 +164,18 @@ def _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles):
         again = None if reset is None else reset[:, 1:].T
         _, later = jax.lax.scan(update, state, (*tokens, again))
         states = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), states, by_chunk(later))
-    arguments = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), (states.weights, q))
+    arguments = _pad_weights(states.weights), q
+    arguments = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), arguments)
     return parts.apply_fast_weights(tiles, *arguments).reshape(q.shape), states
+
+
+def _pad_weights(weights: Weights) -> Weights:
+    return Weights(*(_pad(w, -1, -2) for w in weights))
+
+
+def _cut_weights(weights: Weights, hidden: int, dim: int) -> Weights:
+    w0, w1, w2 = weights
+    return Weights(w0[..., :hidden, :dim], w1[..., :dim, :hidden], w2[..., :hidden, :dim])
 
 
 def lact_pallas_tpu(
@@ -186,19 +201,18 @@ def lact_pallas_tpu(
         mean = jnp.where(live, momentum, 0.0).sum(-1) / count
     if mask is not None:
         rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
-    weights = jax.tree.map(lambda w: _pad(w.astype(jnp.float32), -1, -2), weights)
-    carry = jax.tree.map(lambda w: _pad(w, -1, -2), carry)
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     q, k, v = (_pad(x, -1, -2) for x in (q, k, v))
     by_channel = rates.shape[-1] > 1
     rates = _pad(rates, -1, -3) if by_channel else _pad(jnp.moveaxis(rates, -3, -1)[..., 0, :], -1)
-    padded_dim, padded_hidden = weights.w1.shape[-2:]
+    padded = _pad_weights(weights)
     plan = Plan(
         batch=batch,
         chunks=chunks,
         heads=heads,
         chunk=q.shape[-2],
-        dim=padded_dim,
-        hidden=padded_hidden,
+        dim=padded.w1.shape[-2],
+        hidden=padded.w1.shape[-1],
         momentum=momentum is not None,
         prenorm=options.prenorm,
         eps_inside=options.fused and not options.prenorm,
@@ -207,18 +221,15 @@ def lact_pallas_tpu(
         fresh_by_row=weights.w0.ndim == 4,
         interpret=interpret_mode(),
     )
-    over_chunks = options.muon is None and not by_channel
-    if over_chunks and tuning.fits(plan, q.dtype):
+    if options.muon is None and not by_channel and tuning.fits(plan, q.dtype):
+        if carry is not None:
+            carry = FastState(*(None if x is None else _pad_weights(x) for x in carry))
         out, states = _over_chunks(
-            plan, q, k, v, rates, mean, row_norms(weights), weights, carry, reset
+            plan, q, k, v, rates, mean, row_norms(padded), padded, carry, reset
         )
+        cut = (None if x is None else _cut_weights(x, hidden, dim) for x in states)
+        states = FastState(*cut)
     else:
         tiles = tuning.tiles(plan, q.dtype)
         out, states = _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles)
-
-    def cut(states):
-        w0, w1, w2 = states
-        return Weights(w0[..., :hidden, :dim], w1[..., :dim, :hidden], w2[..., :hidden, :dim])
-
-    states = FastState(*(None if x is None else cut(x) for x in states))
     return out[..., :chunk, :dim], states
