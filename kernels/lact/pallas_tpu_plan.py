@@ -22,7 +22,6 @@ def rows(start: jax.Array | int, size: int = LANES) -> pl.Slice:
 class Plan:
     """Sizes (padded), options and blocks of a call.
 
-    direction: "forward" or "backward"; the second walks the chunks from the last to the first.
     block, sub: tokens of a grid step, and of the parts it is computed in.
     tile: hidden features that a step works on at a time.
     carry: whether a state to begin with is given. resets: whether chunks may begin documents.
