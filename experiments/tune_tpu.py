@@ -75,7 +75,7 @@ SEARCHES = {
         candidates=lambda sizes: [
             (heads, chunk, 1)
             for chunk in (128, 64)
-            for heads in (8, 4, 16)
+            for heads in (8, 4, 16, 2)
             if heads * sizes[1] <= 2048
         ],
         program=_delta_program,
