@@ -19,6 +19,13 @@ def generation() -> str:
     return "7x" if name == "7" else name
 
 
+def vmem_bytes() -> int:
+    """Vector memory of a core in bytes; that of a v6e where there is no TPU."""
+    if jax.default_backend() != "tpu":
+        return 128 << 20
+    return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
 def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Block sizes of `op` for this generation (tpu_table.py), in an order of its own.
 

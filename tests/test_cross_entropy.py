@@ -79,7 +79,7 @@ def test_tpu_kernels_walk_over_blocks_and_spans():
 
 @pytest.mark.parametrize("vmem", [16, 64, 128])
 def test_blocks_divide_one_another(vmem, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "_vmem_bytes", lambda: vmem * 2**20)
+    monkeypatch.setattr(pallas_tpu, "vmem_bytes", lambda: vmem * 2**20)
     for tokens in (1, 130, 600, 1024, 5000, 8193, 16384, 100_000):
         for vocabulary in (100, 32000, 32002, 50257, 151936):
             blocks = pallas_tpu.choose_blocks(tokens, 2048, vocabulary, "bfloat16")

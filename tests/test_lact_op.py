@@ -117,7 +117,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
 
 def test_tiles_of_the_hidden_axis(monkeypatch):
     """Weights that vector memory has no room for: a tile of them at a time."""
-    monkeypatch.setattr(tuning, "_vmem_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(tuning, "vmem_bytes", lambda: 1 << 20)
     arguments, keywords = Spec("", 2, heads=1, hidden=130, masked=True).arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
     got = value_and_gradients(arguments, keywords, "pallas_tpu")

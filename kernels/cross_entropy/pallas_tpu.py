@@ -49,6 +49,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels.cross_entropy.reference import TokenStats
+from refine_jax.kernels.tpu import vmem_bytes
 
 _LANES = 128
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
@@ -208,13 +209,6 @@ def _interpret():
     return False if jax.default_backend() == "tpu" else pltpu.InterpretParams()
 
 
-def _vmem_bytes() -> int:
-    """Of one core."""
-    if jax.default_backend() != "tpu":
-        return 64 * 2**20
-    return pltpu.get_tpu_info().vmem_capacity_bytes
-
-
 def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
     """VMEM of a step of `_forward_kernel`: blocks in two buffers, sums, logits, exponentials."""
     moved = 3 * block * size + words * size + block * words
@@ -223,7 +217,7 @@ def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
 
 def _is_resident(size: int, span: int, itemsize: int) -> bool:
     """Whether `_head_kernel` keeps a span's hidden states, which every block of words reads."""
-    return size * span * itemsize < 0.35 * _vmem_bytes()
+    return size * span * itemsize < 0.35 * vmem_bytes()
 
 
 def _head_bytes(tokens: int, words: int, size: int, span: int, itemsize: int) -> int:
@@ -237,7 +231,7 @@ def choose_blocks(
     tokens: int, size: int, vocabulary: int, dtype: jnp.dtype, span: int | None = None
 ) -> Blocks | None:
     """Blocks for N tokens of width D that fit the VMEM of the TPU; None if there are none."""
-    vmem, itemsize = _vmem_bytes(), jnp.dtype(dtype).itemsize
+    vmem, itemsize = vmem_bytes(), jnp.dtype(dtype).itemsize
     words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
     if vmem < 32 * 2**20:
         words = min(words, 256)  # vocabularies are padded to a multiple of it
@@ -279,7 +273,7 @@ def unsupported(hidden: jax.Array, head: jax.Array, block_tokens: int | None = N
 
 def is_faster(hidden: jax.Array, head: jax.Array, block_tokens: int | None = None) -> bool:
     """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
-    return unsupported(hidden, head, block_tokens) is None and _vmem_bytes() >= 32 * 2**20
+    return unsupported(hidden, head, block_tokens) is None and vmem_bytes() >= 32 * 2**20
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
@@ -297,7 +291,7 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliase
         input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=_vmem_bytes() * 15 // 16,
+            vmem_limit_bytes=vmem_bytes() * 15 // 16,
         ),
         interpret=_interpret(),
         name=name,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
 
@@ -99,7 +100,10 @@ def rows_spec(plan: Plan, count: int, order) -> pl.BlockSpec:
 
 def compiler_params() -> pltpu.CompilerParams:
     """Batch and heads may be split over cores, the tokens are walked in order."""
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"),
+        vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
+    )
 
 
 def interpret_params(plan: Plan):

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.tpu import vmem_bytes
 
 # For d and F up to a size: tokens of a grid step, tokens of the parts that its elementwise work is
 # done in, hidden features of a tile, and whether all that the next chunk needs is fetched early.
@@ -38,13 +37,6 @@ _FLOAT32 = {
 _FEW_SLOTS = 3
 # What the compiler takes of the vector memory beside the arrays counted here.
 _SPARE = 1 << 20
-
-
-def _vmem_bytes() -> int:
-    """Bytes of vector memory of a core; those of the largest if there is no TPU."""
-    if jax.default_backend() != "tpu":
-        return 128 << 20
-    return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def _divisor(size: int, most: int) -> int:
@@ -85,9 +77,9 @@ def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
             tile=_divisor(plan.hidden, tile),
             fetch_slots=plan.row_parts if early else min(_FEW_SLOTS, plan.row_parts),
             weight_buffers=2 if early else 1,
-            vmem_limit=_vmem_bytes(),
+            vmem_limit=vmem_bytes(),
         )
-        if _vmem_estimate(sized, dtype.itemsize) <= _vmem_bytes():
+        if _vmem_estimate(sized, dtype.itemsize) <= vmem_bytes():
             return sized
     return None
 
@@ -100,7 +92,7 @@ def fits(plan: Plan, dtype: jnp.dtype) -> bool:
 
 def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
     """Blocks of the kernels in parts: as many hidden features and tokens as there is room for."""
-    limit, size = _vmem_bytes(), dtype.itemsize
+    limit, size = vmem_bytes(), dtype.itemsize
     choices = ((256, 384), (256, 256), (128, 128))
     for tokens, hidden in choices if dtype != jnp.float32 else choices[2:]:
         tokens, hidden = _divisor(plan.chunk, tokens), _divisor(plan.hidden, hidden)
