@@ -4,17 +4,18 @@
 
 Compiles every candidate of every op and shape for the chips of --topology (as tpu_kernels.py does;
 the flags are the same) and writes the fastest into kernels/tpu_table.py, which the kernels read.
-A candidate counts with the time inside its kernels, forward and backward. Candidates that do not
-compile, for want of vector memory most often, are left out; --topology and --ops search a part,
-and the rest of the table stays.
+A candidate counts with the time inside its kernels, forward and backward (of LaCT, whose passes
+have blocks of their own, those of the other pass do not change). Candidates that do not compile,
+for want of vector memory most often, are left out; --topology, --ops and --sizes search a part, and
+the rest of the table stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
-import pprint
 import sys
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from refine_jax.kernels import tpu, tpu_table
 from refine_jax.kernels.delta_rule import delta_rule
+from refine_jax.kernels.lact import Weights, lact
 from tpu_compiler import CHIPS, ROOT, Compiler, add_compiler_flags, find_compiler, last_line
 
 TABLE = ROOT / "kernels" / "tpu_table.py"
@@ -68,6 +70,23 @@ def _delta_program(sizes: Sizes) -> tuple[Callable, tuple]:
     return _forward_and_backward(run, args)
 
 
+def _lact_program(sizes: Sizes, backward: bool) -> tuple[Callable, tuple]:
+    """Three chunks of 2048 tokens, 4 heads, with momentum, as in LaCT-760M and LaCT-3B."""
+    dim, hidden = sizes
+    slots = (1, 3, 4, 2048)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def run(*args):
+        return lact(*args, implementation="pallas_tpu")[0]
+
+    token = array(*slots, dim, dtype=jnp.bfloat16)
+    weights = Weights(array(4, hidden, dim), array(4, dim, hidden), array(4, hidden, dim))
+    args = token, token, token, array(*slots, 3, 1), array(*slots), weights
+    return _forward_and_backward(run, args) if backward else (jax.jit(run), args)
+
+
 SEARCHES = {
     # Heads a program, tokens a chunk, chunks a grid step.
     "delta_rule": Search(
@@ -79,6 +98,25 @@ SEARCHES = {
             if heads * sizes[1] <= 2048
         ],
         program=_delta_program,
+    ),
+    # Tokens of a grid step, tokens and hidden features of the parts it is computed in.
+    "lact_forward": Search(
+        sizes=((384, 384), (768, 768)),
+        candidates=lambda sizes: [
+            (block, sub, tile)
+            for block, sub in ((1024, 256), (512, 256), (512, 512))
+            for tile in ((384,) if sizes[1] == 384 else (384, 256))
+        ],
+        program=functools.partial(_lact_program, backward=False),
+    ),
+    "lact_backward": Search(
+        sizes=((384, 384), (768, 768)),
+        candidates=lambda sizes: [
+            (block, block, tile)
+            for block in (512, 256)
+            for tile in ((384,) if sizes[1] == 384 else (384, 256))
+        ],
+        program=functools.partial(_lact_program, backward=True),
     ),
 }
 
@@ -96,10 +134,10 @@ def candidate(op: str, sizes: str, blocks: str) -> tuple[Callable, tuple]:
     return SEARCHES[op].program(_numbers(sizes))
 
 
-def search(op: str, topology: str, compiler: Compiler) -> dict[Sizes, tuple]:
+def search(op: str, shapes: list[Sizes], topology: str, compiler: Compiler) -> dict[Sizes, tuple]:
     """The fastest blocks of each shape; shapes without a candidate that compiles are left out."""
     best = {}
-    for sizes in SEARCHES[op].sizes:
+    for sizes in shapes:
         times = {}
         for blocks in SEARCHES[op].candidates(sizes):
             words = {"op": op, "sizes": sizes, "blocks": blocks}
@@ -121,8 +159,15 @@ def search(op: str, topology: str, compiler: Compiler) -> dict[Sizes, tuple]:
 
 def write_table(blocks: dict) -> None:
     """Write the table as the module that the kernels read."""
-    body = pprint.pformat(blocks, width=90, sort_dicts=False)
-    TABLE.write_text(f'"""{tpu_table.__doc__}"""\n\nBLOCKS = {body}\n', encoding="utf-8")
+    lines = [f'"""{tpu_table.__doc__}"""', "", "BLOCKS = {"]
+    for op, generations in sorted(blocks.items()):
+        lines += [f'    "{op}": {{']
+        for generation, table in sorted(generations.items()):
+            lines += [f'        "{generation}": {{']
+            lines += [f"            {sizes}: {found}," for sizes, found in sorted(table.items())]
+            lines += ["        },"]
+        lines += ["    },"]
+    TABLE.write_text("\n".join([*lines, "}", ""]), encoding="utf-8")
 
 
 def main() -> int:
@@ -132,6 +177,7 @@ def main() -> int:
     )
     flags.add_argument("--topology", choices=[*CHIPS, "all"], default="all")
     flags.add_argument("--ops", nargs="+", choices=SEARCHES, default=list(SEARCHES))
+    flags.add_argument("--sizes", type=_numbers, metavar="N,N", help="one shape; default: all")
     add_compiler_flags(flags)
     flags = flags.parse_args()
     try:
@@ -144,7 +190,8 @@ def main() -> int:
         return 2
     for op in flags.ops:
         for topology in CHIPS if flags.topology == "all" else [flags.topology]:
-            found = search(op, topology, compiler)
+            shapes = [x for x in SEARCHES[op].sizes if flags.sizes in (None, x)]
+            found = search(op, shapes, topology, compiler)
             generation = topology.split(":")[0].removeprefix("tpu")
             tpu_table.BLOCKS.setdefault(op, {}).setdefault(generation, {}).update(found)
             write_table(tpu_table.BLOCKS)  # at once: an interrupted search keeps what it found

@@ -1,6 +1,7 @@
 """Block sizes of the LaCT op's Pallas TPU kernels.
 
-The same order of preference served all generations; they differ in their vector memory.
+Those that were searched for the generation and the very shape (tpu_table.py), else the first of an
+order of preference that vector memory has room for.
 """
 
 from __future__ import annotations
@@ -8,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from refine_jax.kernels import tpu_table
 from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan
-from refine_jax.kernels.tpu import vmem_bytes
+from refine_jax.kernels.tpu import generation, vmem_bytes
 
 # For d and F up to a size: tokens of a grid step, tokens of the parts that its elementwise work is
 # done in, hidden features of a tile, and whether all that the next chunk needs is fetched early.
-# The first is taken that vector memory has room for. Larger steps and tiles would be a few per cent
-# faster by the static schedule, and programs of many MiB that take minutes to compile.
+# Larger steps and tiles would be a few per cent faster by the static schedule, and programs of many
+# MiB that take minutes to compile.
 _FORWARD = {
     384: ((1024, 256, 384, True), (512, 256, 384, True), (256, 128, 384, True)),
     1 << 30: ((512, 256, 256, True), (256, 128, 256, True)),
@@ -68,7 +70,12 @@ def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
     if dtype == jnp.float32:
         table = _FLOAT32
     size = max(plan.dim, plan.hidden)
-    for block, sub, tile, early in next(blocks for most, blocks in table.items() if size <= most):
+    choices = next(blocks for most, blocks in table.items() if size <= most)
+    op = "lact_backward" if plan.reverse else "lact_forward"
+    found = tpu_table.BLOCKS[op].get(generation(), {}).get((plan.dim, plan.hidden))
+    if found is not None and dtype == jnp.bfloat16:
+        choices = ((*found, True), *choices)
+    for block, sub, tile, early in choices:
         block = _divisor(plan.chunk, block)
         sized = dataclasses.replace(
             plan,
