@@ -6,7 +6,8 @@ the matrix products that its op needs in its chunked form (`Case.flops`, 2 m n k
 that are only made again to save memory, inverses and elementwise work are not counted), and the
 bytes that must pass the HBM (`least_bytes`).
 
-Arguments have the shapes in which the projections of a layer hand them over: [B, T, H * K].
+Arguments have the shapes in which a layer hands them over: [B, T, H * K] of projections, and for
+LaCT the chunks [B, N, H, C, d] that the elementwise work after its projections writes.
 """
 
 from __future__ import annotations
@@ -165,24 +166,15 @@ def _lact_cases(name, tokens, d, heads=4, chunk=2048) -> tuple[Case, Case]:
     count = tokens // chunk
 
     def forward(implementation):
-        def run(q, k, v, rates, momentum, w0, w1, w2):
-            def cut(x, *rest):  # [B, T, H * ...] -> [B, N, H, C, ...]
-                return jnp.swapaxes(x.reshape(1, count, chunk, heads, *rest), 2, 3)
-
-            out, _ = lact(
-                *(cut(x, d) for x in (q, k, v)),
-                cut(rates, 3, 1),
-                cut(momentum),
-                Weights(w0, w1, w2),
-                implementation=implementation,
-            )
-            return jnp.swapaxes(out, 2, 3).reshape(1, tokens, heads * d)
+        def run(*args):
+            return lact(*args, implementation=implementation)[0]
 
         return run
 
-    row = _array(1, tokens, heads * d, dtype=jnp.bfloat16)
-    rates, momentum = _array(1, tokens, heads * 3), _array(1, tokens, heads)
-    args = (row, row, row, rates, momentum, *(_array(heads, d, d),) * 3)
+    slots = (1, count, heads, chunk)
+    token = _array(*slots, d, dtype=jnp.bfloat16)
+    weights = Weights(*(_array(heads, d, d),) * 3)
+    args = (token, token, token, _array(*slots, 3, 1), _array(*slots), weights)
     flops = 2 * heads * chunk * d * d * (3 * count + 6 * (count - 1))
     shape = f"B 1, T {tokens}, {heads} heads, d = F = {d}, chunk {chunk}, momentum, bfloat16"
     return _forward_and_backward(name, shape, forward, args, flops)

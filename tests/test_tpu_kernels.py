@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
 import tpu_compiler
 import tpu_kernels
+import tune_tpu
+from refine_jax.kernels import tpu, tpu_table
 from tpu_cases import CASES
 
 # Writes what the real tool writes; what it writes depends on the case alone.
@@ -131,6 +133,55 @@ def test_an_exception_is_shown_by_its_own_line():
     error = "Traceback\n  File x\njax.errors.JaxRuntimeError: E1001: too\nlarge\n----\nmore"
     assert tpu_compiler.last_line(error) == "jax.errors.JaxRuntimeError: E1001: too"
     assert tpu_compiler.last_line("a\nb") == "a b"
+
+
+def test_blocks_are_those_of_the_next_larger_shape(monkeypatch):
+    shapes = {(64, 64): (1,), (128, 128): (2,), (256, 256): (3,)}
+    table = {"v6e": shapes, "v4": {(128, 128): (4,)}}
+    monkeypatch.setattr(tpu_table, "BLOCKS", {"op": table})
+    for generation, sizes, expected in (
+        ("v6e", (64, 64), 1),
+        ("v6e", (64, 128), 2),
+        ("v6e", (128, 256), 3),
+        ("v6e", (512, 256), 3),
+        ("v4", (64, 64), 4),
+        ("v4", (256, 256), 4),
+        ("v5e", (128, 128), 2),  # not searched: as a v6e
+    ):
+        monkeypatch.setattr(tpu, "generation", lambda generation=generation: generation)
+        assert tpu.blocks("op", sizes) == (expected,)
+
+
+# The fewer heads, the faster, but for a single one, which does not compile.
+STUB_SEARCH = """
+import json, sys
+words = sys.argv
+settings = dict(words[i + 1].split("=") for i, word in enumerate(words) if word == "--set")
+heads = int(settings["blocks"].split(",")[0])
+report = {"error": "compile", "message": "out of vmem"}
+if heads > 1:
+    call = {"runs": 1, "cycles": 1e6 * heads, "vmem": 0}
+    report = {"calls": [call], "xla_cycles": 0, "unknown_trips": 0}
+json.dump(report, open(words[words.index("--json") + 1], "w"))
+"""
+
+
+def test_the_search_writes_the_fastest_that_compiles(monkeypatch, capsys, stubs, tmp_path):
+    (tmp_path / "tool.py").write_text(STUB_SEARCH)
+    sizes = ((64, 64), (128, 128))
+    candidates = {sizes[0]: [(4, 9), (2, 9), (1, 9)], sizes[1]: [(1, 9)]}
+    search = tune_tpu.Search(sizes, candidates.get, program=None)
+    monkeypatch.setattr(tune_tpu, "SEARCHES", {"op": search})
+    monkeypatch.setattr(tune_tpu, "TABLE", tmp_path / "table.py")
+    monkeypatch.setattr(tpu_table, "BLOCKS", {"op": {"v4": {(64, 64): (7, 7)}}, "other": {}})
+    words = ["tune_tpu.py", *stubs, "--ops", "op", "--topology", "tpu7x:1x1x1"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert tune_tpu.main() == 0
+    assert "fault: compile: out of vmem" in capsys.readouterr().out
+    written = {}
+    exec((tmp_path / "table.py").read_text(), written)
+    expected = {"v4": {(64, 64): (7, 7)}, "7x": {(64, 64): (2, 9)}}
+    assert written["BLOCKS"] == {"op": expected, "other": {}}
 
 
 @pytest.mark.skipif(
