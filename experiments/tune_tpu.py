@@ -55,18 +55,23 @@ def _forward_and_backward(function: Callable, args: tuple) -> tuple[Callable, tu
 
 
 def _delta_program(sizes: Sizes) -> tuple[Callable, tuple]:
-    """2048 tokens of heads that have 2048 features in all, as in DeltaNet-1.3B."""
+    """2048 tokens of heads that have 2048 features in all, as in DeltaNet-1.3B.
+
+    Without gates and with them: one entry of the table serves both, and both must fit.
+    """
     key_dim, value_dim = sizes
     heads = 2048 // value_dim
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, 2048, heads, *shape), dtype)
 
-    def run(q, k, v, beta):
+    def run(q, k, v, beta, log_decay):
         options = {"normalize": True, "implementation": "pallas_tpu"}
-        return delta_rule(q, k, v, beta, **options)[0]
+        gated = delta_rule(q, k, v, beta, log_decay, **options)[0]
+        return delta_rule(q, k, v, beta, **options)[0], gated
 
-    args = array(key_dim), array(key_dim), array(value_dim), array(dtype=jnp.float32)
+    rate = array(dtype=jnp.float32)
+    args = array(key_dim), array(key_dim), array(value_dim), rate, rate
     return _forward_and_backward(run, args)
 
 

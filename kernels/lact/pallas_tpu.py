@@ -8,13 +8,14 @@ Floors at the published size (d = F = 384, 4 heads, 16384 tokens, chunks of 2048
 matrix units 0.17 ms forward, 0.62 ms forward + backward (66 and 235 products of 2.4 GFLOP over all
 heads: 9 a chunk, 8 + 15 in its backward; the last chunk has no update); HBM 0.19 and 0.48 ms, of
 which a third is states in float32. Static estimates of the whole program, forward and forward +
-backward: v6e 0.37 and 1.26 ms, v5e 0.94 and 3.38. They count a transpose as libtpu's own static
-profile does.
+backward (`experiments/tpu_kernels.py`): v6e 0.42 and 1.55 ms, v5e 0.95 and 3.51. Counting a
+transpose as libtpu's own static profile does, v6e takes 0.37 and 1.26 ms.
 
 Larger weights are worked on in tiles of the hidden axis, in loops: the compiler unrolls all vector
 work of a grid step, and took more than ten minutes for d = F = 768 on v6e. With tiles of 256 it
-takes half a minute. Static estimates at d = F = 768, else as above, on v6e: 1.21 ms in the forward
-and 2.92 in the backward kernel, 4.24 in all (floors 0.69 and, with backward, 2.47).
+takes half a minute. Static estimates at d = F = 768, else as above, on v6e with transposes counted
+in that way: 1.21 ms in the forward and 2.92 in the backward kernel, 4.24 in all (floors 0.69 and,
+with backward, 2.47); searched blocks have since taken off 4 % forward and 11 % of both.
 
 What bounds it now: on v5e and v5p the matrix units (87 to 91 % busy at d = 384); on v6e too, where
 384 fills 1.5 of its 256 columns: 36 % more cycles go into them than the floor has. Then the ends of
