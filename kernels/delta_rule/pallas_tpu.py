@@ -2,7 +2,8 @@
 
 Tested in interpret mode and compiled ahead of time (libtpu 0.0.42 and 0.0.52) for every generation
 below; none of it has run on a TPU. Static estimates of the kernels alone, in milliseconds, for 8192
-tokens of 16 heads 128 x 128 in bfloat16, ungated, without the fused norm:
+tokens of 16 heads 128 x 128 in bfloat16, ungated, without the fused norm, 8 heads a program (the
+4 that leave room for gates on a v4 are about 10 % slower there):
 
                v4    v5e    v5p    v6e     7x
     forward   0.45  0.59   0.26   0.35   0.29
