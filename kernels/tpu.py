@@ -34,6 +34,5 @@ def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """
     table, name = tpu_table.BLOCKS[op], generation()
     table = table[name if name in table else _DEFAULT]
-
     larger = [known for known in table if math.prod(known) >= math.prod(sizes)]
     return table[min(larger, key=math.prod) if larger else max(table, key=math.prod)]

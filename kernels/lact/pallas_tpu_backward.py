@@ -406,23 +406,18 @@ def backward(
         scratch[f"{name}_in"] = pltpu.VMEM(shape, jnp.float32)
     if plan.resets:
         scratch |= pair("fresh_d")
-    scalars = plan.scalars(mean, reset)
-    names = (*scalars, *inputs, *outputs, *scratch)
-    results = pl.pallas_call(
-        functools.partial(_kernel, plan, names),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(plan.batch, plan.heads, plan.chunks, plan.blocks),
-            in_specs=list(specs.values()),
-            out_specs=[spec for *_, spec in outputs.values()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
-        compiler_params=plan.compiler_params(),
-        interpret=plan.interpret,
-        name="lact_backward",
-    )(*scalars.values(), *inputs.values())
-    results = dict(zip(outputs, results, strict=True))
+    results = plan.call(
+        _kernel,
+        "lact_backward",
+        scalars=plan.scalars(mean, reset),
+        inputs=inputs,
+        specs=specs,
+        outputs={
+            key: (jax.ShapeDtypeStruct(shape, dtype), spec)
+            for key, (shape, dtype, spec) in outputs.items()
+        },
+        scratch=scratch,
+    )
 
     def gather(name):
         return Weights(*(results[f"d_{name}{i}"] for i in range(3)))

@@ -8,8 +8,6 @@ block ends with the update.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -301,22 +299,14 @@ def forward(
             "a02": pltpu.VMEM(stacked, jnp.float32),
             "a1": pltpu.VMEM(flat, jnp.float32),
         }
-    scalars = plan.scalars(mean, reset)
-    names = (*scalars, *inputs, *outputs, *scratch)
-    results = pl.pallas_call(
-        functools.partial(_kernel, plan, names),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(plan.batch, plan.heads, plan.chunks, plan.blocks),
-            in_specs=list(specs.values()),
-            out_specs=[spec for _, spec in outputs.values()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=[shape for shape, _ in outputs.values()],
-        compiler_params=plan.compiler_params(),
-        interpret=plan.interpret,
-        name="lact_forward",
-    )(*scalars.values(), *inputs.values())
-    results = dict(zip(outputs, results, strict=True))
+    results = plan.call(
+        _kernel,
+        "lact_forward",
+        scalars=plan.scalars(mean, reset),
+        inputs=inputs,
+        specs=specs,
+        outputs=outputs,
+        scratch=scratch,
+    )
     states = {name: Weights(*(results[f"{name}_out{i}"] for i in range(3))) for name in plan.groups}
     return results["out"], FastState(**states), results.get("scales")

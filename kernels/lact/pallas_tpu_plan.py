@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -178,3 +179,35 @@ class Plan:
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=self.vmem_limit,
         )
+
+    def call(
+        self,
+        kernel: Callable,
+        name: str,
+        *,
+        scalars: dict[str, jax.Array],
+        inputs: dict[str, jax.Array],
+        specs: dict[str, pl.BlockSpec],
+        outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+        scratch: dict,
+    ) -> dict[str, jax.Array]:
+        """Run `kernel(plan, names, *refs)` over all chunks; the outputs by name.
+
+        names: of the refs, in their order: scalars, inputs, outputs, scratch.
+        """
+        names = (*scalars, *inputs, *outputs, *scratch)
+        results = pl.pallas_call(
+            functools.partial(kernel, self, names),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(self.batch, self.heads, self.chunks, self.blocks),
+                in_specs=list(specs.values()),
+                out_specs=[spec for _, spec in outputs.values()],
+                scratch_shapes=list(scratch.values()),
+            ),
+            out_shape=[shape for shape, _ in outputs.values()],
+            compiler_params=self.compiler_params(),
+            interpret=self.interpret,
+            name=name,
+        )(*scalars.values(), *inputs.values())
+        return dict(zip(outputs, results, strict=True))
