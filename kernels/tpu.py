@@ -19,6 +19,11 @@ def generation() -> str:
     return "7x" if name == "7" else name
 
 
+def interpret_mode() -> pltpu.InterpretParams | bool:
+    """`interpret` of `pallas_call`: kernels are compiled on TPUs and interpreted elsewhere."""
+    return jax.default_backend() != "tpu"
+
+
 def vmem_bytes() -> int:
     """Vector memory of a core in bytes; that of a v6e where there is no TPU."""
     if jax.default_backend() != "tpu":

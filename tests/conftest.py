@@ -3,6 +3,8 @@
 import os
 from importlib import metadata
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of these tests are tiny and many: unoptimised machine code computes the same numbers
 # and compiles several times as fast.
@@ -14,3 +16,12 @@ _FAST_COMPILATION = [
 if metadata.version("jaxlib").startswith("0.10."):
     _FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # later ones lack the flag
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION]).strip()
+
+
+@pytest.fixture
+def simulated_tpu(monkeypatch):
+    """Kernels for TPUs run simulated: what they have not written is NaN, as are late copies."""
+    from jax.experimental.pallas import tpu as pltpu
+    from refine_jax.kernels import tpu
+
+    monkeypatch.setattr(tpu, "interpret_mode", pltpu.InterpretParams)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refine_jax.kernels import tpu
 from refine_jax.kernels.cross_entropy import (
     IMPLEMENTATIONS,
     next_token_loss,
@@ -13,6 +14,8 @@ from refine_jax.kernels.cross_entropy import (
     token_log_probs,
 )
 from refine_jax.kernels.cross_entropy.specs import TEST_SPECS, Spec
+
+pytestmark = pytest.mark.usefixtures("simulated_tpu")
 
 
 def relative_rms(got, want):
@@ -79,7 +82,7 @@ def test_tpu_kernels_walk_over_blocks_and_spans():
 
 @pytest.mark.parametrize("vmem", [16, 64, 128])
 def test_blocks_divide_one_another(vmem, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "vmem_bytes", lambda: vmem * 2**20)
+    monkeypatch.setattr(tpu, "vmem_bytes", lambda: vmem * 2**20)
     for tokens in (1, 130, 600, 1024, 5000, 8193, 16384, 100_000):
         for vocabulary in (100, 32000, 32002, 50257, 151936):
             blocks = pallas_tpu.choose_blocks(tokens, 2048, vocabulary, "bfloat16")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu_interpreter
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import (
     IMPLEMENTATIONS,
     delta_rule,
     delta_step,
-    pallas_tpu_forward,
 )
 from refine_jax.kernels.delta_rule.specs import TEST_SPECS
 from refine_jax.kernels.delta_rule.xla import invert_unit_lower
@@ -113,7 +113,7 @@ def test_state_alone():
 def test_tpu_kernels_have_no_races(monkeypatch):
     """Scratch starts as NaN, copies finish as late as they may, and nothing is read too early."""
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    monkeypatch.setattr(pallas_tpu_forward, "interpret_params", lambda plan: params)
+    monkeypatch.setattr(tpu, "interpret_mode", lambda: params)
     spec = dataclasses.replace(TEST_SPECS[0], name="races", tokens=40, save_every=16, batch=1)
     arrays, options = spec.arguments()
     options = tuple(sorted(options.items()))

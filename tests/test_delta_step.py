@@ -8,6 +8,8 @@ from refine_jax.kernels.delta_rule import delta_rule, delta_step, pallas_tpu_ste
 from refine_jax.kernels.delta_rule.api import STEP_IMPLEMENTATIONS
 from refine_jax.kernels.delta_rule.specs import Spec
 
+pytestmark = pytest.mark.usefixtures("simulated_tpu")
+
 
 @pytest.mark.parametrize(
     ("name", "gated"), [("xla", True), ("pallas_tpu", True), ("pallas_tpu", False)]

@@ -11,18 +11,14 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import lact as ops
-from refine_jax.kernels.lact import pallas_tpu, tuning
+from refine_jax.kernels import tpu
+from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
 
+pytestmark = pytest.mark.usefixtures("simulated_tpu")
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
 SPECS = {spec.name: spec for spec in TEST_SPECS}
 NOT_ON_GPU = ("carried", "prenorm", "muon", "fused", "fused_muon")
-
-
-@pytest.fixture(autouse=True)
-def simulated_tpu(monkeypatch):
-    """Kernels for TPUs run simulated: what they have not written is NaN, as are late copies."""
-    monkeypatch.setattr(pallas_tpu, "interpret_mode", pltpu.InterpretParams)
 
 
 def relative_rms(a, b):
@@ -106,7 +102,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
     monkeypatch.setattr(tuning, "_FLOAT32", blocks)
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)
-    monkeypatch.setattr(pallas_tpu, "interpret_mode", lambda: params)
+    monkeypatch.setattr(tpu, "interpret_mode", lambda: params)
     spec = Spec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
     arguments, keywords = spec.arguments()
     expected = value_and_gradients(arguments, keywords, "reference")

@@ -48,8 +48,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.cross_entropy.reference import TokenStats
-from refine_jax.kernels.tpu import vmem_bytes
 
 _LANES = 128
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
@@ -205,10 +205,6 @@ def _head_kernel(span, h, e, top, normaliser, target, weight, old, out, *, rows)
         out[...] += _dot(h[:, tokens], dz.astype(h.dtype), (1, 0))
 
 
-def _interpret():
-    return False if jax.default_backend() == "tpu" else pltpu.InterpretParams()
-
-
 def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
     """VMEM of a step of `_forward_kernel`: blocks in two buffers, sums, logits, exponentials."""
     moved = 3 * block * size + words * size + block * words
@@ -217,7 +213,7 @@ def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
 
 def _is_resident(size: int, span: int, itemsize: int) -> bool:
     """Whether `_head_kernel` keeps a span's hidden states, which every block of words reads."""
-    return size * span * itemsize < 0.35 * vmem_bytes()
+    return size * span * itemsize < 0.35 * tpu.vmem_bytes()
 
 
 def _head_bytes(tokens: int, words: int, size: int, span: int, itemsize: int) -> int:
@@ -231,7 +227,7 @@ def choose_blocks(
     tokens: int, size: int, vocabulary: int, dtype: jnp.dtype, span: int | None = None
 ) -> Blocks | None:
     """Blocks for N tokens of width D that fit the VMEM of the TPU; None if there are none."""
-    vmem, itemsize = vmem_bytes(), jnp.dtype(dtype).itemsize
+    vmem, itemsize = tpu.vmem_bytes(), jnp.dtype(dtype).itemsize
     words = next((w for w in (1280, 1024, 512, 256) if vocabulary % w == 0), 1024)
     if vmem < 32 * 2**20:
         words = min(words, 256)  # vocabularies are padded to a multiple of it
@@ -273,7 +269,7 @@ def unsupported(hidden: jax.Array, head: jax.Array, block_tokens: int | None = N
 
 def is_faster(hidden: jax.Array, head: jax.Array, block_tokens: int | None = None) -> bool:
     """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
-    return unsupported(hidden, head, block_tokens) is None and vmem_bytes() >= 32 * 2**20
+    return unsupported(hidden, head, block_tokens) is None and tpu.vmem_bytes() >= 32 * 2**20
 
 
 def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
@@ -291,9 +287,9 @@ def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliase
         input_output_aliases=aliases or {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes() * 15 // 16,
+            vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
         ),
-        interpret=_interpret(),
+        interpret=tpu.interpret_mode(),
         name=name,
     )
 

@@ -117,7 +117,7 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
     """How to cut a call into programs."""
     key_dim, value_dim = widths
     heads, chunk, chunks = tpu.blocks("delta_rule", widths)
-    interpret = jax.default_backend() != "tpu"  # small programs then, as nothing has to fill lanes
+    interpret = tpu.interpret_mode()  # small programs then, as nothing has to fill lanes
     if chunk_size is not None:
         chunk = chunk_size
     else:

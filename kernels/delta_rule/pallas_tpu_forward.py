@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     fields: tuple[str, ...]
     normalize: bool
     has_q: bool
-    interpret: bool
+    interpret: object
 
     @property
     def block(self) -> int:
@@ -104,11 +104,6 @@ def compiler_params() -> pltpu.CompilerParams:
         dimension_semantics=("parallel", "parallel", "arbitrary"),
         vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
     )
-
-
-def interpret_params(plan: Plan):
-    """How to run where there is no TPU."""
-    return plan.interpret
 
 
 def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
@@ -274,7 +269,7 @@ def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dic
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
         scratch_shapes=list(scratch.values()),
         compiler_params=compiler_params(),
-        interpret=interpret_params(plan),
+        interpret=plan.interpret,
         name=name,
     )(*(x for x, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))

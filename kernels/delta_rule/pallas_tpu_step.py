@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule.xla import delta_step_xla
 
 _STATE_BYTES = 2**20  # of one grid step: long enough to hide the start of a transfer
@@ -90,7 +91,7 @@ def _step(q, k, v, beta, log_decay, state, scale):
         ],
         input_output_aliases={3 + len(gates): 1},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        interpret=False if jax.default_backend() == "tpu" else pltpu.InterpretParams(),
+        interpret=tpu.interpret_mode(),
         name="delta_step",
     )(
         *(flat(jnp.repeat(x, group, axis=1), key_dim) for x in (q, k)),

@@ -37,7 +37,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.lact import pallas_tpu_parts as parts
 from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.pallas_tpu_backward import backward
@@ -46,11 +46,6 @@ from refine_jax.kernels.lact.pallas_tpu_forward import forward
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan
 from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
 from refine_jax.kernels.lact.xla import apply_update, fresh_state, row_norms, update_sums
-
-
-def interpret_mode() -> pltpu.InterpretParams | bool:
-    """How `pallas_call` runs: compiled on TPUs, interpreted elsewhere."""
-    return jax.default_backend() != "tpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,7 +223,7 @@ def lact_pallas_tpu(
         carry=carry is not None,
         resets=reset is not None,
         fresh_by_row=weights.w0.ndim == 4,
-        interpret=interpret_mode(),
+        interpret=tpu.interpret_mode(),
     )
     if options.muon is None and not by_channel and tuning.fits(plan, q.dtype):
         if carry is not None:
