@@ -13,65 +13,39 @@ what was got and what is allowed. A config file starts from `defaults()` and set
 """
 
 import dataclasses
-import difflib
-import math
-import numbers
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ml_collections import ConfigDict, config_dict
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the field and says what is allowed."""
-
-
-def _field(default, doc: str, *, choices=None, low=None, high=None, above=None):
-    """A field with its meaning and what it allows: `low` <= x <= `high`, x > `above`."""
-    allowed = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata=allowed)
-
-
-class _Section:
-    """One part of the configuration: checks each field against its type and what it allows."""
-
-    section: ClassVar[str] = ""
-
-    def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            path = f"config.{self.section}.{field.name}"
-            value = _converted(getattr(self, field.name), hints[field.name], path)
-            _check_allowed(value, field.metadata, path)
-            object.__setattr__(self, field.name, value)
+from refine_jax.settings import ConfigError, Section, check_names, plain, setting, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model, and how it computes."""
 
     section: ClassVar[str] = "model"
 
-    checkpoint: str | None = _field(
+    checkpoint: str | None = setting(
         None, "checkpoint to start from, made by refine_jax.convert or by a run; replaces `fresh`"
     )
-    fresh: Mapping | None = _field(
+    fresh: Mapping | None = setting(
         None, "a randomly initialised model: `model_type` and fields of a Hugging Face config.json"
     )
-    compute_dtype: str | None = _field(
+    compute_dtype: str | None = setting(
         None,
         "activations and matmul operands; None: float32 on CPU, bfloat16 on accelerators",
         choices=("float32", "bfloat16"),
     )
-    param_dtype: str = _field(
+    param_dtype: str = setting(
         "float32", "parameters and optimizer moments", choices=("float32", "bfloat16")
     )
-    remat: str = _field(
+    remat: str = setting(
         "none", "what a layer's backward pass recomputes", choices=("none", "full", "dots")
     )
-    implementation: str | None = _field(
+    implementation: str | None = setting(
         None,
         "kernels of the mixers; xla: everywhere; None: the best for the device",
         choices=("xla", "reference", "pallas_tpu", "pallas_gpu"),
@@ -79,40 +53,40 @@ class ModelConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class RefineConfig(_Section):
+class RefineConfig(Section):
     """The method (DESIGN section 5; ReFINE, arXiv 2602.16704). Defaults are mid-training's."""
 
     section: ClassVar[str] = "refine"
 
-    objective: str = _field(
+    objective: str = setting(
         "refine", "`ntp`: next-token loss alone (the paper's SFT)", choices=("refine", "ntp")
     )
-    selection: str = _field(
+    selection: str = setting(
         "entropy",
         "how a position is picked in each span",
         choices=("entropy", "uniform", "argmax", "argmin"),
     )
-    reward: str = _field(
+    reward: str = setting(
         "cosine",
         "similarity to the true continuation: of hidden states, of tokens, or the sum",
         choices=("cosine", "binary", "hybrid"),
     )
-    grouping: str = _field(
+    grouping: str = setting(
         "sequence",
         "rollouts whose rewards are compared: all of a sequence, or those of one position",
         choices=("sequence", "position"),
     )
-    rollout_length: int = _field(5, "k: tokens a rollout", low=1)
-    num_positions: int = _field(8, "c: positions a sequence", low=1)
-    rollouts_per_position: int = _field(1, "n: rollouts a position", low=1)
-    selection_temperature: float = _field(1.0, "tau: of the entropies when picking", above=0)
-    sampling_temperature: float = _field(1.0, "of the policy when rolling out", above=0)
-    forbid_eos: bool = _field(True, "rollouts never sample the end-of-sequence token")
-    clip_low: float = _field(0.2, "ratio is clipped below 1 - clip_low", above=0, high=1)
-    clip_high: float = _field(0.2, "ratio is clipped above 1 + clip_high", above=0)
-    dual_clip: float = _field(3.0, "bound on the loss of negative advantages", above=1)
-    normalize_std: bool = _field(True, "advantages are divided by the group's deviation")
-    loss_aggregation: str = _field(
+    rollout_length: int = setting(5, "k: tokens a rollout", low=1)
+    num_positions: int = setting(8, "c: positions a sequence", low=1)
+    rollouts_per_position: int = setting(1, "n: rollouts a position", low=1)
+    selection_temperature: float = setting(1.0, "tau: of the entropies when picking", above=0)
+    sampling_temperature: float = setting(1.0, "of the policy when rolling out", above=0)
+    forbid_eos: bool = setting(True, "rollouts never sample the end-of-sequence token")
+    clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above=0, high=1)
+    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above=0)
+    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above=1)
+    normalize_std: bool = setting(True, "advantages are divided by the group's deviation")
+    loss_aggregation: str = setting(
         "token-mean",
         "how the policy loss of tokens is combined",
         choices=(
@@ -122,11 +96,13 @@ class RefineConfig(_Section):
             "seq-mean-token-sum-norm",
         ),
     )
-    lambda_sft: float = _field(1.0, "weight of the next-token loss", low=0)
-    lambda_rl: float = _field(0.2, "weight of the policy loss", low=0)
-    kl_coef: float = _field(0.0, "weight of the divergence from the initial policy", low=0)
-    kl_type: str = _field("low_var_kl", "its estimator", choices=("low_var_kl", "kl", "abs", "mse"))
-    edge_margin: int = _field(20, "tokens kept free of rollouts at both ends", low=1)
+    lambda_sft: float = setting(1.0, "weight of the next-token loss", low=0)
+    lambda_rl: float = setting(0.2, "weight of the policy loss", low=0)
+    kl_coef: float = setting(0.0, "weight of the divergence from the initial policy", low=0)
+    kl_type: str = setting(
+        "low_var_kl", "its estimator", choices=("low_var_kl", "kl", "abs", "mse")
+    )
+    edge_margin: int = setting(20, "tokens kept free of rollouts at both ends", low=1)
 
     @property
     def tokens_needed(self) -> int:
@@ -135,55 +111,55 @@ class RefineConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW with decoupled weight decay on all parameters, after clipping by the global norm."""
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = _field(1e-6, "peak learning rate", low=0)
-    b1: float = _field(0.9, "decay of the first moment", low=0, high=0.99999)
-    b2: float = _field(0.999, "decay of the second moment", low=0, high=0.9999999)
-    eps: float = _field(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = _field(0.01, "decoupled, on all parameters", low=0)
-    clip_norm: float | None = _field(0.2, "largest global norm of a gradient; None: any", above=0)
-    schedule: str = _field(
+    learning_rate: float = setting(1e-6, "peak learning rate", low=0)
+    b1: float = setting(0.9, "decay of the first moment", low=0, high=0.99999)
+    b2: float = setting(0.999, "decay of the second moment", low=0, high=0.9999999)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0)
+    clip_norm: float | None = setting(0.2, "largest global norm of a gradient; None: any", above=0)
+    schedule: str = setting(
         "constant", "after the warm-up", choices=("constant", "cosine", "linear")
     )
-    warmup_steps: int = _field(0, "training steps of linear warm-up from 0", low=0)
-    final_fraction: float = _field(
+    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", low=0)
+    final_fraction: float = setting(
         0.0, "where `cosine` and `linear` end, of the peak", low=0, high=1
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The loop."""
 
     section: ClassVar[str] = "train"
 
-    steps: int = _field(100, "training steps, one batch each", low=1)
-    warmup_ntp_steps: int = _field(0, "steps of plain next-token training at the start", low=0)
-    batch_size: int = _field(128, "sequences a step; rollouts of all are collected at once", low=1)
-    mini_batch_size: int | None = _field(
+    steps: int = setting(100, "training steps, one batch each", low=1)
+    warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", low=0)
+    batch_size: int = setting(128, "sequences a step; rollouts of all are collected at once", low=1)
+    mini_batch_size: int | None = setting(
         None, "sequences an optimizer update; None: batch_size", low=1
     )
-    micro_batch_size: int | None = _field(
+    micro_batch_size: int | None = setting(
         None, "sequences of one forward and backward pass; None: mini_batch_size", low=1
     )
-    eval_every: int = _field(0, "steps between evaluations; 0: before and after only", low=0)
-    eval_batches: int = _field(8, "held-out batches of micro_batch_size an evaluation", low=1)
-    log_every: int = _field(10, "steps between lines on the terminal; 0: none", low=0)
-    checkpoint_every: int = _field(100, "steps between checkpoints; 0: at the end only", low=0)
-    keep_checkpoints: int = _field(2, "newest checkpoints to keep", low=1)
-    best_metric: str | None = _field(
+    eval_every: int = setting(0, "steps between evaluations; 0: before and after only", low=0)
+    eval_batches: int = setting(8, "held-out batches of micro_batch_size an evaluation", low=1)
+    log_every: int = setting(10, "steps between lines on the terminal; 0: none", low=0)
+    checkpoint_every: int = setting(100, "steps between checkpoints; 0: at the end only", low=0)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep", low=1)
+    best_metric: str | None = setting(
         None,
         "also keep the checkpoint that is best on held-out documents; needs eval_every",
         choices=("loss", "accuracy", "reward"),
     )
-    max_nonfinite_updates: int = _field(
+    max_nonfinite_updates: int = setting(
         10, "updates skipped in a row for non-finite gradients before the run stops", low=1
     )
-    seed: int = _field(0, "of the initial weights, the rollouts and the order of the data", low=0)
+    seed: int = setting(0, "of the initial weights, the rollouts and the order of the data", low=0)
 
     @property
     def mini_batch(self) -> int:
@@ -202,50 +178,54 @@ class TrainConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which documents, and how they become rows of tokens (`refine_jax.data.options`)."""
 
     section: ClassVar[str] = "data"
 
-    source: str = _field(
+    source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
         "jsonl (.gz, .zst), text; a file, folder or glob pattern",
     )
-    text_field: str = _field("text", "parquet column, JSON field or tfds feature with the text")
-    files: str = _field("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
-    tfds_split: str = _field("train", "split of a tfds data set, e.g. `train[:10%]`")
-    tfds_data_dir: str = _field("", "where tensorflow-datasets keeps its data; '': its default")
-    limit_documents: int | None = _field(None, "use only the first documents; None: all", low=1)
-    tokenizer: str = _field(
+    text_field: str = setting("text", "parquet column, JSON field or tfds feature with the text")
+    files: str = setting("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
+    tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`")
+    tfds_data_dir: str = setting("", "where tensorflow-datasets keeps its data; '': its default")
+    limit_documents: int | None = setting(None, "use only the first documents; None: all", low=1)
+    tokenizer: str = setting(
         "mistral-v1", "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path"
     )
-    add_bos: bool = _field(True, "begin-of-sequence token before each document")
-    add_eos: bool = _field(False, "end-of-sequence token after each document")
-    sequence_length: int = _field(16384, "T: tokens of a row", low=2)
-    min_tokens: int | None = _field(
+    add_bos: bool = setting(True, "begin-of-sequence token before each document")
+    add_eos: bool = setting(False, "end-of-sequence token after each document")
+    sequence_length: int = setting(16384, "T: tokens of a row", low=2)
+    min_tokens: int | None = setting(
         None, "drop documents with fewer tokens; None: sequence_length", low=1
     )
-    max_tokens: int | None = _field(None, "drop documents with more tokens; None: no limit", low=1)
-    chunking: str = _field(
+    max_tokens: int | None = setting(None, "drop documents with more tokens; None: no limit", low=1)
+    chunking: str = setting(
         "all",
         "longer documents: cut into rows, or keep the first row",
         choices=("all", "first"),
     )
-    min_remainder: int | None = _field(
+    min_remainder: int | None = setting(
         None,
         "keep the last piece of a cut document if it has so many tokens; None: as many as the "
         "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
         low=1,
     )
-    pack: bool = _field(False, "short documents share a row")
-    max_documents: int = _field(8, "most documents of a packed row", low=1)
-    holdout: float = _field(
+    pack: bool = setting(False, "short documents share a row")
+    max_documents: int = setting(8, "most documents of a packed row", low=1)
+    holdout: float = setting(
         0.05, "fraction of the documents held out for evaluation", above=0, high=0.5
     )
-    epochs: int | None = _field(None, "passes over the training rows; None: no end", low=1)
-    workers: int = _field(0, "processes that read ahead; 0: threads of this one", low=0)
-    cache_dir: str = _field("", "folder that keeps tokens between runs; '': memory")
+    epochs: int | None = setting(None, "passes over the training rows; None: no end", low=1)
+    workers: int = setting(0, "processes that read ahead; 0: threads of this one", low=0)
+    cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory")
+
+
+# What a run does; each is a module of refine_jax.phases.
+PHASES = ("midtrain",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,12 +233,18 @@ class Config:
     """A whole run. Made by `from_dict`, or from its sections."""
 
     model: ModelConfig
+    phase: str = "midtrain"
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
     def __post_init__(self):
+        if self.phase not in PHASES:
+            raise ConfigError(
+                f"config.phase must be one of {', '.join(map(repr, PHASES))}. Got: {self.phase!r}."
+                f"{suggestion(self.phase, PHASES)}"
+            )
         _check_model(self.model)
         _check_batches(self.train)
         _check_steps(self.train, self.optimizer)
@@ -271,14 +257,14 @@ class Config:
         Raises:
           ConfigError: A field is unknown, of a wrong type or value, or does not fit the others.
         """
-        values = _plain(values)
-        _check_names(values, SECTIONS, "config")
-        sections = {}
+        values = plain(values)
+        check_names(values, ["phase", *SECTIONS], "config")
+        sections = {"phase": values["phase"]} if "phase" in values else {}
         for name, kind in SECTIONS.items():
             part = values.get(name, {})
             if not isinstance(part, Mapping):
                 raise ConfigError(f"config.{name} must hold fields. Got: {part!r}.")
-            _check_names(part, [f.name for f in dataclasses.fields(kind)], f"config.{name}")
+            check_names(part, [f.name for f in dataclasses.fields(kind)], f"config.{name}")
             sections[name] = kind(**part)
         return cls(**sections)
 
@@ -298,7 +284,7 @@ SECTIONS = {
 
 def defaults() -> ConfigDict:
     """A ConfigDict with every field at its default, to set and to override by flags."""
-    values = ConfigDict()
+    values = ConfigDict({"phase": "midtrain"})
     for name, kind in SECTIONS.items():
         hints = typing.get_type_hints(kind)
         section = ConfigDict()
@@ -316,25 +302,6 @@ def defaults() -> ConfigDict:
     return values
 
 
-def _plain(values):
-    """Nested dicts of plain values from ConfigDicts."""
-    if isinstance(values, ConfigDict):
-        values = values.to_dict()
-    if isinstance(values, Mapping):
-        return {key: _plain(value) for key, value in values.items()}
-    return values
-
-
-def _check_names(given: Iterable[str], known: Iterable[str], path: str) -> None:
-    known = list(known)
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"{path} has no field {name!r}.{suggestion(name, known)} "
-                f"Fields: {', '.join(known)}."
-            )
-
-
 def check_flag_names(arguments: Iterable[str]) -> None:
     """Raise ConfigError for a `--config.section.field=value` that names no section or field.
 
@@ -346,58 +313,11 @@ def check_flag_names(arguments: Iterable[str]) -> None:
         if not argument.startswith("-") or prefix != "config" or not rest:
             continue
         section, _, field = rest.partition(".")
-        _check_names([section], SECTIONS, "config")
+        if section == "phase":
+            continue
+        check_names([section], SECTIONS, "config")
         fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        _check_names([field.partition(".")[0]], fields, f"config.{section}")
-
-
-def suggestion(name: Any, known: Iterable[str]) -> str:
-    """' Did you mean ...?' where one of the known names is near, else an empty string."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
-def _converted(value, hint, path: str):
-    """The value as its annotated type; integers pass as floats, nothing else is converted."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    kind = next(k for k in kinds if k is not type(None))
-    fits = {
-        bool: lambda: isinstance(value, bool),
-        int: lambda: isinstance(value, numbers.Integral) and not isinstance(value, bool),
-        float: lambda: isinstance(value, numbers.Real) and not isinstance(value, bool),
-        str: lambda: isinstance(value, str),
-        Mapping: lambda: isinstance(value, Mapping),
-    }[kind]()
-    if not fits:
-        names = {bool: "True or False", int: "a whole number", float: "a number"}
-        names |= {str: "a string", Mapping: "a dictionary"}
-        none = " or None" if type(None) in kinds else ""
-        raise ConfigError(f"{path} must be {names[kind]}{none}. Got: {value!r}.")
-    value = dict(value) if kind is Mapping else kind(value)
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{path} must be finite. Got: {value!r}.")
-    return value
-
-
-def _check_allowed(value, allowed: Mapping, path: str) -> None:
-    if value is None:
-        return
-    choices = allowed["choices"]
-    if choices and value not in choices:
-        names = ", ".join(repr(choice) for choice in choices)
-        raise ConfigError(
-            f"{path} must be one of {names}. Got: {value!r}.{suggestion(value, choices)}"
-        )
-    for key, holds, words in (
-        ("low", lambda bound: value >= bound, "at least"),
-        ("high", lambda bound: value <= bound, "at most"),
-        ("above", lambda bound: value > bound, "more than"),
-    ):
-        bound = allowed[key]
-        if bound is not None and not holds(bound):
-            raise ConfigError(f"{path} must be {words} {bound}. Got: {value}.")
+        check_names([field.partition(".")[0]], fields, f"config.{section}")
 
 
 def _check_model(model: ModelConfig) -> None:

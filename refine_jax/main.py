@@ -1,4 +1,4 @@
-"""Train from the command line:
+"""Run a configuration from the command line:
 
     python -m refine_jax.main --config=configs/demo.py --workdir=runs/demo
     python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \
@@ -9,6 +9,7 @@ continues it). Exit code 1: bad input or a failed run, with one message on stand
 line on standard output is a JSON object with the figures of the run.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,18 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from refine_jax.checkpoint.tree import CheckpointError
-from refine_jax.config import Config, ConfigError, check_flag_names
+from refine_jax.config import Config, check_flag_names
 from refine_jax.data.options import DataError
 from refine_jax.models.config import ModelConfigError
-from refine_jax.phases import midtrain
+from refine_jax.phases.setup import RunError
+from refine_jax.settings import ConfigError
 
 USER_ERRORS = (
     ConfigError,
     ModelConfigError,
     DataError,
     CheckpointError,
-    midtrain.RunError,
+    RunError,
     OSError,
 )
 
@@ -50,7 +52,9 @@ def execute(values: Mapping | None, workdir: str | None, *, debug: bool = False)
     try:
         if values is None or not workdir:
             raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
-        results = midtrain.run(Config.from_dict(values), workdir)
+        config = Config.from_dict(values)
+        phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
+        results = phase.run(config, workdir)
     except USER_ERRORS as error:
         if debug:
             raise

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from refine_jax.checkpoint.manager import CheckpointManager
-from refine_jax.config import Config, ConfigError
+from refine_jax.config import Config
 from refine_jax.data.pipeline import BatchIterator, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
@@ -26,6 +26,7 @@ from refine_jax.monitor import Monitor, summarize, table, write_results
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
     CHECKPOINTS,
+    RunError,
     Start,
     check_same_run,
     data_options,
@@ -36,11 +37,8 @@ from refine_jax.phases.setup import (
 )
 from refine_jax.plots import plot_rollouts, plot_training
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
-from refine_jax.refine.step import (
-    TrainState,
-    make_eval_step,
-    make_train_step,
-)
+from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.settings import ConfigError
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -49,10 +47,6 @@ _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 def _rows(batch: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
     """The batch for a step: without segments, the faster program, where they say nothing."""
     return {"tokens": batch["tokens"]} if dataset.full_rows else dict(batch)
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on. The message says what happened and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)

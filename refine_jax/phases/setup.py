@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.checkpoint.manager import load_model
-from refine_jax.config import Config, ConfigError, ModelConfig, suggestion
+from refine_jax.config import Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.settings import ConfigError, suggestion
 
 CHECKPOINTS = "checkpoints"
 
@@ -32,6 +33,10 @@ _MAY_CHANGE = {
     "train.keep_checkpoints",
     "train.max_nonfinite_updates",
 }
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on. The message says what happened and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +171,11 @@ def check_same_run(config: Config, workdir: Path) -> None:
         return
     old = json.loads(record.read_text(encoding="utf-8"))["config"]
     changed = []
-    for section, fields in json.loads(json.dumps(config.to_dict())).items():
+    new = json.loads(json.dumps(config.to_dict()))
+    phase = new.pop("phase")
+    if phase != old.get("phase", phase):
+        changed.append(f"  config.phase: was {old['phase']!r}, got {phase!r}")
+    for section, fields in new.items():
         for name, value in fields.items():
             before = old.get(section, {}).get(name)
             if f"{section}.{name}" not in _MAY_CHANGE and value != before:
