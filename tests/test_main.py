@@ -361,8 +361,7 @@ def config_file(corpus, tmp_path):
     path.write_text(
         "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
         "    config = defaults()\n"
-        f"    for section, fields in {fields!r}.items():\n"
-        "        config[section].update(fields)\n"
+        f"    config.update({fields!r})\n"
         "    return config\n"
     )
     return path
