@@ -16,7 +16,7 @@ references, of which the best counts unless the metric says otherwise.
 | `ruler_recall` | fraction of the answers found | RULER needles, vt, cwe, fwe |
 | `ruler_qa_refine` | any answer found in the first line | RULER QA as ReFINE scores it |
 | `ruler_qa_nvidia` | any answer found in the response | RULER QA as NVIDIA scores it |
-| `ruler_qa_lm_eval` | fraction of the answers found in the response | RULER QA as lm-eval scores it |
+| `ruler_qa_lm_eval` | fraction of the answers found in it | RULER QA as lm-eval scores it |
 """
 
 import difflib

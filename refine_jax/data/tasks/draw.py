@@ -23,9 +23,14 @@ class Draw:
     """
 
     def __init__(self, *key: str | int) -> None:
+        self._name = key
         self._key = hashlib.sha256(json.dumps(key).encode()).digest()
         self._block = 0
         self._words: list[int] = []
+
+    def fork(self, *key: str | int) -> Draw:
+        """Return the stream of a longer key; it does not depend on what was drawn here."""
+        return Draw(*self._name, *key)
 
     def bits(self, count: int) -> int:
         """Return an integer of so many random bits, a multiple of 64."""

@@ -115,7 +115,13 @@ def count_tokens(tokenizer: Tokenizer, prompt: str) -> int:
 
 
 def fit(
-    make: Callable[[int], str], *, tokenizer: Tokenizer, budget: int, least: int, what: str
+    make: Callable[[int], str],
+    *,
+    tokenizer: Tokenizer,
+    budget: int,
+    least: int,
+    what: str,
+    most: int | None = None,
 ) -> tuple[int, int]:
     """Return the size of the largest haystack that fits, and its prompt's tokens.
 
@@ -127,6 +133,7 @@ def fit(
         budget: the most tokens of a prompt, bos counted.
         least: the smallest size to try.
         what: the sample, for the error.
+        most: the largest size there is; None is no limit.
 
     Raises:
         DataError: not even the smallest fits.
@@ -137,20 +144,18 @@ def fit(
             f"{what} needs at least {tokens} tokens for its prompt, and {budget} are left beside "
             "the answer: choose a larger length"
         )
-    high, beyond = None, 0  # the smallest size known not to fit, and its tokens
+    high = None if most is None else most + 1  # the smallest size known not to fit
     rate = max(1.0, tokens / (least + 1))
     while high is None or high - low > 1:
-        step = max(1, int((budget - tokens) / rate))
-        size = low + step if high is None else min(low + step, high - 1)
+        size = low + max(1, int((budget - tokens) / rate))
+        size = size if high is None else min(size, high - 1)
         count = count_tokens(tokenizer, make(size))
+        if count > tokens:
+            rate = (count - tokens) / (size - low)
         if count <= budget:
-            if high is None and count > tokens:
-                rate = (count - tokens) / (size - low)
             low, tokens = size, count
         else:
-            high, beyond = size, count
-        if high is not None:
-            rate = (beyond - tokens) / (high - low)
+            high = size
     return low, tokens
 
 
