@@ -178,6 +178,24 @@ def test_zero_weights_and_keys_have_finite_gradients(implementation, options):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "best"),
+    [
+        ({"chunk": 128, "dim": 128, "hidden": 256}, "pallas_tpu"),
+        ({"chunk": 64, "dim": 128, "hidden": 256}, "xla"),
+        ({"chunk": 128, "dim": 128, "hidden": 192}, "xla"),
+        ({"chunk": 128, "dim": 96, "hidden": 256}, "xla"),
+    ],
+)
+def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, best):
+    arguments, _ = Spec("", heads=1, **sizes).arguments()
+    for name in ops.IMPLEMENTATIONS:
+        monkeypatch.setitem(ops.IMPLEMENTATIONS, name, lambda *_, name=name, **__: name)
+    assert ops.lact(*arguments) == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert ops.lact(*arguments) == best
+
+
 def test_bad_arguments_are_named():
     arguments, _ = Spec("", batch=2).arguments()
     q, k, v, rates, momentum, weights = arguments

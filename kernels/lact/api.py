@@ -20,7 +20,9 @@ IMPLEMENTATIONS = {
     "pallas_tpu": lact_pallas_tpu,
     "pallas_gpu": lact_pallas_gpu,
 }
-_KERNEL_CHUNK = 128  # smaller chunks would be mostly padding in the TPU's kernels
+# What the TPU's kernels take without padding. With padding XLA is as fast or faster: by static
+# estimates 1.4 times as fast on v6e and 1.15 times on v5e at d = 320, F = 480.
+_LANES = 128
 
 
 def lact(
@@ -53,13 +55,14 @@ def lact(
     `update_sums` and `apply_update` make it when a next token comes.
 
     implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one: the
-        TPU kernels on TPU, else XLA (the GPU kernels have not run on a GPU yet). A named one never
-        falls back. Where their device is absent, kernels are interpreted (slow).
+        TPU kernels on TPU where d and F are multiples of 128 and C is at least 128, else XLA (the
+        GPU kernels have not run on a GPU yet). A named one never falls back. Where their device is
+        absent, kernels are interpreted (slow).
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
-    name = implementation or _best(q)
+    name = implementation or _best(q, weights)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
@@ -70,10 +73,11 @@ def lact(
     )
 
 
-def _best(q: jax.Array) -> str:
+def _best(q: jax.Array, weights: Weights) -> str:
     """The implementation for this device; not the GPU kernels before they have run on a GPU."""
-    large = q.shape[3] >= _KERNEL_CHUNK
-    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
+    chunk, d = q.shape[-2:]
+    unpadded = chunk >= _LANES and d % _LANES == 0 and weights.w1.shape[-1] % _LANES == 0
+    return "pallas_tpu" if jax.default_backend() == "tpu" and unpadded else "xla"
 
 
 def _check(q, k, v, rates, momentum, weights):
