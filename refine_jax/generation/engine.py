@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,8 +21,9 @@ from refine_jax.data.options import DataError
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
 from refine_jax.generation.text import TextStream
+from refine_jax.models.config import ModelConfig
 from refine_jax.models.head import logits
-from refine_jax.models.transformer import Model, Params, State
+from refine_jax.models.transformer import ComputePolicy, Model, Params, State
 
 PIECES = (512, 64, 8, 1)  # tokens by which states are extended: any number is a sum of few
 _BLOCK = 16  # tokens generated between two looks at the stop strings
@@ -148,12 +149,36 @@ class Generated:
     finish_reason: str
 
 
+class _Programs(NamedTuple):
+    """The compiled functions of a model; `advance` and `decode` overwrite the Prefix they get."""
+
+    prefill: Callable
+    advance: Callable
+    decode: Callable
+    take_rows: Callable
+    gather: Callable
+    row_keys: Callable
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(config: ModelConfig, policy: ComputePolicy, end: int | None) -> _Programs:
+    model = Model(config, policy)
+    return _Programs(
+        jax.jit(functools.partial(prefill, model)),
+        jax.jit(functools.partial(advance, model), donate_argnums=1),
+        jax.jit(functools.partial(decode, model, block=_BLOCK, end=end), donate_argnums=1),
+        jax.jit(take_rows),
+        jax.jit(_gather),
+        jax.jit(row_keys),
+    )
+
+
 class Generator:
     """Reads prompts and generates from them: text or tokens in, text and tokens out.
 
-    Numbers of rows and lengths are rounded up to few shapes, so that few programs are compiled; the
-    compiled programs live as long as the Generator. Rows do not depend on each other: only the
-    rounding of products may differ between programs.
+    Numbers of rows and lengths are rounded up to few shapes, so that few programs are compiled;
+    Generators of equal models share them. Rows do not depend on each other: only the rounding of
+    products may differ between programs.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, *, prefill_tokens: int = 32768):
@@ -172,14 +197,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self._prefill_tokens = prefill_tokens
-        self._prefill = jax.jit(functools.partial(prefill, model))
-        self._advance = jax.jit(functools.partial(advance, model), donate_argnums=1)
-        self._decode = jax.jit(
-            functools.partial(decode, model, block=_BLOCK, end=tokenizer.eos_id), donate_argnums=1
-        )
-        self._take_rows = jax.jit(take_rows)
-        self._gather = jax.jit(_gather)
-        self._row_keys = jax.jit(row_keys)
+        self._programs = _programs(model.config, model.policy, tokenizer.eos_id)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Prompts of `texts`: begin-of-sequence token, if the tokenizer has one, and tokens."""
@@ -198,7 +216,7 @@ class Generator:
             places[group] = start + np.arange(len(group))
             start += parts[-1].length.shape[0]
         in_place = len(parts) == 1 and np.array_equal(places, np.arange(start))
-        prefix = parts[0] if in_place else self._gather(tuple(parts), places)
+        prefix = parts[0] if in_place else self._programs.gather(tuple(parts), places)
         return self._read_on(params, prefix, [row[self._prefill_tokens :] for row in prompts])
 
     def extend(
@@ -297,7 +315,7 @@ class Generator:
         tokens = np.zeros((len(lengths), round_length(lengths.max())), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        return self._prefill(params, tokens, lengths)
+        return self._programs.prefill(params, tokens, lengths)
 
     def _read_on(self, params: Params, prefix: Prefix, rests: list[np.ndarray]) -> Prefix:
         """Extend by `rests` of any lengths, each row at its own pace, in pieces of few sizes."""
@@ -312,15 +330,19 @@ class Generator:
                 tokens = np.zeros((len(at), size), np.int32)
                 for row in np.flatnonzero(taken):
                     tokens[row] = rests[row][at[row] : at[row] + size]
-                own = self._advance(params, own, tokens, taken)
+                own = self._programs.advance(params, own, tokens, taken)
                 at, left = at + size * taken, left - size * taken
-        return own if count == len(at) else self._take_rows(own, np.arange(count, dtype=np.int32))
+        return (
+            own
+            if count == len(at)
+            else self._programs.take_rows(own, np.arange(count, dtype=np.int32))
+        )
 
     def _own(self, prefix: Prefix) -> Prefix:
         """A copy that may be overwritten; repeated rows fill it up to a common size."""
         count = prefix.length.shape[0]
         rows = np.minimum(np.arange(round_rows(count)), count - 1)
-        return self._take_rows(prefix, rows.astype(np.int32))
+        return self._programs.take_rows(prefix, rows.astype(np.int32))
 
     # Generating
 
@@ -340,14 +362,14 @@ class Generator:
         own = self._own(prefix)
         padding = [0] * (own.length.shape[0] - len(rows))
         ids = [*(range(len(rows)) if ids is None else ids), *padding]
-        keys = self._row_keys(np.uint32(sampling.seed), np.asarray(ids, np.uint32))
+        keys = self._programs.row_keys(np.uint32(sampling.seed), np.asarray(ids, np.uint32))
         sampler = Sampler.of(sampling)
         for index, row in enumerate(rows):
             if row.finish_reason:
                 yield index, row.result()
         while any(not row.finish_reason for row in rows):
             budgets = np.array([min(row.left, every) for row in rows] + padding, np.int32)
-            tokens, own = self._decode(params, own, keys, sampler, budgets)
+            tokens, own = self._programs.decode(params, own, keys, sampler, budgets)
             for index, new in enumerate(np.asarray(tokens)[: len(rows)]):
                 if rows[index].finish_reason:
                     continue
