@@ -224,6 +224,37 @@ class DataConfig(Section):
     cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory")
 
 
+@dataclasses.dataclass(frozen=True)
+class TestTimeConfig(Section):
+    """Training on a prompt before it is answered, by the `refine` and `optimizer` sections."""
+
+    section: ClassVar[str] = "testtime"
+    __test__: ClassVar[bool] = False  # not a test case, whatever its name
+
+    steps: int = setting(1, "passes over a prompt, or over a batch of prompts", low=1)
+    reset: str = setting(
+        "example",
+        "when the trained parameters come back: for each prompt, which then adapts a copy of its "
+        "own; for each batch; or never (the official code), where scores depend on the order",
+        choices=("example", "batch", "never"),
+    )
+    copies: int = setting(
+        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", low=1
+    )
+    batch_size: int = setting(
+        8, "`batch` and `never`: prompts adapted together and answered with one result", low=1
+    )
+    mini_batch_size: int = setting(4, "prompts an optimizer update", low=1)
+    micro_batch_size: int | None = setting(
+        None, "prompts of one forward and backward pass; None: mini_batch_size", low=1
+    )
+
+    @property
+    def micro_batch(self) -> int:
+        """Prompts of one forward and backward pass."""
+        return self.micro_batch_size or self.mini_batch_size
+
+
 # What a run does; each is a module of refine_jax.phases.
 PHASES = ("midtrain",)
 
@@ -238,6 +269,7 @@ class Config:
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -279,6 +311,7 @@ SECTIONS = {
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "testtime": TestTimeConfig,
 }
 
 
