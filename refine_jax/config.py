@@ -225,6 +225,34 @@ class DataConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationConfig(Section):
+    """How phases that generate do it (`refine_jax.generation`)."""
+
+    section: ClassVar[str] = "generation"
+
+    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0)
+    top_k: int | None = setting(
+        None, "draw among the k most likely tokens only; None: among all", low=1
+    )
+    top_p: float | None = setting(
+        None,
+        "draw among the fewest most likely tokens of this total probability; None: among all",
+        above=0,
+        high=1,
+    )
+    max_new_tokens: int | None = setting(
+        None, "most tokens of an answer; None: as many as its task allows", low=1
+    )
+    prefill_tokens: int = setting(
+        32768,
+        "most tokens, padding included, of one forward pass over prompts; what is longer is read "
+        "in pieces",
+        low=1,
+    )
+
+
+
+@dataclasses.dataclass(frozen=True)
 class TestTimeConfig(Section):
     """Training on a prompt before it is answered, by the `refine` and `optimizer` sections."""
 
@@ -269,6 +297,7 @@ class Config:
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
 
     def __post_init__(self):
@@ -311,6 +340,7 @@ SECTIONS = {
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "generation": GenerationConfig,
     "testtime": TestTimeConfig,
 }
 
