@@ -25,7 +25,7 @@ from refine_jax.models.head import logits
 from refine_jax.models.transformer import Model, Params, State
 
 PIECES = (512, 64, 8, 1)  # tokens by which states are extended: any number is a sum of few
-_BLOCK = 16  # tokens generated between two looks at the stop strings
+BLOCK = 16  # tokens generated between two looks at the stop strings
 _SHORT = 512  # rows of at most so many tokens are padded to one length: little work, one program
 
 
@@ -175,7 +175,7 @@ class Generator:
         self._prefill = jax.jit(functools.partial(prefill, model))
         self._advance = jax.jit(functools.partial(advance, model), donate_argnums=1)
         self._decode = jax.jit(
-            functools.partial(decode, model, block=_BLOCK, end=tokenizer.eos_id), donate_argnums=1
+            functools.partial(decode, model, block=BLOCK, end=tokenizer.eos_id), donate_argnums=1
         )
         self._take_rows = jax.jit(take_rows)
         self._gather = jax.jit(_gather)
@@ -233,7 +233,7 @@ class Generator:
         seed, decide a row's draws wherever it stands and whatever stands beside it; None: 0, 1, ...
         """
         rows = self._rows(prefix, sampling, max_new_tokens)
-        for _ in self._run(params, prefix, sampling, rows, ids, _BLOCK):
+        for _ in self._run(params, prefix, sampling, rows, ids, BLOCK):
             pass
         return [row.result() for row in rows]
 

@@ -29,11 +29,10 @@ import numpy as np
 import optax
 
 from refine_jax.config import RefineConfig, TestTimeConfig
+from refine_jax.generation.engine import round_length
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import Batch, Method, Metrics
 from refine_jax.refine.step import TrainState, make_train_step, update_rows
-
-_SHORTEST_ROW = 64
 
 
 class Cost(NamedTuple):
@@ -48,29 +47,22 @@ class Cost(NamedTuple):
 
 
 class Adapted(NamedTuple):
-    """Parameters to answer some prompts with.
+    """Parameters to answer a group of prompts with.
 
-    params: leaves [n, ...], one copy a prompt, if `copies`; else one set for all.
+    params: leaves [n, ...] with one copy a prompt where the Adapter's `copies` n is above 1 (a
+        smaller group leaves the last ones unused); else one set for all prompts.
     """
 
     params: Params
-    copies: bool
     costs: list[Cost]
 
 
 def row_length(tokens: int) -> int:
-    """Slots of the row that a prompt of so many tokens is padded to.
+    """Slots of the row that a prompt of so many tokens is padded to, by its own length alone.
 
-    4, 5, 6 or 7 times a power of two, so that few programs are compiled and padding is at most a
-    fifth of a row (from 64 tokens on). A prompt without a next token is not trained on: its row is
-    like that of no other.
+    A prompt without a next token is not trained on: its row is like that of no other.
     """
-    if tokens < 2:
-        return 1
-    if tokens <= _SHORTEST_ROW:
-        return _SHORTEST_ROW
-    quarter = 1 << ((tokens - 1).bit_length() - 3)
-    return -(-tokens // quarter) * quarter
+    return 1 if tokens < 2 else round_length(tokens)
 
 
 def has_rollouts(tokens: int, config: RefineConfig) -> bool:
@@ -142,7 +134,7 @@ class Adapter:
         self._state: TrainState | None = None  # of reset `never`, between groups
         self._compiled: set[tuple[int, int]] = set()
         method = Method(model, config, eos_id=eos_id, max_documents=1)
-        update = update_rows if options.copies == 1 else update_copies
+        update = update_rows if self.copies == 1 else update_copies
         self._update = jax.jit(functools.partial(update, method, optimizer), donate_argnums=0)
         self._train_step = make_train_step(
             model,
@@ -154,10 +146,19 @@ class Adapter:
         )
 
     @property
+    def copies(self) -> int:
+        """Copies of the parameters that adapt at once; 1: there is one set, without a copy axis."""
+        return self._options.copies if self._options.reset == "example" else 1
+
+    @property
     def group_size(self) -> int:
         """The most prompts that `adapt` takes at once."""
-        options = self._options
-        return options.copies if options.reset == "example" else options.batch_size
+        return self.copies if self._options.reset == "example" else self._options.batch_size
+
+    @property
+    def carries_over(self) -> bool:
+        """Whether a group's parameters depend on the groups before it."""
+        return self._options.reset == "never"
 
     def adapt(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> Adapted:
         """Parameters for the next group of prompts, given as token ids.
@@ -180,7 +181,7 @@ class Adapter:
             self._cost(len(prompt), seconds, compiled, float(loss))
             for prompt, loss in zip(prompts, losses, strict=True)
         ]
-        return Adapted(params, self._options.reset == "example" and self.group_size > 1, costs)
+        return Adapted(params, costs)
 
     def _cost(self, tokens: int, seconds: float, compiled: bool, loss: float) -> Cost:
         config = self._config
@@ -198,16 +199,16 @@ class Adapter:
         keys = [prompt_key(self._key, name) for name in names]
         if max(map(len, prompts)) < 2:
             params = self._trained
-            if self.group_size > 1:
-                params = jax.tree.map(lambda x: jnp.stack([x] * len(prompts)), params)
+            if self.copies > 1:
+                params = jax.tree.map(lambda x: jnp.stack([x] * self.copies), params)
             return params, {}, None
         length = row_length(len(prompts[0]))
-        if self.group_size == 1:
+        if self.copies == 1:
             state = self._fresh(keys[0])
             batch = pad_rows(prompts, rows=1, length=length, pad_id=self._pad_id)
         else:
             # A smaller group is filled up, so that it runs in the same program.
-            missing = self.group_size - len(prompts)
+            missing = self.copies - len(prompts)
             rows = [*prompts, *prompts[:1] * missing]
             keys = jnp.stack(keys + keys[:1] * missing)
             state = jax.vmap(self._fresh)(keys)
@@ -215,10 +216,9 @@ class Adapter:
             batch = {name: array[:, None] for name, array in batch.items()}
         for _ in range(self._options.steps):
             state, metrics = self._update(state, batch)
-        params = state.params
-        if self.group_size > 1 and len(prompts) < self.group_size:
-            params, metrics = jax.tree.map(lambda x: x[: len(prompts)], (params, metrics))
-        return params, metrics, (self.group_size, length)
+        if self.copies > 1:
+            metrics = {name: value[: len(prompts)] for name, value in metrics.items()}
+        return state.params, metrics, (self.copies, length)
 
     def _adapt_together(self, prompts):
         state = self._state
