@@ -159,9 +159,7 @@ def _sets(groups: Sequence[Sequence[Question]]) -> list[str]:
 
 
 def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:
-    scores = [
-        predictions.records[q.name]["score"] for q in _all(groups) if q.set_name == set_name
-    ]
+    scores = [predictions.records[q.name]["score"] for q in _all(groups) if q.set_name == set_name]
     return f"{set_name}: {100 * math.fsum(scores) / len(scores):.1f} % of {len(scores)}"
 
 

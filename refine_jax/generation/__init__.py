@@ -10,6 +10,7 @@
 generate from as often as wanted; `save_prefix` and `load_prefix` keep it in a folder.
 """
 
+from refine_jax.generation.copies import CopiesGenerator
 from refine_jax.generation.engine import (
     Generated,
     Generator,
@@ -23,6 +24,7 @@ from refine_jax.generation.engine import (
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
 
 __all__ = [
+    "CopiesGenerator",
     "Generated",
     "Generator",
     "Prefix",

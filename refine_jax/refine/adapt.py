@@ -156,6 +156,11 @@ class Adapter:
         return self.copies if self._options.reset == "example" else self._options.batch_size
 
     @property
+    def shares_parameters(self) -> bool:
+        """Whether a group of prompts is answered with one set of parameters."""
+        return self._options.reset != "example"
+
+    @property
     def carries_over(self) -> bool:
         """Whether a group's parameters depend on the groups before it."""
         return self._options.reset == "never"
