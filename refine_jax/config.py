@@ -300,7 +300,9 @@ class EvaluateConfig(Section):
         None, "examples of a task and length; None: all of a file; needed by what is made", low=1
     )
     data: str = setting(
-        "", "parquet or jsonl files of tasks, SQuAD's or HotpotQA's .json: a file, folder or glob"
+        "",
+        "of LongBench and RULER's question answering: parquet or jsonl files, or SQuAD's or "
+        "HotpotQA's .json; a file, folder or glob",
     )
     essays: str = setting(
         "", "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed"

@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny, tokens
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
-from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key, row_length
+from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key
 from refine_jax.refine.method import Method
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.selection import select_positions

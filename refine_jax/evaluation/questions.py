@@ -65,7 +65,8 @@ def load_questions(
                 samples=config.samples,
                 tokenizer=tokenizer,
                 seed=config.seed,
-                data=config.data or None,
+                # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
+                data=config.data or None if task.group in ("ruler_qa", "longbench") else None,
                 essays=config.essays or None,
             )
             metric = f"ruler_qa_{config.ruler_qa}" if task.group == "ruler_qa" else task.metric

@@ -123,8 +123,9 @@ def table(results: Mapping[str, Any]) -> str:
 class DepthRecall:
     """Recall of one needle task by length and depth.
 
-    lengths: [N] tokens. depths: [M] upper ends of the bins, per cent of the context. recall, counts:
-    N lists of M: mean score (None where there are no samples) and number of needles.
+    lengths: [N] tokens. depths: [M] upper ends of the bins, per cent of the context.
+    recall, counts: N lists of M: fraction of the needles found (None where there are none), and
+    number of needles.
     """
 
     lengths: list[int]

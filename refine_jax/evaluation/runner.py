@@ -67,8 +67,8 @@ class Predictions:
 class Answerer:
     """What answers a group of questions.
 
-    params: of the trained model. generator: takes `params`, or, if the adapter makes copies, theirs.
-    adapter: None: the trained parameters answer everything. sampling: of the answers.
+    params: of the trained model. generator: takes them, or the adapter's copies, if it makes some.
+    sampling: of the answers. adapter: None: the trained parameters answer everything.
     """
 
     params: Params
