@@ -2,11 +2,11 @@
 
     python experiments/bench_eval.py --model=lact --json
 
-Examples of niah_single_1 at 4096 tokens are read, answered and scored as the phase `evaluate` does
-it: one forward pass over the prompts, then a decode state of fixed size. The official code generates
-from LaCT without a state, by a forward pass over everything for each token. Such a pass, with logits
-of the last token only, is timed over the same batch; an answer takes as many as it has tokens.
-Weights are random, so that answers mostly go on to the end of their budget.
+Examples of niah_single_1 at 4096 tokens are read, answered and scored as the phase `evaluate`
+does it: one forward pass over the prompts, then a decode state of fixed size. The official code
+generates from LaCT without a state, by a forward pass over everything for each token. Such a pass,
+with logits of the last token only, is timed over the same batch; an answer takes as many as it has
+tokens. Weights are random, so that answers mostly go on to the end of their budget.
 """
 
 from __future__ import annotations
