@@ -2,7 +2,7 @@
 
 The 14 are those that ReFINE's scorer knows. Prompts and budgets are LongBench's
 (`config/dataset2prompt.json`, `dataset2maxlen.json`), except that a prompt ends where its last
-line does, as in the sets of ReFINE's experiments.
+line does, as in the sets of ReFINE's experiments. ("asconcisely" is theirs.)
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _QASPER = (
 PROMPTS = {
     "narrativeqa": (
         "You are given a story, which can be either a novel or a movie script, and a question. "
-        "Answer the question as concisely as you can, using a single phrase if possible. Do not "
+        "Answer the question asconcisely as you can, using a single phrase if possible. Do not "
         "provide any explanation.\n\nStory: {context}\n\nNow, answer the question based on the "
-        "story as concisely as you can, using a single phrase if possible. Do not provide any "
+        "story asconcisely as you can, using a single phrase if possible. Do not provide any "
         "explanation.\n\nQuestion: {input}\n\nAnswer:"
     ),
     "qasper": (
