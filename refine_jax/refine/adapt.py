@@ -133,6 +133,13 @@ class Adapter:
         self._groups = 0
         self._state: TrainState | None = None  # of reset `never`, between groups
         self._compiled: set[tuple[int, int]] = set()
+
+        def fresh(params: Params, key: jax.Array) -> TrainState:
+            # Copies: steps give the arrays of their state away.
+            params = jax.tree.map(jnp.copy, params)
+            return TrainState.create(params, optimizer, key, config)
+
+        self._fresh = jax.jit(fresh if self.copies == 1 else jax.vmap(fresh, (None, 0)))
         method = Method(model, config, eos_id=eos_id, max_documents=1)
         update = update_rows if self.copies == 1 else update_copies
         self._update = jax.jit(functools.partial(update, method, optimizer), donate_argnums=0)
@@ -195,11 +202,6 @@ class Adapter:
         rollout_tokens = rollouts * config.rollout_length * has_rollouts(tokens, config)
         return Cost(seconds, steps, steps * tokens, steps * rollout_tokens, compiled, loss)
 
-    def _fresh(self, key: jax.Array) -> TrainState:
-        """The trained parameters before any step; copies, as steps give their state away."""
-        params = jax.tree.map(jnp.copy, self._trained)
-        return TrainState.create(params, self._optimizer, key, self._config)
-
     def _adapt_each(self, prompts, names):
         keys = [prompt_key(self._key, name) for name in names]
         if max(map(len, prompts)) < 2:
@@ -209,14 +211,14 @@ class Adapter:
             return params, {}, None
         length = row_length(len(prompts[0]))
         if self.copies == 1:
-            state = self._fresh(keys[0])
+            state = self._fresh(self._trained, keys[0])
             batch = pad_rows(prompts, rows=1, length=length, pad_id=self._pad_id)
         else:
             # A smaller group is filled up, so that it runs in the same program.
             missing = self.copies - len(prompts)
             rows = [*prompts, *prompts[:1] * missing]
             keys = jnp.stack(keys + keys[:1] * missing)
-            state = jax.vmap(self._fresh)(keys)
+            state = self._fresh(self._trained, keys)
             batch = pad_rows(rows, rows=len(rows), length=length, pad_id=self._pad_id)
             batch = {name: array[:, None] for name, array in batch.items()}
         for _ in range(self._options.steps):
@@ -229,7 +231,8 @@ class Adapter:
         state = self._state
         if state is None:
             reset = self._options.reset == "batch"
-            state = self._fresh(jax.random.fold_in(self._key, self._groups) if reset else self._key)
+            key = jax.random.fold_in(self._key, self._groups) if reset else self._key
+            state = self._fresh(self._trained, key)
         self._groups += 1
         usable = [prompt for prompt in prompts if len(prompt) > 1]
         shape, metrics = None, {}
