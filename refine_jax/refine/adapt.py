@@ -230,9 +230,7 @@ class Adapter:
     def _adapt_together(self, prompts):
         state = self._state
         if state is None:
-            reset = self._options.reset == "batch"
-            key = jax.random.fold_in(self._key, self._groups) if reset else self._key
-            state = self._fresh(self._trained, key)
+            state = self._fresh(self._trained, jax.random.fold_in(self._key, self._groups))
         self._groups += 1
         usable = [prompt for prompt in prompts if len(prompt) > 1]
         shape, metrics = None, {}
