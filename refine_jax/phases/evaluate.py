@@ -48,30 +48,17 @@ RECORD = "evaluation.json"
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What an evaluation is made of; nothing of it is written yet."""
+    """What an evaluation is made of; nothing of it is written yet.
+
+    record: all that its predictions depend on, as JSON values.
+    """
 
     config: Config
     model: Model
     params: Params
     tokenizer: Tokenizer
     questions: list[Question]
-
-    def describe(self) -> dict[str, Any]:
-        """All that the records of an evaluation depend on, as JSON values."""
-        config = self.config.to_dict()
-        kept = ["evaluate", "generation"]
-        if self.config.phase == "testtime":
-            kept += ["testtime", "refine", "optimizer"]
-        values = json.dumps(fingerprints(flatten(self.params)), sort_keys=True).encode()
-        return {
-            "phase": self.config.phase,
-            "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
-            "compute_dtype": self.model.policy.compute_dtype,
-            "tokenizer": self.tokenizer.fingerprint,
-            "data": {"add_bos": self.config.data.add_bos},
-            "train": {"seed": self.config.train.seed},
-            **{section: config[section] for section in kept},
-        }
+    record: dict[str, Any]
 
 
 def prepare(config: Config, workdir: Path) -> Parts:
@@ -94,9 +81,28 @@ def prepare(config: Config, workdir: Path) -> Parts:
         bos=config.data.add_bos,
         max_new_tokens=config.generation.max_new_tokens,
     )
-    parts = Parts(config, model, initial_params(model, start, config), tokenizer, questions)
-    check_same_evaluation(parts.describe(), workdir)
-    return parts
+    params = initial_params(model, start, config)
+    record = describe(config, model, params, tokenizer)
+    check_same_evaluation(record, workdir)
+    return Parts(config, model, params, tokenizer, questions, record)
+
+
+def describe(config: Config, model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the predictions of an evaluation depend on, as JSON values."""
+    sections = config.to_dict()
+    kept = ["evaluate", "generation"]
+    if config.phase == "testtime":
+        kept += ["testtime", "refine", "optimizer"]
+    values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
+    return {
+        "phase": config.phase,
+        "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
+        "compute_dtype": model.policy.compute_dtype,
+        "tokenizer": tokenizer.fingerprint,
+        "data": {"add_bos": config.data.add_bos},
+        "train": {"seed": config.train.seed},
+        **{section: sections[section] for section in kept},
+    }
 
 
 def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
@@ -169,7 +175,7 @@ def run_parts(parts: Parts, workdir: Path, adapter: Adapter | None = None) -> di
     )
     answerer = Answerer(parts.params, generator, sampling, adapter)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / RECORD, json.dumps(parts.describe(), indent=2) + "\n")
+    write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
     with Interrupt() as interrupt, Predictions(workdir) as predictions:
         introduce(parts, predictions, adapter)
         if not evaluate(groups, answerer, predictions, stop=lambda: bool(interrupt)):

@@ -130,7 +130,6 @@ class Adapter:
         self._trained = params
         self._optimizer, self._config, self._options = optimizer, config, options
         self._key, self._pad_id = key, pad_id
-        self._groups = 0
         self._state: TrainState | None = None  # of reset `never`, between groups
         self._compiled: set[tuple[int, int]] = set()
 
@@ -175,15 +174,15 @@ class Adapter:
     def adapt(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> Adapted:
         """Parameters for the next group of prompts, given as token ids.
 
-        With reset `example`, prompts of one group must have the same `row_length`, and `names` tell
-        their random numbers apart. With `batch` and `never` those depend on the number of groups
-        before this one, and `names` are not used.
+        names: one a prompt; all random numbers derive from them: with reset `example` from each
+        prompt's own, with `batch` from the group's first, with `never` from the first of all.
+        With `example`, the prompts of a group must have the same `row_length`.
         """
         begin = time.perf_counter()
         if self._options.reset == "example":
             params, metrics, shape = self._adapt_each(prompts, names)
         else:
-            params, metrics, shape = self._adapt_together(prompts)
+            params, metrics, shape = self._adapt_together(prompts, names)
         jax.block_until_ready(params)
         compiled = shape is not None and shape not in self._compiled
         self._compiled.add(shape)
@@ -227,11 +226,10 @@ class Adapter:
             metrics = {name: value[: len(prompts)] for name, value in metrics.items()}
         return state.params, metrics, (self.copies, length)
 
-    def _adapt_together(self, prompts):
+    def _adapt_together(self, prompts, names):
         state = self._state
         if state is None:
-            state = self._fresh(self._trained, jax.random.fold_in(self._key, self._groups))
-        self._groups += 1
+            state = self._fresh(self._trained, prompt_key(self._key, names[0]))
         usable = [prompt for prompt in prompts if len(prompt) > 1]
         shape, metrics = None, {}
         if usable:
