@@ -28,24 +28,14 @@ def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
         places = [
             tasks.index(f["task"]) + width * (number - (len(lengths) - 1) / 2) for f in chosen
         ]
-        means = np.array([100 * f["mean"] for f in chosen])
-        bounds = [
-            (
-                f["mean"] if f["low"] is None else f["low"],
-                f["mean"] if f["high"] is None else f["high"],
-            )
-            for f in chosen
-        ]
-        low, high = (100 * np.array(side) for side in zip(*bounds, strict=True))
-        axis.bar(
-            places,
-            means,
-            width=0.92 * width,
-            color=_COLOURS[number % len(_COLOURS)],
-            yerr=np.maximum([means - low, high - means], 0),
-            capsize=3,
-            ecolor="black",
-            label=f"{length:,} tokens" if length else "all lengths",
+        means, low, high = (
+            100 * np.array([f[name] for f in chosen]) for name in ("mean", "low", "high")
+        )
+        label = f"{length:,} tokens" if length else "all lengths"
+        colour = _COLOURS[number % len(_COLOURS)]
+        axis.bar(places, means, width=0.92 * width, color=colour, label=label)
+        axis.errorbar(
+            places, means, yerr=[means - low, high - means], fmt="none", ecolor="black", capsize=3
         )
     axis.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="center")
     axis.set_ylim(0, 105)

@@ -46,14 +46,13 @@ def summarize_set(records: Sequence[Record]) -> dict[str, Any]:
     """Mean score of one task and length with its interval, and what the prompts were like."""
     first = records[0]
     found = interval([record["score"] for record in records])
-    bounded = math.isfinite(found.low) and math.isfinite(found.high)
     return {
         "task": first["task"],
         "length": _length(first),
         "metric": first["metric"],
         "mean": found.mean,
-        "low": found.low if bounded else None,
-        "high": found.high if bounded else None,
+        "low": found.low,
+        "high": found.high,
         "interval": found.method,
         "samples": found.samples,
         "prompt_tokens": statistics.fmean(record["prompt_tokens"] for record in records),
@@ -89,8 +88,7 @@ def table(results: Mapping[str, Any]) -> str:
     head = f"{'':{width}}{'score (%)':>10}{'95 % interval':>18}{'samples':>9}  metric"
     lines = [head, "-" * len(head)]
     for name, figures in sets.items():
-        known = figures["low"] is not None
-        bounds = f"{100 * figures['low']:.1f} - {100 * figures['high']:.1f}" if known else "-"
+        bounds = f"{100 * figures['low']:.1f} - {100 * figures['high']:.1f}"
         lines.append(
             f"{name:{width}}{100 * figures['mean']:>10.1f}{bounds:>18}{figures['samples']:>9}  "
             f"{figures['metric']}"

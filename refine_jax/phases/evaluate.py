@@ -154,30 +154,37 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
     """
     workdir = Path(workdir).expanduser().absolute()
-    return run_parts(prepare(config, workdir), workdir)
+    parts = prepare(config, workdir)
+    return run_parts(parts, workdir, make_answerer(parts))
 
 
-def run_parts(parts: Parts, workdir: Path, adapter: Adapter | None = None) -> dict:
-    """Answer, score and report; with an `adapter`, its parameters answer each group of prompts."""
-    config = parts.config
-    groups = make_groups(parts, adapter)
+def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:
+    """What answers the questions; with an `adapter`, its parameters do.
+
+    Raises:
+      ConfigError: Settings of `generation` that exclude each other.
+    """
+    options = parts.config.generation
     if adapter is not None and adapter.copies > 1:
         generator: Generator = CopiesGenerator(parts.model, parts.tokenizer)
     else:
-        generator = Generator(
-            parts.model, parts.tokenizer, prefill_tokens=config.generation.prefill_tokens
-        )
+        generator = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
     sampling = Sampling(
-        temperature=config.generation.temperature,
-        top_k=config.generation.top_k,
-        top_p=config.generation.top_p,
-        seed=config.train.seed,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=parts.config.train.seed,
     )
-    answerer = Answerer(parts.params, generator, sampling, adapter)
+    return Answerer(parts.params, generator, sampling, adapter)
+
+
+def run_parts(parts: Parts, workdir: Path, answerer: Answerer) -> dict:
+    """Answer, score and report; see `run`."""
+    groups = make_groups(parts, answerer.adapter)
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
     with Interrupt() as interrupt, Predictions(workdir) as predictions:
-        introduce(parts, predictions, adapter)
+        introduce(parts, predictions, answerer.adapter)
         if not evaluate(groups, answerer, predictions, stop=lambda: bool(interrupt)):
             done = len(predictions.records)
             print(

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from refine_jax.config import Config
-from refine_jax.phases.evaluate import Parts, prepare, run_parts
+from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
 
@@ -45,4 +45,4 @@ def run(config: Config, workdir: str | Path) -> dict:
     """
     workdir = Path(workdir).expanduser().absolute()
     parts = prepare(config, workdir)
-    return run_parts(parts, workdir, make_adapter(parts))
+    return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)))
