@@ -36,7 +36,7 @@ class Question:
 def load_questions(
     config: EvaluateConfig, tokenizer: Tokenizer, *, bos: bool, max_new_tokens: int | None = None
 ) -> list[Question]:
-    """All questions of an evaluation, in its order.
+    """All questions of an evaluation, as its tasks come.
 
     bos: whether prompts begin with the begin-of-sequence token. max_new_tokens: budget of every
     answer; None: that of each example.
@@ -76,10 +76,15 @@ def load_questions(
                 _question(example, ids, set_name, metric, max_new_tokens, config, tokenizer)
                 for example, ids in zip(examples, prompts, strict=True)
             ]
-    if config.order_seed is not None:
-        order = np.random.default_rng(config.order_seed).permutation(len(questions))
-        questions = [questions[index] for index in order]
     return questions
+
+
+def shuffled(questions: Sequence[Question], seed: int | None) -> list[Question]:
+    """The questions in an order that the seed decides; None: as they are."""
+    if seed is None:
+        return list(questions)
+    order = np.random.default_rng(seed).permutation(len(questions))
+    return [questions[index] for index in order]
 
 
 def _question(

@@ -26,6 +26,7 @@ from refine_jax.evaluation.questions import (
     group_by_length,
     group_in_order,
     load_questions,
+    shuffled,
 )
 from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.evaluation.runner import PREDICTIONS, Answerer, Predictions, evaluate
@@ -206,11 +207,13 @@ def make_groups(parts: Parts, adapter: Adapter | None) -> list[list[Question]]:
     Where questions do not depend on each other, those of a group have rows of one length, which
     then depends on each prompt alone.
     """
+    options = parts.config.evaluate
+    questions = shuffled(parts.questions, options.order_seed)
     if adapter is None:
-        return group_by_length(parts.questions, parts.config.evaluate.batch_size, row_length)
+        return group_by_length(questions, options.batch_size, row_length)
     if adapter.shares_parameters:
-        return group_in_order(parts.questions, adapter.group_size)
-    return group_by_length(parts.questions, adapter.group_size, row_length)
+        return group_in_order(questions, adapter.group_size)
+    return group_by_length(questions, adapter.group_size, row_length)
 
 
 def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -> None:
