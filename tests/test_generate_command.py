@@ -5,7 +5,10 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import tiny
 
@@ -13,6 +16,7 @@ from refine_jax.checkpoint import save_model
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.generate import main
 from refine_jax.generation import Generator, Sampling
+from refine_jax.refine.optimizer import clip_by_norm
 
 MARY = "Mary had a little lamb, its fleece was white as snow"
 DRAWN = ["--temperature", "0.9", "--top_k", "500", "--top_p", "0.95", "--seed", "3"]
@@ -148,3 +152,48 @@ def test_mistakes_end_in_one_message(generate, checkpoint, tmp_path):
     assert not np.any(list((tmp_path / "taken").iterdir()))
     with pytest.raises(SystemExit):
         main(["--checkpoint", checkpoint[0], "--json", "--stream"])
+
+
+def test_each_prompt_is_continued_by_a_copy_trained_on_it(generate, checkpoint):
+    _, model, params = checkpoint
+    tokenizer = load_tokenizer("mistral-v1")
+    adapt = ["--adapt_steps", 2, "--adapt_objective", "ntp", "--adapt_learning_rate", 0.01]
+    texts = [MARY, "Baa, baa, black sheep"]
+    prompts = [argument for text in texts for argument in ("--prompt", text)]
+    code, out, err = generate(*adapt, *prompts, "--max_new_tokens", 6, "--json")
+    assert (code, err) == (0, "")
+
+    generator, optimizer = (
+        Generator(model, tokenizer),
+        optax.chain(clip_by_norm(0.2), optax.adamw(0.01, weight_decay=0.01)),
+    )
+    sampling = Sampling(max_new_tokens=6)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, rows, last):
+        hidden, _ = model.forward(params, rows)
+        log_probs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params).T)
+        taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[0, :, 0]
+        return -jnp.sum(jnp.where(jnp.arange(len(taken)) < last, taken, 0)) / last
+
+    for got, ids in zip(lines(out), generator.encode(texts), strict=True):
+        rows = np.zeros((1, 64), np.int32)
+        rows[0, : len(ids)] = ids
+        trained, moments = params, optimizer.init(params)
+        for _ in range(2):
+            updates, moments = optimizer.update(
+                gradient(trained, rows, len(ids) - 1), moments, trained
+            )
+            trained = optax.apply_updates(trained, updates)
+        want = generator.generate(trained, generator.read(trained, [ids]), sampling)
+        assert got["text"] == want[0].text
+        assert got["adapt_tokens"] == 2 * len(ids) and got["adapt_seconds"] > 0
+    assert [line["prompt"] for line in lines(out)] == [0, 1]
+
+
+def test_training_on_a_prompt_and_saved_states_exclude_each_other(generate, tmp_path):
+    code, out, err = generate("--prompt", MARY, "--adapt_steps", 1, "--save_state", tmp_path / "s")
+    assert (code, out) == (1, "") and "--adapt_steps cannot be used with --save_state" in err
+    code, out, err = generate("--prompt", MARY, "--adapt_steps", -1)
+    assert (code, out) == (1, "") and "steps must be at least 1. Got: -1" in err
