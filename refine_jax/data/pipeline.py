@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
 
 from refine_jax.data.options import SPLITS, DataError, DataOptions
-from refine_jax.data.rows import Rows, RowTable, Statistics, make_rows
+from refine_jax.data.rows import Rows, make_rows
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
 
@@ -60,22 +60,34 @@ class Corpus:
         Raises:
             DataError: no rows, or the batch cannot be shared.
         """
-        if process_count < 1 or not 0 <= process_index < process_count:
-            raise DataError(
-                "process_index must be in 0 .. process_count - 1. "
-                f"Got: process_index={process_index}, process_count={process_count}."
-            )
-        if batch_size < 1 or batch_size % process_count:
-            raise DataError(
-                "the number of processes must divide the batch size. "
-                f"Got: batch_size={batch_size}, process_count={process_count}."
-            )
         table, statistics = make_rows(
             self._tokens.lengths, self._tokens.hashes, self.options, split
         )
+        rows = Rows(self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id)
         return Dataset(
-            self, table, statistics, split, batch_size, batch_size // process_count, process_index
+            rows, statistics, self.options, split, batch_size, process_index, process_count
         )
+
+
+class RowSource(Protocol):
+    """The rows of a split by index.
+
+    Attributes:
+        identity: JSON values, equal for equal rows in equal order.
+        full: whether one document fills each row.
+    """
+
+    identity: tuple
+    full: bool
+
+    def __len__(self) -> int:
+        """Return N, the rows of one epoch."""
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return row `index % N` of epoch `index // N` as {name: array}."""
+
+    def empty(self) -> Batch:
+        """Return a row of padding alone."""
 
 
 class Dataset:
@@ -93,33 +105,40 @@ class Dataset:
 
     def __init__(
         self,
-        corpus: Corpus,
-        table: RowTable,
-        statistics: Statistics,
+        rows: RowSource,
+        statistics: Any,
+        options: DataOptions,
         split: str,
         batch_size: int,
-        local_batch_size: int,
-        process_index: int,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> None:
-        options, tokens = corpus.options, corpus._tokens
-        self.statistics, self.rows, self.batch_size = statistics, len(table), batch_size
-        self._local_batch_size, self._process_index = local_batch_size, process_index
-        self._rows = Rows(tokens, table, options.sequence_length, corpus.tokenizer.pad_id)
+        """Raise DataError for a batch that cannot be shared; see `Corpus.dataset`."""
+        if process_count < 1 or not 0 <= process_index < process_count:
+            raise DataError(
+                "process_index must be in 0 .. process_count - 1. "
+                f"Got: process_index={process_index}, process_count={process_count}."
+            )
+        if batch_size < 1 or batch_size % process_count:
+            raise DataError(
+                "the number of processes must divide the batch size. "
+                f"Got: batch_size={batch_size}, process_count={process_count}."
+            )
+        self.statistics, self.rows, self.batch_size = statistics, len(rows), batch_size
+        self._local_batch_size = batch_size // process_count
+        self._process_index = process_index
+        self._rows = rows
         self._train = split == SPLITS[0]
         self._epochs = options.epochs if self._train else 1
         # The last batch of a finite run is filled up with empty rows.
-        whole = self._epochs is None or self._epochs * len(table) % batch_size == 0
-        self.full_rows = whole and bool(
-            len(table.length) == len(table) and np.all(table.length == options.sequence_length)
-        )
+        whole = self._epochs is None or self._epochs * len(rows) % batch_size == 0
+        self.full_rows = whole and rows.full
         # Validation is short and starts often: processes would cost more than they read ahead.
         self._workers = options.workers if self._train else 0
         # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds apart.
         self._seed = int(_digest("shuffle", options.seed), 16) % 2**32
         order = (self._seed,) if self._train else ()
-        self.fingerprint = _digest(
-            FORMAT, tokens.fingerprint, table.fingerprint, options.sequence_length, *order
-        )
+        self.fingerprint = _digest(FORMAT, *rows.identity, *order)
 
     @property
     def batches(self) -> int | None:
@@ -132,7 +151,7 @@ class Dataset:
 
     def _read(self, next_row: int) -> Iterator[Batch]:
         """Return grain's iterator over this process's part of the batches from a row on."""
-        rows = grain.MapDataset.source(self._rows)
+        rows = _Source(self._rows)
         if self._train:
             rows = rows.shuffle(seed=self._seed)
         rows = rows.repeat(self._epochs)
@@ -205,6 +224,20 @@ class BatchIterator(Iterator[Batch]):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+class _Source(grain.MapDataset):
+    """Rows by an index that goes on over the epochs, unlike that of grain's own source."""
+
+    def __init__(self, rows: RowSource) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.slice(index) if isinstance(index, slice) else self._rows[index]
 
 
 class _ProcessPart(grain.MapDataset):

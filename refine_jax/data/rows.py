@@ -76,20 +76,28 @@ class RowTable:
 class Rows:
     """The rows of a split by index: {"tokens": [T] int32, "segments": [T] int32}.
 
-    Segments count the documents of a row from 1; 0 is padding, which stands at the end.
+    Segments count the documents of a row from 1; 0 is padding, which stands at the end. All epochs
+    have the same rows.
+
+    Attributes:
+        identity: equal for equal rows in equal order.
+        full: whether one document fills each row.
     """
 
     def __init__(self, tokens: TokenSource, table: RowTable, length: int, pad_id: int) -> None:
         self._tokens, self._table = tokens, table
         self._length, self._pad_id = length, pad_id
+        self.identity = (tokens.fingerprint, table.fingerprint, length)
+        self.full = len(table.length) == len(table) and bool(np.all(table.length == length))
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Return a row."""
+        """Return row `index % N`."""
         table, row = self._table, self.empty()
+        index %= len(table)
         slot = 0
         first = table.ends[index - 1] if index else 0
         for segment, piece in enumerate(range(first, table.ends[index]), start=1):

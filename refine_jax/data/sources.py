@@ -16,9 +16,9 @@ import os
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -75,90 +75,136 @@ class FilesSource:
             ) from error
 
 
-class ParquetSource:
-    """A string column of parquet files; a null is an empty document.
+class ParquetRecords:
+    """Rows of parquet files as dicts of some columns.
 
     One row group at a time is decoded and kept: reading in order is fast and takes little memory.
     """
 
-    def __init__(self, files: Sequence[Path], column: str) -> None:
-        """Read the schemas; raises DataError for a broken file, a missing or non-string column."""
-        self._column = column
+    def __init__(self, files: Sequence[Path], columns: Mapping[str, str]) -> None:
+        """Read the schemas.
+
+        Args:
+            files: the files, in order.
+            columns: {name of a column: the setting that names it}.
+
+        Raises:
+            DataError: a broken file, or a missing column.
+        """
+        self._columns = tuple(columns)
         self._groups: list[tuple[Path, int]] = []  # (file, row group in it)
         rows: list[int] = []
         for path in files:
             with _open_parquet(path) as file:
-                _check_column(file.schema_arrow, column, path)
+                for column, setting in columns.items():
+                    _check_column(file.schema_arrow, column, setting, path)
                 counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             self._groups += [(path, group) for group in range(len(counts))]
             rows += counts
         self._ends = np.cumsum(rows, dtype=np.int64)
-        self._cached: tuple[int, Sequence] = (-1, ())
-        self.fingerprint = _fingerprint("parquet", column, files=files)
+        self._cached: tuple[int, Any] = (-1, None)
+        self.fingerprint = _fingerprint("parquet", *self._columns, files=files)
 
     def __len__(self) -> int:
         """Return the number of rows of all files."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> str:
-        """Return the text of a row."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a row as {column: value}."""
         group, row = _locate(self._ends, index)
         if self._cached[0] != group:
             path, number = self._groups[group]
             with _open_parquet(path) as file:
                 try:
-                    table = file.read_row_group(number, columns=[self._column])
+                    table = file.read_row_group(number, columns=list(self._columns))
                 except OSError as error:
                     raise DataError(f"cannot read row group {number} of {path}: {error}") from error
-            self._cached = (group, table.column(0))
-        return self._cached[1][row].as_py() or ""
+            self._cached = (group, table)
+        table = self._cached[1]
+        return {column: table.column(column)[row].as_py() for column in self._columns}
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        group, _ = _locate(self._ends, index)
+        return f"row {index} of {self._groups[group][0]}"
 
 
-class JsonLinesSource:
-    """A string field of files with one JSON object a line; blank lines are skipped.
+class ParquetSource:
+    """A string column of parquet files; a null is an empty document."""
 
-    The byte offset of every line is indexed once (8 bytes a document). The .gz and .zst files are
-    unpacked into one unnamed temporary file (in TMPDIR), which goes when the source does.
+    def __init__(self, files: Sequence[Path], column: str) -> None:
+        """Read the schemas; raises DataError for a broken file, a missing or non-string column."""
+        self._column = column
+        self._records = ParquetRecords(files, {column: "data.text_field"})
+        for path in files:
+            with _open_parquet(path) as file:
+                _check_strings(file.schema_arrow, column, path)
+        self.fingerprint = self._records.fingerprint
+
+    def __len__(self) -> int:
+        """Return the number of rows of all files."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        """Return the text of a row."""
+        return self._records[index][self._column] or ""
+
+
+class JsonRecords:
+    """Files with one JSON object a line; blank lines are skipped.
+
+    The byte offset of every line is indexed once (8 bytes a line). The .gz and .zst files are
+    unpacked into one unnamed temporary file (in TMPDIR), which goes when the records do.
     """
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        """Index the files; raises DataError for a file that is missing, broken or cut off."""
-        self._field = field
+    def __init__(self, files: Sequence[Path], fields: Mapping[str, str]) -> None:
+        """Index the files.
+
+        Args:
+            files: the files, in order.
+            fields: {name of a field: the setting that names it}.
+
+        Raises:
+            DataError: a file that is missing, broken or cut off.
+        """
+        self._fields = dict(fields)
         self._files = tuple(files)
         self._unpacked: BinaryIO | None = None
         self._starts: list[int] = []  # where a file begins in the stream that holds it
         self._offsets = [self._index(path) for path in self._files]
         self._ends = np.cumsum([len(offsets) for offsets in self._offsets], dtype=np.int64)
         self._open: tuple[int, BinaryIO | None] = (-1, None)
-        self.fingerprint = _fingerprint("jsonl", field, files=self._files)
+        self.fingerprint = _fingerprint("jsonl", *self._fields, files=self._files)
 
     def __len__(self) -> int:
         """Return the number of lines that are not blank."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> str:
-        """Return the text of a line; lone surrogates (invalid Unicode) become "?"."""
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return {field: value} of a line; raises DataError if it is no object with the fields."""
         file, line = _locate(self._ends, index)
-        offset = int(self._offsets[file][line])
         stream = self._stream(file)
-        stream.seek(offset)
+        stream.seek(int(self._offsets[file][line]))
         try:
             record = json.loads(stream.readline())
         except ValueError as error:
-            raise DataError(f"{self._line(file, offset)} is not JSON: {error}") from error
-        if not isinstance(record, dict) or self._field not in record:
-            got = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(
-                f"no field {self._field!r} in {self._line(file, offset)}: set data.text_field. "
-                f"Got: {got}."
-            )
-        text = record[self._field]
-        if not isinstance(text, str):
-            raise DataError(
-                f"field {self._field!r} in {self._line(file, offset)} must be a string. "
-                f"Got: {type(text).__name__}."
-            )
-        return text.encode("utf-8", "replace").decode("utf-8")
+            raise DataError(f"{self.place(index)} is not JSON: {error}") from error
+        for field, setting in self._fields.items():
+            if not isinstance(record, dict) or field not in record:
+                got = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise DataError(
+                    f"no field {field!r} in {self.place(index)}: set {setting}. Got: {got}."
+                )
+        return {field: record[field] for field in self._fields}
+
+    def place(self, index: int) -> str:
+        """Where a line stands, for messages."""
+        file, line = _locate(self._ends, index)
+        offset = int(self._offsets[file][line])
+        stream = self._stream(file)
+        stream.seek(self._starts[file])
+        number = 1 + stream.read(offset - self._starts[file]).count(b"\n")
+        return f"{self._files[file]}, line {number}"
 
     def _index(self, path: Path) -> np.ndarray:
         """Return where the lines of a file start in the stream that holds it, [N] int64."""
@@ -190,11 +236,29 @@ class JsonLinesSource:
                 self._open = (file, path.open("rb"))
         return self._open[1]
 
-    def _line(self, file: int, offset: int) -> str:
-        stream = self._stream(file)
-        stream.seek(self._starts[file])
-        number = 1 + stream.read(offset - self._starts[file]).count(b"\n")
-        return f"{self._files[file]}, line {number}"
+
+class JsonLinesSource:
+    """A string field of files with one JSON object a line; see `JsonRecords`."""
+
+    def __init__(self, files: Sequence[Path], field: str) -> None:
+        """Index the files; raises DataError for a file that is missing, broken or cut off."""
+        self._field = field
+        self._records = JsonRecords(files, {field: "data.text_field"})
+        self.fingerprint = self._records.fingerprint
+
+    def __len__(self) -> int:
+        """Return the number of lines that are not blank."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        """Return the text of a line; lone surrogates (invalid Unicode) become "?"."""
+        text = self._records[index][self._field]
+        if not isinstance(text, str):
+            raise DataError(
+                f"field {self._field!r} in {self._records.place(index)} must be a string. "
+                f"Got: {type(text).__name__}."
+            )
+        return valid_unicode(text)
 
 
 class TfdsSource:
@@ -243,6 +307,11 @@ class TfdsSource:
             ) from error
 
 
+def valid_unicode(text: str) -> str:
+    """The text with lone surrogates, which JSON can hold and UTF-8 cannot, as "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def open_source(options: DataOptions) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
@@ -261,15 +330,10 @@ def open_source(options: DataOptions) -> TextSource:
         )
     else:
         files = find_files(source, options.files)
-        kinds = sorted({_kind(path) for path in files})
-        if len(kinds) > 1:
-            raise DataError(
-                f"{source} mixes {' and '.join(kinds)} files: choose one kind with data.files, "
-                f'e.g. data.files="{KNOWN_FILES[0]}"'
-            )
-        if kinds == ["parquet"]:
+        kind = kind_of(files, source)
+        if kind == "parquet":
             found = ParquetSource(files, options.text_field)
-        elif kinds == ["jsonl"]:
+        elif kind == "jsonl":
             found = JsonLinesSource(files, options.text_field)
         else:
             found = FilesSource(files)
@@ -332,6 +396,17 @@ def _stdlib_files() -> list[Path]:
     return sorted(files, key=lambda file: file.as_posix())
 
 
+def kind_of(files: Sequence[Path], source: str) -> str:
+    """Say whether `files` are parquet, jsonl or text; raises DataError if they mix kinds."""
+    kinds = sorted({_kind(path) for path in files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{source} mixes {' and '.join(kinds)} files: choose one kind with data.files, "
+            f'e.g. data.files="{KNOWN_FILES[0]}"'
+        )
+    return kinds[0]
+
+
 def _kind(path: Path) -> str:
     if path.name.endswith(".parquet"):
         return "parquet"
@@ -367,14 +442,16 @@ def _open_parquet(path: Path) -> Iterator:
         yield file
 
 
-def _check_column(schema, column: str, path: Path) -> None:
-    import pyarrow
-
+def _check_column(schema, column: str, setting: str, path: Path) -> None:
     if column not in schema.names:
         raise DataError(
-            f"no column {column!r} in {path}: set data.text_field to one of "
-            f"{', '.join(schema.names)}"
+            f"no column {column!r} in {path}: set {setting} to one of {', '.join(schema.names)}"
         )
+
+
+def _check_strings(schema, column: str, path: Path) -> None:
+    import pyarrow
+
     kind = schema.field(column).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):

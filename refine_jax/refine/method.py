@@ -65,6 +65,14 @@ def target_weights(tokens: jax.Array, layout: Layout | None) -> jax.Array:
     return jnp.pad(has_target, ((0, 0), (0, 1))).astype(jnp.float32)
 
 
+def head_implementation(model: Model) -> str | None:
+    """Implementation of the head's loss: like attention, it follows only "xla".
+
+    Other names are those of the mixers' kernels.
+    """
+    return "xla" if model.policy.implementation == "xla" else None
+
+
 def run_trunk(
     model: Model, params: Params, batch: Batch, *, with_trace: bool, max_documents: int = 1
 ) -> Trunk:
@@ -74,10 +82,8 @@ def run_trunk(
     weights = target_weights(tokens, layout)
     hidden, trace = model.forward(params, tokens, layout, with_trace=with_trace)
     targets = jnp.roll(tokens, -1, axis=1)
-    # Like attention, the head follows only "xla": other names are those of the mixers' kernels.
-    implementation = "xla" if model.policy.implementation == "xla" else None
     nll_sum, stats = next_token_loss(
-        hidden, model.head(params), targets, weights, implementation=implementation
+        hidden, model.head(params), targets, weights, implementation=head_implementation(model)
     )
     return Trunk(hidden, trace, layout, nll_sum, stats, weights)
 

@@ -43,8 +43,9 @@ def sample_rollouts(
     """Sample k tokens from the policy at every start.
 
     hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token. keys: [B] random keys, one a row. forbidden_token: never sampled
-    (the published code forbids the end of sequence, so that all rollouts have k tokens).
+    each rollout's first token. keys: [B] random keys, one a row. temperature: 0 takes the likeliest
+    token. forbidden_token: never sampled (the published code forbids the end of sequence, so that
+    all rollouts have k tokens).
 
     Returns tokens [B, R, k] int32.
     """
@@ -53,11 +54,15 @@ def sample_rollouts(
     fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
 
     def sample(last_hidden, index):
-        z = logits(last_hidden, head) / temperature
+        z = logits(last_hidden, head)
         if forbidden_token is not None:
             z = z.at[..., forbidden_token].set(-jnp.inf)
+        if temperature == 0:
+            return jnp.argmax(z, axis=-1).astype(jnp.int32)
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(fork_keys)
-        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, z).astype(jnp.int32)
+        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, z / temperature).astype(
+            jnp.int32
+        )
 
     def step(carry, index):
         last_hidden, state = carry

@@ -1,0 +1,434 @@
+"""Prompts with reference answers: rows of prompt + answer for post-training.
+
+    corpus = load_prompts(data_options, prompt_options, tokenizer)
+    for batch in corpus.dataset("train", batch_size=64):
+        ...  # {"tokens", "segments", "answer_mask": [B, T] int32, "example": [B] int32}
+
+A row is `bos prompt answer eos`, padded on the right. The prompt has at most T - A tokens (T:
+`sequence_length`, A: `max_answer_tokens`); a longer one is cut in the middle or on the left. What
+was cut or left out is counted in `PromptStatistics`. Order, epochs, resuming and the held-out split
+are those of `refine_jax.data.pipeline`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from refine_jax.data.options import DataError, DataOptions
+from refine_jax.data.pipeline import Batch, Dataset
+from refine_jax.data.recall import RecallPrompts
+from refine_jax.data.rows import make_rows
+from refine_jax.data.sources import (
+    JsonRecords,
+    ParquetRecords,
+    find_files,
+    kind_of,
+    valid_unicode,
+)
+from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize
+
+CUTS = ("middle", "left")
+TARGETS = ("first", "random")
+BUCKETS = 4  # widths that batches may have, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How records become rows of prompt and answer.
+
+    Attributes:
+        prompt_field: parquet column or JSON field with the prompt, a string.
+        answer_field: the one with the reference answer, a string or a list of strings.
+        target: which of several answers is trained on: the "first", as in the official code, or a
+            "random" one, drawn for each prompt and epoch from the seed.
+        max_answer_tokens: A, the most tokens of an answer, eos counted.
+        cut: where prompts that are too long are cut: "middle" or "left".
+    """
+
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    target: str = "first"
+    max_answer_tokens: int = 32
+    cut: str = "middle"
+
+    def __post_init__(self) -> None:
+        """Raise DataError, naming the field, for a value that cannot work."""
+        for name, allowed in (("target", TARGETS), ("cut", CUTS)):
+            if getattr(self, name) not in allowed:
+                raise DataError(
+                    f"prompts.{name} must be one of {', '.join(allowed)}. "
+                    f"Got: {getattr(self, name)!r}."
+                )
+        if self.max_answer_tokens < 1:
+            raise DataError(
+                f"prompts.max_answer_tokens must be at least 1. Got: {self.max_answer_tokens}."
+            )
+
+
+def cut_prompt(
+    ids: np.ndarray, max_tokens: int, how: str = "middle", *, bos_id: int | None = None
+) -> np.ndarray:
+    """The prompt `ids` [P] as it is, or cut to exactly `max_tokens` tokens.
+
+    how: "middle" keeps both ends in equal parts, the end the odd token: instructions and question
+        stand there. "left" keeps the end.
+    bos_id: beginning of sequence; if the prompt begins with it, a "left" cut keeps it as well.
+
+    Raises:
+        ValueError: `max_tokens` is below 1 (below 2 where bos is kept), or `how` is unknown.
+    """
+    ids = np.asarray(ids)
+    keeps_bos = how == "left" and bos_id is not None and len(ids) > 0 and ids[0] == bos_id
+    if how not in CUTS:
+        raise ValueError(f"how must be one of {CUTS}. Got: {how!r}.")
+    if max_tokens < 1 + keeps_bos:
+        raise ValueError(f"max_tokens must be at least {1 + keeps_bos}. Got: {max_tokens}.")
+    if len(ids) <= max_tokens:
+        return ids
+    head = max_tokens // 2 if how == "middle" else int(keeps_bos)
+    return np.concatenate([ids[:head], ids[len(ids) - (max_tokens - head) :]])
+
+
+class PromptSource(Protocol):
+    """Prompts with their answers by index; `fingerprint` changes when they do."""
+
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+
+    def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """Return (prompt, reference answers); raises DataError if they cannot be read."""
+
+
+class FilePrompts:
+    """Prompts of parquet or jsonl files, the format found in their names."""
+
+    def __init__(self, options: DataOptions, prompts: PromptOptions) -> None:
+        """Open the files; raises DataError where they are missing, broken or lack a column."""
+        files = find_files(options.source, options.files)
+        fields = {
+            prompts.prompt_field: "prompts.prompt_field",
+            prompts.answer_field: "prompts.answer_field",
+        }
+        kind = kind_of(files, options.source)
+        if kind == "text":
+            raise DataError(
+                f"prompts come from parquet or jsonl files. Got: {files[0]} "
+                f"(data.source={options.source!r})."
+            )
+        self._records = (ParquetRecords if kind == "parquet" else JsonRecords)(files, fields)
+        self._prompt, self._answer = prompts.prompt_field, prompts.answer_field
+        self.fingerprint = self._records.fingerprint
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """Return (prompt, reference answers); null is an empty prompt or no answer."""
+        record = self._records[index]
+        prompt, answers = record[self._prompt], record[self._answer]
+        answers = [] if answers is None else answers
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(prompt, str | None):
+            raise DataError(
+                f"{self._prompt!r} in {self._records.place(index)} must be a string. "
+                f"Got: {type(prompt).__name__}."
+            )
+        if not isinstance(answers, list) or not all(isinstance(x, str) for x in answers):
+            raise DataError(
+                f"{self._answer!r} in {self._records.place(index)} must be a string or a list of "
+                f"strings. Got: {record[self._answer]!r:.80}."
+            )
+        return valid_unicode(prompt or ""), tuple(valid_unicode(x) for x in answers)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStatistics:
+    """What became of the prompts. Counts are of one split, but for the first three.
+
+    Attributes:
+        records: prompts of the source.
+        without_prompt: left out, as the prompt is blank.
+        without_answer: left out, as no answer has text.
+        prompts: prompts of this split.
+        prompts_cut: how many of them were too long, and were cut.
+        prompt_tokens_cut: tokens cut from them.
+        longest_prompt: tokens of the longest one before cutting.
+        answers_cut: answers that may be targets, were too long, and lost their end and the eos.
+        longest_answer: tokens of the longest answer before cutting, with eos.
+    """
+
+    records: int
+    without_prompt: int
+    without_answer: int
+    prompts: int
+    prompts_cut: int
+    prompt_tokens_cut: int
+    longest_prompt: int
+    answers_cut: int
+    longest_answer: int
+
+    def summary(self) -> str:
+        """What a user must know, in a line."""
+        parts = [f"{self.prompts:,} prompts, the longest of {self.longest_prompt:,} tokens"]
+        if self.prompts_cut:
+            parts.append(f"{self.prompts_cut:,} cut by {self.prompt_tokens_cut:,} tokens in all")
+        if self.answers_cut:
+            parts.append(
+                f"{self.answers_cut:,} answers cut, the longest of {self.longest_answer:,} tokens "
+                "(raise prompts.max_answer_tokens)"
+            )
+        for count, what in ((self.without_prompt, "a prompt"), (self.without_answer, "an answer")):
+            if count:
+                parts.append(f"{count:,} records without {what} left out")
+        return "; ".join(parts)
+
+
+class PromptCorpus:
+    """Tokenised prompts and answers; makes the data sets of both splits. Made by `load_prompts`.
+
+    Attributes:
+        answers: reference answers of each kept prompt; "example" in a batch is an index into it.
+    """
+
+    def __init__(
+        self,
+        options: DataOptions,
+        prompts: PromptOptions,
+        tokenizer: Tokenizer,
+        source: PromptSource,
+    ) -> None:
+        """Tokenise; raises DataError where nothing can be trained on."""
+        self._options = dataclasses.replace(options, min_tokens=1, chunking="first")
+        self._prompts, self._tokenizer = prompts, tokenizer
+        if tokenizer.eos_id is None:
+            raise DataError(
+                f"the tokenizer {tokenizer.name} has no eos token, which ends every answer: use "
+                "another one"
+            )
+        if self.max_prompt_tokens < 2:
+            raise DataError(
+                "prompts.max_answer_tokens must leave at least two tokens of data.sequence_length "
+                f"to the prompt. Got: max_answer_tokens={prompts.max_answer_tokens}, "
+                f"sequence_length={options.sequence_length}."
+            )
+        self._read(source)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """T - A, the most tokens of a prompt in a row."""
+        return self._options.sequence_length - self._prompts.max_answer_tokens
+
+    def _read(self, source: PromptSource) -> None:
+        """Tokenise the records; keep those with a prompt and an answer."""
+        texts = _PromptTexts(source)
+        tokens, index = [], IndexBuilder()
+        self.answers: list[tuple[str, ...]] = []
+        self._without_prompt = self._without_answer = 0
+        unended = dataclasses.replace(self._options, add_eos=False)
+        for record, ids in enumerate(tokenize(texts, self._tokenizer, unended)):
+            answers = tuple(answer for answer in texts.answers[record] if answer.strip())
+            if record in texts.blank:
+                self._without_prompt += 1
+            elif not answers:
+                self._without_answer += 1
+            else:
+                index.add(ids)
+                tokens.append(ids)
+                self.answers.append(answers)
+        self._records = len(texts.answers)
+        if not tokens:
+            raise DataError(
+                f"no prompt with an answer in {self._options.source!r}: {self._without_prompt} of "
+                f"{self._records} records have no prompt, {self._without_answer} no answer"
+            )
+        store = np.concatenate(tokens).astype(np.int32)
+        self._tokens = TokenStore(store, index.finish())
+        flat = [answer for answers in self.answers for answer in answers]
+        ids = iter(self._tokenizer.encode_batch(flat, bos=False, eos=True))
+        self._answer_ids = [[next(ids) for _ in answers] for answers in self.answers]
+
+    def dataset(
+        self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> Dataset:
+        """Return the batches of a split; see `refine_jax.data.pipeline.Corpus.dataset`.
+
+        A prompt that occurs several times stands in one split only.
+
+        Raises:
+            DataError: no rows, or the batch cannot be shared.
+        """
+        table, _ = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
+        rows = PromptRows(
+            self._tokens,
+            [self._answer_ids[example] for example in table.document],
+            table.document,
+            self._options,
+            self._prompts,
+            self._tokenizer,
+        )
+        return Dataset(
+            rows,
+            self._statistics(table.document),
+            self._options,
+            split,
+            batch_size,
+            process_index,
+            process_count,
+        )
+
+    def _statistics(self, examples: np.ndarray) -> PromptStatistics:
+        lengths = self._tokens.lengths[examples]
+        cut = np.maximum(lengths - self.max_prompt_tokens, 0)
+        targets = 1 if self._prompts.target == "first" else None
+        answers = np.array([len(ids) for e in examples for ids in self._answer_ids[e][:targets]])
+        return PromptStatistics(
+            records=self._records,
+            without_prompt=self._without_prompt,
+            without_answer=self._without_answer,
+            prompts=len(examples),
+            prompts_cut=int(np.count_nonzero(cut)),
+            prompt_tokens_cut=int(cut.sum()),
+            longest_prompt=int(lengths.max()),
+            answers_cut=int(np.count_nonzero(answers > self._prompts.max_answer_tokens)),
+            longest_answer=int(answers.max()),
+        )
+
+
+class PromptRows:
+    """Rows of prompt + answer by index, a `refine_jax.data.pipeline.RowSource`.
+
+    {"tokens", "segments", "answer_mask": [T] int32, "example": int32}: segments are 1 at prompt and
+    answer, answer_mask is 1 at the answer and its eos; both are 0 at padding. example counts the
+    prompts of the corpus; -1 in a row of padding.
+    """
+
+    full = False
+
+    def __init__(
+        self,
+        prompts: TokenStore,
+        answers: Sequence[Sequence[np.ndarray]],
+        examples: np.ndarray,
+        options: DataOptions,
+        prompt_options: PromptOptions,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._prompts, self._answers, self._examples = prompts, answers, examples
+        self._options, self._length = prompt_options, options.sequence_length
+        self._seed = options.seed
+        self._bos_id, self._pad_id = tokenizer.bos_id, tokenizer.pad_id
+        digest = hashlib.blake2b(digest_size=8)
+        for ids in (ids for alternatives in answers for ids in alternatives):
+            digest.update(np.ascontiguousarray([len(ids), *ids], "<i4"))
+        self.identity = (
+            prompts.fingerprint,
+            digest.hexdigest(),
+            examples.tolist(),
+            self._length,
+            json.dumps(dataclasses.asdict(prompt_options)),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Return the row of prompt `index % N`, with its answer of epoch `index // N`."""
+        epoch, number = divmod(index, len(self))
+        example = int(self._examples[number])
+        room = self._options.max_answer_tokens
+        ids = self._prompts.read(example, 0, int(self._prompts.lengths[example]))
+        prompt = cut_prompt(ids, self._length - room, self._options.cut, bos_id=self._bos_id)
+        answer = self._choose(number, example, epoch)[:room]
+        row, end = self.empty(), len(prompt) + len(answer)
+        row["tokens"][:end] = np.concatenate([prompt, answer])
+        row["segments"][:end] = 1
+        row["answer_mask"][len(prompt) : end] = 1
+        row["example"] = np.int32(example)
+        return row
+
+    def _choose(self, number: int, example: int, epoch: int) -> np.ndarray:
+        alternatives = self._answers[number]
+        if self._options.target == "first" or len(alternatives) == 1:
+            return alternatives[0]
+        generator = np.random.default_rng((self._seed, epoch, example))
+        return alternatives[generator.integers(len(alternatives))]
+
+    def empty(self) -> Batch:
+        """Return a row of padding alone."""
+        return {
+            "tokens": np.full(self._length, self._pad_id, np.int32),
+            "segments": np.zeros(self._length, np.int32),
+            "answer_mask": np.zeros(self._length, np.int32),
+            "example": np.int32(-1),
+        }
+
+
+class _PromptTexts:
+    """The prompts of a source as texts, remembering the answers of those that were read."""
+
+    def __init__(self, source: PromptSource) -> None:
+        self._source = source
+        self.answers: list[tuple[str, ...]] = []
+        self.blank: set[int] = set()
+        self.fingerprint = source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> str:
+        prompt, answers = self._source[index]
+        self.answers.append(answers)
+        if not prompt.strip():
+            self.blank.add(index)
+        return prompt
+
+
+def trim_batch(batch: Batch) -> Batch:
+    """Drop slots at the end of a batch that are padding in all rows.
+
+    Arrays [B, T] get one of `BUCKETS` widths, multiples of T / BUCKETS, so that short prompts cost
+    less and few programs are compiled. The widths of several processes may differ.
+    """
+    length = batch["segments"].shape[1]
+    used = int(np.max(np.nonzero(batch["segments"].any(axis=0))[0], initial=0)) + 1
+    step = -(-length // BUCKETS)
+    width = min(-(-used // step) * step, length)
+    return {name: x[:, :width] if x.ndim == 2 else x for name, x in batch.items()}
+
+
+def load_prompts(
+    options: DataOptions, prompts: PromptOptions, tokenizer: Tokenizer
+) -> PromptCorpus:
+    """Read and tokenise the prompts and answers of `options.source`.
+
+    `source` is "recall" (`refine_jax.data.recall`: made up, nothing is read), or a parquet or jsonl
+    file, a folder or a glob pattern. Of the other options, `files`, `limit_documents`, `add_bos`,
+    `sequence_length`, `holdout`, `validation_rows`, `epochs`, `seed` and `workers` count.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty, or lacks a field.
+    """
+    if options.source == "recall":
+        room = options.sequence_length - prompts.max_answer_tokens
+        source: PromptSource = RecallPrompts(room, tokenizer, seed=options.seed)
+    elif options.source == "stdlib" or options.source.startswith("tfds:"):
+        raise DataError(
+            f"data.source={options.source!r} has no prompts: use 'recall', or the path of parquet "
+            "or jsonl files"
+        )
+    else:
+        source = FilePrompts(options, prompts)
+    if len(source) == 0:
+        raise DataError(f"data.source={options.source!r} holds no records")
+    return PromptCorpus(options, prompts, tokenizer, source)

@@ -1,0 +1,67 @@
+"""PNG plots of an evaluation: bars with intervals, and recall over length and needle depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refine_jax.evaluation.report import DepthRecall
+from refine_jax.plots import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
+
+_COLOURS = (BLUE, ORANGE, GREEN, GREY, "#7b4ea3", "#b8860b")
+
+
+def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Mean scores with their intervals, a group of bars a task, one bar a length.
+
+    sets: `results["sets"]` of `refine_jax.evaluation.report.summarize`.
+    """
+    tasks = list(dict.fromkeys(figures["task"] for figures in sets.values()))
+    lengths = sorted({figures["length"] or 0 for figures in sets.values()})
+    figure, axes = new_figure(1, 1, (max(6.0, 2 + 1.1 * len(tasks)), 4.5))
+    axis, width = axes[0, 0], 0.8 / len(lengths)
+    for number, length in enumerate(lengths):
+        chosen = [f for f in sets.values() if (f["length"] or 0) == length]
+        places = [
+            tasks.index(f["task"]) + width * (number - (len(lengths) - 1) / 2) for f in chosen
+        ]
+        means, low, high = (
+            100 * np.array([f[name] for f in chosen]) for name in ("mean", "low", "high")
+        )
+        label = f"{length:,} tokens" if length else "all lengths"
+        colour = _COLOURS[number % len(_COLOURS)]
+        axis.bar(places, means, width=0.92 * width, color=colour, label=label)
+        axis.errorbar(
+            places, means, yerr=[means - low, high - means], fmt="none", ecolor="black", capsize=3
+        )
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="center")
+    axis.set_ylim(0, 105)
+    finish(axis, "Mean score with 95 % interval", "score (%)")
+    save_figure(figure, path)
+
+
+def plot_recall(path: Path, recalls: Mapping[str, DepthRecall]) -> None:
+    """Heatmaps of recall, one a task: length across, depth of the needle downwards."""
+    figure, axes = new_figure(1, len(recalls), (1.5 + 3.2 * len(recalls), 4.2))
+    for axis, (task, recall) in zip(axes[0], recalls.items(), strict=True):
+        values = np.array(
+            [[np.nan if cell is None else 100 * cell for cell in row] for row in recall.recall]
+        ).T
+        image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(recall.lengths)), [f"{n:,}" for n in recall.lengths])
+        axis.set_yticks(range(len(recall.depths)), _bins(recall.depths))
+        axis.set_xlabel("tokens")
+        axis.set_title(task, fontsize=12, loc="left")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    axes[0, 0].set_ylabel("depth of the needle (%)")
+    figure.colorbar(image, ax=list(axes[0]), label="recall (%)", shrink=0.9)
+    save_figure(figure, path)
+
+
+def _bins(ends: Sequence[int]) -> list[str]:
+    return [f"{low}-{high}" for low, high in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,147 @@
+"""Generation: read prompts once into states of fixed size, then extend the states by tokens.
+
+Pure functions; `Generator` calls them for prompts of any number and lengths. Letters: B rows,
+T tokens, S tokens of one extend, n tokens of one block, D model dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.generation.sampling import Sampler, sample
+from refine_jax.models.head import logits
+from refine_jax.models.transformer import Model, Params, State
+
+
+class Prefix(NamedTuple):
+    """What is known after reading B sequences of unequal length; its size depends on B alone.
+
+    state: decode states, every leaf [L, B, 1, ...]. hidden: [B, D] final-norm output at the last
+    token read, which predicts the next. length: [B] int32, tokens read.
+    """
+
+    state: State
+    hidden: jax.Array
+    length: jax.Array
+
+
+def empty_prefix(model: Model, params: Params, rows: int) -> Prefix:
+    """The Prefix before any token; its `hidden` predicts nothing yet."""
+    return Prefix(
+        model.init_state(params, (rows, 1)),
+        jnp.zeros((rows, model.config.hidden_size), model.dtype),
+        jnp.zeros((rows,), jnp.int32),
+    )
+
+
+def take_rows(prefix: Prefix, rows: jax.Array) -> Prefix:
+    """The Prefix of `rows` [R] int32 of `prefix`; a row may be taken any number of times."""
+    return Prefix(
+        jax.tree.map(lambda x: x[:, rows], prefix.state), prefix.hidden[rows], prefix.length[rows]
+    )
+
+
+def gather_rows(prefixes: tuple[Prefix, ...], rows: jax.Array) -> Prefix:
+    """`rows` of all prefixes, one after the other."""
+    whole = Prefix(
+        jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(p.state for p in prefixes)),
+        jnp.concatenate([p.hidden for p in prefixes]),
+        jnp.concatenate([p.length for p in prefixes]),
+    )
+    return take_rows(whole, rows)
+
+
+def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
+    """Read whole prompts in one forward pass.
+
+    tokens: [B, T] int32, padded on the right: the models are causal, so what follows a prompt's end
+    changes nothing before it. lengths: [B] int32 >= 1. Pure.
+    """
+    hidden, trace = model.forward(params, tokens, with_trace=True)
+    state = model.fork(params, trace, lengths[:, None])
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return Prefix(state, last, lengths)
+
+
+def advance(
+    model: Model, params: Params, prefix: Prefix, tokens: jax.Array, taken: jax.Array
+) -> Prefix:
+    """Read S more tokens, tokens [B, S] int32, in the rows that `taken` [B] bool names. Pure."""
+    hidden, state = model.extend(params, tokens[:, None], prefix.state)
+
+    def choose(new, old, axis):
+        shape = [1] * new.ndim
+        shape[axis] = -1
+        return jnp.where(taken.reshape(shape), new, old)
+
+    return Prefix(
+        jax.tree.map(lambda new, old: choose(new, old, 1), state, prefix.state),
+        choose(hidden[:, 0, -1], prefix.hidden, 0),
+        prefix.length + jnp.where(taken, tokens.shape[1], 0),
+    )
+
+
+def decode(
+    model: Model,
+    params: Params,
+    prefix: Prefix,
+    keys: jax.Array,
+    sampler: Sampler,
+    budgets: jax.Array,
+    *,
+    block: int,
+    end: int | None = None,
+) -> tuple[jax.Array, Prefix]:
+    """Generate up to `block` tokens a row.
+
+    keys: [B], one a row (`row_keys`). A draw depends on the row's key and on how many tokens its
+        sequence has, on nothing else: two blocks of 8 draw what one of 16 does.
+    budgets: [B] int32, most tokens of each row; no more steps are made than the largest asks for.
+    end: a token after which a row has no more; all rows ended, nothing more is computed. None: no
+        such token; then vmapping over params leaves the loop's end common to all.
+
+    Returns tokens [B, block] int32, -1 where a row has none, and the Prefix after as many tokens as
+    the longest row has. Rows that ended before it are of no further use (`Generator.extend`
+    continues them from their own tokens).
+    Pure; one program for any sampler and budgets.
+    """
+    head = model.head(params)
+
+    def running(carry):
+        index, alive, _, _ = carry
+        return (index < block) & jnp.any(alive)
+
+    def step(carry):
+        index, alive, tokens, prefix = carry
+        draws = jax.vmap(jax.random.fold_in)(keys, prefix.length)
+        new = sample(logits(prefix.hidden, head), draws, sampler)
+        hidden, state = model.extend(params, new[:, None, None], prefix.state)
+        tokens = lax.dynamic_update_index_in_dim(tokens, jnp.where(alive, new, -1), index, 0)
+        alive = alive & (index + 1 < budgets)
+        if end is not None:
+            alive = alive & (new != end)
+        return index + 1, alive, tokens, Prefix(state, hidden[:, 0, 0], prefix.length + 1)
+
+    tokens = jnp.full((block, budgets.shape[0]), -1, jnp.int32)
+    carry = jnp.int32(0), budgets > 0, tokens, prefix
+    _, _, tokens, prefix = lax.while_loop(running, step, carry)
+    return tokens.T, prefix
+
+
+def round_rows(count: int) -> int:
+    """`count`, or up to a third more: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def round_length(length: int) -> int:
+    """`length`, or up to a quarter (at least 64) more: 64, 128, 192, 256, 320, 384, ...
+
+    Four sizes an octave.
+    """
+    step = max(64, 1 << max(int(length).bit_length() - 3, 0))
+    return -(-int(length) // step) * step
