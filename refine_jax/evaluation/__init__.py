@@ -1,0 +1,1 @@
+"""Scores, intervals, harnesses: what a model's answers are worth."""
