@@ -14,9 +14,8 @@ compares are forms, as is GRPO on sampled answers, which the official code offer
     posttrain_deltanet_1_3b.py:grpo         GRPO, the score of sampled answers as reward
 
 The paper reports, for nested ReFINE followed by ReFINE at test time, at 4K, 8K and 16K tokens, with
-the untouched model in brackets: SQuADQA
-17.5/12.5/7.0 (11.0/5.0/2.0), HotpotQA 18.0/13.5/8.0 (10.0/3.0/2.5). We have not
-run this size ourselves.
+the untouched model in brackets: SQuADQA 17.5/12.5/7.0 (11.0/5.0/2.0), HotpotQA 18.0/13.5/8.0
+(10.0/3.0/2.5). We have not run this size ourselves.
 
 `posttrain_deltanet_1_3b.py:runlocal` (or `:sft,runlocal` and so on) runs the same code small, on a
 CPU, from random weights, on made-up questions about lists of facts.

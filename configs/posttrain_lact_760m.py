@@ -14,9 +14,8 @@ compares are forms, as is GRPO on sampled answers, which the official code offer
     posttrain_lact_760m.py:grpo         GRPO, the score of sampled answers as reward
 
 The paper reports, for nested ReFINE followed by ReFINE at test time, at 4K, 8K and 16K tokens, with
-the untouched model in brackets: SQuADQA
-45.5/25.5/10.0 (17.5/14.0/6.5), HotpotQA 28.5/25.5/15.0 (20.5/14.5/12.0). We have not
-run this size ourselves.
+the untouched model in brackets: SQuADQA 45.5/25.5/10.0 (17.5/14.0/6.5), HotpotQA 28.5/25.5/15.0
+(20.5/14.5/12.0). We have not run this size ourselves.
 
 `posttrain_lact_760m.py:runlocal` (or `:sft,runlocal` and so on) runs the same code small, on a
 CPU, from random weights, on made-up questions about lists of facts.

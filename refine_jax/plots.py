@@ -226,11 +226,8 @@ def _stack_times(axis, training) -> None:
         "answers": ("time/answers", ORANGE),
         "sample answers": ("time/sample", "#c9a227"),
     }
-    parts = {
-        label: part
-        for label, part in parts.items()
-        if any(part[0] in record for record in training)
-    }
+    seen = {name for record in training for name in record}
+    parts = {label: part for label, part in parts.items() if part[0] in seen}
     values = {
         label: np.asarray([record.get(name) or 0.0 for record in training])
         for label, (name, _) in parts.items()
