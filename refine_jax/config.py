@@ -275,8 +275,131 @@ class PosttrainConfig(Section):
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(Section):
+    """How phases that generate do it (`refine_jax.generation`)."""
+
+    section: ClassVar[str] = "generation"
+
+    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0)
+    top_k: int | None = setting(
+        None, "draw among the k most likely tokens only; None: among all", low=1
+    )
+    top_p: float | None = setting(
+        None,
+        "draw among the fewest most likely tokens of this total probability; None: among all",
+        above=0,
+        high=1,
+    )
+    max_new_tokens: int | None = setting(
+        None, "most tokens of an answer; None: as many as its task allows", low=1
+    )
+    prefill_tokens: int = setting(
+        32768,
+        "most tokens, padding included, of one forward pass over prompts; what is longer is read "
+        "in pieces",
+        low=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TestTimeConfig(Section):
+    """Training on a prompt before it is answered, by the `refine` and `optimizer` sections."""
+
+    section: ClassVar[str] = "testtime"
+    __test__: ClassVar[bool] = False  # not a test case, whatever its name
+
+    steps: int = setting(1, "passes over a prompt, or over a batch of prompts", low=1)
+    reset: str = setting(
+        "example",
+        "when the trained parameters come back: for each prompt, which then adapts a copy of its "
+        "own; for each batch; or never (the official code), where scores depend on the order",
+        choices=("example", "batch", "never"),
+    )
+    copies: int = setting(
+        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", low=1
+    )
+    batch_size: int = setting(
+        8, "`batch` and `never`: prompts adapted together and answered with one result", low=1
+    )
+    mini_batch_size: int = setting(4, "prompts an optimizer update", low=1)
+    micro_batch_size: int | None = setting(
+        None, "prompts of one forward and backward pass; None: mini_batch_size", low=1
+    )
+
+    @property
+    def micro_batch(self) -> int:
+        """Prompts of one forward and backward pass."""
+        return self.micro_batch_size or self.mini_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(Section):
+    """Which tasks are answered and scored, by the phases `evaluate` and `testtime`."""
+
+    section: ClassVar[str] = "evaluate"
+
+    tasks: str = setting(
+        "niah_single_1", "names of `refine_jax.data.tasks.TASKS`, joined by commas"
+    )
+    lengths: str = setting(
+        "4096,8192,16384",
+        "most tokens of prompt and answer, joined by commas: RULER's tasks are made or read at "
+        "each; '': all that the files hold (LongBench always)",
+    )
+    samples: int | None = setting(
+        None, "examples of a task and length; None: all of a file; needed by what is made", low=1
+    )
+    data: str = setting(
+        "",
+        "of LongBench and RULER's question answering: parquet or jsonl files, or SQuAD's or "
+        "HotpotQA's .json; a file, folder or glob",
+    )
+    essays: str = setting(
+        "", "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed"
+    )
+    ruler_qa: str = setting(
+        "refine",
+        "convention that scores RULER's question answering",
+        choices=("refine", "nvidia", "lm_eval"),
+    )
+    max_tokens: int | None = setting(
+        None, "most tokens of prompt and answer; longer prompts are cut; None: as they are", low=2
+    )
+    cut: str = setting("middle", "where they are cut", choices=("middle", "left"))
+    batch_size: int = setting(8, "prompts answered at once, where parameters are shared", low=1)
+    seed: int = setting(0, "of the examples that are made or chosen", low=0)
+    order_seed: int | None = setting(
+        None, "shuffles the order of evaluation; None: as the tasks come", low=0
+    )
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks, each once."""
+        return list(dict.fromkeys(_listed(self.tasks)))
+
+    @property
+    def token_lengths(self) -> list[int | None]:
+        """The lengths, [None] for as they come.
+
+        Raises:
+          ConfigError: One is no positive whole number.
+        """
+        words = _listed(self.lengths)
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise ConfigError(
+                "config.evaluate.lengths must be positive whole numbers joined by commas. "
+                f"Got: {self.lengths!r}."
+            )
+        return list(dict.fromkeys(map(int, words))) or [None]
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 # What a run does; each is a module of refine_jax.phases.
-PHASES = ("midtrain", "posttrain")
+PHASES = ("midtrain", "posttrain", "testtime", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +414,9 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     posttrain: PosttrainConfig = dataclasses.field(default_factory=PosttrainConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -302,6 +428,7 @@ class Config:
         _check_batches(self.train)
         _check_steps(self.train, self.optimizer)
         _check_lengths(self.data, self.refine)
+        _check_testtime(self.testtime)
         if self.phase == "posttrain":
             _check_posttrain(self)
         elif self.train.best_metric == "score":
@@ -341,6 +468,9 @@ SECTIONS = {
     "train": TrainConfig,
     "prompts": PromptsConfig,
     "posttrain": PosttrainConfig,
+    "generation": GenerationConfig,
+    "testtime": TestTimeConfig,
+    "evaluate": EvaluateConfig,
 }
 
 
@@ -399,6 +529,19 @@ def _check_batches(train: TrainConfig) -> None:
             raise ConfigError(
                 f"config.train.{small}_size must divide config.train.{large}_size. "
                 f"Got: {small}_size={part}, {large}_size={whole}."
+            )
+
+
+def _check_testtime(options: TestTimeConfig) -> None:
+    for name, whole, part in (
+        ("mini_batch_size", options.batch_size, options.mini_batch_size),
+        ("micro_batch_size", options.mini_batch_size, options.micro_batch),
+    ):
+        if whole % part:
+            larger = "batch_size" if name == "mini_batch_size" else "mini_batch_size"
+            raise ConfigError(
+                f"config.testtime.{name} must divide config.testtime.{larger}. "
+                f"Got: {name}={part}, {larger}={whole}."
             )
 
 

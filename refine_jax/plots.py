@@ -22,7 +22,7 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     training = [record for record in history if "time/step" in record]
     if not training:
         return
-    figure, axes = _figure(2, 3, (15, 7.5))
+    figure, axes = new_figure(2, 3, (15, 7.5))
     (loss, accuracy, reward), (gradient, entropy, speed) = axes
     for axis in axes.flat:
         axis.set_xlabel("training step")
@@ -31,18 +31,18 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     _curve(loss, training, "loss/ntp", BLUE, "training")
     _curve(loss, training, "answer/loss", GREEN, "answers")
     _points(loss, history, "eval/loss", ORANGE, "held-out")
-    _finish(loss, "Next-token loss", "nats a token")
+    finish(loss, "Next-token loss", "nats a token")
 
     _points(accuracy, history, "eval/accuracy", ORANGE, "held-out", scale=100)
     _points(accuracy, history, "eval/exact", BLUE, "whole answers", scale=100)
-    _finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
+    finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
 
     _band(reward, training, "reward/mean", "reward/std", GREEN)
     _curve(reward, training, "reward/mean", GREEN, "training (band: deviation)")
     _points(reward, history, "eval/reward", ORANGE, "held-out")
     _curve(reward, training, "answer/score", GREY, "score of sampled answers")
     _points(reward, history, "eval/score", BLUE, "score of answers, held-out")
-    _finish(reward, "Reward of the rollouts", "reward")
+    finish(reward, "Reward of the rollouts", "reward")
 
     _curve(gradient, training, "grad/norm", BLUE, "before clipping")
     if clip_norm is not None:
@@ -51,15 +51,15 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     gradient.yaxis.set_major_formatter("{x:g}")
     gradient.yaxis.set_minor_formatter("{x:g}")
     gradient.tick_params(axis="y", which="minor", labelsize=7)
-    _finish(gradient, "Gradient", "global L2 norm")
+    finish(gradient, "Gradient", "global L2 norm")
 
     _curve(entropy, training, "entropy/mean", BLUE, "training")
     _points(entropy, history, "eval/entropy", ORANGE, "held-out")
-    _finish(entropy, "Entropy of the prediction", "nats a token")
+    finish(entropy, "Entropy of the prediction", "nats a token")
 
     _stack_times(speed, training)
-    _finish(speed, "Time of a step", "seconds")
-    _save(figure, path)
+    finish(speed, "Time of a step", "seconds")
+    save_figure(figure, path)
 
 
 def plot_rollouts(
@@ -86,7 +86,7 @@ def plot_rollouts(
     c, n = rewards.shape
     rows = 3 if texts else 2
     heights = [3.2, 2.0] + [0.26 * (c + 1.5)] * (rows - 2)
-    figure, axes = _figure(rows, 1, (14, sum(heights) + 0.8), height_ratios=heights)
+    figure, axes = new_figure(rows, 1, (14, sum(heights) + 0.8), height_ratios=heights)
     line, bars = axes[0, 0], axes[1, 0]
     tokens = np.arange(len(entropy))
     line.plot(tokens, entropy, color=BLUE, linewidth=0.5, alpha=0.45)
@@ -108,7 +108,7 @@ def plot_rollouts(
     line.set_xlim(0, len(entropy) - 1)
     line.set_ylim(0, top * 1.04)
     line.set_xlabel("token of the sequence")
-    _finish(line, "Where the model is unsure, and the chosen positions", "entropy (nats)", pad=18)
+    finish(line, "Where the model is unsure, and the chosen positions", "entropy (nats)", pad=18)
 
     width = 0.8 / n
     colours = [GREEN if value >= rewards.mean() else GREY for value in rewards.flat]
@@ -129,13 +129,14 @@ def plot_rollouts(
     bars.margins(y=0.15)
     bars.set_xticks(range(c), [f"{i + 1}\n@{start}" for i, start in enumerate(starts)])
     bars.set_xlabel("position: number and first token of its rollouts")
-    _finish(bars, "Reward of each rollout (green: above the mean)", f"{reward_name} reward")
+    finish(bars, "Reward of each rollout (green: above the mean)", f"{reward_name} reward")
     if texts:
         _list_texts(axes[2, 0], texts)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options):
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """(figure, axes [rows, columns]) of `size` inches, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -144,14 +145,16 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG, complete or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png")
     part.replace(path)
 
 
-def _finish(axis, title: str, ylabel: str, pad: float | None = None) -> None:
+def finish(axis, title: str, ylabel: str, pad: float | None = None) -> None:
+    """Title, label, grid and legend; says so where an axis has nothing to show."""
     axis.set_title(title, fontsize=12, loc="left", pad=pad)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.25)

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refine_jax.data import DataError, load_tokenizer
 from refine_jax.data.tasks import TASKS, load_examples, needs_essays, synthetic
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.files import digest
-from refine_jax.data.tasks.haystack import DEPTHS, NOISE
+from refine_jax.data.tasks.haystack import DEPTHS, NOISE, fit, load_essays
 from refine_jax.data.tasks.words import word_lists
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +291,39 @@ def test_very_long_lists_get_more_words_than_there_are(monkeypatch) -> None:
     found = set(re.findall(r"\d+\. ([a-z-]+)", example.prompt))
     assert len(found) > len(words)
     assert example.metadata["prompt_tokens"] > 0.995 * 60_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grow=st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any),
+    room=st.integers(0, 5000),
+    most=st.none() | st.integers(1, 200),
+)
+def test_the_largest_haystack_that_fits_is_found(grow, room, most) -> None:
+    """Whatever the sizes of the pieces, which may even be empty."""
+    grow = [*grow, max(grow)]
+
+    def tokens(size: int) -> int:  # bos and the pieces, taken in turns
+        rounds, rest = divmod(size, len(grow))
+        return 1 + rounds * sum(grow) + sum(grow[:rest])
+
+    budget = tokens(1) + room
+    size, found = fit(
+        lambda size: "x" * (tokens(size) - 1),
+        tokenizer=load_tokenizer("bytes"),
+        budget=budget,
+        least=1,
+        most=most,
+        what="it",
+    )
+    assert found == tokens(size) <= budget
+    assert size == most or tokens(size + 1) > budget
+
+
+def test_the_standard_library_has_an_essay() -> None:
+    essays = load_essays("stdlib")
+    assert len(essays.words) > 10_000
+    assert " ".join(essays.sentences(5000)).split() == list(essays.words[:5000])
 
 
 def test_essays_are_repeated_when_they_end(tmp_path) -> None:

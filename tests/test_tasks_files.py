@@ -216,6 +216,9 @@ def test_rows_are_chosen_by_the_seed_and_long_ones_left_out(tmp_path, caplog) ->
     assert [example.index for example in few] == sorted({example.index for example in few})
     assert len(few) == 5 and few == load(samples=5, seed=1) != load(samples=5, seed=2)
     assert load(samples=99) == load()
+    write_examples(few, tmp_path / "few" / "lcc.parquet")
+    again = load_examples("lcc", data=str(tmp_path / "few"), tokenizer=BYTES)
+    assert [(e.prompt, e.answers) for e in again] == [(e.prompt, e.answers) for e in few]
     with pytest.raises(DataError, match=r"none of the 30 rows of .* fits into length=60"):
         load(length=60)
 

@@ -145,6 +145,8 @@ def _rouge_l(text: str, answer: str) -> float:
     """Summary-level ROUGE-L F, as the package rouge 1.0.1 computes it.
 
     It differs from the paper's: lengths and matches count distinct words, over all sentences.
+    (That package recurses, and gives up with a score of 0 on two sentences of about 1,000 words
+    together; answers within LongBench's budgets have none, and here they are scored.)
     """
     summary, reference = _sentences(text), _sentences(answer)
     if not summary or not reference:

@@ -164,6 +164,20 @@ def _method_gradient(method: Method, state: TrainState, batch, experience, keys,
     return accumulate_gradient(loss, state.params, (batch, experience), parts)
 
 
+def update_rows(
+    method: Method, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step on rows that are a single mini-batch and micro-batch.
+
+    Pure: what `make_train_step` does with such rows, to be jitted or vmapped by the caller.
+    """
+    keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
+    gradients, metrics = _method_gradient(method, state, batch, None, keys, 1)
+    state, update_metrics = apply_update(optimizer, state, gradients)
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, _finish_moments(metrics) | update_metrics
+
+
 def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,

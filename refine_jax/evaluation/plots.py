@@ -1,0 +1,77 @@
+"""PNG plots of an evaluation: bars with intervals, and recall over length and needle depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refine_jax.evaluation.report import DepthRecall
+from refine_jax.plots import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
+
+_COLOURS = (BLUE, ORANGE, GREEN, GREY, "#7b4ea3", "#b8860b")
+
+
+def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Mean scores with their intervals, a group of bars a task, one bar a length.
+
+    sets: `results["sets"]` of `refine_jax.evaluation.report.summarize`.
+    """
+    tasks = list(dict.fromkeys(figures["task"] for figures in sets.values()))
+    lengths = sorted({figures["length"] or 0 for figures in sets.values()})
+    figure, axes = new_figure(1, 1, (max(6.0, 2 + 1.1 * len(tasks)), 4.5))
+    axis, width = axes[0, 0], 0.8 / len(lengths)
+    for number, length in enumerate(lengths):
+        chosen = [f for f in sets.values() if (f["length"] or 0) == length]
+        places = [
+            tasks.index(f["task"]) + width * (number - (len(lengths) - 1) / 2) for f in chosen
+        ]
+        means = np.array([100 * f["mean"] for f in chosen])
+        bounds = [
+            (
+                f["mean"] if f["low"] is None else f["low"],
+                f["mean"] if f["high"] is None else f["high"],
+            )
+            for f in chosen
+        ]
+        low, high = (100 * np.array(side) for side in zip(*bounds, strict=True))
+        axis.bar(
+            places,
+            means,
+            width=0.92 * width,
+            color=_COLOURS[number % len(_COLOURS)],
+            yerr=np.maximum([means - low, high - means], 0),
+            capsize=3,
+            ecolor="black",
+            label=f"{length:,} tokens" if length else "all lengths",
+        )
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="center")
+    axis.set_ylim(0, 105)
+    finish(axis, "Mean score with 95 % interval", "score (%)")
+    save_figure(figure, path)
+
+
+def plot_recall(path: Path, recalls: Mapping[str, DepthRecall]) -> None:
+    """Heatmaps of recall, one a task: length across, depth of the needle downwards."""
+    figure, axes = new_figure(1, len(recalls), (1.5 + 3.2 * len(recalls), 4.2))
+    for axis, (task, recall) in zip(axes[0], recalls.items(), strict=True):
+        values = np.array(
+            [[np.nan if cell is None else 100 * cell for cell in row] for row in recall.recall]
+        ).T
+        image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        axis.set_xticks(range(len(recall.lengths)), [f"{n:,}" for n in recall.lengths])
+        axis.set_yticks(range(len(recall.depths)), _bins(recall.depths))
+        axis.set_xlabel("tokens")
+        axis.set_title(task, fontsize=12, loc="left")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    axes[0, 0].set_ylabel("depth of the needle (%)")
+    figure.colorbar(image, ax=list(axes[0]), label="recall (%)", shrink=0.9)
+    save_figure(figure, path)
+
+
+def _bins(ends: Sequence[int]) -> list[str]:
+    return [f"{low}-{high}" for low, high in zip([0, *ends], ends, strict=False)]

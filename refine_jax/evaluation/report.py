@@ -1,0 +1,170 @@
+"""Figures of an evaluation: means with 95 % intervals, speed, what adaptation cost; as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refine_jax.evaluation.intervals import interval
+
+Record = Mapping[str, Any]
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """What `results.json` holds, from the records of `predictions.jsonl`.
+
+    sets: for each task and length its figures (`summarize_set`). mean: of the sets' means.
+    mean_by_task: over the lengths of a task. seconds, new_tokens, tokens_per_second: of
+    generation, prompts read in full included. adaptation: `summarize_adaptation`, or None.
+    Scores are fractions from 0 to 1, times seconds.
+    """
+    by_set: dict[str, list[Record]] = {}
+    for record in records:
+        by_set.setdefault(record["set"], []).append(record)
+    sets = {name: summarize_set(part) for name, part in by_set.items()}
+    by_task: dict[str, list[float]] = {}
+    for figures in sets.values():
+        by_task.setdefault(figures["task"], []).append(figures["mean"])
+    seconds = math.fsum(r["seconds_read"] + r["seconds_generate"] for r in records)
+    new_tokens = sum(r["new_tokens"] for r in records)
+    return {
+        "samples": len(records),
+        "mean": statistics.fmean(figures["mean"] for figures in sets.values()),
+        "mean_by_task": {task: statistics.fmean(means) for task, means in by_task.items()},
+        "sets": sets,
+        "seconds": seconds,
+        "new_tokens": new_tokens,
+        "tokens_per_second": sum(r["prompt_tokens"] + r["new_tokens"] for r in records) / seconds,
+        "adaptation": summarize_adaptation(records),
+    }
+
+
+def summarize_set(records: Sequence[Record]) -> dict[str, Any]:
+    """Mean score of one task and length with its interval, and what the prompts were like."""
+    first = records[0]
+    found = interval([record["score"] for record in records])
+    bounded = math.isfinite(found.low) and math.isfinite(found.high)
+    return {
+        "task": first["task"],
+        "length": _length(first),
+        "metric": first["metric"],
+        "mean": found.mean,
+        "low": found.low if bounded else None,
+        "high": found.high if bounded else None,
+        "interval": found.method,
+        "samples": found.samples,
+        "prompt_tokens": statistics.fmean(record["prompt_tokens"] for record in records),
+        "prompts_cut": sum(record["cut_tokens"] > 0 for record in records),
+        "tokens_cut": sum(record["cut_tokens"] for record in records),
+    }
+
+
+def summarize_adaptation(records: Sequence[Record]) -> dict[str, Any] | None:
+    """What adapting to the prompts cost, and how many were too short for all of it.
+
+    seconds_per_example is the median over examples whose time includes no compilation, None where
+    there are none; seconds is the sum over all.
+    """
+    costs = [record["adapt"] for record in records if "adapt" in record]
+    if not costs:
+        return None
+    warm = [cost["seconds"] for cost in costs if not cost["compiled"]]
+    return {
+        "seconds": math.fsum(cost["seconds"] for cost in costs),
+        "seconds_per_example": statistics.median(warm) if warm else None,
+        "tokens_per_example": statistics.fmean(cost["tokens"] for cost in costs),
+        "rollout_tokens_per_example": statistics.fmean(cost["rollout_tokens"] for cost in costs),
+        "examples_without_rollouts": sum(not cost["rollout_tokens"] for cost in costs),
+        "examples_not_adapted": sum(not cost["steps"] for cost in costs),
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The closing table, with a line for each task and length."""
+    sets = results["sets"]
+    width = max(12, *map(len, sets)) + 2
+    head = f"{'':{width}}{'score (%)':>10}{'95 % interval':>18}{'samples':>9}  metric"
+    lines = [head, "-" * len(head)]
+    for name, figures in sets.items():
+        known = figures["low"] is not None
+        bounds = f"{100 * figures['low']:.1f} - {100 * figures['high']:.1f}" if known else "-"
+        lines.append(
+            f"{name:{width}}{100 * figures['mean']:>10.1f}{bounds:>18}{figures['samples']:>9}  "
+            f"{figures['metric']}"
+        )
+        if figures["prompts_cut"]:
+            lines.append(
+                f"{'':{width}}{figures['prompts_cut']:,} prompts cut by {figures['tokens_cut']:,} "
+                "tokens in all"
+            )
+    if len(sets) > 1:
+        lines.append(f"{'mean':{width}}{100 * results['mean']:>10.1f}")
+    lines += ["", f"{results['tokens_per_second']:,.0f} tokens a second, prompts included"]
+    if cost := results["adaptation"]:
+        each = cost["seconds_per_example"]
+        lines.append(
+            f"adaptation: {'-' if each is None else f'{each:.2f}'} s an example (median, without "
+            f"compilation), {cost['seconds']:.1f} s in all; {cost['tokens_per_example']:,.0f} "
+            f"prompt and {cost['rollout_tokens_per_example']:,.0f} rollout tokens an example"
+        )
+        for count, what in (
+            (cost["examples_without_rollouts"], "without rollouts (next-token loss alone)"),
+            (cost["examples_not_adapted"], "not adapted, as their prompt has no next token"),
+        ):
+            if count:
+                lines.append(f"  {count:,} of {results['samples']:,} {what}")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthRecall:
+    """Recall of one needle task by length and depth.
+
+    lengths: [N] tokens. depths: [M] upper ends of the bins, per cent of the context.
+    recall, counts: N lists of M: fraction of the needles found (None where there are none), and
+    number of needles.
+    """
+
+    lengths: list[int]
+    depths: list[int]
+    recall: list[list[float | None]]
+    counts: list[list[int]]
+
+
+def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> DepthRecall | None:
+    """How often needles at each depth were found; None where a task has no depths or lengths.
+
+    A needle counts as found if its own answer is part of the response (case aside).
+    """
+    found: dict[tuple[int, int], list[bool]] = {}
+    for record in records:
+        depths = record["metadata"].get("depths")
+        length = _length(record)
+        if record["task"] != task or length is None or not depths:
+            continue
+        if len(depths) != len(record["answers"]):
+            continue
+        response = record["response"].lower()
+        for depth, answer in zip(depths, record["answers"], strict=True):
+            place = min(int(depth * bins / 100), bins - 1)
+            found.setdefault((length, place), []).append(answer.lower() in response)
+    if not found:
+        return None
+    lengths = sorted({length for length, _ in found})
+    cells = [[found.get((length, place), []) for place in range(bins)] for length in lengths]
+    return DepthRecall(
+        lengths,
+        [100 * (place + 1) // bins for place in range(bins)],
+        [[statistics.fmean(cell) if cell else None for cell in row] for row in cells],
+        [[len(cell) for cell in row] for row in cells],
+    )
+
+
+def _length(record: Record) -> int | None:
+    """The length that a set was asked for, as its name says."""
+    task, _, length = record["set"].partition("/")
+    del task
+    return int(length) if length else None

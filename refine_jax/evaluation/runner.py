@@ -1,0 +1,200 @@
+"""Answer questions greedily, score the answers, and keep each in WORKDIR/predictions.jsonl.
+
+The parameters that a group of questions is answered with may be adapted to its prompts first
+(`refine_jax.refine.adapt`). An evaluation that was interrupted continues with the groups that lack
+a record; with reset `never`, the adaptation to the groups before is done again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from refine_jax.checkpoint.folders import write_text
+from refine_jax.evaluation.metrics import score
+from refine_jax.evaluation.questions import Question
+from refine_jax.generation import Generated, Generator, Sampling
+from refine_jax.models.transformer import Params
+from refine_jax.monitor import read_metrics
+from refine_jax.refine.adapt import Adapter, Cost
+
+PREDICTIONS = "predictions.jsonl"
+
+
+class Predictions:
+    """The records of an evaluation, one JSON object a question; written as they come.
+
+    Attributes:
+      records: {name of the question: record} of all that are done.
+    """
+
+    def __init__(self, workdir: Path):
+        self._path = Path(workdir) / PREDICTIONS
+        records = read_metrics(self._path)
+        self.records = {record["id"]: record for record in records}
+        # A last line that a crash cut off is removed: what follows is appended.
+        write_text(self._path, "".join(map(_line, self.records.values())))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def add(self, records: Sequence[dict]) -> None:
+        """Append records of questions that have none yet; flushed before this returns."""
+        new = [record for record in records if record["id"] not in self.records]
+        self.records |= {record["id"]: record for record in new}
+        self._file.write("".join(map(_line, new)))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Predictions:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+    """What answers a group of questions.
+
+    params: of the trained model. generator: takes them, or the adapter's copies, if it makes some.
+    sampling: of the answers. adapter: None: the trained parameters answer everything.
+    """
+
+    params: Params
+    generator: Generator
+    sampling: Sampling
+    adapter: Adapter | None = None
+
+    def prepare(self, group: Sequence[Question]) -> tuple[Params, list[Cost | None]]:
+        """The parameters to answer a group with, and what they cost."""
+        if self.adapter is None:
+            return self.params, [None] * len(group)
+        adapted = self.adapter.adapt([q.tokens for q in group], [q.name for q in group])
+        return adapted.params, adapted.costs
+
+    def answer(self, group: Sequence[Question]) -> list[dict]:
+        """Adapt, generate and score: a record for each question."""
+        params, costs = self.prepare(group)
+        asked = list(group)
+        if self.adapter is not None and self.adapter.copies > 1:
+            # As many rows as copies, so that all groups run in the same programs.
+            asked += asked[:1] * (self.adapter.copies - len(asked))
+        begin = time.perf_counter()
+        prefix = self.generator.read(params, [question.tokens for question in asked])
+        prefix.hidden.block_until_ready()
+        read = time.perf_counter()
+        answers = self.generator.generate(
+            params,
+            prefix,
+            self.sampling,
+            max_new_tokens=[question.budget for question in asked],
+            ids=[_number(question.name) for question in asked],
+        )
+        share = 1 / len(group)
+        times = {
+            "seconds_read": (read - begin) * share,
+            "seconds_generate": (time.perf_counter() - read) * share,
+        }
+        return [
+            _record(question, answer, cost, times)
+            for question, answer, cost in zip(group, answers, costs, strict=False)
+        ]
+
+
+def evaluate(
+    groups: Sequence[Sequence[Question]],
+    answerer: Answerer,
+    predictions: Predictions,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Answer all questions that have no record yet; returns whether all have one.
+
+    stop: asked before each group; True ends the evaluation there.
+    """
+    left = {
+        set_name: sum(q.set_name == set_name for q in _all(groups)) for set_name in _sets(groups)
+    }
+    total, done = sum(left.values()), 0
+    carries = answerer.adapter is not None and answerer.adapter.carries_over
+    with tqdm(total=total, unit="example", disable=None, dynamic_ncols=True) as bar:
+        for group in groups:
+            if stop():
+                return False
+            if any(q.name not in predictions.records for q in group):
+                predictions.add(answerer.answer(group))
+            elif carries:
+                answerer.prepare(group)
+            done += len(group)
+            bar.update(len(group))
+            for question in group:
+                left[question.set_name] -= 1
+                if not left[question.set_name]:
+                    _say(_line_of_set(question.set_name, groups, predictions))
+    return True
+
+
+def _say(message: str) -> None:
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(message, flush=True)
+
+
+def _all(groups: Sequence[Sequence[Question]]) -> Iterator[Question]:
+    return (question for group in groups for question in group)
+
+
+def _sets(groups: Sequence[Sequence[Question]]) -> list[str]:
+    return list(dict.fromkeys(question.set_name for question in _all(groups)))
+
+
+def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:
+    scores = [predictions.records[q.name]["score"] for q in _all(groups) if q.set_name == set_name]
+    return f"{set_name}: {100 * math.fsum(scores) / len(scores):.1f} % of {len(scores)}"
+
+
+def _record(
+    question: Question, answer: Generated, cost: Cost | None, times: dict[str, float]
+) -> dict[str, Any]:
+    example = question.example
+    record = {
+        "id": question.name,
+        "task": example.task,
+        "set": question.set_name,
+        "index": example.index,
+        "prompt_tokens": len(question.tokens),
+        "cut_tokens": question.cut,
+        "response": answer.text,
+        "new_tokens": len(answer.tokens),
+        "finish_reason": answer.finish_reason,
+        "answers": list(example.answers),
+        "metric": question.metric,
+        "score": score(question.metric, answer.text, example.answers),
+        **{name: round(seconds, 6) for name, seconds in times.items()},
+        "metadata": dict(example.metadata),
+    }
+    if cost is not None:
+        record["adapt"] = cost._asdict() | {
+            "seconds": round(cost.seconds, 6),
+            "loss": cost.loss if math.isfinite(cost.loss) else None,
+        }
+    return record
+
+
+def _number(name: str) -> int:
+    """A number of 32 bits that stands for a question where texts are drawn at random."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,369 @@
+"""Generate text from a checkpoint.
+
+    python -m refine_jax.generate --checkpoint DIR --prompt "Once upon a time"
+    python -m refine_jax.generate --checkpoint DIR --prompt_file a.txt --prompt_file b.txt --json
+    python -m refine_jax.generate --checkpoint DIR --temperature 0.7 --top_p 0.9 < prompt.txt
+
+A long document is read once, and asked any number of questions:
+
+    python -m refine_jax.generate --checkpoint DIR --prompt_file book.txt --save_state book.state \\
+        --max_new_tokens 0
+    python -m refine_jax.generate --checkpoint DIR --load_state book.state --prompt "Who is Ahab?"
+
+The model may be trained on each prompt before it continues it, a copy for each:
+
+    python -m refine_jax.generate --checkpoint DIR --prompt_file doc.txt --adapt_steps 2
+
+DIR is a checkpoint that refine_jax.convert or a training run wrote. Prompts are taken as they are,
+line ends at their end too. Time and memory a token do not depend on the length of the prompt.
+Exit code 1: bad input, with one message on standard error.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from refine_jax.checkpoint import CheckpointError, load_model
+from refine_jax.checkpoint.folders import check_free
+from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
+from refine_jax.convert import step_argument
+from refine_jax.data.options import DataError
+from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
+from refine_jax.generation import Generated, Generator, Prefix, Sampling, take_rows
+from refine_jax.generation.states import load_prefix, save_prefix
+from refine_jax.models.config import ModelConfigError, model_config
+from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.refine.adapt import Adapter
+from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.settings import ConfigError
+
+_ERRORS = (CheckpointError, ConfigError, DataError, ModelConfigError, OSError)
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint gives: a model, its parameters on the device, and a tokenizer."""
+
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+
+
+class Adaptation(NamedTuple):
+    """How the parameters are trained on a prompt."""
+
+    method: RefineConfig
+    optimizer: OptimizerConfig
+    options: TestTimeConfig
+
+
+def load(
+    checkpoint: str, *, step: int | str, tokenizer: str | None, compute_dtype: str | None
+) -> Loaded:
+    """Load a checkpoint to generate from.
+
+    step: of a training run: "latest", "best" or a number. tokenizer: name or path; None: that of
+    the checkpoint. compute_dtype: None: float32 on CPU, bfloat16 on accelerators.
+
+    Raises:
+      CheckpointError: No checkpoint, or a corrupt one.
+      DataError: No such tokenizer, or the checkpoint has none.
+    """
+    found = load_model(checkpoint, step=step)
+    if tokenizer is None and found.tokenizer is None:
+        raise DataError(
+            f"{checkpoint} has no tokenizer files. Name a tokenizer: --tokenizer mistral-v1, bytes "
+            "or a path."
+        )
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    policy = ComputePolicy(compute_dtype=compute_dtype or default)
+    return Loaded(
+        Model(model_config(found.config), policy),
+        jax.device_put(found.params),
+        load_tokenizer(tokenizer or str(found.tokenizer)),
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line asks for; prints the texts."""
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        stop=tuple(options.stop),
+        seed=options.seed,
+    )
+    if options.save_state is not None:
+        check_free(options.save_state)
+    adaptation = read_adaptation(options)
+    texts = read_prompts(options)
+    _check_stream(options, len(texts))
+    loaded = load(
+        options.checkpoint,
+        step=options.step,
+        tokenizer=options.tokenizer,
+        compute_dtype=options.compute_dtype,
+    )
+    model, params, tokenizer = loaded
+    generator = Generator(model, tokenizer)
+    if adaptation is not None:
+        adapter = make_adapter(loaded, adaptation, sampling.seed)
+        run_adapted(generator, adapter, texts, sampling, options)
+        return
+    saved = None
+    if options.load_state is not None:
+        saved = load_prefix(options.load_state, model, params, tokenizer)
+    begin = time.perf_counter()
+    prefix = jax.block_until_ready(read(generator, params, texts, saved))
+    prefill_seconds = time.perf_counter() - begin
+    _check_stream(options, prefix.length.shape[0])
+    if options.save_state is not None:
+        save_prefix(options.save_state, prefix, model, params, tokenizer)
+    show(generator, params, prefix, sampling, options, {"prefill_seconds": prefill_seconds})
+
+
+def run_adapted(
+    generator: Generator,
+    adapter: Adapter,
+    texts: list[str],
+    sampling: Sampling,
+    options: argparse.Namespace,
+) -> None:
+    """Adapt a copy of the parameters to each prompt and generate with it, prompt by prompt."""
+    for number, (text, ids) in enumerate(zip(texts, generator.encode(texts), strict=True)):
+        # The prompt itself decides its random numbers: other prompts beside it change nothing.
+        params, (cost,) = adapter.adapt([ids], [text])
+        begin = time.perf_counter()
+        prefix = jax.block_until_ready(generator.read(params, [ids]))
+        facts = {
+            "prefill_seconds": time.perf_counter() - begin,
+            "adapt_seconds": cost.seconds,
+            "adapt_tokens": cost.tokens + cost.rollout_tokens,
+        }
+        show(generator, params, prefix, sampling, options, facts, first=number, of=len(texts))
+
+
+def show(
+    generator: Generator,
+    params: Params,
+    prefix: Prefix,
+    sampling: Sampling,
+    options: argparse.Namespace,
+    facts: dict[str, float],
+    *,
+    first: int = 0,
+    of: int | None = None,
+) -> None:
+    """Generate, and print it as the command line asks for.
+
+    facts: of reading the prompts, for --json. first, of: number of the first row, and of all rows,
+    where these are not all.
+    """
+    rows = prefix.length.shape[0]
+    of, ids = of or rows, range(first, first + rows)
+    if options.json:
+        print_json(generator, params, prefix, sampling, ids, facts)
+    elif options.stream or (of == 1 and sys.stdout.isatty()):
+        for _, piece in generator.stream(params, prefix, sampling, ids=ids):
+            print("\n" if isinstance(piece, Generated) else piece, end="", flush=True)
+    else:
+        results = generator.generate(params, prefix, sampling, ids=ids)
+        for number, result in zip(ids, results, strict=True):
+            if of > 1:
+                print(f"--- {number + 1} of {of}")
+            print(result.text, flush=True)
+
+
+def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
+    """What --adapt_steps and its like ask for; None: nothing.
+
+    Raises ConfigError for values that cannot work, and for a saved state: it holds no prompt to
+    adapt to, and would be of parameters that nobody keeps.
+    """
+    if not options.adapt_steps:
+        return None
+    for name in ("load_state", "save_state"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"--adapt_steps cannot be used with --{name}: states are of the parameters that "
+                "made them, and each prompt adapts parameters of its own."
+            )
+    return Adaptation(
+        RefineConfig(objective=options.adapt_objective, reward="binary", lambda_rl=0.4),
+        OptimizerConfig(learning_rate=options.adapt_learning_rate),
+        TestTimeConfig(steps=options.adapt_steps, reset="example"),
+    )
+
+
+def make_adapter(loaded: Loaded, adaptation: Adaptation, seed: int) -> Adapter:
+    """What adapts copies of the parameters to prompts."""
+    return Adapter(
+        loaded.model,
+        loaded.params,
+        make_optimizer(adaptation.optimizer, steps=adaptation.options.steps),
+        adaptation.method,
+        adaptation.options,
+        key=jax.random.key(seed),
+        eos_id=loaded.tokenizer.eos_id,
+        pad_id=loaded.tokenizer.pad_id,
+    )
+
+
+def read(generator: Generator, params: Params, texts: list[str], saved: Prefix | None) -> Prefix:
+    """Read the prompts `texts`, or continue the saved states by them.
+
+    One saved state is continued by every text; of several, each by its own.
+    Raises DataError if the number of texts does not fit.
+    """
+    if saved is None:
+        return generator.read(params, generator.encode(texts))
+    rows = saved.length.shape[0]
+    if not texts:
+        return saved
+    if rows == 1:
+        saved = take_rows(saved, np.zeros(len(texts), np.int32))
+    elif rows != len(texts):
+        raise DataError(
+            f"The saved state is of {rows} prompts: it takes no prompt, or one for each. "
+            f"Got: {len(texts)}."
+        )
+    continuations = generator.tokenizer.encode_batch(texts, bos=False)
+    return generator.extend(params, saved, continuations)
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The texts of --prompt and --prompt_file, else of standard input.
+
+    Raises DataError for a file that is not UTF-8.
+    """
+    texts = list(options.prompt)
+    for name in options.prompt_file:
+        try:
+            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+            texts.append(data.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8 text: {error}.") from None
+    return texts
+
+
+def print_json(
+    generator: Generator,
+    params: Params,
+    prefix: Prefix,
+    sampling: Sampling,
+    ids: Sequence[int],
+    facts: dict[str, float],
+) -> None:
+    """Generate, and print one JSON object a prompt.
+
+    ids: numbers of the rows. facts: `prefill_seconds` of all rows, compilation included, and what
+    adaptation cost. ms_per_token: of one step of all rows, without compilation.
+    """
+    # One token compiles all that the timed call runs.
+    once = dataclasses.replace(sampling, max_new_tokens=1)
+    generator.generate(params, prefix, once, ids=ids)
+    begin = time.perf_counter()
+    results = generator.generate(params, prefix, sampling, ids=ids)
+    seconds = time.perf_counter() - begin
+    steps = max(len(result.tokens) for result in results)
+    for index, result in enumerate(results):
+        line = {
+            "prompt": ids[index],
+            "text": result.text,
+            "tokens": result.tokens,
+            "finish_reason": result.finish_reason,
+            "tokens_read": int(prefix.length[index]),
+            **{name: round(value, 4) for name, value in facts.items()},
+            "ms_per_token": round(1e3 * seconds / steps, 3) if steps else None,
+        }
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _check_stream(options: argparse.Namespace, prompts: int) -> None:
+    if options.stream and prompts > 1:
+        raise ConfigError(f"--stream shows one prompt as it is continued. Got: {prompts} prompts.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if not (options.prompt or options.prompt_file or options.load_state):
+        options.prompt_file = ["-"]
+    logging.set_verbosity(logging.ERROR)
+    try:
+        run(options)
+    except _ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m refine_jax.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="model to load")
+    add(
+        "--step",
+        type=step_argument,
+        default="latest",
+        help="of a run: latest (default), best, a number",
+    )
+    add("--tokenizer", metavar="NAME", help="mistral-v1, bytes or a path (default: DIR's)")
+    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: the device's")
+
+    prompts = parser.add_argument_group("prompts", "Any number; none: standard input.")
+    add = prompts.add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt")
+    add("--prompt_file", action="append", default=[], metavar="FILE", help="one of UTF-8; -: stdin")
+    add("--load_state", metavar="DIR", help="saved state that the prompts, if any, continue")
+    add("--save_state", metavar="DIR", help="keep the state after the prompts; must not exist")
+
+    sampling = parser.add_argument_group("sampling")
+    add = sampling.add_argument
+    defaults = Sampling()
+    add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
+    add("--temperature", type=float, default=defaults.temperature, help="0 (default) is greedy")
+    add("--top_k", type=int, help="draw among the k most likely tokens")
+    add("--top_p", type=float, help="draw among the likeliest tokens of this probability in all")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; any number")
+    add("--seed", type=int, default=defaults.seed, help="of the draws (default %(default)s)")
+
+    training = parser.add_argument_group(
+        "training on the prompt", "A copy of the parameters for each prompt; nothing is kept."
+    )
+    add = training.add_argument
+    add("--adapt_steps", type=int, default=0, metavar="N", help="steps; 0 (default): none")
+    add(
+        "--adapt_objective",
+        choices=("refine", "ntp"),
+        default="refine",
+        help="ReFINE (default) or next-token loss alone",
+    )
+    rate = OptimizerConfig().learning_rate
+    add("--adapt_learning_rate", type=float, default=rate, help="default %(default)s")
+
+    output = parser.add_mutually_exclusive_group()
+    add = output.add_argument
+    add("--stream", action="store_true", help="show text as it comes (default on a terminal)")
+    add("--json", action="store_true", help="one line a prompt: text, tokens, times")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Evaluation: prompts of tasks are answered and the answers scored.
+
+    WORKDIR/predictions.jsonl  results.json  scores.png  recall.png (needle tasks)  evaluation.json
+
+An interrupted evaluation continues from predictions.jsonl when it is started again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from refine_jax.checkpoint.folders import write_text
+from refine_jax.checkpoint.tree import fingerprints, flatten
+from refine_jax.config import Config
+from refine_jax.data.tasks import TASKS
+from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.evaluation.plots import plot_recall, plot_scores
+from refine_jax.evaluation.questions import (
+    Question,
+    group_by_length,
+    group_in_order,
+    load_questions,
+)
+from refine_jax.evaluation.report import recall_by_depth, summarize, table
+from refine_jax.evaluation.runner import PREDICTIONS, Answerer, Predictions, evaluate
+from refine_jax.generation import CopiesGenerator, Generator, Sampling
+from refine_jax.models.transformer import Model, Params
+from refine_jax.monitor import write_results
+from refine_jax.phases.interrupt import Interrupt
+from refine_jax.phases.setup import (
+    has_checkpoints,
+    initial_params,
+    load_matching_tokenizer,
+    load_start,
+    make_model,
+)
+from refine_jax.refine.adapt import Adapter, row_length
+from refine_jax.settings import ConfigError
+
+RECORD = "evaluation.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What an evaluation is made of; nothing of it is written yet.
+
+    record: all that its predictions depend on, as JSON values.
+    """
+
+    config: Config
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    questions: list[Question]
+    record: dict[str, Any]
+
+
+def prepare(config: Config, workdir: Path) -> Parts:
+    """Load and check all that an evaluation needs; read files, write none.
+
+    Raises:
+      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
+    """
+    if has_checkpoints(workdir):
+        raise ConfigError(
+            f"{workdir} holds a training run, which an evaluation would mix with its own files. "
+            "Choose another --workdir, and name the run in config.model.checkpoint."
+        )
+    start = load_start(config.model, workdir)
+    model = make_model(start, config.model)
+    tokenizer = load_matching_tokenizer(config, start)
+    questions = load_questions(
+        config.evaluate,
+        tokenizer,
+        bos=config.data.add_bos,
+        max_new_tokens=config.generation.max_new_tokens,
+    )
+    params = initial_params(model, start, config)
+    record = describe(config, model, params, tokenizer)
+    check_same_evaluation(record, workdir)
+    return Parts(config, model, params, tokenizer, questions, record)
+
+
+def describe(config: Config, model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the predictions of an evaluation depend on, as JSON values."""
+    sections = config.to_dict()
+    kept = ["evaluate", "generation"]
+    if config.phase == "testtime":
+        kept += ["testtime", "refine", "optimizer"]
+    values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
+    return {
+        "phase": config.phase,
+        "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
+        "compute_dtype": model.policy.compute_dtype,
+        "tokenizer": tokenizer.fingerprint,
+        "data": {"add_bos": config.data.add_bos},
+        "train": {"seed": config.train.seed},
+        **{section: sections[section] for section in kept},
+    }
+
+
+def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
+    """Refuse to continue an evaluation that something else would go on with.
+
+    Raises:
+      ConfigError: The folder holds records of another configuration, model or tokenizer.
+    """
+    if not (workdir / PREDICTIONS).is_file():
+        return
+    before = {}
+    if (workdir / RECORD).is_file():
+        before = _flat(json.loads((workdir / RECORD).read_text(encoding="utf-8")))
+    after = _flat(mine)
+    changed = [
+        f"  {name}: was {before.get(name)!r}, got {after.get(name)!r}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{workdir} holds another evaluation. Choose another --workdir, or what it was started "
+            "with:\n" + "\n".join(changed)
+        )
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"config.{name}.{field}": v for field, v in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def run(config: Config, workdir: str | Path) -> dict:
+    """Evaluate, or go on evaluating, and report.
+
+    Args:
+      config: The evaluation.
+      workdir: Its folder, made if it is not there.
+
+    Returns:
+      The figures of `refine_jax.evaluation.report.summarize`. After SIGTERM or SIGINT:
+      {"interrupted": signal name, "done": examples with a record, "samples": all}.
+
+    Raises:
+      ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    return run_parts(prepare(config, workdir), workdir)
+
+
+def run_parts(parts: Parts, workdir: Path, adapter: Adapter | None = None) -> dict:
+    """Answer, score and report; with an `adapter`, its parameters answer each group of prompts."""
+    config = parts.config
+    groups = make_groups(parts, adapter)
+    if adapter is not None and adapter.copies > 1:
+        generator: Generator = CopiesGenerator(parts.model, parts.tokenizer)
+    else:
+        generator = Generator(
+            parts.model, parts.tokenizer, prefill_tokens=config.generation.prefill_tokens
+        )
+    sampling = Sampling(
+        temperature=config.generation.temperature,
+        top_k=config.generation.top_k,
+        top_p=config.generation.top_p,
+        seed=config.train.seed,
+    )
+    answerer = Answerer(parts.params, generator, sampling, adapter)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
+    with Interrupt() as interrupt, Predictions(workdir) as predictions:
+        introduce(parts, predictions, adapter)
+        if not evaluate(groups, answerer, predictions, stop=lambda: bool(interrupt)):
+            done = len(predictions.records)
+            print(
+                f"{interrupt.signal}: {done} of {len(parts.questions)} examples are done. The same "
+                "command continues the evaluation.",
+                flush=True,
+            )
+            return {
+                "interrupted": interrupt.signal,
+                "done": done,
+                "samples": len(parts.questions),
+            }
+        return report([predictions.records[q.name] for q in parts.questions], workdir)
+
+
+def make_groups(parts: Parts, adapter: Adapter | None) -> list[list[Question]]:
+    """The questions that are answered together.
+
+    Where questions do not depend on each other, those of a group have rows of one length, which
+    then depends on each prompt alone.
+    """
+    if adapter is None:
+        return group_by_length(parts.questions, parts.config.evaluate.batch_size, row_length)
+    if adapter.shares_parameters:
+        return group_in_order(parts.questions, adapter.group_size)
+    return group_by_length(parts.questions, adapter.group_size, row_length)
+
+
+def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -> None:
+    """Say what runs, on what."""
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.params))
+    cut = sum(question.cut > 0 for question in parts.questions)
+    done = len(predictions.records)
+    carried = adapter is not None and adapter.carries_over
+    print(
+        f"{parts.model.config.model_type}, {count / 1e6:,.1f} M parameters, "
+        f"{parts.model.policy.compute_dtype} on {jax.devices()[0].device_kind}; "
+        f"{len(parts.questions):,} prompts of "
+        f"{min(len(q.tokens) for q in parts.questions):,} to "
+        f"{max(len(q.tokens) for q in parts.questions):,} tokens"
+        + (f", {cut:,} of them cut ({parts.config.evaluate.cut})" if cut else "")
+        + (f"; {done:,} are done" if done else "")
+        + (
+            ", to which the model is adapted again: with config.testtime.reset='never' what "
+            "follows depends on them"
+            if done and carried
+            else ""
+        ),
+        flush=True,
+    )
+
+
+def report(records: Sequence[dict], workdir: Path) -> dict:
+    """Plots, results.json and the closing table."""
+    results = summarize(records)
+    plot_scores(workdir / "scores.png", results["sets"])
+    needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
+    recalls = {task: recall_by_depth(records, task) for task in needles}
+    recalls = {task: recall for task, recall in recalls.items() if recall is not None}
+    if recalls:
+        plot_recall(workdir / "recall.png", recalls)
+        results["recall_by_depth"] = {
+            task: dataclasses.asdict(recall) for task, recall in recalls.items()
+        }
+    write_results(workdir, results)
+    print(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}", flush=True)
+    return results

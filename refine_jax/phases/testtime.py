@@ -1,0 +1,48 @@
+"""Test-time training: the model is adapted to prompts, then answers them; scored as `evaluate` is.
+
+What it is trained with is in the sections `refine`, `optimizer` and `testtime`; when the trained
+parameters come back is `testtime.reset` (`refine_jax.refine.adapt`).
+"""
+
+from pathlib import Path
+
+import jax
+
+from refine_jax.config import Config
+from refine_jax.phases.evaluate import Parts, prepare, run_parts
+from refine_jax.refine.adapt import Adapter
+from refine_jax.refine.optimizer import make_optimizer
+
+# Apart from the streams of random numbers of the other phases, which share the seed.
+_STREAM = 3
+
+
+def make_adapter(parts: Parts) -> Adapter:
+    """What adapts the model to prompts, as the configuration says."""
+    config, options = parts.config, parts.config.testtime
+    batches, updates = 1, 1
+    if options.reset != "example":
+        updates = options.batch_size // options.mini_batch_size
+    if options.reset == "never":
+        batches = -(-len(parts.questions) // options.batch_size)
+    return Adapter(
+        parts.model,
+        parts.params,
+        make_optimizer(config.optimizer, steps=options.steps * batches, updates_per_step=updates),
+        config.refine,
+        options,
+        key=jax.random.fold_in(jax.random.key(config.train.seed), _STREAM),
+        eos_id=parts.tokenizer.eos_id,
+        pad_id=parts.tokenizer.pad_id,
+    )
+
+
+def run(config: Config, workdir: str | Path) -> dict:
+    """Adapt, answer and report, or go on with it.
+
+    Arguments, result and errors are those of `refine_jax.phases.evaluate.run`; the figures say
+    what adaptation cost.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    parts = prepare(config, workdir)
+    return run_parts(parts, workdir, make_adapter(parts))

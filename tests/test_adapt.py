@@ -1,0 +1,291 @@
+"""Training on prompts before they are answered: steps by hand, resets, what each prompt costs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny, tokens
+
+from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
+from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key
+from refine_jax.refine.method import Method
+from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.refine.selection import select_positions
+from refine_jax.refine.step import TrainState, make_train_step
+
+REFINE = RefineConfig(
+    reward="binary", num_positions=2, rollout_length=2, lambda_rl=0.4, edge_margin=3
+)
+NTP = dataclasses.replace(REFINE, objective="ntp")
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, clip_norm=0.5)
+KEY = jax.random.key(3)
+PAD = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Adapters of this module share their compiled programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@functools.cache
+def optimizer(steps=1, updates=1):
+    return make_optimizer(OPTIMIZER, steps=steps, updates_per_step=updates)
+
+
+def adapter(name="deltanet", config=REFINE, model=None, **options):
+    model, params = model or tiny(name)
+    options = TestTimeConfig(**options)
+    return Adapter(model, params, optimizer(), config, options, key=KEY, eos_id=2, pad_id=PAD)
+
+
+def prompts(*lengths):
+    return [tokens(100 + index, length) for index, length in enumerate(lengths)]
+
+
+def names(count):
+    return [f"example-{index}" for index in range(count)]
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same(got, want, tolerance=0.0):
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def distance(a, b):
+    return max(np.abs(x - y).max() for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def hand_rolled_step(model, params, prompt, starts, rollouts, config):
+    """One step on one prompt: every prefix run again, advantages and AdamW by formula.
+
+    Returns the parameters after it and the size of each gradient, as leaves.
+    """
+    k, rows = config.rollout_length, [prompt]
+    rewards = np.array(
+        [np.mean(r == prompt[s : s + k]) for s, r in zip(starts, rollouts, strict=True)]
+    )
+    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    for start, rollout in zip(starts, rollouts, strict=True):
+        rows.append(np.concatenate([prompt[:start], rollout, prompt[start + k :]]))
+    rows = np.stack(rows)
+    at = np.concatenate([np.arange(s, s + k) for s in starts])
+    of = np.repeat(np.arange(1, len(rows)), k)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        hidden, _ = model.forward(params, rows)
+        log_probs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params).T)
+        taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[..., 0]
+        # On policy the ratio is 1 and its derivative that of the log-probability.
+        policy = -jnp.mean(np.repeat(advantages, k) * taken[of, at - 1])
+        return -jnp.mean(taken[0]) + config.lambda_rl * policy
+
+    gradients = [np.asarray(g, np.float64) for g in leaves(gradient(params))]
+    scale = min(1.0, 0.5 / (np.sqrt(sum(np.sum(g**2) for g in gradients)) + 1e-6))
+    moved = []
+    for p, g in zip(leaves(params), gradients, strict=True):
+        g = scale * g
+        moved.append(p - 1e-2 * (g / (np.abs(g) + 1e-8) + 0.01 * p))
+    return moved, [scale * np.abs(g) for g in gradients]
+
+
+def find_rollouts(model, params, config):
+    """A prompt whose rollouts get different rewards, and its starts and rollouts."""
+    collect = jax.jit(Method(model, config, eos_id=2, max_documents=1).collect)
+    key = jax.random.fold_in(jax.random.fold_in(prompt_key(KEY, "example-0"), 0), 0)
+    for seed in range(300):
+        prompt = tokens(seed, 30) % 11
+        batch = pad_rows([prompt], rows=1, length=64, pad_id=PAD)
+        experience, _ = collect(params, None, batch, key[None])
+        starts, rollouts = np.asarray(experience.starts[0]), np.asarray(experience.tokens[0])
+        truth = [prompt[s : s + config.rollout_length] for s in starts]
+        if np.ptp([np.sum(a == b) for a, b in zip(rollouts, truth, strict=True)]):
+            return prompt, starts, rollouts
+    pytest.fail("no rollouts of different rewards")
+
+
+@pytest.mark.parametrize("name", ["deltanet", "lact"])
+def test_a_step_is_the_one_computed_by_hand(name):
+    model, params = tiny(name, vocab_size=11)
+    prompt, starts, rollouts = find_rollouts(model, params, REFINE)
+    expected, gradients = hand_rolled_step(model, params, prompt, starts, rollouts, REFINE)
+    adapted = adapter(model=(model, params)).adapt([prompt], names(1))
+    for got, want, gradient in zip(leaves(adapted.params), expected, gradients, strict=True):
+        # Where a gradient is rounding, so is the direction of AdamW's first step.
+        clear = gradient > 1e-5
+        np.testing.assert_allclose(got[clear], want[clear], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2.1e-2)
+
+
+def each(config=REFINE, order=range(4), group=1, **options):
+    """{name: (parameters, cost)} of four prompts, adapted in the given order."""
+    given, named = prompts(30, 44, 9, 61), names(4)
+    adapting = adapter(config=config, reset="example", copies=group, **options)
+    found = {}
+    for at in range(0, len(order), group):
+        part = order[at : at + group]
+        adapted = adapting.adapt([given[i] for i in part], [named[i] for i in part])
+        for row, i in enumerate(part):
+            params = adapted.params
+            if group > 1:
+                params = jax.tree.map(lambda x, row=row: x[row], params)
+            found[named[i]] = jax.device_get(params), adapted.costs[row]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return each(steps=2)
+
+
+def test_several_steps_are_those_of_training(alone):
+    """A copy goes through what `make_train_step` does with a batch of one row."""
+    model, params = tiny("deltanet")
+    step = make_train_step(model, optimizer(), REFINE, mini_batch=1, micro_batch=1, eos_id=2)
+    prompt, name = prompts(30)[0], names(1)[0]
+    key = prompt_key(KEY, name)
+    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer(), key, REFINE)
+    batch = pad_rows([prompt], rows=1, length=64, pad_id=PAD)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert_same(alone[name][0], state.params, 1e-6)
+    assert alone[name][1].loss == pytest.approx(float(metrics["loss/ntp"]), abs=1e-5)
+
+
+def test_a_copy_depends_on_its_prompt_alone(alone):
+    for order in ((2, 0, 3, 1), (3, 2, 1, 0), (1,)):
+        for name, (params, _) in each(steps=2, order=order).items():
+            assert_same(params, alone[name][0])
+
+
+def test_copies_at_once_are_those_one_by_one(alone):
+    whole = each(steps=2, group=3)
+    for order in ((2, 0, 3, 1), (3, 1, 0, 2)):
+        for name, (params, cost) in each(steps=2, order=order, group=3).items():
+            assert_same(params, whole[name][0])
+            # AdamW makes a step of its whole rate even of a gradient that is only rounding.
+            pairs = zip(leaves(params), leaves(alone[name][0]), strict=True)
+            assert np.mean([np.abs(a - b).mean() for a, b in pairs]) < 1e-5
+            assert cost[1:4] == alone[name][1][1:4]
+
+
+def test_costs(alone):
+    rollouts = 2 * 2 * 2
+    for name, tokens_ in zip(names(4), (60, 88, 18, 122), strict=True):
+        got = alone[name][1]
+        assert (got.steps, got.tokens, got.rollout_tokens) == (2, tokens_, rollouts)
+        assert got.seconds > 0
+    assert [alone[name][1].compiled for name in names(4)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 7, 30])
+@pytest.mark.parametrize(("c", "k", "margin"), [(2, 2, 3), (5, 2, 3), (2, 4, 3), (3, 1, 20)])
+def test_which_prompts_have_rollouts(length, c, k, margin):
+    config = RefineConfig(num_positions=c, rollout_length=k, edge_margin=margin)
+    mask = jnp.arange(64)[None] < length
+    selection = select_positions(
+        KEY[None],
+        jnp.zeros((1, 64)),
+        mask,
+        num_positions=c,
+        rollout_length=k,
+        edge_margin=margin,
+        document=mask.astype(jnp.int32),
+    )
+    valid = np.asarray(selection.valid)
+    assert valid.all() == valid.any() == has_rollouts(length, config)
+    assert not has_rollouts(length, dataclasses.replace(config, objective="ntp"))
+
+
+def by_hand(groups, *, reset):
+    """Parameters after next-token training on groups of mini-batches of prompts, each twice."""
+    model, trained = tiny("deltanet")
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, rows, weights):
+        hidden, _ = model.forward(params, rows)
+        log_probs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params).T)
+        taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(taken * weights) / jnp.sum(weights)
+
+    results, params = [], None
+    for minis in groups:
+        if params is None or reset == "batch":
+            params, moments = trained, optimizer().init(trained)
+        for mini in minis * 2:
+            rows = pad_rows(mini, rows=2, length=64, pad_id=PAD)
+            weights = rows["segments"][:, 1:].astype(np.float32)
+            updates, moments = optimizer().update(
+                gradient(params, rows["tokens"], weights), moments, params
+            )
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    return results
+
+
+@pytest.mark.parametrize("reset", ["never", "batch"])
+def test_batches_are_adapted_together(reset):
+    given = prompts(30, 44, 9, 61, 25, 12, 50)
+    options = {"reset": reset, "batch_size": 4, "mini_batch_size": 2, "steps": 2}
+    adapting = adapter(config=NTP, **options)
+    got = [adapting.adapt(given[at : at + 4], names(7)[at : at + 4]) for at in (0, 4)]
+    a, b, c, d, e, f, g = given
+    # Mini-batches are dealt out; the three prompts of the last batch make two of them.
+    want = by_hand([[[a, c], [b, d]], [[e, g], [f]]], reset=reset)
+    for adapted, params in zip(got, want, strict=True):
+        assert_same(adapted.params, params, 2e-5)
+    assert [len(adapted.costs) for adapted in got] == [4, 3]
+    # What the first batch was answered with stays as it was while the second is adapted.
+    assert np.isfinite(leaves(got[0].params)[0]).all()
+
+
+def test_the_order_matters_without_a_reset():
+    given = prompts(30, 44, 9, 61)
+    found = []
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        adapting = adapter(reset="never", batch_size=2, mini_batch_size=2)
+        found.append(
+            [adapting.adapt([given[i] for i in order[at : at + 2]], "ab") for at in (0, 2)]
+        )
+    first, second = found[0][0].params, found[1][1].params  # answers prompts 0 and 1
+    assert distance(first, second) > 1e-3
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_prompt_without_a_next_token_changes_nothing(copies):
+    trained = tiny("deltanet")[1]
+    adapted = adapter(copies=copies).adapt([[5], [7]][:copies], "ab"[:copies])
+    copy = adapted.params if copies == 1 else jax.tree.map(lambda x: x[1], adapted.params)
+    assert_same(copy, trained)
+    assert {(cost.steps, cost.tokens) for cost in adapted.costs} == {(0, 0)}
+    together = adapter(reset="batch", batch_size=4, mini_batch_size=2)
+    assert_same(together.adapt([[5], [7]], "ab").params, trained)
+
+
+@pytest.mark.parametrize("length", [2, 5, 9])
+@pytest.mark.parametrize("name", ["deltanet", "lact"])
+def test_short_prompts_are_trained_on_by_next_token_loss(name, length):
+    """With a margin of 20 no rollout fits; empty rows beside them change nothing."""
+    config = dataclasses.replace(REFINE, edge_margin=20)
+    prompt = prompts(length)
+    adapted = adapter(name, config).adapt(prompt, names(1))
+    expected = adapter(name, NTP).adapt(prompt, names(1))
+    assert_same(adapted.params, expected.params, 1e-6)
+    assert adapted.costs[0].rollout_tokens == 0 and adapted.costs[0].tokens == length

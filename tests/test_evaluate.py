@@ -1,0 +1,344 @@
+"""Whole evaluations of a tiny model, plain and with test-time training, and every kind of stop."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from refine_jax.config import Config, defaults
+from refine_jax.evaluation.metrics import score
+from refine_jax.evaluation.report import recall_by_depth, summarize, summarize_adaptation
+from refine_jax.evaluation.runner import Predictions
+from refine_jax.main import execute
+from refine_jax.phases import evaluate, testtime
+
+WORDS = ("red", "blue", "seven", "green", "nine", "oak", "elm", "one")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Evaluations of this module share their compiled programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Seven prompts with answers, two of them of more than 64 bytes."""
+    path = tmp_path_factory.mktemp("data") / "code.jsonl"
+    random = np.random.default_rng(0)
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(7):
+            words = random.choice(WORDS, 5 if index % 3 else 16)
+            row = {"task": "lcc", "prompt": " ".join(words), "answers": [f"{words[0]} {words[1]}"]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def settings(data, phase="evaluate", **sections):
+    """An evaluation of seconds: one layer, bytes, eight new tokens."""
+    config = defaults()
+    config.phase = phase
+    config.model.fresh = {
+        "model_type": "delta_net",
+        "vocab_size": 259,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_heads": 1,
+        "intermediate_size": 8,
+    }
+    config.data.tokenizer = "bytes"
+    config.refine.update(reward="binary", num_positions=2, rollout_length=2, edge_margin=3)
+    config.refine.lambda_rl = 0.4
+    config.optimizer.update(learning_rate=0.03, clip_norm=1.0)
+    config.generation.max_new_tokens = 8
+    config.testtime.update(steps=3, batch_size=4, mini_batch_size=2)
+    config.evaluate.update(tasks="lcc", data=str(data), batch_size=4)
+    for section, fields in sections.items():
+        config[section].update(fields)
+    return config
+
+
+def run(config, workdir):
+    """(results, {id: record without times}) of a run."""
+    config = Config.from_dict(config)
+    results = {"evaluate": evaluate, "testtime": testtime}[config.phase].run(config, workdir)
+    return results, records(workdir)
+
+
+def records(workdir):
+    found = {}
+    for line in (workdir / "predictions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for name in ("seconds_read", "seconds_generate"):
+            assert record.pop(name) >= 0
+        if "adapt" in record:
+            assert record["adapt"].pop("seconds") > 0
+            del record["adapt"]["compiled"]
+        assert record["id"] not in found
+        found[record["id"]] = record
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("plain") / "run"
+    return workdir, *run(settings(data), workdir)
+
+
+@pytest.fixture(scope="module")
+def adapted(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("adapted") / "run"
+    return workdir, *run(settings(data, "testtime"), workdir)
+
+
+def greedy(model, params, prompt, count):
+    """Text by running the whole sequence again for each token."""
+    ids, end = list(prompt), 257
+    while count and (len(ids) == len(prompt) or ids[-1] != end):
+        hidden, _ = model.forward(params, np.array([ids + [0] * (128 - len(ids))], np.int32))
+        ids.append(int(np.argmax(hidden[0, len(ids) - 1] @ model.head(params).T)))
+        count -= 1
+    return bytes(i for i in ids[len(prompt) :] if i < 256).decode("utf-8", errors="replace")
+
+
+def test_every_prompt_is_answered_greedily_and_scored(plain, data):
+    workdir, results, found = plain
+    parts = evaluate.prepare(Config.from_dict(settings(data)), workdir)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    assert list(found) == [f"lcc/{index}" for index in range(7)] or len(found) == 7
+    for index, row in enumerate(rows):
+        record = found[f"lcc/{index}"]
+        ids = [256, *row["prompt"].encode()]
+        assert record["prompt_tokens"] == len(ids) and record["answers"] == row["answers"]
+        assert record["response"] == greedy(parts.model, parts.params, ids, 8)
+        assert record["score"] == score("code_similarity", record["response"], row["answers"])
+        assert "adapt" not in record
+    mean = np.mean([record["score"] for record in found.values()])
+    assert results["mean"] == results["sets"]["lcc"]["mean"] == pytest.approx(mean)
+    assert results["samples"] == 7 and results["adaptation"] is None
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert (workdir / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_prompt_is_answered_with_the_parameters_adapted_to_it(adapted, plain, data):
+    workdir, results, found = adapted
+    parts = evaluate.prepare(Config.from_dict(settings(data, "testtime")), workdir)
+    adapter = testtime.make_adapter(parts)
+    for question in (parts.questions[0], parts.questions[4]):
+        copy = adapter.adapt([question.tokens], [question.name])
+        text = greedy(parts.model, copy.params, question.tokens, 8)
+        assert found[question.name]["response"] == text
+        assert copy.costs[0].loss == pytest.approx(found[question.name]["adapt"]["loss"])
+    assert any(found[name]["response"] != plain[2][name]["response"] for name in found)
+    for record in found.values():
+        cost = record["adapt"]
+        assert (cost["steps"], cost["tokens"]) == (3, 3 * record["prompt_tokens"])
+        assert cost["rollout_tokens"] == 3 * 2 * 2
+    assert results["adaptation"]["seconds_per_example"] > 0
+    assert results["adaptation"]["examples_without_rollouts"] == 0
+
+
+@pytest.mark.parametrize(("order_seed", "copies"), [(1, 1), (2, 1), (3, 1), (4, 3), (5, 2)])
+def test_the_order_changes_nothing_with_a_reset(adapted, data, tmp_path, order_seed, copies):
+    config = settings(
+        data, "testtime", evaluate={"order_seed": order_seed}, testtime={"copies": copies}
+    )
+    _, found = run(config, tmp_path)
+    assert list(found) != list(adapted[2])
+    for name, record in adapted[2].items():
+        if copies > 1:  # the loss is rounded otherwise in another program
+            record = record | {"adapt": record["adapt"] | {"loss": found[name]["adapt"]["loss"]}}
+        assert found[name] == record
+
+
+def test_the_order_changes_scores_without_a_reset(data, tmp_path):
+    found = []
+    for order_seed in (0, 1):
+        config = settings(
+            data,
+            "testtime",
+            testtime={"reset": "never"},
+            evaluate={"order_seed": order_seed},
+        )
+        found.append(run(config, tmp_path / str(order_seed))[1])
+    scores = [[one[name]["score"] for name in sorted(one)] for one in found]
+    assert len(scores[0]) == len(scores[1]) == 7  # the last batch has three prompts
+    assert scores[0] != scores[1]
+
+
+class _CrashError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "crash"])
+@pytest.mark.parametrize("reset", ["example", "batch", "never"])
+def test_an_interrupted_evaluation_continues(data, adapted, tmp_path, monkeypatch, reset, how):
+    config = settings(data, "testtime", testtime={"reset": reset})
+    whole = adapted[2] if reset == "example" else run(config, tmp_path / "whole")[1]
+    add = Predictions.add
+
+    def interrupt(self, new):
+        add(self, new)
+        if how == "crash":
+            raise _CrashError
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    workdir = tmp_path / "part"
+    with monkeypatch.context() as patched:
+        patched.setattr(Predictions, "add", interrupt)
+        if how == "crash":
+            with pytest.raises(_CrashError):
+                run(config, workdir)
+            with (workdir / "predictions.jsonl").open("a") as file:
+                file.write('{"id": "lcc/5", "sco')
+        else:
+            results = evaluate_phase(config, workdir)
+            done = 1 if reset == "example" else 4
+            assert results == {"interrupted": "SIGTERM", "done": done, "samples": 7}
+            assert not (workdir / "results.json").exists()
+    _, found = run(config, workdir)
+    assert found == whole
+
+
+def evaluate_phase(config, workdir):
+    return testtime.run(Config.from_dict(config), workdir)
+
+
+def test_a_complete_evaluation_reports_again(plain, data):
+    workdir, results, _ = plain
+    before = (workdir / "predictions.jsonl").read_bytes()
+    again, _ = run(settings(data), workdir)
+    assert again == results and (workdir / "predictions.jsonl").read_bytes() == before
+
+
+def test_needles_at_several_lengths(data, tmp_path, capsys):
+    config = settings(data, evaluate={"tasks": "niah_single_1,lcc", "lengths": "700,760"})
+    config.evaluate.update(samples=2, max_tokens=60, cut="left")
+    assert execute(config, str(tmp_path / "run")) == 0
+    output = capsys.readouterr().out
+    results = json.loads(output.splitlines()[-1])
+    assert list(results["sets"]) == ["niah_single_1/700", "niah_single_1/760", "lcc"]
+    assert "6 prompts" in output or "of them cut (left)" in output
+    for figures in results["sets"].values():
+        assert figures["low"] <= figures["mean"] <= figures["high"]
+    assert results["sets"]["niah_single_1/700"]["prompts_cut"] == 2
+    assert {record["prompt_tokens"] for record in records(tmp_path / "run").values()} >= {52}
+    recall = results["recall_by_depth"]["niah_single_1"]
+    assert recall["lengths"] == [700, 760]
+    assert [sum(row) for row in recall["counts"]] == [2, 2]
+    assert (tmp_path / "run" / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+BAD_INPUT = {
+    "unknown task": ({"evaluate": {"tasks": "lcx"}}, "Did you mean 'lcc'?"),
+    "no task": ({"evaluate": {"tasks": " , "}}, "names no task"),
+    "bad length": ({"evaluate": {"lengths": "4k"}}, "Got: '4k'"),
+    "missing data": ({"evaluate": {"data": "/no/such/data.jsonl"}}, "/no/such/data.jsonl"),
+    "no samples": ({"evaluate": {"tasks": "niah_single_1", "data": ""}}, "samples"),
+    "no room": ({"evaluate": {"max_tokens": 9}}, "max_tokens=9, 8 for the answer"),
+    "mini-batches": ({"testtime": {"mini_batch_size": 3}}, "mini_batch_size=3, batch_size=4"),
+    "tokenizer too large": ({"data": {"tokenizer": "mistral-v1"}}, "32000, vocab_size=259"),
+    "k too large": ({"refine": {"rollout_length": 4}}, "edge_margin"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_message_and_nothing_is_written(case, data, tmp_path, capsys):
+    changes, words = BAD_INPUT[case]
+    assert execute(settings(data, "testtime", **changes), str(tmp_path / "run")) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and words in output.err
+    assert "Traceback" not in output.err and not output.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_evaluation_is_not_continued(plain, data, capsys):
+    workdir = plain[0]
+    before = {path: path.read_bytes() for path in workdir.iterdir()}
+    changed = settings(data, evaluate={"seed": 1}, train={"seed": 5})
+    assert execute(changed, str(workdir)) == 1
+    message = capsys.readouterr().err
+    assert "config.evaluate.seed: was 0, got 1" in message
+    assert "parameters" in message  # other random weights
+    assert {path: path.read_bytes() for path in workdir.iterdir()} == before
+
+
+def test_a_training_run_is_left_alone(data, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert execute(settings(data), str(tmp_path)) == 1
+    assert "holds a training run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def record(task="niah_multivalue", length=4096, depths=(), answers=(), response="", **fields):
+    return {
+        "set": f"{task}/{length}" if length else task,
+        "task": task,
+        "metric": "ruler_recall",
+        "response": response,
+        "answers": list(answers),
+        "metadata": {"depths": list(depths)},
+        "score": 1.0,
+        "prompt_tokens": 10,
+        "cut_tokens": 0,
+        "new_tokens": 2,
+        "seconds_read": 1.0,
+        "seconds_generate": 2.0,
+        **fields,
+    }
+
+
+def test_recall_counts_needles_where_they_lie():
+    given = [
+        record(depths=(0, 100), answers=("AB", "cd"), response="it is ab."),
+        record(depths=(5, 50), answers=("x", "y"), response="x y"),
+        record(length=8192, depths=(49,), answers=("z",), response=""),
+        record(task="vt", depths=(1,), answers=("z",), response="z"),
+    ]
+    found = recall_by_depth(given, "niah_multivalue", bins=2)
+    assert (found.lengths, found.depths) == ([4096, 8192], [50, 100])
+    assert found.recall == [[1.0, 0.5], [0.0, None]]
+    assert found.counts == [[2, 2], [1, 0]]
+    assert recall_by_depth([record(length=None, depths=(1,), answers="z")], "niah") is None
+
+
+def test_figures_of_records():
+    cost = {"steps": 1, "tokens": 10, "rollout_tokens": 8, "compiled": False, "loss": 1.0}
+    given = [
+        record(score=1.0, adapt=cost | {"seconds": 9.0, "compiled": True}),
+        record(score=0.0, adapt=cost | {"seconds": 1.0}),
+        record(score=0.0, adapt=cost | {"seconds": 2.0, "rollout_tokens": 0}),
+        record(task="lcc", length=None, score=0.5, cut_tokens=3, adapt=cost | {"seconds": 4.0}),
+    ]
+    results = summarize(given)
+    needles = results["sets"]["niah_multivalue/4096"]
+    # Wilson's interval of 1 in 3 by its formula.
+    z, n, p = 1.959964, 3, 1 / 3
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert needles["mean"] == pytest.approx(p)
+    assert needles["low"] == pytest.approx((centre - half) / (1 + z**2 / n), abs=1e-6)
+    assert needles["high"] == pytest.approx((centre + half) / (1 + z**2 / n), abs=1e-6)
+    assert results["mean"] == pytest.approx((1 / 3 + 0.5) / 2)
+    assert results["tokens_per_second"] == pytest.approx(4 * 12 / 12)
+    assert (results["sets"]["lcc"]["low"], results["sets"]["lcc"]["tokens_cut"]) == (None, 3)
+    assert (
+        summarize_adaptation(given)
+        == results["adaptation"]
+        == {
+            "seconds": 16.0,
+            "seconds_per_example": 2.0,
+            "tokens_per_example": 10.0,
+            "rollout_tokens_per_example": 6.0,
+            "examples_without_rollouts": 1,
+            "examples_not_adapted": 0,
+        }
+    )

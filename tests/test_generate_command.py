@@ -1,0 +1,199 @@
+"""`python -m refine_jax.generate`, from a checkpoint's folder to text on standard output."""
+
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny
+
+from refine_jax.checkpoint import save_model
+from refine_jax.data.tokenizer import load_tokenizer
+from refine_jax.generate import main
+from refine_jax.generation import Generator, Sampling
+from refine_jax.refine.optimizer import clip_by_norm
+
+MARY = "Mary had a little lamb, its fleece was white as snow"
+DRAWN = ["--temperature", "0.9", "--top_k", "500", "--top_p", "0.95", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """(folder, model, params) of a model with the published tokenizer."""
+    model, params = tiny("deltanet", vocab_size=32000, num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    config = json.dumps(model.config.to_hf())
+    save_model(folder, params, config, load_tokenizer("mistral-v1").files)
+    return str(folder), model, params
+
+
+@pytest.fixture
+def generate(checkpoint, capsys):
+    """Runs the command; returns its exit code, standard output and error."""
+
+    def run(*arguments):
+        code = main(["--checkpoint", checkpoint[0], *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def lines(output):
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def test_prompts_and_files_of_any_length_are_continued_as_by_the_library(
+    generate, checkpoint, tmp_path
+):
+    (tmp_path / "b.txt").write_bytes(b"Baa, baa,\r\nblack sheep\n")
+    code, out, err = generate(
+        *DRAWN,
+        "--prompt",
+        MARY,
+        "--prompt_file",
+        tmp_path / "b.txt",
+        "--max_new_tokens",
+        6,
+        "--json",
+    )
+    assert (code, err) == (0, "")
+    _, model, params = checkpoint
+    generator = Generator(model, load_tokenizer("mistral-v1"))
+    sampling = Sampling(temperature=0.9, top_k=500, top_p=0.95, max_new_tokens=6, seed=3)
+    texts = [MARY, "Baa, baa,\r\nblack sheep\n"]
+    want = generator.complete(params, texts, sampling)
+    prompts = generator.encode(texts)
+    assert prompts[0][0] == generator.tokenizer.bos_id
+    for index, (got, expected) in enumerate(zip(lines(out), want, strict=True)):
+        assert got["prompt"] == index
+        assert got["text"] == expected.text
+        assert got["tokens"] == list(expected.tokens)
+        assert got["finish_reason"] == expected.finish_reason
+        assert got["tokens_read"] == len(prompts[index])
+        assert got["prefill_seconds"] > 0 and got["ms_per_token"] > 0
+    code, out, _ = generate(*DRAWN, "--prompt", MARY, "--prompt", MARY, "--max_new_tokens", 6)
+    first, second = out.split("--- 2 of 2\n")
+    assert code == 0 and first == f"--- 1 of 2\n{want[0].text}\n" and second != f"{want[0].text}\n"
+
+
+def test_one_prompt_streams_and_stops(generate):
+    code, out, _ = generate("--prompt", MARY, "--max_new_tokens", 12)
+    text = out.removesuffix("\n")
+    assert code == 0 and len(text) > 12
+    assert generate("--prompt", MARY, "--max_new_tokens", 12, "--stream")[1] == out
+    stopped = generate("--prompt", MARY, "--stop", text[5:9], "--stop", "never", "--stream")[1]
+    assert stopped == text[: text.index(text[5:9])] + "\n"
+
+
+def test_a_state_is_read_once_and_asked_twice(generate, tmp_path):
+    state = tmp_path / "lamb.state"
+    questions = ["--prompt", "What was white?", "--prompt", "And its fleece?", *DRAWN]
+    options = ["--max_new_tokens", 5, "--json"]
+    code, out, err = generate(
+        "--prompt", MARY, "--save_state", state, "--max_new_tokens", 0, "--json"
+    )
+    assert (code, err) == (0, "")
+    (read,) = lines(out)
+    assert read["tokens"] == [] and read["ms_per_token"] is None
+    code, out, _ = generate("--load_state", state, *questions, *options)
+    asked = lines(out)
+    tokenizer = load_tokenizer("mistral-v1")
+    for line, question in zip(asked, (questions[1], questions[3]), strict=True):
+        added = len(tokenizer.encode(question, bos=False))
+        assert line["tokens_read"] == read["tokens_read"] + added
+    assert (
+        lines(generate("--load_state", state, *questions, *options)[1])[1]["text"]
+        == (asked[1]["text"])
+    )
+    # Without a question, the document itself is continued.
+    continued = generate("--load_state", state, "--max_new_tokens", 5)[1]
+    assert continued == generate("--prompt", MARY, "--max_new_tokens", 5)[1]
+
+
+def test_standard_input_is_the_prompt_in_a_process_of_its_own(generate, checkpoint, monkeypatch):
+    want = generate("--prompt", MARY, "--max_new_tokens", 4)[1]
+    command = [sys.executable, "-m", "refine_jax.generate", "--checkpoint", checkpoint[0]]
+    done = subprocess.run(
+        [*command, "--max_new_tokens", "4"], input=MARY.encode(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, want)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(MARY.encode())))
+    assert generate("--prompt_file", "-", "--max_new_tokens", 4)[1] == want
+
+
+def test_mistakes_end_in_one_message(generate, checkpoint, tmp_path):
+    (tmp_path / "latin").write_bytes("é".encode("latin-1"))
+    (tmp_path / "taken").mkdir()
+    bytes_only = tmp_path / "bytes"
+    save_model(bytes_only, checkpoint[2], json.dumps(checkpoint[1].config.to_hf()))
+    prompt = ["--prompt", "x"]
+    for arguments, message in (
+        (["--prompt_file", tmp_path / "none"], "No such file"),
+        (["--prompt_file", tmp_path / "latin"], "is not UTF-8"),
+        ([*prompt, "--temperature", "-1"], "temperature must be"),
+        ([*prompt, "--top_k", "3"], "temperature 0"),
+        ([*prompt, *prompt, "--stream"], "one prompt"),
+        ([*prompt, "--save_state", tmp_path / "taken"], "exists"),
+        ([*prompt, "--load_state", tmp_path / "taken"], "not a saved state"),
+        ([*prompt, "--tokenizer", "gpt"], "no tokenizer 'gpt'"),
+        ([*prompt, "--step", "5", "--checkpoint", tmp_path], "not a checkpoint"),
+        ([*prompt, "--checkpoint", bytes_only], "--tokenizer mistral-v1, bytes or a path"),
+    ):
+        code, out, err = generate(*arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not [path for path in tmp_path.iterdir() if "state" in path.name]
+    assert not np.any(list((tmp_path / "taken").iterdir()))
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", checkpoint[0], "--json", "--stream"])
+
+
+def test_each_prompt_is_continued_by_a_copy_trained_on_it(generate, checkpoint):
+    _, model, params = checkpoint
+    tokenizer = load_tokenizer("mistral-v1")
+    adapt = ["--adapt_steps", 2, "--adapt_objective", "ntp", "--adapt_learning_rate", 0.01]
+    texts = [MARY, "Baa, baa, black sheep"]
+    prompts = [argument for text in texts for argument in ("--prompt", text)]
+    code, out, err = generate(*adapt, *prompts, "--max_new_tokens", 6, "--json")
+    assert (code, err) == (0, "")
+
+    generator, optimizer = (
+        Generator(model, tokenizer),
+        optax.chain(clip_by_norm(0.2), optax.adamw(0.01, weight_decay=0.01)),
+    )
+    sampling = Sampling(max_new_tokens=6)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, rows, last):
+        hidden, _ = model.forward(params, rows)
+        log_probs = jax.nn.log_softmax(hidden[:, :-1] @ model.head(params).T)
+        taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[0, :, 0]
+        return -jnp.sum(jnp.where(jnp.arange(len(taken)) < last, taken, 0)) / last
+
+    for got, ids in zip(lines(out), generator.encode(texts), strict=True):
+        rows = np.zeros((1, 64), np.int32)
+        rows[0, : len(ids)] = ids
+        trained, moments = params, optimizer.init(params)
+        for _ in range(2):
+            updates, moments = optimizer.update(
+                gradient(trained, rows, len(ids) - 1), moments, trained
+            )
+            trained = optax.apply_updates(trained, updates)
+        want = generator.generate(trained, generator.read(trained, [ids]), sampling)
+        assert got["text"] == want[0].text
+        assert got["adapt_tokens"] == 2 * len(ids) and got["adapt_seconds"] > 0
+    assert [line["prompt"] for line in lines(out)] == [0, 1]
+
+
+def test_training_on_a_prompt_and_saved_states_exclude_each_other(generate, tmp_path):
+    code, out, err = generate("--prompt", MARY, "--adapt_steps", 1, "--save_state", tmp_path / "s")
+    assert (code, out) == (1, "") and "--adapt_steps cannot be used with --save_state" in err
+    code, out, err = generate("--prompt", MARY, "--adapt_steps", -1)
+    assert (code, out) == (1, "") and "steps must be at least 1. Got: -1" in err
