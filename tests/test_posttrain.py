@@ -150,37 +150,49 @@ def test_a_supervised_step_is_one_update_by_the_mean_over_answer_tokens():
 SAMPLES = 3
 
 
-def padded_log_probs(model, params, batch, answers):
-    """[B, n, A] of sampled answers, each prompt with its answer run as one row."""
-    prompts = prompts_of(batch, PAD)
-    tokens = jnp.repeat(jnp.pad(prompts["tokens"], ((0, 0), (0, WIDTH))), SAMPLES, axis=0)
-    segments = jnp.repeat(jnp.pad(prompts["segments"], ((0, 0), (0, WIDTH))), SAMPLES, axis=0)
-    ends = np.repeat([max(prompt, 1) for prompt, _ in LENGTHS], SAMPLES)
-    for index, end in enumerate(ends):
-        tokens = tokens.at[index, end : end + WIDTH].set(answers.reshape(-1, WIDTH)[index])
-        segments = segments.at[index, end : end + WIDTH].set(1)
-    hidden, _ = model.forward(params, tokens, Layout.from_segments(segments))
-    z = log_softmax(hidden, model.head(params))
-    slots = ends[:, None] + np.arange(WIDTH)
-    index = np.arange(len(ends))[:, None]
-    chosen = z[index, slots - 1, tokens[index, slots]]
-    return chosen.reshape(answers.shape), z[index, slots - 1].reshape(*answers.shape, -1)
+@functools.cache
+def plain_policy():
+    """Policy loss at ratio 1, its gradient, and what it comes from, of sampled answers.
+
+    Each prompt with its answer is run as one row. Gives ((loss, (log probabilities [B, n, A],
+    log softmax [B, n, A, V])), gradient) from (params, batch, tokens [B, n, A], weights [B, n, A]).
+    """
+    model, _ = tiny("deltanet")
+
+    def loss(params, batch, answers, weights):
+        prompts = prompts_of(batch, PAD)
+        widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, WIDTH)))
+        tokens, segments = (
+            jnp.repeat(widen(prompts[name]), SAMPLES, axis=0) for name in ("tokens", "segments")
+        )
+        ends = np.repeat([max(prompt, 1) for prompt, _ in LENGTHS], SAMPLES)
+        for index, end in enumerate(ends):
+            tokens = tokens.at[index, end : end + WIDTH].set(answers.reshape(-1, WIDTH)[index])
+            segments = segments.at[index, end : end + WIDTH].set(1)
+        hidden, _ = model.forward(params, tokens, Layout.from_segments(segments))
+        z = log_softmax(hidden, model.head(params))
+        slots = ends[:, None] + np.arange(WIDTH)
+        index = np.arange(len(ends))[:, None]
+        chosen = z[index, slots - 1, tokens[index, slots]].reshape(answers.shape)
+        value = -jnp.sum(jnp.where(weights != 0, chosen * weights, 0.0))
+        return value, (chosen, z[index, slots - 1].reshape(*answers.shape, -1))
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def test_grpo_on_sampled_answers():
     """Its log probabilities, mask and first gradient; nothing to learn from equal rewards."""
-    model, params = tiny("deltanet")
+    _, params = tiny("deltanet")
     batch = jax.tree.map(jnp.asarray, rows())
     keys = jax.random.split(jax.random.key(3), 4)
     ours = method("deltanet")
-    # Every tenth token or so ends an answer.
-    biased = params | {"lm_head": {"weight": params["lm_head"]["weight"] * 0.2}}
+    # Nearly uniform, so that answers end early now and then.
+    flat = params | {"lm_head": {"weight": params["lm_head"]["weight"] * 0.2}}
     sample = jax.jit(functools.partial(ours.sample, samples=SAMPLES, temperature=1.0))
-    drawn = [sample(biased, batch, keys)]
-    while not np.any(np.asarray(drawn[-1].mask[:3]).sum(-1) < WIDTH):
+    answers = sample(flat, batch, keys)
+    while np.all(np.asarray(answers.mask[:3]).sum(-1) == WIDTH):
         keys = jax.vmap(lambda key: jax.random.split(key)[0])(keys)
-        drawn.append(sample(biased, batch, keys))
-    answers = drawn[-1]
+        answers = sample(flat, batch, keys)
     for tokens, mask in zip(
         np.asarray(answers.tokens).reshape(-1, WIDTH),
         np.asarray(answers.mask).reshape(-1, WIDTH),
@@ -190,50 +202,49 @@ def test_grpo_on_sampled_answers():
         assert mask.tolist() in ([1.0] * length + [0.0] * (WIDTH - length), [0.0] * WIDTH)
     assert np.all(np.asarray(answers.mask).any(-1) == [[True]] * 3 + [[False]])
 
-    reference = jax.jit(functools.partial(padded_log_probs, model))
-    expected, _ = reference(biased, batch, answers.tokens)
-    difference = np.abs(np.asarray(expected - answers.old_log_probs))
-    assert np.max(difference * np.asarray(answers.mask)) < 1e-4
-
-    rewards = jnp.asarray([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [1.0, 1.0, 0.0], [9.0, 0.0, 0.0]])
+    rewards = np.array([[1, 0, 0], [0.5, 1, 0], [1, 1, 0], [9, 0, 0]], np.float32)
     advantages = np.asarray(ours.advantages(rewards, answers))
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     by_hand = centred / (np.std(rewards, axis=1, ddof=1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(advantages[:3], by_hand[:3], atol=1e-5)
     assert np.all(advantages[3] == 0)
+    (_, (expected, _)), _ = plain_policy()(flat, batch, answers.tokens, answers.mask)
+    difference = np.abs(np.asarray(expected - answers.old_log_probs))
+    assert np.max(difference * np.asarray(answers.mask)) < 1e-4
 
-    def surrogate(params):
-        log_probs, _ = padded_log_probs(model, params, batch, answers.tokens)
-        weighted = jnp.where(answers.mask != 0, log_probs * advantages[..., None], 0.0)
-        return -jnp.sum(weighted) / jnp.sum(answers.mask)
-
-    gradient = jax.jit(jax.grad(surrogate))(biased)
     optimizer = optax.sgd(0.1)
     step = make_policy_step(
         ours, optimizer, samples=SAMPLES, temperature=1.0, mini_batch=4, micro_batch=4
     )
-
-    def rerun(reward):
-        return step(state_of(biased, optimizer), batch, 7, reward)
-
     seen = []
-    unchanged, metrics = rerun(lambda tokens, mask: seen.append((tokens, mask)) or np.ones((4, 3)))
-    assert_close(unchanged.params, biased, 0)
-    assert (metrics["answer/score"], metrics["answer/score_std"]) == (1, 0)
-    again = seen[0][0]
-    rerun(lambda tokens, mask: seen.append((tokens, mask)) or np.ones((4, 3)))
-    np.testing.assert_array_equal(again, seen[1][0])  # a step draws the same answers again
-    loss = jax.jit(functools.partial(ours.policy_loss, mini_batch_mask=answers.mask))
-    got = jax.grad(lambda p: loss(p, batch, answers, advantages)[0])(biased)
-    assert_close(got, gradient, 2e-5)
+
+    def after(rewards):
+        def judge(tokens, mask):
+            seen.append((tokens, mask))
+            return rewards
+
+        return step(state_of(flat, optimizer), batch, 7, judge)
+
+    state, metrics = after(rewards)
+    tokens, mask = seen[0]
+    (_, _), gradient = plain_policy()(
+        flat, batch, tokens, advantages[..., None] * mask / mask.sum()
+    )
+    assert_close(state.params, jax.tree.map(lambda p, g: p - 0.1 * g, flat, gradient), 2e-6)
+    assert metrics["answer/score"] == pytest.approx(rewards[:3].mean())
+    assert metrics["answer/length"] == pytest.approx(mask[:3].sum(-1).mean())
+    # Nothing is learnt from equal rewards; the same step draws the same answers.
+    state, metrics = after(np.ones((4, SAMPLES)))
+    assert_close(state.params, flat, 0)
+    np.testing.assert_array_equal(seen[1][0], tokens)
 
 
 def test_greedy_answers_are_the_likeliest_tokens():
-    model, params = tiny("deltanet")
+    _, params = tiny("deltanet")
     batch = jax.tree.map(jnp.asarray, rows())
     tokens, mask = jax.jit(method("deltanet").answer)(params, batch)
     repeated = jnp.repeat(tokens[:, None], SAMPLES, axis=1)
-    _, z = jax.jit(functools.partial(padded_log_probs, model))(params, batch, repeated)
+    (_, (_, z)), _ = plain_policy()(params, batch, repeated, np.zeros((4, SAMPLES, WIDTH)))
     likeliest = np.asarray(z[:3, 0].argmax(-1))
     np.testing.assert_array_equal(np.asarray(tokens[:3]), likeliest)
     assert np.all(np.asarray(mask[:3, 0]) == 1) and np.all(np.asarray(mask[3]) == 0)
