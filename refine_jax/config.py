@@ -154,7 +154,7 @@ class TrainConfig(Section):
     best_metric: str | None = setting(
         None,
         "also keep the checkpoint that is best on held-out documents; needs eval_every",
-        choices=("loss", "accuracy", "reward"),
+        choices=("loss", "accuracy", "reward", "score"),
     )
     max_nonfinite_updates: int = setting(
         10, "updates skipped in a row for non-finite gradients before the run stops", low=1
@@ -222,6 +222,57 @@ class DataConfig(Section):
     epochs: int | None = setting(None, "passes over the training rows; None: no end", low=1)
     workers: int = setting(0, "processes that read ahead; 0: threads of this one", low=0)
     cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsConfig(Section):
+    """Which prompts and answers, and how they become rows (`refine_jax.data.prompts`).
+
+    They come from `data.source`: `recall` (made up), or parquet or jsonl files.
+    """
+
+    section: ClassVar[str] = "prompts"
+
+    prompt_field: str = setting("prompt", "parquet column or JSON field with the prompt")
+    answer_field: str = setting(
+        "answer", "the one with the reference answer: a string or a list of strings"
+    )
+    target: str = setting(
+        "first",
+        "which of several answers is trained on; random: drawn for each prompt and epoch",
+        choices=("first", "random"),
+    )
+    max_answer_tokens: int = setting(
+        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", low=1
+    )
+    cut: str = setting(
+        "middle",
+        "where prompts of more than data.sequence_length - A tokens are cut",
+        choices=("middle", "left"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PosttrainConfig(Section):
+    """A step of post-training: first on the prompts, then on the answers of the same batch."""
+
+    section: ClassVar[str] = "posttrain"
+
+    nested: bool = setting(
+        True, "train on the prompts first, with refine.objective; False: on the answers alone"
+    )
+    answers: str = setting(
+        "sft",
+        "on the reference answers, or on sampled ones with the task's score as reward",
+        choices=("sft", "grpo"),
+    )
+    mini_batch_size: int | None = setting(
+        None, "prompts of an update on answers; None: train.batch_size, as officially", low=1
+    )
+    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", low=2)
+    metric: str = setting(
+        "ruler_qa_refine", "score of answers in evaluations, and the reward of `grpo`"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +399,7 @@ def _listed(text: str) -> list[str]:
 
 
 # What a run does; each is a module of refine_jax.phases.
-PHASES = ("midtrain", "testtime", "evaluate")
+PHASES = ("midtrain", "posttrain", "testtime", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,6 +412,8 @@ class Config:
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
+    posttrain: PosttrainConfig = dataclasses.field(default_factory=PosttrainConfig)
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
@@ -376,6 +429,13 @@ class Config:
         _check_steps(self.train, self.optimizer)
         _check_lengths(self.data, self.refine)
         _check_testtime(self.testtime)
+        if self.phase == "posttrain":
+            _check_posttrain(self)
+        elif self.train.best_metric == "score":
+            raise ConfigError(
+                "config.train.best_metric='score' is the score of answers: it needs phase "
+                f"'posttrain'. Got: {self.phase!r}."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Config":
@@ -406,6 +466,8 @@ SECTIONS = {
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "prompts": PromptsConfig,
+    "posttrain": PosttrainConfig,
     "generation": GenerationConfig,
     "testtime": TestTimeConfig,
     "evaluate": EvaluateConfig,
@@ -528,3 +590,46 @@ def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
                 f"tokens are needed, {margin} of them at both ends (edge_margin). Allowed at this "
                 f"length: num_positions * rollout_length <= {room}."
             )
+
+
+# How documents become rows; prompts do so in another way.
+_FOR_DOCUMENTS = (
+    *("text_field", "tfds_split", "tfds_data_dir", "add_eos", "min_tokens", "max_tokens"),
+    *("chunking", "min_remainder", "pack", "max_documents", "cache_dir"),
+)
+
+
+def _check_posttrain(config: Config) -> None:
+    """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
+    data, train, posttrain = config.data, config.train, config.posttrain
+    for name in _FOR_DOCUMENTS:
+        if getattr(data, name) != getattr(DataConfig(), name):
+            raise ConfigError(
+                f"config.data.{name} is for documents; config.prompts says how prompts become rows "
+                f"(phase 'posttrain'). Got: {getattr(data, name)!r}."
+            )
+    if train.warmup_ntp_steps:
+        raise ConfigError(
+            "config.train.warmup_ntp_steps is for mid-training. Got: "
+            f"{train.warmup_ntp_steps} in phase 'posttrain'."
+        )
+    if config.refine.kl_coef and not posttrain.nested:
+        raise ConfigError(
+            "config.refine.kl_coef belongs to the training on prompts (config.posttrain.nested). "
+            f"Got: kl_coef={config.refine.kl_coef}, nested=False."
+        )
+    mini_batch = posttrain.mini_batch_size or train.batch_size
+    if train.batch_size % mini_batch or mini_batch % train.micro_batch:
+        raise ConfigError(
+            "config.posttrain.mini_batch_size must divide config.train.batch_size and be a "
+            f"multiple of config.train.micro_batch_size. Got: mini_batch_size={mini_batch}, "
+            f"batch_size={train.batch_size}, micro_batch_size={train.micro_batch}."
+        )
+    room = data.sequence_length - config.prompts.max_answer_tokens
+    needed = config.refine.tokens_needed if config.refine.objective == "refine" else 2
+    if room < needed:
+        raise ConfigError(
+            f"config.data.sequence_length must hold {needed} tokens of a prompt (for the rollouts "
+            "of config.refine) beside config.prompts.max_answer_tokens. Got: sequence_length="
+            f"{data.sequence_length}, max_answer_tokens={config.prompts.max_answer_tokens}."
+        )

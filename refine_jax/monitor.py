@@ -21,6 +21,8 @@ METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
 EDGE = 10
 """Steps at either end of ReFINE training whose rewards the results average."""
+ANSWER_FIGURES = ("exact", "score", "prompt_loss")
+"""Held-out figures that post-training has and mid-training has not."""
 
 
 class Monitor:
@@ -119,27 +121,37 @@ def read_metrics(path: Path) -> list[dict]:
 def summarize(history: list[dict]) -> dict:
     """Figures of a run: before and after, rewards of its first and last ReFINE steps, times.
 
-    Values are None where the run has no such figure. Step times are medians, in seconds, over the
-    steps of one kind, the first (which compiles) left out where there are others.
+    Values are None where the run has no such figure; figures of answers are there in post-training
+    only. Step times are medians, in seconds, over the steps of one kind, the first (which compiles)
+    left out where there are others.
     """
     evaluations = [record for record in history if "eval/loss" in record]
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
     after = evaluations[-1] if evaluations and evaluations[-1]["step"] > 0 else {}
     training = [record for record in history if "time/step" in record]
-    refine = [record for record in training if "reward/mean" in record]
-    plain = [record for record in training if "reward/mean" not in record]
+    rewarded = [record for record in training if "reward/mean" in record]
+    answers = [record for record in training if "time/answers" in record]
+    others = [record for record in training if "time/answers" not in record]
+    refine = [record for record in others if "reward/mean" in record]
+    plain = [record for record in others if "reward/mean" not in record]
     results: dict = {"steps": history[-1]["step"] if history else 0}
     results["seconds_total"] = history[-1]["time/total"] if history else 0.0
-    for name in ("loss", "accuracy", "entropy", "reward"):
+    named = {name for record in evaluations for name in record}
+    for name in ("loss", "accuracy", "entropy", "reward", *ANSWER_FIGURES):
+        if name in ANSWER_FIGURES and f"eval/{name}" not in named:
+            continue
         results[f"validation_{name}_before"] = before.get(f"eval/{name}")
         results[f"validation_{name}_after"] = after.get(f"eval/{name}")
-    results["mean_reward_first_10"] = _mean(refine[:EDGE], "reward/mean")
-    results["mean_reward_last_10"] = _mean(refine[-EDGE:], "reward/mean")
+    results["mean_reward_first_10"] = _mean(rewarded[:EDGE], "reward/mean")
+    results["mean_reward_last_10"] = _mean(rewarded[-EDGE:], "reward/mean")
     results["refine_steps"], results["ntp_steps"] = len(refine), len(plain)
     results["step_seconds_refine"] = _median(refine, "time/step")
     results["step_seconds_collect"] = _median(refine, "time/collect")
     results["step_seconds_ntp"] = _median(plain, "time/step")
-    results["tokens_per_second"] = _median(refine or plain, "tokens_per_second")
+    if answers:
+        results["posttrain_steps"] = len(answers)
+        results["step_seconds_posttrain"] = _median(answers, "time/step")
+    results["tokens_per_second"] = _median(answers or refine or plain, "tokens_per_second")
     results["skipped_updates"] = training[-1].get("update/skipped", 0) if training else 0
     return results
 
@@ -158,7 +170,12 @@ def table(results: Mapping) -> str:
         ("validation accuracy", "validation_accuracy"),
         ("validation entropy (nats)", "validation_entropy"),
         ("validation mean reward", "validation_reward"),
+        ("exact answers", "validation_exact"),
+        ("score of greedy answers", "validation_score"),
+        ("prompts' loss (nats)", "validation_prompt_loss"),
     ):
+        if f"{name}_before" not in results:
+            continue
         lines.append(_row(label, results[f"{name}_before"], results[f"{name}_after"]))
     first, last = results["mean_reward_first_10"], results["mean_reward_last_10"]
     if first is not None:
@@ -168,8 +185,9 @@ def table(results: Mapping) -> str:
     for label, seconds, count in (
         ("next-token step", "step_seconds_ntp", "ntp_steps"),
         ("ReFINE step", "step_seconds_refine", "refine_steps"),
+        ("post-training step", "step_seconds_posttrain", "posttrain_steps"),
     ):
-        if results[seconds] is not None:
+        if results.get(seconds) is not None:
             lines.append(f"{label:28}{results[seconds]:>10.3f} s   (median of {results[count]})")
     lines.append(f"{'total':28}{results['seconds_total']:>10.1f} s")
     return "\n".join(lines)
@@ -192,11 +210,14 @@ def _brief(record: Mapping) -> str:
     for label, name, form in (
         ("loss", "loss/ntp", ".3f"),
         ("reward", "reward/mean", ".3f"),
+        ("answer loss", "answer/loss", ".3f"),
+        ("score", "answer/score", ".3f"),
         ("grad", "grad/norm", ".2f"),
         ("tok/s", "tokens_per_second", ",.0f"),
         ("val loss", "eval/loss", ".3f"),
         ("val acc", "eval/accuracy", ".1%"),
         ("val reward", "eval/reward", ".3f"),
+        ("val score", "eval/score", ".3f"),
     ):
         if record.get(name) is not None:
             parts.append(f"{label} {record[name]:{form}}")

@@ -29,15 +29,19 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
         _shade_warmup(axis, training)
 
     _curve(loss, training, "loss/ntp", BLUE, "training")
+    _curve(loss, training, "answer/loss", GREEN, "answers")
     _points(loss, history, "eval/loss", ORANGE, "held-out")
     finish(loss, "Next-token loss", "nats a token")
 
     _points(accuracy, history, "eval/accuracy", ORANGE, "held-out", scale=100)
+    _points(accuracy, history, "eval/exact", BLUE, "whole answers", scale=100)
     finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
 
     _band(reward, training, "reward/mean", "reward/std", GREEN)
     _curve(reward, training, "reward/mean", GREEN, "training (band: deviation)")
     _points(reward, history, "eval/reward", ORANGE, "held-out")
+    _curve(reward, training, "answer/score", GREY, "score of sampled answers")
+    _points(reward, history, "eval/score", BLUE, "score of answers, held-out")
     finish(reward, "Reward of the rollouts", "reward")
 
     _curve(gradient, training, "grad/norm", BLUE, "before clipping")
@@ -222,7 +226,11 @@ def _stack_times(axis, training) -> None:
         "data": ("time/data", GREY),
         "collect rollouts": ("time/collect", GREEN),
         "update": ("time/update", BLUE),
+        "answers": ("time/answers", ORANGE),
+        "sample answers": ("time/sample", "#c9a227"),
     }
+    seen = {name for record in training for name in record}
+    parts = {label: part for label, part in parts.items() if part[0] in seen}
     values = {
         label: np.asarray([record.get(name) or 0.0 for record in training])
         for label, (name, _) in parts.items()

@@ -14,6 +14,8 @@ FORMS = {
     "demo": (None, "short", "deltanet", "deltanet,short"),
     "midtrain_lact_760m": (None, "runlocal"),
     "midtrain_deltanet_1_3b": (None, "runlocal"),
+    "posttrain_lact_760m": (None, "sft", "nested_sft", "grpo", "runlocal", "grpo,runlocal"),
+    "posttrain_deltanet_1_3b": (None, "sft", "nested_sft", "grpo", "runlocal"),
 }
 
 
@@ -151,3 +153,60 @@ def test_full_size_configs_carry_the_papers_numbers(name):
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.01, 0.2)
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert (refine.objective, refine.reward, refine.kl_coef) == ("refine", "cosine", 0.0)
+
+
+@pytest.mark.parametrize("name", ["posttrain_lact_760m", "posttrain_deltanet_1_3b"])
+def test_post_training_configs_carry_the_papers_numbers(name):
+    config = Config.from_dict(load(name).get_config())
+    assert (config.train.batch_size, config.train.mini_batch) == (64, 16)
+    assert (config.refine.reward, config.refine.lambda_sft, config.refine.lambda_rl) == (
+        *("hybrid", 1.0, 0.2),
+    )
+    assert config.optimizer.learning_rate == 1e-6
+    rows = {
+        None: (True, "refine", "sft"),
+        "nested_sft": (True, "ntp", "sft"),
+        "sft": (False, "refine", "sft"),
+        "grpo": (False, "refine", "grpo"),
+    }
+    for form, expected in rows.items():
+        config = Config.from_dict(load(name).get_config(form))
+        posttrain = config.posttrain
+        assert (posttrain.nested, config.refine.objective, posttrain.answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("data", "pack", True, "config.prompts says"),
+        ("train", "warmup_ntp_steps", 2, "is for mid-training. Got: 2"),
+        ("posttrain", "mini_batch_size", 3, "must divide config.train.batch_size"),
+        ("prompts", "max_answer_tokens", 16333, "must hold 80 tokens of a prompt"),
+        ("posttrain", "samples", 1, "at least 2"),
+        ("prompts", "cut", "right", "'middle', 'left'"),
+    ],
+)
+def test_settings_that_post_training_refuses(section, field, value, words):
+    values = valid().to_dict() | {"phase": "posttrain"}
+    values[section][field] = value
+    with pytest.raises(ConfigError) as error:
+        Config.from_dict(values)
+    assert field in str(error.value) and words in str(error.value)
+
+
+def test_the_divergence_belongs_to_the_prompts():
+    values = valid().to_dict() | {"phase": "posttrain"}
+    values["refine"]["kl_coef"] = 0.1
+    assert Config.from_dict(values).refine.kl_coef == 0.1
+    values["posttrain"]["nested"] = False
+    with pytest.raises(ConfigError, match=r"kl_coef=0.1, nested=False"):
+        Config.from_dict(values)
+
+
+def test_scores_of_answers_are_of_post_training():
+    config = valid()
+    config.train.update(best_metric="score", eval_every=1)
+    with pytest.raises(ConfigError, match=r"it needs phase 'posttrain'. Got: 'midtrain'"):
+        Config.from_dict(config)
+    config.phase = "posttrain"
+    assert Config.from_dict(config).train.best_metric == "score"

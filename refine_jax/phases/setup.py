@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import Config, ModelConfig
 from refine_jax.data.options import DataOptions
+from refine_jax.data.pipeline import Dataset
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
@@ -148,6 +149,26 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
             "the tokenizer the model was made for, or a larger vocab_size."
         )
     return tokenizer
+
+
+def with_tokenizer_files(start: Start, tokenizer: Tokenizer) -> Start:
+    """The start with the files of the tokenizer, unless it comes with its own."""
+    if start.tokenizer is not None:
+        return start
+    return dataclasses.replace(start, files={**tokenizer.files, **start.files})
+
+
+def check_enough_batches(config: Config, training: Dataset) -> None:
+    """Refuse a run that its data ends before.
+
+    Raises:
+      ConfigError: data.epochs gives fewer batches than train.steps.
+    """
+    if training.batches is not None and training.batches < config.train.steps:
+        raise ConfigError(
+            f"config.data.epochs={config.data.epochs} gives {training.batches} batches, fewer than "
+            f"config.train.steps={config.train.steps}. Raise epochs (None: no end) or lower steps."
+        )
 
 
 def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:

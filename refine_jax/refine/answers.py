@@ -18,7 +18,7 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.grpo import aggregate, group_advantages, policy_loss
 from refine_jax.refine.method import Batch, Metrics, head_implementation
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts, take_slots
+from refine_jax.refine.rollout import sample_rollouts, score_rollouts, take_slots
 
 
 class AnswerSlots(NamedTuple):
@@ -131,19 +131,8 @@ class AnswerMethod:
         # A row of padding has no slot before its first; its answers count nowhere.
         return hidden, trace, jnp.maximum(prompt_lengths(batch), 1)[:, None]
 
-    def _score(self, params: Params, batch: Batch, tokens: jax.Array) -> Scores:
-        hidden, trace, ends = self._prefill(params, batch)
-        starts = jnp.broadcast_to(ends, tokens.shape[:2])
-        return score_rollouts(self.model, params, hidden, trace, starts, tokens)
-
-    def sample(
-        self, params: Params, batch: Batch, keys: jax.Array, *, samples: int, temperature: float
-    ) -> SampledAnswers:
-        """n answers to every prompt, forked from one forward pass over it.
-
-        keys: [B] random keys. temperature: of sampling; 0 takes the likeliest token. Answers run to
-        A tokens; what follows an end of sequence is masked.
-        """
+    def _respond(self, params: Params, batch: Batch, keys, samples: int, temperature: float):
+        """Tokens [B, n, A] and mask [B, n, A] of answers, and what scoring them needs."""
         hidden, trace, ends = self._prefill(params, batch)
         starts = jnp.repeat(ends, samples, axis=1)
         tokens = sample_rollouts(
@@ -156,11 +145,30 @@ class AnswerMethod:
             rollout_length=self.max_answer_tokens,
             temperature=temperature,
         )
-        scores = score_rollouts(self.model, params, hidden, trace, starts, tokens)
         ended = jnp.cumsum(tokens == self.eos_id, axis=-1)
         before = jnp.pad(ended, ((0, 0), (0, 0), (1, 0)))[..., :-1]
         real = jnp.any(batch["segments"] != 0, axis=1)[:, None, None]
-        mask = ((before == 0) & real).astype(jnp.float32)
+        return tokens, ((before == 0) & real).astype(jnp.float32), (hidden, trace, starts)
+
+    def answer(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The likeliest answer, token by token, to each prompt: tokens and mask [B, A].
+
+        The mask is 1 up to and including the end of sequence.
+        """
+        keys = jax.random.split(jax.random.key(0), batch["tokens"].shape[0])
+        tokens, mask, _ = self._respond(params, batch, keys, 1, 0.0)
+        return tokens[:, 0], mask[:, 0]
+
+    def sample(
+        self, params: Params, batch: Batch, keys: jax.Array, *, samples: int, temperature: float
+    ) -> SampledAnswers:
+        """n answers to every prompt, forked from one forward pass over it.
+
+        keys: [B] random keys. temperature: of sampling. Answers run to A tokens; what follows an
+        end of sequence is masked.
+        """
+        tokens, mask, context = self._respond(params, batch, keys, samples, temperature)
+        scores = score_rollouts(self.model, params, *context, tokens)
         return SampledAnswers(tokens, mask, scores.log_probs)
 
     def advantages(self, rewards: jax.Array, answers: SampledAnswers) -> jax.Array:
@@ -187,7 +195,9 @@ class AnswerMethod:
         advantages: [B, n]. mini_batch_mask: [mini-batch, n, A], of all its answers.
         """
         config, width = self.config, self.max_answer_tokens
-        scores = self._score(params, batch, answers.tokens)
+        hidden, trace, ends = self._prefill(params, batch)
+        starts = jnp.broadcast_to(ends, answers.tokens.shape[:2])
+        scores = score_rollouts(self.model, params, hidden, trace, starts, answers.tokens)
         mask, whole = (x.reshape(-1, width) for x in (answers.mask, mini_batch_mask))
         loss, metrics = policy_loss(
             scores.log_probs.reshape(-1, width),

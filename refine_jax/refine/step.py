@@ -80,7 +80,7 @@ def _finish_moments(metrics: Metrics) -> Metrics:
     return metrics
 
 
-def _split(tree: Any, parts: int) -> Any:
+def split_rows(tree: Any, parts: int) -> Any:
     """Leaves [B, ...] -> [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
 
     Strided, so that the parts of an array whose rows are spread over devices are spread as well.
@@ -90,18 +90,18 @@ def _split(tree: Any, parts: int) -> Any:
     )
 
 
-def _merge(tree: Any) -> Any:
-    """Inverse of `_split`."""
+def merge_rows(tree: Any) -> Any:
+    """Inverse of `split_rows`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def _row_keys(key: jax.Array, step: jax.Array, rows: int) -> jax.Array:
+def row_keys(key: jax.Array, step: jax.Array, rows: int) -> jax.Array:
     """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed."""
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(rows))
 
 
-def _apply_update(
+def apply_update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params
 ) -> tuple[TrainState, Metrics]:
     """One optimizer update, skipped and counted where the gradient is not finite."""
@@ -126,28 +126,42 @@ def _apply_update(
     return state, metrics
 
 
-def _accumulated_gradient(method: Method, state: TrainState, batch, experience, keys, parts: int):
+def accumulate_gradient(
+    loss: Callable[..., tuple[jax.Array, Metrics]], params: Params, rows: Any, parts: int
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of `loss(params, rows)`, summed over `parts` micro-batches of the rows.
+
+    The losses of the micro-batches, and their metrics, must add up to those of all rows.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient(params, rows)
+
+    def micro_batch(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    inputs = split_rows(rows, parts)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
+    )
+    return lax.scan(micro_batch, zeros, inputs)[0]
+
+
+def _method_gradient(method: Method, state: TrainState, batch, experience, keys, parts: int):
     """Gradient and metrics of a mini-batch, over `parts` micro-batches."""
     layout = layout_of(batch, method.max_documents)
     token_count = jnp.maximum(jnp.sum(target_weights(batch["tokens"], layout)), 1.0)
-    gradient = jax.grad(method.loss, has_aux=True)
     options = {"token_count": token_count, "reference_params": state.reference_params}
     if parts == 1:
-        return gradient(state.params, batch, experience, keys=keys, **options)
-    options["valid"] = None if experience is None else experience.valid
+        options["keys"] = keys
+    else:
+        options["valid"] = None if experience is None else experience.valid
 
-    def micro_batch(total, inputs):
-        rows, rows_experience = inputs
-        share = gradient(state.params, rows, rows_experience, **options)
-        return jax.tree.map(jnp.add, total, share), None
+    def loss(params, rows):
+        return method.loss(params, *rows, **options)
 
-    inputs = _split((batch, experience), parts)
-    first = jax.tree.map(lambda x: x[0], inputs)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda x: gradient(state.params, *x, **options), first),
-    )
-    return lax.scan(micro_batch, zeros, inputs)[0]
+    return accumulate_gradient(loss, state.params, (batch, experience), parts)
 
 
 def update_rows(
@@ -157,9 +171,9 @@ def update_rows(
 
     Pure: what `make_train_step` does with such rows, to be jitted or vmapped by the caller.
     """
-    keys = _row_keys(state.key, state.step, batch["tokens"].shape[0])
-    gradients, metrics = _accumulated_gradient(method, state, batch, None, keys, 1)
-    state, update_metrics = _apply_update(optimizer, state, gradients)
+    keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
+    gradients, metrics = _method_gradient(method, state, batch, None, keys, 1)
+    state, update_metrics = apply_update(optimizer, state, gradients)
     state = dataclasses.replace(state, step=state.step + 1)
     return state, _finish_moments(metrics) | update_metrics
 
@@ -192,21 +206,21 @@ def make_train_step(
     @jax.jit
     def collect(state: TrainState, batch: Batch) -> Experience:
         rows = batch["tokens"].shape[0]
-        inputs = _split((batch, _row_keys(state.key, state.step, rows)), rows // micro_batch)
+        inputs = split_rows((batch, row_keys(state.key, state.step, rows)), rows // micro_batch)
 
         def one(inputs):
             return method.collect(state.params, state.reference_params, *inputs)[0]
 
-        return _merge(lax.map(one, inputs))
+        return merge_rows(lax.map(one, inputs))
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
     def update(state: TrainState, batch: Batch, experience, index, updates: int):
         rows = batch["tokens"].shape[0]
-        keys = _row_keys(state.key, state.step, rows) if experience is None else None
-        part = jax.tree.map(lambda x: x[index], _split((batch, experience, keys), updates))
+        keys = row_keys(state.key, state.step, rows) if experience is None else None
+        part = jax.tree.map(lambda x: x[index], split_rows((batch, experience, keys), updates))
         parts = mini_batch // micro_batch
-        gradients, metrics = _accumulated_gradient(method, state, *part, parts)
-        state, update_metrics = _apply_update(optimizer, state, gradients)
+        gradients, metrics = _method_gradient(method, state, *part, parts)
+        state, update_metrics = apply_update(optimizer, state, gradients)
         done = (index == updates - 1).astype(jnp.int32)
         state = dataclasses.replace(state, step=state.step + done)
         return state, _finish_moments(metrics) | update_metrics
@@ -254,7 +268,7 @@ def make_eval_step(
 
     @jax.jit
     def eval_step(params: Params, batch: Batch, key: jax.Array):
-        keys = _row_keys(key, jnp.int32(0), batch["tokens"].shape[0])
+        keys = row_keys(key, jnp.int32(0), batch["tokens"].shape[0])
         experience, trunk = method.collect(params, None, batch, keys)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
         sums = {

@@ -1,0 +1,239 @@
+"""The training loop that mid-training and post-training share.
+
+`Loop` continues the run that its folder holds or starts one: steps, evaluations, checkpoints,
+metrics, the closing table. An interrupted run that is started again computes what an uninterrupted
+one would have: all that a step depends on (parameters, optimizer, random key, place in the data) is
+in a checkpoint. What a step does, and what is evaluated, is up to the phase.
+
+    WORKDIR/metrics.jsonl  results.json  training.png  checkpoints/  tensorboard/
+"""
+
+import abc
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from refine_jax.checkpoint.manager import CheckpointManager
+from refine_jax.config import Config
+from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
+from refine_jax.models.transformer import Model
+from refine_jax.monitor import Monitor, summarize, table, write_results
+from refine_jax.phases.interrupt import Interrupt
+from refine_jax.phases.setup import CHECKPOINTS, RunError, Start, initial_params
+from refine_jax.plots import plot_training
+from refine_jax.refine.optimizer import make_optimizer, make_schedule
+from refine_jax.refine.step import TrainState
+
+# Distinct streams of random numbers from the one seed; initial weights use the seed itself.
+_TRAIN_STREAM, _EVAL_STREAM = 1, 2
+
+
+class Parts(Protocol):
+    """What the loop needs to know of a run; phases add their own."""
+
+    config: Config
+    start: Start
+    model: Model
+    training: Dataset
+
+
+class Loop(abc.ABC):
+    """The steps of one run, and what is written on the way.
+
+    Attributes:
+      parts: What the run is made of; nothing of it is written before `run`.
+      optimizer, schedule: One optimizer for the whole run; all of its updates in a training step
+        have the learning rate of that step.
+      train_key, eval_key: Where the random numbers of steps and of evaluations come from.
+    """
+
+    def __init__(self, parts: Parts, workdir: Path, *, updates_per_step: int):
+        self.parts, self.config, self.workdir = parts, parts.config, workdir
+        train = self.config.train
+        self.optimizer = make_optimizer(
+            self.config.optimizer, steps=train.steps, updates_per_step=updates_per_step
+        )
+        self.schedule = make_schedule(self.config.optimizer, train.steps)
+        key = jax.random.key(train.seed)
+        self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
+        self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
+
+    @abc.abstractmethod
+    def train_step(
+        self, step: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Training step number `step` (from 0); gives the state's buffers away."""
+
+    @abc.abstractmethod
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out figures; the same examples and random keys every time."""
+
+    @abc.abstractmethod
+    def describe_data(self) -> str:
+        """What is trained on, in a few words."""
+
+    @abc.abstractmethod
+    def show_examples(self, state: TrainState) -> None:
+        """Write what the model does on held-out examples at the end of a run."""
+
+    def run(self, interrupt: Interrupt) -> dict:
+        """From the latest checkpoint, or the start, to the end.
+
+        Returns:
+          The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
+          signal name, "step": the last step, which is saved}.
+
+        Raises:
+          CheckpointError: The folder holds another model's checkpoints, or a corrupt one.
+          RunError: Training cannot go on.
+        """
+        train = self.config.train
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        with self.open_checkpoints() as manager:
+            step, state, batches = self.restore_or_start(manager)
+            self.introduce(step)
+            with Monitor(
+                self.workdir, steps=train.steps, start=step, log_every=train.log_every
+            ) as monitor:
+                state = self.train(step, state, batches, manager, monitor, interrupt)
+        if interrupt and int(state.step) < train.steps:
+            print(
+                f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
+                "The same command continues the run.",
+                flush=True,
+            )
+            return {"interrupted": interrupt.signal, "step": int(state.step)}
+        return self.report(state, monitor.history)
+
+    def open_checkpoints(self) -> CheckpointManager:
+        """The checkpoints of this run; makes their folder."""
+        train, start = self.config.train, self.parts.start
+        return CheckpointManager(
+            self.workdir / CHECKPOINTS,
+            save_every=train.checkpoint_every,
+            keep=train.keep_checkpoints,
+            best_metric=train.best_metric,
+            best_mode="min" if train.best_metric == "loss" else "max",
+            config_json=start.config_json,
+            run_config=self.config.to_dict(),
+            files=start.files,
+        )
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step."""
+        params = initial_params(self.parts.model, self.parts.start, self.config)
+        return TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+
+    def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
+        """Steps done, the state after them, and the batches that follow."""
+        batches = iter(self.parts.training)
+        if not manager.steps():
+            return 0, self.initial_state(), batches
+        restored = manager.restore_latest(jax.eval_shape(self.initial_state))
+        batches.set_state(restored.data_state)
+        return restored.step, restored.state, batches
+
+    def introduce(self, step: int) -> None:
+        """Say what runs, on what."""
+        config, model = self.config, self.parts.model
+        count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
+        device = jax.devices()[0]
+        print(
+            f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
+            f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
+            f"{config.train.batch_size} a step; "
+            + (f"continuing after step {step}" if step else f"{config.train.steps} steps"),
+            flush=True,
+        )
+
+    def train(
+        self,
+        step: int,
+        state: TrainState,
+        batches: BatchIterator,
+        manager: CheckpointManager,
+        monitor: Monitor,
+        interrupt: Interrupt,
+    ) -> TrainState:
+        """All remaining steps, evaluations and checkpoints; stops early when interrupted."""
+        train = self.config.train
+        if step == 0 and not monitor.history:
+            monitor.record(0, self._timed_evaluation(state))
+        while step < train.steps and not interrupt:
+            state, metrics = self._timed_step(step, state, batches)
+            step += 1
+            failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
+            due = train.eval_every and step % train.eval_every == 0
+            wanted = (due or step == train.steps) and not failed
+            evaluation = self._timed_evaluation(state) if wanted else {}
+            monitor.record(step, metrics | evaluation)
+            if failed:
+                raise RunError(
+                    f"Stopped at step {step}: the gradients of the last "
+                    f"{int(metrics['update/skipped_in_a_row'])} updates were not finite "
+                    "(config.train.max_nonfinite_updates). The parameters were not changed by "
+                    f"them; the last checkpoint is step {(manager.steps() or [None])[-1]}. Try a "
+                    "smaller learning rate, or look at the data."
+                )
+            self._save(manager, step, state, batches, evaluation, last=step == train.steps)
+        self._save(manager, step, state, batches, {}, last=True)
+        return state
+
+    def _timed_step(
+        self, step: int, state: TrainState, batches: BatchIterator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        begin = time.perf_counter()
+        batch = next(batches)
+        tokens = np.count_nonzero(batch["segments"])
+        loaded = time.perf_counter()
+        state, metrics = self.train_step(step, state, batch)
+        metrics = jax.device_get(metrics)
+        seconds = time.perf_counter() - begin
+        return state, metrics | {
+            "learning_rate": float(self.schedule(step)),
+            "tokens_per_second": tokens / seconds,
+            "time/data": loaded - begin,
+            "time/step": seconds,
+        }
+
+    def _timed_evaluation(self, state: TrainState) -> dict[str, float]:
+        begin = time.perf_counter()
+        figures = self.evaluate(state)
+        return figures | {"time/eval": time.perf_counter() - begin}
+
+    def _save(
+        self,
+        manager: CheckpointManager,
+        step: int,
+        state: TrainState,
+        batches: BatchIterator,
+        evaluation: Mapping[str, float],
+        *,
+        last: bool,
+    ) -> None:
+        """Start a checkpoint if one is due; a step that may be the best is saved to be kept."""
+        best = self.config.train.best_metric
+        metrics = {name.removeprefix("eval/"): value for name, value in evaluation.items()}
+        manager.save(
+            step,
+            state,
+            data_state=batches.get_state(),
+            metrics=metrics if best and metrics else None,
+            force=last or bool(best and metrics),
+        )
+
+    def report(self, state: TrainState, history: list[dict]) -> dict:
+        """Plots, results.json, and the closing table."""
+        results = summarize(history)
+        plot_training(
+            self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
+        )
+        self.show_examples(state)
+        write_results(self.workdir, results)
+        print(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}", flush=True)
+        return results

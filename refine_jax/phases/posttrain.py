@@ -1,0 +1,250 @@
+"""Post-training on prompts with reference answers: nested learning (ReFINE, arXiv 2602.16704).
+
+A training step takes one batch of prompts and, if `posttrain.nested`, first trains on the prompts
+alone, as mid-training would: ReFINE (`refine.objective="refine"`, its reward should be `hybrid`) or
+the next-token loss (`"ntp"`), one update a `train.mini_batch_size`. Then it trains on the answers
+of the same batch with the prompts as context: supervised on the reference answers' tokens, the end
+of sequence among them (`posttrain.answers="sft"`), or by GRPO on sampled answers (`"grpo"`), one
+update a `posttrain.mini_batch_size`.
+
+| the paper's Table 4 | nested | objective | answers |
+|---|---|---|---|
+| SFT | False | | sft |
+| nested SFT | True | ntp | sft |
+| nested ReFINE | True | refine | sft |
+
+There is one optimizer. Its moments run through all updates of a step, those on prompts and those on
+answers; the learning rate changes from training step to training step only. As officially, the
+reference answers of a batch make a single update unless `posttrain.mini_batch_size` says otherwise.
+
+`run` prepares everything without writing, then continues the run that its folder holds or starts
+one (`refine_jax.phases.loop`). Beside what the loop writes: WORKDIR/answers.jsonl, answers of the
+final model to some held-out prompts.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.config import Config
+from refine_jax.data.pipeline import Batch, Dataset
+from refine_jax.data.prompts import PromptCorpus, PromptOptions, load_prompts, trim_batch
+from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.evaluation.metrics import METRICS, score
+from refine_jax.models.transformer import Model
+from refine_jax.phases.interrupt import Interrupt
+from refine_jax.phases.loop import Loop
+from refine_jax.phases.setup import (
+    Start,
+    check_enough_batches,
+    check_same_run,
+    data_options,
+    load_matching_tokenizer,
+    load_start,
+    make_model,
+    with_tokenizer_files,
+)
+from refine_jax.refine.answer_step import (
+    make_answer_eval,
+    make_policy_step,
+    make_supervised_step,
+)
+from refine_jax.refine.answers import AnswerMethod, prompts_of
+from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.settings import ConfigError, suggestion
+
+ANSWERS_FILE = "answers.jsonl"
+SHOWN_CHARACTERS = 400  # of the end of a prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of; nothing of it is written yet."""
+
+    config: Config
+    start: Start
+    model: Model
+    tokenizer: Tokenizer
+    corpus: PromptCorpus
+    training: Dataset
+    held_out: Dataset
+
+
+def prepare(config: Config, workdir: Path) -> Parts:
+    """Build and check all that a run needs; read files, write none.
+
+    Raises:
+      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
+    """
+    if config.posttrain.metric not in METRICS:
+        raise ConfigError(
+            f"config.posttrain.metric must be one of {', '.join(METRICS)}. "
+            f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
+        )
+    check_same_run(config, workdir)
+    start = load_start(config.model, workdir)
+    model = make_model(start, config.model)
+    tokenizer = load_matching_tokenizer(config, start)
+    start = with_tokenizer_files(start, tokenizer)
+    options = PromptOptions(**dataclasses.asdict(config.prompts))
+    corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
+    training = corpus.dataset("train", config.train.batch_size)
+    held_out = corpus.dataset("validation", config.train.micro_batch)
+    check_enough_batches(config, training)
+    return Parts(config, start, model, tokenizer, corpus, training, held_out)
+
+
+def run(config: Config, workdir: str | Path) -> dict:
+    """Train, or go on training, and report; see `refine_jax.phases.loop.Loop.run`.
+
+    Args:
+      config: The run.
+      workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
+        the run continues from the latest.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    loop = _Loop(prepare(config, workdir), workdir)
+    with Interrupt() as interrupt:
+        return loop.run(interrupt)
+
+
+class _Loop(Loop):
+    """Steps on prompts, then on their answers."""
+
+    def __init__(self, parts: Parts, workdir: Path):
+        config, tokenizer = parts.config, parts.tokenizer
+        train, posttrain = config.train, config.posttrain
+        mini_batch = posttrain.mini_batch_size or train.batch_size
+        on_prompts = train.updates_per_step if posttrain.nested else 0
+        super().__init__(
+            parts, workdir, updates_per_step=on_prompts + train.batch_size // mini_batch
+        )
+        self.prompt_step = make_train_step(
+            parts.model,
+            self.optimizer,
+            config.refine,
+            mini_batch=train.mini_batch,
+            micro_batch=train.micro_batch,
+            eos_id=tokenizer.eos_id,
+        )
+        method = AnswerMethod(
+            parts.model,
+            config.refine,
+            max_answer_tokens=config.prompts.max_answer_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+        )
+        sizes = {"mini_batch": mini_batch, "micro_batch": train.micro_batch}
+        self.supervised_step = make_supervised_step(method, self.optimizer, **sizes)
+        self.policy_step = make_policy_step(
+            method,
+            self.optimizer,
+            samples=posttrain.samples,
+            temperature=config.refine.sampling_temperature,
+            **sizes,
+        )
+        self.prompt_eval = make_eval_step(parts.model, config.refine, eos_id=tokenizer.eos_id)
+        self.answer_eval = make_answer_eval(method)
+
+    def describe_data(self) -> str:
+        """What became of the prompts."""
+        return self.parts.training.statistics.summary()
+
+    def train_step(
+        self, step: int, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Training step number `step` (from 0)."""
+        examples, rows = _split_off_examples(batch)
+        metrics: dict[str, Any] = {}
+        if self.config.posttrain.nested:
+            prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
+            state, metrics = self.prompt_step(state, prompts)
+        else:
+            state = dataclasses.replace(state, step=state.step + 1)
+        if self.config.posttrain.answers == "sft":
+            state, on_answers = self.supervised_step(state, rows)
+        else:
+            state, on_answers = self.policy_step(
+                state, rows, step, lambda tokens, mask: self.rewards(examples, tokens, mask)
+            )
+        if self.config.posttrain.nested:
+            on_answers["answer/grad_norm"] = on_answers.pop("grad/norm")
+        return state, metrics | on_answers
+
+    def rewards(self, examples: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Scores [B, n] of answers [B, n, A]; 0 in rows of padding (example -1)."""
+        scores = np.zeros(tokens.shape[:2], np.float32)
+        for row, sample in np.ndindex(*scores.shape):
+            if examples[row] >= 0:
+                text = self.text(tokens[row, sample], mask[row, sample])
+                scores[row, sample] = self.score(examples[row], text)
+        return scores
+
+    def text(self, tokens: np.ndarray, mask: np.ndarray) -> str:
+        """The text of a sampled answer [A]; special tokens have none."""
+        return self.parts.tokenizer.decode(tokens[mask != 0])
+
+    def score(self, example: int, response: str) -> float:
+        """The configured score of a response."""
+        return score(self.config.posttrain.metric, response, self.parts.corpus.answers[example])
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Held-out figures; the same prompts and random keys every time.
+
+        Of the reference answers: loss in nats a token, accuracy of the likeliest token, exact:
+        answers of which every token is the likeliest. score of the greedy answers. Of the prompts:
+        prompt_loss in nats a token, and the reward of ReFINE's rollouts.
+        """
+        sums: dict[str, float] = {"score_sum": 0.0}
+        for index, batch in enumerate(self.parts.held_out):
+            key = jax.random.fold_in(self.eval_key, index)
+            examples, rows = _split_off_examples(batch)
+            found, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
+            scores = self.rewards(examples, tokens[:, None], mask[:, None])
+            prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
+            of_prompts, _ = jax.device_get(self.prompt_eval(state.params, prompts, key))
+            found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
+            for name, value in (found | {"score_sum": scores.sum()}).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        tokens, rows = sums["token_count"], sums["row_count"]
+        figures = {
+            "eval/loss": sums["nll_sum"] / tokens,
+            "eval/accuracy": sums["correct_sum"] / tokens,
+            "eval/exact": sums["exact_sum"] / rows,
+            "eval/score": sums["score_sum"] / rows,
+            "eval/prompt_loss": sums["prompt_nll_sum"] / max(sums["prompt_token_count"], 1.0),
+        }
+        if sums["prompt_rollout_count"]:
+            figures["eval/reward"] = sums["prompt_reward_sum"] / sums["prompt_rollout_count"]
+        return figures
+
+    def show_examples(self, state: TrainState) -> None:
+        """Write the final answers to the first held-out prompts."""
+        examples, rows = _split_off_examples(next(iter(self.parts.held_out)))
+        _, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
+        prompts = jax.device_get(prompts_of(rows, self.parts.tokenizer.pad_id))
+        lines = []
+        for row, example in enumerate(examples):
+            if example < 0:
+                continue
+            response = self.text(tokens[row], mask[row])
+            ids = prompts["tokens"][row][prompts["segments"][row] != 0]
+            record = {
+                "prompt_end": self.parts.tokenizer.decode(ids)[-SHOWN_CHARACTERS:],
+                "answers": self.parts.corpus.answers[example],
+                "response": response,
+                "score": self.score(example, response),
+            }
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        (self.workdir / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
+    """Which prompts of the corpus these are [B], and the rows for a step, trimmed."""
+    batch = trim_batch(batch)
+    return batch.pop("example"), {name: jnp.asarray(x) for name, x in batch.items()}
