@@ -224,6 +224,33 @@ class DataConfig(Section):
     cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory")
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(Section):
+    """How phases that generate do it (`refine_jax.generation`)."""
+
+    section: ClassVar[str] = "generation"
+
+    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0)
+    top_k: int | None = setting(
+        None, "draw among the k most likely tokens only; None: among all", low=1
+    )
+    top_p: float | None = setting(
+        None,
+        "draw among the fewest most likely tokens of this total probability; None: among all",
+        above=0,
+        high=1,
+    )
+    max_new_tokens: int | None = setting(
+        None, "most tokens of an answer; None: as many as its task allows", low=1
+    )
+    prefill_tokens: int = setting(
+        32768,
+        "most tokens, padding included, of one forward pass over prompts; what is longer is read "
+        "in pieces",
+        low=1,
+    )
+
+
 # What a run does; each is a module of refine_jax.phases.
 PHASES = ("midtrain",)
 
@@ -238,6 +265,7 @@ class Config:
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -279,6 +307,7 @@ SECTIONS = {
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
+    "generation": GenerationConfig,
 }
 
 

@@ -1,0 +1,38 @@
+"""Generation from a carried state: constant time and memory a token, whatever was read before.
+
+    loaded = refine_jax.checkpoint.load_model("checkpoints/lact-760m")
+    model = Model(model_config(loaded.config))
+    generator = Generator(model, load_tokenizer(loaded.tokenizer))
+    sampling = Sampling(max_new_tokens=64, temperature=0.7, top_p=0.9, stop=("\\n\\n",), seed=0)
+    print(generator.complete(loaded.params, ["One prompt", "Another one"], sampling)[0].text)
+
+`Generator.read` makes a Prefix of prompts, which `extend` continues and `generate` and `stream`
+generate from as often as wanted; `save_prefix` and `load_prefix` keep it in a folder.
+"""
+
+from refine_jax.generation.engine import (
+    Generated,
+    Generator,
+    Prefix,
+    advance,
+    decode,
+    empty_prefix,
+    prefill,
+    take_rows,
+)
+from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
+
+__all__ = [
+    "Generated",
+    "Generator",
+    "Prefix",
+    "Sampler",
+    "Sampling",
+    "advance",
+    "decode",
+    "empty_prefix",
+    "prefill",
+    "row_keys",
+    "sample",
+    "take_rows",
+]

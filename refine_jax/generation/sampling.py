@@ -1,0 +1,117 @@
+"""How the next token is chosen: greedily, or drawn at a temperature among the likeliest tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.settings import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to generate; the default is greedy.
+
+    temperature: 0 takes the most likely token; above, tokens are drawn from softmax(z / t).
+    top_k: draw among the k most likely tokens only; None: among all.
+    top_p: draw among the fewest most likely tokens whose probabilities, after temperature and
+        top_k, sum to at least top_p; None: among all.
+    max_new_tokens: most tokens of a row; 0 generates nothing.
+    stop: strings that end a row; they are not part of its text.
+    seed: of the draws, 0 <= seed < 2**32.
+
+    Raises:
+      ConfigError: A field that cannot work.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        # "\n" alone would pass as a sequence of strings.
+        stops = isinstance(self.stop, list | tuple)
+        object.__setattr__(self, "stop", tuple(self.stop) if stops else self.stop)
+        drawn = self.temperature > 0
+        for name, fits, allowed in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number, at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
+            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
+            ("stop", stops and all(isinstance(s, str) and s for s in self.stop), "non-empty texts"),
+            ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+            ("top_k", drawn or self.top_k is None, "None at temperature 0, which draws nothing"),
+            ("top_p", drawn or self.top_p is None, "None at temperature 0, which draws nothing"),
+        ):
+            if not fits:
+                raise ConfigError(f"{name} must be {allowed}. Got: {name}={getattr(self, name)!r}.")
+
+
+class Sampler(NamedTuple):
+    """The numbers of a `Sampling`, as scalars of a compiled program: any values, one program.
+
+    temperature: float32; 0 is greedy. top_k: int32, V or more for all. top_p: float32, 1 for all.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Sampler:
+        """The numbers of `sampling`."""
+        everything = jnp.iinfo(jnp.int32).max
+        return cls(
+            jnp.float32(sampling.temperature),
+            jnp.int32(everything if sampling.top_k is None else min(sampling.top_k, everything)),
+            jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
+        )
+
+
+def row_keys(seed: int | jax.Array, ids: jax.Array) -> jax.Array:
+    """A random key for each row [B], of the seed and the row's id [B] alone."""
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(ids)
+
+
+def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
+    """One token [B] int32 a row from logits z [B, V] float32; keys [B], one for each draw."""
+
+    def draw(z):
+        # Shifted first: a tiny temperature must not overflow the largest logit.
+        z = (z - z.max(axis=-1, keepdims=True)) / sampler.temperature
+        some = (sampler.top_k < z.shape[-1]) | (sampler.top_p < 1)
+        z = lax.cond(some, lambda z: keep_likeliest(z, sampler), lambda z: z, z)
+        return jax.vmap(jax.random.categorical)(keys, z)
+
+    def take_best(z):
+        return jnp.argmax(z, axis=-1)
+
+    return lax.cond(sampler.temperature > 0, draw, take_best, z).astype(jnp.int32)
+
+
+def keep_likeliest(z: jax.Array, sampler: Sampler) -> jax.Array:
+    """Logits z [B, V] with -inf for the tokens that top_k and top_p leave out.
+
+    Of equal logits the lower id is the likelier, so that top_k keeps exactly k tokens and top_k 1
+    is greedy.
+    """
+
+    def keep(z):
+        order = jnp.argsort(z, descending=True, stable=True)
+        ranked = z[order]
+        kept = jnp.arange(z.size) < sampler.top_k
+        p = jax.nn.softmax(jnp.where(kept, ranked, -jnp.inf))
+        likelier = jnp.cumsum(p) - p  # the probability of all that come before
+        # Their rounded sum may reach 1 before the last token.
+        kept &= (likelier < sampler.top_p) | (sampler.top_p >= 1)
+        return jnp.where(jnp.zeros(z.shape, bool).at[order].set(kept), z, -jnp.inf)
+
+    return jax.vmap(keep)(z)
