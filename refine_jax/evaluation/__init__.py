@@ -1,1 +1,1 @@
-"""What a model is worth: log-probabilities of given texts, losses by position, benchmarks."""
+"""Scores, intervals, harnesses: what a model's answers are worth."""
