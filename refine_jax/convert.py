@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--step",
-        type=_step,
+        type=step_argument,
         default="latest",
         help="of a training run: latest (default), best, or a number",
     )
@@ -123,7 +123,8 @@ def _size(text: str) -> int:
     return int(size)
 
 
-def _step(text: str) -> int | str:
+def step_argument(text: str) -> int | str:
+    """The step of a run, as command lines take it: "latest", "best" or a number."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal():

@@ -21,6 +21,7 @@ from refine_jax.generation.engine import (
     take_rows,
 )
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
+from refine_jax.generation.states import load_prefix, save_prefix
 
 __all__ = [
     "Generated",
@@ -31,8 +32,10 @@ __all__ = [
     "advance",
     "decode",
     "empty_prefix",
+    "load_prefix",
     "prefill",
     "row_keys",
     "sample",
+    "save_prefix",
     "take_rows",
 ]
