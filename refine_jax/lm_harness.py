@@ -12,11 +12,13 @@ with the results; a table comes before it.
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from absl import logging
 
 from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError
 from refine_jax.models.config import ModelConfigError
 from refine_jax.settings import ConfigError
@@ -47,26 +49,25 @@ def evaluate(
       CheckpointError, DataError: No checkpoint; no such task; options that cannot work.
       ImportError: lm-eval is not installed.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    from refine_jax.evaluation.harness import RefineLM  # says what is missing
+    from refine_jax.evaluation import harness  # first: it says what is missing
 
     if include_path is not None and not Path(include_path).is_dir():
         raise DataError(f"include_path is no folder: {include_path}")
-    for with_own in (False, True):
-        # lm-eval's own tasks take it a minute to index: only where they are meant.
-        manager = TaskManager(include_path=include_path, include_defaults=with_own)
-        missing = [name for name in tasks if name not in manager.all_tasks]
-        missing = [name for name in missing if not Path(name).is_file()]
-        if not missing:
-            break
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    # lm-eval takes up to a minute to index its own tasks: only where one of them, or a group that
+    # may hold them, is meant.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if _missing(tasks, manager.all_subtasks):
+        manager = TaskManager(include_path=include_path)
+    missing = _missing(tasks, manager.all_tasks)
     if missing or not tasks:
         raise DataError(
             f"lm-eval has no task {', '.join(missing) or '(none was named)'}. `lm_eval ls tasks` "
             "lists those it has; --include_path names a folder with others."
         )
-    lm = RefineLM.from_checkpoint(
+    lm = harness.RefineLM.from_checkpoint(
         checkpoint,
         step=step,
         tokenizer=tokenizer,
@@ -110,6 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _missing(tasks: list[str], known: Collection[str]) -> list[str]:
+    return [task for task in tasks if task not in known and not Path(task).is_file()]
+
+
 def _check_output(path: Path | None) -> None:
     """Say what is wrong with the file before hours of work."""
     if path is None:
@@ -133,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", required=True, type=_names, help="lm-eval's names, separated by commas"
     )
     parser.add_argument(
-        "--step", default="latest", type=_step, help="of a run: latest (default), best or a number"
+        "--step",
+        default="latest",
+        type=step_argument,
+        help="of a run: latest, best or a number",
     )
     parser.add_argument(
         "--tokenizer", help="mistral-v1, bytes or a path (default: that of the checkpoint)"
@@ -160,10 +168,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-def _step(text: str) -> int | str:
-    return text if text in ("latest", "best") else int(text)
 
 
 if __name__ == "__main__":

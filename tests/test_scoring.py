@@ -1,6 +1,7 @@
 """Log-probabilities of requests, against the golden logits and a numpy implementation."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from goldens import load_arrays, require
 from plain_deltanet import PlainDeltaNet
 
+from refine_jax import lm_harness
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.evaluation.scoring import MAX_FORK_TOKENS, Request, Scorer, find_trunks
 from refine_jax.models.config import model_config
@@ -145,3 +147,12 @@ def test_requests_without_context_or_target_are_refused():
     for tokens, context in (([1, 2], 0), ([1, 2], 2)):
         with pytest.raises(ValueError, match=f"request 1 with 2 tokens, context={context}"):
             next(scorer.score([request([1, 2], 1), request(tokens, context)]))
+
+
+def test_the_command_says_that_lm_eval_is_missing(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "refine_jax.evaluation.harness", raising=False)
+    monkeypatch.delattr("refine_jax.evaluation.harness", raising=False)
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.instance"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert lm_harness.main(["--checkpoint=none", "--tasks=none"]) == 1
+    assert "pip install 'refine-jax[eval]'" in capsys.readouterr().err

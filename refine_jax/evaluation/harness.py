@@ -32,15 +32,14 @@ except ImportError as error:
         f"{error}: lm-evaluation-harness is an optional dependency, pip install 'refine-jax[eval]'"
     ) from error
 
-from refine_jax.checkpoint.manager import load_model
 from refine_jax.data.options import DataError
-from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
+from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.scoring import Request, Score, Scorer
-from refine_jax.generation.engine import Generator, take_rows
-from refine_jax.generation.sampling import Sampling
-from refine_jax.models.config import model_config
-from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.generate import load
+from refine_jax.generation import Generator, Sampling, take_rows
+from refine_jax.models.transformer import Model, Params
 
+_MAX_GEN_TOKS = 256  # where a task names no number, as for lm-eval's other models
 _GENERATION_ARGUMENTS = (
     "until, max_gen_toks (max_new_tokens, max_tokens, max_completion_tokens), do_sample, "
     "temperature, top_k, top_p"
@@ -65,7 +64,6 @@ class RefineLM(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         add_bos: bool | None = None,
-        max_gen_toks: int = 256,
         seed: int = 0,
     ):
         """Wrap a model.
@@ -73,16 +71,14 @@ class RefineLM(TemplateLM):
         batch_size: rows of a forward pass, and prompts generated from together. max_length: most
             tokens of a request; what is longer is cut on the left, with a warning (of a generation
             the prompt, to leave room). None: no limit, which the models do not have. add_bos: None
-            does what the tokenizer can. max_gen_toks: where a task names no number. seed: of
-            sampled generations.
+            does what the tokenizer can. seed: of sampled generations.
 
         Raises:
           DataError: Options or a tokenizer that cannot work with the model.
         """
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("max_gen_toks", max_gen_toks)):
-            if not isinstance(value, int) or value < 1:
-                raise DataError(f"{name} must be a number, at least 1. Got: {value!r}.")
+        if not isinstance(batch_size, int) or batch_size < 1:  # lm-eval also knows "auto"
+            raise DataError(f"batch_size must be a number, at least 1. Got: {batch_size!r}.")
         if max_length is not None and max_length < 2:
             raise DataError(f"max_length must be at least 2, or None. Got: {max_length!r}.")
         if tokenizer.bos_id is None and tokenizer.eos_id is None:
@@ -93,8 +89,7 @@ class RefineLM(TemplateLM):
         if add_bos and tokenizer.bos_id is None:
             raise DataError(f"the tokenizer {tokenizer.name} has no bos token: add_bos=False.")
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        self.batch_size, self.max_length = batch_size, max_length
-        self.max_gen_toks, self.seed = max_gen_toks, seed
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
         self.scorer = Scorer(model, params, batch_size=batch_size)
         self.generator = Generator(model, tokenizer)
@@ -119,20 +114,8 @@ class RefineLM(TemplateLM):
           CheckpointError: No checkpoint, or a corrupt one.
           DataError: No tokenizer, or options that cannot work.
         """
-        loaded = load_model(path, step=step)
-        if tokenizer is None and loaded.tokenizer is None:
-            raise DataError(
-                f"{path} has no tokenizer files: name a tokenizer, 'mistral-v1', 'bytes' or a path."
-            )
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        policy = ComputePolicy(compute_dtype=compute_dtype or default)
-        model = Model(model_config(loaded.config), policy)
-        return cls(
-            model,
-            jax.device_put(loaded.params),
-            load_tokenizer(tokenizer or str(loaded.tokenizer)),
-            **options,
-        )
+        loaded = load(path, step=step, tokenizer=tokenizer, compute_dtype=compute_dtype)
+        return cls(*loaded, **options)
 
     # What TemplateLM asks for
 
@@ -312,7 +295,7 @@ class RefineLM(TemplateLM):
 
     def _sampling(self, arguments: dict[str, Any]) -> Sampling:
         """lm-eval's generation arguments as ours."""
-        given = dict(normalize_gen_kwargs(arguments, self.max_gen_toks))
+        given = dict(normalize_gen_kwargs(arguments, _MAX_GEN_TOKS))
         drawn = given.pop("do_sample")
         temperature = given.pop("temperature", 1.0 if drawn else 0.0)
         top_k, top_p = given.pop("top_k", None), given.pop("top_p", None)

@@ -25,11 +25,12 @@ import numpy as np
 from absl import logging
 from scipy.special import stdtrit
 
-from refine_jax.checkpoint.manager import load_model
 from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError, DataOptions
-from refine_jax.models.config import ModelConfigError, model_config
-from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.generate import load
+from refine_jax.models.config import ModelConfigError
+from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk
 
 _CONFIDENCE = 0.95
@@ -199,30 +200,24 @@ def evaluate(
     edges = position_edges(options.sequence_length, spacing, buckets)
     if batch_size < 1:
         raise DataError(f"batch_size must be at least 1. Got: {batch_size}.")
-    loaded = load_model(checkpoint, step=step)
-    if options.tokenizer == "checkpoint":
-        if loaded.tokenizer is None:
-            raise DataError(f"{checkpoint} has no tokenizer files: name a --tokenizer.")
-        options = dataclasses.replace(options, tokenizer=str(loaded.tokenizer))
-    config = model_config(loaded.config)
-    corpus = load_corpus(options)
-    if corpus.tokenizer.vocab_size > config.vocab_size:
+    name = None if options.tokenizer == "checkpoint" else options.tokenizer
+    model, params, tokenizer = load(checkpoint, step=step, tokenizer=name, compute_dtype=None)
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise DataError(
-            f"the tokenizer {options.tokenizer!r} has more tokens than the model's vocabulary. "
-            f"Got: {corpus.tokenizer.vocab_size}, vocab_size={config.vocab_size}."
+            f"the tokenizer {tokenizer.name} has more tokens than the model's vocabulary. "
+            f"Got: {tokenizer.vocab_size}, vocab_size={model.config.vocab_size}."
         )
+    options = dataclasses.replace(options, tokenizer=tokenizer.name)
     split = "validation" if options.holdout else "train"
-    dataset = corpus.dataset(split, batch_size)
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = Model(config, ComputePolicy(compute_dtype=dtype))
+    dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
     started = time.perf_counter()
-    whole, parts = measure(model, jax.device_put(loaded.params), dataset, edges)
+    whole, parts = measure(model, params, dataset, edges)
     return {
         "checkpoint": str(checkpoint),
-        "step": loaded.step,
         "source": options.source,
         "sequence_length": options.sequence_length,
-        "compute_dtype": dtype,
+        "spacing": spacing,
+        "compute_dtype": model.policy.compute_dtype,
         "seconds": time.perf_counter() - started,
         "data": dataclasses.asdict(dataset.statistics),
         "all": dataclasses.asdict(whole),
@@ -266,7 +261,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder")
-    add("--step", default="latest", type=_step, help="of a run: latest (default), best or a number")
+    add(
+        "--step",
+        default="latest",
+        type=step_argument,
+        help="of a run: latest, best or a number",
+    )
     add("--source", default="stdlib", help="stdlib, tfds:NAME, a file, a folder or a glob pattern")
     add("--text_field", default="text", help="column, JSON field or feature that holds the text")
     add("--tfds_split", default="train", help="split of a tfds data set")
@@ -290,10 +290,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=4, help="documents at a time (default 4)")
     add("--output", type=Path, help="folder for position.json and position.png")
     return parser
-
-
-def _step(text: str) -> int | str:
-    return text if text in ("latest", "best") else int(text)
 
 
 if __name__ == "__main__":
