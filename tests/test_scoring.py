@@ -14,6 +14,7 @@ from refine_jax import lm_harness
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.evaluation.scoring import MAX_FORK_TOKENS, Request, Scorer, find_trunks
 from refine_jax.models.config import model_config
+from refine_jax.models.head import TokenStats
 from refine_jax.models.transformer import Model
 
 
@@ -156,3 +157,36 @@ def test_the_command_says_that_lm_eval_is_missing(monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)
     assert lm_harness.main(["--checkpoint=none", "--tasks=none"]) == 1
     assert "pip install 'refine-jax[eval]'" in capsys.readouterr().err
+
+
+def test_few_programs_and_no_row_read_twice(monkeypatch):
+    """2,000 questions with four answers each, as the shapes of a benchmark: nothing is computed."""
+    random = np.random.default_rng(0)
+    requests = []
+    for _ in range(2000):
+        question = random.integers(0, 97, random.integers(20, 120))
+        for _ in range(4):
+            answer = random.integers(0, 97, random.integers(5, 60))
+            requests.append(request([*question, *answer], len(question)))
+    scorer = Scorer(None, None, batch_size=32)
+    computed = 0
+
+    def read(params, tokens, targets, with_trace):
+        nonlocal computed
+        computed += tokens.size
+        return TokenStats(*np.zeros((3, *tokens.shape))), np.zeros((*tokens.shape, 0)), None
+
+    def branch(params, hidden, trace, starts, tails):
+        nonlocal computed
+        computed += tails[..., 1:].size
+        return TokenStats(*np.zeros((3, *tails.shape)))
+
+    monkeypatch.setattr(scorer, "_read", read)
+    monkeypatch.setattr(scorer, "_branch", branch)
+    assert len(dict(scorer.score(requests))) == 8000
+    usage = scorer.usage
+    assert (usage.rows, usage.forks) == (2000, 6000)
+    assert usage.programs <= 12
+    alone = sum(len(r.tokens) - 1 for r in requests)
+    assert usage.row_tokens + usage.fork_tokens < alone / 2
+    assert computed < 0.85 * alone  # with all padding, still fewer than one row a request
