@@ -283,12 +283,13 @@ def is_tfds_folder(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "dataset_info.json"))
 
 
-def find_files(path: str, pattern: str = "") -> list[Path]:
+def find_files(path: str, pattern: str = "", setting: str = "data.source") -> list[Path]:
     """Return the files that `path` names, sorted.
 
     Args:
         path: a file, a folder (searched recursively; hidden files are left out) or a glob pattern.
         pattern: file name pattern for a folder; "" is every known suffix.
+        setting: what the path was given as, for errors.
 
     Raises:
         DataError: nothing is there.
@@ -311,9 +312,9 @@ def find_files(path: str, pattern: str = "") -> list[Path]:
         relative = root.relative_to(root.anchor) if root.anchor else root
         found = {file for file in base.glob(str(relative)) if file.is_file()}
         if not found:
-            raise DataError(f"no file matches data.source={path!r}")
+            raise DataError(f"no file matches {setting}={path!r}")
     else:
-        raise DataError(f"no such file or folder: data.source={path!r}")
+        raise DataError(f"no such file or folder: {setting}={path!r}")
     return sorted(found, key=lambda file: file.as_posix())
 
 

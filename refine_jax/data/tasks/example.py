@@ -1,0 +1,47 @@
+"""What a task asks, and how its answer is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        task: name of the task it belongs to.
+        index: its number in the task; equal indices at other lengths need not ask the same.
+        prompt: the whole text that the model reads.
+        answers: the references.
+        max_new_tokens: budget of the answer.
+        metadata: what is known about it, as JSON values: "prompt_tokens" (with bos), for built
+            tasks "length" (the most tokens of prompt and answer) and, where answers have a place
+            in the context, "depths": per cent of the context before each answer's needle.
+    """
+
+    task: str
+    index: int
+    prompt: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        name: as `load_examples` takes it.
+        group: "niah", "ruler", "ruler_qa" or "longbench".
+        metric: name of a score in `refine_jax.evaluation.metrics`.
+        max_new_tokens: budget of an answer.
+    """
+
+    name: str
+    group: str
+    metric: str
+    max_new_tokens: int

@@ -1,0 +1,68 @@
+"""Write the examples of tasks to files, to look at them or to use them elsewhere.
+
+    python -m refine_jax.data.tasks.generate --tasks=niah_single_1,vt --lengths=4096,8192 \
+        --samples=500 --out=DIR
+
+makes DIR/<task>_<length>.parquet (or .jsonl, with --format) and prints one line of JSON for each,
+with the SHA-256 of the set. RULER's essay tasks need --essays, its question answering --data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from refine_jax.data.options import DataError
+from refine_jax.data.tasks import check_request, load_examples
+from refine_jax.data.tasks.files import SUFFIXES, digest, write_examples
+from refine_jax.data.tokenizer import load_tokenizer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    values = flags.FLAGS
+    sources = {"samples": values.samples, "data": values.data, "essays": values.essays}
+    try:
+        tokenizer = load_tokenizer(values.tokenizer)
+        wanted = [(task, _positive(length)) for task in values.tasks for length in values.lengths]
+        for task, length in wanted:  # before anything is written
+            check_request(task, length=length, **sources)
+        for task, length in wanted:
+            examples = load_examples(
+                task, length=length, tokenizer=tokenizer, seed=values.seed, **sources
+            )
+            path = Path(values.out) / f"{task}_{length}{values.format}"
+            write_examples(examples, path)
+            made = {"file": str(path), "examples": len(examples), "sha256": digest(examples)}
+            print(json.dumps(made), flush=True)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise DataError(f"--lengths must be positive integers, with commas. Got: {text!r}.")
+    return int(text)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_list("tasks", ["niah_single_1"], "names, with commas")
+    flags.DEFINE_list("lengths", ["4096"], "most tokens of bos, prompt and answer, with commas")
+    flags.DEFINE_integer("samples", 500, "examples of a set", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "of the sets", lower_bound=0)
+    flags.DEFINE_string("tokenizer", "mistral-v1", "mistral-v1, bytes, or a path")
+    flags.DEFINE_string("essays", None, "text file, folder, glob pattern, or stdlib")
+    flags.DEFINE_string("data", None, "file, folder or glob pattern of tasks that need one")
+    flags.DEFINE_enum("format", SUFFIXES[0], SUFFIXES, "of the files")
+    flags.DEFINE_string("out", None, "folder to write to", required=True)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
