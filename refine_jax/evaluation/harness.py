@@ -1,0 +1,316 @@
+"""Models of this package in lm-evaluation-harness (PyPI lm-eval, the extra [eval]).
+
+    import lm_eval
+    from refine_jax.evaluation.harness import RefineLM
+
+    lm = RefineLM.from_checkpoint("checkpoints/lact-760m")
+    results = lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai", "hellaswag"])
+
+`python -m refine_jax.lm_harness` does the same from the command line. No PyTorch is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(
+        f"{error}: lm-evaluation-harness is an optional dependency, pip install 'refine-jax[eval]'"
+    ) from error
+
+from refine_jax.data.options import DataError
+from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.evaluation.scoring import Request, Score, Scorer
+from refine_jax.generate import load
+from refine_jax.generation import Generator, Sampling, take_rows
+from refine_jax.models.transformer import Model, Params
+
+_MAX_GEN_TOKS = 256  # where a task names no number, as for lm-eval's other models
+_GENERATION_ARGUMENTS = (
+    "until, max_gen_toks (max_new_tokens, max_tokens, max_completion_tokens), do_sample, "
+    "temperature, top_k, top_p"
+)
+
+
+class RefineLM(TemplateLM):
+    """A model as lm-eval's tasks see one.
+
+    Texts are encoded as by lm-eval's Hugging Face models: with the begin-of-sequence token first,
+    if the tokenizer has one and `add_bos` is not False; a text without context follows that token,
+    else the end-of-sequence token. One difference: rolling log-likelihoods do not score a second
+    begin-of-sequence token between that context and the text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        add_bos: bool | None = None,
+        seed: int = 0,
+    ):
+        """Wrap a model.
+
+        batch_size: rows of a forward pass, and prompts generated from together. max_length: most
+            tokens of a request; what is longer is cut on the left, with a warning (of a generation
+            the prompt, to leave room). None: no limit, which the models do not have. add_bos: None
+            does what the tokenizer can. seed: of sampled generations.
+
+        Raises:
+          DataError: Options or a tokenizer that cannot work with the model.
+        """
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:  # lm-eval also knows "auto"
+            raise DataError(f"batch_size must be a number, at least 1. Got: {batch_size!r}.")
+        if max_length is not None and max_length < 2:
+            raise DataError(f"max_length must be at least 2, or None. Got: {max_length!r}.")
+        if tokenizer.bos_id is None and tokenizer.eos_id is None:
+            raise DataError(
+                f"the tokenizer {tokenizer.name} has neither a bos nor an eos token: a text "
+                "without a context would have nothing to follow."
+            )
+        if add_bos and tokenizer.bos_id is None:
+            raise DataError(f"the tokenizer {tokenizer.name} has no bos token: add_bos=False.")
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
+        self.scorer = Scorer(model, params, batch_size=batch_size)
+        self.generator = Generator(model, tokenizer)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str,
+        *,
+        step: int | str = "latest",
+        tokenizer: str | None = None,
+        compute_dtype: str | None = None,
+        **options: Any,
+    ) -> RefineLM:
+        """Wrap the model of a checkpoint folder or of a training run.
+
+        step: of a run: "latest", "best" or a number. tokenizer: "mistral-v1", "bytes" or a path;
+        None: that of the checkpoint. compute_dtype: None: float32 on CPU, bfloat16 on accelerators.
+        options: of the constructor.
+
+        Raises:
+          CheckpointError: No checkpoint, or a corrupt one.
+          DataError: No tokenizer, or options that cannot work.
+        """
+        loaded = load(path, step=step, tokenizer=tokenizer, compute_dtype=compute_dtype)
+        return cls(*loaded, **options)
+
+    # What TemplateLM asks for
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The end-of-sequence token."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context follows."""
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For caches of requests."""
+        return self.tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text, after bos if `add_special_tokens`, by default `add_bos`, says so."""
+        del kwargs
+        bos = self.add_bos if add_special_tokens is None else add_special_tokens
+        return self.tokenizer.encode(string, bos=bos and self.tokenizer.bos_id is not None).tolist()
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
+        """Refused: these are language models, not chat models."""
+        del chat_history, add_generation_prompt
+        raise DataError(
+            "these models have no chat template: run lm-eval without apply_chat_template and "
+            "fewshot_as_multiturn."
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes beside the results."""
+        leaves = jax.tree.leaves(self.params)
+        return {
+            "model_type": self.model.config.model_type,
+            "model_num_parameters": sum(leaf.size for leaf in leaves),
+            "model_dtype": self.model.policy.compute_dtype,
+            "tokenizer": self.tokenizer.name,
+            "max_length": self.max_length,
+            "scoring": dataclasses.asdict(self.scorer.usage),
+        }
+
+    # Log-likelihoods
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, is it the greedy one) of each continuation after its context."""
+        for request in requests:
+            if not request.args[1]:
+                raise DataError(
+                    f"task {request.task_name}, document {request.doc_id}: a continuation to score "
+                    "is empty."
+                )
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        """Scores of (strings, context, continuation), which share what their tokens share."""
+        del kwargs
+        whole, longest = [], 0
+        for strings, context, continuation in requests:
+            if not continuation:
+                raise DataError(
+                    f"a continuation has no tokens of its own after its context. Got: {strings!r}."
+                )
+            whole.append(self._fit(context, continuation))
+            longest = max(longest, len(context) + len(continuation))
+        if self.max_length is not None and longest > self.max_length + 1:
+            logging.warning(
+                "Requests of up to %d tokens were cut on the left to max_length=%d.",
+                longest,
+                self.max_length,
+            )
+        results: list[Score | None] = [None] * len(whole)
+        progress = tqdm(total=len(whole), disable=disable_tqdm, desc="Scoring requests")
+        for index, score in self.scorer.score(whole):
+            results[index] = score
+            strings = requests[index][0]
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, tuple(score))
+            progress.update()
+        progress.close()
+        return [tuple(score) for score in results]
+
+    def _fit(self, context: list[int], continuation: list[int]) -> Request:
+        """A request whose input, all tokens but the last, has at most max_length tokens."""
+        tokens = np.array(context + continuation, np.int32)
+        if self.max_length is not None:
+            if len(continuation) > self.max_length:
+                raise DataError(
+                    f"a continuation has more tokens than max_length={self.max_length}. "
+                    f"Got: {len(continuation)}."
+                )
+            tokens = tokens[-(self.max_length + 1) :]
+        return Request(tokens, len(tokens) - len(continuation))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of whole texts; each token is scored once, in windows of max_length."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length or max(len(tokens), 1), 1
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (log_prob, _) in zip(owners, scores, strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # Generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts generated after each context, up to a stop string or the end of sequence."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        samplings = {name: self._sampling(json.loads(name)) for name in groups}
+        results = [""] * len(requests)
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Generating")
+        for name, members in groups.items():
+            prompts = {i: self._prompt(requests[i].args[0], samplings[name]) for i in members}
+            for batch in self._batches(prompts):
+                for index, text in self._generate(batch, prompts, samplings[name]):
+                    results[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    progress.update()
+        progress.close()
+        return results
+
+    def _batches(self, prompts: Mapping[int, tuple[int, ...]]) -> Iterator[list[int]]:
+        """Requests to generate from together: of similar length, equal prompts side by side."""
+        order = sorted(prompts, key=lambda i: (-len(prompts[i]), prompts[i]))
+        for first in range(0, len(order), self.batch_size):
+            yield order[first : first + self.batch_size]
+
+    def _generate(
+        self, batch: list[int], prompts: Mapping[int, tuple[int, ...]], sampling: Sampling
+    ) -> Iterator[tuple[int, str]]:
+        """(request, text) of a batch. Equal prompts (repeats of a sampled one) are read once."""
+        unique = list(dict.fromkeys(prompts[i] for i in batch))
+        prefix = self.generator.read(self.params, unique)
+        rows = jnp.array([unique.index(prompts[i]) for i in batch], jnp.int32)
+        generated = self.generator.generate(
+            self.params, take_rows(prefix, rows), sampling, ids=batch
+        )
+        yield from zip(batch, (row.text for row in generated), strict=True)
+
+    def _prompt(self, text: str, sampling: Sampling) -> tuple[int, ...]:
+        ids = self.tok_encode(text) or [self.prefix_token_id]
+        if self.max_length is not None:
+            room = self.max_length - sampling.max_new_tokens
+            if room < 1:
+                raise DataError(
+                    "max_length leaves no room for a prompt. Got: "
+                    f"max_length={self.max_length}, max_gen_toks={sampling.max_new_tokens}."
+                )
+            if len(ids) > room:
+                logging.warning("A prompt of %d tokens was cut on the left to %d.", len(ids), room)
+                ids = ids[-room:]
+        return tuple(ids)
+
+    def _sampling(self, arguments: dict[str, Any]) -> Sampling:
+        """lm-eval's generation arguments as ours."""
+        given = dict(normalize_gen_kwargs(arguments, _MAX_GEN_TOKS))
+        drawn = given.pop("do_sample")
+        temperature = given.pop("temperature", 1.0 if drawn else 0.0)
+        top_k, top_p = given.pop("top_k", None), given.pop("top_p", None)
+        until, max_new_tokens = given.pop("until"), given.pop("max_gen_toks")
+        if given.pop("num_beams", 1) != 1 or given:
+            raise DataError(
+                f"generation arguments of this kind are not supported. Got: {arguments}; "
+                f"supported: {_GENERATION_ARGUMENTS}."
+            )
+        return Sampling(
+            temperature=temperature,
+            # Hugging Face writes 0 for no top_k, and tasks give both to greedy generations too.
+            top_k=top_k if temperature and top_k else None,
+            top_p=top_p if temperature else None,
+            max_new_tokens=max_new_tokens,
+            stop=tuple(stop for stop in until if stop),
+            seed=self.seed,
+        )

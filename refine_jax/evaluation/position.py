@@ -1,0 +1,296 @@
+"""Next-token loss and accuracy by position: how much a model gains from a longer context.
+
+    python -m refine_jax.evaluation.position --checkpoint=checkpoints/lact-760m \\
+        --source=corpus.jsonl --sequence_length=16384 --min_tokens=4096 --output=positions/
+
+Documents are read from their first token, to at most --sequence_length; what is beyond, and the
+documents left out for being short, is counted in the result. Every token is predicted from all that
+precede it in its document, and falls into a bucket by how many these are. The output folder gets
+position.json and position.png; the last line on standard output is the JSON too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from scipy.special import stdtrit
+
+from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.convert import step_argument
+from refine_jax.data.options import DataError, DataOptions
+from refine_jax.generate import load
+from refine_jax.models.config import ModelConfigError
+from refine_jax.models.transformer import Model, Params
+from refine_jax.refine.method import run_trunk
+
+_CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean over tokens with its 95 % interval; None where one document says nothing of it.
+
+    The interval is that of other documents of the same kind: tokens of one document are not
+    independent, so documents are what is counted (ratio estimator, Student's t).
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Predictions from `first` to `last` tokens of context.
+
+    loss: nats a token. accuracy: fraction of tokens that are the likeliest.
+    """
+
+    first: int
+    last: int
+    tokens: int
+    documents: int
+    loss: Mean
+    accuracy: Mean
+
+
+def position_edges(length: int, spacing: str = "log", count: int | None = None) -> np.ndarray:
+    """Edges [K + 1] of buckets for documents of at most `length` tokens, contexts 1 .. length - 1.
+
+    Bucket k holds the contexts edges[k] <= n < edges[k + 1]. spacing: "log" (equal ratios) or
+    "linear" (equal widths). count: buckets, fewer where they would be empty; None: one an octave of
+    "log", 16 of "linear".
+
+    Raises:
+      DataError: An option that cannot work.
+    """
+    if spacing not in ("log", "linear"):
+        raise DataError(f"spacing must be log or linear. Got: {spacing!r}.")
+    if length < 2 or (count is not None and count < 1):
+        raise DataError(
+            f"buckets need at least 1 of them and 2 tokens. Got: buckets={count}, tokens={length}."
+        )
+    if spacing == "log":
+        count = count or int(np.ceil(np.log2(length)))
+        edges = np.geomspace(1, length, count + 1)
+    else:
+        edges = np.linspace(1, length, (count or 16) + 1)
+    return np.unique(np.rint(edges).astype(np.int64))
+
+
+def measure(
+    model: Model,
+    params: Params,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    edges: np.ndarray,
+    *,
+    max_documents: int = 1,
+) -> tuple[Bucket, list[Bucket]]:
+    """Loss and accuracy over all positions, and by position.
+
+    batches: {"tokens": [B, T] int32, "segments": [B, T] int32} of one shape, as the data pipeline
+    gives them: segment 0 is padding, each run of another number a document, of which a row has at
+    most `max_documents`. edges: [K + 1], of `position_edges`. Buckets without tokens are left out.
+
+    Raises:
+      DataError: There is no token to predict.
+      ValueError: A document is longer than the edges allow.
+    """
+    # Per document and bucket: tokens, and the sums of losses and of hits.
+    columns = [np.zeros((0, 3, len(edges) - 1))]
+    for batch in batches:
+        tokens, segments = (np.asarray(batch[name]) for name in ("tokens", "segments"))
+        rows = {"tokens": tokens, "segments": segments}
+        results = _predict(model, params, rows, max_documents)
+        columns.append(_sum_documents(*map(np.asarray, results), segments, edges))
+    sums = np.concatenate(columns)
+    if not sums[:, 0].any():
+        raise DataError("there is no token to predict: no document has two tokens.")
+    whole = _bucket(1, int(edges[-1]) - 1, sums.sum(axis=2))
+    buckets = [
+        _bucket(int(edges[k]), int(edges[k + 1]) - 1, sums[:, :, k])
+        for k in range(len(edges) - 1)
+        if sums[:, 0, k].any()
+    ]
+    return whole, buckets
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_documents"))
+def _predict(model: Model, params: Params, rows: Mapping[str, jax.Array], max_documents: int):
+    """[B, T] each: losses, hits, weights (1 where a token is predicted), tokens of context."""
+    trunk = run_trunk(model, params, rows, with_trace=False, max_documents=max_documents)
+    return trunk.stats.nll, trunk.stats.correct, trunk.weights, trunk.layout.position + 1
+
+
+def _sum_documents(nll, correct, weights, context, segments, edges) -> np.ndarray:
+    """[documents, 3, K] float64: tokens, losses and hits of a batch's documents by bucket."""
+    predicted = weights > 0
+    starts = np.diff(segments, axis=1, prepend=0) != 0
+    document = np.cumsum(starts & (segments > 0)).reshape(segments.shape) - 1
+    context = context[predicted]
+    if context.size and context.max() >= edges[-1]:
+        raise ValueError(
+            f"a document predicts from {context.max()} tokens, the last edge is {edges[-1]}."
+        )
+    shape = int(document.max()) + 1, len(edges) - 1
+    bucket = np.searchsorted(edges, context, side="right") - 1
+    index = document[predicted] * shape[1] + bucket
+    sums = [
+        np.bincount(index, weights=values, minlength=shape[0] * shape[1]).reshape(shape)
+        for values in (
+            np.ones(context.size),
+            nll[predicted].astype(np.float64),
+            correct[predicted].astype(np.float64),
+        )
+    ]
+    return np.stack(sums, axis=1)
+
+
+def _bucket(first: int, last: int, sums: np.ndarray) -> Bucket:
+    """Of sums [documents, 3]: tokens, losses, hits."""
+    sums = sums[sums[:, 0] > 0]
+    tokens, losses, hits = sums.T
+    return Bucket(
+        first, last, int(tokens.sum()), len(sums), _mean(losses, tokens), _mean(hits, tokens)
+    )
+
+
+def _mean(values: np.ndarray, tokens: np.ndarray) -> Mean:
+    """Sum of `values` over sum of `tokens`, both [documents]."""
+    mean, count = float(values.sum() / tokens.sum()), len(tokens)
+    if count < 2:
+        return Mean(mean, None, None)
+    # Cochran, Sampling Techniques (1977), section 6.3: the variance of a ratio of two sums.
+    residuals = values - mean * tokens
+    deviation = np.sqrt(count / (count - 1) * np.sum(residuals**2)) / tokens.sum()
+    half = float(stdtrit(count - 1, (1 + _CONFIDENCE) / 2) * deviation)
+    return Mean(mean, mean - half, mean + half)
+
+
+def evaluate(
+    checkpoint: str,
+    options: DataOptions,
+    *,
+    step: int | str = "latest",
+    spacing: str = "log",
+    buckets: int | None = None,
+    batch_size: int = 4,
+) -> dict:
+    """`measure` a checkpoint on the documents of `options`; JSON values.
+
+    The tokenizer `checkpoint` of the options is that of the checkpoint. With a holdout, its
+    documents alone are read, those that a run with the same options does not train on.
+
+    Raises:
+      CheckpointError, ModelConfigError: No checkpoint of a model.
+      DataError: No documents, or options that cannot work.
+    """
+    from refine_jax.data.pipeline import load_corpus  # grain takes seconds to import
+
+    edges = position_edges(options.sequence_length, spacing, buckets)
+    if batch_size < 1:
+        raise DataError(f"batch_size must be at least 1. Got: {batch_size}.")
+    name = None if options.tokenizer == "checkpoint" else options.tokenizer
+    model, params, tokenizer = load(checkpoint, step=step, tokenizer=name, compute_dtype=None)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name} has more tokens than the model's vocabulary. "
+            f"Got: {tokenizer.vocab_size}, vocab_size={model.config.vocab_size}."
+        )
+    options = dataclasses.replace(options, tokenizer=tokenizer.name)
+    split = "validation" if options.holdout else "train"
+    dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
+    started = time.perf_counter()
+    whole, parts = measure(model, params, dataset, edges)
+    return {
+        "checkpoint": str(checkpoint),
+        "source": options.source,
+        "sequence_length": options.sequence_length,
+        "spacing": spacing,
+        "compute_dtype": model.policy.compute_dtype,
+        "seconds": time.perf_counter() - started,
+        "data": dataclasses.asdict(dataset.statistics),
+        "all": dataclasses.asdict(whole),
+        "buckets": [dataclasses.asdict(part) for part in parts],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    given = vars(_parser().parse_args(arguments))
+    logging.set_verbosity(logging.WARNING)
+    output = given.pop("output")
+    names = ("checkpoint", "step", "spacing", "buckets", "batch_size")
+    chosen = {name: given.pop(name) for name in names}
+    try:
+        if output is not None and (output / "position.json").exists():
+            raise DataError(f"{output} has a position.json: choose another --output.")
+        # One pass over the first tokens of each document.
+        options = DataOptions(**given, chunking="first", epochs=1)
+        results = evaluate(options=options, **chosen)
+        if output is not None:
+            from refine_jax.plots import plot_positions
+
+            output.mkdir(parents=True, exist_ok=True)
+            plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
+            text = json.dumps(results, indent=2) + "\n"
+            (output / "position.json").write_text(text, encoding="utf-8")
+    except (CheckpointError, DataError, ModelConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(results))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = DataOptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m refine_jax.evaluation.position",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder")
+    add(
+        "--step",
+        default="latest",
+        type=step_argument,
+        help="of a run: latest, best or a number",
+    )
+    add("--source", default="stdlib", help="stdlib, tfds:NAME, a file, a folder or a glob pattern")
+    add("--text_field", default="text", help="column, JSON field or feature that holds the text")
+    add("--tfds_split", default="train", help="split of a tfds data set")
+    add("--limit_documents", type=int, help="only the first so many documents")
+    add("--tokenizer", default="checkpoint", help="checkpoint (default), mistral-v1, bytes, a path")
+    add("--sequence_length", type=int, default=defaults.sequence_length, help="most tokens read")
+    add(
+        "--min_tokens",
+        type=int,
+        help="leave out documents with fewer (default: sequence_length, so that all buckets hold "
+        "the same documents)",
+    )
+    add(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="read only the documents that a run with this data.holdout holds out; 0: all",
+    )
+    add("--spacing", choices=("log", "linear"), default="log", help="of the buckets (default log)")
+    add("--buckets", type=int, help="how many (default: one an octave, or 16 linear ones)")
+    add("--batch_size", type=int, default=4, help="documents at a time (default 4)")
+    add("--output", type=Path, help="folder for position.json and position.png")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
