@@ -62,38 +62,6 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     save_figure(figure, path)
 
 
-def plot_positions(path: Path, results: Mapping[str, Mapping]) -> None:
-    """Next-token loss and accuracy over the tokens of context, a curve a model.
-
-    Args:
-      path: PNG file to write.
-      results: By a model's name, what `refine_jax.evaluation.position.evaluate` returns.
-    """
-    figure, axes = _figure(1, 2, (12, 4.5))
-    logarithmic = all(result["spacing"] == "log" for result in results.values())
-    for axis, name, unit in zip(
-        axes[0], ("loss", "accuracy"), ("nats a token", "tokens predicted right (%)"), strict=True
-    ):
-        scale = 100 if name == "accuracy" else 1
-        for number, (label, result) in enumerate(results.items()):
-            buckets = result["buckets"]
-            first, last = (np.array([b[key] for b in buckets]) for key in ("first", "last"))
-            # The middle of a bucket on the axis.
-            context = np.sqrt(first * (last + 1.0)) if logarithmic else (first + last) / 2
-            mean, low, high = (
-                np.array([bucket[name][key] for bucket in buckets], np.float64) * scale
-                for key in ("mean", "low", "high")
-            )
-            axis.plot(context, mean, color=f"C{number}", marker="o", ms=3.5, label=label)
-            axis.fill_between(context, low, high, color=f"C{number}", alpha=0.18, linewidth=0)
-        if logarithmic:
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_xlabel("tokens of context (band: 95 % interval over documents)")
-        _finish(axis, f"Next-token {name} by position", unit)
-    _save(figure, path)
-
-
 def plot_rollouts(
     path: Path,
     entropy: np.ndarray,

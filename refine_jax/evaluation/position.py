@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = DataOptions(**given, chunking="first", epochs=1)
         results = evaluate(options=options, **chosen)
         if output is not None:
-            from refine_jax.plots import plot_positions
+            from refine_jax.evaluation.plots import plot_positions
 
             output.mkdir(parents=True, exist_ok=True)
             plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
