@@ -1,4 +1,4 @@
-"""PNG plots of an evaluation: bars with intervals, recall over length and depth, loss by position."""
+"""PNG plots of an evaluation: bars with intervals, recall by length and depth, loss by position."""
 
 from __future__ import annotations
 
