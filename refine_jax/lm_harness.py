@@ -95,20 +95,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_output(output)
         results = evaluate(**options)
-        from lm_eval.utils import handle_non_serializable, make_table
-
-        text = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        _print(results)
         if output is not None:
+            from lm_eval.utils import handle_non_serializable
+
+            text = json.dumps(results, indent=2, default=handle_non_serializable)
             output.write_text(text + "\n", encoding="utf-8")
     except _USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _print(results: dict) -> None:
+    """lm-eval's tables, and the line of JSON."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     summary = {"results": results["results"], "scoring": results["config"]["scoring"]}
-    print(json.dumps(summary, default=handle_non_serializable))
-    return 0
+    print(json.dumps(summary, default=handle_non_serializable), flush=True)
 
 
 def _missing(tasks: list[str], known: Collection[str]) -> list[str]:

@@ -238,6 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         # One pass over the first tokens of each document.
         options = DataOptions(**given, chunking="first", epochs=1)
         results = evaluate(options=options, **chosen)
+        print(json.dumps(results), flush=True)
         if output is not None:
             from refine_jax.evaluation.plots import plot_positions
 
@@ -248,7 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, DataError, ModelConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(results))
     return 0
 
 
