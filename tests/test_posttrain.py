@@ -269,7 +269,7 @@ def compile_once(tmp_path_factory):
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     records = [
-        {"prompt": f"The code is {i}{i}. " * 5 + "The code is", "answers": [f" {i}{i}", "none"]}
+        {"prompt": f"The code is {i}{i}. " * 5 + "The code is ", "answers": [f"{i}{i}", "none"]}
         for i in range(20)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -334,8 +334,9 @@ def test_a_nested_run_learns_and_reports(whole, source):
     assert all(names <= record.keys() for record in records[1:])
     for line in (workdir / "answers.jsonl").read_text(encoding="utf-8").splitlines():
         shown = json.loads(line)
-        assert shown["prompt_end"].endswith("The code is") and len(shown["answers"]) == 2
-        assert shown["score"] == any(a.strip() in shown["response"] for a in shown["answers"])
+        assert shown["prompt_end"].endswith("The code is ") and len(shown["answers"]) == 2
+        line = shown["response"].split("\n")[0]
+        assert shown["score"] == any(answer in line for answer in shown["answers"])
     # 2 updates on the prompts and 1 on the answers a step.
     state = restored(Config.from_dict(small(source)), workdir)
     counts = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.integer)]
@@ -364,13 +365,15 @@ def test_an_interrupted_run_continues_bit_for_bit(whole, source, tmp_path, monke
 def test_a_nested_step_trains_on_prompts_and_then_on_answers(source, tmp_path):
     loop = posttrain._Loop(posttrain.prepare(Config.from_dict(small(source)), tmp_path), tmp_path)
     batch = next(iter(loop.parts.training))
-    got, metrics = loop.train_step(0, loop.initial_state(), dict(batch))
+    start = loop.initial_state()
+    copy = jax.tree.map(jnp.copy, start)  # a step gives the buffers of its state away
+    got, metrics = loop.train_step(0, copy, dict(batch))
     rows = {name: x for name, x in batch.items() if name != "example"}
     prompts = {"tokens": rows["tokens"].copy(), "segments": rows["segments"].copy()}
     for row, mask in enumerate(rows["answer_mask"]):
         prompts["tokens"][row, mask == 1] = loop.parts.tokenizer.pad_id
         prompts["segments"][row, mask == 1] = 0
-    state, on_prompts = loop.prompt_step(loop.initial_state(), jax.tree.map(jnp.asarray, prompts))
+    state, on_prompts = loop.prompt_step(start, jax.tree.map(jnp.asarray, prompts))
     expected, on_answers = loop.supervised_step(state, jax.tree.map(jnp.asarray, rows))
     assert_close(got.params, expected.params, 0)
     assert int(got.step) == int(expected.step) == 1
@@ -389,7 +392,7 @@ def test_grpo_is_rewarded_by_the_score_of_the_task(source, tmp_path):
         assert "loss/ntp" not in record and "answer/policy_loss" in record
     parts = posttrain.prepare(Config.from_dict(small(source)), tmp_path / "other")
     loop = posttrain._Loop(parts, tmp_path / "other")
-    texts = [" 77", " 7\n77", "none"]
+    texts = ["77", "7\n77", " none"]
     tokens = np.full((2, 3, 6), 257, np.int32)
     for index, text in enumerate(texts):
         tokens[:, index, : len(text)] = list(text.encode())

@@ -8,8 +8,8 @@ A row is `bos prompt answer eos`, padded on the right. The prompt has at most T 
 `sequence_length`, A: `max_answer_tokens`); a longer one is cut in the middle or on the left. What
 was cut or left out is counted in `PromptStatistics`. An answer is tokenised on its own, so that the
 prompt's tokens are those of evaluations; SentencePiece begins it with a word boundary ("Answer:" is
-followed by " 1066"), other tokenizers need the space in the data. Order, epochs, resuming and the
-held-out split are those of `refine_jax.data.pipeline`.
+followed by " 1066"), for other tokenizers the prompt should end with the space. Order, epochs,
+resuming and the held-out split are those of `refine_jax.data.pipeline`.
 """
 
 from __future__ import annotations
