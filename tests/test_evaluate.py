@@ -1,5 +1,6 @@
 """Whole evaluations of a tiny model, plain and with test-time training, and every kind of stop."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -46,7 +47,7 @@ def data(tmp_path_factory):
     return path
 
 
-def settings(data, phase="evaluate", **sections):
+def settings(source, phase="evaluate", **sections):
     """An evaluation of seconds: one layer, bytes, eight new tokens."""
     config = defaults()
     config.phase = phase
@@ -64,7 +65,7 @@ def settings(data, phase="evaluate", **sections):
     config.optimizer.update(learning_rate=0.03, clip_norm=1.0)
     config.generation.max_new_tokens = 8
     config.testtime.update(steps=3, batch_size=4, mini_batch_size=2)
-    config.evaluate.update(tasks="lcc", data=str(data), batch_size=4)
+    config.evaluate.update(tasks="lcc", data=str(source), batch_size=4)
     for section, fields in sections.items():
         config[section].update(fields)
     return config
@@ -131,7 +132,7 @@ def test_every_prompt_is_answered_greedily_and_scored(plain, data):
     workdir, results, found = plain
     parts = evaluate.prepare(Config.from_dict(settings(data)), workdir)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    assert list(found) == [f"lcc/{index}" for index in range(7)] or len(found) == 7
+    assert len(found) == 7
     for index, row in enumerate(rows):
         record = found[f"lcc/{index}"]
         ids = [256, *row["prompt"].encode()]
@@ -164,11 +165,13 @@ def test_each_prompt_is_answered_with_the_parameters_adapted_to_it(adapted, plai
     assert results["adaptation"]["examples_without_rollouts"] == 0
 
 
-def run_order(config, workdir, answerer, order_seed=None):
+def run_order(config, workdir, answerer, order_seed=None, longest=1000):
     """As `run`, in an order, by something that is compiled already."""
     config.evaluate.order_seed = order_seed
     config = Config.from_dict(config)
     parts = evaluate.prepare(config, workdir)
+    questions = [q for q in parts.questions if len(q.tokens) <= longest]
+    parts = dataclasses.replace(parts, questions=questions)
     results = evaluate.run_parts(parts, workdir, answerer)
     return results, records(workdir)
 
@@ -197,8 +200,10 @@ def test_copies_at_once_answer_alike_in_any_order(adapted, data, tmp_path):
     answerer = make_answerer(data, copies=3)
     for seed in (4, 5):
         config = settings(data, "testtime", testtime={"copies": 3})
-        _, found = run_order(config, tmp_path / str(seed), answerer, seed)
-        for name, alone in adapted[2].items():
+        _, found = run_order(config, tmp_path / str(seed), answerer, seed, longest=64)
+        assert 3 < len(found) < 7  # the last group is smaller
+        for name in found:
+            alone = adapted[2][name]
             # The loss is rounded otherwise in another program.
             assert found[name]["adapt"].pop("loss") == pytest.approx(alone["adapt"]["loss"])
             cost = {k: v for k, v in alone["adapt"].items() if k != "loss"}
@@ -273,11 +278,12 @@ def test_needles_at_several_lengths(data, tmp_path, capsys):
     output = capsys.readouterr().out
     results = json.loads(output.splitlines()[-1])
     assert list(results["sets"]) == ["niah_single_1/700", "niah_single_1/760", "lcc"]
-    assert "6 prompts" in output or "of them cut (left)" in output
+    assert "of them cut (left)" in output
     for figures in results["sets"].values():
         assert figures["low"] <= figures["mean"] <= figures["high"]
     assert results["sets"]["niah_single_1/700"]["prompts_cut"] == 2
-    assert {record["prompt_tokens"] for record in records(tmp_path / "run").values()} >= {52}
+    found = records(tmp_path / "run").values()
+    assert max(record["prompt_tokens"] for record in found) == 60 - 8
     recall = results["recall_by_depth"]["niah_single_1"]
     assert recall["lengths"] == [700, 760]
     assert [sum(row) for row in recall["counts"]] == [2, 2]

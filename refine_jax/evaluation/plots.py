@@ -34,9 +34,8 @@ def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
         label = f"{length:,} tokens" if length else "all lengths"
         colour = _COLOURS[number % len(_COLOURS)]
         axis.bar(places, means, width=0.92 * width, color=colour, label=label)
-        axis.errorbar(
-            places, means, yerr=[means - low, high - means], fmt="none", ecolor="black", capsize=3
-        )
+        reach = [(means - low).tolist(), (high - means).tolist()]
+        axis.errorbar(places, means, yerr=reach, fmt="none", ecolor="black", capsize=3)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="center")
     axis.set_ylim(0, 105)
     finish(axis, "Mean score with 95 % interval", "score (%)")
