@@ -32,29 +32,20 @@ import jax
 import numpy as np
 from absl import logging
 
-from refine_jax.checkpoint import CheckpointError, load_model
+from refine_jax.checkpoint import CheckpointError
 from refine_jax.checkpoint.folders import check_free
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError
-from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
-from refine_jax.generation import Generated, Generator, Prefix, Sampling, take_rows
+from refine_jax.generation import Generated, Generator, Loaded, Prefix, Sampling, load, take_rows
 from refine_jax.generation.states import load_prefix, save_prefix
-from refine_jax.models.config import ModelConfigError, model_config
-from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.models.config import ModelConfigError
+from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.settings import ConfigError
 
 _ERRORS = (CheckpointError, ConfigError, DataError, ModelConfigError, OSError)
-
-
-class Loaded(NamedTuple):
-    """What a checkpoint gives: a model, its parameters on the device, and a tokenizer."""
-
-    model: Model
-    params: Params
-    tokenizer: Tokenizer
 
 
 class Adaptation(NamedTuple):
@@ -63,33 +54,6 @@ class Adaptation(NamedTuple):
     method: RefineConfig
     optimizer: OptimizerConfig
     options: TestTimeConfig
-
-
-def load(
-    checkpoint: str, *, step: int | str, tokenizer: str | None, compute_dtype: str | None
-) -> Loaded:
-    """Load a checkpoint to generate from.
-
-    step: of a training run: "latest", "best" or a number. tokenizer: name or path; None: that of
-    the checkpoint. compute_dtype: None: float32 on CPU, bfloat16 on accelerators.
-
-    Raises:
-      CheckpointError: No checkpoint, or a corrupt one.
-      DataError: No such tokenizer, or the checkpoint has none.
-    """
-    found = load_model(checkpoint, step=step)
-    if tokenizer is None and found.tokenizer is None:
-        raise DataError(
-            f"{checkpoint} has no tokenizer files. Name a tokenizer: --tokenizer mistral-v1, bytes "
-            "or a path."
-        )
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    policy = ComputePolicy(compute_dtype=compute_dtype or default)
-    return Loaded(
-        Model(model_config(found.config), policy),
-        jax.device_put(found.params),
-        load_tokenizer(tokenizer or str(found.tokenizer)),
-    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -35,8 +35,7 @@ except ImportError as error:
 from refine_jax.data.options import DataError
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.scoring import Request, Score, Scorer
-from refine_jax.generate import load
-from refine_jax.generation import Generator, Sampling, take_rows
+from refine_jax.generation import Generator, Sampling, load, take_rows
 from refine_jax.models.transformer import Model, Params
 
 _MAX_GEN_TOKS = 256  # where a task names no number, as for lm-eval's other models

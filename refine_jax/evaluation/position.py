@@ -28,7 +28,7 @@ from scipy.special import stdtrit
 from refine_jax.checkpoint.tree import CheckpointError
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError, DataOptions
-from refine_jax.generate import load
+from refine_jax.generation import load
 from refine_jax.models.config import ModelConfigError
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk

@@ -51,19 +51,22 @@ _REMAT_POLICIES = {
 class ComputePolicy:
     """How a model computes.
 
-    compute_dtype: "float32" or "bfloat16", of activations and matmul operands. Fast-weight states,
-        norms and losses are float32 in both.
+    compute_dtype: "float32" or "bfloat16", of activations and matmul operands; None: float32 on
+        CPU, bfloat16 on accelerators. Fast-weight states, norms and losses are float32 in both.
     remat: what the backward pass of `forward` computes again: "none", "dots" (everything but
         matmul outputs) or "full" (every layer from its input).
     implementation: of the mixers' kernels; "xla" holds for attention and head too; None picks the
         best for the device.
     """
 
-    compute_dtype: str = "float32"
+    compute_dtype: str | None = "float32"
     remat: str = "none"
     implementation: str | None = None
 
     def __post_init__(self):
+        if self.compute_dtype is None:
+            default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            object.__setattr__(self, "compute_dtype", default)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 "compute_dtype must be 'float32' or 'bfloat16'. "

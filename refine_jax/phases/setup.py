@@ -96,9 +96,8 @@ def make_model(start: Start, config: ModelConfig) -> Model:
     Raises:
       ConfigError: The configured implementation cannot run this model.
     """
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     policy = ComputePolicy(
-        compute_dtype=config.compute_dtype or default,
+        compute_dtype=config.compute_dtype,
         remat=config.remat,
         implementation=config.implementation,
     )
