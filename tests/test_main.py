@@ -24,7 +24,7 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import midtrain
-from refine_jax.phases.setup import data_options
+from refine_jax.phases.setup import check_same_run, data_options
 
 ROOT = Path(__file__).parents[1]
 STEPS, WARMUP = 6, 2
@@ -211,6 +211,17 @@ def test_another_configuration_does_not_continue_the_run(whole, corpus, tmp_path
     with pytest.raises(ConfigError, match=r"refine.reward: was 'cosine', got 'binary'"):
         midtrain.run(changed, workdir)
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_continued(whole, corpus, tmp_path):
+    record = tmp_path / "checkpoints/run.json"
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    saved = json.loads(record.read_text())
+    del saved["config"]["phase"], saved["config"]["testtime"], saved["config"]["refine"]["reward"]
+    record.write_text(json.dumps(saved))
+    check_same_run(Config.from_dict(tiny(corpus)), tmp_path)
+    with pytest.raises(ConfigError, match=r"refine.reward: was 'cosine', got 'binary'"):
+        check_same_run(Config.from_dict(tiny(corpus, refine={"reward": "binary"})), tmp_path)
 
 
 def test_a_model_without_a_tokenizer_gets_that_of_its_run(corpus, tmp_path):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.checkpoint.manager import load_model
-from refine_jax.config import Config, ModelConfig
+from refine_jax.config import SECTIONS, Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Dataset
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -197,7 +197,8 @@ def check_same_run(config: Config, workdir: Path) -> None:
         changed.append(f"  config.phase: was {old['phase']!r}, got {phase!r}")
     for section, fields in new.items():
         for name, value in fields.items():
-            before = old.get(section, {}).get(name)
+            # A run of a version without the setting had what is now its default.
+            before = old.get(section, {}).get(name, getattr(SECTIONS[section](), name))
             if f"{section}.{name}" not in _MAY_CHANGE and value != before:
                 changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
     if changed:
