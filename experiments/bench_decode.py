@@ -2,8 +2,8 @@
 
     python experiments/bench_decode.py --model=lact --json
 
-The context is read in blocks by `extend`; from the state after 1K, 4K, 16K and 64K tokens, tokens
-are generated greedily one at a time, the same number from each, in turns; medians are reported.
+The context is read in pieces; from the state after 1K, 4K, 16K and 64K tokens, tokens are generated
+greedily one at a time, the same number from each, in turns; medians are reported.
 For LaCT that includes the fast-weight update that is due after each whole chunk. Re-running the
 whole prefix, as the published code generates, means a forward pass over 16K tokens for one token.
 """
@@ -15,42 +15,44 @@ import functools
 import jax
 import jax.numpy as jnp
 from harness import medians, parser, report, small_model, tree_bytes
-from jax import lax
 
+from refine_jax.generation import (
+    Prefix,
+    Sampler,
+    Sampling,
+    advance,
+    decode,
+    empty_prefix,
+    row_keys,
+)
 from refine_jax.models.head import logits
-from refine_jax.models.transformer import Model, Params, State
+from refine_jax.models.transformer import Model, Params
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 RERUN = 16384
 BLOCK = 1024
 
 
-def states_after(model: Model, params: Params, tokens: jax.Array) -> dict[int, State]:
-    """Decode states after each of CONTEXTS tokens of `tokens` [1, 1, T]."""
-    extend = jax.jit(lambda params, block, state: model.extend(params, block, state)[1])
-    state = model.init_state(params, (1, 1))
-    states = {}
+def prefixes_after(model: Model, params: Params, tokens: jax.Array) -> dict[int, Prefix]:
+    """What is known after each of CONTEXTS tokens of `tokens` [1, T]."""
+    read = jax.jit(functools.partial(advance, model))
+    prefix, every = empty_prefix(model, params, 1), jnp.ones((1,), bool)
+    prefixes = {}
     for at in range(0, max(CONTEXTS), BLOCK):
-        state = extend(params, tokens[:, :, at : at + BLOCK], state)
+        prefix = read(params, prefix, tokens[:, at : at + BLOCK], every)
         if at + BLOCK in CONTEXTS:
-            states[at + BLOCK] = state
-    return states
+            prefixes[at + BLOCK] = prefix
+    return prefixes
 
 
 def make_generate(model: Model, count: int):
-    """`generate(params, token [1, 1, 1], state)` -> `count` greedy tokens."""
+    """`generate(params, prefix)` -> `count` greedy tokens [1, count]."""
+    keys, sampler = row_keys(0, jnp.arange(1)), Sampler.of(Sampling())
+    budgets = jnp.full((1,), count, jnp.int32)
 
     @jax.jit
-    def generate(params: Params, token: jax.Array, state: State) -> jax.Array:
-        head = model.head(params)
-
-        def step(carry, _):
-            token, state = carry
-            hidden, state = model.extend(params, token, state)
-            token = jnp.argmax(logits(hidden, head), axis=-1).astype(jnp.int32)
-            return (token, state), token[0, 0, 0]
-
-        return lax.scan(step, (token, state), None, length=count)[1]
+    def generate(params: Params, prefix: Prefix) -> jax.Array:
+        return decode(model, params, prefix, keys, sampler, budgets, block=count)[0]
 
     return generate
 
@@ -73,21 +75,20 @@ def main():
     args = flags.parse_args()
     model = small_model(args.model)
     params = model.init(jax.random.key(0))
-    shape = (1, 1, max(CONTEXTS))
+    shape = (1, max(CONTEXTS))
     tokens = jax.random.randint(jax.random.key(1), shape, 3, model.config.vocab_size)
 
-    states = states_after(model, params, tokens)
+    prefixes = prefixes_after(model, params, tokens)
     generate = make_generate(model, args.generate)
     runs = {
-        context: functools.partial(generate, params, tokens[:, :, :1], state)
-        for context, state in states.items()
+        context: functools.partial(generate, params, prefix) for context, prefix in prefixes.items()
     }
-    rerun = functools.partial(make_rerun(model), params, tokens[0, :, :RERUN])
+    rerun = functools.partial(make_rerun(model), params, tokens[:, :RERUN])
     times = medians(runs, args.repeats)
     rerun_s = medians({"rerun": rerun}, args.repeats)["rerun"]
 
     per_token = {context: times[context] / args.generate for context in CONTEXTS}
-    state_bytes = {context: tree_bytes(states[context]) for context in CONTEXTS}
+    state_bytes = {context: tree_bytes(prefixes[context].state) for context in CONTEXTS}
     result = {
         "contexts": list(CONTEXTS),
         "seconds_per_token": list(per_token.values()),

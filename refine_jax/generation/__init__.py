@@ -12,8 +12,6 @@ generate from as often as wanted; `save_prefix` and `load_prefix` keep it in a f
 
 from refine_jax.generation.copies import CopiesGenerator
 from refine_jax.generation.engine import (
-    Generated,
-    Generator,
     Prefix,
     advance,
     decode,
@@ -21,6 +19,7 @@ from refine_jax.generation.engine import (
     prefill,
     take_rows,
 )
+from refine_jax.generation.generator import Generated, Generator
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
 from refine_jax.generation.states import load_prefix, save_prefix
 

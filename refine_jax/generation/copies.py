@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.generation.engine import BLOCK, Generator, Prefix, advance, decode, prefill
+from refine_jax.generation.engine import Prefix, advance, decode, prefill
+from refine_jax.generation.generator import BLOCK, Generator
 from refine_jax.generation.sampling import Sampler
 from refine_jax.models.transformer import Model, Params
 
