@@ -345,7 +345,7 @@ def test_wrong_requests_are_named(tmp_path) -> None:
     (tmp_path / "empty.txt").write_text(" ")
     for message, name, options in (
         ("Got: 'niah_singel_1'. Did you mean niah_single_1?", "niah_singel_1", {}),
-        ("set length and samples. Got: None, 3", "vt", {"samples": 3}),
+        ("set length and samples. Got: length=None, samples=3", "vt", {"samples": 3}),
         ("set `essays` to a text file", "niah_single_2", {"length": 4096, "samples": 1}),
         ("no such file or folder: essays='nowhere'", "niah_single_2", {"essays": "nowhere"}),
         ("no text in essays=", "niah_single_2", {"essays": str(tmp_path)}),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 
 from refine_jax.data.options import DataError
+from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Task
 from refine_jax.data.tasks.haystack import load_essays
@@ -23,7 +24,7 @@ from refine_jax.data.tasks.longbench import LONGBENCH
 from refine_jax.data.tasks.ruler_qa import RULER_QA
 from refine_jax.data.tokenizer import Tokenizer
 
-__all__ = ["TASKS", "Example", "Task", "load_examples", "needs_essays"]
+__all__ = ["TASKS", "Example", "Task", "check_request", "load_examples", "needs_essays"]
 
 TASKS: dict[str, Task] = {
     **{name: Task(name, "niah", "ruler_recall", niah.MAX_NEW_TOKENS) for name in niah.NEEDLES},
@@ -39,6 +40,44 @@ TASKS: dict[str, Task] = {
 def needs_essays(name: str) -> bool:
     """Say whether a task hides its needles in essays."""
     return name in niah.NEEDLES and niah.NEEDLES[name].haystack == "essay"
+
+
+def check_request(
+    name: str,
+    *,
+    length: int | None = None,
+    samples: int | None = None,
+    data: str | None = None,
+    essays: str | None = None,
+) -> Task:
+    """Return the task if `load_examples` has what it needs for it, without building anything.
+
+    Raises:
+        DataError: there is no such task, or something it needs is missing.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise DataError(f"task must be one of {', '.join(TASKS)}. Got: {name!r}.{hint}")
+    if data:
+        find_files(data, setting="data")
+    elif name in RULER_QA:
+        raise DataError(
+            f"{name} needs `data`: parquet or jsonl files of the set, or the .json file of SQuAD "
+            "or HotpotQA to build it from"
+        )
+    elif name in LONGBENCH:
+        raise DataError(
+            f"{name} needs `data`: LongBench's jsonl files, or parquet files with its prompts"
+        )
+    if _is_built(name, data):
+        if length is None or samples is None:
+            raise DataError(
+                f"{name} is built: set length and samples. Got: length={length}, samples={samples}."
+            )
+        if needs_essays(name):
+            load_essays(essays)
+    return TASKS[name]
 
 
 def load_examples(
@@ -73,32 +112,19 @@ def load_examples(
     Raises:
         DataError: there is no such task, something it needs is missing, or nothing fits.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"task must be one of {', '.join(TASKS)}. Got: {name!r}.{hint}")
-    task = TASKS[name]
-    if data and not (name in RULER_QA and data.endswith(".json")):
-        return files.read_examples(
-            task, data, length=length, samples=samples, tokenizer=tokenizer, seed=seed
-        )
-    if name in RULER_QA and not data:
-        raise DataError(
-            f"{name} needs `data`: parquet or jsonl files of the set, or the .json file of SQuAD "
-            "or HotpotQA to build it from"
-        )
-    if name in LONGBENCH:
-        raise DataError(
-            f"{name} needs `data`: LongBench's jsonl files or parquet files with prompts"
-        )
-    if length is None or samples is None:
-        raise DataError(f"{name} is built: set length and samples. Got: {length}, {samples}.")
+    task = check_request(name, length=length, samples=samples, data=data, essays=essays)
+    build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
+    if not _is_built(name, data):
+        return files.read_examples(task, data, **build)
     if name in RULER_QA:
-        return ruler_qa.build_examples(
-            task, data, length=length, samples=samples, tokenizer=tokenizer, seed=seed
-        )
-    build = {"length": length, "tokenizer": tokenizer, "seed": seed}
+        return ruler_qa.build_examples(task, data, **build)
+    del build["samples"]
     if name in niah.NEEDLES:
-        build["essays"] = load_essays(essays) if needs_essays(name) else None
-        return [niah.make_example(name, i, **build) for i in range(samples)]
+        text = load_essays(essays) if needs_essays(name) else None
+        return [niah.make_example(name, i, essays=text, **build) for i in range(samples)]
     return [synthetic.make_example(name, i, **build) for i in range(samples)]
+
+
+def _is_built(name: str, data: str | None) -> bool:
+    """Say whether the examples are built, not read."""
+    return not data or (name in RULER_QA and data.endswith(".json"))

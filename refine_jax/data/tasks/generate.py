@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, flags
 
 from refine_jax.data.options import DataError
-from refine_jax.data.tasks import load_examples
+from refine_jax.data.tasks import check_request, load_examples
 from refine_jax.data.tasks.files import SUFFIXES, digest, write_examples
 from refine_jax.data.tokenizer import load_tokenizer
 
@@ -27,30 +27,27 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     values = flags.FLAGS
+    sources = {"samples": values.samples, "data": values.data, "essays": values.essays}
     try:
         tokenizer = load_tokenizer(values.tokenizer)
-        for task in values.tasks:
-            for length in values.lengths:
-                examples = load_examples(
-                    task,
-                    length=_positive(length, "lengths"),
-                    samples=values.samples,
-                    tokenizer=tokenizer,
-                    seed=values.seed,
-                    data=values.data,
-                    essays=values.essays,
-                )
-                path = Path(values.out) / f"{task}_{length}{values.format}"
-                write_examples(examples, path)
-                made = {"file": str(path), "examples": len(examples), "sha256": digest(examples)}
-                print(json.dumps(made), flush=True)
+        wanted = [(task, _positive(length)) for task in values.tasks for length in values.lengths]
+        for task, length in wanted:  # before anything is written
+            check_request(task, length=length, **sources)
+        for task, length in wanted:
+            examples = load_examples(
+                task, length=length, tokenizer=tokenizer, seed=values.seed, **sources
+            )
+            path = Path(values.out) / f"{task}_{length}{values.format}"
+            write_examples(examples, path)
+            made = {"file": str(path), "examples": len(examples), "sha256": digest(examples)}
+            print(json.dumps(made), flush=True)
     except DataError as error:
         sys.exit(f"error: {error}")
 
 
-def _positive(text: str, name: str) -> int:
+def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise DataError(f"--{name} must be positive integers with commas. Got: {text!r}.")
+        raise DataError(f"--lengths must be positive integers, with commas. Got: {text!r}.")
     return int(text)
 
 

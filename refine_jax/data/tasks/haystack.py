@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from refine_jax.data.options import DataError
@@ -28,42 +30,32 @@ class Essays:
 
     Attributes:
         words: the text, cut at white space.
-        text: the words with single spaces between them.
-        fingerprint: equal for equal texts.
     """
 
     words: tuple[str, ...]
-    text: str = field(init=False, repr=False)
-    fingerprint: str = field(init=False)
-    _ends: tuple[int, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        """Join the words and find the ends of the sentences."""
-        text = " ".join(self.words)
-        ends = [i + 1 for i, word in enumerate(self.words) if _SENTENCE_END.search(word)]
-        if not ends or ends[-1] != len(self.words):
-            ends.append(len(self.words))
-        object.__setattr__(self, "text", text)
-        object.__setattr__(self, "fingerprint", hashlib.sha256(text.encode()).hexdigest()[:16])
-        object.__setattr__(self, "_ends", tuple(ends))
+    @functools.cached_property
+    def text(self) -> str:
+        """The words with single spaces between them."""
+        return " ".join(self.words)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal texts."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def sentences(self, count: int) -> list[str]:
         """Return the first `count` words as sentences; the last may be cut off."""
-        found = []
-        for start, end in self._spans(count):
-            found.append(" ".join(self.words[start:end]))
-        return found
+        rounds, rest = divmod(count, len(self.words))
+        whole = list(itertools.pairwise((0, *self._sentence_ends)))
+        part = [(start, min(end, rest)) for start, end in whole if start < rest]
+        spans = whole * rounds + part
+        return [" ".join(self.words[start:end]) for start, end in spans]
 
-    def _spans(self, count: int) -> Iterator[tuple[int, int]]:
-        while count > 0:
-            start = 0
-            for end in self._ends:
-                if count <= 0:
-                    return
-                end = min(end, start + count)
-                yield start, end
-                count -= end - start
-                start = end
+    @functools.cached_property
+    def _sentence_ends(self) -> tuple[int, ...]:
+        ends = [i for i, word in enumerate(self.words, 1) if _SENTENCE_END.search(word)]
+        return tuple(dict.fromkeys([*ends, len(self.words)]))
 
 
 def load_essays(essays: str | None) -> Essays:
