@@ -179,7 +179,7 @@ def test_copies_at_once_are_those_one_by_one(alone):
         for name, (params, cost) in each(steps=2, order=order, group=3).items():
             assert_same(params, whole[name][0])
             assert_same(params, alone[name][0], 1e-5)
-            assert cost[1:4] == alone[name][1][1:4]
+            assert cost[1:5] == alone[name][1][1:5]
 
 
 def test_costs(alone):
@@ -276,13 +276,27 @@ def test_a_prompt_without_a_next_token_changes_nothing(copies):
     assert_same(together.adapt([[5], [7]], "ab").params, trained)
 
 
-@pytest.mark.parametrize("length", [2, 5, 9])
 @pytest.mark.parametrize("name", ["deltanet", "lact"])
-def test_short_prompts_are_trained_on_by_next_token_loss(name, length):
-    """With a margin of 20 no rollout fits; empty rows beside them change nothing."""
-    config = dataclasses.replace(REFINE, edge_margin=20)
-    prompt = prompts(length)
-    adapted = adapter(name, config).adapt(prompt, names(1))
-    expected = adapter(name, NTP).adapt(prompt, names(1))
-    assert_same(adapted.params, expected.params, 1e-6)
-    assert adapted.costs[0].rollout_tokens == 0 and adapted.costs[0].tokens == length
+def test_short_prompts_are_trained_on_by_next_token_loss(name):
+    """With a margin of 20 no rollout fits."""
+    refine = adapter(name, dataclasses.replace(REFINE, edge_margin=20))
+    ntp = adapter(name, NTP)
+    for prompt in prompts(2, 5, 20):
+        adapted, expected = refine.adapt([prompt], names(1)), ntp.adapt([prompt], names(1))
+        assert_same(adapted.params, expected.params, 1e-6)
+        assert adapted.costs[0].rollout_tokens == 0 and adapted.costs[0].tokens == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("reset", "changes"), [("example", [False, True, False]), ("never", [False, True, True])]
+)
+def test_updates_that_are_not_finite_are_left_out_and_counted(reset, changes):
+    model, params = tiny("deltanet")
+    weight = params["embeddings"]["weight"].at[5].set(jnp.nan)
+    poisoned = params | {"embeddings": {"weight": weight}}
+    options = {"reset": reset, "steps": 2, "batch_size": 1, "mini_batch_size": 1}
+    adapting = adapter(config=NTP, model=(model, poisoned), **options)
+    for prompt, skipped, change in zip(([4, 5], [4, 6], [4, 5]), (2, 0, 2), changes, strict=True):
+        adapted = adapting.adapt([prompt], names(1))
+        assert adapted.costs[0].skipped == skipped
+        assert (distance(adapted.params["lm_head"], params["lm_head"]) > 0) == change

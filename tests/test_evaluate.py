@@ -364,12 +364,19 @@ def test_recall_counts_needles_where_they_lie():
 
 
 def test_figures_of_records():
-    cost = {"steps": 1, "tokens": 10, "rollout_tokens": 8, "compiled": False, "loss": 1.0}
+    cost = {"steps": 1, "tokens": 10, "rollout_tokens": 8, "loss": 1.0}
+    cost |= {"compiled": False, "skipped": 0}
     given = [
         record(score=1.0, adapt=cost | {"seconds": 9.0, "compiled": True}),
         record(score=0.0, adapt=cost | {"seconds": 1.0}),
         record(score=0.0, adapt=cost | {"seconds": 2.0, "rollout_tokens": 0}),
-        record(task="lcc", length=None, score=0.5, cut_tokens=3, adapt=cost | {"seconds": 4.0}),
+        record(
+            task="lcc",
+            length=None,
+            score=0.5,
+            cut_tokens=3,
+            adapt=cost | {"seconds": 4.0, "skipped": 1},
+        ),
     ]
     results = summarize(given)
     needles = results["sets"]["niah_multivalue/4096"]
@@ -392,5 +399,6 @@ def test_figures_of_records():
             "rollout_tokens_per_example": 6.0,
             "examples_without_rollouts": 1,
             "examples_not_adapted": 0,
+            "examples_with_skipped_updates": 1,
         }
     )

@@ -78,6 +78,7 @@ def summarize_adaptation(records: Sequence[Record]) -> dict[str, Any] | None:
         "rollout_tokens_per_example": statistics.fmean(cost["rollout_tokens"] for cost in costs),
         "examples_without_rollouts": sum(not cost["rollout_tokens"] for cost in costs),
         "examples_not_adapted": sum(not cost["steps"] for cost in costs),
+        "examples_with_skipped_updates": sum(cost["skipped"] > 0 for cost in costs),
     }
 
 
@@ -111,6 +112,7 @@ def table(results: Mapping[str, Any]) -> str:
         for count, what in (
             (cost["examples_without_rollouts"], "without rollouts (next-token loss alone)"),
             (cost["examples_not_adapted"], "not adapted, as their prompt has no next token"),
+            (cost["examples_with_skipped_updates"], "with updates left out: gradients not finite"),
         ):
             if count:
                 lines.append(f"  {count:,} of {results['samples']:,} {what}")

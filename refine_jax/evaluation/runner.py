@@ -100,6 +100,7 @@ class Answerer:
             self.sampling,
             max_new_tokens=[question.budget for question in asked],
             ids=[_number(question.name) for question in asked],
+            consume=True,
         )
         share = 1 / len(group)
         times = {

@@ -42,6 +42,7 @@ class Cost(NamedTuple):
     steps: int  # passes over the prompt; 0: it has no next token, nothing was changed for it
     tokens: int  # prompt tokens read, of all passes
     rollout_tokens: int  # sampled and scored, of all passes; 0: next-token training only
+    skipped: int  # updates of its group that were left out, as gradients were not finite
     compiled: bool  # the seconds include compilation
     loss: float  # next-token loss of the last pass before its update (nats), mean over the group
 
@@ -188,18 +189,19 @@ class Adapter:
         self._compiled.add(shape)
         seconds = (time.perf_counter() - begin) / len(prompts)
         losses = np.broadcast_to(np.asarray(metrics.get("loss/ntp", np.nan)), len(prompts))
+        skipped = np.broadcast_to(np.asarray(metrics.get("update/skipped", 0)), len(prompts))
         costs = [
-            self._cost(len(prompt), seconds, compiled, float(loss))
-            for prompt, loss in zip(prompts, losses, strict=True)
+            self._cost(len(prompt), seconds, int(left_out), compiled, float(loss))
+            for prompt, left_out, loss in zip(prompts, skipped, losses, strict=True)
         ]
         return Adapted(params, costs)
 
-    def _cost(self, tokens: int, seconds: float, compiled: bool, loss: float) -> Cost:
+    def _cost(self, tokens: int, seconds: float, skipped: int, compiled: bool, loss: float) -> Cost:
         config = self._config
         steps = self._options.steps if tokens > 1 else 0
         rollouts = config.num_positions * config.rollouts_per_position
         rollout_tokens = rollouts * config.rollout_length * has_rollouts(tokens, config)
-        return Cost(seconds, steps, steps * tokens, steps * rollout_tokens, compiled, loss)
+        return Cost(seconds, steps, steps * tokens, steps * rollout_tokens, skipped, compiled, loss)
 
     def _adapt_each(self, prompts, names):
         keys = [prompt_key(self._key, name) for name in names]
@@ -230,6 +232,7 @@ class Adapter:
         state = self._state
         if state is None:
             state = self._fresh(self._trained, prompt_key(self._key, names[0]))
+        skipped = int(state.skipped)
         usable = [prompt for prompt in prompts if len(prompt) > 1]
         shape, metrics = None, {}
         if usable:
@@ -240,6 +243,7 @@ class Adapter:
             batch = pad_rows(usable, rows=rows, length=shape[1], pad_id=self._pad_id)
             for _ in range(self._options.steps):
                 state, metrics = self._train_step(state, batch)
+            metrics["update/skipped"] = int(state.skipped) - skipped
         if self._options.reset == "never":
             # The caller answers with these while the next group's steps give their state away.
             self._state = dataclasses.replace(state, params=jax.tree.map(jnp.copy, state.params))
