@@ -272,5 +272,12 @@ def _list_texts(axis, texts) -> None:
             (0.5, rollout, BLUE),
         ):
             axis.text(
-                place, row + 0.5, text, color=colour, family="monospace", fontsize=9, va="center"
+                place,
+                row + 0.5,
+                text,
+                color=colour,
+                family="monospace",
+                fontsize=9,
+                va="center",
+                parse_math=False,  # two dollar signs of a text are no formula
             )

@@ -183,3 +183,10 @@ def test_rollout_plot_marks_the_positions_where_they_are(tmp_path):
         width = image.shape[1]
         assert start / 400 - 0.02 < columns.min() / width < columns.max() / width
         assert columns.max() / width < (start + 20) / 400 + 0.08
+
+
+def test_dollar_signs_of_texts_are_no_formula(tmp_path):
+    arguments = (np.ones(50), np.array([3]), np.ones((1, 1)))
+    texts = [("a$_b^^$", "$$\\frac$")]
+    plot_rollouts(tmp_path / "plot.png", *arguments, length=5, reward_name="cosine", texts=texts)
+    assert (tmp_path / "plot.png").exists()

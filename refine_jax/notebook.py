@@ -1,0 +1,105 @@
+"""What a notebook shows: training curves while a run goes on, and where a model is unsure.
+
+    with live_curves("runs/demo"):
+        midtrain.run(config, "runs/demo")
+
+Only `live_curves` needs IPython, which every notebook has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import html
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.generation.text import TextStream
+from refine_jax.monitor import METRICS_FILE, read_metrics
+from refine_jax.plots import plot_training
+
+
+@contextlib.contextmanager
+def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[None]:
+    """Draw the curves of the run in `workdir` in the notebook while the block runs.
+
+    They are drawn from `metrics.jsonl`, at most every `seconds` while it grows, and at the end.
+    The block itself stays in the main thread, where the stop button of a notebook ends a run
+    between two steps (`refine_jax.phases.interrupt`).
+    """
+    from IPython.display import HTML, Image, display
+
+    metrics = Path(workdir) / METRICS_FILE
+    shown = display(HTML("<i>The curves follow after the first step.</i>"), display_id=True)
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory() as folder:
+        plot = Path(folder) / "training.png"
+
+        def draw(drawn: int) -> int:
+            """Draw the records if there are more than `drawn`; returns how many there are."""
+            history = read_metrics(metrics)
+            if len(history) > drawn:
+                plot_training(plot, history, clip_norm=None)
+                if plot.exists():
+                    shown.update(Image(data=plot.read_bytes(), format="png"))
+            return len(history)
+
+        def follow() -> None:
+            drawn = 0
+            while not ended.wait(seconds):
+                drawn = draw(drawn)
+
+        # In the context of the cell, so that the updates count as its output.
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(follow,))
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            draw(0)
+
+
+def entropy_html(
+    tokenizer: Tokenizer,
+    tokens: Sequence[int] | np.ndarray,
+    entropy: Sequence[float] | np.ndarray,
+    starts: Sequence[int] | np.ndarray = (),
+    *,
+    length: int = 1,
+) -> str:
+    """A text as HTML, each token the darker the less sure the model was before it.
+
+    Args:
+      tokenizer: Of the model.
+      tokens: [T] ids.
+      entropy: [T] nats, of the prediction at each token: of the token after it.
+      starts: Places of the first tokens of rollouts; the `length` tokens from there are framed.
+      length: Tokens of a rollout.
+    """
+    entropy = np.asarray(entropy, np.float64)
+    shades = np.concatenate([[0.0], entropy[:-1] / max(entropy.max(), 1e-9)])
+    framed = {start + offset for start in map(int, starts) for offset in range(length)}
+    spans = []
+    for place, (piece, shade) in enumerate(zip(_pieces(tokenizer, tokens), shades, strict=True)):
+        nats = f' title="{entropy[place - 1]:.2f} nats"' if place else ""
+        frame = "; border: solid #1f77b4; border-width: 2px 0" if place in framed else ""
+        style = f"background: rgba(217, 99, 11, {0.8 * shade:.2f}){frame}"
+        spans.append(f'<span{nats} style="{style}">{html.escape(piece)}</span>')
+    text = "".join(spans)
+    return f'<pre style="white-space: pre-wrap; line-height: 1.7">{text}</pre>'
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> list[str]:
+    """The text of each token; that of a character's bytes stands with the last of them."""
+    stream = TextStream(tokenizer.decode)
+    pieces = [stream.push(int(token)) for token in tokens]
+    if pieces:
+        pieces[-1] += stream.flush()
+    return pieces
