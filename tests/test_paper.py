@@ -1,5 +1,6 @@
 """Scripts of the paper's tables and figures: their plans are valid, and a small one runs whole."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -8,19 +9,16 @@ from pathlib import Path
 import jax
 import pytest
 
-PAPER = Path(__file__).resolve().parent.parent / "experiments" / "paper"
-sys.path.insert(0, str(PAPER))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments" / "paper"))
 
 import plan
 import present
 import produce
 
-SCRIPTS = sorted(path.stem for path in PAPER.glob("[tf]*_*.py"))
+SCRIPTS = sorted(path.stem for path in Path(plan.__file__).parent.glob("[tf]*_*.py"))
 
 
 def paper(*arguments):
-    import argparse
-
     parser = argparse.ArgumentParser()
     plan.add_options(parser)
     return plan.Paper(parser.parse_args(["--workdir=runs/x", *arguments]))
@@ -58,22 +56,17 @@ def test_every_plan_is_of_valid_configurations(form):
                 assert (config.phase in ("evaluate", "testtime")) == ("/evaluations/" in run.name)
 
 
-def test_published_rows_are_complete_and_their_means_agree():
-    """The paper's mean of a row is the mean of its numbers, as far as they are rounded."""
-    for script in ("table_3", "table_4", "table_5"):
-        table = importlib.import_module(script).describe(paper())
-        published = {(value.row, value.column): value.published for value in table.values}
-        for value in table.values:
-            assert value.published is not None
-            parts = [
-                published[value.row, other.column]
-                for other in table.values
-                if other.row == value.row and len(other.sources) == 1
-                if set(other.sources[0].path)
-                & {path for s in value.sources for path in s.path[1:2]}
-            ]
-            if len(value.sources) > 1:
-                assert abs(sum(parts) / len(parts) - value.published) < 0.35, (value, parts)
+def test_published_means_are_those_of_the_published_numbers():
+    """Typed off rightly: each mean is that of its numbers, within the paper's own rounding."""
+    rows = list(importlib.import_module("table_3").PUBLISHED.values())
+    rows += [row[-1] for part in importlib.import_module("table_4").ROWS.values() for row in part]
+    groups = [row[start : start + 4] for row in rows for start in range(0, len(row), 4)]
+    rows = importlib.import_module("table_5").ROWS.values()
+    groups += [numbers for part in rows for *_, numbers in part]
+    for *numbers, mean in groups:
+        assert len(numbers) in (3, 12)
+        # 0.2 off: LaCT's base row of MK-NIAH, 46.2 of 70.2, 44.8 and 24.2.
+        assert abs(sum(numbers) / len(numbers) - mean) < 0.25, (numbers, mean)
 
 
 def test_a_table_holds_means_beside_published_numbers(tmp_path):

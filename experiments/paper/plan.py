@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -402,6 +403,7 @@ def build_config(run: Run, workdir: Path) -> Config:
     return Config.from_dict(values)
 
 
+@functools.cache
 def _load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
