@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,16 @@ LONGBENCH = (
     *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "qmsum", "multi_news"),
     *("samsum", "trec", "triviaqa", "lcc", "repobench-p"),
 )
+# Test-time training as the paper does it; the rest of it are defaults.
+_TTT = {
+    "phase": "testtime",
+    "model.remat": "full",
+    "refine.reward": "binary",
+    "refine.lambda_rl": 0.4,
+    "testtime.batch_size": 8,
+    "testtime.mini_batch_size": 4,
+    "testtime.micro_batch_size": 1,
+}
 # The paper trains 100 steps, evaluated every 10; Figures 4 and E.1 show three trials.
 STEPS, EVERY, TRIALS = 100, 10, 3
 
@@ -150,7 +161,7 @@ class Paper:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.small = options.small
-        self.workdir = Path(options.workdir)
+        self.workdir = Path(options.workdir).expanduser().absolute()
         self.models: tuple[str, ...] = tuple(options.models)
         self.lengths = small.LENGTHS if options.small else LENGTHS
         self.longbench_tasks = small.LONGBENCH if options.small else LONGBENCH
@@ -163,7 +174,7 @@ class Paper:
         """The published model; small: a model trained for a few steps on its next token."""
         if not self.small:
             return getattr(self.options, model)
-        return self._phase(f"{model}/base", "demo.py", None, small.base(model))
+        return self._phase(f"{model}/base", small.CONFIGS[model], None, small.base(model))
 
     def midtrain(self, model: str, method: str, *, seed: int = 0, **changes: Any) -> Run:
         """Mid-training with `method`, "ntp" (the paper's SFT) or "refine".
@@ -220,9 +231,7 @@ class Paper:
             f"{_evaluations(model, start)}/needles", "eval_ruler.py", start, settings
         )
 
-    def ruler_qa(
-        self, model: str, start: Run | str, task: str, length: int, ttt: str = "", **changes: Any
-    ) -> Run:
+    def ruler_qa(self, model: str, start: Run | str, task: str, length: int, ttt: str = "") -> Run:
         """Answers to a set of RULER's question answering; `ttt` is "", "ntp" or "refine"."""
         data = f"ruler_{task}_{_DATA_NAMES[model]}_{length}_200_test.parquet"
         settings = {
@@ -230,11 +239,12 @@ class Paper:
             "evaluate.lengths": str(length),
             "evaluate.samples": 200,
             "evaluate.data": str(Path(self.options.ruler_qa) / data),
-            **changes,
+            **({} if ttt else {"phase": "evaluate"}),
         }
         if self.small:
             settings |= small.evaluate() | {"evaluate.data": small.path(self.workdir, "ruler_qa")}
-        return self._answer(f"{_evaluations(model, start)}/{task}-{length}", start, ttt, settings)
+        name = f"{_evaluations(model, start)}/{task}-{length}"
+        return self._answer(name, "testtime_ruler_qa.py", start, ttt, settings)
 
     def longbench(
         self, model: str, start: Run | str, ttt: str = "", **changes: Any
@@ -245,9 +255,6 @@ class Paper:
         reset nothing is carried from task to task then. changes: fields of `refine`.
         """
         settings = {
-            "evaluate.lengths": "",
-            "evaluate.samples": None,
-            "evaluate.max_tokens": 16896,
             "evaluate.data": self.options.longbench,
             **{f"refine.{name}": value for name, value in changes.items()},
         }
@@ -255,12 +262,17 @@ class Paper:
             settings |= small.evaluate() | {"evaluate.data": small.path(self.workdir, "longbench")}
         tasks, folder = self.longbench_tasks, f"{_evaluations(model, start)}/longbench"
         if not ttt:
-            run = self._answer(folder, start, "", settings | {"evaluate.tasks": ",".join(tasks)})
+            settings["evaluate.tasks"] = ",".join(tasks)
+            run = self._answer(folder, "eval_longbench.py", start, "", settings)
             return dict.fromkeys(tasks, run)
         label = "".join(f"-{name}={value}" for name, value in changes.items())
         return {
             task: self._answer(
-                f"{folder}-{task}{label}", start, ttt, settings | {"evaluate.tasks": task}
+                f"{folder}-{task}{label}",
+                "eval_longbench.py",
+                start,
+                ttt,
+                settings | {"evaluate.tasks": task},
             )
             for task in tasks
         }
@@ -296,17 +308,15 @@ class Paper:
             arguments |= small.lm_eval() | {"include_path": small.path(self.workdir, "lm_eval")}
         return Run(f"{_evaluations(model, start)}/lm_eval", "lm_eval", start, arguments)
 
-    def _answer(self, name: str, start: Run | str, ttt: str, settings: Mapping[str, Any]) -> Run:
-        forms = ["official", *(["ntp"] if ttt == "ntp" else [])]
-        settings = dict(settings)
-        if ttt:
-            name += f"-ttt-{ttt}-reset={self.options.reset}"
-            settings["testtime.reset"] = self.options.reset
-            if self.small:
-                settings |= small.testtime()
-        else:
-            settings["phase"] = "evaluate"
-        return self._phase(name, f"testtime_ruler_qa.py:{','.join(forms)}", start, settings)
+    def _answer(
+        self, name: str, config: str, start: Run | str, ttt: str, settings: Mapping[str, Any]
+    ) -> Run:
+        if not ttt:
+            return self._phase(name, config, start, settings)
+        name += f"-ttt-{ttt}-reset={self.options.reset}"
+        settings = _TTT | {"refine.objective": ttt, "testtime.reset": self.options.reset} | settings
+        settings |= small.testtime() if self.small else {}
+        return self._phase(name, config, start, settings)
 
     def _phase(
         self, name: str, config: str, start: Run | str | None, settings: Mapping[str, Any]
@@ -393,6 +403,7 @@ def build_config(run: Run, workdir: Path) -> Config:
     return Config.from_dict(values)
 
 
+@functools.cache
 def _load(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -56,14 +57,16 @@ def main(
     options.workdir = options.workdir or ("runs/paper-small" if options.small else "runs/paper")
     logging.set_verbosity(logging.WARNING)
     try:
-        return _produce(describe(Paper(options)), name, options)
+        paper = Paper(options)
+        return _produce(describe(paper), paper.workdir, name, options)
     except (*USER_ERRORS, ImportError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
 
-def _produce(artifact: Table | Figure, name: str, options: argparse.Namespace) -> int:
-    workdir = Path(options.workdir).expanduser().absolute()
+def _produce(
+    artifact: Table | Figure, workdir: Path, name: str, options: argparse.Namespace
+) -> int:
     runs = in_order(artifact.runs())
     records = {run.name: _record(run, workdir) for run in runs}
     open_runs = [run for run in runs if not is_done(run, workdir, records[run.name])]
@@ -75,6 +78,9 @@ def _produce(artifact: Table | Figure, name: str, options: argparse.Namespace) -
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if options.small:
+        # The programs of tiny models run for less time than they take to optimise.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} {small.XLA_FLAGS}".strip()
         small.write_data(workdir)
     for number, run in enumerate(open_runs, 1):
         print(f"\n=== {number} of {len(open_runs)}: {describe_run(run, workdir)}", flush=True)
@@ -115,7 +121,7 @@ def describe_run(run: Run, workdir: Path) -> str:
         return f"{run.name} ({run.kind}) of {start}: {arguments}"
     words = [f"--config=configs/{run.config}", f"--workdir={workdir / run.name}"]
     settings = dict(run.settings) | ({"model.checkpoint": start} if start else {})
-    words += [f"--config.{name}={value}" for name, value in settings.items() if value is not None]
+    words += [f"--config.{name}={value}" for name, value in settings.items()]
     return shlex.join(["python", "-m", "refine_jax.main", *words])
 
 

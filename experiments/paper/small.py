@@ -11,20 +11,20 @@ LENGTHS = (256,)
 NEEDLE_LENGTHS = (512,)
 LONGBENCH = ("qasper", "lcc")
 STEPS, EVERY, TRIALS = 2, 1, 2
+CONFIGS = {"lact": "demo.py", "deltanet": "demo.py:deltanet"}
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _TASKS = ("ruler_squadqa", "ruler_hotpotqa")
 
-_SIZES = {"vocab_size": 32000, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
 _FRESH = {
     "lact": {
-        "model_type": "lact_swiglu",
         "num_attn_heads": 2,
         "num_lact_heads": 1,
         "lact_chunk_size": 64,
         "window_size": 64,
         "w0_w2_low_rank": 4,
-        "rope_theta": 10000.0,
     },
-    "deltanet": {"model_type": "delta_net", "num_heads": 1},
+    "deltanet": {"num_heads": 1},
 }
 _BATCHES = {
     "model.remat": "none",
@@ -41,17 +41,17 @@ _DOCUMENTS = {
     "data.limit_documents": 40,
     "data.sequence_length": 256,
     "data.holdout": 0.1,
-    "data.min_remainder": None,
 }
 
 
 def base(model: str) -> dict[str, Any]:
     """The model that stands for the published one."""
     return {
-        "model.fresh": _FRESH[model] | _SIZES,
+        **{f"model.fresh.{name}": size for name, size in (_FRESH[model] | _SIZES).items()},
         "refine.objective": "ntp",
         **_BATCHES,
         **_DOCUMENTS,
+        "data.min_remainder": 256,
         "optimizer.warmup_steps": 0,
         "train.warmup_ntp_steps": 0,
         "train.steps": 2,
@@ -79,7 +79,6 @@ def posttrain() -> dict[str, Any]:
 def evaluate() -> dict[str, Any]:
     """Changes to what answers questions."""
     return {
-        "model.remat": "none",
         "evaluate.samples": 2,
         "evaluate.essays": "stdlib",
         "evaluate.batch_size": 2,
@@ -91,6 +90,7 @@ def testtime() -> dict[str, Any]:
     """Changes to test-time training."""
     return {
         "optimizer.learning_rate": 1e-3,
+        "model.remat": "none",
         "testtime.batch_size": 2,
         "testtime.mini_batch_size": 2,
     }
