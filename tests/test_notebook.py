@@ -121,7 +121,9 @@ def check_training(demo, facts):
 def check_rollouts(facts, shown):
     """The truth of each rollout is the text that follows its position."""
     assert shown.count("<span") == SMALL["LENGTH"]
-    assert shown.count("border: solid") == 8 * 5
+    # Rollouts of neighbouring spans may overlap in so short a text.
+    framed = {start + offset for start in facts["starts"] for offset in range(5)}
+    assert shown.count("border: solid") == len(framed)
     tokenizer = load_tokenizer("bytes")
     source = tokenizer.encode(inspect.getsource(textwrap))
     assert len(facts["rollouts"]) == len(facts["starts"]) == 8
@@ -194,7 +196,8 @@ def test_curves_are_drawn_while_the_block_runs(tmp_path, monkeypatch):
         metrics.write_text('{"step": 0, "eval/loss": 2.0}\n')
         assert updates == []
         with metrics.open("a") as file:
-            file.write('{"step": 1, "loss/ntp": 2.0, "time/step": 1.0}\n{"step": 2, "loss')
+            record = {"step": 1, "loss/ntp": 2.0, "time/step": 1.0, "time/data": 0.1}
+            file.write(json.dumps(record) + '\n{"step": 2, "loss')
             file.flush()
             for _ in range(1000):
                 if updates:
