@@ -18,6 +18,20 @@ if metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION]).strip()
 
 
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """The tests of a module share their compiled programs, also between runs and new objects."""
+    import jax
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture
 def simulated_tpu(monkeypatch):
     """Kernels for TPUs run simulated: what they have not written is NaN, as are late copies."""

@@ -17,6 +17,8 @@ from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.selection import select_positions
 from refine_jax.refine.step import TrainState, make_train_step
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 REFINE = RefineConfig(
     reward="binary", num_positions=2, rollout_length=2, lambda_rl=0.4, edge_margin=3
 )
@@ -26,18 +28,6 @@ RATE, EPS = 1e-2, 1e-4
 OPTIMIZER = OptimizerConfig(learning_rate=RATE, eps=EPS, clip_norm=0.5)
 KEY = jax.random.key(3)
 PAD = 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Adapters of this module share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @functools.cache

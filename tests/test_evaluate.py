@@ -19,19 +19,9 @@ from refine_jax.evaluation.runner import Predictions
 from refine_jax.main import execute
 from refine_jax.phases import evaluate, testtime
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 WORDS = ("red", "blue", "seven", "green", "nine", "oak", "elm", "one")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Evaluations of this module share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -26,22 +26,12 @@ from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import midtrain
 from refine_jax.phases.setup import check_same_run, data_options
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 ROOT = Path(__file__).parents[1]
 STEPS, WARMUP = 6, 2
 LENGTH = 52
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of this module share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

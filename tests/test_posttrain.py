@@ -22,6 +22,8 @@ from refine_jax.refine.answer_step import make_policy_step, make_supervised_step
 from refine_jax.refine.answers import AnswerMethod, answer_nll, answer_slots, prompts_of
 from refine_jax.refine.step import TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_once")
+
 EOS, PAD, WIDTH = 1, 52, 5  # WIDTH: A, most tokens of an answer
 LENGTHS = ((15, 5), (17, 3), (13, 4), (0, 0))  # of prompts and answers; the last row is padding
 
@@ -251,18 +253,6 @@ def test_greedy_answers_are_the_likeliest_tokens():
 
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs of this module share their compiled programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
