@@ -185,8 +185,9 @@ def test_rollout_plot_marks_the_positions_where_they_are(tmp_path):
         assert columns.max() / width < (start + 20) / 400 + 0.08
 
 
-def test_dollar_signs_of_texts_are_no_formula(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_texts_may_hold_dollar_signs_and_any_language(tmp_path):
     arguments = (np.ones(50), np.array([3]), np.ones((1, 1)))
-    texts = [("a$_b^^$", "$$\\frac$")]
+    texts = [("a$_b^^$", "$$\\frac$"), ("\u6df7\uc8fc", "\U0001f40b")]
     plot_rollouts(tmp_path / "plot.png", *arguments, length=5, reward_name="cosine", texts=texts)
     assert (tmp_path / "plot.png").exists()
