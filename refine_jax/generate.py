@@ -171,9 +171,7 @@ def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
                 "made them, and each prompt adapts parameters of its own."
             )
     return Adaptation(
-        RefineConfig(
-            objective=options.adapt_objective or "refine", reward="binary", lambda_rl=0.4
-        ),
+        RefineConfig(objective=options.adapt_objective or "refine", reward="binary", lambda_rl=0.4),
         OptimizerConfig() if rate is None else OptimizerConfig(learning_rate=rate),
         TestTimeConfig(steps=options.adapt_steps, reset="example"),
     )
