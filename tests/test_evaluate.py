@@ -14,7 +14,12 @@ import pytest
 
 from refine_jax.config import Config, defaults
 from refine_jax.evaluation.metrics import score
-from refine_jax.evaluation.report import recall_by_depth, summarize, summarize_adaptation
+from refine_jax.evaluation.report import (
+    recall_by_depth,
+    summarize,
+    summarize_adaptation,
+    table,
+)
 from refine_jax.evaluation.runner import Predictions
 from refine_jax.main import execute
 from refine_jax.phases import evaluate, testtime
@@ -392,3 +397,6 @@ def test_figures_of_records():
             "examples_with_skipped_updates": 1,
         }
     )
+    assert "adaptation: 2.00 s an example (median, without compilation), 16.0 s" in table(results)
+    results["adaptation"]["seconds_per_example"] = None
+    assert "adaptation: 16.0 s in all, compilation included; 10 prompt" in table(results)
