@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from refine_jax.config import Config, defaults
+from refine_jax.evaluation import questions
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.report import (
     recall_by_depth,
@@ -306,6 +307,14 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, data, tmp_path, c
     assert output.err.startswith("error: ") and words in output.err
     assert "Traceback" not in output.err and not output.out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_later_task_lacks_is_said_before_the_first_is_made(tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(questions, "load_examples", lambda name, **_: made.append(name) or [])
+    tasks = {"tasks": "niah_single_1,niah_single_2", "lengths": "700", "samples": 2, "data": ""}
+    assert execute(settings("", evaluate=tasks), str(tmp_path / "run")) == 1
+    assert "essays" in capsys.readouterr().err and not made
 
 
 def test_another_evaluation_is_not_continued(plain, data, capsys):
