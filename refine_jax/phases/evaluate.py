@@ -229,7 +229,7 @@ def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -
         f"{parts.model.policy.compute_dtype} on {jax.devices()[0].device_kind}; "
         f"{len(parts.questions):,} prompts of {span} tokens"
         + (f", {cut:,} of them cut ({parts.config.evaluate.cut})" if cut else "")
-        + (f"; {done:,} are done" if done else "")
+        + (f"; {done:,} done before" if done else "")
         + (
             ", to which the model is adapted again: with config.testtime.reset='never' what "
             "follows depends on them"
