@@ -3,9 +3,9 @@
     python -m refine_jax.main --config=configs/eval_ruler.py --workdir=runs/eval-ruler \
         --config.model.checkpoint=checkpoints/lact-760m --config.evaluate.essays=ESSAYS
 
-CHECKPOINT: a folder made by refine_jax.convert, or the folder of a run. ESSAYS: text files (RULER
-takes Paul Graham's essays, which are not ours to pass on), for all tasks but niah_single_1 and
-niah_multikey_2 and 3. 500 samples of each task and length, as in the paper.
+The checkpoint: a folder made by refine_jax.convert, or the folder of a run. ESSAYS: text files
+(RULER takes Paul Graham's essays, which are not ours to pass on), for all tasks but niah_single_1
+and niah_multikey_2 and 3. 500 samples of each task and length, as in the paper.
 
 What the paper reports, recall in per cent at 4K / 8K / 16K (the 95 % interval is about +-4 points):
 
@@ -17,7 +17,8 @@ What the paper reports, recall in per cent at 4K / 8K / 16K (the 95 % interval i
 
 "+ ReFINE" is after mid-training with it. The paper does not say which of RULER's three single and
 multi-key tasks it takes; here are all eight. Its samples are others than ours, which depend on
-nothing but the seed. We have not run these sizes.
+nothing but the seed. We have not run these sizes. Making the 12,000 prompts takes about half an
+hour of a CPU core before the first one is answered, most of it for those of essays.
 
 `eval_ruler.py:runlocal` evaluates a small random model, or the demo's with
 --config.model.checkpoint=runs/demo, on a CPU in a minute: recall is 0 there.

@@ -18,7 +18,9 @@ the untouched model in brackets: SQuADQA 17.5/12.5/7.0 (11.0/5.0/2.0), HotpotQA 
 (10.0/3.0/2.5). We have not run this size ourselves.
 
 `posttrain_deltanet_1_3b.py:runlocal` (or `:sft,runlocal` and so on) runs the same code small, on a
-CPU, from random weights, on made-up questions about lists of facts.
+CPU, from random weights, on made-up questions about lists of facts. With `:grpo` nothing moves
+there: no answer of a random model scores, so all advantages are 0. It needs a model that answers
+sometimes, such as the result of `:sft`.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +36,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if unknown := forms - set(FORMS):
         raise ValueError(
             f"posttrain_deltanet_1_3b.py has the forms {', '.join(FORMS)}. Got: {sorted(unknown)}."
+        )
+    if len(variants := sorted(forms - {"runlocal"})) > 1:
+        raise ValueError(
+            f"posttrain_deltanet_1_3b.py takes one form beside runlocal. Got: {variants}."
         )
     config = defaults()
     config.phase = "posttrain"

@@ -18,7 +18,9 @@ the untouched model in brackets: SQuADQA 45.5/25.5/10.0 (17.5/14.0/6.5), HotpotQ
 (20.5/14.5/12.0). We have not run this size ourselves.
 
 `posttrain_lact_760m.py:runlocal` (or `:sft,runlocal` and so on) runs the same code small, on a
-CPU, from random weights, on made-up questions about lists of facts.
+CPU, from random weights, on made-up questions about lists of facts. With `:grpo` nothing moves
+there: no answer of a random model scores, so all advantages are 0. It needs a model that answers
+sometimes, such as the result of `:sft`.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(
             f"posttrain_lact_760m.py has the forms {', '.join(FORMS)}. Got: {sorted(unknown)}."
         )
+    if len(variants := sorted(forms - {"runlocal"})) > 1:
+        raise ValueError(f"posttrain_lact_760m.py takes one form beside runlocal. Got: {variants}.")
     config = defaults()
     config.phase = "posttrain"
     config.model.fresh = {

@@ -22,6 +22,7 @@ Exit code 1: bad input, with one message on standard error.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -153,8 +154,16 @@ def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
     Raises ConfigError for values that cannot work, and for a saved state: it holds no prompt to
     adapt to, and would be of parameters that nobody keeps.
     """
-    if not options.adapt_steps:
+    steps, rate = options.adapt_steps, options.adapt_learning_rate
+    if steps < 0:
+        raise ConfigError(f"--adapt_steps must be at least 0. Got: {steps}.")
+    if not steps:
+        for name in ("adapt_objective", "adapt_learning_rate"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name} needs --adapt_steps of at least 1. Got: {steps}.")
         return None
+    if rate is not None and not 0 <= rate < math.inf:
+        raise ConfigError(f"--adapt_learning_rate must be a number, at least 0. Got: {rate}.")
     for name in ("load_state", "save_state"):
         if getattr(options, name) is not None:
             raise ConfigError(
@@ -162,8 +171,8 @@ def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
                 "made them, and each prompt adapts parameters of its own."
             )
     return Adaptation(
-        RefineConfig(objective=options.adapt_objective, reward="binary", lambda_rl=0.4),
-        OptimizerConfig(learning_rate=options.adapt_learning_rate),
+        RefineConfig(objective=options.adapt_objective or "refine", reward="binary", lambda_rl=0.4),
+        OptimizerConfig() if rate is None else OptimizerConfig(learning_rate=rate),
         TestTimeConfig(steps=options.adapt_steps, reset="example"),
     )
 
@@ -207,12 +216,15 @@ def read(generator: Generator, params: Params, texts: list[str], saved: Prefix |
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The texts of --prompt and --prompt_file, else of standard input.
 
-    Raises DataError for a file that is not UTF-8.
+    Raises DataError for a file that is not UTF-8, or empty.
     """
     texts = list(options.prompt)
     for name in options.prompt_file:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        name = "standard input" if name == "-" else name
+        if not data:
+            raise DataError(f"{name} is empty: no prompt. For a text out of nothing: --prompt ''.")
         try:
-            data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
             texts.append(data.decode())
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8 text: {error}.") from None
@@ -316,11 +328,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--adapt_objective",
         choices=("refine", "ntp"),
-        default="refine",
         help="ReFINE (default) or next-token loss alone",
     )
     rate = OptimizerConfig().learning_rate
-    add("--adapt_learning_rate", type=float, default=rate, help="default %(default)s")
+    add("--adapt_learning_rate", type=float, help=f"default {rate}")
 
     output = parser.add_mutually_exclusive_group()
     add = output.add_argument

@@ -165,20 +165,21 @@ def table(results: Mapping) -> str:
     """The closing table: before and after on held-out documents, rewards, step times."""
     head = f"{'':28}{'before':>12}{'after':>12}{'change':>12}"
     lines = [head, "-" * len(head)]
+    of = "answers'" if "posttrain_steps" in results else "validation"
     for label, name in (
-        ("validation loss (nats)", "validation_loss"),
-        ("validation accuracy", "validation_accuracy"),
+        (f"{of} loss (nats)", "validation_loss"),
+        (f"{of} accuracy", "validation_accuracy"),
         ("validation entropy (nats)", "validation_entropy"),
         ("validation mean reward", "validation_reward"),
         ("exact answers", "validation_exact"),
         ("score of greedy answers", "validation_score"),
         ("prompts' loss (nats)", "validation_prompt_loss"),
     ):
-        if f"{name}_before" not in results:
-            continue
-        lines.append(_row(label, results[f"{name}_before"], results[f"{name}_after"]))
+        before, after = (results.get(f"{name}_{when}") for when in ("before", "after"))
+        if (before, after) != (None, None):
+            lines.append(_row(label, before, after))
     first, last = results["mean_reward_first_10"], results["mean_reward_last_10"]
-    if first is not None:
+    if first is not None and results["refine_steps"] + results.get("posttrain_steps", 0) > EDGE:
         lines += ["", f"{'':28}{f'first {EDGE}':>12}{f'last {EDGE}':>12}{'change':>12}"]
         lines.append(_row("reward, ReFINE steps", first, last))
     lines.append("")
@@ -207,15 +208,16 @@ def duration(seconds: float) -> str:
 def _brief(record: Mapping) -> str:
     """The few numbers of a record worth watching."""
     parts = []
+    of = "answer " if "eval/exact" in record else ""
     for label, name, form in (
-        ("loss", "loss/ntp", ".3f"),
+        ("prompt loss" if "time/answers" in record else "loss", "loss/ntp", ".3f"),
         ("reward", "reward/mean", ".3f"),
         ("answer loss", "answer/loss", ".3f"),
         ("score", "answer/score", ".3f"),
         ("grad", "grad/norm", ".2f"),
         ("tok/s", "tokens_per_second", ",.0f"),
-        ("val loss", "eval/loss", ".3f"),
-        ("val acc", "eval/accuracy", ".1%"),
+        (f"val {of}loss", "eval/loss", ".3f"),
+        (f"val {of}acc", "eval/accuracy", ".1%"),
         ("val reward", "eval/reward", ".3f"),
         ("val score", "eval/score", ".3f"),
     ):

@@ -3,6 +3,7 @@
 matplotlib is imported when a plot is drawn, and draws to files only (no display is needed).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,13 +29,17 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
         axis.set_xlabel("training step")
         _shade_warmup(axis, training)
 
-    _curve(loss, training, "loss/ntp", BLUE, "training")
+    # Post-training evaluates on answers, and trains on prompts and answers.
+    answers = any("eval/exact" in record for record in history)
+    held_out = "answers, held-out" if answers else "held-out"
+    _curve(loss, training, "loss/ntp", BLUE, "prompts" if answers else "training")
     _curve(loss, training, "answer/loss", GREEN, "answers")
-    _points(loss, history, "eval/loss", ORANGE, "held-out")
+    _points(loss, history, "eval/prompt_loss", GREY, "prompts, held-out")
+    _points(loss, history, "eval/loss", ORANGE, held_out)
     finish(loss, "Next-token loss", "nats a token")
 
-    _points(accuracy, history, "eval/accuracy", ORANGE, "held-out", scale=100)
-    _points(accuracy, history, "eval/exact", BLUE, "whole answers", scale=100)
+    _points(accuracy, history, "eval/accuracy", ORANGE, held_out, scale=100)
+    _points(accuracy, history, "eval/exact", BLUE, "whole answers, held-out", scale=100)
     finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
 
     _band(reward, training, "reward/mean", "reward/std", GREEN)
@@ -149,7 +154,10 @@ def save_figure(figure, path: Path) -> None:
     """Write a PNG, complete or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
+    with warnings.catch_warnings():
+        # Texts of any language are drawn; a box stands for what the font lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")
+        figure.savefig(part, format="png")
     part.replace(path)
 
 

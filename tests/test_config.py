@@ -173,6 +173,8 @@ def test_post_training_configs_carry_the_papers_numbers(name):
         config = Config.from_dict(load(name).get_config(form))
         posttrain = config.posttrain
         assert (posttrain.nested, config.refine.objective, posttrain.answers) == expected
+    with pytest.raises(ValueError, match=r"one form beside runlocal\. Got: \['grpo', 'sft'\]"):
+        load(name).get_config("sft,grpo,runlocal")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 
 from refine_jax.config import Config, defaults
+from refine_jax.evaluation import questions
 from refine_jax.evaluation.metrics import score
-from refine_jax.evaluation.report import recall_by_depth, summarize, summarize_adaptation
+from refine_jax.evaluation.report import (
+    recall_by_depth,
+    summarize,
+    summarize_adaptation,
+    table,
+)
 from refine_jax.evaluation.runner import Predictions
 from refine_jax.main import execute
 from refine_jax.phases import evaluate, testtime
@@ -303,6 +309,14 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, data, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_later_task_lacks_is_said_before_the_first_is_made(tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(questions, "load_examples", lambda name, **_: made.append(name) or [])
+    tasks = {"tasks": "niah_single_1,niah_single_2", "lengths": "700", "samples": 2, "data": ""}
+    assert execute(settings("", evaluate=tasks), str(tmp_path / "run")) == 1
+    assert "essays" in capsys.readouterr().err and not made
+
+
 def test_another_evaluation_is_not_continued(plain, data, capsys):
     workdir = plain[0]
     before = {path: path.read_bytes() for path in workdir.iterdir()}
@@ -392,3 +406,6 @@ def test_figures_of_records():
             "examples_with_skipped_updates": 1,
         }
     )
+    assert "adaptation: 2.00 s an example (median, without compilation), 16.0 s" in table(results)
+    results["adaptation"]["seconds_per_example"] = None
+    assert "adaptation: 16.0 s in all, compilation included; 10 prompt" in table(results)

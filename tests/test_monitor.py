@@ -129,6 +129,23 @@ def test_table_shows_before_after_and_change(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 
+def test_post_training_says_what_is_of_answers_and_what_of_prompts(tmp_path, capsys):
+    after = {"eval/loss": 3.0, "eval/prompt_loss": 4.0, "eval/exact": 0.5}
+    records = [{"step": 0, "time/total": 0.0, **after, "eval/loss": 5.0}]
+    step = {"loss/ntp": 6.0, "answer/loss": 7.0, "reward/mean": 0.5, "time/answers": 1.0}
+    with Monitor(tmp_path, steps=1, log_every=1) as monitor:
+        for number, record in enumerate((records[0], step | after | {"time/step": 2.0})):
+            monitor.record(number, record)
+        lines = capsys.readouterr().out.splitlines()
+        text = table(summarize(monitor.history))
+    assert lines[0] == "step 0/1  val answer loss 5.000"
+    assert "prompt loss 6.000" in lines[1] and "  answer loss 7.000" in lines[1]
+    loss = text.splitlines()[2]
+    assert loss.startswith("answers' loss") and loss.split()[-1] == "-2.0000"
+    # What there is no figure of has no line, nor have the ends of ten steps or fewer.
+    assert "prompts' loss" in text and "entropy" not in text and "first 10" not in text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")],
@@ -185,8 +202,9 @@ def test_rollout_plot_marks_the_positions_where_they_are(tmp_path):
         assert columns.max() / width < (start + 20) / 400 + 0.08
 
 
-def test_dollar_signs_of_texts_are_no_formula(tmp_path):
+@pytest.mark.filterwarnings("error")
+def test_texts_may_hold_dollar_signs_and_any_language(tmp_path):
     arguments = (np.ones(50), np.array([3]), np.ones((1, 1)))
-    texts = [("a$_b^^$", "$$\\frac$")]
+    texts = [("a$_b^^$", "$$\\frac$"), ("\u6df7\uc8fc", "\U0001f40b")]
     plot_rollouts(tmp_path / "plot.png", *arguments, length=5, reward_name="cosine", texts=texts)
     assert (tmp_path / "plot.png").exists()

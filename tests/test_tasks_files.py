@@ -291,6 +291,9 @@ def test_the_builder_holds_the_same_sets(tmp_path) -> None:
                 assert json.loads(record["metadata"]) == example.metadata
     with pytest.raises(DataError, match=r"built from a seed. Got: \['trec'\]"):
         Builder(tasks=("trec",), data_dir=str(tmp_path))
+    for nothing in ({"tasks": ()}, {"lengths": ()}, {"samples": 0}):
+        with pytest.raises(DataError, match="a task, a length and a sample at least"):
+            Builder(**{"tasks": names, "data_dir": str(tmp_path)} | nothing)
 
 
 def test_command(tmp_path) -> None:

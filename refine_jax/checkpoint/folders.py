@@ -88,7 +88,7 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise CheckpointError(f"{path} exists. Choose another name, or pass overwrite.")
+        raise CheckpointError(f"{path} exists. Choose another name, or remove it.")
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: it is not overwritten.")
     if (path / RUN).exists():

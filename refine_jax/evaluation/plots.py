@@ -56,9 +56,11 @@ def plot_recall(path: Path, recalls: Mapping[str, DepthRecall]) -> None:
         axis.set_title(task, fontsize=12, loc="left")
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8)
+                colour = "black" if 15 < value < 85 else "white"
+                style = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
+                axis.text(column, row, f"{value:.0f}", **style)
     axes[0, 0].set_ylabel("depth of the needle (%)")
-    figure.colorbar(image, ax=list(axes[0]), label="recall (%)", shrink=0.9)
+    figure.colorbar(image, ax=list(axes[0]), label="recall (%); white: no needle there", shrink=0.9)
     save_figure(figure, path)
 
 

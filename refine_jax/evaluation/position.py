@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -161,12 +162,17 @@ def _bucket(first: int, last: int, sums: np.ndarray) -> Bucket:
     sums = sums[sums[:, 0] > 0]
     tokens, losses, hits = sums.T
     return Bucket(
-        first, last, int(tokens.sum()), len(sums), _mean(losses, tokens), _mean(hits, tokens)
+        first,
+        last,
+        int(tokens.sum()),
+        len(sums),
+        _mean(losses, tokens),
+        _mean(hits, tokens, most=1.0),
     )
 
 
-def _mean(values: np.ndarray, tokens: np.ndarray) -> Mean:
-    """Sum of `values` over sum of `tokens`, both [documents]."""
+def _mean(values: np.ndarray, tokens: np.ndarray, most: float = math.inf) -> Mean:
+    """Sum of `values` over sum of `tokens`, both [documents]; a mean is from 0 to `most`."""
     mean, count = float(values.sum() / tokens.sum()), len(tokens)
     if count < 2:
         return Mean(mean, None, None)
@@ -174,7 +180,7 @@ def _mean(values: np.ndarray, tokens: np.ndarray) -> Mean:
     residuals = values - mean * tokens
     deviation = np.sqrt(count / (count - 1) * np.sum(residuals**2)) / tokens.sum()
     half = float(stdtrit(count - 1, (1 + _CONFIDENCE) / 2) * deviation)
-    return Mean(mean, mean - half, mean + half)
+    return Mean(mean, max(0.0, mean - half), min(most, mean + half))
 
 
 def evaluate(

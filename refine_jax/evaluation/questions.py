@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from refine_jax.config import EvaluateConfig
 from refine_jax.data.options import DataError
 from refine_jax.data.prompts import cut_prompt
-from refine_jax.data.tasks import TASKS, Example, load_examples
+from refine_jax.data.tasks import TASKS, Example, Task, check_request, load_examples
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.settings import ConfigError, suggestion
 
@@ -54,29 +56,35 @@ def load_questions(
                 f"config.evaluate.tasks: there is no task {name!r}.{suggestion(name, TASKS)} "
                 f"Tasks: {', '.join(TASKS)}."
             )
-    questions = []
-    for name in config.task_names:
-        task = TASKS[name]
+    requests = [
+        (TASKS[name], length, _sources(config, TASKS[name]))
+        for name in config.task_names
         # LongBench has no sets of a length; its rows are taken, and cut, as they are.
-        for length in [None] if task.group == "longbench" else lengths:
-            examples = load_examples(
-                name,
-                length=length,
-                samples=config.samples,
-                tokenizer=tokenizer,
-                seed=config.seed,
-                # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
-                data=config.data or None if task.group in ("ruler_qa", "longbench") else None,
-                essays=config.essays or None,
-            )
-            metric = f"ruler_qa_{config.ruler_qa}" if task.group == "ruler_qa" else task.metric
-            set_name = name if length is None else f"{name}/{length}"
-            prompts = tokenizer.encode_batch([example.prompt for example in examples], bos=bos)
-            questions += [
-                _question(example, ids, set_name, metric, max_new_tokens, config, tokenizer)
-                for example, ids in zip(examples, prompts, strict=True)
-            ]
+        for length in ([None] if TASKS[name].group == "longbench" else lengths)
+    ]
+    for task, length, sources in requests:  # before minutes go into making the first sets
+        check_request(task.name, length=length, **sources)
+    questions = []
+    for task, length, sources in tqdm(requests, desc="sets", unit="set", disable=None):
+        name = task.name
+        examples = load_examples(
+            name, length=length, tokenizer=tokenizer, seed=config.seed, **sources
+        )
+        metric = f"ruler_qa_{config.ruler_qa}" if task.group == "ruler_qa" else task.metric
+        set_name = name if length is None else f"{name}/{length}"
+        prompts = tokenizer.encode_batch([example.prompt for example in examples], bos=bos)
+        questions += [
+            _question(example, ids, set_name, metric, max_new_tokens, config, tokenizer)
+            for example, ids in zip(examples, prompts, strict=True)
+        ]
     return questions
+
+
+def _sources(config: EvaluateConfig, task: Task) -> dict[str, Any]:
+    """What the examples of a task are made or read from, as `load_examples` takes it."""
+    # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
+    data = config.data if task.group in ("ruler_qa", "longbench") else ""
+    return {"samples": config.samples, "data": data or None, "essays": config.essays or None}
 
 
 def shuffled(questions: Sequence[Question], seed: int | None) -> list[Question]:

@@ -219,17 +219,17 @@ def make_groups(parts: Parts, adapter: Adapter | None) -> list[list[Question]]:
 def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -> None:
     """Say what runs, on what."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.params))
+    sizes = sorted({len(question.tokens) for question in parts.questions})
+    span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     cut = sum(question.cut > 0 for question in parts.questions)
     done = len(predictions.records)
     carried = adapter is not None and adapter.carries_over
     print(
         f"{parts.model.config.model_type}, {count / 1e6:,.1f} M parameters, "
         f"{parts.model.policy.compute_dtype} on {jax.devices()[0].device_kind}; "
-        f"{len(parts.questions):,} prompts of "
-        f"{min(len(q.tokens) for q in parts.questions):,} to "
-        f"{max(len(q.tokens) for q in parts.questions):,} tokens"
+        f"{len(parts.questions):,} prompts of {span} tokens"
         + (f", {cut:,} of them cut ({parts.config.evaluate.cut})" if cut else "")
-        + (f"; {done:,} are done" if done else "")
+        + (f"; {done:,} done before" if done else "")
         + (
             ", to which the model is adapted again: with config.testtime.reset='never' what "
             "follows depends on them"

@@ -133,8 +133,8 @@ def fit(
     low, tokens = least, count_tokens(tokenizer, make(least))
     if tokens > budget:
         raise DataError(
-            f"{what} needs at least {tokens} tokens for its prompt, and {budget} are left beside "
-            "the answer: choose a larger length"
+            f"{what} needs at least {tokens} tokens for its prompt, and {max(budget, 0)} are left "
+            "beside the answer: choose a larger length"
         )
     high = None if most is None else most + 1  # the smallest size known not to fit
     rate = max(1.0, tokens / (least + 1))

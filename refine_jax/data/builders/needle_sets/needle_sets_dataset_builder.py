@@ -55,11 +55,16 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
 
         Raises:
-            DataError: a task is not one that is built from a seed, or has no essays.
+            DataError: a task is not one that is built from a seed, or has no essays; no examples.
         """
         wrong = [name for name in tasks if name not in TASKS or TASKS[name].group not in _BUILT]
         if wrong:
             raise DataError(f"needle_sets holds tasks that are built from a seed. Got: {wrong}.")
+        if not (tasks and lengths and samples > 0):
+            raise DataError(
+                "needle_sets needs a task, a length and a sample at least. "
+                f"Got: tasks={tuple(tasks)}, lengths={tuple(lengths)}, samples={samples}."
+            )
         self._tasks, self._lengths = tuple(tasks), tuple(lengths)
         self._tokenizer = load_tokenizer(tokenizer)
         self._options = {"samples": samples, "seed": seed, "essays": essays}
