@@ -3,6 +3,7 @@
 matplotlib is imported when a plot is drawn, and draws to files only (no display is needed).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -149,7 +150,10 @@ def save_figure(figure, path: Path) -> None:
     """Write a PNG, complete or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
+    with warnings.catch_warnings():
+        # A box is drawn for a character that the font lacks; models write many of those.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(part, format="png")
     part.replace(path)
 
 

@@ -67,10 +67,15 @@ def markdown(content: dict[str, Any]) -> str:
         for column in content["columns"]:
             cell = content["cells"][row].get(column)
             known = cell is not None and cell["published"] is not None
-            word = "" if cell is None else f"{cell['value']:.1f}"
+            word = "" if cell is None else _number(cell["value"])
             words.append(f"{word} ({cell['published']:.1f})" if known else word)
         lines.append(f"| {row} | " + " | ".join(words) + " |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """As the paper writes it; perplexities of models that have learnt little are huge."""
+    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.2g}"
 
 
 def figure_content(figure: Figure, workdir: Path, *, published: bool) -> dict[str, Any]:
