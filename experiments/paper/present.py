@@ -100,15 +100,16 @@ def figure_content(figure: Figure, workdir: Path, *, published: bool) -> dict[st
 
 
 def plot(figure: Figure, content: dict[str, Any], path: Path) -> None:
-    """One panel beside the other, at most two a row."""
+    """One panel beside the other, at most two a row; curves of one label have one colour."""
     across = min(2, len(figure.axes))
     down = math.ceil(len(figure.axes) / across)
     drawing, axes = new_figure(down, across, (6.5 * across, 4.2 * down))
     panels = dict(zip(figure.axes, axes.flat, strict=False))
-    for number, curve in enumerate(content["curves"]):
+    labels = list(dict.fromkeys(curve["label"] for curve in content["curves"]))
+    for curve in content["curves"]:
         axis, points = panels[curve["panel"]], curve["points"]
         x, y = [p["x"] for p in points], [p["y"] for p in points]
-        colour = f"C{number % 10}"
+        colour = f"C{labels.index(curve['label'])}"
         dense = len(points) > 200
         axis.plot(x, y, color=colour, label=curve["label"], lw=0.5 if dense else 1.5)
         low, high = [p["low"] for p in points], [p["high"] for p in points]
@@ -123,6 +124,7 @@ def plot(figure: Figure, content: dict[str, Any], path: Path) -> None:
     for panel, axis in panels.items():
         across_label, upwards = figure.axes[panel]
         axis.set_xlabel(across_label)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # steps, tokens, positions
         finish(axis, panel, upwards)
     save_figure(drawing, path)
 
