@@ -533,6 +533,11 @@ def _check_batches(train: TrainConfig) -> None:
 
 
 def _check_testtime(options: TestTimeConfig) -> None:
+    if options.copies > 1 and options.reset != "example":
+        raise ConfigError(
+            "config.testtime.copies is for reset='example', where each prompt adapts a copy of its "
+            f"own. Got: copies={options.copies}, reset={options.reset!r}."
+        )
     for name, whole, part in (
         ("mini_batch_size", options.batch_size, options.mini_batch_size),
         ("micro_batch_size", options.mini_batch_size, options.micro_batch),

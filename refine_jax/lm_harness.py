@@ -11,6 +11,7 @@ with the results; a table comes before it.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -51,6 +52,8 @@ def evaluate(
     """
     from refine_jax.evaluation import harness  # first: it says what is missing
 
+    # lm-eval would fork for its bootstrap; a child of JAX's threads may wait for ever.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if include_path is not None and not Path(include_path).is_dir():
         raise DataError(f"include_path is no folder: {include_path}")
     from lm_eval import simple_evaluate

@@ -67,10 +67,15 @@ def markdown(content: dict[str, Any]) -> str:
         for column in content["columns"]:
             cell = content["cells"][row].get(column)
             known = cell is not None and cell["published"] is not None
-            word = "" if cell is None else f"{cell['value']:.1f}"
+            word = "" if cell is None else _number(cell["value"])
             words.append(f"{word} ({cell['published']:.1f})" if known else word)
         lines.append(f"| {row} | " + " | ".join(words) + " |")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """As the paper writes it; perplexities of models that have learnt little are huge."""
+    return f"{value:.1f}" if abs(value) < 1e5 else f"{value:.2g}"
 
 
 def figure_content(figure: Figure, workdir: Path, *, published: bool) -> dict[str, Any]:
@@ -95,15 +100,16 @@ def figure_content(figure: Figure, workdir: Path, *, published: bool) -> dict[st
 
 
 def plot(figure: Figure, content: dict[str, Any], path: Path) -> None:
-    """One panel beside the other, at most two a row."""
+    """One panel beside the other, at most two a row; curves of one label have one colour."""
     across = min(2, len(figure.axes))
     down = math.ceil(len(figure.axes) / across)
     drawing, axes = new_figure(down, across, (6.5 * across, 4.2 * down))
     panels = dict(zip(figure.axes, axes.flat, strict=False))
-    for number, curve in enumerate(content["curves"]):
+    labels = list(dict.fromkeys(curve["label"] for curve in content["curves"]))
+    for curve in content["curves"]:
         axis, points = panels[curve["panel"]], curve["points"]
         x, y = [p["x"] for p in points], [p["y"] for p in points]
-        colour = f"C{number % 10}"
+        colour = f"C{labels.index(curve['label'])}"
         dense = len(points) > 200
         axis.plot(x, y, color=colour, label=curve["label"], lw=0.5 if dense else 1.5)
         low, high = [p["low"] for p in points], [p["high"] for p in points]
@@ -118,6 +124,7 @@ def plot(figure: Figure, content: dict[str, Any], path: Path) -> None:
     for panel, axis in panels.items():
         across_label, upwards = figure.axes[panel]
         axis.set_xlabel(across_label)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # steps, tokens, positions
         finish(axis, panel, upwards)
     save_figure(drawing, path)
 

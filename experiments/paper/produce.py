@@ -29,7 +29,9 @@ from plan import (
 )
 
 from refine_jax.checkpoint.folders import write_text
+from refine_jax.checkpoint.tree import CheckpointError
 from refine_jax.data.options import DataOptions
+from refine_jax.data.sources import find_files
 from refine_jax.main import USER_ERRORS
 from refine_jax.settings import ConfigError
 
@@ -78,10 +80,11 @@ def _produce(
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if options.small:
-        # The programs of tiny models run for less time than they take to optimise.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} {small.XLA_FLAGS}".strip()
         small.write_data(workdir)
+    for run in open_runs:
+        check_inputs(run)
     for number, run in enumerate(open_runs, 1):
         print(f"\n=== {number} of {len(open_runs)}: {describe_run(run, workdir)}", flush=True)
         results = _KINDS[run.kind](run, workdir)
@@ -92,6 +95,25 @@ def _produce(
     print()
     present.present(artifact, workdir, name, small=options.small)
     return 0
+
+
+def check_inputs(run: Run) -> None:
+    """Say what a run will miss, before hours are spent on those before it.
+
+    Raises:
+      CheckpointError: No published model. DataError: No data. ImportError: No lm-eval.
+    """
+    if isinstance(run.start, str) and not Path(run.start).is_dir():
+        raise CheckpointError(
+            f"no model in {run.start}: make it with python -m refine_jax.convert, or say where it "
+            "is (--lact, --deltanet)."
+        )
+    for name in ("data.source", "source", "evaluate.data", "evaluate.essays"):
+        path = run.settings.get(name)
+        if path and path not in ("stdlib", "recall") and not path.startswith("tfds:"):
+            find_files(path, setting=name)
+    if run.kind == "lm_eval":
+        importlib.import_module("refine_jax.evaluation.harness")
 
 
 def is_done(run: Run, workdir: Path, record: Mapping[str, Any]) -> bool:
@@ -126,7 +148,10 @@ def describe_run(run: Run, workdir: Path) -> str:
 
 
 def _record(run: Run, workdir: Path) -> dict[str, Any]:
-    """All that a run depends on, as JSON values; a phase's settings are checked by it."""
+    """All that a run depends on, as JSON values; a phase's settings are checked by it.
+
+    Paths in the work folder are written as seen from there: it can be moved.
+    """
     settings = dict(run.settings)
     if run.kind == "phase":
         nested = build_config(run, workdir).to_dict()
@@ -134,6 +159,10 @@ def _record(run: Run, workdir: Path) -> dict[str, Any]:
         for section, fields in nested.items():
             settings |= {f"{section}.{name}": value for name, value in fields.items()}
     record = {"start": start_folder(run, workdir), **settings}
+    record = {
+        name: value.removeprefix(f"{workdir}/") if isinstance(value, str) else value
+        for name, value in record.items()
+    }
     return json.loads(json.dumps(record))
 
 
