@@ -38,6 +38,7 @@ from refine_jax.checkpoint.folders import check_free
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError
+from refine_jax.data.tokenizer import encode_continuations
 from refine_jax.generation import Generated, Generator, Loaded, Prefix, Sampling, load, take_rows
 from refine_jax.generation.states import load_prefix, save_prefix
 from refine_jax.models.config import ModelConfigError
@@ -209,8 +210,7 @@ def read(generator: Generator, params: Params, texts: list[str], saved: Prefix |
             f"The saved state is of {rows} prompts: it takes no prompt, or one for each. "
             f"Got: {len(texts)}."
         )
-    continuations = generator.tokenizer.encode_batch(texts, bos=False)
-    return generator.extend(params, saved, continuations)
+    return generator.extend(params, saved, encode_continuations(generator.tokenizer, texts))
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

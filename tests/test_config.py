@@ -90,6 +90,14 @@ def test_errors_name_the_field_what_was_got_and_what_is_allowed(section, field, 
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("reset", ["batch", "never"])
+def test_copies_need_a_reset_for_each_example(reset):
+    config = valid()
+    config.testtime.update(reset=reset, copies=4)
+    with pytest.raises(ConfigError, match=rf"Got: copies=4, reset='{reset}'"):
+        Config.from_dict(config)
+
+
 def test_micro_batch_must_divide_mini_batch():
     config = valid()
     config.train.update(batch_size=12, mini_batch_size=6, micro_batch_size=4)

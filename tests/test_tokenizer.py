@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.data import DataError, Tokenizer, load_tokenizer
-from refine_jax.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, _mistral_model
+from refine_jax.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    _mistral_model,
+    encode_continuations,
+)
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -53,6 +58,25 @@ def test_mistral_ids(mistral: Tokenizer) -> None:
     ids = mistral.encode("Hello world", eos=True)
     assert ids.dtype == np.int32
     assert ids.tolist() == [1, 22557, 1526, 2]
+
+
+@pytest.mark.parametrize("name", ["mistral-v1", "bytes"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("One line.\n", "What is it?"),
+        ("One line.", "\nWhat is it?"),
+        ("One line.\n", "4071"),
+        ("One line.", " Another."),
+        ("Eine Zeile.\n", "ünd 語"),
+        ("One line.", ""),
+    ],
+)
+def test_a_continuation_has_the_ids_it_has_in_the_whole_text(name, before, after) -> None:
+    tokenizer = load_tokenizer(name)
+    (ids,) = encode_continuations(tokenizer, [after])
+    whole = tokenizer.encode(before + after)
+    np.testing.assert_array_equal([*tokenizer.encode(before), *ids], whole)
 
 
 def test_control_symbols_in_text_are_text(mistral: Tokenizer) -> None:

@@ -176,6 +176,22 @@ class HuggingFaceTokenizer:
         return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids [T] int32 of each text as it stands after other text.
+
+    SentencePiece puts a space before what it encodes, which belongs to the start of a text only:
+    the ids are those that follow a line end.
+    """
+    lead = tokenizer.encode("\n", bos=False)
+    behind = tokenizer.encode_batch(["\n" + text for text in texts], bos=False)
+    alone = tokenizer.encode_batch(texts, bos=False)
+    return [
+        # Where line ends melt together the text has no ids of its own behind one.
+        ids[len(lead) :] if np.array_equal(ids[: len(lead)], lead) else plain
+        for ids, plain in zip(behind, alone, strict=True)
+    ]
+
+
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """Return the tokenizer of that name, or the one found at that path.
 

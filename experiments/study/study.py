@@ -1,0 +1,248 @@
+"""A study on a CPU: does ReFINE help a small LaCT and a small DeltaNet to remember?
+
+    python experiments/study/study.py                      # all; goes on where it was interrupted
+    python experiments/study/study.py --small              # a few steps: does everything run?
+    python experiments/study/study.py --report             # tables and curves of what is done
+
+Both models are pre-trained on short documents that are mostly facts, then mid-trained on longer
+ones that are mostly source code (`corpus.py`), by next-token training (NTP) and by ReFINE, with the
+same documents in the same order. Compared are models after equal steps and after equal time, five
+seeds each; learning rates are chosen for each objective on other documents and another seed.
+Ablations change one thing of ReFINE. Then the ReFINE models are post-trained on questions, and
+adapted to each prompt before they answer it. The models run in processes of their own, each on its
+share of the cores.
+
+    WORKDIR/study.md  study.json  study.png    tables, figures, curves
+    WORKDIR/MODEL/NAME.json  NAME.msgpack      what each run gave, and its parameters
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sizes import MODELS, SIZES, Plan
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "reward=binary": {"reward": "binary"},
+    "reward=hybrid": {"reward": "hybrid"},
+    "selection=uniform": {"selection": "uniform"},
+    "selection=argmax": {"selection": "argmax"},
+    "selection=argmin": {"selection": "argmin"},
+    "k=1": {"rollout_length": 1},
+    "k=3": {"rollout_length": 3},
+    "k=7": {"rollout_length": 7},
+    "c=2": {"num_positions": 2},
+    "c=4": {"num_positions": 4},
+    "lambda_rl=1": {"lambda_rl": 1.0},
+    "n=4 a position": {"rollouts_per_position": 4, "grouping": "position"},
+}
+# Of these it is measured how much the policy's gradient says.
+SIGNALS = ("default", "reward=binary", "reward=hybrid", "selection=uniform", "n=4 a position")
+TUNING_SEED = 1000
+
+
+class Records:
+    """Results of runs as JSON files, parameters beside them; a finished run is not repeated."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self, name: str, settings: Mapping[str, Any], run: Callable[[], tuple[Any, dict]]
+    ) -> dict[str, Any]:
+        """What `run` gives as its second value, from the file if it was run with these settings."""
+        from flax import serialization
+
+        file = self.folder / f"{name}.json"
+        settings = json.loads(json.dumps(settings))
+        if file.is_file():
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["settings"] == settings:
+                return record["results"]
+        params, results = run()
+        if params is not None:
+            _write(self._params(name), serialization.to_bytes(params))
+        record = {"settings": settings, "results": results}
+        _write(file, json.dumps(record).encode())
+        return results
+
+    def params(self, name: str, like: Any) -> Any:
+        """The parameters of a run that is done."""
+        from flax import serialization
+
+        return serialization.from_bytes(like, self._params(name).read_bytes())
+
+    def _params(self, name: str) -> Path:
+        return self.folder / f"{name}.msgpack"
+
+
+def _write(file: Path, content: bytes) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(content)
+    part.replace(file)
+
+
+def study(name: str, plan: Plan, workdir: Path) -> None:
+    """All runs of one model, in an order in which each finds what it starts from."""
+    import jax
+    from corpus import Corpus, train_vocabulary
+    from lab import POSTTRAINING, TUNE, Lab
+
+    from refine_jax.config import RefineConfig
+
+    sizes = plan.sizes
+    vocabulary = workdir / "vocabulary.model"
+    if not vocabulary.is_file():
+        train_vocabulary(vocabulary, sizes.vocabulary)
+    lab = Lab(name, sizes, Corpus(vocabulary))
+    records = Records(workdir / name)
+    like = lab.model.abstract_params()
+    made_of = {
+        "fields": sizes.fields[name],
+        "vocabulary": sizes.vocabulary,
+        "stages": [dataclasses.asdict(stage) for stage in sizes.pretrain[name]],
+        "rate": sizes.pretrain_rate,
+        "jax": jax.__version__,
+    }
+    records.get("base", made_of, lab.pretrain)
+    base = records.params("base", like)
+    own = {"fields": {}, "pretrain": {}}  # of the other model nothing is known here
+    common = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
+    records.get("before", common, lambda: (None, lab.measure(base)))
+
+    def midtrain(run: str, config: RefineConfig, rate: float, seed: int, keep=False, **options):
+        def make():
+            params, results = lab.midtrain(base, config, rate, seed, **options)
+            return params if keep else None, results
+
+        settings = common | dataclasses.asdict(config) | {"rate": rate, "seed": seed} | options
+        return records.get(run, settings, make)
+
+    configs = {name: RefineConfig(objective=name) for name in ("ntp", "refine")}
+    for signal in SIGNALS:
+        config = dataclasses.replace(configs["refine"], **ABLATIONS.get(signal, {}))
+        records.get(f"signal-{signal}", common, lambda c=config: (None, lab.signal(base, c)))
+    steps, rates, cost = sizes.midtrain.steps, {}, {}
+    for objective, config in configs.items():
+        runs = {
+            rate: midtrain(f"tune-{objective}-{rate:g}", config, rate, TUNING_SEED, stream=TUNE)
+            for rate in plan.rates
+        }
+        loss = f"loss_{sizes.midtrain.shape.length}"
+        rates[objective] = min(runs, key=lambda rate: runs[rate]["measured"][str(steps)][loss])
+        cost[objective] = min(run["step_seconds"] for run in runs.values())
+    # As many steps of next-token training as take the time of ReFINE's.
+    equal = round(steps * min(max(cost["refine"] / cost["ntp"], 1.0), sizes.longest))
+    chosen = {"rates": rates, "step_seconds": cost, "steps": steps, "equal_compute_steps": equal}
+
+    for seed in range(plan.seeds):
+        more = {"steps": equal, "marks": [steps, equal]}
+        midtrain(f"mid-ntp-{seed}", configs["ntp"], rates["ntp"], seed, **more)
+        midtrain(f"mid-refine-{seed}", configs["refine"], rates["refine"], seed, keep=True)
+
+    starts = {s: records.params(f"mid-refine-{s}", like) for s in range(plan.seeds)}
+    for variant in POSTTRAINING:
+        runs = {
+            rate: records.get(
+                f"tune-{variant}-{rate:g}",
+                common | {"rate": rate, "start": chosen},
+                lambda v=variant, r=rate: (
+                    None,
+                    lab.posttrain(starts[0], v, r, TUNING_SEED, stream=TUNE)[1],
+                ),
+            )
+            for rate in plan.answer_rates
+        }
+        rates[variant] = max(runs, key=lambda rate: runs[rate]["recall"])
+        for seed in range(plan.seeds):
+            records.get(
+                f"post-{variant}-{seed}",
+                common | {"rate": rates[variant], "start": chosen},
+                lambda v=variant, s=seed: lab.posttrain(starts[s], v, rates[v], s),
+            )
+
+    trained = {s: records.params(f"post-nested_refine-{s}", like) for s in range(plan.seeds)}
+    for objective in configs:
+        runs = {
+            rate: records.get(
+                f"tune-testtime-{objective}-{rate:g}",
+                common | {"rate": rate, "start": chosen},
+                lambda o=objective, r=rate: (
+                    None,
+                    lab.testtime(trained[0], o, r, TUNING_SEED, stream=TUNE),
+                ),
+            )
+            for rate in plan.rates
+        }
+        rate = rates[f"testtime-{objective}"] = max(runs, key=lambda r: runs[r]["recall"])
+        for seed in range(plan.seeds):
+            records.get(
+                f"testtime-{objective}-{seed}",
+                common | {"rate": rate, "start": chosen},
+                lambda o=objective, r=rate, s=seed: (None, lab.testtime(trained[s], o, r, s)),
+            )
+
+    _write(workdir / name / "chosen.json", json.dumps(chosen).encode())
+    for seed in range(plan.ablation_seeds):
+        for ablation, change in ABLATIONS.items():
+            config = dataclasses.replace(configs["refine"], **change)
+            midtrain(f"ablation-{ablation}-{seed}", config, rates["refine"], seed)
+
+
+def _start(name: str, share: set[int] | None, arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, __file__, f"--model={name}", *arguments]
+    limit = None if share is None else (lambda: os.sched_setaffinity(0, share))
+    return subprocess.Popen(command, preexec_fn=limit)
+
+
+def main() -> int:
+    """The command."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--workdir", type=Path, help="default: runs/study, or runs/study-small")
+    flags.add_argument("--model", choices=MODELS, help="only the runs of this model, and no report")
+    flags.add_argument("--small", action="store_true", help="tiny models, a few steps")
+    flags.add_argument("--report", action="store_true", help="only the tables and curves")
+    args = flags.parse_args()
+    form = "small" if args.small else "full"
+    workdir = args.workdir or Path("runs/study-small" if args.small else "runs/study")
+    workdir.mkdir(parents=True, exist_ok=True)
+    if args.model:
+        study(args.model, SIZES[form], workdir)
+        return 0
+    if not args.report:
+        from corpus import train_vocabulary
+
+        if not (workdir / "vocabulary.model").is_file():
+            train_vocabulary(workdir / "vocabulary.model", SIZES[form].sizes.vocabulary)
+        shares = [None] * len(MODELS)
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            if len(cores) >= len(MODELS):
+                shares = [set(cores[i :: len(MODELS)]) for i in range(len(MODELS))]
+        arguments = [f"--workdir={workdir}"] + ["--small"] * args.small
+        started = [
+            _start(name, share, arguments) for name, share in zip(MODELS, shares, strict=True)
+        ]
+        failed = [process.args for process in started if process.wait() != 0]
+        if failed:
+            print(f"error: failed: {failed}", file=sys.stderr)
+            return 1
+    from report import report
+
+    print(report(workdir, SIZES[form], ABLATIONS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
