@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 
 # First numbers of the keys that rows are drawn with.
-PRETRAIN, MIDTRAIN, POSTTRAIN, MEASURE, TUNE, ASK = range(6)
+PRETRAIN, MIDTRAIN, POSTTRAIN, MEASURE, TUNE, ASK, REPEAT = range(7)
 # What is trained on prompts before the answers (the paper's Table 4), and its objective.
 POSTTRAINING = {"sft": None, "nested_sft": "ntp", "nested_refine": "refine"}
 
@@ -44,10 +45,18 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large everything is. `fields`: of each model's config.json."""
+    """How large everything is.
+
+    fields: of each model's config.json. repeated: rows of each pre-training step that are random
+    sequences repeated, which window attention needs to learn copying in so few steps. fast_rate:
+    LaCT's initial rates (0.001 is made for chunks of 2048 tokens).
+    """
 
     fields: dict[str, dict[str, Any]]
     pretrain: dict[str, tuple[Stage, ...]]
+    repeated: dict[str, int]
+    fast_rate: float
+    pretrain_rate: dict[str, float]
     midtrain: Stage
     posttrain: Stage
     measured: tuple[Shape, ...]  # held-out documents that final models are measured on
@@ -58,7 +67,6 @@ class Sizes:
     questions_asked: int = 192
     questions_adapted: int = 96
     curve_points: int = 4
-    pretrain_rate: float = 3e-3
     # Training of that much more steps than ReFINE's shows next-token training at equal compute.
     longest: float = 1.75
 
@@ -83,13 +91,13 @@ class Lab:
         stages = self.sizes.pretrain[self.name]
         total = sum(stage.steps for stage in stages)
         optimizer = _optimizer(
-            self.sizes.pretrain_rate,
+            self.sizes.pretrain_rate[self.name],
             total,
             schedule="cosine",
             warmup_steps=max(total // 20, 1),
             final_fraction=0.1,
         )
-        params = jax.jit(self.model.init)(jax.random.key(0))
+        params = self._initial_params()
         config = RefineConfig(objective="ntp")
         state = TrainState.create(params, optimizer, jax.random.key(1), config)
         curve, tokens = [{"tokens": 0} | self._point(state.params)], 0
@@ -99,6 +107,10 @@ class Lab:
             )
             marks = _spread(stage.steps, 3 * self.sizes.curve_points)
             for step, batch in enumerate(self._batches(stage, PRETRAIN, number), 1):
+                if repeated := self.sizes.repeated[self.name]:
+                    batch["tokens"][:repeated] = self.corpus.repeats(
+                        stage.shape.length, repeated, REPEAT, number, first=step * repeated
+                    )
                 state, _ = train_step(state, batch)
                 tokens += batch["tokens"].size
                 if step in marks:
@@ -107,6 +119,14 @@ class Lab:
                     curve.append({"tokens": tokens} | self._point(state.params) | recall)
                     self._say("pre-training", curve[-1])
         return state.params, {"curve": curve}
+
+    def _initial_params(self) -> Params:
+        params = jax.jit(self.model.init)(jax.random.key(0))
+        if self.name == "lact":
+            # Rates are softplus(projection + softplus^-1(0.001)).
+            shift = math.log(math.expm1(self.sizes.fast_rate) / math.expm1(0.001))
+            params["layers"]["attn"]["lr_proj"]["bias"] += shift
+        return params
 
     def midtrain(
         self,

@@ -30,6 +30,7 @@ def _fields(width: int, layers: int, chunk: int) -> dict:
         "lact_chunk_size": chunk,
         "window_size": chunk,
         "w0_w2_low_rank": 16,
+        "ttt_nope": True,
     }
     return {
         "deltanet": {"model_type": "delta_net", "num_heads": 2} | common,
@@ -42,8 +43,11 @@ _FULL = Sizes(
     fields=_fields(128, 2, 32),
     pretrain={
         "deltanet": (Stage(_FACTS, 8, 1600), Stage(Shape(256, (3, 6)), 8, 200)),
-        "lact": (Stage(_FACTS, 8, 3000), Stage(Shape(256, (3, 6)), 8, 300)),
+        "lact": (Stage(_FACTS, 8, 1800), Stage(Shape(256, (3, 6)), 8, 500)),
     },
+    repeated={"deltanet": 0, "lact": 5},
+    fast_rate=0.03,
+    pretrain_rate={"deltanet": 3e-3, "lact": 1e-3},
     midtrain=Stage(Shape(512, (4, 8)), 8, 32),
     posttrain=Stage(Shape(252, (3, 6)), 16, 20),
     measured=(Shape(256, (4, 6)), Shape(512, (4, 8)), Shape(1024, (4, 8))),
@@ -53,6 +57,7 @@ _SMALL = dataclasses.replace(
     _FULL,
     fields=_fields(32, 1, 32),
     pretrain=dict.fromkeys(MODELS, (Stage(_FACTS, 2, 2),)),
+    repeated={"deltanet": 0, "lact": 1},
     midtrain=Stage(Shape(192, (2, 3)), 2, 3),
     posttrain=Stage(Shape(60, (2, 3)), 2, 2),
     measured=(Shape(128, (2, 3)), Shape(192, (2, 3))),

@@ -43,9 +43,17 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "c=4": {"num_positions": 4},
     "lambda_rl=1": {"lambda_rl": 1.0},
     "n=4 a position": {"rollouts_per_position": 4, "grouping": "position"},
+    "n=4 a position, lambda_rl=1": {
+        "rollouts_per_position": 4,
+        "grouping": "position",
+        "lambda_rl": 1.0,
+    },
 }
 # Of these it is measured how much the policy's gradient says.
-SIGNALS = ("default", "reward=binary", "reward=hybrid", "selection=uniform", "n=4 a position")
+SIGNALS = (
+    *("default", "reward=binary", "reward=hybrid"),
+    *("selection=uniform", "selection=argmax", "n=4 a position"),
+)
 TUNING_SEED = 1000
 
 
@@ -99,6 +107,8 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
 
     from refine_jax.config import RefineConfig
 
+    # Programs recur when a study goes on.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     sizes = plan.sizes
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.is_file():
@@ -110,12 +120,14 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         "fields": sizes.fields[name],
         "vocabulary": sizes.vocabulary,
         "stages": [dataclasses.asdict(stage) for stage in sizes.pretrain[name]],
-        "rate": sizes.pretrain_rate,
+        "rate": sizes.pretrain_rate[name],
+        "repeated": sizes.repeated[name],
+        "fast_rate": sizes.fast_rate,
         "jax": jax.__version__,
     }
     records.get("base", made_of, lab.pretrain)
     base = records.params("base", like)
-    own = {"fields": {}, "pretrain": {}}  # of the other model nothing is known here
+    own = {"fields": {}, "pretrain": {}, "repeated": {}, "pretrain_rate": {}}  # in `made_of`
     common = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
     records.get("before", common, lambda: (None, lab.measure(base)))
 
