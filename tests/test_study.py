@@ -143,6 +143,9 @@ def test_refine_without_policy_loss_is_next_token_training(corpus):
         assert np.abs(one - before).max() > 1e-4
 
 
+_ANSWERS = {"none": 0.3, "sft": 0.4, "nested_sft": 0.5, "nested_refine": 0.6}
+
+
 @pytest.fixture
 def finished(tmp_path):
     """A study of one model whose ReFINE runs recall 10, 11, 12 points more than their NTP runs."""
@@ -174,7 +177,7 @@ def finished(tmp_path):
         write(f"mid-refine-{seed}", runs | {"curve": curve(refine), "measured": after})
         if seed < 2:
             write(f"ablation-k=1-{seed}", runs | {"curve": [], "measured": after})
-        for name, recall in (("sft", 0.4), ("nested_sft", 0.5), ("nested_refine", 0.6)):
+        for name, recall in _ANSWERS.items():
             answers = {"recall": recall, "recalls": [recall] * 8, "step_seconds": 1.0}
             write(f"post-{name}-{seed}", answers)
         for name in ("ntp", "refine"):
@@ -204,6 +207,8 @@ def test_the_report_compares_seed_by_seed(finished):
     rows = {row["mid-training"]: row for row in content["mid-training"]}
     assert rows["ReFINE, 3 steps"]["recall 192, %"] == "41.0 (11.0)"
     assert rows["NTP, 4 steps (equal time)"]["recall 192, %"] == "35.0 (10.0)"
+    questions = {row["answers right, %"]: row for row in content["questions"]}
+    assert questions["no post-training"]["mean (deviation)"] == "30.0 (0.0)"
     assert [row["2 seeds"] for row in content["ablations"]][-1] == "k=1"
 
 

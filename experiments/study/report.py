@@ -21,6 +21,7 @@ _COLOURS = {"ntp": "C0", "refine": "C1"}
 _NAMES = {
     "ntp": "NTP",
     "refine": "ReFINE",
+    "none": "no post-training",
     "sft": "SFT",
     "nested_sft": "nested SFT",
     "nested_refine": "nested ReFINE",
@@ -190,12 +191,13 @@ def _signal(results: _Results) -> list[dict[str, str]]:
 def _questions(results: _Results) -> list[dict[str, str]]:
     """Post-training, then test-time training of the last: answers to held-out questions."""
     rows, asked = [], results.plan.sizes.questions_adapted
-    post = {name: results.seeds(f"post-{name}") for name in ("sft", "nested_sft", "nested_refine")}
+    names = ("none", "sft", "nested_sft", "nested_refine")
+    post = {name: results.seeds(f"post-{name}") for name in names}
     reference = [100 * run["recall"] for run in post["sft"]]
     for name, runs in post.items():
         recalls = [100 * run["recall"] for run in runs]
         row = {"answers right, %": _NAMES[name], "mean (deviation)": _spread(recalls)}
-        if name != "sft":
+        if name.startswith("nested"):
             row |= {"against": "SFT"} | _paired(reference, recalls)
         rows.append(row)
     before = [100 * statistics.fmean(run["recalls"][:asked]) for run in post["nested_refine"]]

@@ -162,6 +162,9 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         midtrain(f"mid-refine-{seed}", configs["refine"], rates["refine"], seed, keep=True)
 
     starts = {s: records.params(f"mid-refine-{s}", like) for s in range(plan.seeds)}
+    for seed, start in starts.items():
+        settings = common | {"start": chosen}
+        records.get(f"post-none-{seed}", settings, lambda p=start: (None, lab.answers(p)))
     for variant in POSTTRAINING:
         runs = {
             rate: records.get(
