@@ -330,11 +330,13 @@ class Lab:
         ntp, policy = (np.asarray(part, np.float64) for part in zip(*found, strict=True))
         means = ntp.mean(axis=0), policy.mean(axis=0)
         squares = [np.mean(np.sum(each**2, axis=1)) for each in (ntp, policy)]
+        norms = [np.sqrt(mean @ mean) for mean in means]
+        if not norms[1]:  # no rollout was rewarded
+            return {"signal": 0.0, "next_token_signal": 0.0, "norm_ratio": 0.0, "cosine": 0.0}
         signals = [
             (mean @ mean - square / batches) / (1 - 1 / batches) / square
             for mean, square in zip(means, squares, strict=True)
         ]
-        norms = [np.sqrt(mean @ mean) for mean in means]
         return {
             "signal": float(signals[1]),
             "next_token_signal": float(signals[0]),

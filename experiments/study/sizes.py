@@ -1,4 +1,4 @@
-"""How large the study is; two minutes in its small form."""
+"""How large the study is, in full and small."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ MODELS = ("deltanet", "lact")
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The study in one form. rates: to choose from; answer_rates: of post-training."""
+    """The study in one form.
+
+    rates: to choose from; answer_rates: of post-training. ablations: names; None: all.
+    """
 
     sizes: Sizes
     seeds: int
     ablation_seeds: int
     rates: tuple[float, ...]
     answer_rates: tuple[float, ...]
+    ablations: tuple[str, ...] | None = None
 
 
 def _fields(width: int, layers: int, chunk: int) -> dict:
@@ -70,5 +74,5 @@ _SMALL = dataclasses.replace(
 )
 SIZES = {
     "full": Plan(_FULL, 5, 3, (1e-4, 3e-4, 1e-3), (3e-4, 1e-3)),
-    "small": Plan(_SMALL, 2, 1, (1e-3,), (1e-3,)),
+    "small": Plan(_SMALL, 2, 1, (1e-3,), (1e-3,), ("reward=binary",)),
 }

@@ -140,8 +140,9 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         return records.get(run, settings, make)
 
     configs = {name: RefineConfig(objective=name) for name in ("ntp", "refine")}
-    for signal in SIGNALS:
-        config = dataclasses.replace(configs["refine"], **ABLATIONS.get(signal, {}))
+    ablations = {n: ABLATIONS[n] for n in (ABLATIONS if plan.ablations is None else plan.ablations)}
+    for signal in (name for name in SIGNALS if name == "default" or name in ablations):
+        config = dataclasses.replace(configs["refine"], **ablations.get(signal, {}))
         records.get(f"signal-{signal}", common, lambda c=config: (None, lab.signal(base, c)))
     steps, rates, cost = sizes.midtrain.steps, {}, {}
     for objective, config in configs.items():
@@ -208,7 +209,7 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
 
     _write(workdir / name / "chosen.json", json.dumps(chosen).encode())
     for seed in range(plan.ablation_seeds):
-        for ablation, change in ABLATIONS.items():
+        for ablation, change in ablations.items():
             config = dataclasses.replace(configs["refine"], **change)
             midtrain(f"ablation-{ablation}-{seed}", config, rates["refine"], seed)
 
@@ -232,6 +233,10 @@ def main() -> int:
     form = "small" if args.small else "full"
     workdir = args.workdir or Path("runs/study-small" if args.small else "runs/study")
     workdir.mkdir(parents=True, exist_ok=True)
+    if args.small:
+        # Unoptimised machine code: its programs run for less time than they take to optimise.
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     if args.model:
         study(args.model, SIZES[form], workdir)
         return 0
