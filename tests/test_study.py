@@ -16,7 +16,7 @@ import corpus as text
 import report
 import sizes
 from lab import TUNE, Lab, _recalls
-from study import ABLATIONS, Records
+from study import ABLATIONS, Records, study
 
 from refine_jax.config import RefineConfig
 from refine_jax.data.options import DataError
@@ -141,6 +141,66 @@ def test_refine_without_policy_loss_is_next_token_training(corpus):
     for one, two, before in zip(*map(jax.tree.leaves, (*trained.values(), params)), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
         assert np.abs(one - before).max() > 1e-4
+
+
+class CountingLab:
+    """Stands for a Lab; rates of 1e-3 are the best everywhere."""
+
+    def __init__(self, name, plan, corpus):
+        self.calls, self.model = [], self
+        CountingLab.last = self
+
+    def abstract_params(self):
+        return {"w": np.zeros(1)}
+
+    def _trained(self, name, rate, **figures):
+        self.calls.append(name)
+        return {"w": np.full(1, rate)}, {"step_seconds": 1.0, **figures}
+
+    def pretrain(self):
+        return self._trained("pretrain", 0.0)
+
+    def measure(self, params):
+        return {}
+
+    def signal(self, params, config):
+        return {}
+
+    def midtrain(self, params, config, rate, seed, **options):
+        loss = {str(3): {"loss_192": abs(rate - 1e-3)}}
+        return self._trained(f"midtrain {config.objective} {rate:g} {seed}", rate, measured=loss)
+
+    def answers(self, params):
+        return {"recall": 0.0}
+
+    def posttrain(self, params, variant, rate, seed, **options):
+        return self._trained(f"{variant} {rate:g} {seed}", rate, recall=-abs(rate - 1e-3))
+
+    def testtime(self, params, objective, rate, seed, **options):
+        return self._trained(f"testtime {objective} {rate:g} {seed}", rate, recall=rate)[1]
+
+
+def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.Lab", CountingLab)
+    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    (tmp_path / "vocabulary.model").touch()
+    plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        study("lact", plan, tmp_path)
+        calls = CountingLab.last.calls
+        study("lact", plan, tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert CountingLab.last.calls == []
+    assert len(set(calls)) == len(calls) - 1  # the one ablation has ReFINE's name, rate and seed
+    tried = {call for call in calls if call.endswith(" 1000")}
+    assert len(tried) == 2 * 2 + 3 * 2 + 2 * 2  # objectives, variants, objectives; two rates each
+    seeds = [call.split() for call in calls if call not in tried and call != "pretrain"]
+    assert {rate for *_, rate, _ in seeds} == {"0.001"}
+    assert {seed for *_, seed in seeds} == {"0", "1"}
+    chosen = json.loads((tmp_path / "lact" / "chosen.json").read_text())
+    assert chosen["rates"]["nested_sft"] == chosen["rates"]["testtime-ntp"] == 1e-3
 
 
 _ANSWERS = {"none": 0.3, "sft": 0.4, "nested_sft": 0.5, "nested_refine": 0.6}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from refine_jax.checkpoint.folders import write_bytes
 from refine_jax.data.options import DataError, DataOptions
 from refine_jax.data.sources import open_source
 
@@ -70,9 +71,7 @@ def train_vocabulary(path: Path, size: int) -> None:
         num_threads=1,  # more of them make other vocabularies
         minloglevel=2,
     )
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(model.getvalue())
-    part.replace(path)
+    write_bytes(path, model.getvalue())
 
 
 def _texts() -> list[str]:

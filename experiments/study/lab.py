@@ -160,7 +160,7 @@ class Lab:
                 rewards.append(float(metrics["reward/mean"]))
             if step in shown and stream == MEASURE:
                 curve.append({"step": step} | self._point(state.params))
-            if step in marks:
+            if step in marks and step < steps:
                 measured[str(step)] = self.measure(state.params, stream)
         last = self.measure(state.params, stream)
         self._say(f"mid-training {config.objective} seed {seed} rate {rate:g}", last)

@@ -30,6 +30,8 @@ from typing import Any
 
 from sizes import MODELS, SIZES, Plan
 
+from refine_jax.checkpoint.folders import write_bytes, write_text
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reward=binary": {"reward": "binary"},
     "reward=hybrid": {"reward": "hybrid"},
@@ -78,9 +80,9 @@ class Records:
                 return record["results"]
         params, results = run()
         if params is not None:
-            _write(self._params(name), serialization.to_bytes(params))
+            write_bytes(self._params(name), serialization.to_bytes(params))
         record = {"settings": settings, "results": results}
-        _write(file, json.dumps(record).encode())
+        write_text(file, json.dumps(record))
         return results
 
     def params(self, name: str, like: Any) -> Any:
@@ -91,12 +93,6 @@ class Records:
 
     def _params(self, name: str) -> Path:
         return self.folder / f"{name}.msgpack"
-
-
-def _write(file: Path, content: bytes) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_bytes(content)
-    part.replace(file)
 
 
 def study(name: str, plan: Plan, workdir: Path) -> None:
@@ -166,48 +162,40 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
     for seed, start in starts.items():
         settings = common | {"start": chosen}
         records.get(f"post-none-{seed}", settings, lambda p=start: (None, lab.answers(p)))
-    for variant in POSTTRAINING:
-        runs = {
-            rate: records.get(
-                f"tune-{variant}-{rate:g}",
-                common | {"rate": rate, "start": chosen},
-                lambda v=variant, r=rate: (
-                    None,
-                    lab.posttrain(starts[0], v, r, TUNING_SEED, stream=TUNE)[1],
-                ),
-            )
-            for rate in plan.answer_rates
-        }
-        rates[variant] = max(runs, key=lambda rate: runs[rate]["recall"])
+
+    def all_seeds(run: str, tried: str, choices: tuple[float, ...], train) -> None:
+        """Choose a rate on other questions, then train with it; train(start, rate, seed)."""
+
+        def get(label: str, rate: float, make) -> dict[str, Any]:
+            return records.get(label, common | {"rate": rate, "start": chosen}, make)
+
+        def tune(rate: float) -> float:
+            def make():
+                return None, train(0, rate, TUNING_SEED, stream=TUNE)[1]
+
+            return get(f"tune-{tried}-{rate:g}", rate, make)["recall"]
+
+        rate = max(choices, key=tune)
+        rates[tried] = rate
         for seed in range(plan.seeds):
-            records.get(
-                f"post-{variant}-{seed}",
-                common | {"rate": rates[variant], "start": chosen},
-                lambda v=variant, s=seed: lab.posttrain(starts[s], v, rates[v], s),
-            )
+            get(f"{run}-{seed}", rate, lambda s=seed: train(s, rate, s))
+
+    for variant in POSTTRAINING:
+
+        def posttrain(start, rate, seed, variant=variant, **options):
+            return lab.posttrain(starts[start], variant, rate, seed, **options)
+
+        all_seeds(f"post-{variant}", variant, plan.answer_rates, posttrain)
 
     trained = {s: records.params(f"post-nested_refine-{s}", like) for s in range(plan.seeds)}
     for objective in configs:
-        runs = {
-            rate: records.get(
-                f"tune-testtime-{objective}-{rate:g}",
-                common | {"rate": rate, "start": chosen},
-                lambda o=objective, r=rate: (
-                    None,
-                    lab.testtime(trained[0], o, r, TUNING_SEED, stream=TUNE),
-                ),
-            )
-            for rate in plan.rates
-        }
-        rate = rates[f"testtime-{objective}"] = max(runs, key=lambda r: runs[r]["recall"])
-        for seed in range(plan.seeds):
-            records.get(
-                f"testtime-{objective}-{seed}",
-                common | {"rate": rate, "start": chosen},
-                lambda o=objective, r=rate, s=seed: (None, lab.testtime(trained[s], o, r, s)),
-            )
 
-    _write(workdir / name / "chosen.json", json.dumps(chosen).encode())
+        def testtime(start, rate, seed, objective=objective, **options):
+            return None, lab.testtime(trained[start], objective, rate, seed, **options)
+
+        all_seeds(f"testtime-{objective}", f"testtime-{objective}", plan.rates, testtime)
+
+    write_text(workdir / name / "chosen.json", json.dumps(chosen))
     for seed in range(plan.ablation_seeds):
         for ablation, change in ablations.items():
             config = dataclasses.replace(configs["refine"], **change)

@@ -46,8 +46,13 @@ def copy_files(files: Mapping, folder) -> None:
 
 def write_text(path, text: str) -> None:
     """Write `text` as UTF-8 with its line ends as they are; in full or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content: bytes) -> None:
+    """Write `content` in full or not at all."""
     partial = path.parent / f".{path.name}.new"
-    partial.write_bytes(text.encode())
+    partial.write_bytes(content)
     partial.replace(path)
 
 
