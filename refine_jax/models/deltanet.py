@@ -18,8 +18,7 @@ from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
-
-_CHUNK = 64
+from refine_jax.parallel import over_shards, take_tokens
 
 
 class DeltaTrace(NamedTuple):
@@ -170,11 +169,6 @@ class DeltaNetMixer(nnx.Module):
             out = out * jax.nn.silu(self.g_proj(x)).reshape(out.shape)
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
-    @property
-    def _save_every(self) -> int:
-        """N: saved states then take no more memory than float32 values would."""
-        return _CHUNK * -(-self.config.key_dim // _CHUNK)
-
     # The mixer protocol
 
     @staticmethod
@@ -196,16 +190,9 @@ class DeltaNetMixer(nnx.Module):
         beta, log_decay = self._beta(x), self._log_decay(x)
         if layout is not None:
             k, beta, log_decay = _keep(layout.mask, k, beta, log_decay)
-        out, _, states = delta_rule(
-            q,
-            k,
-            v,
-            beta,
-            log_decay,
-            document=None if layout is None else layout.document,
-            normalize=self._norm == "l2",
-            save_every=self._save_every,
-            implementation=self.implementation,
+        document = None if layout is None else layout.document
+        out, _, states = self._run_rule(
+            q, k, v, beta, log_decay, document=document, save_every=self.config.token_multiple
         )
         return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
 
@@ -223,18 +210,18 @@ class DeltaNetMixer(nnx.Module):
         tokens of that block that belong to the position's document, for all forks at once.
         """
         del plan, horizon
-        tokens, block_size = trace.k.shape[1], self._save_every
+        tokens, block_size = trace.k.shape[1], self.config.token_multiple
         block = (jnp.maximum(positions, 1) - 1) // block_size
         slot = block[..., None] * block_size + jnp.arange(block_size)
         replayed = slot < positions[..., None]
-        memory = _take(trace.states, block)
+        memory = take_tokens(trace.states, block)
         if layout is None:
             last, count = positions - 1, positions
         else:
-            document = _take(layout.document, jnp.maximum(positions - 1, 0))
-            of_slot = _take(layout.document, jnp.minimum(slot, tokens - 1))
+            document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
+            of_slot = take_tokens(layout.document, jnp.minimum(slot, tokens - 1))
             replayed &= of_slot == document[..., None]
-            of_memory = _take(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
+            of_memory = take_tokens(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
             memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
             last, count = layout.last_real(positions), layout.tokens_before(positions)
 
@@ -244,7 +231,7 @@ class DeltaNetMixer(nnx.Module):
                 return None
             missing = -tokens % block_size
             x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-            return _take(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
+            return take_tokens(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
 
         k, beta, log_decay = _keep(
             replayed, forks(trace.k), forks(trace.beta), forks(trace.log_decay)
@@ -257,7 +244,7 @@ class DeltaNetMixer(nnx.Module):
         if not self.config.use_short_conv:
             return None
         back = jnp.arange(self.config.conv_size - 2, -1, -1)
-        x = _take(x, jnp.maximum(last[..., None] - back, 0))
+        x = take_tokens(x, jnp.maximum(last[..., None] - back, 0))
         return self._project(jnp.where((back < count[..., None])[..., None], x, 0))
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
@@ -298,15 +285,38 @@ class DeltaNetMixer(nnx.Module):
                 arrays[:2] = map(l2_norm_fla, arrays[:2])
             # The step has no form for some names of the sequence: it is chosen by itself then.
             name = self.implementation if self.implementation in STEP_IMPLEMENTATIONS else None
-            out, new = delta_step(*arrays, state=merged(memory), implementation=name)
+            step = over_shards(
+                lambda *a: delta_step(*a[:-1], state=a[-1], implementation=name),
+                (("batch", "heads"),) * 6,
+                (("batch", "heads"),) * 2,
+            )
+            out, new = step(*arrays, merged(memory))
         else:
-            out, new, _ = delta_rule(
-                *arrays,
-                initial_state=merged(memory),
+            out, new, _ = self._run_rule(*arrays, initial_state=merged(memory))
+        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+    def _run_rule(
+        self, q, k, v, beta, log_decay, *, initial_state=None, document=None, save_every=None
+    ):
+        """`delta_rule` with the model's options, each device on its rows and heads."""
+
+        def rule(q, k, v, beta, log_decay, initial_state, document):
+            return delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                log_decay,
+                initial_state=initial_state,
+                document=document,
                 normalize=self._norm == "l2",
+                save_every=save_every,
                 implementation=self.implementation,
             )
-        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+        tokens, state = ("batch", None, "heads"), ("batch", "heads")
+        rule = over_shards(rule, (*(tokens,) * 5, state, ("batch",)), (tokens, state, tokens))
+        return rule(q, k, v, beta, log_decay, initial_state, document)
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):
@@ -357,8 +367,3 @@ def _keep(mask, k, beta, log_decay):
     k = jnp.where(mask[..., None, None], k, 0)
     beta = jnp.where(mask[..., None], beta, 0)
     return k, beta, None if log_decay is None else jnp.where(mask[..., None], log_decay, 0)
-
-
-def _take(x, index):
-    """Entries of x [B, T, ...] along T at index [B, ...], row by row."""
-    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)

@@ -35,6 +35,7 @@ from refine_jax.models.attention import push_to_ring, ring_attention, window_att
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
 from refine_jax.models.layout import Layout
+from refine_jax.parallel import over_shards, take_tokens
 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
@@ -151,7 +152,7 @@ class LaCTMixer(nnx.Module):
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] -> q, k, v [..., D]."""
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = self.qkv.parts(x, 3)
         if self.config.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -243,15 +244,7 @@ class LaCTMixer(nnx.Module):
             jnp.swapaxes(y, 1, 2) for y in (self._rope(k, positions), self._attn_heads(v))
         )
         queries = jnp.swapaxes(self._rope(q, positions), 1, 2)
-        attention = window_attention(
-            queries,
-            keys,
-            values,
-            self.config.window_size,
-            layout,
-            # Its other implementations are not those of the kernels: it chooses by itself.
-            implementation="xla" if self.implementation == "xla" else None,
-        )
+        attention = self._attend(queries, keys, values, layout)
         attention = jnp.swapaxes(attention, 1, 2).reshape(x.shape)
 
         rates, momentum = self._rates(x), self._momentum(x)
@@ -262,15 +255,7 @@ class LaCTMixer(nnx.Module):
             rates,
             momentum,
         )
-        slots, mask, reset = self._to_slots(tokens, plan)
-        out, chunks = lact(
-            *slots,
-            self._initial_weights(),
-            mask=mask,
-            reset=reset,
-            options=self._options,
-            implementation=self.implementation,
-        )
+        out, chunks = self._run_chunks(*self._to_slots(tokens, plan))
         fast = jnp.swapaxes(out, 2, 3).reshape(num_rows, -1, *tokens[0].shape[2:])
         if plan is None:
             fast = fast[:, :num_tokens]
@@ -301,7 +286,7 @@ class LaCTMixer(nnx.Module):
             slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
             index = jnp.where(seen > 0, slot // chunk, 0)
         # A document's first chunk is read with the initial weights: also right for no token.
-        fast = jax.tree.map(lambda x: jax.vmap(lambda a, i: a[i])(x, index), trace.chunks)
+        fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
         start, ring = _slabs(last, min(window, trace.keys.shape[2]))
         keys, values = (
             jnp.pad(ring(x), ((0, 0), (0, 0), (0, 0), (0, max(window - x.shape[2], 0)), (0, 0)))
@@ -361,6 +346,35 @@ class LaCTMixer(nnx.Module):
         return y, state
 
     # Their parts
+
+    def _attend(self, q, k, v, layout: Layout | None) -> jax.Array:
+        """Window attention of q, k, v [B, A, T, hd], each device on its rows and heads."""
+
+        def attend(q, k, v, layout):
+            # Its other implementations are not those of the kernels: it chooses by itself.
+            name = "xla" if self.implementation == "xla" else None
+            return window_attention(q, k, v, self.config.window_size, layout, implementation=name)
+
+        heads = ("batch", "heads")
+        attend = over_shards(attend, (heads, heads, heads, ("batch",)), heads)
+        return attend(q, k, v, layout)
+
+    def _run_chunks(self, slots, mask, reset):
+        """`lact` with the model's options, each device on its rows and heads."""
+
+        def run(slots, weights, mask, reset):
+            return lact(
+                *slots,
+                weights,
+                mask=mask,
+                reset=reset,
+                options=self._options,
+                implementation=self.implementation,
+            )
+
+        heads = ("batch", None, "heads")
+        run = over_shards(run, (heads, ("heads",), ("batch",), ("batch",)), (heads, heads))
+        return run(slots, self._initial_weights(), mask, reset)
 
     def _attn_heads(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., A, hd]."""
@@ -528,10 +542,9 @@ def _slabs(last: jax.Array, size: int):
     def cut_row(x, start):  # [A, T, ...], []
         return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-    def cut(x):
-        return jax.vmap(jax.vmap(cut_row, (None, 0)))(x, start)
-
-    return start, cut
+    cut = jax.vmap(jax.vmap(cut_row, (None, 0)))
+    cut = over_shards(cut, (("batch",), ("batch",)), ("batch",))
+    return start, lambda x: cut(x, start)
 
 
 @jax.custom_vjp

@@ -37,17 +37,16 @@ from refine_jax.data.prompts import PromptCorpus, PromptOptions, load_prompts, t
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
+from refine_jax.parallel import place_rows, use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
+    check_mesh,
     check_same_run,
     data_options,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
-    with_tokenizer_files,
+    prepare_model,
 )
 from refine_jax.refine.answer_step import (
     make_answer_eval,
@@ -87,10 +86,8 @@ def prepare(config: Config, workdir: Path) -> Parts:
             f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
         )
     check_same_run(config, workdir)
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
-    start = with_tokenizer_files(start, tokenizer)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
@@ -108,9 +105,8 @@ def run(config: Config, workdir: str | Path) -> dict:
         the run continues from the latest.
     """
     workdir = Path(workdir).expanduser().absolute()
-    loop = _Loop(prepare(config, workdir), workdir)
-    with Interrupt() as interrupt:
-        return loop.run(interrupt)
+    with use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt)
 
 
 class _Loop(Loop):
@@ -247,4 +243,4 @@ class _Loop(Loop):
 def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
     """Which prompts of the corpus these are [B], and the rows for a step, trimmed."""
     batch = trim_batch(batch)
-    return batch.pop("example"), {name: jnp.asarray(x) for name, x in batch.items()}
+    return batch.pop("example"), place_rows({name: jnp.asarray(x) for name, x in batch.items()})

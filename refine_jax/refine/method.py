@@ -18,9 +18,10 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params, Trace
+from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts, take_slots
+from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
 from refine_jax.refine.selection import rollout_slots, select_positions
 
 Batch = dict[str, jax.Array]
@@ -146,9 +147,9 @@ def judge(
     rewards = rollout_rewards(
         config.reward,
         scores.hidden,
-        take_slots(hidden, slots),
+        take_tokens(hidden, slots),
         tokens,
-        take_slots(batch["tokens"], slots),
+        take_tokens(batch["tokens"], slots),
     )
     group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
     advantages = group_advantages(
