@@ -18,7 +18,7 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params, Trace
-from refine_jax.parallel import take_tokens
+from refine_jax.parallel import over_shards, take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
 from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
@@ -152,12 +152,13 @@ def judge(
         take_tokens(batch["tokens"], slots),
     )
     group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
-    advantages = group_advantages(
-        rewards.reshape(group),
-        valid.reshape(group),
-        grouping=config.grouping,
-        normalize_std=config.normalize_std,
-    ).reshape(starts.shape)
+    advantages = over_shards(
+        functools.partial(
+            group_advantages, grouping=config.grouping, normalize_std=config.normalize_std
+        ),
+        (("batch",), ("batch",)),
+        ("batch",),
+    )(rewards.reshape(group), valid.reshape(group)).reshape(starts.shape)
     return Experience(starts, valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs)
 
 
