@@ -37,7 +37,7 @@ def with_gradients(function, *arguments):
 
 
 def assert_equal(got, want, tolerance=1e-5):
-    """Every leaf within `tolerance` relative RMS, and every number of it within 10 times that."""
+    """Every leaf within `tolerance` of its RMS, and every number of it of its largest."""
     flat, tree = jax.tree_util.tree_flatten_with_path(want)
     assert jax.tree.structure(got) == tree
     for (path, b), a in zip(flat, jax.tree.leaves(got), strict=True):

@@ -10,7 +10,7 @@ from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradient
 
 def test_halos_reach_over_several_devices():
     x = jnp.arange(2 * 24 * 3, dtype=jnp.float32).reshape(2, 24, 3)
-    for rows in (0, 1, 6, 7, 14, 23, 30):
+    for rows in (1, 6, 7, 14, 23, 30):
 
         def plain(x, rows=rows):
             padded = jnp.pad(x, ((0, 0), (rows, 0), (0, 0)))
