@@ -26,13 +26,13 @@ def shift(x: Tree, hops: int, axis_name: str) -> Tree:
 
 
 def halo(x: jax.Array, rows: int, axis_name: str, axis: int = 1) -> jax.Array:
-    """The `rows` entries along `axis` that stand before this device's block.
+    """The `rows` >= 1 entries along `axis` that stand before this device's block.
 
     They come from as many devices as they reach over, each in one hop. Zeros stand for what would
     be before the first block.
     """
     block = x.shape[axis]
-    parts = [lax.slice_in_dim(x, 0, 0, axis=axis)]
+    parts = []
     for hops in range(-(-rows // block), 0, -1):
         taken = min(block, rows - (hops - 1) * block)
         last = lax.slice_in_dim(x, block - taken, block, axis=axis)
