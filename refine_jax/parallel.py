@@ -124,6 +124,12 @@ def check_fits(sizes: Mapping[str, int], *, rows: int, tokens: int, model: Any) 
                 "config.mesh.tensor must divide the heads of the model. Got: "
                 f"tensor={sizes['tensor']}, {name}={heads}."
             )
+    chunk = getattr(model, "lact_chunk_size", 0)
+    if chunk % sizes["sequence"]:
+        raise ConfigError(
+            "config.mesh.sequence must divide lact_chunk_size: its devices share the tokens of "
+            f"every chunk. Got: sequence={sizes['sequence']}, lact_chunk_size={chunk}."
+        )
     if sizes["sequence"] > 1 and tokens % (sizes["sequence"] * model.token_multiple):
         raise ConfigError(
             "config.mesh.sequence gives every device the same number of tokens of a row, a "
@@ -140,6 +146,14 @@ def axis_sizes() -> dict[str, int]:
 def axis_size(name: str) -> int:
     """Devices along an axis of the ambient mesh; 1 without one, and in a part of `over_shards`."""
     return jax.sharding.get_abstract_mesh().shape[name] if is_spread() else 1
+
+
+def token_axis(tokens: int, multiple: int) -> str | None:
+    """The mesh axis over which rows of `tokens` are spread, whole multiples each; None: they
+    are not.
+    """
+    size = axis_size("sequence")
+    return "sequence" if size > 1 and tokens % (size * multiple) == 0 else None
 
 
 def is_spread() -> bool:

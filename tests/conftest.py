@@ -9,7 +9,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of these tests are tiny and many: unoptimised machine code computes the same numbers
 # and compiles several times as fast.
 _FAST_COMPILATION = [
-    "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",

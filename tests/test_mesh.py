@@ -16,7 +16,7 @@ from refine_jax.refine.answers import AnswerMethod
 from refine_jax.refine.method import Method
 from refine_jax.refine.step import row_keys
 
-ROWS, TOKENS = 8, 64
+ROWS, TOKENS = 8, 512
 # 8 heads and a vocabulary that 8 devices can share.
 SIZES = {"vocab_size": 56, "hidden_size": 32}
 FAMILIES = {
@@ -25,8 +25,9 @@ FAMILIES = {
     "deltanet": {"num_heads": 8},
     "gated_deltanet": {"num_heads": 8, "num_v_heads": 8, "head_dim": 4},
 }
-MESHES = [f"{axis}={size}" for size in (2, 4, 8) for axis in ("data", "fsdp", "tensor")]
+MESHES = [f"{axis}={size}" for size in (2, 4, 8) for axis in AXES]
 MESHES += ["data=2,fsdp=2", "fsdp=2,tensor=2", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"]
+MESHES += ["fsdp=2,sequence=2", "tensor=2,sequence=4", "fsdp=2,tensor=2,sequence=2"]
 CONFIG = RefineConfig(
     reward="hybrid",
     grouping="position",

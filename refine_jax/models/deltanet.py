@@ -15,10 +15,11 @@ from flax import nnx
 
 from refine_jax.kernels.delta_rule import STEP_IMPLEMENTATIONS, delta_rule, delta_step
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
+from refine_jax.kernels.sequence import halo
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import over_shards, take_tokens
+from refine_jax.parallel import over_shards, take_tokens, token_axis
 
 
 class DeltaTrace(NamedTuple):
@@ -59,25 +60,47 @@ class ShortConv(nnx.Module):
             jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
         )
 
-    def __call__(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve `x` [..., W - 1 + T, channels], whose first W - 1 tokens come before.
 
-        position: [..., T] int32, index of the tokens within their document: taps do not reach
-        before its start. Returns [..., T, channels].
+        Returns [..., T, channels].
         """
-        weight = self.weight[...]
-        taps = weight.shape[-1]
-        tokens = x.shape[-2] - (taps - 1)
-        shape = (*x.shape[:-2], tokens, x.shape[-1])
-        x = drop_unit_axes(x, 2)
-        position = None if position is None else drop_unit_axes(position, 1)
-        y = 0.0
-        for tap in range(taps):
-            term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
-            if position is not None:
-                term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
-            y = y + term
-        return y.astype(x.dtype).reshape(shape)
+        return _short_conv(x, self.weight[...])
+
+    def rows(self, x: jax.Array, position: jax.Array | None, axis_name: str | None) -> jax.Array:
+        """Convolve whole rows x [B, T, channels]; returns the same.
+
+        position: [B, T] int32, index of the tokens within their document: taps do not reach before
+        its start. axis_name: mesh axis over which the tokens are spread.
+        """
+
+        def convolve(x, weight, position):
+            reach = weight.shape[-1] - 1
+            if axis_name is None or reach == 0:
+                x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+            else:
+                x = jnp.concatenate([halo(x, reach, axis_name), x], axis=1)
+            return _short_conv(x, weight, position)
+
+        tokens = ("batch", axis_name and "tokens", "heads")
+        convolve = over_shards(convolve, (tokens, ("heads",), tokens[:2]), tokens)
+        return convolve(x, self.weight[...], position)
+
+
+def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    """`ShortConv` of x [..., W - 1 + T, channels] by weight [channels, 1, W]."""
+    taps = weight.shape[-1]
+    tokens = x.shape[-2] - (taps - 1)
+    shape = (*x.shape[:-2], tokens, x.shape[-1])
+    x = drop_unit_axes(x, 2)
+    position = None if position is None else drop_unit_axes(position, 1)
+    y = 0.0
+    for tap in range(taps):
+        term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
+        if position is not None:
+            term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
+        y = y + term
+    return y.astype(x.dtype).reshape(shape)
 
 
 class DeltaNetMixer(nnx.Module):
@@ -129,10 +152,9 @@ class DeltaNetMixer(nnx.Module):
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _convolve(self, inputs, position=None):
-        """Convolutions of (q, k, v), which begin with the W - 1 inputs before the first token."""
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return tuple(c(x, position) for c, x in zip(convolutions, inputs, strict=True))
+    @property
+    def _convolutions(self) -> tuple[ShortConv, ShortConv, ShortConv]:
+        return self.q_conv1d, self.k_conv1d, self.v_conv1d
 
     def _heads(self, q, k, v):
         """Activations and heads: q, k [..., H, K] and v [..., Hv, V].
@@ -181,18 +203,28 @@ class DeltaNetMixer(nnx.Module):
     ) -> tuple[jax.Array, DeltaTrace]:
         """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace."""
         del plan
+        axis_name = token_axis(x.shape[1], self.config.token_multiple)
         projected = self._project(x)
         if self.config.use_short_conv:
-            before = ((0, 0), (self.config.conv_size - 1, 0), (0, 0))
             position = None if layout is None else layout.position
-            projected = self._convolve([jnp.pad(p, before) for p in projected], position)
+            projected = [
+                convolution.rows(p, position, axis_name)
+                for convolution, p in zip(self._convolutions, projected, strict=True)
+            ]
         q, k, v = self._heads(*projected)
         beta, log_decay = self._beta(x), self._log_decay(x)
         if layout is not None:
             k, beta, log_decay = _keep(layout.mask, k, beta, log_decay)
         document = None if layout is None else layout.document
         out, _, states = self._run_rule(
-            q, k, v, beta, log_decay, document=document, save_every=self.config.token_multiple
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
+            document=document,
+            save_every=self.config.token_multiple,
+            axis_name=axis_name,
         )
         return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
 
@@ -266,7 +298,7 @@ class DeltaNetMixer(nnx.Module):
                 for tail, p in zip(state.tails, projected, strict=True)
             ]
             tails = tuple(p[:, :, x.shape[2] :] for p in inputs)
-            projected = self._convolve(inputs)
+            projected = [c(p) for c, p in zip(self._convolutions, inputs, strict=True)]
         q, k, v = self._heads(*projected)
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
         return self._output(x, out), DeltaState(memory, tails)
@@ -296,9 +328,19 @@ class DeltaNetMixer(nnx.Module):
         return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
 
     def _run_rule(
-        self, q, k, v, beta, log_decay, *, initial_state=None, document=None, save_every=None
+        self,
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        *,
+        initial_state=None,
+        document=None,
+        save_every=None,
+        axis_name=None,
     ):
-        """`delta_rule` with the model's options, each device on its rows and heads."""
+        """`delta_rule` with the model's options, each device on its rows, heads and tokens."""
 
         def rule(q, k, v, beta, log_decay, initial_state, document):
             return delta_rule(
@@ -311,11 +353,12 @@ class DeltaNetMixer(nnx.Module):
                 document=document,
                 normalize=self._norm == "l2",
                 save_every=save_every,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        tokens, state = ("batch", None, "heads"), ("batch", "heads")
-        rule = over_shards(rule, (*(tokens,) * 5, state, ("batch",)), (tokens, state, tokens))
+        tokens, state = ("batch", axis_name and "tokens", "heads"), ("batch", "heads")
+        rule = over_shards(rule, (*(tokens,) * 5, state, tokens[:2]), (tokens, state, tokens))
         return rule(q, k, v, beta, log_decay, initial_state, document)
 
 

@@ -35,7 +35,7 @@ from refine_jax.models.attention import push_to_ring, ring_attention, window_att
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import over_shards, take_tokens
+from refine_jax.parallel import axis_size, over_shards, take_tokens, token_axis
 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
@@ -212,6 +212,7 @@ class LaCTMixer(nnx.Module):
             return None
         chunk, (num_rows, num_tokens) = config.lact_chunk_size, shape
         num_chunks = -(-num_tokens // chunk) + layout.max_documents - 1
+        num_chunks += -num_chunks % axis_size("sequence")  # whose devices share them
         num_slots = num_chunks * chunk
         # A chunk begins at every C-th token of a document; its number is their running count.
         begins = layout.mask & (layout.position % chunk == 0)
@@ -244,7 +245,8 @@ class LaCTMixer(nnx.Module):
             jnp.swapaxes(y, 1, 2) for y in (self._rope(k, positions), self._attn_heads(v))
         )
         queries = jnp.swapaxes(self._rope(q, positions), 1, 2)
-        attention = self._attend(queries, keys, values, layout)
+        axis_name = self._token_axis(num_tokens)
+        attention = self._attend(queries, keys, values, layout, axis_name)
         attention = jnp.swapaxes(attention, 1, 2).reshape(x.shape)
 
         rates, momentum = self._rates(x), self._momentum(x)
@@ -255,7 +257,7 @@ class LaCTMixer(nnx.Module):
             rates,
             momentum,
         )
-        out, chunks = self._run_chunks(*self._to_slots(tokens, plan))
+        out, chunks = self._run_chunks(*self._to_slots(tokens, plan), axis_name)
         fast = jnp.swapaxes(out, 2, 3).reshape(num_rows, -1, *tokens[0].shape[2:])
         if plan is None:
             fast = fast[:, :num_tokens]
@@ -347,20 +349,33 @@ class LaCTMixer(nnx.Module):
 
     # Their parts
 
-    def _attend(self, q, k, v, layout: Layout | None) -> jax.Array:
-        """Window attention of q, k, v [B, A, T, hd], each device on its rows and heads."""
+    def _attend(self, q, k, v, layout: Layout | None, axis_name: str | None) -> jax.Array:
+        """Window attention of q, k, v [B, A, T, hd], each device on its rows, heads and tokens."""
 
         def attend(q, k, v, layout):
             # Its other implementations are not those of the kernels: it chooses by itself.
             name = "xla" if self.implementation == "xla" else None
-            return window_attention(q, k, v, self.config.window_size, layout, implementation=name)
+            window = self.config.window_size
+            return window_attention(
+                q, k, v, window, layout, implementation=name, axis_name=axis_name
+            )
 
-        heads = ("batch", "heads")
-        attend = over_shards(attend, (heads, heads, heads, ("batch",)), heads)
+        tokens = axis_name and "tokens"
+        heads = ("batch", "heads", tokens)
+        attend = over_shards(attend, (heads, heads, heads, ("batch", tokens)), heads)
         return attend(q, k, v, layout)
 
-    def _run_chunks(self, slots, mask, reset):
-        """`lact` with the model's options, each device on its rows and heads."""
+    def _token_axis(self, num_tokens: int) -> str | None:
+        """The mesh axis over which tokens are spread: those of rows, and those of every chunk."""
+        chunk = self.config.lact_chunk_size
+        return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
+
+    def _run_chunks(self, slots, mask, reset, axis_name):
+        """`lact` with the model's options, each device on its rows and heads.
+
+        Where tokens are spread, a device takes its share of those of every chunk, and keeps the
+        states of its share of the chunks.
+        """
 
         def run(slots, weights, mask, reset):
             return lact(
@@ -369,11 +384,14 @@ class LaCTMixer(nnx.Module):
                 mask=mask,
                 reset=reset,
                 options=self._options,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        heads = ("batch", None, "heads")
-        run = over_shards(run, (heads, ("heads",), ("batch",), ("batch",)), (heads, heads))
+        tokens = axis_name and "tokens"
+        arrays, states = ("batch", None, "heads", tokens), ("batch", tokens, "heads")
+        in_axes = (arrays, ("heads",), ("batch", None, tokens), ("batch",))
+        run = over_shards(run, in_axes, (arrays, states))
         return run(slots, self._initial_weights(), mask, reset)
 
     def _attn_heads(self, x: jax.Array) -> jax.Array:
@@ -542,9 +560,14 @@ def _slabs(last: jax.Array, size: int):
     def cut_row(x, start):  # [A, T, ...], []
         return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-    cut = jax.vmap(jax.vmap(cut_row, (None, 0)))
-    cut = over_shards(cut, (("batch",), ("batch",)), ("batch",))
-    return start, lambda x: cut(x, start)
+    def cut(x):
+        if axis_size("sequence") == 1:
+            cut_rows = jax.vmap(jax.vmap(cut_row, (None, 0)))
+            return over_shards(cut_rows, (("batch",), ("batch",)), ("batch",))(x, start)
+        rows = take_tokens(jnp.moveaxis(x, 2, 1), start[..., None] + jnp.arange(size))
+        return jnp.moveaxis(rows, 3, 2)
+
+    return start, cut
 
 
 @jax.custom_vjp

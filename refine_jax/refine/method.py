@@ -18,7 +18,7 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params, Trace
-from refine_jax.parallel import over_shards, take_tokens
+from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
 from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
@@ -106,7 +106,7 @@ def roll_out(
     select_keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     selection = select_positions(
         select_keys,
-        trunk.stats.entropy,
+        constrain(trunk.stats.entropy, "batch"),
         jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
         num_positions=config.num_positions,
         rollout_length=config.rollout_length,

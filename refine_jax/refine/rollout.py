@@ -13,7 +13,7 @@ from jax import lax
 
 from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, Trace
-from refine_jax.parallel import take_tokens
+from refine_jax.parallel import constrain, take_tokens
 
 
 class Scores(NamedTuple):
@@ -50,7 +50,7 @@ def sample_rollouts(
     fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
 
     def sample(last_hidden, index):
-        z = logits(last_hidden, head)
+        z = constrain(logits(last_hidden, head), "batch")
         if forbidden_token is not None:
             z = z.at[..., forbidden_token].set(-jnp.inf)
         if temperature == 0:
