@@ -26,6 +26,7 @@ from refine_jax.phases.setup import (
     check_same_run,
     data_options,
     prepare_model,
+    rows_at_once,
 )
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
@@ -59,7 +60,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_mesh(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    held_out = corpus.dataset("validation", rows_at_once(config))
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, training, held_out)
 
@@ -101,7 +102,7 @@ class _Loop(Loop):
                 self.optimizer,
                 dataclasses.replace(refine, objective=objective),
                 mini_batch=train.mini_batch,
-                micro_batch=train.micro_batch,
+                micro_batch=rows_at_once(parts.config),
                 **rows,
             )
             for objective in ("ntp", "refine")
@@ -132,10 +133,9 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
-            part, _ = jax.device_get(
-                self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-            )
+            rows = _rows(batch, self.parts.held_out)
+            first = index * len(batch["tokens"])
+            part, _ = jax.device_get(self.eval_step(state.params, rows, self.eval_key, first))
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
@@ -149,10 +149,8 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = next(iter(self.parts.held_out))
-        key = jax.random.fold_in(self.eval_key, 0)
-        _, seen = jax.device_get(
-            self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-        )
+        rows = _rows(batch, self.parts.held_out)
+        _, seen = jax.device_get(self.eval_step(state.params, rows, self.eval_key))
         for row in range(len(seen["valid"])):
             if seen["valid"][row].any():
                 break

@@ -47,6 +47,7 @@ from refine_jax.phases.setup import (
     check_same_run,
     data_options,
     prepare_model,
+    rows_at_once,
 )
 from refine_jax.refine.answer_step import (
     make_answer_eval,
@@ -91,7 +92,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    held_out = corpus.dataset("validation", rows_at_once(config))
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, corpus, training, held_out)
 
@@ -125,7 +126,7 @@ class _Loop(Loop):
             self.optimizer,
             config.refine,
             mini_batch=train.mini_batch,
-            micro_batch=train.micro_batch,
+            micro_batch=rows_at_once(config),
             eos_id=tokenizer.eos_id,
         )
         method = AnswerMethod(
@@ -135,7 +136,7 @@ class _Loop(Loop):
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        sizes = {"mini_batch": mini_batch, "micro_batch": train.micro_batch}
+        sizes = {"mini_batch": mini_batch, "micro_batch": rows_at_once(config)}
         self.supervised_step = make_supervised_step(method, self.optimizer, **sizes)
         self.policy_step = make_policy_step(
             method,
@@ -198,12 +199,14 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
             examples, rows = _split_off_examples(batch)
             found, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
-            of_prompts, _ = jax.device_get(self.prompt_eval(state.params, prompts, key))
+            first = index * len(examples)
+            of_prompts, _ = jax.device_get(
+                self.prompt_eval(state.params, prompts, self.eval_key, first)
+            )
             found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (found | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
