@@ -84,6 +84,7 @@ def program(family: str):
 
     def losses(params, rows, asked):
         keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
+        token_count = jnp.float32(rows["tokens"].size)
         experience, _ = methods["refine"].collect(params, None, rows, keys)
         experience = jax.lax.stop_gradient(experience)
 
