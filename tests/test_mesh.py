@@ -92,9 +92,7 @@ def program(family: str):
             if name == "answers":
                 return answers.nll(params, asked)[0] / ROWS
             given = experience if name == "refine" else None
-            return methods[name].loss(
-                params, rows, given, token_count=jnp.float32(ROWS * rows["tokens"].shape[1])
-            )[0]
+            return methods[name].loss(params, rows, given, token_count=token_count)[0]
 
         names = ("ntp", "refine", "answers")
         return {name: jax.value_and_grad(objective)(params, name) for name in names}, experience
