@@ -63,6 +63,36 @@ def test_equals_one_device(count, spec):
     assert_equal(value_and_gradients(spec, count), value_and_gradients(spec, None), tolerance)
 
 
+def sizes(jaxpr, local=False):
+    """Elements of every array inside the `shard_map`s of a jaxpr: those of one device."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if local:
+            yield from (x.aval.size for x in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner, local or name == "shard_map")
+
+
+def test_no_device_holds_the_states_of_all_chunks():
+    """Neither forward nor backward: N / S of its own, and one before each of S blocks."""
+    count, spec = 4, dataclasses.replace(PLAIN, chunks=32, chunk=4, batch=1, dim=16, hidden=16)
+    (*arrays, weights), _ = spec.arguments()
+    slots = tokens_at(3)
+    spread = over_devices(
+        lambda *x: lact(*x, axis_name=AXIS), count, (*[slots] * 5, P()), (slots, tokens_at(1))
+    )
+
+    def total(*arguments):
+        return sum(x.sum() for x in jax.tree.leaves(spread(*arguments)))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2, 3, 5)))(*arrays, weights)
+    own = spec.chunks // count * weights.w0.size
+    assert max(sizes(jaxpr.jaxpr)) == own > spec.chunks * spec.heads * spec.dim
+
+
 def test_errors_name_what_was_got():
     arrays, _ = dataclasses.replace(PLAIN, chunks=6).arguments()
 
