@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jax import lax
 from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
@@ -65,7 +67,7 @@ def lact(
         spread: q, k, v, rates, momentum and mask are the device's own C / S slots of all N chunks;
         weights, reset and carry are the same everywhere. N must be a multiple of S: the states
         returned are those of the device's own N / S chunks alone, [B, N / S, H, ...] (sequence.py).
-        By "xla" only.
+        By "xla" only where H is no multiple of S.
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
@@ -73,6 +75,7 @@ def lact(
     if axis_name is not None and lax.axis_size(axis_name) > 1:
         _check_sequence(q, implementation, axis_name)
         return lact_sequence(
+            functools.partial(lact, implementation=implementation),
             q,
             k,
             v,
@@ -104,17 +107,18 @@ def _best(q: jax.Array, weights: Weights) -> str:
 
 
 def _check_sequence(q, implementation, axis_name):
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            "Only 'xla' spreads the chunks of lact over devices (axis_name). "
-            f"Got: implementation={implementation!r}. Leave it None, or name 'xla'."
-        )
-    chunks, devices = q.shape[1], lax.axis_size(axis_name)
+    chunks, heads, devices = *q.shape[1:3], lax.axis_size(axis_name)
     if chunks % devices:
         raise ValueError(
             "The chunks must be a multiple of the devices that share them: each device keeps the "
             f"states of its own ones. Got: N={chunks} chunks over {devices} devices on the axis "
             f"{axis_name!r}. Add empty chunks at the end, with mask False."
+        )
+    if heads % devices and implementation not in (None, "xla"):
+        raise ValueError(
+            "Only 'xla' shares the slots of a chunk among devices, and there are no heads for each "
+            f"of them. Got: implementation={implementation!r}, H={heads} heads over {devices} "
+            f"devices on the axis {axis_name!r}. Leave it None, or name 'xla'."
         )
 
 

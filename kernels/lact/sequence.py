@@ -1,26 +1,35 @@
 """The LaCT fast-weight op over a sequence whose tokens are spread over devices.
 
-Every device holds C / S slots of every chunk. It reads them by itself; the sums of an update are
-added up over the devices, and all of them make the same update.
+Every device comes with C / S slots of every chunk. Heads do not know of each other, so that as many
+devices as divide the heads exchange slots for heads first: devices in groups of G = gcd(S, H) that
+follow each other then hold H / G heads of G C / S slots. Where G = S, chunks are whole again, and
+nothing is left to do but the op of one device.
+
+Elsewhere M = S / G groups share the slots of a chunk. A device reads its own; the sums of an update
+are added up over the groups, and every group makes the same update. That moves two numbers for
+every weight and group, and exchanged slots are far fewer numbers than weights.
 
 The states of N chunks are as large as their tokens (one [F, d] a head against C / F times that of
-keys), so that no device may keep them all. A scan over S blocks of N / S chunks keeps the state
-before every block, and a device keeps the states of the one block that is its own. The backward
-pass makes those of a block once more when it comes to it: N / S + S states a device.
+keys), so that no device may keep those of all chunks and heads. A scan over M blocks of N / M
+chunks keeps the state before every block, and a group keeps the states of the one block that is its
+own. The backward pass makes those of a block once more when it comes to it. In the end the devices
+of a group exchange heads for chunks. The update after the last chunk is made for nothing.
 
-A state is the same on all devices, but not its cotangent: each holds the part that its own slots
-and its own states make, and the sum over devices is taken where the parts leave the replicated
+A state is the same in all groups, but not its cotangent: each holds the part that its own slots and
+its own states make, and the sum over groups is taken where the parts leave the replicated
 computation (the transposes of the sums here, and of `shard_map` at the arguments).
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
+from refine_jax.kernels.lact.reference import FastState, Options, Weights
 from refine_jax.kernels.lact.xla import (
     apply_fast_weights,
     apply_update,
@@ -32,6 +41,7 @@ from refine_jax.kernels.lact.xla import (
 
 
 def lact_sequence(
+    whole: Callable[..., tuple[jax.Array, FastState]],
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -39,18 +49,65 @@ def lact_sequence(
     momentum: jax.Array | None,
     weights: Weights,
     *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    carry: FastState | None = None,
-    options: Options = PLAIN,
+    mask: jax.Array | None,
+    reset: jax.Array | None,
+    carry: FastState | None,
+    options: Options,
     axis_name: str,
 ) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py over the S devices of the mesh axis `axis_name`; N a multiple of S."""
+    """`lact` of api.py over the S devices of the mesh axis `axis_name`; N a multiple of S.
+
+    whole: `lact` on one device, for chunks that are whole after slots are exchanged for heads.
+    """
+    size, heads = lax.axis_size(axis_name), q.shape[2]
+    group = math.gcd(size, heads)
+    members = [list(range(first, first + group)) for first in range(0, size, group)]
+    exchange = functools.partial(
+        lax.all_to_all, axis_name=axis_name, axis_index_groups=members, tiled=True
+    )
+
+    def own_heads(x):
+        """Of arrays [..., H, rows, columns] that are the same on all devices."""
+        start = lax.axis_index(axis_name) % group * (heads // group)
+        return lax.dynamic_slice_in_dim(x, start, heads // group, axis=-3)
+
+    if group > 1:
+        slots = q, k, v, rates, momentum
+        to_heads = functools.partial(exchange, split_axis=2, concat_axis=3)
+        q, k, v, rates, momentum = jax.tree.map(to_heads, slots)
+        weights, carry = jax.tree.map(own_heads, (weights, carry))
+        if mask is not None:
+            mask = lax.all_gather(mask, axis_name, axis_index_groups=members, axis=2, tiled=True)
+    if group == size:
+        run = functools.partial(whole, options=options)
+    else:
+        run = functools.partial(
+            _shared_chunks, options=options, axis_name=axis_name, num_groups=size // group
+        )
+    out, states = run(q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry)
+    if group > 1:
+        out = exchange(out, split_axis=3, concat_axis=2)
+        to_chunks = functools.partial(exchange, split_axis=1, concat_axis=2)
+        states = jax.tree.map(to_chunks, states)
+    return out, states
+
+
+def _shared_chunks(
+    q, k, v, rates, momentum, weights, *, mask, reset, carry, options, axis_name, num_groups
+):
+    """The op on the slots of one of M groups of devices, with the states of its N / M chunks."""
     num_batch, num_chunks = q.shape[:2]
-    devices, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    group = lax.axis_size(axis_name) // num_groups
+    own_block = lax.axis_index(axis_name) // group
+    # Devices that hold other slots of the same heads.
+    same_heads = [list(range(first, num_groups * group, group)) for first in range(group)]
+    total = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=same_heads)
     mean = None
     if momentum is not None:
-        mean = _mean(momentum, mask, axis_name)
+        live = jnp.ones((), bool) if mask is None else mask[:, :, None]
+        count = jnp.broadcast_to(live, momentum.shape).sum(-1)
+        momentum, count = total((jnp.where(live, momentum, 0.0).sum(-1), count))
+        mean = momentum / jnp.maximum(count, 1)
     if mask is not None:
         rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
     norms = row_norms(weights)
@@ -70,7 +127,7 @@ def lact_sequence(
         if again is not None:
             again = again[:, None, None, None]
             state = jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
-        step = lax.psum(sums(state.weights, k, v, rates), axis_name)
+        step = total(sums(state.weights, k, v, rates))
         return next_state(state, step, mean), (read(state.weights, q), state)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -82,27 +139,17 @@ def lact_sequence(
         number, chunks = inputs
         state, (out, states) = block(state, chunks)
         # Outside of what is computed again: nothing of `own` is then kept for every block.
-        own = jax.tree.map(lambda a, b: jnp.where(number == index, a, b), states, own)
+        own = jax.tree.map(lambda a, b: jnp.where(number == own_block, a, b), states, own)
         return (state, own), out
 
     def cut(x):
-        """[B, N, ...] -> [S, N / S, B, ...]."""
+        """[B, N, ...] -> [M, N / M, B, ...]."""
         x = jnp.moveaxis(x, 1, 0)
-        return x.reshape(devices, -1, *x.shape[1:])
+        return x.reshape(num_groups, -1, *x.shape[1:])
 
     chunks = jax.tree.map(cut, (q, k, v, rates, mean, reset))
     state = fresh if carry is None else carry
-    own = jax.tree.map(lambda x: jnp.zeros((num_chunks // devices, *x.shape), x.dtype), state)
-    (_, own), out = lax.scan(block_step, (state, own), (jnp.arange(devices), chunks))
+    own = jax.tree.map(lambda x: jnp.zeros((num_chunks // num_groups, *x.shape), x.dtype), state)
+    (_, own), out = lax.scan(block_step, (state, own), (jnp.arange(num_groups), chunks))
     out = jnp.moveaxis(out.reshape(num_chunks, *out.shape[2:]), 0, 1)
     return out, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), own)
-
-
-def _mean(momentum, mask, axis_name):
-    """Mean momentum [B, N, H] of the tokens of every chunk, over all devices."""
-    if mask is None:
-        return lax.pmean(momentum.mean(-1), axis_name)
-    live = mask[:, :, None, :]
-    total = jnp.where(live, momentum, 0.0).sum(-1), live.sum(-1)
-    total, count = lax.psum(total, axis_name)
-    return total / jnp.maximum(count, 1)

@@ -1,8 +1,8 @@
 """Causal softmax attention over a window of tokens: for whole rows, and for continued states.
 
 Query i sees the keys i - window + 1 ... i of its own document. Where a row is spread over devices,
-those before a device's own tokens are its past. Letters: B batch, A attention heads,
-T tokens, hd head dim, R forks of a sequence, S new tokens, W window.
+those before a device's own tokens are its past. Letters: B batch, A attention heads, T tokens,
+hd head dim, R forks of a sequence, S new tokens, W window.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _front_pad(x, rows: int, axis: int):
 
 
 def _after(past, x):
-    """Arrays [B, A, T, hd] or ids [B, T] behind their past."""
+    """Arrays [B, A, T, hd] or ids [B, T], tokens along their middle axis, behind their past."""
     return jnp.concatenate([past, x], axis=x.ndim // 2)
 
 
