@@ -231,6 +231,9 @@ def finished(tmp_path):
 
     write("base", {"curve": [{"tokens": 0, "loss": 3.0, "recall": 0.0}]})
     write("before", figures(0.1))
+    for objective, loss in (("ntp", 2.5), ("refine", 2.6)):
+        tuned = {"loss_192": loss, "recall_192": 0.25}
+        write(f"tune-{objective}-0.001", {"measured": {"3": tuned}})
     for seed in range(3):
         ntp, refine = 0.2 + seed / 10, 0.3 + seed / 10 + seed / 100
         runs = {"rewards": [0.5, 0.6, 0.7]}
@@ -267,6 +270,9 @@ def test_the_report_compares_seed_by_seed(finished):
     # Eight documents, all better: the sign-flip test's smallest p is 2 / 2**8.
     assert equal_steps["p, by document"] == "0.008"
     assert tests["equal time: recall 192, %"]["difference"] == "+6"
+    (tuned,) = content["learning rates"]
+    assert tuned["one seed, other documents"] == "rate 0.001"
+    assert (tuned["NTP: loss 192, nats"], tuned["ReFINE: recall 192, %"]) == ("2.500", "25.0")
     rows = {row["mid-training"]: row for row in content["mid-training"]}
     assert rows["ReFINE, 3 steps"]["recall 192, %"] == "41.0 (11.0)"
     assert rows["NTP, 4 steps (equal time)"]["recall 192, %"] == "35.0 (10.0)"

@@ -37,6 +37,7 @@ def report(workdir: Path, plan: Plan, ablations: Iterable[str]) -> str:
     for name in done:
         results = _Results(workdir / name, plan)
         sections = {
+            "learning rates": _rates(results),
             "mid-training": _midtraining(results),
             "tests": _tests(results),
             "ablations": _ablations(results, ablations),
@@ -87,6 +88,22 @@ def _describe(results: _Results) -> str:
     )
 
 
+def _rates(results: _Results) -> list[dict[str, str]]:
+    """What learning rates were chosen by: one seed, held-out documents of their own."""
+    steps, length, rows = str(results.chosen["steps"]), results.lengths[1], []
+    for rate in results.plan.rates:
+        row = {"one seed, other documents": f"rate {rate:g}"}
+        for objective in ("ntp", "refine"):
+            run = results.read(f"tune-{objective}-{rate:g}")
+            if run is not None:
+                found, name = run["measured"][steps], _NAMES[objective]
+                row[f"{name}: loss {length}, nats"] = f"{found[f'loss_{length}']:.3f}"
+                row[f"{name}: recall {length}, %"] = _spread([found[f"recall_{length}"]], 100)
+        if len(row) > 1:
+            rows.append(row)
+    return rows
+
+
 def _midtraining(results: _Results) -> list[dict[str, str]]:
     steps, equal = results.chosen["steps"], results.chosen["equal_compute_steps"]
     runs = {
@@ -124,7 +141,7 @@ def _tests(results: _Results) -> list[dict[str, str]]:
                 means = [
                     np.mean([run[documents] for run in runs], axis=0) for runs in (ntp, refine)
                 ]
-                row["p, by document"] = f"{compare(*means).p_value:.3f}"
+                row["p, by document"] = _p_value(compare(*means).p_value)
             rows.append(row)
     return rows
 
@@ -132,16 +149,20 @@ def _tests(results: _Results) -> list[dict[str, str]]:
 def _paired(first: Sequence[float], second: Sequence[float]) -> dict[str, str]:
     """Mean difference with its 95 % interval and the p of a paired t-test over seeds."""
     differences = np.subtract(second, first)
-    mean = differences.mean()
-    if len(differences) < 2 or differences.std() == 0:
+    mean = round(differences.mean(), 9) + 0.0  # equal means differ by 0, not by their rounding
+    if len(differences) < 2 or differences.std() < 1e-9:
         return {"difference": f"{mean:+.3g}", "95 % interval": "", "p, by seed": ""}
     test = stats.ttest_rel(second, first)
     low, high = test.confidence_interval()
     return {
         "difference": f"{mean:+.3g}",
         "95 % interval": f"{low:+.3g} to {high:+.3g}",
-        "p, by seed": f"{test.pvalue:.3f}",
+        "p, by seed": _p_value(test.pvalue),
     }
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _ablations(results: _Results, ablations: Iterable[str]) -> list[dict[str, str]]:
