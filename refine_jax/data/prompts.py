@@ -259,15 +259,13 @@ class PromptCorpus:
         ids = iter(self._tokenizer.encode_batch(flat, bos=False, eos=True))
         self._answer_ids = [[next(ids) for _ in answers] for answers in self.answers]
 
-    def dataset(
-        self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Dataset:
+    def dataset(self, split: str, batch_size: int, share: Sequence[int] | None = None) -> Dataset:
         """Return the batches of a split; see `refine_jax.data.pipeline.Corpus.dataset`.
 
         A prompt that occurs several times stands in one split only.
 
         Raises:
-            DataError: no rows, or the batch cannot be shared.
+            DataError: no rows, or a batch without rows.
         """
         table, _ = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
         rows = PromptRows(
@@ -284,8 +282,7 @@ class PromptCorpus:
             self._options,
             split,
             batch_size,
-            process_index,
-            process_count,
+            share,
         )
 
     def _statistics(self, examples: np.ndarray) -> PromptStatistics:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
@@ -93,19 +94,23 @@ class Loop(abc.ABC):
           RunError: Training cannot go on.
         """
         train = self.config.train
+        distributed.check_same("training data", self.parts.training.fingerprint)
         self.workdir.mkdir(parents=True, exist_ok=True)
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
             with Monitor(
-                self.workdir, steps=train.steps, start=step, log_every=train.log_every
+                self.workdir,
+                steps=train.steps,
+                start=step,
+                log_every=train.log_every,
+                write=distributed.is_writer(),
             ) as monitor:
                 state = self.train(step, state, batches, manager, monitor, interrupt)
         if interrupt and int(state.step) < train.steps:
-            print(
+            distributed.say(
                 f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
-                "The same command continues the run.",
-                flush=True,
+                "The same command continues the run."
             )
             return {"interrupted": interrupt.signal, "step": int(state.step)}
         return self.report(state, monitor.history)
@@ -143,12 +148,11 @@ class Loop(abc.ABC):
         config, model = self.config, self.parts.model
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
         device = jax.devices()[0]
-        print(
+        distributed.say(
             f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; "
-            + (f"continuing after step {step}" if step else f"{config.train.steps} steps"),
-            flush=True,
+            + (f"continuing after step {step}" if step else f"{config.train.steps} steps")
         )
 
     def train(
@@ -164,7 +168,7 @@ class Loop(abc.ABC):
         train = self.config.train
         if step == 0 and not monitor.history:
             monitor.record(0, self._timed_evaluation(state))
-        while step < train.steps and not interrupt:
+        while step < train.steps and not interrupt.agreed():
             state, metrics = self._timed_step(step, state, batches)
             step += 1
             failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
@@ -230,10 +234,11 @@ class Loop(abc.ABC):
     def report(self, state: TrainState, history: list[dict]) -> dict:
         """Plots, results.json, and the closing table."""
         results = summarize(history)
-        plot_training(
-            self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
-        )
         self.show_examples(state)
-        write_results(self.workdir, results)
-        print(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}", flush=True)
+        if distributed.is_writer():
+            plot_training(
+                self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
+            )
+            write_results(self.workdir, results)
+        distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
