@@ -20,13 +20,14 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
 from refine_jax.settings import ConfigError
 
@@ -176,8 +177,8 @@ def _time_limit(seconds: float, where: str) -> Iterator[None]:
         proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
         _complain(
             f"The other processes were not there within {seconds} s (this is {where}). Start all "
-            "of them, with the same --num_processes and --coordinator; the coordinator's host is "
-            "that of process 0, and its port must be open."
+            "of them, with the same --num_processes and --coordinator and each with another "
+            "--process_id; the coordinator's host is that of process 0, and its port must be open."
             + (f" Proxies may be in the way: unset {', '.join(proxies)}." if proxies else "")
         )
         os._exit(1)
@@ -220,6 +221,35 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
+def rows_here(sharding: Sharding, rows: int) -> tuple[int, ...]:
+    """Which of the B rows of a global batch this process's devices hold, ascending.
+
+    sharding: of an array [B, ...]. Devices of several processes may hold the same rows, and those
+    of one process need not be neighbours.
+    """
+    parts = sharding.addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for (part,) in parts for row in range(rows)[part]}))
+
+
+def place_rows(
+    batch: Mapping[str, np.ndarray], share: Sequence[int], rows: int, sharding: Sharding
+) -> dict[str, jax.Array]:
+    """Arrays [b, ...] of the rows `share` of a batch as global arrays [B, ...].
+
+    share: of `rows_here`, or more. rows: B. sharding: of the rows; nothing else is divided.
+    """
+    share = np.asarray(share)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(rows)[index[0]]
+            return x[np.searchsorted(share, wanted)]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}
+
+
 def check_same(what: str, value: str) -> None:
     """Raise ProcessError unless all processes call this with the same text."""
     digest = hashlib.blake2b(value.encode(), digest_size=4).digest()
@@ -250,8 +280,9 @@ def check_shared(folder: str | os.PathLike) -> None:
     seen = gather(mark.exists())
     if is_writer():
         mark.unlink()
-        for path in made:
-            path.rmdir()
+        with contextlib.suppress(OSError):  # another process is using it already
+            for path in made:
+                path.rmdir()
     if not all(seen):
         blind = [str(index) for index, sees in enumerate(seen) if not sees]
         raise ProcessError(

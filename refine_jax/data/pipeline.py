@@ -52,6 +52,7 @@ class Corpus:
         Args:
             split: "train" or "validation".
             batch_size: B, rows of a global batch.
+        share: the rows of each batch that are read here, ascending.
             share: the rows of each batch that this process reads, ascending; None: all.
 
         Raises:
@@ -111,7 +112,7 @@ class Dataset:
         if batch_size < 1:
             raise DataError(f"a batch must have rows. Got: batch_size={batch_size}.")
         self.statistics, self.rows, self.batch_size = statistics, len(rows), batch_size
-        self._share = tuple(range(batch_size) if share is None else share)
+        self.share = tuple(range(batch_size) if share is None else share)
         self._rows = rows
         self._train = split == SPLITS[0]
         self._epochs = options.epochs if self._train else 1
@@ -147,9 +148,9 @@ class Dataset:
             start=next_row,
             total=total,
             batch_size=self.batch_size,
-            share=self._share,
+            share=self.share,
         )
-        batches = part.batch(len(self._share), drop_remainder=True).to_iter_dataset(
+        batches = part.batch(len(self.share), drop_remainder=True).to_iter_dataset(
             grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         )
         if self._workers:

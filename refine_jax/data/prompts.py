@@ -393,16 +393,20 @@ class _PromptTexts:
         return prompt
 
 
-def trim_batch(batch: Batch) -> Batch:
-    """Drop slots at the end of a batch that are padding in all rows.
+def trimmed_width(batch: Batch) -> int:
+    """Slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
 
-    Arrays [B, T] get one of `BUCKETS` widths, multiples of T / BUCKETS, so that short prompts cost
-    less and few programs are compiled. The widths of several processes may differ.
+    Beyond them all rows are padding. Few widths, so that few programs are compiled; those of the
+    parts of a batch that several processes read may differ.
     """
     length = batch["segments"].shape[1]
     used = int(np.max(np.nonzero(batch["segments"].any(axis=0))[0], initial=0)) + 1
     step = -(-length // BUCKETS)
-    width = min(-(-used // step) * step, length)
+    return min(-(-used // step) * step, length)
+
+
+def trim_batch(batch: Batch, width: int) -> Batch:
+    """The first `width` slots of the arrays [B, T] of a batch."""
     return {name: x[:, :width] if x.ndim == 2 else x for name, x in batch.items()}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import distributed
@@ -63,6 +64,16 @@ class Loop(abc.ABC):
         key = jax.random.key(train.seed)
         self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
         self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
+
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """A batch as steps take it: spread over the mesh where there is one.
+
+        batch: the rows `dataset.share` of the global batch, which this process has read.
+        """
+        sharding = rows_sharding()
+        if sharding is None:
+            return batch
+        return distributed.place_rows(batch, dataset.share, dataset.batch_size, sharding)
 
     @abc.abstractmethod
     def train_step(
@@ -192,8 +203,8 @@ class Loop(abc.ABC):
         self, step: int, state: TrainState, batches: BatchIterator
     ) -> tuple[TrainState, dict[str, Any]]:
         begin = time.perf_counter()
-        batch = next(batches)
-        tokens = np.count_nonzero(batch["segments"])
+        batch = self.place(next(batches), self.parts.training)
+        tokens = _count(batch["segments"])
         loaded = time.perf_counter()
         state, metrics = self.train_step(step, state, batch)
         metrics = jax.device_get(metrics)
@@ -242,3 +253,10 @@ class Loop(abc.ABC):
             write_results(self.workdir, results)
         distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
+
+
+def _count(segments: np.ndarray | jax.Array) -> int:
+    """Tokens of a batch that are not padding, those that other processes read included."""
+    if isinstance(segments, np.ndarray):
+        return np.count_nonzero(segments)
+    return int(jnp.count_nonzero(segments))

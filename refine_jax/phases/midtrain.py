@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
@@ -137,10 +138,9 @@ class _Loop(Loop):
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.parts.held_out):
             key = jax.random.fold_in(self.eval_key, index)
-            part, _ = jax.device_get(
-                self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-            )
-            for name, value in part.items():
+            batch = self.place(batch, self.parts.held_out)
+            part, _ = self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
+            for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
             f"eval/{name}": sums[f"{source}_sum"] / max(sums["token_count"], 1.0)
@@ -152,11 +152,12 @@ class _Loop(Loop):
 
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
-        batch = next(iter(self.parts.held_out))
+        batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
         key = jax.random.fold_in(self.eval_key, 0)
-        _, seen = jax.device_get(
-            self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-        )
+        _, seen = self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
+        seen = distributed.fetch(seen)
+        if not distributed.is_writer():
+            return
         for row in range(len(seen["valid"])):
             if seen["valid"][row].any():
                 break

@@ -31,9 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
-from refine_jax.data.prompts import PromptCorpus, PromptOptions, load_prompts, trim_batch
+from refine_jax.data.prompts import (
+    PromptCorpus,
+    PromptOptions,
+    load_prompts,
+    trim_batch,
+    trimmed_width,
+)
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
@@ -155,6 +162,11 @@ class _Loop(Loop):
         """What became of the prompts."""
         return self.parts.training.statistics.summary()
 
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """The batch without slots that are padding in all rows, as steps take it."""
+        width = max(distributed.gather(trimmed_width(batch)))
+        return super().place(trim_batch(batch, width), dataset)
+
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
@@ -203,11 +215,11 @@ class _Loop(Loop):
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
             key = jax.random.fold_in(self.eval_key, index)
-            examples, rows = _split_off_examples(batch)
-            found, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
+            examples, rows = _split_off_examples(self.place(batch, self.parts.held_out))
+            found, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
-            of_prompts, _ = jax.device_get(self.prompt_eval(state.params, prompts, key))
+            of_prompts = jax.device_get(self.prompt_eval(state.params, prompts, key)[0])
             found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (found | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
@@ -225,9 +237,13 @@ class _Loop(Loop):
 
     def show_examples(self, state: TrainState) -> None:
         """Write the final answers to the first held-out prompts."""
-        examples, rows = _split_off_examples(next(iter(self.parts.held_out)))
-        _, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
-        prompts = jax.device_get(prompts_of(rows, self.parts.tokenizer.pad_id))
+        batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
+        examples, rows = _split_off_examples(batch)
+        _, tokens, mask = self.answer_eval(state.params, rows)
+        prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
+        tokens, mask, prompts = distributed.fetch((tokens, mask, prompts))
+        if not distributed.is_writer():
+            return
         lines = []
         for row, example in enumerate(examples):
             if example < 0:
@@ -245,6 +261,6 @@ class _Loop(Loop):
 
 
 def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """Which prompts of the corpus these are [B], and the rows for a step, trimmed."""
-    batch = trim_batch(batch)
-    return batch.pop("example"), {name: jnp.asarray(x) for name, x in batch.items()}
+    """Which prompts of the corpus these are [B], on every process, and the rows for a step."""
+    rows = {name: jnp.asarray(x) for name, x in batch.items() if name != "example"}
+    return distributed.fetch(batch["example"]), rows
