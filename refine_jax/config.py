@@ -53,6 +53,32 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """How many devices share what (`refine_jax.parallel`); one size may be -1: all that are left.
+
+    Does not change what is computed.
+    """
+
+    section: ClassVar[str] = "mesh"
+
+    data: int = setting(1, "devices that share the rows of a batch", low=-1)
+    fsdp: int = setting(
+        -1, "devices that share the rows, and parameters and optimizer state too", low=-1
+    )
+    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", low=-1)
+    sequence: int = setting(1, "devices that share the tokens of a row", low=-1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = dataclasses.asdict(self)
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"config.mesh: sizes are at least 1, and only one may be -1. Got: {got}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class RefineConfig(Section):
     """The method (DESIGN section 5; ReFINE, arXiv 2602.16704). Defaults are mid-training's."""
 
@@ -408,6 +434,7 @@ class Config:
 
     model: ModelConfig
     phase: str = "midtrain"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -462,6 +489,7 @@ class Config:
 
 SECTIONS = {
     "model": ModelConfig,
+    "mesh": MeshConfig,
     "data": DataConfig,
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,

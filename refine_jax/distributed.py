@@ -20,14 +20,13 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from refine_jax.settings import ConfigError
 
@@ -219,35 +218,6 @@ def fetch(tree: Any) -> Any:
         return x
 
     return jax.device_get(jax.tree.map(whole, tree))
-
-
-def rows_here(sharding: Sharding, rows: int) -> tuple[int, ...]:
-    """Which of the B rows of a global batch this process's devices hold, ascending.
-
-    sharding: of an array [B, ...]. Devices of several processes may hold the same rows, and those
-    of one process need not be neighbours.
-    """
-    parts = sharding.addressable_devices_indices_map((rows,)).values()
-    return tuple(sorted({row for (part,) in parts for row in range(rows)[part]}))
-
-
-def place_rows(
-    batch: Mapping[str, np.ndarray], share: Sequence[int], rows: int, sharding: Sharding
-) -> dict[str, jax.Array]:
-    """Arrays [b, ...] of the rows `share` of a batch as global arrays [B, ...].
-
-    share: of `rows_here`, or more. rows: B. sharding: of the rows; nothing else is divided.
-    """
-    share = np.asarray(share)
-
-    def place(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = np.arange(rows)[index[0]]
-            return x[np.searchsorted(share, wanted)]
-
-        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
-
-    return {name: place(x) for name, x in batch.items()}
 
 
 def check_same(what: str, value: str) -> None:

@@ -25,6 +25,7 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
+from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, RunError, Start, initial_params
 from refine_jax.plots import plot_training
@@ -70,10 +71,7 @@ class Loop(abc.ABC):
 
         batch: the rows `dataset.share` of the global batch, which this process has read.
         """
-        sharding = rows_sharding()
-        if sharding is None:
-            return batch
-        return distributed.place_rows(batch, dataset.share, dataset.batch_size, sharding)
+        return place_rows(batch, dataset.share, dataset.batch_size)
 
     @abc.abstractmethod
     def train_step(
@@ -143,14 +141,28 @@ class Loop(abc.ABC):
     def initial_state(self) -> TrainState:
         """The state before the first step."""
         params = initial_params(self.parts.model, self.parts.start, self.config)
-        return TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+        state = TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+        shardings = state_shardings(state)
+        return state if shardings is None else jax.device_put(state, shardings)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
+        state = jax.eval_shape(self.initial_state)
+        shardings = state_shardings(state)
+        if shardings is None:
+            return state
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            shardings,
+        )
 
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Steps done, the state after them, and the batches that follow."""
         batches = iter(self.parts.training)
         if not manager.steps():
             return 0, self.initial_state(), batches
-        restored = manager.restore_latest(jax.eval_shape(self.initial_state))
+        restored = manager.restore_latest(self.abstract_state())
         batches.set_state(restored.data_state)
         return restored.step, restored.state, batches
 
@@ -204,7 +216,7 @@ class Loop(abc.ABC):
     ) -> tuple[TrainState, dict[str, Any]]:
         begin = time.perf_counter()
         batch = self.place(next(batches), self.parts.training)
-        tokens = _count(batch["segments"])
+        tokens = _count_tokens(batch)
         loaded = time.perf_counter()
         state, metrics = self.train_step(step, state, batch)
         metrics = jax.device_get(metrics)
@@ -255,8 +267,9 @@ class Loop(abc.ABC):
         return results
 
 
-def _count(segments: np.ndarray | jax.Array) -> int:
-    """Tokens of a batch that are not padding, those that other processes read included."""
-    if isinstance(segments, np.ndarray):
-        return np.count_nonzero(segments)
-    return int(jnp.count_nonzero(segments))
+def _count_tokens(batch: Batch) -> int:
+    """Tokens of the whole batch that are not padding."""
+    if "segments" not in batch:
+        return batch["tokens"].size
+    count = np if isinstance(batch["segments"], np.ndarray) else jnp
+    return int(count.count_nonzero(batch["segments"]))

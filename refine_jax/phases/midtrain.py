@@ -5,7 +5,7 @@ one (`refine_jax.phases.loop`). Beside what the loop writes: WORKDIR/rollouts.pn
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,20 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
+    check_mesh,
     check_same_run,
     data_options,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
-    with_tokenizer_files,
+    prepare_model,
+    training_data,
 )
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
-
-
-def _rows(batch: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
-    """The batch for a step: without segments, the faster program, where they say nothing."""
-    return {"tokens": batch["tokens"]} if dataset.full_rows else dict(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +52,10 @@ def prepare(config: Config, workdir: Path) -> Parts:
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
     """
     check_same_run(config, workdir)
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
-    start = with_tokenizer_files(start, tokenizer)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
-    training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, training, held_out)
 
@@ -85,9 +77,8 @@ def run(config: Config, workdir: str | Path) -> dict:
       RunError: Training cannot go on.
     """
     workdir = Path(workdir).expanduser().absolute()
-    loop = _Loop(prepare(config, workdir), workdir)
-    with Interrupt() as interrupt:
-        return loop.run(interrupt)
+    with use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt)
 
 
 class _Loop(Loop):
@@ -118,6 +109,12 @@ class _Loop(Loop):
         rows, length = self.parts.training.rows, self.config.data.sequence_length
         return f"{rows:,} rows of {length:,} tokens"
 
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """The batch as steps take it: without segments, the faster program, where they say nothing."""
+        if dataset.full_rows:
+            batch = {"tokens": batch["tokens"]}
+        return super().place(batch, dataset)
+
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
@@ -128,7 +125,7 @@ class _Loop(Loop):
             # The divergence is from the policy that ReFINE starts with, not from random weights.
             copy = jax.tree.map(lambda x: x.copy(), state.params)
             state = dataclasses.replace(state, reference_params=copy)
-        return self.train_steps[objective](state, _rows(batch, self.parts.training))
+        return self.train_steps[objective](state, batch)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out figures; the same documents and random keys every time.
@@ -139,7 +136,7 @@ class _Loop(Loop):
         for index, batch in enumerate(self.parts.held_out):
             key = jax.random.fold_in(self.eval_key, index)
             batch = self.place(batch, self.parts.held_out)
-            part, _ = self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
+            part, _ = self.eval_step(state.params, batch, key)
             for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
@@ -154,7 +151,7 @@ class _Loop(Loop):
         """Draw the first held-out row that rollouts fit in."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
         key = jax.random.fold_in(self.eval_key, 0)
-        _, seen = self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
+        _, seen = self.eval_step(state.params, batch, key)
         seen = distributed.fetch(seen)
         if not distributed.is_writer():
             return

@@ -44,17 +44,17 @@ from refine_jax.data.prompts import (
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
+    check_mesh,
     check_same_run,
     data_options,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
-    with_tokenizer_files,
+    prepare_model,
+    training_data,
 )
 from refine_jax.refine.answer_step import (
     make_answer_eval,
@@ -94,14 +94,11 @@ def prepare(config: Config, workdir: Path) -> Parts:
             f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
         )
     check_same_run(config, workdir)
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
-    start = with_tokenizer_files(start, tokenizer)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
-    training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, corpus, training, held_out)
 
@@ -115,9 +112,8 @@ def run(config: Config, workdir: str | Path) -> dict:
         the run continues from the latest.
     """
     workdir = Path(workdir).expanduser().absolute()
-    loop = _Loop(prepare(config, workdir), workdir)
-    with Interrupt() as interrupt:
-        return loop.run(interrupt)
+    with use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt)
 
 
 class _Loop(Loop):

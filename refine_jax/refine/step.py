@@ -22,6 +22,7 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params
+from refine_jax.parallel import constrain_state, take_tokens
 from refine_jax.refine.method import (
     Batch,
     Experience,
@@ -30,7 +31,6 @@ from refine_jax.refine.method import (
     layout_of,
     target_weights,
 )
-from refine_jax.refine.rollout import take_slots
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -113,8 +113,8 @@ def apply_update(
     bad = (~finite).astype(jnp.int32)
     state = dataclasses.replace(
         state,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=constrain_state(keep(params, state.params)),
+        opt_state=constrain_state(keep(opt_state, state.opt_state)),
         skipped=state.skipped + bad,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
@@ -288,7 +288,7 @@ def make_eval_step(
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": take_slots(
+            "truth": take_tokens(
                 batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
             ),
         }
