@@ -86,7 +86,6 @@ def start(
                 f"The processes of this run could not be joined ({type(error).__name__}: {error}). "
                 "Name them: --coordinator=HOST:PORT --num_processes=P --process_id=I on each."
             ) from error
-        jax.devices()  # exchanges what devices there are, and may wait for the others too
     if jax.process_count() > 1:
         _watcher.start()
 

@@ -110,7 +110,7 @@ class _Loop(Loop):
         return f"{rows:,} rows of {length:,} tokens"
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
-        """The batch as steps take it: without segments, the faster program, where they say nothing."""
+        """Without segments, which makes the program faster, where they say nothing."""
         if dataset.full_rows:
             batch = {"tokens": batch["tokens"]}
         return super().place(batch, dataset)
