@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import secrets
 import sys
@@ -206,6 +207,19 @@ def gather(value: int) -> list[int]:
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values that the processes call this with, by process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather(len(text))
+    # Few lengths, as each is another program.
+    padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def fetch(tree: Any) -> Any:

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -80,7 +79,6 @@ def execute(
             raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
         config = Config.from_dict(values)
         join()
-        check_phase(config)
         distributed.check_same("configuration", json.dumps(config.to_dict(), sort_keys=True))
         distributed.check_shared(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
@@ -92,15 +90,6 @@ def execute(
         return _complain(error)
     distributed.say(json.dumps(results))
     return 0
-
-
-def check_phase(config: Config) -> None:
-    """Raise ConfigError for a phase that several processes cannot share."""
-    if jax.process_count() > 1 and config.phase not in ("midtrain", "posttrain"):
-        raise ConfigError(
-            f"config.phase={config.phase!r} runs in one process, on the devices of one host. "
-            f"Got: {jax.process_count()} processes."
-        )
 
 
 def main(argv: Sequence[str]) -> None:

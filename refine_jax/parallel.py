@@ -91,13 +91,18 @@ def default_devices() -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def use_mesh(config: MeshConfig) -> Iterator[Mesh]:
+def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     """The mesh of a configuration, ambient inside if it has several devices.
+
+    alone: of this process's devices only, where each of several processes works for itself.
 
     Raises:
       ConfigError: The sizes do not make up the number of devices.
     """
-    mesh = make_mesh(config, default_devices())
+    devices = default_devices()
+    if alone:
+        devices = [device for device in devices if device.process_index == jax.process_index()]
+    mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         yield mesh
 

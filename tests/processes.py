@@ -7,6 +7,8 @@ python tests/processes.py exchange FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID
 import os
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from absl import app
 
 from refine_jax import distributed, main, parallel
 from refine_jax.config import MeshConfig
+from refine_jax.evaluation.runner import Predictions, evaluate
 from refine_jax.monitor import Monitor
 
 
@@ -31,7 +34,7 @@ def run(process: int, step: int) -> None:
 
 
 def exchange(folder: str, coordinator: str, num_processes: int, process_id: int) -> None:
-    """Two processes of two devices: rows of batches on every mesh, then process 1 fails."""
+    """Two processes of two devices: all that they exchange but training; then process 1 fails."""
     distributed.start(
         coordinator=coordinator, num_processes=num_processes, process_id=process_id, timeout=100
     )
@@ -68,6 +71,7 @@ def exchange(folder: str, coordinator: str, num_processes: int, process_id: int)
         assert "Process 1 of 2 did not see" in str(error)
     else:
         raise AssertionError
+    _check_evaluation(folder, process_id)
     print("exchanged", flush=True)
     if process_id == 1:
         raise KeyError("a bug")
@@ -98,6 +102,38 @@ def _check_batches(share: tuple[int, ...]) -> None:
         for name, x in distributed.fetch(placed).items():
             assert x.dtype == expected[name].dtype
             np.testing.assert_array_equal(x, expected[name])
+
+
+def _check_evaluation(folder: str, process_id: int) -> None:
+    """Groups of questions are answered in turns, and every process has all answers."""
+    names = [["a", "b"], ["c", "d"], ["e"], ["f", "g"], ["h", "i"]]
+    groups = [[SimpleNamespace(name=name, set_name="set") for name in group] for group in names]
+    answered = []
+
+    def answer(group):
+        answered.append([question.name for question in group])
+        return [{"id": question.name, "score": 0.5, "of": process_id} for question in group]
+
+    with Predictions(Path(folder)) as predictions:
+        stops = iter([False, True])
+        answerer = SimpleNamespace(adapter=None, answer=answer)
+        assert not evaluate(groups, answerer, predictions, stop=lambda: next(stops))
+    with Predictions(Path(folder)) as predictions:
+        assert list(predictions.records) == ["a", "b", "c", "d"]
+        assert evaluate(groups, answerer, predictions)
+        assert "".join(predictions.records) == "abcdefghi"
+        assert [record["of"] for record in predictions.records.values()] == [
+            0,
+            0,
+            1,
+            1,
+            0,
+            1,
+            1,
+            0,
+            0,
+        ]
+    assert answered == names[process_id::2]
 
 
 if __name__ == "__main__":

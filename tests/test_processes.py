@@ -164,7 +164,8 @@ def test_processes_read_the_rows_of_their_devices_and_fail_together(tmp_path):
         assert code == 1 and "exchanged" in out, (index, out, err)
     assert ended[0][2].splitlines()[-1] == "error: process 1 failed: KeyError: 'a bug'"
     assert ended[1][2].splitlines()[-1] == "KeyError: 'a bug'"
-    assert not list(tmp_path.iterdir())
+    (predictions,) = tmp_path.iterdir()
+    assert [record["id"] for record in read_metrics(predictions)] == list("abcdefghi")
 
 
 def test_a_process_without_the_others_says_so(tmp_path):
