@@ -148,6 +148,11 @@ class OptimizerConfig(Section):
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0)
     clip_norm: float | None = setting(0.2, "largest global norm of a gradient; None: any", above=0)
+    first_moment_dtype: str | None = setting(
+        None,
+        "of the first moments; None: as the parameters. Second ones would lose their small changes",
+        choices=("float32", "bfloat16"),
+    )
     schedule: str = setting(
         "constant", "after the warm-up", choices=("constant", "cosine", "linear")
     )
@@ -170,7 +175,10 @@ class TrainConfig(Section):
         None, "sequences an optimizer update; None: batch_size", low=1
     )
     micro_batch_size: int | None = setting(
-        None, "sequences of one forward and backward pass; None: mini_batch_size", low=1
+        None,
+        "sequences of one forward and backward pass on each device that shares the rows; "
+        "None: mini_batch_size",
+        low=1,
     )
     eval_every: int = setting(0, "steps between evaluations; 0: before and after only", low=0)
     eval_batches: int = setting(8, "held-out batches of micro_batch_size an evaluation", low=1)
@@ -194,7 +202,7 @@ class TrainConfig(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of one forward and backward pass."""
+        """Sequences of one forward and backward pass on one device."""
         return self.micro_batch_size or self.mini_batch
 
     @property

@@ -107,22 +107,14 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
         yield mesh
 
 
-def check_fits(sizes: Mapping[str, int], *, rows: int, tokens: int, model: Any) -> None:
-    """Refuse a mesh that cannot divide a model, or that training would leave devices of idle.
+def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
+    """Refuse a mesh that cannot divide a model.
 
-    sizes: of the mesh's axes. rows: of one forward and backward pass. tokens: of a row. model: its
-    configuration.
+    sizes: of the mesh's axes. tokens: of a row. model: its configuration.
 
     Raises:
       ConfigError: What does not divide.
     """
-    if rows % (sizes["data"] * sizes["fsdp"]):
-        raise ConfigError(
-            "config.train.micro_batch_size (by default batch_size) must be a multiple of "
-            "config.mesh.data * config.mesh.fsdp, the devices that share the rows. Got: "
-            f"{rows} rows, data={sizes['data']}, fsdp={sizes['fsdp']}. Choose more rows, or give "
-            "devices to config.mesh.tensor or sequence."
-        )
     for name in ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads"):
         heads = getattr(model, name, 0)
         if heads % sizes["tensor"]:

@@ -97,7 +97,7 @@ class _Loop(Loop):
                 self.optimizer,
                 dataclasses.replace(refine, objective=objective),
                 mini_batch=train.mini_batch,
-                micro_batch=train.micro_batch,
+                micro_batch=rows_at_once(parts.config),
                 **rows,
             )
             for objective in ("ntp", "refine")
@@ -134,9 +134,9 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
             batch = self.place(batch, self.parts.held_out)
-            part, _ = self.eval_step(state.params, batch, key)
+            first = index * len(batch["tokens"])
+            part, _ = self.eval_step(state.params, batch, self.eval_key, first)
             for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
@@ -150,8 +150,7 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
-        key = jax.random.fold_in(self.eval_key, 0)
-        _, seen = self.eval_step(state.params, batch, key)
+        _, seen = self.eval_step(state.params, batch, self.eval_key)
         seen = distributed.fetch(seen)
         if not distributed.is_writer():
             return

@@ -132,7 +132,7 @@ class _Loop(Loop):
             self.optimizer,
             config.refine,
             mini_batch=train.mini_batch,
-            micro_batch=train.micro_batch,
+            micro_batch=rows_at_once(config),
             eos_id=tokenizer.eos_id,
         )
         method = AnswerMethod(
@@ -142,7 +142,7 @@ class _Loop(Loop):
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        sizes = {"mini_batch": mini_batch, "micro_batch": train.micro_batch}
+        sizes = {"mini_batch": mini_batch, "micro_batch": rows_at_once(config)}
         self.supervised_step = make_supervised_step(method, self.optimizer, **sizes)
         self.policy_step = make_policy_step(
             method,
@@ -210,12 +210,13 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
             examples, rows = _split_off_examples(self.place(batch, self.parts.held_out))
             found, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
-            of_prompts = jax.device_get(self.prompt_eval(state.params, prompts, key)[0])
+            first = index * len(examples)
+            of_prompts, _ = self.prompt_eval(state.params, prompts, self.eval_key, first)
+            of_prompts = jax.device_get(of_prompts)
             found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (found | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)

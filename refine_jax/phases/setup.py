@@ -183,17 +183,31 @@ def check_mesh(config: Config, model: Model) -> None:
     Raises:
       ConfigError: What does not divide.
     """
-    check_fits(
-        axis_sizes(),
-        rows=config.train.micro_batch,
-        tokens=config.data.sequence_length,
-        model=model.config,
-    )
+    sizes = axis_sizes()
+    updates = {"train": config.train.mini_batch}
+    if config.phase == "posttrain":
+        updates["posttrain"] = config.posttrain.mini_batch_size or config.train.batch_size
+    for section, rows in updates.items():
+        if rows % rows_at_once(config) or rows % (sizes["data"] * sizes["fsdp"]):
+            raise ConfigError(
+                "config.mesh.data * config.mesh.fsdp devices share the rows of a mini-batch, which "
+                f"must divide evenly among them, {config.train.micro_batch} "
+                "(config.train.micro_batch_size) at a time or all at once. Got: "
+                f"data={sizes['data']}, fsdp={sizes['fsdp']}, config.{section}: {rows} rows. "
+                "Choose larger mini-batches, or give devices to config.mesh.tensor or sequence."
+            )
+    check_fits(sizes, tokens=config.data.sequence_length, model=model.config)
+
+
+def rows_at_once(config: Config) -> int:
+    """Rows of one forward and backward pass of all devices together; at most a mini-batch."""
+    sizes, train = axis_sizes(), config.train
+    return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
 
 
 def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset]:
     """Batches to train on and held-out ones; this process reads the rows that its devices hold."""
-    size, held_out = config.train.batch_size, config.train.micro_batch
+    size, held_out = config.train.batch_size, rows_at_once(config)
     return (
         corpus.dataset("train", size, rows_here(size)),
         corpus.dataset("validation", held_out, rows_here(held_out)),
