@@ -27,6 +27,7 @@ from refine_jax.phases.setup import (
     check_same_run,
     data_options,
     prepare_model,
+    rows_at_once,
     training_data,
 )
 from refine_jax.plots import plot_rollouts
