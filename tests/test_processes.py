@@ -32,7 +32,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def finish(commands, *, timeout=300, **variables):
+def finish(commands, *, timeout=240, **variables):
     """[(exit code, standard output, standard error)] of commands run side by side; none is left."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     environment |= {"JAX_PLATFORMS": "cpu", **variables}
