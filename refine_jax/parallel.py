@@ -343,11 +343,11 @@ def place_rows(
 
 def place_state(tree: Any, shardings: Any) -> Any:
     """Arrays of this host, equal on all processes, where `state_shardings` says."""
-    if shardings is None:
-        return jax.device_put(tree)
+    if shardings is None or jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
 
     def place(x, sharding: NamedSharding) -> jax.Array:
-        # Between processes `jax.device_put` would compare all values first.
+        # `jax.device_put` would send all values to all processes, to compare them.
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

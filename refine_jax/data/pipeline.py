@@ -52,7 +52,6 @@ class Corpus:
         Args:
             split: "train" or "validation".
             batch_size: B, rows of a global batch.
-        share: the rows of each batch that are read here, ascending.
             share: the rows of each batch that this process reads, ascending; None: all.
 
         Raises:
@@ -94,6 +93,7 @@ class Dataset:
         rows: rows of one epoch.
         batches: global batches until the end; None if it never ends.
         batch_size: B, rows of a global batch.
+        share: the rows of each batch that are read here, ascending.
         fingerprint: equal for data sets with equal rows in equal order.
         full_rows: whether one document fills every row of every batch, so that segments say
             nothing.
