@@ -73,6 +73,7 @@ def tiny(corpus, **mesh):
         "num_hidden_layers": 1,
         "num_heads": 1,
         "intermediate_size": 8,
+        "use_short_conv": False,
     }
     config.data.update(source=str(corpus), tokenizer="bytes", sequence_length=52, holdout=0.2)
     config.data.min_remainder = 52
