@@ -4,20 +4,25 @@
     python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \
         --config.train.steps=20 --config.refine.reward=binary
 
+On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
+their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
+
 Exit code 0: the run is complete, or SIGTERM or SIGINT stopped it after saving (the same command
 continues it). Exit code 1: bad input or a failed run, with one message on standard error. The last
 line on standard output is a JSON object with the figures of the run.
 """
 
+import functools
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from refine_jax import distributed
 from refine_jax.checkpoint.tree import CheckpointError
 from refine_jax.config import Config, check_flag_names
 from refine_jax.data.options import DataError
@@ -31,6 +36,7 @@ USER_ERRORS = (
     DataError,
     CheckpointError,
     RunError,
+    distributed.ProcessError,
     OSError,
 )
 
@@ -39,27 +45,50 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    distributed.MODES,
+    "Several processes, as the cluster's environment names them. auto: on a TPU pod, and where "
+    "SLURM or Open MPI started several; on: always; off: never.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT where process 0 listens; with num_processes and process_id."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
-def execute(values: Mapping | None, workdir: str | None, *, debug: bool = False) -> int:
+def execute(
+    values: Mapping | None,
+    workdir: str | None,
+    *,
+    debug: bool = False,
+    join: Callable[[], None] = lambda: None,
+) -> int:
     """Run a configuration and print its figures; returns the exit code.
 
     Args:
       values: A ConfigDict or nested dict of fields.
       workdir: Folder of the run.
       debug: Let errors of the user's input through, with their traceback.
+      join: Called before anything computes; joins the other processes.
     """
     try:
         if values is None or not workdir:
             raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
         config = Config.from_dict(values)
+        join()
+        distributed.check_same("configuration", json.dumps(config.to_dict(), sort_keys=True))
+        distributed.check_shared(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
         results = phase.run(config, workdir)
     except USER_ERRORS as error:
         if debug:
             raise
+        distributed.report_failure(error)
         return _complain(error)
-    print(json.dumps(results), flush=True)
+    distributed.say(json.dumps(results))
     return 0
 
 
@@ -71,7 +100,15 @@ def main(argv: Sequence[str]) -> None:
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    sys.exit(execute(_CONFIG.value, _WORKDIR.value, debug=_DEBUG.value))
+    join = functools.partial(
+        distributed.start,
+        _DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+    )
+    with distributed.ending_together():
+        sys.exit(execute(_CONFIG.value, _WORKDIR.value, debug=_DEBUG.value, join=join))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

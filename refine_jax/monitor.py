@@ -35,23 +35,39 @@ class Monitor:
         checkpoint, are removed, so that the file continues without gaps or duplicates.
       log_every: Steps between lines on standard output; 0: none. The progress bar is separate and
         shown on a terminal only.
+      write: Whether this process writes and prints; the others of a run only remember.
 
     Attributes:
       history: The records of the file, oldest first.
     """
 
-    def __init__(self, workdir: Path, *, steps: int, start: int = 0, log_every: int = 10):
-        self._steps, self._log_every = steps, log_every
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        steps: int,
+        start: int = 0,
+        log_every: int = 10,
+        write: bool = True,
+    ):
+        self._steps, self._log_every = steps, log_every if write else 0
         path = Path(workdir) / METRICS_FILE
         self.history = [record for record in read_metrics(path) if record["step"] <= start]
-        _replace(path, "".join(json.dumps(record) + "\n" for record in self.history))
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
+        self._file = self._tensorboard = None
+        if write:
+            _replace(path, "".join(json.dumps(record) + "\n" for record in self.history))
+            self._file = path.open("a", encoding="utf-8")
+            self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
         self._before = self.history[-1].get("time/total", 0.0) if self.history else 0.0
         self._started = time.perf_counter()
         # disable=None: no bar where standard error is not a terminal; the lines remain.
         self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=None if write else True,
+            dynamic_ncols=True,
+            smoothing=0.1,
         )
 
     @property
@@ -65,8 +81,9 @@ class Monitor:
         record |= {name: _number(value) for name, value in metrics.items()}
         record["time/total"] = round(self.seconds, 3)
         self.history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for name, value in record.items():
             if self._tensorboard and name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, step)
@@ -84,7 +101,8 @@ class Monitor:
     def close(self) -> None:
         """Close the files and end the progress bar."""
         self._bar.close()
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,13 +91,18 @@ def default_devices() -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def use_mesh(config: MeshConfig) -> Iterator[Mesh]:
+def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     """The mesh of a configuration, ambient inside if it has several devices.
+
+    alone: of this process's devices only, where each of several processes works for itself.
 
     Raises:
       ConfigError: The sizes do not make up the number of devices.
     """
-    mesh = make_mesh(config, default_devices())
+    devices = default_devices()
+    if alone:
+        devices = [device for device in devices if device.process_index == jax.process_index()]
+    mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         yield mesh
 
@@ -293,15 +299,59 @@ def _gather_backward(whole, spread, residuals, gradient):
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def place_rows(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch's arrays [B, ...] on the devices of the ambient mesh, rows over data and fsdp."""
-    if not is_spread():
-        return batch
+def _rows_sharding(rows: int) -> NamedSharding:
     mesh = jax.sharding.get_mesh()
-    return {
-        name: jax.device_put(x, NamedSharding(mesh, partition_spec(x.shape, ("batch",), mesh)))
-        for name, x in batch.items()
-    }
+    return NamedSharding(mesh, partition_spec((rows,), ("batch",), mesh))
+
+
+def rows_here(rows: int) -> tuple[int, ...]:
+    """Which of the B rows of a batch the devices of this process hold, ascending: 0 .. B - 1.
+
+    Devices of several processes may hold the same rows, and those of one need not be neighbours.
+    All without an ambient mesh.
+    """
+    if not is_spread():
+        return tuple(range(rows))
+    parts = _rows_sharding(rows).addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for (part,) in parts for row in range(rows)[part]}))
+
+
+def place_rows(
+    batch: Mapping[str, Any], share: Sequence[int] | None = None, rows: int | None = None
+) -> dict[str, Any]:
+    """A batch's arrays [B, ...] on the devices of the ambient mesh, rows over data and fsdp.
+
+    share: rows of the batch, ascending, that the arrays hold, of which this process needs those of
+    `rows_here`; None: all. rows: B, where there is a share.
+    """
+    if not is_spread():
+        return dict(batch)
+
+    def place(x) -> jax.Array:
+        x = np.asarray(x)
+        total = len(x) if rows is None else rows
+        here = np.arange(total) if share is None else np.asarray(share)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return x[np.searchsorted(here, np.arange(total)[index[0]])]
+
+        shape = (total, *x.shape[1:])
+        return jax.make_array_from_callback(shape, _rows_sharding(total), part)
+
+    return {name: place(x) for name, x in batch.items()}
+
+
+def place_state(tree: Any, shardings: Any) -> Any:
+    """Arrays of this host, equal on all processes, where `state_shardings` says."""
+    if shardings is None or jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(x, sharding: NamedSharding) -> jax.Array:
+        # `jax.device_put` would send all values to all processes, to compare them.
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, shardings)
 
 
 def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:

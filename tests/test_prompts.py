@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_jax.data.options import DataError, DataOptions
-from refine_jax.data.prompts import PromptOptions, cut_prompt, load_prompts, trim_batch
+from refine_jax.data.prompts import (
+    PromptOptions,
+    cut_prompt,
+    load_prompts,
+    trim_batch,
+    trimmed_width,
+)
 from refine_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -200,7 +206,8 @@ def test_batches_are_trimmed_to_quarters():
     for used, width in ((0, 8), (8, 8), (9, 16), (24, 24), (25, 30), (30, 30)):
         segments = row.copy()
         segments[1, :used] = 1
-        batch = trim_batch({"tokens": row, "segments": segments, "example": np.zeros(2)})
+        batch = {"tokens": row, "segments": segments, "example": np.zeros(2)}
+        batch = trim_batch(batch, trimmed_width(batch))
         assert batch["tokens"].shape == batch["segments"].shape == (2, width)
         assert batch["example"].shape == (2,)
 

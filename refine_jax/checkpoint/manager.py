@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from refine_jax import distributed
 from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, write_arrays
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
@@ -109,7 +110,7 @@ class CheckpointManager:
         self.directory = epath.Path(directory).expanduser().resolve()
         self._save_every = save_every
         self._best_metric, self._best_mode = best_metric, best_mode
-        if jax.process_index() == 0:
+        if distributed.is_writer():
             self._write_description(
                 config_json,
                 {"best_metric": best_metric, "best_mode": best_mode, "config": run_config},
@@ -118,6 +119,7 @@ class CheckpointManager:
         self._orbax = _open(
             self.directory, keep=keep, best_metric=best_metric, best_mode=best_mode, write=True
         )
+        distributed.check_same("checkpoints", str(sorted(self._orbax.all_steps())))
 
     def _write_description(self, config_json: str, run: dict, files: Mapping[str, Path]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

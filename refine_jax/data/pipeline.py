@@ -6,16 +6,16 @@
     batch = next(batches)                 # {"tokens": [B, T] int32, "segments": [B, T] int32}
     state = batches.get_state()           # a dict for JSON
 
-Row n of a run is a function of (options, n) alone. Process p of P gets rows p*B/P .. (p+1)*B/P of
-each global batch, and a state is a global row number, so it may be restored with any number of
-processes and workers, and with another batch size.
+Row n of a run is a function of (options, n) alone. Each of several processes reads the rows of the
+global batches that it is asked for, and a state is a global row number, so it may be restored with
+any number of processes and workers, and with another batch size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -41,9 +41,7 @@ class Corpus:
         self.options, self.tokenizer = options, tokenizer
         self._tokens = tokens
 
-    def dataset(
-        self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Dataset:
+    def dataset(self, split: str, batch_size: int, share: Sequence[int] | None = None) -> Dataset:
         """Return the batches of a split.
 
         "train" is shuffled anew each epoch and runs for `options.epochs`; batches go across the
@@ -54,19 +52,16 @@ class Corpus:
         Args:
             split: "train" or "validation".
             batch_size: B, rows of a global batch.
-            process_index: p, which of the processes this is.
-            process_count: P, how many processes share each batch; must divide B.
+            share: the rows of each batch that this process reads, ascending; None: all.
 
         Raises:
-            DataError: no rows, or the batch cannot be shared.
+            DataError: no rows, or a batch without rows.
         """
         table, statistics = make_rows(
             self._tokens.lengths, self._tokens.hashes, self.options, split
         )
         rows = Rows(self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id)
-        return Dataset(
-            rows, statistics, self.options, split, batch_size, process_index, process_count
-        )
+        return Dataset(rows, statistics, self.options, split, batch_size, share)
 
 
 class RowSource(Protocol):
@@ -98,6 +93,7 @@ class Dataset:
         rows: rows of one epoch.
         batches: global batches until the end; None if it never ends.
         batch_size: B, rows of a global batch.
+        share: the rows of each batch that are read here, ascending.
         fingerprint: equal for data sets with equal rows in equal order.
         full_rows: whether one document fills every row of every batch, so that segments say
             nothing.
@@ -110,23 +106,13 @@ class Dataset:
         options: DataOptions,
         split: str,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Sequence[int] | None = None,
     ) -> None:
-        """Raise DataError for a batch that cannot be shared; see `Corpus.dataset`."""
-        if process_count < 1 or not 0 <= process_index < process_count:
-            raise DataError(
-                "process_index must be in 0 .. process_count - 1. "
-                f"Got: process_index={process_index}, process_count={process_count}."
-            )
-        if batch_size < 1 or batch_size % process_count:
-            raise DataError(
-                "the number of processes must divide the batch size. "
-                f"Got: batch_size={batch_size}, process_count={process_count}."
-            )
+        """Raise DataError for a batch without rows; see `Corpus.dataset`."""
+        if batch_size < 1:
+            raise DataError(f"a batch must have rows. Got: batch_size={batch_size}.")
         self.statistics, self.rows, self.batch_size = statistics, len(rows), batch_size
-        self._local_batch_size = batch_size // process_count
-        self._process_index = process_index
+        self.share = tuple(range(batch_size) if share is None else share)
         self._rows = rows
         self._train = split == SPLITS[0]
         self._epochs = options.epochs if self._train else 1
@@ -162,10 +148,9 @@ class Dataset:
             start=next_row,
             total=total,
             batch_size=self.batch_size,
-            local_batch_size=self._local_batch_size,
-            process_index=self._process_index,
+            share=self.share,
         )
-        batches = part.batch(self._local_batch_size, drop_remainder=True).to_iter_dataset(
+        batches = part.batch(len(self.share), drop_remainder=True).to_iter_dataset(
             grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=READ_AHEAD)
         )
         if self._workers:
@@ -188,7 +173,7 @@ class BatchIterator(Iterator[Batch]):
         self._reader: Any = None
 
     def __next__(self) -> Batch:
-        """Return {"tokens": [B/P, T] int32, "segments": [B/P, T] int32}."""
+        """Return {"tokens": [b, T] int32, "segments": [b, T] int32} of the b rows read here."""
         if self._reader is None:
             self._reader = self._dataset._read(self._next_row)
         batch = next(self._reader)
@@ -241,7 +226,7 @@ class _Source(grain.MapDataset):
 
 
 class _ProcessPart(grain.MapDataset):
-    """The rows of one process: its slice of every global batch, from a global row on."""
+    """The rows of one process: its share of every global batch, from a global row on."""
 
     def __init__(
         self,
@@ -251,23 +236,21 @@ class _ProcessPart(grain.MapDataset):
         start: int,
         total: int,
         batch_size: int,
-        local_batch_size: int,
-        process_index: int,
+        share: tuple[int, ...],
     ) -> None:
         super().__init__(rows)
         self._empty, self._start, self._total = empty, start, total
-        self._batch_size, self._local_batch_size = batch_size, local_batch_size
-        self._first = process_index * local_batch_size
+        self._batch_size, self._share = batch_size, share
 
     def __len__(self) -> int:
         batches = -(-max(self._total - self._start, 0) // self._batch_size)
-        return batches * self._local_batch_size
+        return batches * len(self._share)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        batch, row = divmod(index, self._local_batch_size)
-        row += self._start + batch * self._batch_size + self._first
+        batch, row = divmod(index, len(self._share))
+        row = self._start + batch * self._batch_size + self._share[row]
         return self._parent[row] if row < self._total else self._empty
 
 
@@ -289,11 +272,10 @@ def make_dataset(
     options: DataOptions,
     split: str,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,
 ) -> Dataset:
     """Return one split of `options`; for both, `load_corpus` tokenises only once."""
-    return load_corpus(options).dataset(split, batch_size, process_index, process_count)
+    return load_corpus(options).dataset(split, batch_size, share)
 
 
 def _digest(*parts: Any) -> str:

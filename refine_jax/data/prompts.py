@@ -259,15 +259,13 @@ class PromptCorpus:
         ids = iter(self._tokenizer.encode_batch(flat, bos=False, eos=True))
         self._answer_ids = [[next(ids) for _ in answers] for answers in self.answers]
 
-    def dataset(
-        self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1
-    ) -> Dataset:
+    def dataset(self, split: str, batch_size: int, share: Sequence[int] | None = None) -> Dataset:
         """Return the batches of a split; see `refine_jax.data.pipeline.Corpus.dataset`.
 
         A prompt that occurs several times stands in one split only.
 
         Raises:
-            DataError: no rows, or the batch cannot be shared.
+            DataError: no rows, or a batch without rows.
         """
         table, _ = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
         rows = PromptRows(
@@ -284,8 +282,7 @@ class PromptCorpus:
             self._options,
             split,
             batch_size,
-            process_index,
-            process_count,
+            share,
         )
 
     def _statistics(self, examples: np.ndarray) -> PromptStatistics:
@@ -396,16 +393,20 @@ class _PromptTexts:
         return prompt
 
 
-def trim_batch(batch: Batch) -> Batch:
-    """Drop slots at the end of a batch that are padding in all rows.
+def trimmed_width(batch: Batch) -> int:
+    """Slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
 
-    Arrays [B, T] get one of `BUCKETS` widths, multiples of T / BUCKETS, so that short prompts cost
-    less and few programs are compiled. The widths of several processes may differ.
+    Beyond them all rows are padding. Few widths, so that few programs are compiled; those of the
+    parts of a batch that several processes read may differ.
     """
     length = batch["segments"].shape[1]
     used = int(np.max(np.nonzero(batch["segments"].any(axis=0))[0], initial=0)) + 1
     step = -(-length // BUCKETS)
-    width = min(-(-used // step) * step, length)
+    return min(-(-used // step) * step, length)
+
+
+def trim_batch(batch: Batch, width: int) -> Batch:
+    """The first `width` slots of the arrays [B, T] of a batch."""
     return {name: x[:, :width] if x.ndim == 2 else x for name, x in batch.items()}
 
 

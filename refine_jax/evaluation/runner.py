@@ -3,6 +3,9 @@
 The parameters that a group of questions is answered with may be adapted to its prompts first
 (`refine_jax.refine.adapt`). An evaluation that was interrupted continues with the groups that lack
 a record; with reset `never`, the adaptation to the groups before is done again.
+
+Several processes answer groups side by side, each with the whole model; all get all records, and
+process 0 writes them.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
+from refine_jax import distributed
 from refine_jax.checkpoint.folders import write_text
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
@@ -41,20 +46,24 @@ class Predictions:
         self._path = Path(workdir) / PREDICTIONS
         records = read_metrics(self._path)
         self.records = {record["id"]: record for record in records}
-        # A last line that a crash cut off is removed: what follows is appended.
-        write_text(self._path, "".join(map(_line, self.records.values())))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = None
+        if distributed.is_writer():
+            # A last line that a crash cut off is removed: what follows is appended.
+            write_text(self._path, "".join(map(_line, self.records.values())))
+            self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, records: Sequence[dict]) -> None:
         """Append records of questions that have none yet; flushed before this returns."""
         new = [record for record in records if record["id"] not in self.records]
         self.records |= {record["id"]: record for record in new}
-        self._file.write("".join(map(_line, new)))
-        self._file.flush()
+        if self._file:
+            self._file.write("".join(map(_line, new)))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def __enter__(self) -> Predictions:
         return self
@@ -122,24 +131,32 @@ def evaluate(
 ) -> bool:
     """Answer all questions that have no record yet; returns whether all have one.
 
-    stop: asked before each group; True ends the evaluation there.
+    stop: asked before each group (of each process); True ends the evaluation there, and is to be
+        the same on all processes.
     """
     left = {
         set_name: sum(q.set_name == set_name for q in _all(groups)) for set_name in _sets(groups)
     }
-    total, done = sum(left.values()), 0
+    total = sum(left.values())
     carries = answerer.adapter is not None and answerer.adapter.carries_over
-    with tqdm(total=total, unit="example", disable=None, dynamic_ncols=True) as bar:
-        for group in groups:
+    index, count = jax.process_index(), jax.process_count()
+    # disable=None: no bar where standard error is not a terminal.
+    hidden = None if distributed.is_writer() else True
+    with tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar:
+        for first in range(0, len(groups), count):
             if stop():
                 return False
-            if any(q.name not in predictions.records for q in group):
-                predictions.add(answerer.answer(group))
-            elif carries:
-                answerer.prepare(group)
-            done += len(group)
-            bar.update(len(group))
-            for question in group:
+            turn = groups[first : first + count]
+            mine: list[dict] = []
+            for group in turn[index : index + 1]:
+                if any(q.name not in predictions.records for q in group):
+                    mine = answerer.answer(group)
+                elif carries:
+                    answerer.prepare(group)
+            for records in distributed.gather_json(mine):
+                predictions.add(records)
+            for question in _all(turn):
+                bar.update()
                 left[question.set_name] -= 1
                 if not left[question.set_name]:
                     _say(_line_of_set(question.set_name, groups, predictions))
@@ -148,7 +165,7 @@ def evaluate(
 
 def _say(message: str) -> None:
     with tqdm.external_write_mode(file=sys.stdout):
-        print(message, flush=True)
+        distributed.say(message)
 
 
 def _all(groups: Sequence[Sequence[Question]]) -> Iterator[Question]:

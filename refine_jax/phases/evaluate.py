@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from refine_jax import distributed
 from refine_jax.checkpoint.folders import write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
@@ -152,7 +153,7 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
     """
     workdir = Path(workdir).expanduser().absolute()
-    with use_mesh(config.mesh):
+    with use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
         return run_parts(parts, workdir, make_answerer(parts))
 
@@ -181,15 +182,16 @@ def run_parts(parts: Parts, workdir: Path, answerer: Answerer) -> dict:
     """Answer, score and report; see `run`."""
     groups = make_groups(parts, answerer.adapter)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
+    distributed.check_same("model and questions", json.dumps([parts.record, len(groups)]))
+    if distributed.is_writer():
+        write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
     with Interrupt() as interrupt, Predictions(workdir) as predictions:
         introduce(parts, predictions, answerer.adapter)
-        if not evaluate(groups, answerer, predictions, stop=lambda: bool(interrupt)):
+        if not evaluate(groups, answerer, predictions, stop=interrupt.agreed):
             done = len(predictions.records)
-            print(
+            distributed.say(
                 f"{interrupt.signal}: {done} of {len(parts.questions)} examples are done. The same "
-                "command continues the evaluation.",
-                flush=True,
+                "command continues the evaluation."
             )
             return {
                 "interrupted": interrupt.signal,
@@ -222,7 +224,7 @@ def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -
     cut = sum(question.cut > 0 for question in parts.questions)
     done = len(predictions.records)
     carried = adapter is not None and adapter.carries_over
-    print(
+    distributed.say(
         f"{parts.model.config.model_type}, {count / 1e6:,.1f} M parameters, "
         f"{parts.model.policy.compute_dtype} on {jax.devices()[0].device_kind}; "
         f"{len(parts.questions):,} prompts of {span} tokens"
@@ -233,23 +235,24 @@ def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -
             "follows depends on them"
             if done and carried
             else ""
-        ),
-        flush=True,
+        )
     )
 
 
 def report(records: Sequence[dict], workdir: Path) -> dict:
     """Plots, results.json and the closing table."""
     results = summarize(records)
-    plot_scores(workdir / "scores.png", results["sets"])
     needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
     recalls = {task: recall_by_depth(records, task) for task in needles}
     recalls = {task: recall for task, recall in recalls.items() if recall is not None}
     if recalls:
-        plot_recall(workdir / "recall.png", recalls)
         results["recall_by_depth"] = {
             task: dataclasses.asdict(recall) for task, recall in recalls.items()
         }
-    write_results(workdir, results)
-    print(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}", flush=True)
+    if distributed.is_writer():
+        plot_scores(workdir / "scores.png", results["sets"])
+        if recalls:
+            plot_recall(workdir / "recall.png", recalls)
+        write_results(workdir, results)
+    distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
     return results

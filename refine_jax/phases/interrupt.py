@@ -3,6 +3,8 @@
 import signal
 import threading
 
+from refine_jax import distributed
+
 
 class Interrupt:
     """Remembers SIGTERM and SIGINT instead of dying of them. Use as a context manager.
@@ -22,6 +24,17 @@ class Interrupt:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def agreed(self) -> bool:
+        """Whether a signal came to any process; all ask at the same step.
+
+        `signal` is then set on all of them.
+        """
+        mine = 0 if self.signal is None else signal.Signals[self.signal].value
+        first = max(distributed.gather(mine))
+        if first and self.signal is None:
+            self.signal = signal.Signals(first).name
+        return first != 0
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():

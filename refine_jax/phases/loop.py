@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
-from refine_jax.parallel import state_shardings
+from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, RunError, Start, initial_params
 from refine_jax.plots import plot_training
@@ -64,6 +66,13 @@ class Loop(abc.ABC):
         self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
         self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
 
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """A batch as steps take it: spread over the mesh where there is one.
+
+        batch: the rows `dataset.share` of the global batch, which this process has read.
+        """
+        return place_rows(batch, dataset.share, dataset.batch_size)
+
     @abc.abstractmethod
     def train_step(
         self, step: int, state: TrainState, batch: Batch
@@ -94,19 +103,23 @@ class Loop(abc.ABC):
           RunError: Training cannot go on.
         """
         train = self.config.train
+        distributed.check_same("training data", self.parts.training.fingerprint)
         self.workdir.mkdir(parents=True, exist_ok=True)
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
             with Monitor(
-                self.workdir, steps=train.steps, start=step, log_every=train.log_every
+                self.workdir,
+                steps=train.steps,
+                start=step,
+                log_every=train.log_every,
+                write=distributed.is_writer(),
             ) as monitor:
                 state = self.train(step, state, batches, manager, monitor, interrupt)
         if interrupt and int(state.step) < train.steps:
-            print(
+            distributed.say(
                 f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
-                "The same command continues the run.",
-                flush=True,
+                "The same command continues the run."
             )
             return {"interrupted": interrupt.signal, "step": int(state.step)}
         return self.report(state, monitor.history)
@@ -158,12 +171,11 @@ class Loop(abc.ABC):
         config, model = self.config, self.parts.model
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
         device = jax.devices()[0]
-        print(
+        distributed.say(
             f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; "
-            + (f"continuing after step {step}" if step else f"{config.train.steps} steps"),
-            flush=True,
+            + (f"continuing after step {step}" if step else f"{config.train.steps} steps")
         )
 
     def train(
@@ -179,7 +191,7 @@ class Loop(abc.ABC):
         train = self.config.train
         if step == 0 and not monitor.history:
             monitor.record(0, self._timed_evaluation(state))
-        while step < train.steps and not interrupt:
+        while step < train.steps and not interrupt.agreed():
             state, metrics = self._timed_step(step, state, batches)
             step += 1
             failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
@@ -203,8 +215,8 @@ class Loop(abc.ABC):
         self, step: int, state: TrainState, batches: BatchIterator
     ) -> tuple[TrainState, dict[str, Any]]:
         begin = time.perf_counter()
-        batch = next(batches)
-        tokens = np.count_nonzero(batch["segments"])
+        batch = self.place(next(batches), self.parts.training)
+        tokens = _count_tokens(batch)
         loaded = time.perf_counter()
         state, metrics = self.train_step(step, state, batch)
         metrics = jax.device_get(metrics)
@@ -245,10 +257,19 @@ class Loop(abc.ABC):
     def report(self, state: TrainState, history: list[dict]) -> dict:
         """Plots, results.json, and the closing table."""
         results = summarize(history)
-        plot_training(
-            self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
-        )
         self.show_examples(state)
-        write_results(self.workdir, results)
-        print(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}", flush=True)
+        if distributed.is_writer():
+            plot_training(
+                self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
+            )
+            write_results(self.workdir, results)
+        distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
+
+
+def _count_tokens(batch: Batch) -> int:
+    """Tokens of the whole batch that are not padding."""
+    if "segments" not in batch:
+        return batch["tokens"].size
+    count = np if isinstance(batch["segments"], np.ndarray) else jnp
+    return int(count.count_nonzero(batch["segments"]))

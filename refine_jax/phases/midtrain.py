@@ -5,18 +5,19 @@ one (`refine_jax.phases.loop`). Beside what the loop writes: WORKDIR/rollouts.pn
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
-from refine_jax.parallel import place_rows, use_mesh
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
@@ -27,14 +28,10 @@ from refine_jax.phases.setup import (
     data_options,
     prepare_model,
     rows_at_once,
+    training_data,
 )
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
-
-
-def _rows(batch: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, Any]:
-    """The batch for a step: without segments, the faster program, where they say nothing."""
-    return place_rows({"tokens": batch["tokens"]} if dataset.full_rows else dict(batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +56,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
-    training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", rows_at_once(config))
+    training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, training, held_out)
 
@@ -114,6 +110,12 @@ class _Loop(Loop):
         rows, length = self.parts.training.rows, self.config.data.sequence_length
         return f"{rows:,} rows of {length:,} tokens"
 
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """Without segments, which makes the program faster, where they say nothing."""
+        if dataset.full_rows:
+            batch = {"tokens": batch["tokens"]}
+        return super().place(batch, dataset)
+
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
@@ -124,7 +126,7 @@ class _Loop(Loop):
             # The divergence is from the policy that ReFINE starts with, not from random weights.
             copy = jax.tree.map(lambda x: x.copy(), state.params)
             state = dataclasses.replace(state, reference_params=copy)
-        return self.train_steps[objective](state, _rows(batch, self.parts.training))
+        return self.train_steps[objective](state, batch)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out figures; the same documents and random keys every time.
@@ -133,10 +135,10 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.parts.held_out):
-            rows = _rows(batch, self.parts.held_out)
+            batch = self.place(batch, self.parts.held_out)
             first = index * len(batch["tokens"])
-            part, _ = jax.device_get(self.eval_step(state.params, rows, self.eval_key, first))
-            for name, value in part.items():
+            part, _ = self.eval_step(state.params, batch, self.eval_key, first)
+            for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
             f"eval/{name}": sums[f"{source}_sum"] / max(sums["token_count"], 1.0)
@@ -148,9 +150,11 @@ class _Loop(Loop):
 
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
-        batch = next(iter(self.parts.held_out))
-        rows = _rows(batch, self.parts.held_out)
-        _, seen = jax.device_get(self.eval_step(state.params, rows, self.eval_key))
+        batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
+        _, seen = self.eval_step(state.params, batch, self.eval_key)
+        seen = distributed.fetch(seen)
+        if not distributed.is_writer():
+            return
         for row in range(len(seen["valid"])):
             if seen["valid"][row].any():
                 break

@@ -31,13 +31,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax import distributed
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
-from refine_jax.data.prompts import PromptCorpus, PromptOptions, load_prompts, trim_batch
+from refine_jax.data.prompts import (
+    PromptCorpus,
+    PromptOptions,
+    load_prompts,
+    trim_batch,
+    trimmed_width,
+)
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
-from refine_jax.parallel import place_rows, use_mesh
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
@@ -48,6 +55,7 @@ from refine_jax.phases.setup import (
     data_options,
     prepare_model,
     rows_at_once,
+    training_data,
 )
 from refine_jax.refine.answer_step import (
     make_answer_eval,
@@ -91,8 +99,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_mesh(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
-    training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", rows_at_once(config))
+    training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, corpus, training, held_out)
 
@@ -152,6 +159,11 @@ class _Loop(Loop):
         """What became of the prompts."""
         return self.parts.training.statistics.summary()
 
+    def place(self, batch: Batch, dataset: Dataset) -> Batch:
+        """The batch without slots that are padding in all rows, as steps take it."""
+        width = max(distributed.gather(trimmed_width(batch)))
+        return super().place(trim_batch(batch, width), dataset)
+
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
@@ -199,14 +211,13 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
-            examples, rows = _split_off_examples(batch)
-            found, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
+            examples, rows = _split_off_examples(self.place(batch, self.parts.held_out))
+            found, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
             first = index * len(examples)
-            of_prompts, _ = jax.device_get(
-                self.prompt_eval(state.params, prompts, self.eval_key, first)
-            )
+            of_prompts, _ = self.prompt_eval(state.params, prompts, self.eval_key, first)
+            of_prompts = jax.device_get(of_prompts)
             found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (found | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
@@ -224,9 +235,13 @@ class _Loop(Loop):
 
     def show_examples(self, state: TrainState) -> None:
         """Write the final answers to the first held-out prompts."""
-        examples, rows = _split_off_examples(next(iter(self.parts.held_out)))
-        _, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
-        prompts = jax.device_get(prompts_of(rows, self.parts.tokenizer.pad_id))
+        batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
+        examples, rows = _split_off_examples(batch)
+        _, tokens, mask = self.answer_eval(state.params, rows)
+        prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
+        tokens, mask, prompts = distributed.fetch((tokens, mask, prompts))
+        if not distributed.is_writer():
+            return
         lines = []
         for row, example in enumerate(examples):
             if example < 0:
@@ -244,6 +259,6 @@ class _Loop(Loop):
 
 
 def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """Which prompts of the corpus these are [B], and the rows for a step, trimmed."""
-    batch = trim_batch(batch)
-    return batch.pop("example"), place_rows({name: jnp.asarray(x) for name, x in batch.items()})
+    """Which prompts of the corpus these are [B], on every process, and the rows for a step."""
+    rows = {name: jnp.asarray(x) for name, x in batch.items() if name != "example"}
+    return distributed.fetch(batch["example"]), rows

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config, ModelConfig
 from refine_jax.data.options import DataOptions
-from refine_jax.data.pipeline import Dataset
+from refine_jax.data.pipeline import Corpus, Dataset
+from refine_jax.data.prompts import PromptCorpus
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
-from refine_jax.parallel import axis_sizes, check_fits, state_shardings
+from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
 from refine_jax.settings import ConfigError, suggestion
 
 CHECKPOINTS = "checkpoints"
@@ -125,7 +126,7 @@ def initial_params(model: Model, start: Start, config: Config) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     if start.params is not None:
-        return cast(jax.device_put(start.params, shardings))
+        return cast(place_state(start.params, shardings))
     init = jax.jit(lambda key: cast(model.init(key)), out_shardings=shardings)
     return init(jax.random.key(config.train.seed))
 
@@ -202,6 +203,15 @@ def rows_at_once(config: Config) -> int:
     """Rows of one forward and backward pass of all devices together; at most a mini-batch."""
     sizes, train = axis_sizes(), config.train
     return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
+
+
+def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset]:
+    """Batches to train on and held-out ones; this process reads the rows that its devices hold."""
+    size, held_out = config.train.batch_size, rows_at_once(config)
+    return (
+        corpus.dataset("train", size, rows_here(size)),
+        corpus.dataset("validation", held_out, rows_here(held_out)),
+    )
 
 
 def check_enough_batches(config: Config, training: Dataset) -> None:

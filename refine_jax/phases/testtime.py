@@ -13,6 +13,7 @@ from refine_jax.parallel import use_mesh
 from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.settings import ConfigError
 
 # Apart from the streams of random numbers of the other phases, which share the seed.
 _STREAM = 3
@@ -45,6 +46,12 @@ def run(config: Config, workdir: str | Path) -> dict:
     what adaptation cost.
     """
     workdir = Path(workdir).expanduser().absolute()
-    with use_mesh(config.mesh):
+    if jax.process_count() > 1 and config.testtime.reset == "never":
+        raise ConfigError(
+            "config.testtime.reset='never' adapts to one batch after the other, which several "
+            f"processes cannot share. Got: {jax.process_count()} processes. Use 'example' or "
+            "'batch', or one process."
+        )
+    with use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
         return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)))

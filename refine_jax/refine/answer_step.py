@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from refine_jax import distributed
 from refine_jax.models.transformer import Params
 from refine_jax.refine.answers import AnswerMethod, SampledAnswers
 from refine_jax.refine.method import Batch, Metrics
@@ -83,8 +84,8 @@ def make_policy_step(
     """`step(state, batch, index, reward)`: GRPO on n sampled answers a prompt.
 
     samples: n. temperature: of sampling. index: number of the training step, which decides the
-    draws together with the state's key. reward: called on the host between sampling and update;
-    nothing else decides how good an answer is.
+    draws together with the state's key. reward: called on the host between sampling and update,
+    on every process with all answers; nothing else decides how good an answer is.
 
     Metrics: "answer/score" mean reward, "answer/score_std" mean deviation among the answers to one
     prompt, "answer/length" mean tokens of an answer, eos counted; those of the policy loss. The
@@ -124,9 +125,9 @@ def make_policy_step(
         key = jax.random.fold_in(state.key, _ANSWER_STREAM)
         keys = row_keys(key, jnp.int32(index), batch["tokens"].shape[0])
         answers = collect(state.params, batch, keys)
-        mask = np.asarray(answers.mask)
-        rewards = np.asarray(reward(np.asarray(answers.tokens), mask), np.float32)
-        advantages = advantages_of(jnp.asarray(rewards), answers)
+        tokens, mask = distributed.fetch((answers.tokens, answers.mask))
+        rewards = np.asarray(reward(tokens, mask), np.float32)
+        advantages = advantages_of(rewards, answers)
         sampled = time.perf_counter()
         inputs = (batch, answers, advantages)
         state, metrics = _update_all(update, state, batch, inputs, mini_batch)

@@ -1,0 +1,371 @@
+"""Several processes as one run: how they find each other, agree, and end together.
+
+On a TPU pod, under SLURM or Open MPI, the same command on every host is enough: `start` sees it in
+the environment. Elsewhere each process is told its number:
+
+    python -m refine_jax.main ... --coordinator=HOST:PORT --num_processes=P --process_id=I
+
+Every process runs the same program in step; whatever is called here by one must be called by all,
+in the same order. Process 0 writes, prints and draws. With one process nothing here does anything.
+"""
+
+import atexit
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from refine_jax.settings import ConfigError
+
+MODES = ("auto", "on", "off")
+TIMEOUT = 300
+"""Seconds that processes wait for each other at the start."""
+
+_GOOGLE = "0x1ae0"  # PCI vendor of TPUs
+_METADATA = (
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+    "worker-network-endpoints"
+)
+_FAILURE = "refine_jax/failure"
+_POLL = 2.0  # seconds between looks for failures of other processes
+
+
+class ProcessError(RuntimeError):
+    """Processes that did not find each other or do not agree; the message says what to do."""
+
+
+def start(
+    mode: str = "auto",
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = TIMEOUT,
+) -> None:
+    """Join the processes of a run; before anything else uses jax.
+
+    mode: "auto": where the environment says that there are several processes; "on": always, jax
+        finds them (needed on Kubernetes without TPUs); "off": never.
+    coordinator: HOST:PORT that process 0 listens on. num_processes: P. process_id: 0 .. P - 1. All
+        three or none.
+    timeout: seconds to wait for the others; then this process ends with a message and code 1.
+
+    Raises:
+      ConfigError: A part of the three is missing or wrong, or there is nothing to find.
+    """
+    told = check_address(mode, coordinator, num_processes, process_id)
+    if not told and (mode == "off" or (mode == "auto" and find_cluster(os.environ) is None)):
+        return
+    # The service would take SIGTERM for itself; `Interrupt.agreed` does its work.
+    jax.config.update("jax_enable_preemption_service", False)
+    where = f"process {process_id} of {num_processes} at {coordinator}" if told else "this process"
+    with _time_limit(timeout, where):
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                # jax aborts when its own time is up; ours ends first, with a message.
+                initialization_timeout=timeout + 60,
+            )
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise ConfigError(
+                f"The processes of this run could not be joined ({type(error).__name__}: {error}). "
+                "Name them: --coordinator=HOST:PORT --num_processes=P --process_id=I on each."
+            ) from error
+    if jax.process_count() > 1:
+        _watcher.start()
+
+
+def check_address(
+    mode: str, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> bool:
+    """Whether the processes are named; raises ConfigError where that is incomplete or wrong."""
+    named = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in named.items() if value is None]
+    if len(missing) == len(named):
+        return False
+    got = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
+    if missing:
+        raise ConfigError(
+            "--coordinator=HOST:PORT, --num_processes=P and --process_id=I belong together. "
+            f"Missing: {', '.join(missing)}. Got: {got}."
+        )
+    if mode == "off":
+        raise ConfigError(f"--distributed=off excludes {', '.join(named)}. Got: {got}.")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(f"--coordinator must be HOST:PORT of process 0. Got: {coordinator!r}.")
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise ConfigError(
+            "--process_id must be one of 0 .. num_processes - 1, another one for each process. "
+            f"Got: {got}."
+        )
+    return True
+
+
+def find_cluster(environment: Mapping[str, str]) -> str | None:
+    """What started several processes, None if nothing did.
+
+    Only signs that stand for several processes count: a single task of SLURM, a TPU host alone and
+    a notebook on Kubernetes are one process, and nothing is asked over a network but by a machine
+    with TPUs.
+    """
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    # Of this step: a batch script that was not started by srun is a single process of its job.
+    if _number(environment, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
+        return "SLURM"
+    if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu") or not _has_tpu():
+        return None
+    if _number(environment, "MEGASCALE_NUM_SLICES") > 1:
+        return "TPU slices"
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
+        if environment.get(name):
+            return "TPU pod" if "," in environment[name] else None
+    if environment.get("TPU_PROCESS_ADDRESSES_PATH"):
+        return "TPU pod"
+    if "TPU_SKIP_MDS_QUERY" in environment:
+        return None
+    return "TPU pod" if "," in _ask_metadata() else None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    return int(value) if value.isdigit() else 0
+
+
+def _has_tpu() -> bool:
+    for path in glob.glob("/sys/bus/pci/devices/*/vendor"):
+        with contextlib.suppress(OSError):
+            if Path(path).read_text().strip() == _GOOGLE:
+                return True
+    return False
+
+
+def _ask_metadata() -> str:
+    """Workers of the slice of this TPU VM, joined by commas; empty if nobody answers."""
+    request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with contextlib.suppress(OSError), opener.open(request, timeout=5) as answer:
+        return answer.read().decode()
+    return ""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float, where: str) -> Iterator[None]:
+    def end():
+        proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
+        _complain(
+            f"The other processes were not there within {seconds} s (this is {where}). Start all "
+            "of them, with the same --num_processes and --coordinator and each with another "
+            "--process_id; the coordinator's host is that of process 0, and its port must be open."
+            + (f" Proxies may be in the way: unset {', '.join(proxies)}." if proxies else "")
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and prints: process 0."""
+    return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Print a line, on process 0."""
+    if is_writer():
+        print(message, flush=True)
+
+
+def gather(value: int) -> list[int]:
+    """The numbers (32 bits) that the processes call this with, by process."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.int32(value)).tolist()
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values that the processes call this with, by process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = gather(len(text))
+    # Few lengths, as each is another program.
+    padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a tree as numpy arrays, whole, on every process."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def check_same(what: str, value: str) -> None:
+    """Raise ProcessError unless all processes call this with the same text."""
+    digest = hashlib.blake2b(value.encode(), digest_size=4).digest()
+    found = gather(int.from_bytes(digest, "little", signed=True))
+    others = [str(index) for index, number in enumerate(found) if number != found[0]]
+    if others:
+        raise ProcessError(
+            f"The processes do not have the same {what}: {', '.join(others)} of {len(found)} "
+            "differ from process 0. Start the same command, version and data on every host."
+        )
+
+
+def check_shared(folder: str | os.PathLike) -> None:
+    """Raise ProcessError unless all processes see what process 0 writes to a folder.
+
+    The folder need not be there, and is not afterwards if it was not before.
+    """
+    if jax.process_count() == 1:
+        return
+    folder = Path(folder).expanduser().absolute()
+    mark = folder / f".shared-{gather(secrets.randbits(30))[0]}"
+    made: list[Path] = []
+    if is_writer():
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    gather(0)
+    seen = gather(mark.exists())
+    if is_writer():
+        mark.unlink()
+        with contextlib.suppress(OSError):  # another process is using it already
+            for path in made:
+                path.rmdir()
+    if not all(seen):
+        blind = [str(index) for index, sees in enumerate(seen) if not sees]
+        raise ProcessError(
+            f"--workdir must be a folder that all processes share. Process {', '.join(blind)} of "
+            f"{len(seen)} did not see what process 0 wrote to {folder}."
+        )
+
+
+class _Watcher:
+    """Ends this process when another one reports a failure."""
+
+    def __init__(self):
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        atexit.register(self.stop)  # runs before jax's own, which ends the connection
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL):
+            failure = self.failure()
+            if failure is not None:
+                _complain(failure)
+                sys.stdout.flush()
+                os._exit(1)
+
+    def failure(self) -> str | None:
+        """What the first process that failed said of it."""
+        try:
+            return _client().key_value_try_get(_FAILURE)
+        except RuntimeError:  # there is none
+            return None
+
+    def report(self, message: str) -> None:
+        with contextlib.suppress(RuntimeError):  # another one was first
+            _client().key_value_set(_FAILURE, f"process {jax.process_index()} failed: {message}")
+
+
+_watcher = _Watcher()
+
+
+def _client() -> Any:
+    # jax has no public access to the store of its coordinator; Orbax goes the same way.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _complain(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def report_failure(message: object) -> None:
+    """Tell the other processes why this one is about to end; they end with the message."""
+    if _watcher.running:
+        _watcher.report(str(message))
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Where the block fails or exits with another code than 0, all processes end.
+
+    Without this they would wait for each other until jax gives up, minutes later.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _watcher.running or (isinstance(error, SystemExit) and not error.code):
+            raise
+        _watcher.stop()
+        code = 1
+        if isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            _explain(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(2 * _POLL)  # the others learn of failures from this process
+        os._exit(code)
+
+
+def _explain(error: BaseException) -> None:
+    """Print why this process ends: the failure of another one, where that broke a connection."""
+    failure = _watcher.failure()
+    if failure is None and isinstance(error, jax.errors.JaxRuntimeError):
+        time.sleep(_POLL)
+        failure = _watcher.failure()
+    if failure is not None:
+        _complain(failure)
+        return
+    report_failure(f"{type(error).__name__}: {error}")
+    traceback.print_exception(error)

@@ -1,0 +1,242 @@
+"""Several real processes as one run, over the loopback interface; and how they are started."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refine_jax import distributed
+from refine_jax.config import Config, defaults
+from refine_jax.monitor import read_metrics
+from refine_jax.phases import midtrain
+from refine_jax.settings import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("processes.py")
+STEPS, STOP = 6, 3
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def finish(commands, *, timeout=240, **variables):
+    """[(exit code, standard output, standard error)] of commands run side by side; none is left."""
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    environment |= {"JAX_PLATFORMS": "cpu", **variables}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for command in commands
+    ]
+    with futures.ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            found = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+        finally:
+            for process in processes:
+                process.kill()
+    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+
+
+def finish_together(count, task, *arguments, **options):
+    """`finish` for the processes of one run of tests/processes.py."""
+    address = f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"
+    ids = [f"--process_id={index}" for index in range(count)]
+    return finish([[SCRIPT, task, *arguments, *address, each] for each in ids], **options)
+
+
+def tiny(corpus, **mesh):
+    """A run of seconds: next-token steps, then ReFINE, on rows of 52 bytes."""
+    config = defaults()
+    config.model.fresh = {
+        "model_type": "delta_net",
+        "vocab_size": 259,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_heads": 1,
+        "intermediate_size": 8,
+        "use_short_conv": False,
+    }
+    config.data.update(source=str(corpus), tokenizer="bytes", sequence_length=52, holdout=0.2)
+    config.data.min_remainder = 52
+    config.refine.update(num_positions=2, rollout_length=2)
+    config.optimizer.update(learning_rate=1e-2, clip_norm=1.0)
+    config.train.update(steps=STEPS, warmup_ntp_steps=STOP, batch_size=4, micro_batch_size=4)
+    config.train.update(eval_batches=1, checkpoint_every=0, log_every=1)
+    config.mesh.update(mesh)
+    return config
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for index in range(16):
+        words = np.random.default_rng(index).choice(WORDS, 40)
+        (folder / f"{index:02}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The records of a run on one device of one process, uninterrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    midtrain.run(Config.from_dict(tiny(corpus)), workdir)
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+def run_flags(corpus, workdir):
+    """The flags of a run of `tiny`, from a configuration file as a user would write it."""
+    path = workdir.with_suffix(".py")
+    path.write_text(
+        "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
+        f"    config = defaults()\n    config.update({tiny(corpus).to_dict()!r})\n"
+        "    return config\n"
+    )
+    return [f"--config={path}", f"--workdir={workdir}"]
+
+
+def assert_same_metrics(records, expected):
+    """One record a step, with the numbers of one process."""
+    assert [record["step"] for record in records] == [record["step"] for record in expected]
+    for record, wanted in zip(records, expected, strict=True):
+        assert record.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if not name.startswith("time/") and name != "tokens_per_second":
+                assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, wanted)
+
+
+@pytest.fixture(scope="module")
+def interrupted(corpus, tmp_path_factory):
+    """Folder of a run of four processes, of which one got SIGTERM at step 3; what they printed."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    flags = [*run_flags(corpus, workdir), "--config.mesh.data=2"]
+    return workdir, finish_together(4, "run", 2, STOP, *flags)
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_step(interrupted, whole):
+    workdir, ended = interrupted
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    assert json.loads(ended[0][1].splitlines()[-1]) == {"interrupted": "SIGTERM", "step": STOP}
+    printed = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for _, out, _ in ended]
+    assert f"SIGTERM: saved step {STOP} of {STEPS}" in printed[0][-2]
+    assert printed[1:] == [[]] * 3
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole[: STOP + 1])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_of_four_processes_goes_on_with(processes, interrupted, corpus, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(interrupted[0], workdir)
+    if processes == 1:
+        midtrain.run(Config.from_dict(tiny(corpus)), workdir)
+    else:
+        ended = finish_together(processes, "run", 0, -1, *run_flags(corpus, workdir))
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+        results = json.loads(ended[0][1].splitlines()[-1])
+        assert json.loads((workdir / "results.json").read_text()) == results
+        assert f"continuing after step {STOP}" in ended[0][1] and "rows" not in ended[1][1]
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole)
+    for name in ("training.png", "rollouts.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_read_the_rows_of_their_devices_and_fail_together(tmp_path):
+    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
+    ended = finish_together(2, "exchange", tmp_path, **flags)
+    for index, (code, out, err) in enumerate(ended):
+        assert code == 1 and "exchanged" in out, (index, out, err)
+    assert ended[0][2].splitlines()[-1] == "error: process 1 failed: KeyError: 'a bug'"
+    assert ended[1][2].splitlines()[-1] == "KeyError: 'a bug'"
+    (predictions,) = tmp_path.iterdir()
+    assert [record["id"] for record in read_metrics(predictions)] == list("abcdefghi")
+
+
+def test_a_process_without_the_others_says_so(tmp_path):
+    start = (
+        "from refine_jax import distributed; distributed.start("
+        f"coordinator='127.0.0.1:{free_port()}', num_processes=2, process_id={{}}, timeout=2)"
+    )
+    ended = finish([["-c", start.format(1)]])
+    assert ended[0][0] == 1
+    assert ended[0][2].startswith("error: The other processes were not there within 2 s (this is")
+    assert "process 1 of 2 at 127.0.0.1:" in ended[0][2]
+
+
+@pytest.mark.parametrize(
+    ("mode", "address", "words"),
+    [
+        ("auto", (None, 2, 0), "Missing: --coordinator. Got: --num_processes=2, --process_id=0."),
+        ("auto", ("h:1", None, None), "Missing: --num_processes, --process_id. Got: --coord"),
+        ("auto", ("host", 2, 0), "must be HOST:PORT of process 0. Got: 'host'"),
+        ("auto", ("host:many", 2, 0), "must be HOST:PORT"),
+        ("auto", ("host:1", 2, 2), "must be one of 0 .. num_processes - 1"),
+        ("auto", ("host:1", 0, 0), "must be one of 0 .. num_processes - 1"),
+        ("off", ("host:1", 2, 0), "--distributed=off excludes --coordinator"),
+    ],
+)
+def test_incomplete_addresses_are_refused(mode, address, words):
+    names = ("coordinator", "num_processes", "process_id")
+    with pytest.raises(ConfigError) as error:
+        distributed.start(mode, **dict(zip(names, address, strict=True)))
+    assert words in str(error.value)
+
+
+_SRUN = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+_HOSTS = {"TPU_WORKER_HOSTNAMES": "a,b"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "tpu", "answer", "expected"),
+    [
+        ({}, False, "never asked", None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "", "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False, "", None),
+        (_SRUN | {"SLURM_STEP_NUM_TASKS": "4"}, False, "", "SLURM"),
+        # A batch script outside of srun, and a step of one task.
+        (_SRUN, False, "", None),
+        (_SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, False, "", None),
+        # A pod of Kubernetes may be a notebook.
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, "", None),
+        (_HOSTS, True, "", "TPU pod"),
+        (_HOSTS, False, "", None),
+        (_HOSTS | {"JAX_PLATFORMS": "cpu"}, True, "", None),
+        (_HOSTS | {"JAX_PLATFORMS": "tpu,cpu"}, True, "", "TPU pod"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, "a,b", None),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "a"}, True, "", "TPU slices"),
+        ({}, True, "w0:7:10.0.0.1,w1:8:10.0.0.2", "TPU pod"),
+        ({}, True, "w0:7:10.0.0.1", None),
+        ({"TPU_SKIP_MDS_QUERY": "1"}, True, "a,b", None),
+    ],
+)
+def test_only_signs_of_several_processes_count(monkeypatch, environment, tpu, answer, expected):
+    asked = []
+    monkeypatch.setattr(distributed, "_has_tpu", lambda: tpu)
+    monkeypatch.setattr(distributed, "_ask_metadata", lambda: asked.append(1) or answer)
+    assert distributed.find_cluster(environment) == expected
+    assert not asked or tpu
+
+
+def test_one_process_starts_nothing_and_agrees_with_itself(tmp_path):
+    distributed.start()  # neither waits nor asks
+    assert distributed.is_writer() and distributed.gather(5) == [5]
+    distributed.check_same("anything", "x")
+    distributed.check_shared(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
