@@ -62,24 +62,26 @@ def devices_of(topology: Topology) -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def as_on(devices: list[jax.Device], config: Config) -> Iterator[None]:
-    """Trace as on these devices: their mesh is ambient, and kernels see their kind."""
+def tpu_backend() -> Iterator[None]:
+    """Implementations are chosen as where TPUs are the default."""
     backend = jax.default_backend
     jax.default_backend = lambda: "tpu"
     try:
-        mesh = make_mesh(config.mesh, devices)
-        if mesh.size > 1:
-            ambient = jax.set_mesh(mesh)
-        else:
-            kind, cores = devices[0].device_kind, devices[0].num_cores
-            described = AbstractDevice(kind, cores, platform="tpu")
-            ambient = jax.sharding.use_abstract_mesh(
-                AbstractMesh((), (), abstract_device=described)
-            )
-        with ambient:
-            yield
+        yield
     finally:
         jax.default_backend = backend
+
+
+def ambient(devices: list[jax.Device], config: Config) -> contextlib.AbstractContextManager:
+    """Trace as on these devices: their mesh is ambient, and kernels see their kind.
+
+    Nothing can be computed inside, only traced.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    if mesh.size > 1:
+        return jax.set_mesh(mesh)
+    described = AbstractDevice(devices[0].device_kind, devices[0].num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
 
 
 def bytes_of(tree: Any) -> int:
@@ -224,8 +226,9 @@ def work(task: dict) -> dict:
     topology = parse_topology(task["topology"])
     dump = Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
     devices = devices_of(topology)
-    with as_on(devices, config):
+    with tpu_backend(), contextlib.ExitStack() as stack:
         run = Run(config, devices[0])
+        stack.enter_context(ambient(devices, config))
         mesh = jax.sharding.get_abstract_mesh()
         sizes = dict(mesh.shape) if mesh.size > 1 else {}
         if sizes and config.phase in ("midtrain", "posttrain"):

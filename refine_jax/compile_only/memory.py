@@ -9,7 +9,8 @@ from refine_jax.compile_only.hlo import Module
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(.*?):?$")
 _VALUE = re.compile(
-    r"^ value: <\d+ ([\w.\-]+)(\{[\d,]*\})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
+    r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?( \(phi\))? @\d+> "
+    r"\(size=(\d+),offset=(\d+)\): (.*)$"
 )
 
 

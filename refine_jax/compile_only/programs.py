@@ -134,12 +134,17 @@ class Shapes:
 class Run:
     """All programs of a configuration; each is made when it is asked for.
 
-    device: one of those that are compiled for. With an ambient mesh arrays are spread over it.
+    device: one of those that are compiled for. Programs are made for the ambient mesh, under which
+    a Run itself cannot be made where its devices are not there.
     """
 
     def __init__(self, config: Config, device: jax.Device):
         self.config = config
         self.model = make_model(describe_model(config), config.model)
+        dtype = jnp.dtype(config.model.param_dtype)
+        self._params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), self.model.abstract_params()
+        )
         self._shapes = Shapes(device)
 
     def programs(self) -> dict[str, Callable[[], Program]]:
@@ -157,12 +162,6 @@ class Run:
         return found | {"prefill": self._prefill, "decode": self._decode}
 
     # What the programs work on
-
-    @functools.cached_property
-    def _params(self) -> Any:
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        params = self.model.abstract_params()
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
 
     @functools.cached_property
     def params(self) -> Any:
