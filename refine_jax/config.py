@@ -53,6 +53,32 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(Section):
+    """How many devices share what (`refine_jax.parallel`); one size may be -1: all that are left.
+
+    Does not change what is computed.
+    """
+
+    section: ClassVar[str] = "mesh"
+
+    data: int = setting(1, "devices that share the rows of a batch", low=-1)
+    fsdp: int = setting(
+        -1, "devices that share the rows, and parameters and optimizer state too", low=-1
+    )
+    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", low=-1)
+    sequence: int = setting(1, "devices that share the tokens of a row", low=-1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = dataclasses.asdict(self)
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"config.mesh: sizes are at least 1, and only one may be -1. Got: {got}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class RefineConfig(Section):
     """The method (DESIGN section 5; ReFINE, arXiv 2602.16704). Defaults are mid-training's."""
 
@@ -122,6 +148,11 @@ class OptimizerConfig(Section):
     eps: float = setting(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0)
     clip_norm: float | None = setting(0.2, "largest global norm of a gradient; None: any", above=0)
+    first_moment_dtype: str | None = setting(
+        None,
+        "of the first moments; None: as the parameters. Second ones would lose their small changes",
+        choices=("float32", "bfloat16"),
+    )
     schedule: str = setting(
         "constant", "after the warm-up", choices=("constant", "cosine", "linear")
     )
@@ -144,7 +175,10 @@ class TrainConfig(Section):
         None, "sequences an optimizer update; None: batch_size", low=1
     )
     micro_batch_size: int | None = setting(
-        None, "sequences of one forward and backward pass; None: mini_batch_size", low=1
+        None,
+        "sequences of one forward and backward pass on each device that shares the rows; "
+        "None: mini_batch_size",
+        low=1,
     )
     eval_every: int = setting(0, "steps between evaluations; 0: before and after only", low=0)
     eval_batches: int = setting(8, "held-out batches of micro_batch_size an evaluation", low=1)
@@ -168,7 +202,7 @@ class TrainConfig(Section):
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of one forward and backward pass."""
+        """Sequences of one forward and backward pass on one device."""
         return self.micro_batch_size or self.mini_batch
 
     @property
@@ -408,6 +442,7 @@ class Config:
 
     model: ModelConfig
     phase: str = "midtrain"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -462,6 +497,7 @@ class Config:
 
 SECTIONS = {
     "model": ModelConfig,
+    "mesh": MeshConfig,
     "data": DataConfig,
     "refine": RefineConfig,
     "optimizer": OptimizerConfig,

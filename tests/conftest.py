@@ -17,12 +17,23 @@ if metadata.version("jaxlib").startswith("0.10."):
     _FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # later ones lack the flag
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION]).strip()
 
+import jax  # noqa: E402
+
+# For this process alone: commands that tests start have one device.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device_by_default():
+    """Runs of a test's own process use one device, as on a laptop, unless a test makes a mesh."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refine_jax.parallel.default_devices", lambda: jax.devices()[:1])
+        yield
+
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
     """The tests of a module share their compiled programs, also between runs and new objects."""
-    import jax
-
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))

@@ -25,11 +25,12 @@ from refine_jax.models.config import model_config
 from refine_jax.models.head import entropy, log_prob, logits
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import ComputePolicy, Model
+from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import group_advantages, policy_loss
 from refine_jax.refine.method import Experience, Method, run_trunk
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.rewards import REWARDS
-from refine_jax.refine.rollout import score_rollouts, take_slots
+from refine_jax.refine.rollout import score_rollouts
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -316,8 +317,8 @@ class StepCase:
         trunk = self.method.trunk(params, self.batch)
         scores = self.method.score(params, trunk, self.starts, self.tokens)
         slots = rollout_slots(self.starts, self.k)
-        truth = take_slots(self.batch["tokens"], slots)
-        return trunk.stats.entropy, scores, truth, take_slots(trunk.hidden, slots)
+        truth = take_tokens(self.batch["tokens"], slots)
+        return trunk.stats.entropy, scores, truth, take_tokens(trunk.hidden, slots)
 
     def _loss(self, params):
         return self.method.loss(params, self.batch, self.experience, token_count=self.token_count)

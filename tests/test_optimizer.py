@@ -59,3 +59,17 @@ def test_weight_decay_is_decoupled_and_on_all_parameters():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     for update in jax.tree.leaves(updates):
         np.testing.assert_allclose(update, -0.5 * 0.1 * 3.0, rtol=1e-6)
+
+
+def test_first_moments_may_be_bfloat16():
+    params, gradients = {"w": jnp.full(3, 2.0)}, {"w": jnp.array([0.1, -0.2, 0.3])}
+    updates = {}
+    for dtype in (None, "bfloat16"):
+        config = OptimizerConfig(learning_rate=0.1, first_moment_dtype=dtype, clip_norm=None)
+        optimizer = make_optimizer(config, steps=1)
+        updates[dtype], state = optimizer.update(gradients, optimizer.init(params), params)
+        moments = state[0]
+        assert moments.mu["w"].dtype == jnp.dtype(dtype or "float32")
+        assert moments.nu["w"].dtype == jnp.float32
+    # bfloat16 has 8 bits of precision.
+    np.testing.assert_allclose(updates["bfloat16"]["w"], updates[None]["w"], rtol=2**-8)

@@ -166,6 +166,9 @@ class CountingLab:
     def signal(self, params, config):
         return {}
 
+    def step_seconds(self, params, configs):
+        return {"ntp": 1.0, "refine": 1.4}
+
     def midtrain(self, params, config, rate, seed, **options):
         loss = {str(3): {"loss_192": abs(rate - 1e-3)}}
         return self._trained(f"midtrain {config.objective} {rate:g} {seed}", rate, measured=loss)
@@ -230,7 +233,7 @@ def finished(tmp_path):
     write("before", figures(0.1))
     for seed in range(3):
         ntp, refine = 0.2 + seed / 10, 0.3 + seed / 10 + seed / 100
-        runs = {"step_seconds": 1.0, "rewards": [0.5, 0.6, 0.7]}
+        runs = {"rewards": [0.5, 0.6, 0.7]}
         after = {"3": figures(ntp), "4": figures(ntp + 0.05)}
         write(f"mid-ntp-{seed}", runs | {"curve": curve(ntp), "measured": after})
         after = {"3": figures(refine)}

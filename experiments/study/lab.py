@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -151,11 +151,9 @@ class Lab:
         params = jax.tree.map(jnp.copy, params)
         state = TrainState.create(params, optimizer, jax.random.key(seed), config)
         shown = _spread(stage.steps, self.sizes.curve_points)
-        curve, seconds, measured, rewards = [], [], {}, []
+        curve, measured, rewards = [], {}, []
         for step, batch in enumerate(batches, 1):
             state, metrics = train_step(state, batch)
-            if step > 1:  # the first one compiles
-                seconds.append(metrics["time/update"] + metrics["time/collect"])
             if "reward/mean" in metrics:
                 rewards.append(float(metrics["reward/mean"]))
             if step in shown and stream == MEASURE:
@@ -165,11 +163,30 @@ class Lab:
         last = self.measure(state.params, stream)
         self._say(f"mid-training {config.objective} seed {seed} rate {rate:g}", last)
         return state.params, {
-            "step_seconds": statistics.median(seconds),
             "curve": curve,
             "rewards": rewards,
             "measured": measured | {str(steps): last},
         }
+
+    def step_seconds(
+        self, params: Params, configs: Mapping[str, tuple[RefineConfig, float]], rounds: int = 16
+    ) -> dict[str, float]:
+        """Median seconds of a training step of each (configuration, rate), by the same names.
+
+        They take turns, so that whatever else the machine does slows all of them.
+        """
+        states, train_steps, seconds = {}, {}, {name: [] for name in configs}
+        for name, (config, rate) in configs.items():
+            train_steps[name], optimizer = self._midtrain_step(config, rate)
+            copy = jax.tree.map(jnp.copy, params)
+            states[name] = TrainState.create(copy, optimizer, jax.random.key(0), config)
+        stage = dataclasses.replace(self.sizes.midtrain, steps=rounds + 1)
+        for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
+            for name, train_step in train_steps.items():
+                states[name], metrics = train_step(states[name], batch)
+                if number > 0:  # the first one compiles
+                    seconds[name].append(metrics["time/update"] + metrics["time/collect"])
+        return {name: statistics.median(times) for name, times in seconds.items()}
 
     @functools.cache  # noqa: B019 - a Lab lives as long as the study
     def _midtrain_step(self, config: RefineConfig, rate: float):

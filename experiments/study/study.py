@@ -37,13 +37,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "reward=hybrid": {"reward": "hybrid"},
     "selection=uniform": {"selection": "uniform"},
     "selection=argmax": {"selection": "argmax"},
-    "selection=argmin": {"selection": "argmin"},
     "k=1": {"rollout_length": 1},
-    "k=3": {"rollout_length": 3},
     "k=7": {"rollout_length": 7},
     "c=2": {"num_positions": 2},
     "c=4": {"num_positions": 4},
-    "lambda_rl=1": {"lambda_rl": 1.0},
     "n=4 a position": {"rollouts_per_position": 4, "grouping": "position"},
     "n=4 a position, lambda_rl=1": {
         "rollouts_per_position": 4,
@@ -140,7 +137,7 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
     for signal in (name for name in SIGNALS if name == "default" or name in ablations):
         config = dataclasses.replace(configs["refine"], **ablations.get(signal, {}))
         records.get(f"signal-{signal}", common, lambda c=config: (None, lab.signal(base, c)))
-    steps, rates, cost = sizes.midtrain.steps, {}, {}
+    steps, rates = sizes.midtrain.steps, {}
     for objective, config in configs.items():
         runs = {
             rate: midtrain(f"tune-{objective}-{rate:g}", config, rate, TUNING_SEED, stream=TUNE)
@@ -148,7 +145,9 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         }
         loss = f"loss_{sizes.midtrain.shape.length}"
         rates[objective] = min(runs, key=lambda rate: runs[rate]["measured"][str(steps)][loss])
-        cost[objective] = min(run["step_seconds"] for run in runs.values())
+    configured = {name: (config, rates[name]) for name, config in configs.items()}
+    settings = common | {"rates": dict(rates)}
+    cost = records.get("cost", settings, lambda: (None, lab.step_seconds(base, configured)))
     # As many steps of next-token training as take the time of ReFINE's.
     equal = round(steps * min(max(cost["refine"] / cost["ntp"], 1.0), sizes.longest))
     chosen = {"rates": rates, "step_seconds": cost, "steps": steps, "equal_compute_steps": equal}

@@ -27,6 +27,7 @@ def next_token_loss(
     weights: jax.Array,
     block_tokens: int | None = None,
     *,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, TokenStats]:
     """Weighted sum of next-token losses, with per-token statistics.
@@ -35,6 +36,8 @@ def next_token_loss(
     head: [V, D]; targets: [B, T] int32, the token that follows each position; weights: [B, T]
     float32, 0 where there is nothing to predict. block_tokens: tokens for which arrays
     [block_tokens, V] exist at a time; None leaves it to the implementation.
+    axis_name: mapped axis (`jax.shard_map`) whose devices share the vocabulary: `head` is then this
+    device's block of it, in order; all else, targets too, is of the whole. Only in "xla".
     implementation: "reference", "xla", "pallas_tpu" or None for the best one; a named one never
     falls back.
 
@@ -47,13 +50,20 @@ def next_token_loss(
     _check(hidden, head, targets, weights)
     if implementation is None:
         on_tpu = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
-        best = on_tpu and is_faster(hidden, head, block_tokens)
+        best = on_tpu and axis_name is None and is_faster(hidden, head, block_tokens)
         implementation = "pallas_tpu" if best else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
+    if axis_name is not None:
+        if implementation != "xla":
+            raise ValueError(
+                "next_token_loss shares the vocabulary among devices (axis_name) only with "
+                f"implementation 'xla'. Got: {implementation!r}."
+            )
+        return next_token_loss_xla(hidden, head, targets, weights, block_tokens, axis_name)
     if implementation == "pallas_tpu" and (reason := unsupported(hidden, head, block_tokens)):
         raise ValueError(f"next_token_loss has no 'pallas_tpu' form for this call: {reason}")
     return IMPLEMENTATIONS[implementation](hidden, head, targets, weights, block_tokens)

@@ -78,25 +78,36 @@ def _block_size(batch: int, length: int, block_tokens: int | None) -> int:
     return max(1, min(length, block_tokens // batch))
 
 
-def _block_stats(hidden, head, targets):
-    """Stats [N] of hidden [N, D], and what their gradient needs: softmax [N, V] before division."""
+def _block_stats(hidden, head, targets, axis_name):
+    """Stats [N] of hidden [N, D], and what their gradient needs.
+
+    This is softmax [N, V] before division, its sum [N], and targets [N] as indices into V; they lie
+    outside where another device of `axis_name` has the word.
+    """
     z = logits(hidden, head)
     top = jnp.max(z, axis=-1, keepdims=True)
+    if axis_name is not None:
+        top = lax.pmax(top, axis_name)
+        targets = targets - lax.axis_index(axis_name) * head.shape[0]
     shifted = z - top
     weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
+    index = jnp.clip(targets, 0, head.shape[0] - 1)
+    target = jnp.take_along_axis(shifted, index[..., None], axis=-1)[..., 0]
+    total, product = jnp.sum(weights, axis=-1), jnp.sum(weights * shifted, axis=-1)
+    if axis_name is not None:
+        target = jnp.where(index == targets, target, 0.0)
+        total, product, target = lax.psum((total, product, target), axis_name)
     log_total = jnp.log(total)
-    target = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
     stats = TokenStats(
         nll=log_total - target,
-        entropy=log_total - jnp.sum(weights * shifted, axis=-1) / total,
+        entropy=log_total - product / total,
         correct=(target == 0).astype(jnp.float32),
     )
-    return stats, weights, total
+    return stats, weights, total, targets
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def next_token_loss_xla(hidden, head, targets, weights, block_tokens=None):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def next_token_loss_xla(hidden, head, targets, weights, block_tokens=None, axis_name=None):
     """`next_token_loss` of api.py.
 
     The gradient is formed in the forward pass, while a block's logits exist, so that they are
@@ -105,7 +116,7 @@ def next_token_loss_xla(hidden, head, targets, weights, block_tokens=None):
     size = _block_size(*targets.shape, block_tokens)
 
     def block(_, inputs):
-        return None, _block_stats(inputs[0], head, inputs[1])[0]
+        return None, _block_stats(inputs[0], head, inputs[1], axis_name)[0]
 
     blocks = _token_blocks(hidden, size), _token_blocks(targets, size)
     _, stats = lax.scan(block, None, blocks)
@@ -113,13 +124,13 @@ def next_token_loss_xla(hidden, head, targets, weights, block_tokens=None):
     return jnp.sum(stats.nll * weights), stats
 
 
-def _next_token_loss_forward(hidden, head, targets, weights, block_tokens):
+def _next_token_loss_forward(hidden, head, targets, weights, block_tokens, axis_name):
     size = _block_size(*targets.shape, block_tokens)
     operand = head.astype(hidden.dtype)
 
     def block(head_gradient, inputs):
         h, target, weight = inputs
-        stats, exponentials, total = _block_stats(h, operand, target)
+        stats, exponentials, total, target = _block_stats(h, operand, target, axis_name)
         is_target = lax.broadcasted_iota(jnp.int32, exponentials.shape, 1) == target[..., None]
         scale = weight / total
         dz = exponentials * scale[..., None] - jnp.where(is_target, weight[..., None], 0.0)
@@ -138,9 +149,13 @@ def _next_token_loss_forward(hidden, head, targets, weights, block_tokens):
     return (loss, stats), (dh, head_gradient.astype(head.dtype))
 
 
-def _next_token_loss_backward(block_tokens, residuals, cotangents):
+def _next_token_loss_backward(block_tokens, axis_name, residuals, cotangents):
     del block_tokens
     scale, _ = cotangents  # the statistics are constants
+    if axis_name is not None:
+        # Each device has the cotangent of its own copy of the loss, all of which its words enter;
+        # and the gradient of `hidden` that comes by way of its words.
+        scale = lax.psum(scale, axis_name)
     dh, head_gradient = residuals
     return (
         dh * scale.astype(dh.dtype),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
+from refine_jax.kernels.delta_rule.sequence import delta_rule_sequence
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
 from refine_jax.kernels.numerics import l2_norm_fla
 
@@ -39,6 +42,7 @@ def delta_rule(
     chunk_size: int | None = None,
     save_every: int | None = None,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """The (gated) delta rule over whole sequences.
 
@@ -65,6 +69,11 @@ def delta_rule(
       implementation: "reference", "xla", "pallas_tpu", "pallas_gpu" or None for the best one: the
         TPU kernels on TPU, else XLA (the GPU kernels have not run on a GPU yet). A named one never
         falls back. Where their device is absent, kernels are interpreted (slow).
+      axis_name: inside `jax.shard_map`, the mesh axis over which the tokens are spread in blocks of
+        T, in their order (sequence.py). initial_state is the one before the first block and the
+        final state the one after the last, both the same on every device; all other arrays are
+        those of the device's own block, and `document` counts on over blocks. T must be a multiple
+        of save_every.
 
     Returns:
       out [B, T, Hv, V] in the dtype of v, the final state [B, Hv, K, V] float32, and the saved
@@ -77,12 +86,18 @@ def delta_rule(
     Raises:
       ValueError: shapes that do not fit, or an implementation that does not exist.
     """
+    spread = axis_name is not None and lax.axis_size(axis_name) > 1
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
     _check(q, k, v, beta, log_decay, initial_state, document, chunk_size, save_every)
+    if spread and save_every is not None and v.shape[1] % save_every:
+        raise ValueError(
+            "The tokens of a device must be a multiple of save_every where a sequence is spread "
+            f"over devices. Got: v {v.shape}, save_every={save_every}, axis_name={axis_name!r}."
+        )
     if initial_state is None:
         shape = (v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         initial_state = jnp.zeros(shape, jnp.float32)
@@ -90,17 +105,26 @@ def delta_rule(
     if name != "pallas_tpu":
         chunk_size = chunk_size or math.gcd(_CHUNK, save_every or _CHUNK)
     options = {
-        "initial_state": initial_state.astype(jnp.float32),
-        "document": document,
         "scale": k.shape[3] ** -0.5 if scale is None else scale,
         "chunk_size": chunk_size,
-        "save_every": save_every,
     }
     if name == "pallas_tpu":
         options["normalize"] = normalize
     elif normalize:
         q, k = (None if x is None else l2_norm_fla(x) for x in (q, k))
-    return IMPLEMENTATIONS[name](q, k, v, beta, log_decay, **options)
+    run = functools.partial(IMPLEMENTATIONS[name], **options)
+    if spread:
+        run = functools.partial(delta_rule_sequence, run, axis_name=axis_name)
+    return run(
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        initial_state=initial_state.astype(jnp.float32),
+        document=document,
+        save_every=save_every,
+    )
 
 
 def _best(v: jax.Array, chunk_size: int | None, save_every: int | None) -> str:

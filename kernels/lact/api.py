@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax import lax
 from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.pallas_tpu import lact_pallas_tpu
 from refine_jax.kernels.lact.reference import (
@@ -12,6 +13,7 @@ from refine_jax.kernels.lact.reference import (
     Weights,
     lact_reference,
 )
+from refine_jax.kernels.lact.sequence import lact_sequence
 from refine_jax.kernels.lact.xla import lact_xla
 
 IMPLEMENTATIONS = {
@@ -38,6 +40,7 @@ def lact(
     carry: FastState | None = None,
     options: Options = PLAIN,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> tuple[jax.Array, FastState]:
     """Chunk by chunk: read `f(q)` with the fast weights, then update them from keys and values.
 
@@ -58,10 +61,30 @@ def lact(
         TPU kernels on TPU where d and F are multiples of 128 and C is at least 128, else XLA (the
         GPU kernels have not run on a GPU yet). A named one never falls back. Where their device is
         absent, kernels are interpreted (slow).
+    axis_name: inside `jax.shard_map`, a mesh axis over whose S devices the slots of every chunk are
+        spread: q, k, v, rates, momentum and mask are the device's own C / S slots of all N chunks;
+        weights, reset and carry are the same everywhere. N must be a multiple of S: the states
+        returned are those of the device's own N / S chunks alone, [B, N / S, H, ...] (sequence.py).
+        By "xla" only.
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
+    if axis_name is not None and lax.axis_size(axis_name) > 1:
+        _check_sequence(q, implementation, axis_name)
+        return lact_sequence(
+            q,
+            k,
+            v,
+            rates,
+            momentum,
+            weights,
+            mask=mask,
+            reset=reset,
+            carry=carry,
+            options=options,
+            axis_name=axis_name,
+        )
     name = implementation or _best(q, weights)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
@@ -78,6 +101,21 @@ def _best(q: jax.Array, weights: Weights) -> str:
     chunk, d = q.shape[-2:]
     unpadded = chunk >= _LANES and d % _LANES == 0 and weights.w1.shape[-1] % _LANES == 0
     return "pallas_tpu" if jax.default_backend() == "tpu" and unpadded else "xla"
+
+
+def _check_sequence(q, implementation, axis_name):
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            "Only 'xla' spreads the chunks of lact over devices (axis_name). "
+            f"Got: implementation={implementation!r}. Leave it None, or name 'xla'."
+        )
+    chunks, devices = q.shape[1], lax.axis_size(axis_name)
+    if chunks % devices:
+        raise ValueError(
+            "The chunks must be a multiple of the devices that share them: each device keeps the "
+            f"states of its own ones. Got: N={chunks} chunks over {devices} devices on the axis "
+            f"{axis_name!r}. Add empty chunks at the end, with mask False."
+        )
 
 
 def _check(q, k, v, rates, momentum, weights):

@@ -145,20 +145,27 @@ def _one_by_one(function, *arguments):
     return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), out)
 
 
+def by_heads(function: Callable, q: jax.Array, weights: Weights) -> Callable:
+    """`function` of arrays [B, H, ...] of one chunk, in the way that suits the device.
+
+    It keeps nothing but its arguments for the backward pass. q, weights: as `lact` gets them.
+    """
+    function = jax.checkpoint(function)
+    if _heads_one_by_one(q, weights):
+        return functools.partial(_one_by_one, function)
+    return function
+
+
 def lact_xla(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, FastState]:
     """`lact` of api.py: what a chunk's backward pass needs is computed again from its weights."""
-    one_by_one = _heads_one_by_one(q, weights)
-
-    def over_heads(function, *arguments):
-        function = jax.checkpoint(function)
-        return _one_by_one(function, *arguments) if one_by_one else function(*arguments)
+    read_chunk = by_heads(apply_fast_weights, q, weights)
 
     def read(weights, q):
         if q.shape[0] == 1:
-            return over_heads(apply_fast_weights, *jax.tree.map(lambda x: x[0], (weights, q)))[None]
-        return lax.map(lambda chunk: over_heads(apply_fast_weights, *chunk), (weights, q))
+            return read_chunk(*jax.tree.map(lambda x: x[0], (weights, q)))[None]
+        return lax.map(lambda chunk: read_chunk(*chunk), (weights, q))
 
-    sums = functools.partial(over_heads, update_sums)
+    sums = by_heads(update_sums, q, weights)
     return lact_by_parts(read, sums, q, k, v, rates, momentum, weights, **keywords)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.transformer import Model, Params, Trace
-from refine_jax.refine.rollout import take_slots
+from refine_jax.parallel import take_tokens
 
 # A longer tail is a row of its own: a forward pass reads many tokens faster than a fork does.
 MAX_FORK_TOKENS = 256
@@ -212,7 +212,7 @@ def _read(model: Model, params: Params, tokens, targets, *, with_trace: bool):
 
 def _branch(model: Model, params: Params, hidden, trace: Trace | None, starts, tails) -> TokenStats:
     """Statistics [B, R, S] of `tails` [B, R, S], which follow the first `starts` [B, R] tokens."""
-    predictors = take_slots(hidden, starts - 1)[:, :, None]
+    predictors = take_tokens(hidden, starts - 1)[:, :, None]
     if trace is not None:
         states = model.forward_forks(params, trace, starts, tails[..., :-1])
         predictors = jnp.concatenate([predictors, states], axis=2)

@@ -1,6 +1,7 @@
 """Causal softmax attention over a window of tokens: for whole rows, and for continued states.
 
-Query i sees the keys i - window + 1 ... i of its own document. Letters: B batch, A attention heads,
+Query i sees the keys i - window + 1 ... i of its own document. Where a row is spread over devices,
+those before a device's own tokens are its past. Letters: B batch, A attention heads,
 T tokens, hd head dim, R forks of a sequence, S new tokens, W window.
 """
 
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from refine_jax.kernels.sequence import halo
 from refine_jax.models.layout import Layout
 
 _MASKED = -1e30  # finite: a row that sees nothing must not become NaN
@@ -30,6 +32,7 @@ def window_attention(
     layout: Layout | None = None,
     *,
     implementation: str | None = None,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Causal attention of whole rows, exact, in time and memory linear in T.
 
@@ -37,18 +40,27 @@ def window_attention(
     layout: documents do not see each other, and padding is not seen; its own output is 0.
     implementation: "xla", "splash" (a Pallas kernel of jax, for TPUs), "cudnn" (GPUs; full rows in
     bfloat16 or float16 only) or None for the best one on the device; a named one never falls back.
+    axis_name: inside `jax.shard_map`, the mesh axis over which rows are spread in blocks of T, in
+    their order: all arrays, also those of `layout`, are those of the device's block, and documents
+    have the numbers of the whole row. The window may reach over several blocks. Not by "cudnn".
     Returns [B, A, T, hd] in the dtype of q.
 
     Raises:
       ValueError: an implementation that does not exist, or not for these arrays.
     """
     ids = None if layout is None else jnp.where(layout.mask, layout.document, 0)
-    window = min(window, q.shape[2])
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    window, past = min(window, q.shape[2] * devices), None
+    if devices > 1 and window > 1:
+        # On the first device only the ids, 0 there, tell that nothing is before its tokens.
+        ids = jnp.ones((q.shape[0], q.shape[2]), jnp.int32) if ids is None else ids
+        before = functools.partial(halo, rows=window - 1, axis_name=axis_name)
+        past = before(k, axis=2), before(v, axis=2), before(ids, axis=1)
     if implementation is None:
         backend = jax.default_backend()
         if backend == "tpu":
             implementation = "splash"
-        elif backend == "gpu" and _no_cudnn(q, ids) is None:
+        elif backend == "gpu" and _no_cudnn(q, ids, past) is None:
             implementation = "cudnn"
         else:
             implementation = "xla"
@@ -57,7 +69,7 @@ def window_attention(
             f"implementation of window_attention must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
-    return IMPLEMENTATIONS[implementation](q, k, v, ids, window)
+    return IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
 
 
 def _pad_tokens(arrays, ids, multiple: int):
@@ -70,9 +82,12 @@ def _pad_tokens(arrays, ids, multiple: int):
 
 
 @functools.lru_cache(maxsize=16)
-def _splash_kernel(num_heads: int, num_tokens: int, window: int, block: int, interpret: bool):
+def _splash_kernel(
+    num_heads: int, num_tokens: int, num_past: int, window: int, block: int, interpret: bool
+):
     """jax's kernel with its tables of blocks, which take seconds to make: kept as numpy arrays."""
-    mask = splash_mask.LocalMask((num_tokens,) * 2, window_size=(window - 1, 0), offset=0)
+    shape = num_tokens, num_past + num_tokens
+    mask = splash_mask.LocalMask(shape, window_size=(window - 1, 0), offset=num_past)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
@@ -85,27 +100,36 @@ def _splash_kernel(num_heads: int, num_tokens: int, window: int, block: int, int
         return jax.tree.map(np.asarray, kernel)
 
 
-def _splash(q, k, v, ids, window):
+def _splash(q, k, v, ids, past, window):
     """jax's splash attention, which visits only the blocks that the window reaches.
 
-    A row is padded to whole blocks: causality keeps real tokens from seeing what stands behind.
+    A row is padded to whole blocks: causality keeps real tokens from seeing what stands behind. So
+    is its past, at its beginning: out of reach for every window.
     """
     num_tokens = q.shape[2]
     block = min(_SPLASH_BLOCK, *(-(-size // 128) * 128 for size in (window, num_tokens)))
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     (q, k, v), ids = _pad_tokens((q, k, v), ids, block)
-    attend = _splash_kernel(*q.shape[1:3], window, block, jax.default_backend() != "tpu")
+    num_past, key_ids = 0, ids
+    if past is not None:
+        num_past = -(-(window - 1) // block) * block
+        past = [_front_pad(x, num_past - (window - 1), x.ndim // 2) for x in past]
+        k, v, key_ids = (_after(a, b) for a, b in zip(past, (k, v, ids), strict=True))
+    interpret = jax.default_backend() != "tpu"
+    attend = _splash_kernel(*q.shape[1:3], num_past, window, block, interpret)
     if ids is None:
         out = jax.vmap(attend)(q, k, v)
     else:
         # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
-        out = jax.vmap(attend)(q, k, v, splash.SegmentIds(ids, ids))
+        out = jax.vmap(attend)(q, k, v, splash.SegmentIds(ids, key_ids))
         out = jnp.where((ids > 0)[:, None, :, None], out, 0)
     return out[:, :, :num_tokens]
 
 
-def _no_cudnn(q, ids) -> str | None:
+def _no_cudnn(q, ids, past) -> str | None:
     """Why cuDNN cannot do it; None if it can."""
+    if past is not None:
+        return "it takes whole rows. Got: rows spread over devices (axis_name)."
     if ids is not None:
         return "documents and padding have no form without a mask of T x T. Got: a layout."
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -115,9 +139,9 @@ def _no_cudnn(q, ids) -> str | None:
     return None
 
 
-def _cudnn(q, k, v, ids, window):
+def _cudnn(q, k, v, ids, past, window):
     """cuDNN's flash attention, on arrays [B, T, A, hd]."""
-    if reason := _no_cudnn(q, ids):
+    if reason := _no_cudnn(q, ids, past):
         raise ValueError(f"window_attention by 'cudnn': {reason} Use 'xla'.")
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
@@ -126,12 +150,12 @@ def _cudnn(q, k, v, ids, window):
     return jnp.swapaxes(out, 1, 2)
 
 
-def _blocked(q, k, v, ids, window):
+def _blocked(q, k, v, ids, past, window):
     """A scan over blocks of queries, for every device."""
     num_tokens = q.shape[2]
     block = min(_QUERY_BLOCK, max(window, 64), num_tokens)
     (q, k, v), ids = _pad_tokens((q, k, v), ids, block)
-    return _attend(q, k, v, ids, window, block)[:, :, :num_tokens]
+    return _attend(q, k, v, ids, past, window, block)[:, :, :num_tokens]
 
 
 IMPLEMENTATIONS = {"xla": _blocked, "splash": _splash, "cudnn": _cudnn}
@@ -146,9 +170,9 @@ def _visible(start, size: int, window: int, ids) -> jax.Array:
     """Which keys, from start - window + 1 on, the queries of a block see; [1 or B, 1, q, k]."""
     query = jnp.arange(size)[:, None]
     key = jnp.arange(size + window - 1)[None] - (window - 1)  # both relative to the block's start
-    seen = (key <= query) & (query - key < window) & (start + key >= 0)
+    seen = (key <= query) & (query - key < window)
     if ids is None:
-        return seen[None, None]
+        return (seen & (start + key >= 0))[None, None]
     at_query = lax.dynamic_slice_in_dim(ids, start + window - 1, size, axis=1)[:, :, None]
     at_key = lax.dynamic_slice_in_dim(ids, start, size + window - 1, axis=1)[:, None]
     return (seen & (at_query == at_key) & (at_query > 0))[:, None]
@@ -158,6 +182,18 @@ def _front_pad(x, rows: int, axis: int):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (rows, 0)
     return jnp.pad(x, widths)
+
+
+def _after(past, x):
+    """Arrays [B, A, T, hd] or ids [B, T] behind their past."""
+    return jnp.concatenate([past, x], axis=x.ndim // 2)
+
+
+def _reachable(k, v, ids, past, window: int):
+    """k, v and ids (or None) behind the window - 1 rows before them: zeros without a past."""
+    if past is not None:
+        return [_after(a, b) for a, b in zip(past, (k, v, ids), strict=True)]
+    return [None if x is None else _front_pad(x, window - 1, x.ndim // 2) for x in (k, v, ids)]
 
 
 def _to_blocks(x, block: int):
@@ -171,16 +207,15 @@ def _from_blocks(x):
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q, k, v, ids, window: int, block: int):
-    return _attend_forward(q, k, v, ids, window, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, ids, past, window: int, block: int):
+    return _attend_forward(q, k, v, ids, past, window, block)[0]
 
 
-def _attend_forward(q, k, v, ids, window, block):
+def _attend_forward(q, k, v, ids, past, window, block):
     """A scan over blocks of queries; each looks at the slab of keys that its window can reach."""
     before = window - 1
-    keys, values = (_front_pad(x, before, 2) for x in (k, v))
-    padded_ids = None if ids is None else _front_pad(ids, before, 1)
+    keys, values, padded_ids = _reachable(k, v, ids, past, window)
     scale = q.shape[-1] ** -0.5
 
     def attend_block(start, queries):
@@ -195,15 +230,14 @@ def _attend_forward(q, k, v, ids, window, block):
 
     _, (out, log_total) = lax.scan(attend_block, 0, _to_blocks(q, block))
     out = _from_blocks(out)
-    return out, (q, k, v, ids, out, _from_blocks(log_total))
+    return out, (q, k, v, ids, past, out, _from_blocks(log_total))
 
 
 def _attend_backward(window, block, residuals, cotangent):
     """Recomputes the probabilities of a block from its log normaliser."""
-    q, k, v, ids, out, log_total = residuals
+    q, k, v, ids, past, out, log_total = residuals
     before = window - 1
-    keys, values = (_front_pad(x, before, 2) for x in (k, v))
-    padded_ids = None if ids is None else _front_pad(ids, before, 1)
+    keys, values, padded_ids = _reachable(k, v, ids, past, window)
     scale = q.shape[-1] ** -0.5
     cotangent = cotangent.astype(q.dtype)
     delta = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), -1)
@@ -231,8 +265,9 @@ def _attend_backward(window, block, residuals, cotangent):
     zeros = jnp.zeros(keys.shape, jnp.float32)
     inputs = tuple(_to_blocks(x, block) for x in (q, cotangent, delta, log_total))
     (_, dk, dv), dq = lax.scan(block_gradients, (0, zeros, zeros), inputs)
-    dk, dv = (x[:, :, before:].astype(k.dtype) for x in (dk, dv))
-    return _from_blocks(dq), dk, dv, None
+    dk, dv = (x.astype(k.dtype) for x in (dk, dv))
+    d_past = None if past is None else (dk[:, :, :before], dv[:, :, :before], None)
+    return _from_blocks(dq), dk[:, :, before:], dv[:, :, before:], None, d_past
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

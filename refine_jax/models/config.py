@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+_CHUNK = 64  # tokens
+
 
 class ModelConfigError(ValueError):
     """A model configuration that asks for something unknown or impossible."""
@@ -124,6 +126,11 @@ class LaCTConfig(ModelConfig):
         """Hidden width F of the fast weights."""
         return int(self.lact_head_dim * self.inter_multi)
 
+    @property
+    def token_multiple(self) -> int:
+        """Devices that share the tokens of a row each hold a multiple of so many."""
+        return self.lact_chunk_size
+
 
 @dataclasses.dataclass(frozen=True)
 class _DeltaFamilyConfig(ModelConfig):
@@ -142,6 +149,15 @@ class _DeltaFamilyConfig(ModelConfig):
         self._require(self.num_heads >= 1, "num_heads", "at least 1")
         self._require(self.conv_size >= 1, "conv_size", "at least 1")
         self._require(self.attn is None, "attn", "null: hybrid attention layers are not supported")
+
+    @property
+    def token_multiple(self) -> int:
+        """N: a forward pass keeps the state before every N-th token.
+
+        Saved states then take no more memory than float32 values would. Devices that share the
+        tokens of a row each hold a multiple of so many.
+        """
+        return _CHUNK * -(-self.key_dim // _CHUNK)
 
 
 @dataclasses.dataclass(frozen=True)

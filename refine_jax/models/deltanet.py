@@ -15,11 +15,11 @@ from flax import nnx
 
 from refine_jax.kernels.delta_rule import STEP_IMPLEMENTATIONS, delta_rule, delta_step
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
+from refine_jax.kernels.sequence import halo
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
-
-_CHUNK = 64
+from refine_jax.parallel import over_shards, take_tokens, token_axis
 
 
 class DeltaTrace(NamedTuple):
@@ -60,25 +60,47 @@ class ShortConv(nnx.Module):
             jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
         )
 
-    def __call__(self, x: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve `x` [..., W - 1 + T, channels], whose first W - 1 tokens come before.
 
-        position: [..., T] int32, index of the tokens within their document: taps do not reach
-        before its start. Returns [..., T, channels].
+        Returns [..., T, channels].
         """
-        weight = self.weight[...]
-        taps = weight.shape[-1]
-        tokens = x.shape[-2] - (taps - 1)
-        shape = (*x.shape[:-2], tokens, x.shape[-1])
-        x = drop_unit_axes(x, 2)
-        position = None if position is None else drop_unit_axes(position, 1)
-        y = 0.0
-        for tap in range(taps):
-            term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
-            if position is not None:
-                term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
-            y = y + term
-        return y.astype(x.dtype).reshape(shape)
+        return _short_conv(x, self.weight[...])
+
+    def rows(self, x: jax.Array, position: jax.Array | None, axis_name: str | None) -> jax.Array:
+        """Convolve whole rows x [B, T, channels]; returns the same.
+
+        position: [B, T] int32, index of the tokens within their document: taps do not reach before
+        its start. axis_name: mesh axis over which the tokens are spread.
+        """
+
+        def convolve(x, weight, position):
+            reach = weight.shape[-1] - 1
+            if axis_name is None or reach == 0:
+                x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+            else:
+                x = jnp.concatenate([halo(x, reach, axis_name), x], axis=1)
+            return _short_conv(x, weight, position)
+
+        tokens = ("batch", axis_name and "tokens", "heads")
+        convolve = over_shards(convolve, (tokens, ("heads",), tokens[:2]), tokens)
+        return convolve(x, self.weight[...], position)
+
+
+def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = None) -> jax.Array:
+    """`ShortConv` of x [..., W - 1 + T, channels] by weight [channels, 1, W]."""
+    taps = weight.shape[-1]
+    tokens = x.shape[-2] - (taps - 1)
+    shape = (*x.shape[:-2], tokens, x.shape[-1])
+    x = drop_unit_axes(x, 2)
+    position = None if position is None else drop_unit_axes(position, 1)
+    y = 0.0
+    for tap in range(taps):
+        term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
+        if position is not None:
+            term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
+        y = y + term
+    return y.astype(x.dtype).reshape(shape)
 
 
 class DeltaNetMixer(nnx.Module):
@@ -130,10 +152,9 @@ class DeltaNetMixer(nnx.Module):
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _convolve(self, inputs, position=None):
-        """Convolutions of (q, k, v), which begin with the W - 1 inputs before the first token."""
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return tuple(c(x, position) for c, x in zip(convolutions, inputs, strict=True))
+    @property
+    def _convolutions(self) -> tuple[ShortConv, ShortConv, ShortConv]:
+        return self.q_conv1d, self.k_conv1d, self.v_conv1d
 
     def _heads(self, q, k, v):
         """Activations and heads: q, k [..., H, K] and v [..., Hv, V].
@@ -170,11 +191,6 @@ class DeltaNetMixer(nnx.Module):
             out = out * jax.nn.silu(self.g_proj(x)).reshape(out.shape)
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
-    @property
-    def _save_every(self) -> int:
-        """N: saved states then take no more memory than float32 values would."""
-        return _CHUNK * -(-self.config.key_dim // _CHUNK)
-
     # The mixer protocol
 
     @staticmethod
@@ -187,25 +203,28 @@ class DeltaNetMixer(nnx.Module):
     ) -> tuple[jax.Array, DeltaTrace]:
         """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace."""
         del plan
+        axis_name = token_axis(x.shape[1], self.config.token_multiple)
         projected = self._project(x)
         if self.config.use_short_conv:
-            before = ((0, 0), (self.config.conv_size - 1, 0), (0, 0))
             position = None if layout is None else layout.position
-            projected = self._convolve([jnp.pad(p, before) for p in projected], position)
+            projected = [
+                convolution.rows(p, position, axis_name)
+                for convolution, p in zip(self._convolutions, projected, strict=True)
+            ]
         q, k, v = self._heads(*projected)
         beta, log_decay = self._beta(x), self._log_decay(x)
         if layout is not None:
             k, beta, log_decay = _keep(layout.mask, k, beta, log_decay)
-        out, _, states = delta_rule(
+        document = None if layout is None else layout.document
+        out, _, states = self._run_rule(
             q,
             k,
             v,
             beta,
             log_decay,
-            document=None if layout is None else layout.document,
-            normalize=self._norm == "l2",
-            save_every=self._save_every,
-            implementation=self.implementation,
+            document=document,
+            save_every=self.config.token_multiple,
+            axis_name=axis_name,
         )
         return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
 
@@ -223,18 +242,18 @@ class DeltaNetMixer(nnx.Module):
         tokens of that block that belong to the position's document, for all forks at once.
         """
         del plan, horizon
-        tokens, block_size = trace.k.shape[1], self._save_every
+        tokens, block_size = trace.k.shape[1], self.config.token_multiple
         block = (jnp.maximum(positions, 1) - 1) // block_size
         slot = block[..., None] * block_size + jnp.arange(block_size)
         replayed = slot < positions[..., None]
-        memory = _take(trace.states, block)
+        memory = take_tokens(trace.states, block)
         if layout is None:
             last, count = positions - 1, positions
         else:
-            document = _take(layout.document, jnp.maximum(positions - 1, 0))
-            of_slot = _take(layout.document, jnp.minimum(slot, tokens - 1))
+            document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
+            of_slot = take_tokens(layout.document, jnp.minimum(slot, tokens - 1))
             replayed &= of_slot == document[..., None]
-            of_memory = _take(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
+            of_memory = take_tokens(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
             memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
             last, count = layout.last_real(positions), layout.tokens_before(positions)
 
@@ -244,7 +263,7 @@ class DeltaNetMixer(nnx.Module):
                 return None
             missing = -tokens % block_size
             x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-            return _take(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
+            return take_tokens(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
 
         k, beta, log_decay = _keep(
             replayed, forks(trace.k), forks(trace.beta), forks(trace.log_decay)
@@ -257,7 +276,7 @@ class DeltaNetMixer(nnx.Module):
         if not self.config.use_short_conv:
             return None
         back = jnp.arange(self.config.conv_size - 2, -1, -1)
-        x = _take(x, jnp.maximum(last[..., None] - back, 0))
+        x = take_tokens(x, jnp.maximum(last[..., None] - back, 0))
         return self._project(jnp.where((back < count[..., None])[..., None], x, 0))
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
@@ -279,7 +298,7 @@ class DeltaNetMixer(nnx.Module):
                 for tail, p in zip(state.tails, projected, strict=True)
             ]
             tails = tuple(p[:, :, x.shape[2] :] for p in inputs)
-            projected = self._convolve(inputs)
+            projected = [c(p) for c, p in zip(self._convolutions, inputs, strict=True)]
         q, k, v = self._heads(*projected)
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
         return self._output(x, out), DeltaState(memory, tails)
@@ -298,15 +317,49 @@ class DeltaNetMixer(nnx.Module):
                 arrays[:2] = map(l2_norm_fla, arrays[:2])
             # The step has no form for some names of the sequence: it is chosen by itself then.
             name = self.implementation if self.implementation in STEP_IMPLEMENTATIONS else None
-            out, new = delta_step(*arrays, state=merged(memory), implementation=name)
+            step = over_shards(
+                lambda *a: delta_step(*a[:-1], state=a[-1], implementation=name),
+                (("batch", "heads"),) * 6,
+                (("batch", "heads"),) * 2,
+            )
+            out, new = step(*arrays, merged(memory))
         else:
-            out, new, _ = delta_rule(
-                *arrays,
-                initial_state=merged(memory),
+            out, new, _ = self._run_rule(*arrays, initial_state=merged(memory))
+        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+    def _run_rule(
+        self,
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
+        *,
+        initial_state=None,
+        document=None,
+        save_every=None,
+        axis_name=None,
+    ):
+        """`delta_rule` with the model's options, each device on its rows, heads and tokens."""
+
+        def rule(q, k, v, beta, log_decay, initial_state, document):
+            return delta_rule(
+                q,
+                k,
+                v,
+                beta,
+                log_decay,
+                initial_state=initial_state,
+                document=document,
                 normalize=self._norm == "l2",
+                save_every=save_every,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
-        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+        tokens, state = ("batch", axis_name and "tokens", "heads"), ("batch", "heads")
+        rule = over_shards(rule, (*(tokens,) * 5, state, tokens[:2]), (tokens, state, tokens))
+        return rule(q, k, v, beta, log_decay, initial_state, document)
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):
@@ -357,8 +410,3 @@ def _keep(mask, k, beta, log_decay):
     k = jnp.where(mask[..., None, None], k, 0)
     beta = jnp.where(mask[..., None], beta, 0)
     return k, beta, None if log_decay is None else jnp.where(mask[..., None], log_decay, 0)
-
-
-def _take(x, index):
-    """Entries of x [B, T, ...] along T at index [B, ...], row by row."""
-    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)

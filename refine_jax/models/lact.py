@@ -35,6 +35,7 @@ from refine_jax.models.attention import push_to_ring, ring_attention, window_att
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
 from refine_jax.models.layout import Layout
+from refine_jax.parallel import axis_size, over_shards, take_tokens, token_axis
 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
@@ -151,7 +152,7 @@ class LaCTMixer(nnx.Module):
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] -> q, k, v [..., D]."""
-        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        q, k, v = self.qkv.parts(x, 3)
         if self.config.attn_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -211,6 +212,7 @@ class LaCTMixer(nnx.Module):
             return None
         chunk, (num_rows, num_tokens) = config.lact_chunk_size, shape
         num_chunks = -(-num_tokens // chunk) + layout.max_documents - 1
+        num_chunks += -num_chunks % axis_size("sequence")  # whose devices share them
         num_slots = num_chunks * chunk
         # A chunk begins at every C-th token of a document; its number is their running count.
         begins = layout.mask & (layout.position % chunk == 0)
@@ -243,15 +245,8 @@ class LaCTMixer(nnx.Module):
             jnp.swapaxes(y, 1, 2) for y in (self._rope(k, positions), self._attn_heads(v))
         )
         queries = jnp.swapaxes(self._rope(q, positions), 1, 2)
-        attention = window_attention(
-            queries,
-            keys,
-            values,
-            self.config.window_size,
-            layout,
-            # Its other implementations are not those of the kernels: it chooses by itself.
-            implementation="xla" if self.implementation == "xla" else None,
-        )
+        axis_name = self._token_axis(num_tokens)
+        attention = self._attend(queries, keys, values, layout, axis_name)
         attention = jnp.swapaxes(attention, 1, 2).reshape(x.shape)
 
         rates, momentum = self._rates(x), self._momentum(x)
@@ -262,15 +257,7 @@ class LaCTMixer(nnx.Module):
             rates,
             momentum,
         )
-        slots, mask, reset = self._to_slots(tokens, plan)
-        out, chunks = lact(
-            *slots,
-            self._initial_weights(),
-            mask=mask,
-            reset=reset,
-            options=self._options,
-            implementation=self.implementation,
-        )
+        out, chunks = self._run_chunks(*self._to_slots(tokens, plan), axis_name)
         fast = jnp.swapaxes(out, 2, 3).reshape(num_rows, -1, *tokens[0].shape[2:])
         if plan is None:
             fast = fast[:, :num_tokens]
@@ -301,7 +288,7 @@ class LaCTMixer(nnx.Module):
             slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
             index = jnp.where(seen > 0, slot // chunk, 0)
         # A document's first chunk is read with the initial weights: also right for no token.
-        fast = jax.tree.map(lambda x: jax.vmap(lambda a, i: a[i])(x, index), trace.chunks)
+        fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
         start, ring = _slabs(last, min(window, trace.keys.shape[2]))
         keys, values = (
             jnp.pad(ring(x), ((0, 0), (0, 0), (0, 0), (0, max(window - x.shape[2], 0)), (0, 0)))
@@ -361,6 +348,51 @@ class LaCTMixer(nnx.Module):
         return y, state
 
     # Their parts
+
+    def _attend(self, q, k, v, layout: Layout | None, axis_name: str | None) -> jax.Array:
+        """Window attention of q, k, v [B, A, T, hd], each device on its rows, heads and tokens."""
+
+        def attend(q, k, v, layout):
+            # Its other implementations are not those of the kernels: it chooses by itself.
+            name = "xla" if self.implementation == "xla" else None
+            window = self.config.window_size
+            return window_attention(
+                q, k, v, window, layout, implementation=name, axis_name=axis_name
+            )
+
+        tokens = axis_name and "tokens"
+        heads = ("batch", "heads", tokens)
+        attend = over_shards(attend, (heads, heads, heads, ("batch", tokens)), heads)
+        return attend(q, k, v, layout)
+
+    def _token_axis(self, num_tokens: int) -> str | None:
+        """The mesh axis over which tokens are spread: those of rows, and those of every chunk."""
+        chunk = self.config.lact_chunk_size
+        return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
+
+    def _run_chunks(self, slots, mask, reset, axis_name):
+        """`lact` with the model's options, each device on its rows and heads.
+
+        Where tokens are spread, a device takes its share of those of every chunk, and keeps the
+        states of its share of the chunks.
+        """
+
+        def run(slots, weights, mask, reset):
+            return lact(
+                *slots,
+                weights,
+                mask=mask,
+                reset=reset,
+                options=self._options,
+                axis_name=axis_name,
+                implementation=self.implementation,
+            )
+
+        tokens = axis_name and "tokens"
+        arrays, states = ("batch", None, "heads", tokens), ("batch", tokens, "heads")
+        in_axes = (arrays, ("heads",), ("batch", None, tokens), ("batch",))
+        run = over_shards(run, in_axes, (arrays, states))
+        return run(slots, self._initial_weights(), mask, reset)
 
     def _attn_heads(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., A, hd]."""
@@ -529,7 +561,11 @@ def _slabs(last: jax.Array, size: int):
         return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     def cut(x):
-        return jax.vmap(jax.vmap(cut_row, (None, 0)))(x, start)
+        if axis_size("sequence") == 1:
+            cut_rows = jax.vmap(jax.vmap(cut_row, (None, 0)))
+            return over_shards(cut_rows, (("batch",), ("batch",)), ("batch",))(x, start)
+        rows = take_tokens(jnp.moveaxis(x, 2, 1), start[..., None] + jnp.arange(size))
+        return jnp.moveaxis(rows, 3, 2)
 
     return start, cut
 

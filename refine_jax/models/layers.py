@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from refine_jax.kernels.numerics import by_rows, safe_norm
+from refine_jax.kernels.numerics import by_rows, drop_unit_axes, safe_norm
+from refine_jax.parallel import constrain
 
 INIT_STD = 0.02
 
@@ -38,6 +39,23 @@ class Linear(nnx.Module):
             return y if bias is None else y + bias
 
         return by_rows(rows, x)
+
+    def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
+        """The output's `count` equal parts, [..., in] -> [..., out / count] each.
+
+        Devices that share the heads of q, k and v need some outputs of each part, which no
+        contiguous share of the whole output is.
+        """
+        weight = self.weight[...].astype(x.dtype)
+        weight = constrain(weight.reshape(count, -1, weight.shape[-1]), None, "heads")
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype).reshape(count, -1)
+
+        def rows(x):
+            y = lax.dot_general(x, weight, (((x.ndim - 1,), (2,)), ((), ())))
+            return y if bias is None else y + bias
+
+        y = rows(drop_unit_axes(x, 2))
+        return [y[..., i, :].reshape(*x.shape[:-1], -1) for i in range(count)]
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

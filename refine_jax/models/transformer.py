@@ -31,6 +31,7 @@ from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
 from refine_jax.models.layout import Layout
+from refine_jax.parallel import constrain, gather_parameters
 
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
@@ -135,7 +136,7 @@ class Model:
         return Block(self.config, self.policy.implementation, rngs=nnx.Rngs(key))
 
     def _block(self, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graph, layer_params)
+        return nnx.merge(self._block_graph, gather_parameters(layer_params))
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
@@ -162,10 +163,12 @@ class Model:
 
     def head(self, params: Params) -> jax.Array:
         """The output embedding [V, D]."""
-        return params["embeddings" if self.config.tie_word_embeddings else "lm_head"]["weight"]
+        name = "embeddings" if self.config.tie_word_embeddings else "lm_head"
+        return gather_parameters({name: params[name]})[name]["weight"]
 
     def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return params["embeddings"]["weight"][tokens].astype(self.dtype)
+        table = gather_parameters({"embeddings": params["embeddings"]})["embeddings"]["weight"]
+        return table[tokens].astype(self.dtype)
 
     def _final_norm(self, params: Params, x: jax.Array) -> jax.Array:
         return rms_norm(x, params["norm"]["weight"], self.config.norm_eps)
@@ -190,11 +193,13 @@ class Model:
         def layer(x, layer_params):
             block = self._block(layer_params)
             y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
-            return block.add_mlp(x + y), trace if with_trace else None
+            x = constrain(block.add_mlp(x + y), "batch", "tokens")
+            return x, trace if with_trace else None
 
         if self.policy.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.policy.remat])
-        x, layers = lax.scan(layer, self._embed(params, tokens), params["layers"])
+        x = constrain(self._embed(params, tokens), "batch", "tokens")
+        x, layers = lax.scan(layer, x, params["layers"])
         trace = Trace(layers, layout, plan) if with_trace else None
         return self._final_norm(params, x), trace
 

@@ -33,13 +33,12 @@ from refine_jax.evaluation.runner import PREDICTIONS, Answerer, Predictions, eva
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.transformer import Model, Params
 from refine_jax.monitor import write_results
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
     has_checkpoints,
     initial_params,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
+    prepare_model,
 )
 from refine_jax.refine.adapt import Adapter, row_length
 from refine_jax.settings import ConfigError
@@ -73,9 +72,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
             f"{workdir} holds a training run, which an evaluation would mix with its own files. "
             "Choose another --workdir, and name the run in config.model.checkpoint."
         )
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
+    start, model, tokenizer = prepare_model(config, workdir)
     questions = load_questions(
         config.evaluate,
         tokenizer,
@@ -155,8 +152,9 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
     """
     workdir = Path(workdir).expanduser().absolute()
-    parts = prepare(config, workdir)
-    return run_parts(parts, workdir, make_answerer(parts))
+    with use_mesh(config.mesh):
+        parts = prepare(config, workdir)
+        return run_parts(parts, workdir, make_answerer(parts))
 
 
 def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:

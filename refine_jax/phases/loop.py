@@ -23,6 +23,7 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
+from refine_jax.parallel import state_shardings
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, RunError, Start, initial_params
 from refine_jax.plots import plot_training
@@ -127,14 +128,28 @@ class Loop(abc.ABC):
     def initial_state(self) -> TrainState:
         """The state before the first step."""
         params = initial_params(self.parts.model, self.parts.start, self.config)
-        return TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+        state = TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+        shardings = state_shardings(state)
+        return state if shardings is None else jax.device_put(state, shardings)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
+        state = jax.eval_shape(self.initial_state)
+        shardings = state_shardings(state)
+        if shardings is None:
+            return state
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            state,
+            shardings,
+        )
 
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Steps done, the state after them, and the batches that follow."""
         batches = iter(self.parts.training)
         if not manager.steps():
             return 0, self.initial_state(), batches
-        restored = manager.restore_latest(jax.eval_shape(self.initial_state))
+        restored = manager.restore_latest(self.abstract_state())
         batches.set_state(restored.data_state)
         return restored.step, restored.state, batches
 

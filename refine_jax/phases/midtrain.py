@@ -16,25 +16,25 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
+from refine_jax.parallel import place_rows, use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
+    check_mesh,
     check_same_run,
     data_options,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
-    with_tokenizer_files,
+    prepare_model,
+    rows_at_once,
 )
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 
 
-def _rows(batch: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, np.ndarray]:
+def _rows(batch: Mapping[str, np.ndarray], dataset: Dataset) -> dict[str, Any]:
     """The batch for a step: without segments, the faster program, where they say nothing."""
-    return {"tokens": batch["tokens"]} if dataset.full_rows else dict(batch)
+    return place_rows({"tokens": batch["tokens"]} if dataset.full_rows else dict(batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,11 @@ def prepare(config: Config, workdir: Path) -> Parts:
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
     """
     check_same_run(config, workdir)
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
-    start = with_tokenizer_files(start, tokenizer)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    held_out = corpus.dataset("validation", rows_at_once(config))
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, training, held_out)
 
@@ -84,9 +82,8 @@ def run(config: Config, workdir: str | Path) -> dict:
       RunError: Training cannot go on.
     """
     workdir = Path(workdir).expanduser().absolute()
-    loop = _Loop(prepare(config, workdir), workdir)
-    with Interrupt() as interrupt:
-        return loop.run(interrupt)
+    with use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt)
 
 
 class _Loop(Loop):
@@ -105,7 +102,7 @@ class _Loop(Loop):
                 self.optimizer,
                 dataclasses.replace(refine, objective=objective),
                 mini_batch=train.mini_batch,
-                micro_batch=train.micro_batch,
+                micro_batch=rows_at_once(parts.config),
                 **rows,
             )
             for objective in ("ntp", "refine")
@@ -136,10 +133,9 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
-            part, _ = jax.device_get(
-                self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-            )
+            rows = _rows(batch, self.parts.held_out)
+            first = index * len(batch["tokens"])
+            part, _ = jax.device_get(self.eval_step(state.params, rows, self.eval_key, first))
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {
@@ -153,10 +149,8 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = next(iter(self.parts.held_out))
-        key = jax.random.fold_in(self.eval_key, 0)
-        _, seen = jax.device_get(
-            self.eval_step(state.params, _rows(batch, self.parts.held_out), key)
-        )
+        rows = _rows(batch, self.parts.held_out)
+        _, seen = jax.device_get(self.eval_step(state.params, rows, self.eval_key))
         for row in range(len(seen["valid"])):
             if seen["valid"][row].any():
                 break

@@ -37,17 +37,17 @@ from refine_jax.data.prompts import PromptCorpus, PromptOptions, load_prompts, t
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
+from refine_jax.parallel import place_rows, use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
+    check_mesh,
     check_same_run,
     data_options,
-    load_matching_tokenizer,
-    load_start,
-    make_model,
-    with_tokenizer_files,
+    prepare_model,
+    rows_at_once,
 )
 from refine_jax.refine.answer_step import (
     make_answer_eval,
@@ -87,14 +87,12 @@ def prepare(config: Config, workdir: Path) -> Parts:
             f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
         )
     check_same_run(config, workdir)
-    start = load_start(config.model, workdir)
-    model = make_model(start, config.model)
-    tokenizer = load_matching_tokenizer(config, start)
-    start = with_tokenizer_files(start, tokenizer)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
     training = corpus.dataset("train", config.train.batch_size)
-    held_out = corpus.dataset("validation", config.train.micro_batch)
+    held_out = corpus.dataset("validation", rows_at_once(config))
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, corpus, training, held_out)
 
@@ -108,9 +106,8 @@ def run(config: Config, workdir: str | Path) -> dict:
         the run continues from the latest.
     """
     workdir = Path(workdir).expanduser().absolute()
-    loop = _Loop(prepare(config, workdir), workdir)
-    with Interrupt() as interrupt:
-        return loop.run(interrupt)
+    with use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt)
 
 
 class _Loop(Loop):
@@ -129,7 +126,7 @@ class _Loop(Loop):
             self.optimizer,
             config.refine,
             mini_batch=train.mini_batch,
-            micro_batch=train.micro_batch,
+            micro_batch=rows_at_once(config),
             eos_id=tokenizer.eos_id,
         )
         method = AnswerMethod(
@@ -139,7 +136,7 @@ class _Loop(Loop):
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        sizes = {"mini_batch": mini_batch, "micro_batch": train.micro_batch}
+        sizes = {"mini_batch": mini_batch, "micro_batch": rows_at_once(config)}
         self.supervised_step = make_supervised_step(method, self.optimizer, **sizes)
         self.policy_step = make_policy_step(
             method,
@@ -202,12 +199,14 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
-            key = jax.random.fold_in(self.eval_key, index)
             examples, rows = _split_off_examples(batch)
             found, tokens, mask = jax.device_get(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
-            of_prompts, _ = jax.device_get(self.prompt_eval(state.params, prompts, key))
+            first = index * len(examples)
+            of_prompts, _ = jax.device_get(
+                self.prompt_eval(state.params, prompts, self.eval_key, first)
+            )
             found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (found | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
@@ -247,4 +246,4 @@ class _Loop(Loop):
 def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
     """Which prompts of the corpus these are [B], and the rows for a step, trimmed."""
     batch = trim_batch(batch)
-    return batch.pop("example"), {name: jnp.asarray(x) for name, x in batch.items()}
+    return batch.pop("example"), place_rows({name: jnp.asarray(x) for name, x in batch.items()})

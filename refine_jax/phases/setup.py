@@ -16,12 +16,17 @@ from refine_jax.data.pipeline import Dataset
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
+from refine_jax.parallel import axis_sizes, check_fits, state_shardings
 from refine_jax.settings import ConfigError, suggestion
 
 CHECKPOINTS = "checkpoints"
 
 # Settings that may change when a run is continued: they do not change what it computes.
 _MAY_CHANGE = {
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.sequence",
     "model.checkpoint",
     "model.remat",
     "data.workers",
@@ -112,15 +117,29 @@ def make_model(start: Start, config: ModelConfig) -> Model:
 
 
 def initial_params(model: Model, start: Start, config: Config) -> Params:
-    """Parameters before the first step, on the device, in the configured dtype."""
+    """Parameters before the first step, where an ambient mesh wants them, in their dtype."""
     dtype = jnp.dtype(config.model.param_dtype)
+    shardings = state_shardings(model.abstract_params())
 
     def cast(params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     if start.params is not None:
-        return cast(jax.device_put(start.params))
-    return jax.jit(lambda key: cast(model.init(key)))(jax.random.key(config.train.seed))
+        return cast(jax.device_put(start.params, shardings))
+    init = jax.jit(lambda key: cast(model.init(key)), out_shardings=shardings)
+    return init(jax.random.key(config.train.seed))
+
+
+def prepare_model(config: Config, workdir: Path) -> tuple[Start, Model, Tokenizer]:
+    """What every phase starts from: the model of `load_start`, and the tokenizer with its files.
+
+    Raises:
+      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
+    """
+    start = load_start(config.model, workdir)
+    model = make_model(start, config.model)
+    tokenizer = load_matching_tokenizer(config, start)
+    return with_tokenizer_files(start, tokenizer), model, tokenizer
 
 
 def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
@@ -155,6 +174,34 @@ def with_tokenizer_files(start: Start, tokenizer: Tokenizer) -> Start:
     if start.tokenizer is not None:
         return start
     return dataclasses.replace(start, files={**tokenizer.files, **start.files})
+
+
+def check_mesh(config: Config, model: Model) -> None:
+    """Refuse a mesh that cannot divide the model, or would leave devices idle in training.
+
+    Raises:
+      ConfigError: What does not divide.
+    """
+    sizes = axis_sizes()
+    updates = {"train": config.train.mini_batch}
+    if config.phase == "posttrain":
+        updates["posttrain"] = config.posttrain.mini_batch_size or config.train.batch_size
+    for section, rows in updates.items():
+        if rows % rows_at_once(config) or rows % (sizes["data"] * sizes["fsdp"]):
+            raise ConfigError(
+                "config.mesh.data * config.mesh.fsdp devices share the rows of a mini-batch, which "
+                f"must divide evenly among them, {config.train.micro_batch} "
+                "(config.train.micro_batch_size) at a time or all at once. Got: "
+                f"data={sizes['data']}, fsdp={sizes['fsdp']}, config.{section}: {rows} rows. "
+                "Choose larger mini-batches, or give devices to config.mesh.tensor or sequence."
+            )
+    check_fits(sizes, tokens=config.data.sequence_length, model=model.config)
+
+
+def rows_at_once(config: Config) -> int:
+    """Rows of one forward and backward pass of all devices together; at most a mini-batch."""
+    sizes, train = axis_sizes(), config.train
+    return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
 
 
 def check_enough_batches(config: Config, training: Dataset) -> None:

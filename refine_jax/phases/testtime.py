@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from refine_jax.config import Config
+from refine_jax.parallel import use_mesh
 from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
@@ -44,5 +45,6 @@ def run(config: Config, workdir: str | Path) -> dict:
     what adaptation cost.
     """
     workdir = Path(workdir).expanduser().absolute()
-    parts = prepare(config, workdir)
-    return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)))
+    with use_mesh(config.mesh):
+        parts = prepare(config, workdir)
+        return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)))

@@ -16,9 +16,10 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
+from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, policy_loss
 from refine_jax.refine.method import Batch, Metrics, head_implementation
-from refine_jax.refine.rollout import sample_rollouts, score_rollouts, take_slots
+from refine_jax.refine.rollout import sample_rollouts, score_rollouts
 
 
 class AnswerSlots(NamedTuple):
@@ -56,8 +57,8 @@ def answer_slots(batch: Batch, max_answer_tokens: int) -> AnswerSlots:
     num_tokens = batch["tokens"].shape[1]
     slots = prompt_lengths(batch)[:, None] + jnp.arange(max_answer_tokens, dtype=jnp.int32)
     inside = jnp.minimum(slots, num_tokens - 1)
-    weights = take_slots(batch["answer_mask"] != 0, inside) & (slots < num_tokens)
-    targets = take_slots(batch["tokens"], inside)
+    weights = take_tokens(batch["answer_mask"] != 0, inside) & (slots < num_tokens)
+    targets = take_tokens(batch["tokens"], inside)
     return AnswerSlots(jnp.maximum(inside - 1, 0), targets, weights.astype(jnp.float32))
 
 
@@ -69,7 +70,7 @@ def answer_nll(
     hidden: [B, T, D] of rows of prompt and answer. Only hidden states that predict a token of an
     answer are read, so the loss depends on nothing that a prompt's own tokens are predicted with.
     """
-    predictors = take_slots(hidden, slots.predictors)
+    predictors = take_tokens(hidden, slots.predictors)
     return next_token_loss(
         predictors, head, slots.targets, slots.weights, implementation=implementation
     )

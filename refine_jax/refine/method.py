@@ -18,9 +18,10 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params, Trace
+from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts, take_slots
+from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
 from refine_jax.refine.selection import rollout_slots, select_positions
 
 Batch = dict[str, jax.Array]
@@ -105,7 +106,7 @@ def roll_out(
     select_keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     selection = select_positions(
         select_keys,
-        trunk.stats.entropy,
+        constrain(trunk.stats.entropy, "batch"),
         jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
         num_positions=config.num_positions,
         rollout_length=config.rollout_length,
@@ -146,17 +147,18 @@ def judge(
     rewards = rollout_rewards(
         config.reward,
         scores.hidden,
-        take_slots(hidden, slots),
+        take_tokens(hidden, slots),
         tokens,
-        take_slots(batch["tokens"], slots),
+        take_tokens(batch["tokens"], slots),
     )
     group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
-    advantages = group_advantages(
-        rewards.reshape(group),
-        valid.reshape(group),
-        grouping=config.grouping,
-        normalize_std=config.normalize_std,
-    ).reshape(starts.shape)
+    advantages = over_shards(
+        functools.partial(
+            group_advantages, grouping=config.grouping, normalize_std=config.normalize_std
+        ),
+        (("batch",), ("batch",)),
+        ("batch",),
+    )(rewards.reshape(group), valid.reshape(group)).reshape(starts.shape)
     return Experience(starts, valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs)
 
 

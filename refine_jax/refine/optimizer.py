@@ -48,6 +48,7 @@ def make_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=config.first_moment_dtype,
     )
     if config.clip_norm is None:
         return adamw

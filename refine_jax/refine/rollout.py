@@ -13,6 +13,7 @@ from jax import lax
 
 from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, Trace
+from refine_jax.parallel import constrain, take_tokens
 
 
 class Scores(NamedTuple):
@@ -21,11 +22,6 @@ class Scores(NamedTuple):
     log_probs: jax.Array  # [B, R, k] float32, nats
     entropies: jax.Array  # [B, R, k] float32, nats, of the distributions that predict the tokens
     hidden: jax.Array  # [B, R, k, D] final-norm states after reading each rollout token
-
-
-def take_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
-    """`x [B, T, ...]` at `slots [B, ...]`, row by row: [B, *slots.shape[1:], *x.shape[2:]]."""
-    return jax.vmap(lambda row, index: row[index])(x, slots)
 
 
 def sample_rollouts(
@@ -54,7 +50,7 @@ def sample_rollouts(
     fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
 
     def sample(last_hidden, index):
-        z = logits(last_hidden, head)
+        z = constrain(logits(last_hidden, head), "batch")
         if forbidden_token is not None:
             z = z.at[..., forbidden_token].set(-jnp.inf)
         if temperature == 0:
@@ -71,7 +67,7 @@ def sample_rollouts(
         return (new_hidden[:, :, 0], state), tokens
 
     state = model.fork(params, trace, starts, horizon=rollout_length)
-    carry = take_slots(hidden, starts - 1), state
+    carry = take_tokens(hidden, starts - 1), state
     (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
     final = sample(last_hidden, rollout_length - 1)
     return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
@@ -93,7 +89,7 @@ def score_rollouts(
     update alone.
     """
     fork_hidden = model.forward_forks(params, trace, starts, tokens)
-    before = take_slots(hidden, starts - 1)[:, :, None]
+    before = take_tokens(hidden, starts - 1)[:, :, None]
     predictors = jnp.concatenate([before, fork_hidden[:, :, :-1]], axis=2)
     log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
     return Scores(log_probs, entropies, fork_hidden)

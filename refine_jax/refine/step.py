@@ -22,6 +22,7 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params
+from refine_jax.parallel import constrain_state, take_tokens
 from refine_jax.refine.method import (
     Batch,
     Experience,
@@ -30,7 +31,6 @@ from refine_jax.refine.method import (
     layout_of,
     target_weights,
 )
-from refine_jax.refine.rollout import take_slots
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -95,10 +95,13 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-def row_keys(key: jax.Array, step: jax.Array, rows: int) -> jax.Array:
-    """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed."""
+def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array = 0) -> jax.Array:
+    """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed.
+
+    The rows are those from number `first` on.
+    """
     step_key = jax.random.fold_in(key, step)
-    return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(jnp.arange(rows))
+    return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(first + jnp.arange(rows))
 
 
 def apply_update(
@@ -113,8 +116,8 @@ def apply_update(
     bad = (~finite).astype(jnp.int32)
     state = dataclasses.replace(
         state,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=constrain_state(keep(params, state.params)),
+        opt_state=constrain_state(keep(opt_state, state.opt_state)),
         skipped=state.skipped + bad,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
     )
@@ -289,8 +292,10 @@ def make_train_step(
 
 def make_eval_step(
     model: Model, config: RefineConfig, *, eos_id: int | None = None, max_documents: int = 1
-) -> Callable[[Params, Batch, jax.Array], tuple[Metrics, dict[str, jax.Array]]]:
-    """`eval_step(params, batch, key)` -> sums over a held-out batch, and what they come from.
+) -> Callable[..., tuple[Metrics, dict[str, jax.Array]]]:
+    """`eval_step(params, batch, key, first=0)` -> sums over a held-out batch, and their origin.
+
+    first: number of the batch's first row, which decides its draws together with the key.
 
     The sums: nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
     reward_square_sum over rollout_count valid rollouts (sampled also for objective `ntp`, so that
@@ -303,8 +308,8 @@ def make_eval_step(
     method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
 
     @jax.jit
-    def eval_step(params: Params, batch: Batch, key: jax.Array):
-        keys = row_keys(key, jnp.int32(0), batch["tokens"].shape[0])
+    def eval_step(params: Params, batch: Batch, key: jax.Array, first: int | jax.Array = 0):
+        keys = row_keys(key, jnp.int32(0), batch["tokens"].shape[0], first)
         experience, trunk = method.collect(params, None, batch, keys)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
         sums = {
@@ -324,7 +329,7 @@ def make_eval_step(
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": take_slots(
+            "truth": take_tokens(
                 batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
             ),
         }

@@ -1,0 +1,329 @@
+"""Where arrays live on several devices: the mesh, the rules, and what applies them.
+
+A mesh has the axes
+
+    data        rows of a batch; parameters are copies
+    fsdp        rows of a batch; parameters and optimizer state are spread (ZeRO-3)
+    tensor      heads, the hidden axis of the MLP, the vocabulary
+    sequence    the tokens of a row, in contiguous blocks
+
+and is ambient (`jax.set_mesh`): models and steps are written for whole arrays, say by logical names
+how an array is to be spread (`constrain`), and run what XLA cannot divide by itself, such as
+Pallas kernels, on each device's part (`over_shards`). Without an ambient mesh of several devices
+all of this does nothing, and the programs are those of one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from refine_jax.config import MeshConfig
+from refine_jax.settings import ConfigError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical axis of an array -> the mesh axes that divide it.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("sequence",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    # A parameter whose outputs are several arrays side by side: a part of them is no part of each.
+    "embed_only": ("fsdp", "tensor"),
+}
+
+# End of a parameter's name -> logical names of its last axes; leading axes (layers) and parameters
+# that are not named, which are small, are copies. `embed` is gathered where a layer runs.
+PARAMETERS = (
+    (r"(embeddings|lm_head)/weight", ("vocab", "embed")),
+    (r"(gate|up)_proj/weight", ("hidden", "embed")),
+    (r"down_proj/weight", ("embed", "hidden")),
+    (r"[qkvg]_proj/weight", ("heads", "embed")),
+    (r"qkv/weight", (None, "embed_only")),
+    (r"o_proj/weight", ("embed", "heads")),
+    (r"[qkv]_conv1d/weight", ("heads", None, None)),
+    (r"(lr|momentum|ttt_scale|a|b)_proj/weight", (None, "embed")),
+    (r"attn/w1", ("heads", "embed", None)),
+    (r"attn/w[02]", ("heads", None, "embed")),
+    (r"w_left", ("heads", "embed", None)),
+    (r"w_right", ("heads", None, "embed")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of a configuration over `devices`.
+
+    The devices of a process are neighbours along the last axes, where most is communicated.
+
+    Raises:
+      ConfigError: The sizes do not make up the number of devices.
+    """
+    sizes = [getattr(config, name) for name in AXES]
+    given = math.prod(size for size in sizes if size != -1)
+    fits = len(devices) % given == 0 if -1 in sizes else len(devices) == given
+    if not fits:
+        described = ", ".join(f"{n}={s}" for n, s in zip(AXES, sizes, strict=True))
+        raise ConfigError(
+            "config.mesh: the sizes of the axes must multiply to the number of devices; one may be "
+            f"-1, what is left. Got: {described} for {len(devices)} devices."
+        )
+    sizes = [len(devices) // given if size == -1 else size for size in sizes]
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def default_devices() -> list[jax.Device]:
+    """The devices of a run: all."""
+    return jax.devices()
+
+
+@contextlib.contextmanager
+def use_mesh(config: MeshConfig) -> Iterator[Mesh]:
+    """The mesh of a configuration, ambient inside if it has several devices.
+
+    Raises:
+      ConfigError: The sizes do not make up the number of devices.
+    """
+    mesh = make_mesh(config, default_devices())
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        yield mesh
+
+
+def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
+    """Refuse a mesh that cannot divide a model.
+
+    sizes: of the mesh's axes. tokens: of a row. model: its configuration.
+
+    Raises:
+      ConfigError: What does not divide.
+    """
+    for name in ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads"):
+        heads = getattr(model, name, 0)
+        if heads % sizes["tensor"]:
+            raise ConfigError(
+                "config.mesh.tensor must divide the heads of the model. Got: "
+                f"tensor={sizes['tensor']}, {name}={heads}."
+            )
+    chunk = getattr(model, "lact_chunk_size", 0)
+    if chunk % sizes["sequence"]:
+        raise ConfigError(
+            "config.mesh.sequence must divide lact_chunk_size: its devices share the tokens of "
+            f"every chunk. Got: sequence={sizes['sequence']}, lact_chunk_size={chunk}."
+        )
+    if sizes["sequence"] > 1 and tokens % (sizes["sequence"] * model.token_multiple):
+        raise ConfigError(
+            "config.mesh.sequence gives every device the same number of tokens of a row, a "
+            f"multiple of {model.token_multiple} for this model. Got: "
+            f"sequence={sizes['sequence']}, sequence_length={tokens}."
+        )
+
+
+def axis_sizes() -> dict[str, int]:
+    """Devices along each axis of the ambient mesh; all 1 without one."""
+    return {name: axis_size(name) for name in AXES}
+
+
+def axis_size(name: str) -> int:
+    """Devices along an axis of the ambient mesh; 1 without one, and in a part of `over_shards`."""
+    return jax.sharding.get_abstract_mesh().shape[name] if is_spread() else 1
+
+
+def token_axis(tokens: int, multiple: int) -> str | None:
+    """The mesh axis over which rows of `tokens` are spread, whole multiples each; None: they
+    are not.
+    """
+    size = axis_size("sequence")
+    return "sequence" if size > 1 and tokens % (size * multiple) == 0 else None
+
+
+def is_spread() -> bool:
+    """Whether there is an ambient mesh of several devices, and its axes are not yet mapped."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and not mesh.manual_axes
+
+
+def _dividing(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...] | None:
+    """The first of some mesh axes, as many as together divide `size` evenly."""
+    kept: tuple[str, ...] = ()
+    for axis in axes:
+        if size % math.prod([mesh.shape[name] for name in (*kept, axis)]):
+            break
+        kept = (*kept, axis)
+    return kept or None
+
+
+def partition_spec(shape: Sequence[int], logical: Sequence[str | None], mesh: Any) -> PartitionSpec:
+    """How an array is spread. logical: names of its first axes; what does not divide is not."""
+    return PartitionSpec(
+        *(
+            _dividing(RULES[name], size, mesh) if name else None
+            for name, size in zip(logical, shape, strict=False)
+        )
+    )
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x` spread by the logical names of its first axes; the others are whole on every device."""
+    if not is_spread():
+        return x
+    spec = partition_spec(x.shape, logical, jax.sharding.get_abstract_mesh())
+    return lax.with_sharding_constraint(x, spec)
+
+
+def over_shards(
+    function: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Any
+) -> Callable:
+    """`function` of whole arrays, run by each device on its part of them.
+
+    in_axes: for each argument the logical names of the first axes of its arrays (an argument may
+    be None or a tree of arrays). out_axes: such names, or a tuple of them for several results.
+    A named axis must divide evenly, but for the batch: rows that do not are held by every device.
+    """
+
+    @functools.wraps(function)
+    def spread(*arguments):
+        if not is_spread():
+            return function(*arguments)
+        mesh = jax.sharding.get_abstract_mesh()
+        rules = dict(RULES)
+        for axes, argument in zip(in_axes, arguments, strict=True):
+            if "batch" in axes and jax.tree.leaves(argument):
+                rows = jax.tree.leaves(argument)[0].shape[axes.index("batch")]
+                rules["batch"] = _dividing(RULES["batch"], rows, mesh)
+
+        def spec(axes):
+            return PartitionSpec(*(rules[name] if name else None for name in axes))
+
+        in_specs = tuple(map(spec, in_axes))
+        out_specs = spec(out_axes) if _is_names(out_axes) else tuple(map(spec, out_axes))
+        # Copies of a result are equal by construction; the check would have every kernel say so.
+        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*arguments)
+
+    return spread
+
+
+def _is_names(axes: Sequence) -> bool:
+    return all(name is None or isinstance(name, str) for name in axes)
+
+
+def _axes_of(path: Any) -> tuple[str | None, ...]:
+    """Logical names of the last axes of the parameter, or optimizer moment, at a tree path."""
+    name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    for pattern, axes in PARAMETERS:
+        if re.search(rf"(^|/){pattern}$", name):
+            return axes
+    return ()
+
+
+def _parameter_spec(path: Any, x: Any, mesh: Any, *, gathered: bool = False) -> PartitionSpec:
+    axes = _axes_of(path)
+    if gathered:
+        axes = tuple(None if name in ("embed", "embed_only") else name for name in axes)
+    return partition_spec(x.shape, (None,) * (x.ndim - len(axes)) + axes, mesh)
+
+
+def state_shardings(tree: Any) -> Any:
+    """Where parameters belong, or a state that holds such (moments of the optimizer).
+
+    tree: of arrays or their shapes; a leaf is known by the end of its path. None without an ambient
+    mesh, which means to jax: wherever it is put by default.
+    """
+    if not is_spread():
+        return None
+    mesh = jax.sharding.get_mesh()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, _parameter_spec(path, x, mesh)), tree
+    )
+
+
+def constrain_state(tree: Any) -> Any:
+    """A state spread as `state_shardings` says."""
+    if not is_spread():
+        return tree
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: lax.with_sharding_constraint(x, _parameter_spec(path, x, mesh)), tree
+    )
+
+
+def gather_parameters(params: Any) -> Any:
+    """Parameters of a layer (or of the head) made whole along `embed`, for a computation.
+
+    Their gradient is spread again at once, so that no device holds whole ones for long.
+    """
+    if not is_spread():
+        return params
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather(path, x):
+        specs = [_parameter_spec(path, x, mesh, gathered=whole) for whole in (True, False)]
+        return x if specs[0] == specs[1] else _gather(x, *specs)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, spread: PartitionSpec) -> jax.Array:
+    del spread
+    return lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x, whole, spread):
+    return _gather(x, whole, spread), None
+
+
+def _gather_backward(whole, spread, residuals, gradient):
+    del whole, residuals
+    return (lax.with_sharding_constraint(gradient, spread),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def place_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch's arrays [B, ...] on the devices of the ambient mesh, rows over data and fsdp."""
+    if not is_spread():
+        return batch
+    mesh = jax.sharding.get_mesh()
+    return {
+        name: jax.device_put(x, NamedSharding(mesh, partition_spec(x.shape, ("batch",), mesh)))
+        for name, x in batch.items()
+    }
+
+
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x` [B, T, ...] at `index` [B, ...] row by row: [B, *index.shape[1:], *x.shape[2:]].
+
+    From tokens that are spread, what each device has of them is added up: nothing is gathered.
+    """
+    tokens = x.shape[1]
+    size = axis_size("sequence")
+    if size == 1 or tokens % size:
+        take = over_shards(_take, (("batch",), ("batch",)), ("batch",))
+        return take(x, index)
+
+    def take_part(x, index):
+        local = index - lax.axis_index("sequence") * x.shape[1]
+        here = (local >= 0) & (local < x.shape[1])
+        taken = _take(x, local)
+        taken = jnp.where(here.reshape(*here.shape, *[1] * (taken.ndim - here.ndim)), taken, 0)
+        return lax.psum(taken, "sequence")
+
+    return over_shards(take_part, (("batch", "tokens"), ("batch",)), ("batch",))(x, index)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)

@@ -1,0 +1,128 @@
+"""The same numbers on every mesh: losses, gradients, sampled tokens and positions."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from refine_jax.config import MeshConfig, RefineConfig
+from refine_jax.parallel import AXES, make_mesh, place_rows, state_shardings
+from refine_jax.refine.answers import AnswerMethod
+from refine_jax.refine.method import Method
+from refine_jax.refine.step import row_keys
+
+ROWS, TOKENS = 8, 512
+# 8 heads and a vocabulary that 8 devices can share.
+SIZES = {"vocab_size": 56, "hidden_size": 32}
+FAMILIES = {
+    "lact": {"num_attn_heads": 8, "num_lact_heads": 8},
+    "lact_prenorm": {"num_attn_heads": 8, "num_lact_heads": 8, "qkv_bias": True},
+    "deltanet": {"num_heads": 8},
+    "gated_deltanet": {"num_heads": 8, "num_v_heads": 8, "head_dim": 4},
+}
+MESHES = [f"{axis}={size}" for size in (2, 4, 8) for axis in AXES]
+MESHES += ["data=2,fsdp=2", "fsdp=2,tensor=2", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"]
+MESHES += ["fsdp=2,sequence=2", "tensor=2,sequence=4", "fsdp=2,tensor=2,sequence=2"]
+CONFIG = RefineConfig(
+    reward="hybrid",
+    grouping="position",
+    num_positions=2,
+    rollouts_per_position=2,
+    rollout_length=3,
+    edge_margin=3,
+    lambda_rl=1.0,
+)
+
+
+def mesh_of(described: str):
+    sizes = {name: int(size) for name, size in (part.split("=") for part in described.split(","))}
+    config = MeshConfig(**{name: sizes.get(name, 1) for name in AXES})
+    return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
+
+
+def documents() -> dict[str, np.ndarray]:
+    """Rows of one or two documents, some padded on either side."""
+    segments = np.ones((ROWS, TOKENS), np.int32)
+    segments[1, 400:] = 2
+    segments[2, 450:] = 0
+    segments[3, :50] = 0
+    segments[5, 230:] = 2
+    return {"tokens": tiny.tokens(1, ROWS, TOKENS), "segments": segments}
+
+
+def questions() -> dict[str, np.ndarray]:
+    """Rows of prompts with answers of 1 to 4 tokens, then padding."""
+    ends = TOKENS - 40 * np.arange(ROWS)[:, None]
+    answers = 1 + np.arange(ROWS)[:, None] % 4
+    slot = np.arange(TOKENS)
+    return {
+        "tokens": tiny.tokens(2, ROWS, TOKENS),
+        "segments": (slot < ends).astype(np.int32),
+        "answer_mask": ((slot < ends) & (slot >= ends - answers)).astype(np.int32),
+    }
+
+
+@functools.cache
+def program(family: str):
+    """All objectives of a family in one jitted function of parameters and rows."""
+    model, params = tiny.tiny(family, **SIZES, **FAMILIES[family])
+    methods = {
+        objective: Method(
+            model,
+            dataclasses.replace(CONFIG, objective=objective),
+            eos_id=2,
+            max_documents=2,
+        )
+        for objective in ("ntp", "refine")
+    }
+    answers = AnswerMethod(model, CONFIG, max_answer_tokens=4, eos_id=2, pad_id=0)
+
+    def losses(params, rows, asked):
+        keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
+        experience, _ = methods["refine"].collect(params, None, rows, keys)
+        experience = jax.lax.stop_gradient(experience)
+
+        def objective(params, name):
+            if name == "answers":
+                return answers.nll(params, asked)[0] / ROWS
+            given = experience if name == "refine" else None
+            return methods[name].loss(params, rows, given, token_count=jnp.float32(4000))[0]
+
+        names = ("ntp", "refine", "answers")
+        return {name: jax.value_and_grad(objective)(params, name) for name in names}, experience
+
+    return jax.jit(losses), params
+
+
+@functools.cache
+def on_one_device(family: str):
+    run, params = program(family)
+    return jax.device_get(run(params, documents(), questions()))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_do_not_depend_on_the_mesh(family, mesh):
+    expected, rollouts = on_one_device(family)
+    run, params = program(family)
+    with jax.set_mesh(mesh_of(mesh)):
+        params = jax.device_put(params, state_shardings(params))
+        found, sampled = jax.device_get(
+            run(params, place_rows(documents()), place_rows(questions()))
+        )
+    for name in ("starts", "valid", "tokens"):
+        np.testing.assert_array_equal(getattr(sampled, name), getattr(rollouts, name))
+    for objective, (loss, gradients) in expected.items():
+        np.testing.assert_allclose(found[objective][0], loss, rtol=1e-5)
+        for (path, one), many in zip(
+            jax.tree_util.tree_leaves_with_path(gradients),
+            jax.tree.leaves(found[objective][1]),
+            strict=True,
+        ):
+            error = np.linalg.norm(many - one) / np.linalg.norm(one)
+            assert error < 1e-5, (objective, jax.tree_util.keystr(path), error)
