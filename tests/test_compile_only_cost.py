@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+
 from refine_jax.compile_only import hlo
 from refine_jax.compile_only.chips import CHIPS, parse_topology
 from refine_jax.compile_only.cost import Estimator
@@ -191,12 +192,18 @@ ENTRY %main (x: f32[8,1000], i.2: s32[], w: f32[400000]) -> f32[8,1000] {
   %x = f32[8,1000]{1,0} parameter(0)
   %i.2 = s32[] parameter(1)
   %w = f32[400000]{0} parameter(2)
-  %go = (f32[400000], f32[6400000]) all-gather-start(%w), replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, dimensions={0}
-  %one = f32[1000]{0:S(1)} fusion(%x, %i.2), kind=kLoop, calls=%slice, backend_config={"window_config":{"estimated_cycles":"150000"}}
-  %k = f32[1000]{0} custom-call(%one), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/my_kernel/pallas_call"}, backend_config={"used":{}}
-  %put = f32[8,1000]{1,0} fusion(%x, %k, %i.2), kind=kLoop, calls=%write, backend_config={"window_config":{"estimated_cycles":"18446744073709551615"}}
+  %go = (f32[400000], f32[6400000]) all-gather-start(%w),
+    replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, dimensions={0}
+  %one = f32[1000]{0:S(1)} fusion(%x, %i.2), kind=kLoop, calls=%slice,
+    backend_config={"window_config":{"estimated_cycles":"150000"}}
+  %k = f32[1000]{0} custom-call(%one), custom_call_target="tpu_custom_call",
+    metadata={op_name="jit(f)/my_kernel/pallas_call"},
+    backend_config={"used":{}}
+  %put = f32[8,1000]{1,0} fusion(%x, %k, %i.2), kind=kLoop, calls=%write,
+    backend_config={"window_config":{"estimated_cycles":"18446744073709551615"}}
   %all = f32[6400000]{0} all-gather-done(%go)
-  ROOT %end = f32[8,1000]{1,0} copy(%put), backend_config={"window_config":{"estimated_cycles":"1500"}}
+  ROOT %end = f32[8,1000]{1,0} copy(%put),
+    backend_config={"window_config":{"estimated_cycles":"1500"}}
 }
 """
 

@@ -42,6 +42,15 @@ def _smaller_state(report: Report) -> list[tuple[float, str]]:
                 f"optimizer state take {saved / GIB:.2f} GiB less a chip",
             )
         )
+    if config.optimizer.first_moment_dtype is None and config.model.param_dtype == "float32":
+        saved = facts["optimizer"] / 4
+        found.append(
+            (
+                saved,
+                "config.optimizer.first_moment_dtype='bfloat16': "
+                f"{saved / GIB:.2f} GiB less a chip",
+            )
+        )
     if config.model.param_dtype == "float32":
         found.append(
             (
@@ -57,12 +66,12 @@ def _fewer_activations(report: Report, temporaries: float) -> list[tuple[float, 
     """About the arrays between the layers."""
     mesh, config, found = report.mesh, report.config, []
     shared = mesh["data"] * mesh["fsdp"]
-    testing = config.phase == "testtime"
-    section = "testtime" if testing else "train"
-    micro = config.testtime.micro_batch if testing else config.train.micro_batch
-    rows = micro // shared
+    if config.phase == "testtime":
+        section, rows = "testtime", config.testtime.micro_batch // shared
+    else:
+        section, rows = "train", min(config.train.micro_batch, config.train.mini_batch // shared)
     if rows > 1:
-        fewer = shared * (rows // 2)
+        fewer = rows // 2 * (shared if section == "testtime" else 1)
         found.append(
             (
                 temporaries * (1 - rows // 2 / rows),

@@ -31,10 +31,12 @@ from refine_jax.compile_only.flops import count_flops
 from refine_jax.compile_only.kernel_time import KernelTimes
 from refine_jax.compile_only.memory import Memory, read_assignment
 from refine_jax.compile_only.network import Network
-from refine_jax.compile_only.programs import Program, Run
+from refine_jax.compile_only.programs import programs_of_run
+from refine_jax.compile_only.run import Program, Run
 from refine_jax.config import Config
 from refine_jax.models.config import ModelConfigError
-from refine_jax.parallel import check_fits, make_mesh
+from refine_jax.parallel import make_mesh
+from refine_jax.phases.setup import check_mesh
 from refine_jax.settings import ConfigError
 
 _SHOWN_BUFFERS = 12
@@ -125,7 +127,7 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
     Returns JSON values: bytes, operations and seconds of one run on one chip; "memory" with its
     parts; "fits"; "cost" (None where the compiler gave up before it had times).
     """
-    program = run.programs()[name]()
+    program = programs_of_run(run)[name]()
     begin = time.perf_counter()
     traced = program.function.trace(*program.args)
     flops, kernels = count_flops(traced.jaxpr)
@@ -232,10 +234,9 @@ def work(task: dict) -> dict:
         mesh = jax.sharding.get_abstract_mesh()
         sizes = dict(mesh.shape) if mesh.size > 1 else {}
         if sizes and config.phase in ("midtrain", "posttrain"):
-            rows, tokens = config.train.micro_batch, config.data.sequence_length
-            check_fits(sizes, rows=rows, tokens=tokens, model=run.model.config)
+            check_mesh(config, run.model)
         if task["program"] is None:
-            return summary(run) | {"mesh": sizes, "programs": list(run.programs())}
+            return summary(run) | {"mesh": sizes, "programs": list(programs_of_run(run))}
         return compile_program(run, task["program"], topology, dump, devices)
 
 

@@ -188,7 +188,7 @@ def _details(program: dict) -> str:
         counted = f"; {unknown} loops of unknown length counted once" if unknown else ""
         lines.append(
             f"  estimate     {duration(program['seconds'])}: kernels {duration(parts['kernels'])}, "
-            f"XLA {duration(parts['xla'])}, waiting for transfers {duration(parts['waits'])} (links "
+            f"XLA {duration(parts['xla'])}, waits for transfers {duration(parts['waits'])} (links "
             f"busy {duration(parts['links'])}){counted}"
         )
     elif program["compiler_message"]:
