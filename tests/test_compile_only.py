@@ -52,7 +52,8 @@ def test_loops_branches_and_calls_are_counted():
     assert flops(lambda x: lax.fori_loop(0, 3, lambda _, y: loop(y), x), x) == 18 * once
     assert flops(lambda x: lax.cond(x[0, 0] > 0, loop, lambda y: y @ w, x), x) == 6 * once
     # Backward: products with both transposes; the forward pass once, and again in the checkpoint.
-    gradient = jax.grad(lambda x, w: jnp.sum(jax.checkpoint(jnp.dot)(x, w) ** 2), argnums=(0, 1))
+    layer = jax.checkpoint(lambda x, w: jnp.sin(x @ w))
+    gradient = jax.grad(lambda x, w: jnp.sum(layer(x, w)), argnums=(0, 1))
     assert flops(gradient, x, w) == 4 * once
 
 

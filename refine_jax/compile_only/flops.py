@@ -81,7 +81,7 @@ def _equation(equation, kernels: set[Kernel], known: dict) -> float:
         return params["length"] * inner
     if name == "shard_map":
         sizes = params["mesh"].shape
-        return inner * math.prod(sizes[axis] for axis in params["manual_axes"])
+        return inner * math.prod(sizes[axis] for axis in params["newly_manual_axes"])
     return inner
 
 
