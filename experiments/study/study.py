@@ -40,18 +40,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "k=1": {"rollout_length": 1},
     "k=7": {"rollout_length": 7},
     "c=2": {"num_positions": 2},
-    "c=4": {"num_positions": 4},
-    "n=4 a position": {"rollouts_per_position": 4, "grouping": "position"},
     "n=4 a position, lambda_rl=1": {
         "rollouts_per_position": 4,
         "grouping": "position",
         "lambda_rl": 1.0,
     },
 }
-# Of these it is measured how much the policy's gradient says.
+# Of these it is measured how much the policy's gradient says (whatever its weight lambda_rl).
 SIGNALS = (
     *("default", "reward=binary", "reward=hybrid"),
-    *("selection=uniform", "selection=argmax", "n=4 a position"),
+    *("selection=uniform", "selection=argmax", "n=4 a position, lambda_rl=1"),
 )
 TUNING_SEED = 1000
 
