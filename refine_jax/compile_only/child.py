@@ -141,8 +141,11 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
         if "RESOURCE_EXHAUSTED" not in message or "HBM" not in message.upper():
             raise
     seconds = time.perf_counter() - lowered_at
-    module = hlo.parse(_dumped(dump, compiled, message))
-    memory, buffers = read_assignment(_largest(dump, "*buffer-assignment.txt"), module)
+    module = hlo.parse(_dumped(dump, compiled))
+    assigned = _largest(dump, "*.after_optimizations-buffer-assignment.txt")
+    memory, buffers = read_assignment(assigned, module)
+    if not assigned:  # the arguments alone were too much
+        memory = Memory(bytes_of(program.args), 0, 0, 0)
     if compiled is not None:
         stats = compiled.memory_analysis()
         memory = Memory(
@@ -187,20 +190,19 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
     }
 
 
-def _dumped(dump: Path, compiled, message: str) -> str:
+def _dumped(dump: Path, compiled) -> str:
     """The optimized HLO: what the compiler dumped after or before it made code."""
-    for pattern in ("*after_codegen.txt", "*oom_intermediate_module.txt", "*optimizations.txt"):
-        if text := _largest(dump, pattern, missing=""):
+    for stage in ("after_codegen", "oom_intermediate_module", "after_optimizations"):
+        if text := _largest(dump, f"*.{stage}.txt"):
             return text
-    if compiled is not None:
-        return compiled.as_text()
-    raise RuntimeError(f"The compiler left no HLO behind. {message}")
+    return "" if compiled is None else compiled.as_text()
 
 
-def _largest(dump: Path, pattern: str, missing: str | None = None) -> str:
+def _largest(dump: Path, pattern: str) -> str:
+    """The largest of the files of that name: the program's, not that of some constant; or ''."""
     found = list(dump.rglob(pattern))
-    if not found and missing is not None:
-        return missing
+    if not found:
+        return ""
     return max(found, key=lambda path: path.stat().st_size).read_text(errors="replace")
 
 

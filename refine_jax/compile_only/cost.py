@@ -33,7 +33,7 @@ _KERNEL = 'custom_call_target="tpu_custom_call"'
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
-    *("while", "call", "conditional", "async-start", "async-update", "async-done"),
+    "async-update",
 }
 # Libtpu writes the largest number there is where it has no estimate.
 _NO_ESTIMATE = 1e15
@@ -89,7 +89,9 @@ class Estimator:
         self._known: dict[str, Cost] = {}
 
     def run(self) -> Cost:
-        """The cost of the whole program."""
+        """The cost of the whole program; nothing for an empty module."""
+        if not self._module.computations:
+            return Cost()
         return self._computation(self._module.entry)
 
     def _computation(self, name: str) -> Cost:
@@ -112,18 +114,24 @@ class Estimator:
         elif opcode == "call":
             for name in instruction.callees:
                 cost.add(self._computation(name))
-        elif opcode.endswith("-done") or opcode.endswith("-update"):
+        elif opcode.endswith("-done"):
             self._wait(instruction, computation, cost, transfers)
         elif (found := self.collectives(instruction, computation)) is not None:
             self._communicate(found, instruction, computation, cost, transfers)
-        elif opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
-            moved = 2 * instruction.arrays[0].bytes
-            cost.bytes += moved / (1 + (instruction.arrays[0].space != 0))
-            begin = max(cost.seconds, transfers.copies)
-            transfers.copies = begin + moved / 2 / self._chip.bandwidth
-            transfers.done[instruction.name] = transfers.copies
+        elif opcode.endswith("-start"):
+            self._copy(instruction, cost, transfers)
         elif opcode not in _FREE:
             self._compute(instruction, computation, cost)
+
+    def _copy(self, instruction, cost: Cost, transfers: _Transfers) -> None:
+        """A copy, or a slice, that goes on beside the program."""
+        arrays = instruction.arrays
+        if instruction.opcode == "async-start":
+            arrays = self._module.computations[instruction.callee("calls")].root.arrays
+        moved = arrays[0].bytes if arrays else 0.0
+        cost.bytes += moved * (1 if arrays and arrays[0].space else 2)
+        transfers.copies = max(cost.seconds, transfers.copies) + moved / self._chip.bandwidth
+        transfers.done[instruction.name] = transfers.copies
 
     def _wait(self, instruction, computation, cost, transfers) -> None:
         name = instruction.operands[0]
@@ -132,8 +140,6 @@ class Estimator:
             if not source.operands:
                 return
             name = source.operands[0]
-        if instruction.opcode.endswith("-update"):
-            return
         waited = max(transfers.done[name] - cost.seconds, 0.0)
         cost.seconds += waited
         cost.waits += waited
@@ -144,20 +150,16 @@ class Estimator:
         for collective in found:
             cost.sent[collective.kind] += collective.sent
             cost.counts[collective.kind] += 1
-        begin = max(cost.seconds, transfers.links)
+        done = max(cost.seconds, transfers.links) + seconds
+        transfers.links = done
         if instruction.opcode.endswith("-start"):
-            transfers.links = begin + seconds
-            transfers.done[instruction.name] = transfers.links
+            transfers.done[instruction.name] = done
             return
         if instruction.opcode == "fusion":  # computes beside what it sends
-            before = cost.seconds
             self._compute(instruction, computation, cost)
-            seconds = max(begin + seconds - cost.seconds, 0.0)
-            begin = max(cost.seconds, before)
-        waited = begin + seconds - cost.seconds
+        waited = max(done - cost.seconds, 0.0)
         cost.seconds += waited
         cost.waits += waited
-        transfers.links = cost.seconds
 
     def collectives(
         self, instruction: Instruction, computation: Computation
