@@ -34,7 +34,7 @@ class Chip:
 
 # A v4 or v5p chip is one device of two cores; a 7x chip is two devices, and its links are shared.
 CHIPS = {
-    "v4": Chip(275e12, 31.25 * GIB, 1228e9, 50e9, 3, 1.05e9),
+    "v4": Chip(275e12, 30.75 * GIB, 1228e9, 50e9, 3, 1.05e9),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 2, 1.5e9),
     "v5p": Chip(459e12, 95.74 * GIB, 2765e9, 100e9, 3, 1.75e9),
     "v6e": Chip(918e12, 31.25 * GIB, 1640e9, 100e9, 2, 1.75e9),

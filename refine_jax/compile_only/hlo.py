@@ -82,7 +82,7 @@ class Instruction:
     def source(self) -> str:
         """Where in the program it comes from: `jit(f)/layers/dot_general`; may be empty."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
 
 @dataclasses.dataclass
