@@ -16,7 +16,7 @@ from refine_jax.refine.answers import AnswerMethod
 from refine_jax.refine.method import Method
 from refine_jax.refine.step import row_keys
 
-ROWS, TOKENS = 8, 512
+ROWS = 8
 # 8 heads and a vocabulary that 8 devices can share.
 SIZES = {"vocab_size": 56, "hidden_size": 32}
 FAMILIES = {
@@ -45,23 +45,23 @@ def mesh_of(described: str):
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 
-def documents() -> dict[str, np.ndarray]:
+def documents(length: int) -> dict[str, np.ndarray]:
     """Rows of one or two documents, some padded on either side."""
-    segments = np.ones((ROWS, TOKENS), np.int32)
-    segments[1, 400:] = 2
-    segments[2, 450:] = 0
-    segments[3, :50] = 0
-    segments[5, 230:] = 2
-    return {"tokens": tiny.tokens(1, ROWS, TOKENS), "segments": segments}
+    segments = np.ones((ROWS, length), np.int32)
+    segments[1, length - 20 :] = 2
+    segments[2, length - 9 :] = 0
+    segments[3, :7] = 0
+    segments[5, length // 2 + 3 :] = 2
+    return {"tokens": tiny.tokens(1, ROWS, length), "segments": segments}
 
 
-def questions() -> dict[str, np.ndarray]:
+def questions(length: int) -> dict[str, np.ndarray]:
     """Rows of prompts with answers of 1 to 4 tokens, then padding."""
-    ends = TOKENS - 40 * np.arange(ROWS)[:, None]
+    ends = length - 5 * np.arange(ROWS)[:, None]
     answers = 1 + np.arange(ROWS)[:, None] % 4
-    slot = np.arange(TOKENS)
+    slot = np.arange(length)
     return {
-        "tokens": tiny.tokens(2, ROWS, TOKENS),
+        "tokens": tiny.tokens(2, ROWS, length),
         "segments": (slot < ends).astype(np.int32),
         "answer_mask": ((slot < ends) & (slot >= ends - answers)).astype(np.int32),
     }
@@ -84,6 +84,7 @@ def program(family: str):
 
     def losses(params, rows, asked):
         keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
+        token_count = jnp.float32(rows["tokens"].size)
         experience, _ = methods["refine"].collect(params, None, rows, keys)
         experience = jax.lax.stop_gradient(experience)
 
@@ -91,7 +92,7 @@ def program(family: str):
             if name == "answers":
                 return answers.nll(params, asked)[0] / ROWS
             given = experience if name == "refine" else None
-            return methods[name].loss(params, rows, given, token_count=jnp.float32(4000))[0]
+            return methods[name].loss(params, rows, given, token_count=token_count)[0]
 
         names = ("ntp", "refine", "answers")
         return {name: jax.value_and_grad(objective)(params, name) for name in names}, experience
@@ -100,21 +101,22 @@ def program(family: str):
 
 
 @functools.cache
-def on_one_device(family: str):
+def on_one_device(family: str, length: int):
     run, params = program(family)
-    return jax.device_get(run(params, documents(), questions()))
+    return jax.device_get(run(params, documents(length), questions(length)))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_do_not_depend_on_the_mesh(family, mesh):
-    expected, rollouts = on_one_device(family)
+def test_losses_and_gradients_do_not_depend_on_the_mesh(family, sizes):
+    mesh = mesh_of(sizes)
+    length = 64 * mesh.shape["sequence"]  # a device holds whole blocks of saved states
+    expected, rollouts = on_one_device(family, length)
     run, params = program(family)
-    with jax.set_mesh(mesh_of(mesh)):
+    with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(params))
-        found, sampled = jax.device_get(
-            run(params, place_rows(documents()), place_rows(questions()))
-        )
+        rows, asked = place_rows(documents(length)), place_rows(questions(length))
+        found, sampled = jax.device_get(run(params, rows, asked))
     for name in ("starts", "valid", "tokens"):
         np.testing.assert_array_equal(getattr(sampled, name), getattr(rollouts, name))
     for objective, (loss, gradients) in expected.items():
