@@ -5,7 +5,7 @@
         --config.train.steps=20 --config.refine.reward=binary
 
     python -m refine_jax.main --config=configs/midtrain_lact_760m.py --compile_only \
-        --topology=v5p:4x4x4 --config.train.micro_batch_size=32 --config.mesh.tensor=2
+        --topology=v5p:4x4x4 --config.mesh.sequence=2
 
 compiles the programs of the run for that TPU slice on a machine without TPUs, prints what they need
 of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit, 2 if one does not,
