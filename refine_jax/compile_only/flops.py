@@ -59,7 +59,7 @@ def _equation(equation, kernels: set[Kernel], known: dict) -> float:
     if name == "pallas_call":
         work = _kernel_flops(params, kernels)
         shapes = tuple(tuple(var.aval.shape) for var in equation.outvars)
-        kernels.add(Kernel(kernel_name(params), shapes, work))
+        kernels.add(Kernel(params["name"] or "", shapes, work))
         return work
     if name == "cond":
         branches, taken = params["branches"], _value(equation.invars[0], known)
@@ -165,12 +165,6 @@ def _passed(jaxpr, operands, known: dict) -> dict:
         if "grid" in known and (value := _value(operand, known)) is not None
     }
     return _grid(known) | values
-
-
-def kernel_name(params) -> str:
-    """The name that a `pallas_call` was given."""
-    info = params.get("name_and_src_info")
-    return (params.get("name") or getattr(info, "name", None)) or ""
 
 
 def _inner(params) -> Iterator:
