@@ -4,6 +4,13 @@
     python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \
         --config.train.steps=20 --config.refine.reward=binary
 
+    python -m refine_jax.main --config=configs/midtrain_lact_760m.py --compile_only \
+        --topology=v5p:4x4x4 --config.mesh.sequence=2
+
+compiles the programs of the run for that TPU slice on a machine without TPUs, prints what they need
+of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit, 2 if one does not,
+3 if one does not compile.
+
 On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
 their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
 
@@ -44,6 +51,15 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Configuration file, with its form after a colon: configs/demo.py:short"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the run for --topology and say whether it fits; run nothing."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --compile_only: a TPU slice, as v5e:4x4 or v5p:4x4x4."
+)
+_JSON = flags.DEFINE_string(
+    "json", None, "With --compile_only: a file for all figures; default WORKDIR/compile_only.json."
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -92,6 +108,38 @@ def execute(
     return 0
 
 
+def compile_for(
+    values: Mapping | None,
+    topology: str | None,
+    workdir: str | None,
+    file: str | None,
+    *,
+    debug: bool = False,
+) -> int:
+    """Compile a configuration for a TPU slice and print what it needs; returns the exit code.
+
+    Args:
+      values: A ConfigDict or nested dict of fields.
+      topology: The slice, as v5p:4x4x4.
+      workdir: An optional folder for compile_only.json, made if it is not there.
+      file: Another file for the same, optional.
+      debug: Let errors of the user's input through, with their traceback.
+    """
+    try:
+        if values is None:
+            raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
+        out = Path(file).expanduser() if file else None
+        if out is None and workdir:
+            Path(workdir).expanduser().mkdir(parents=True, exist_ok=True)
+            out = Path(workdir).expanduser() / "compile_only.json"
+        compile_only = importlib.import_module("refine_jax.compile_only")
+        return compile_only.run(Config.from_dict(values), topology, out, debug=debug)
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        return _complain(error)
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the configuration of the flags, and exit."""
     if len(argv) > 1:
@@ -100,6 +148,12 @@ def main(argv: Sequence[str]) -> None:
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    if _COMPILE_ONLY.value:
+        sys.exit(
+            compile_for(
+                _CONFIG.value, _TOPOLOGY.value, _WORKDIR.value, _JSON.value, debug=_DEBUG.value
+            )
+        )
     join = functools.partial(
         distributed.start,
         _DISTRIBUTED.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,16 @@ class CopiesGenerator(Generator):
 
     def __init__(self, model: Model, tokenizer: Tokenizer):
         super().__init__(model, tokenizer, prefill_tokens=np.iinfo(np.int32).max)
-        self._prefill = jax.jit(functools.partial(_prefill_each, model))
-        self._advance = jax.jit(functools.partial(_advance_each, model), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(_decode_each, model), donate_argnums=1)
+        self._prefill, self._advance, self._decode = copies_programs(model)
+
+
+def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
+    """Prefill, advance and decode of a CopiesGenerator, compiled."""
+    return (
+        jax.jit(functools.partial(_prefill_each, model)),
+        jax.jit(functools.partial(_advance_each, model), donate_argnums=1),
+        jax.jit(functools.partial(_decode_each, model), donate_argnums=1),
+    )
 
 
 def _prefill_each(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:

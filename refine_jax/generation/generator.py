@@ -58,7 +58,8 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _programs(config: ModelConfig, policy: ComputePolicy, end: int | None) -> _Programs:
+def programs_of(config: ModelConfig, policy: ComputePolicy, end: int | None) -> _Programs:
+    """The compiled functions of a model whose texts end with the token `end`."""
     model = Model(config, policy)
     return _Programs(
         jax.jit(functools.partial(prefill, model)),
@@ -94,7 +95,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self._prefill_tokens = prefill_tokens
-        programs = _programs(model.config, model.policy, tokenizer.eos_id)
+        programs = programs_of(model.config, model.policy, tokenizer.eos_id)
         self._prefill, self._advance, self._decode = programs[:3]
         self._take_rows, self._gather, self._row_keys = programs[3:]
 

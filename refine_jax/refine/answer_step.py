@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,29 @@ Reward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _ANSWER_STREAM = 3
 
 
+def make_supervised_update(
+    method: AnswerMethod,
+    optimizer: optax.GradientTransformation,
+    *,
+    mini_batch: int,
+    micro_batch: int,
+) -> Callable:
+    """The program of `make_supervised_step`: `update(state, batch, index, updates)`."""
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def update(state: TrainState, batch: Batch, index, updates: int):
+        rows = jax.tree.map(lambda x: x[index], split_rows(batch, updates))
+        token_count = jnp.maximum(jnp.sum(rows["answer_mask"], dtype=jnp.float32), 1.0)
+        loss = functools.partial(method.supervised_loss, token_count=token_count)
+        gradients, metrics = accumulate_gradient(
+            loss, state.params, rows, mini_batch // micro_batch
+        )
+        state, update_metrics = apply_update(optimizer, state, gradients)
+        return state, metrics | update_metrics
+
+    return update
+
+
 def make_supervised_step(
     method: AnswerMethod,
     optimizer: optax.GradientTransformation,
@@ -53,16 +76,9 @@ def make_supervised_step(
     pass; divides mini_batch. The state's buffers are given away.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def update(state: TrainState, batch: Batch, index, updates: int):
-        rows = jax.tree.map(lambda x: x[index], split_rows(batch, updates))
-        token_count = jnp.maximum(jnp.sum(rows["answer_mask"], dtype=jnp.float32), 1.0)
-        loss = functools.partial(method.supervised_loss, token_count=token_count)
-        gradients, metrics = accumulate_gradient(
-            loss, state.params, rows, mini_batch // micro_batch
-        )
-        state, update_metrics = apply_update(optimizer, state, gradients)
-        return state, metrics | update_metrics
+    update = make_supervised_update(
+        method, optimizer, mini_batch=mini_batch, micro_batch=micro_batch
+    )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         begin = time.perf_counter()
@@ -72,7 +88,19 @@ def make_supervised_step(
     return step
 
 
-def make_policy_step(
+class PolicyPrograms(NamedTuple):
+    """The compiled functions of a step of GRPO on answers.
+
+    collect(params, batch, keys) -> answers. update(state, (batch, answers, advantages), index,
+    updates) -> state, metrics. advantages(rewards, answers).
+    """
+
+    collect: Callable
+    update: Callable
+    advantages: Callable
+
+
+def make_policy_programs(
     method: AnswerMethod,
     optimizer: optax.GradientTransformation,
     *,
@@ -80,17 +108,8 @@ def make_policy_step(
     temperature: float,
     mini_batch: int,
     micro_batch: int,
-) -> Callable[[TrainState, Batch, int, Reward], tuple[TrainState, dict[str, Any]]]:
-    """`step(state, batch, index, reward)`: GRPO on n sampled answers a prompt.
-
-    samples: n. temperature: of sampling. index: number of the training step, which decides the
-    draws together with the state's key. reward: called on the host between sampling and update,
-    on every process with all answers; nothing else decides how good an answer is.
-
-    Metrics: "answer/score" mean reward, "answer/score_std" mean deviation among the answers to one
-    prompt, "answer/length" mean tokens of an answer, eos counted; those of the policy loss. The
-    state's buffers are given away.
-    """
+) -> PolicyPrograms:
+    """What `make_policy_step` compiles; its arguments are the same."""
 
     @jax.jit
     def collect(params: Params, batch: Batch, keys) -> SampledAnswers:
@@ -116,7 +135,37 @@ def make_policy_step(
         state, update_metrics = apply_update(optimizer, state, gradients)
         return state, metrics | update_metrics
 
-    advantages_of = jax.jit(method.advantages)
+    return PolicyPrograms(collect, update, jax.jit(method.advantages))
+
+
+def make_policy_step(
+    method: AnswerMethod,
+    optimizer: optax.GradientTransformation,
+    *,
+    samples: int,
+    temperature: float,
+    mini_batch: int,
+    micro_batch: int,
+) -> Callable[[TrainState, Batch, int, Reward], tuple[TrainState, dict[str, Any]]]:
+    """`step(state, batch, index, reward)`: GRPO on n sampled answers a prompt.
+
+    samples: n. temperature: of sampling. index: number of the training step, which decides the
+    draws together with the state's key. reward: called on the host between sampling and update,
+    on every process with all answers; nothing else decides how good an answer is.
+
+    Metrics: "answer/score" mean reward, "answer/score_std" mean deviation among the answers to one
+    prompt, "answer/length" mean tokens of an answer, eos counted; those of the policy loss. The
+    state's buffers are given away.
+    """
+
+    programs = make_policy_programs(
+        method,
+        optimizer,
+        samples=samples,
+        temperature=temperature,
+        mini_batch=mini_batch,
+        micro_batch=micro_batch,
+    )
 
     def step(
         state: TrainState, batch: Batch, index: int, reward: Reward
@@ -124,13 +173,13 @@ def make_policy_step(
         begin = time.perf_counter()
         key = jax.random.fold_in(state.key, _ANSWER_STREAM)
         keys = row_keys(key, jnp.int32(index), batch["tokens"].shape[0])
-        answers = collect(state.params, batch, keys)
+        answers = programs.collect(state.params, batch, keys)
         tokens, mask = distributed.fetch((answers.tokens, answers.mask))
         rewards = np.asarray(reward(tokens, mask), np.float32)
-        advantages = advantages_of(rewards, answers)
+        advantages = programs.advantages(rewards, answers)
         sampled = time.perf_counter()
         inputs = (batch, answers, advantages)
-        state, metrics = _update_all(update, state, batch, inputs, mini_batch)
+        state, metrics = _update_all(programs.update, state, batch, inputs, mini_batch)
         real = mask.any(axis=(1, 2))
         return state, metrics | {
             "answer/score": rewards[real].mean(),

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,19 @@ def update_rows(
     return state, _finish_moments(metrics) | update_metrics
 
 
-def make_train_step(
+class StepPrograms(NamedTuple):
+    """The compiled functions of a training step.
+
+    collect(state, batch) -> experience. update(state, batch, experience, index, updates) -> state,
+    metrics: the update of mini-batch `index` of `updates`; it gives the state's buffers away.
+    experience None: roll out in the update, where the method does.
+    """
+
+    collect: Callable
+    update: Callable
+
+
+def make_step_programs(
     model: Model,
     optimizer: optax.GradientTransformation,
     config: RefineConfig,
@@ -190,21 +202,11 @@ def make_train_step(
     micro_batch: int,
     eos_id: int | None = None,
     max_documents: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The training step of a configuration.
-
-    mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
-    and backward pass; divides mini_batch. eos_id: the token that rollouts never sample, if
-    `config.forbid_eos`. max_documents: most documents packed into a row.
-
-    Returns `train_step(state, batch) -> state, metrics`; it gives the state's buffers away.
-    Metrics are scalars (means over the updates of the step), "time/collect" and "time/update"
-    seconds on the host. Raises ValueError where sizes do not divide.
-    """
+) -> StepPrograms:
+    """What `make_train_step` compiles; its arguments are the same."""
     if mini_batch % micro_batch:
         raise ValueError(f"micro_batch must divide mini_batch. Got: {micro_batch=}, {mini_batch=}.")
     method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
-    ntp = config.objective == "ntp"
 
     @jax.jit
     def collect(state: TrainState, batch: Batch) -> Experience:
@@ -228,19 +230,53 @@ def make_train_step(
         state = dataclasses.replace(state, step=state.step + done)
         return state, _finish_moments(metrics) | update_metrics
 
+    return StepPrograms(collect, update)
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    config: RefineConfig,
+    *,
+    mini_batch: int,
+    micro_batch: int,
+    eos_id: int | None = None,
+    max_documents: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+    """The training step of a configuration.
+
+    mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
+    and backward pass; divides mini_batch. eos_id: the token that rollouts never sample, if
+    `config.forbid_eos`. max_documents: most documents packed into a row.
+
+    Returns `train_step(state, batch) -> state, metrics`; it gives the state's buffers away.
+    Metrics are scalars (means over the updates of the step), "time/collect" and "time/update"
+    seconds on the host. Raises ValueError where sizes do not divide.
+    """
+    programs = make_step_programs(
+        model,
+        optimizer,
+        config,
+        mini_batch=mini_batch,
+        micro_batch=micro_batch,
+        eos_id=eos_id,
+        max_documents=max_documents,
+    )
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         rows = batch["tokens"].shape[0]
         if rows % mini_batch:
             raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={rows}.")
         begin = time.perf_counter()
         experience = None
-        if not ntp and rows != micro_batch:
-            experience = jax.block_until_ready(collect(state, batch))
+        if config.objective == "refine" and rows != micro_batch:
+            experience = jax.block_until_ready(programs.collect(state, batch))
         collected = time.perf_counter()
         updates = rows // mini_batch
         each = []
         for index in range(updates):
-            state, metrics = update(state, batch, experience, jnp.int32(index), updates)
+            index = jnp.int32(index)
+            state, metrics = programs.update(state, batch, experience, index, updates)
             each.append(metrics)
         metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
         metrics |= {name: each[-1][name] for name in metrics if name.startswith("update/")}

@@ -1,0 +1,260 @@
+"""Compile one program of a run for a slice, in a process of its own.
+
+    python -m refine_jax.compile_only.child TASK.json RESULT.json
+
+A fault inside libtpu ends the process, and jax must be told before it starts that there is no TPU.
+TASK: {"config", "topology", "program"}. RESULT: the figures of `compile_program`, or {"error":
+"input" or "compile", "message"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from refine_jax.compile_only import hlo
+from refine_jax.compile_only.chips import Topology, parse_topology
+from refine_jax.compile_only.cost import Estimator
+from refine_jax.compile_only.flops import count_flops
+from refine_jax.compile_only.kernel_time import KernelTimes
+from refine_jax.compile_only.memory import Memory, read_assignment
+from refine_jax.compile_only.network import Network
+from refine_jax.compile_only.programs import programs_of_run
+from refine_jax.compile_only.run import Program, Run
+from refine_jax.config import Config
+from refine_jax.models.config import ModelConfigError
+from refine_jax.parallel import make_mesh
+from refine_jax.phases.setup import check_mesh
+from refine_jax.settings import ConfigError
+
+_SHOWN_BUFFERS = 12
+
+
+class InputError(Exception):
+    """A topology that libtpu does not have."""
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The devices to compile for.
+
+    Raises:
+      InputError: libtpu has no such slice.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **topology.options
+        ).devices
+    except Exception as error:
+        message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        raise InputError(f"libtpu cannot describe {topology.name}: {message}") from error
+
+
+@contextlib.contextmanager
+def tpu_backend() -> Iterator[None]:
+    """Implementations are chosen as where TPUs are the default."""
+    backend = jax.default_backend
+    jax.default_backend = lambda: "tpu"
+    try:
+        yield
+    finally:
+        jax.default_backend = backend
+
+
+def ambient(devices: list[jax.Device], config: Config) -> contextlib.AbstractContextManager:
+    """Trace as on these devices: their mesh is ambient, and kernels see their kind.
+
+    Nothing can be computed inside, only traced.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    if mesh.size > 1:
+        return jax.set_mesh(mesh)
+    described = AbstractDevice(devices[0].device_kind, devices[0].num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        if not hasattr(leaf, "dtype"):
+            continue
+        shape, sharding = leaf.shape, getattr(leaf, "sharding", None)
+        if sharding is not None:
+            shape = sharding.shard_shape(shape)
+        size = 1
+        for side in shape:
+            size *= side
+        random_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        total += size * (8 if random_key else leaf.dtype.itemsize)
+    return total
+
+
+def _unused(traced, args: tuple) -> int:
+    """Bytes of the arguments that a program does not read: jax does not pass them on."""
+    jaxpr = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)
+    used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
+    used |= {id(var) for var in jaxpr.outvars}
+    leaves = [leaf for leaf in jax.tree.leaves(args) if hasattr(leaf, "dtype")]
+    spare = zip(jaxpr.invars[-len(leaves) :], leaves, strict=True)
+    return sum(bytes_of(leaf) for var, leaf in spare if id(var) not in used)
+
+
+def _resident(program: Program, traced) -> int:
+    """Bytes of what is in memory beside a program's arguments, outputs and temporaries."""
+    beside = bytes_of(program.resident)
+    arguments = {id(leaf) for leaf in jax.tree.leaves(program.args)}
+    shared = [x for x in jax.tree.leaves(program.resident) if id(x) in arguments]
+    return beside - bytes_of(shared) + _unused(traced, program.args)
+
+
+def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices) -> dict:
+    """Trace, compile and examine one program.
+
+    Returns JSON values: bytes, operations and seconds of one run on one chip; "memory" with its
+    parts; "fits"; "cost" (None where the compiler gave up before it had times).
+    """
+    program = programs_of_run(run)[name]()
+    begin = time.perf_counter()
+    traced = program.function.trace(*program.args)
+    flops, kernels = count_flops(traced.jaxpr)
+    lowered = traced.lower()
+    lowered_at = time.perf_counter()
+    compiled, message = None, ""
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message or "HBM" not in message.upper():
+            raise
+    seconds = time.perf_counter() - lowered_at
+    module = hlo.parse(_dumped(dump, compiled))
+    assigned = _largest(dump, "*.after_optimizations-buffer-assignment.txt")
+    memory, buffers = read_assignment(assigned, module)
+    if not assigned:  # the arguments alone were too much
+        memory = Memory(bytes_of(program.args), 0, 0, 0)
+    if compiled is not None:
+        stats = compiled.memory_analysis()
+        memory = Memory(
+            stats.argument_size_in_bytes,
+            stats.output_size_in_bytes,
+            stats.alias_size_in_bytes,
+            stats.temp_size_in_bytes,
+            stats.generated_code_size_in_bytes,
+        )
+    chip = topology.chip
+    coordinates = [tuple(device.coords)[: len(topology.sizes)] for device in devices]
+    network = Network(coordinates, topology.sizes, topology.wraps, chip.link)
+    times = KernelTimes(kernels, topology.generation, chip)
+    cost = Estimator(module, chip, network, times).run()
+    resident = _resident(program, traced)
+    peak = memory.peak + resident
+    return {
+        "name": program.name,
+        "meaning": program.meaning,
+        "runs": program.runs,
+        "compared": program.compared,
+        "fits": compiled is not None and peak <= chip.hbm,
+        "memory": dataclasses.asdict(memory) | {"resident": resident, "peak": peak},
+        "model_flops": program.model_flops / len(devices),
+        "flops": flops / len(devices),
+        "bytes": cost.bytes,
+        "collectives": {
+            kind: {"count": cost.counts[kind], "bytes": cost.sent[kind]} for kind in cost.counts
+        },
+        "seconds": cost.seconds if compiled is not None else None,
+        "parts": {
+            "kernels": cost.kernels,
+            "xla": cost.xla,
+            "waits": cost.waits,
+            "links": cost.links,
+        },
+        "unknown_loops": cost.unknown,
+        "buffers": [dataclasses.asdict(buffer) for buffer in buffers[:_SHOWN_BUFFERS]],
+        "trace_seconds": lowered_at - begin,
+        "compile_seconds": seconds,
+        "compiler_message": _first_line(message),
+    }
+
+
+def _dumped(dump: Path, compiled) -> str:
+    """The optimized HLO: what the compiler dumped after or before it made code."""
+    for stage in ("after_codegen", "oom_intermediate_module", "after_optimizations"):
+        if text := _largest(dump, f"*.{stage}.txt"):
+            return text
+    return "" if compiled is None else compiled.as_text()
+
+
+def _largest(dump: Path, pattern: str) -> str:
+    """The largest of the files of that name: the program's, not that of some constant; or ''."""
+    found = list(dump.rglob(pattern))
+    if not found:
+        return ""
+    return max(found, key=lambda path: path.stat().st_size).read_text(errors="replace")
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0] if lines else ""
+
+
+def summary(run: Run) -> dict:
+    """What all programs share: parameters, optimizer state and batch in bytes on a chip."""
+    params = run.params
+    state = run.state if run.config.phase in ("midtrain", "posttrain", "testtime") else None
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return {
+        "model_type": run.model.config.model_type,
+        "parameter_count": int(count),
+        "params": bytes_of(params),
+        "optimizer": bytes_of(state.opt_state) if state is not None else 0,
+    }
+
+
+def work(task: dict) -> dict:
+    """The figures of a task."""
+    config = Config.from_dict(task["config"])
+    topology = parse_topology(task["topology"])
+    dump = Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
+    devices = devices_of(topology)
+    with tpu_backend(), contextlib.ExitStack() as stack:
+        run = Run(config, devices[0])
+        stack.enter_context(ambient(devices, config))
+        mesh = jax.sharding.get_abstract_mesh()
+        sizes = dict(mesh.shape) if mesh.size > 1 else {}
+        if sizes and config.phase in ("midtrain", "posttrain"):
+            check_mesh(config, run.model)
+        if task["program"] is None:
+            return summary(run) | {"mesh": sizes, "programs": list(programs_of_run(run))}
+        return compile_program(run, task["program"], topology, dump, devices)
+
+
+def main(task_file: str, result_file: str) -> None:
+    """Do the task and write its result."""
+    task = json.loads(Path(task_file).read_text(encoding="utf-8"))
+    try:
+        result = work(task)
+    except (ConfigError, ModelConfigError, InputError) as error:
+        result = {"error": "input", "message": str(error)}
+    except Exception as error:
+        result = {"error": "compile", "message": f"{type(error).__name__}: {error}"}
+        if task["debug"]:
+            raise
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

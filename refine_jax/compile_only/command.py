@@ -1,0 +1,103 @@
+"""`--compile_only`: every program of a run compiled for a slice, and the verdict.
+
+Each program is compiled in a process of its own (`child.py`), one after the other: libtpu, the TPU
+compiler, runs on any Linux machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from refine_jax.compile_only.chips import parse_topology
+from refine_jax.compile_only.report import Report, line, text
+from refine_jax.config import Config
+from refine_jax.settings import ConfigError
+
+NOT_FITTING = 2
+FAILED = 3
+
+# What libtpu and jax must be told where there is no TPU: no lock file, no cloud metadata server, no
+# logs; and a program that comes from a cache leaves no dumps.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+def run(config: Config, topology: str | None, out: Path | None = None, *, debug=False) -> int:
+    """Compile the programs of a run and print what they need; returns the exit code.
+
+    Args:
+      config: The run.
+      topology: The slice, as v5p:4x4x4.
+      out: A file for all figures, as JSON.
+      debug: Let the processes print where an error came from.
+
+    Returns:
+      0: all fits. `NOT_FITTING`: a program of the run does not. `FAILED`: one does not compile.
+
+    Raises:
+      ConfigError: No such slice, no libtpu, or a mesh that the run does not fit.
+    """
+    slice_ = parse_topology(topology)
+    check_libtpu()
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"There is no folder for the results: {out.parent}.")
+    task = {"config": config.to_dict(), "topology": slice_.name, "debug": debug}
+    run_facts = in_child(task | {"program": None})
+    if "error" in run_facts:
+        raise ConfigError(run_facts["message"])
+    report = Report(config, slice_, run_facts, [])
+    print(report.heading(), flush=True)
+    for name in run_facts["programs"]:
+        found = in_child(task | {"program": name}) | {"name": name}
+        report.programs.append(found)
+        print(line(found, slice_), flush=True)
+    print(text(report), flush=True)
+    if out is not None:
+        out.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    if any("error" in program for program in report.run_programs):
+        return FAILED
+    return 0 if report.fits else NOT_FITTING
+
+
+def check_libtpu() -> None:
+    """Raise ConfigError where there is no TPU compiler."""
+    named = os.environ.get("TPU_LIBRARY_PATH")
+    if named is not None and not Path(named).is_file():
+        raise ConfigError(f"TPU_LIBRARY_PATH must name a libtpu.so. Got: {named}.")
+    if named is None and importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "--compile_only needs libtpu, the compiler for TPUs, which runs on any Linux machine "
+            "and is not installed here. Install it with pip install -e '.[tpu]' (or pip install "
+            "libtpu), or name a libtpu.so in the environment variable TPU_LIBRARY_PATH."
+        )
+
+
+def in_child(task: dict) -> dict:
+    """What `child.py` makes of a task."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("task.json", "result.json")]
+        files[0].write_text(json.dumps(task), encoding="utf-8")
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}/hlo".strip()
+        environment = {**os.environ, **_ENVIRONMENT, "XLA_FLAGS": flags}
+        command = [sys.executable, "-m", "refine_jax.compile_only.child", *map(str, files)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if files[1].exists():
+            return json.loads(files[1].read_text(encoding="utf-8"))
+    ended = f"exit code {done.returncode}"
+    if done.returncode < 0:
+        ended = f"ended by {signal.Signals(-done.returncode).name}"
+    return {"error": "compile", "message": f"{ended}: {done.stderr.strip()[-2000:]}"}

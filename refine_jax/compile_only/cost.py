@@ -1,0 +1,287 @@
+"""What a compiled program costs: bytes, collectives and time, with loops multiplied out.
+
+The time is a *static estimate*. The instructions run in the order of the compiler's schedule:
+
+* a fusion, or another operation of XLA, takes the cycles that the TPU compiler wrote beside it, or,
+  where it wrote none, the time to move its bytes;
+* a Pallas kernel takes its operations at the rate of `KERNEL_SHARE` of the chip's peak, or the time
+  to move its bytes if that is longer: the compiler says nothing of kernels;
+* a collective takes what `network.py` says. One that starts and ends apart from each other runs
+  beside what is between; the program waits for the rest. So do asynchronous copies.
+
+Left out: contention of transfers for the HBM, the host, and what the runtime needs to start a
+program.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+
+from refine_jax.compile_only.chips import Chip
+from refine_jax.compile_only.hlo import Computation, Instruction, Module
+from refine_jax.compile_only.network import (
+    KINDS,
+    Collective,
+    Network,
+    parse_group,
+    parse_pairs,
+)
+
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
+    *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
+    "async-update",
+}
+# Libtpu writes the largest number there is where it has no estimate.
+_NO_ESTIMATE = 1e15
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one program on one chip, or a part of it.
+
+    seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
+    bytes: read from and written to the HBM. sent, counts: of collectives by kind. links: seconds
+    that they need, overlapped or not. unknown: loops of unknown length, counted once.
+    """
+
+    seconds: float = 0.0
+    kernels: float = 0.0
+    xla: float = 0.0
+    waits: float = 0.0
+    bytes: float = 0.0
+    links: float = 0.0
+    unknown: int = 0
+    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: Cost, times: int = 1) -> None:
+        """Add a part that runs `times` times."""
+        for name in ("seconds", "kernels", "xla", "waits", "bytes", "links"):
+            setattr(self, name, getattr(self, name) + times * getattr(other, name))
+        self.unknown += other.unknown
+        for kind in other.counts:
+            self.sent[kind] += times * other.sent[kind]
+            self.counts[kind] += times * other.counts[kind]
+
+
+# What is on its way while the program goes on: when the links and the copy engine are free again,
+# and when each transfer that has started will be done.
+@dataclasses.dataclass
+class _Transfers:
+    links: float = 0.0
+    copies: float = 0.0
+    done: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Estimator:
+    """The cost of a module.
+
+    kernel_seconds: of a Pallas call, given its name, the shapes of its results and its bytes.
+    """
+
+    def __init__(self, module: Module, chip: Chip, network: Network, kernel_seconds):
+        self._module, self._chip, self._network = module, chip, network
+        self._kernel_seconds = kernel_seconds
+        self._known: dict[str, Cost] = {}
+
+    def run(self) -> Cost:
+        """The cost of the whole program; nothing for an empty module."""
+        if not self._module.computations:
+            return Cost()
+        return self._computation(self._module.entry)
+
+    def _computation(self, name: str) -> Cost:
+        if name not in self._known:
+            computation, cost, transfers = self._module.computations[name], Cost(), _Transfers()
+            for instruction in computation.instructions.values():
+                self._instruction(instruction, computation, cost, transfers)
+            self._known[name] = cost
+        return self._known[name]
+
+    def _instruction(self, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = self._module.trips(instruction, computation)
+            cost.unknown += trips is None
+            cost.add(self._computation(instruction.callee("body")), 1 if trips is None else trips)
+        elif opcode == "conditional":
+            branches = [self._computation(name) for name in instruction.callees]
+            cost.add(max(branches, key=lambda branch: branch.seconds))
+        elif opcode == "call":
+            for name in instruction.callees:
+                cost.add(self._computation(name))
+        elif opcode.endswith("-done"):
+            self._wait(instruction, computation, cost, transfers)
+        elif (found := self.collectives(instruction, computation)) is not None:
+            self._communicate(found, instruction, computation, cost, transfers)
+        elif opcode.endswith("-start"):
+            self._copy(instruction, cost, transfers)
+        elif opcode not in _FREE:
+            self._compute(instruction, computation, cost)
+
+    def _copy(self, instruction, cost: Cost, transfers: _Transfers) -> None:
+        """A copy, or a slice, that goes on beside the program."""
+        arrays = instruction.arrays
+        if instruction.opcode == "async-start":
+            arrays = self._module.computations[instruction.callee("calls")].root.arrays
+        moved = arrays[0].bytes if arrays else 0.0
+        cost.bytes += moved * (1 if arrays and arrays[0].space else 2)
+        transfers.copies = max(cost.seconds, transfers.copies) + moved / self._chip.bandwidth
+        transfers.done[instruction.name] = transfers.copies
+
+    def _wait(self, instruction, computation, cost, transfers) -> None:
+        name = instruction.operands[0]
+        while name not in transfers.done:
+            source = computation.instructions[name]
+            if not source.operands:
+                return
+            name = source.operands[0]
+        waited = max(transfers.done[name] - cost.seconds, 0.0)
+        cost.seconds += waited
+        cost.waits += waited
+
+    def _communicate(self, found, instruction, computation, cost, transfers) -> None:
+        seconds = sum(self._network.seconds(collective) for collective in found)
+        cost.links += seconds
+        for collective in found:
+            cost.sent[collective.kind] += collective.sent
+            cost.counts[collective.kind] += 1
+        done = max(cost.seconds, transfers.links) + seconds
+        transfers.links = done
+        if instruction.opcode.endswith("-start"):
+            transfers.done[instruction.name] = done
+            return
+        if instruction.opcode == "fusion":  # computes beside what it sends
+            self._compute(instruction, computation, cost)
+        waited = max(done - cost.seconds, 0.0)
+        cost.seconds += waited
+        cost.waits += waited
+
+    def collectives(
+        self, instruction: Instruction, computation: Computation
+    ) -> list[Collective] | None:
+        """The collectives that an instruction is, starts, or has fused into it; None for none."""
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            return [self._collective(kind, instruction, computation)]
+        if instruction.opcode not in ("fusion", "async-start"):
+            return None
+        found = []
+        for name in instruction.callees:
+            inner = self._module.computations[name]
+            for each in inner.instructions.values():
+                found += self.collectives(each, inner) or []
+        return found or None
+
+    def _collective(self, kind, instruction, computation) -> Collective:
+        operands = [computation.instructions[name] for name in instruction.operands]
+        size = sum(array.bytes for operand in operands for array in operand.arrays)
+        devices = len(self._network.coordinates)
+        group = parse_group(instruction.attributes, devices)
+        if kind == "all-gather":
+            size *= len(group)
+        elif kind == "all-reduce" and self._is_scattered(instruction, computation):
+            kind = "reduce-scatter"
+        return Collective(kind, size, group, parse_pairs(instruction.attributes))
+
+    @staticmethod
+    def _is_scattered(instruction: Instruction, computation: Computation) -> bool:
+        """Whether an all-reduce keeps only each device's part: XLA fuses the two on TPUs."""
+        users = computation.users.get(instruction.name, [])
+        return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+
+    def _compute(self, instruction, computation, cost: Cost) -> None:
+        moved = self.traffic(instruction, computation)
+        cost.bytes += moved
+        if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:
+            name = re.search(r"([^/]*)/pallas_call", instruction.source)
+            shapes = tuple(array.shape for array in instruction.arrays)
+            seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)
+            cost.kernels += seconds
+        else:
+            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            cycles = int(found[1]) if found else _NO_ESTIMATE
+            if cycles < _NO_ESTIMATE:
+                seconds = cycles / self._chip.clock
+            else:
+                seconds = moved / self._chip.bandwidth
+            cost.xla += seconds
+        cost.seconds += seconds
+
+    def traffic(self, instruction: Instruction, computation: Computation) -> float:
+        """Bytes that an instruction reads from the HBM and writes to it.
+
+        A slice of an array counts as large as the slice, inside a fusion too.
+        """
+        opcode = instruction.opcode
+        if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+            return 0.0
+        written = _written(instruction, computation, self._module)
+        if opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
+            read = 0.0 if opcode == "broadcast" else written
+            return written + read
+        read = 0.0
+        for index, name in enumerate(instruction.operands):
+            operand = computation.instructions[name]
+            whole = _in_hbm(operand)
+            if opcode == "fusion":
+                inner = self._module.computations[instruction.callee("calls")]
+                whole = min(whole, _read(inner, inner.parameter(index), self._module) or 0.0)
+            elif opcode == "dynamic-update-slice" and index == 0:
+                whole = 0.0
+            read += whole
+        return read + written
+
+
+def _in_hbm(instruction: Instruction) -> float:
+    return sum(array.bytes for array in instruction.arrays if array.space == 0)
+
+
+def _sizes(instruction: Instruction) -> float:
+    return sum(array.bytes for array in instruction.arrays)
+
+
+def _read(computation: Computation, value: Instruction, module: Module) -> float:
+    """Bytes of a fusion's parameter that its computation reads."""
+    total = 0.0
+    for user in computation.users.get(value.name, ()):
+        index = user.operands.index(value.name)
+        if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and index == 0):
+            total += _sizes(user) if index == 0 else _sizes(value)
+        elif user.opcode == "dynamic-update-slice" and index == 0:
+            continue
+        elif user.opcode in ("bitcast", "reshape"):
+            total += _read(computation, user, module)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.callee("calls")]
+            total += _read(inner, inner.parameter(index), module)
+        else:
+            return _sizes(value)
+    return min(total, _sizes(value))
+
+
+def _written(instruction: Instruction, computation: Computation, module: Module) -> float:
+    """Bytes that an instruction writes to the HBM."""
+    if instruction.opcode == "dynamic-update-slice":
+        return min(_sizes(computation.instructions[instruction.operands[1]]), _in_hbm(instruction))
+    if instruction.opcode != "fusion":
+        return _in_hbm(instruction)
+    inner = module.computations[instruction.callee("calls")]
+    roots = [inner.root]
+    if inner.root.opcode == "tuple":
+        roots = [inner.instructions[name] for name in inner.root.operands]
+    if len(roots) != len(instruction.arrays):
+        return _in_hbm(instruction)
+    total = 0.0
+    for root, array in zip(roots, instruction.arrays, strict=True):
+        while root.opcode in ("bitcast", "reshape"):
+            root = inner.instructions[root.operands[0]]
+        part = array.bytes if array.space == 0 else 0.0
+        if root.opcode in ("dynamic-update-slice", "fusion") and array.space == 0:
+            part = min(part, _written(root, inner, module))
+        total += part
+    return total

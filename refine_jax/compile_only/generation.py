@@ -1,0 +1,178 @@
+"""The programs of test-time training and of generation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.compile_only.flops import forward_flops
+from refine_jax.compile_only.run import EOS, Program, Run
+from refine_jax.generation.copies import copies_programs
+from refine_jax.generation.engine import Prefix, round_length, round_rows
+from refine_jax.generation.generator import BLOCK, programs_of
+from refine_jax.generation.sampling import Sampler
+from refine_jax.phases.setup import rows_at_once
+from refine_jax.refine.adapt import update_copies
+from refine_jax.refine.method import Method
+from refine_jax.refine.step import make_step_programs, update_rows
+
+_TRAINING = ("midtrain", "posttrain")
+
+
+def generation_programs(run: Run) -> dict[str, Callable[[], Program]]:
+    """Reading prompts, and a block of tokens after them."""
+    return {"prefill": lambda: _prefill(run), "decode": lambda: _decode(run)}
+
+
+def adaptation_programs(run: Run) -> dict[str, Callable[[], Program]]:
+    """Training on prompts before they are answered."""
+    options, refine = run.config.testtime, run.config.refine
+    found = {"adaptation": lambda: _adaptation(run)}
+    several = options.batch_size != options.micro_batch
+    if options.reset != "example" and refine.objective == "refine" and several:
+        found = {"adaptation_collect": lambda: _adaptation_collect(run)} | found
+    return found
+
+
+def _copies(run: Run) -> int:
+    options = run.config.testtime
+    shared = run.config.phase != "testtime" or options.reset != "example"
+    return 1 if shared else options.copies
+
+
+def _stacked(run: Run, tree: Any) -> Any:
+    """With a copy for each prompt, where each adapts one of its own."""
+    if _copies(run) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_copies(run), *x.shape), x.dtype), tree)
+
+
+def _longest(run: Run) -> int:
+    """Tokens of the longest prompt that is known of."""
+    config = run.config
+    if config.phase in _TRAINING:
+        return config.data.sequence_length
+    known = [length for length in config.evaluate.token_lengths if length is not None]
+    if config.evaluate.max_tokens is not None:
+        known = [min(length, config.evaluate.max_tokens) for length in known]
+        known = known or [config.evaluate.max_tokens]
+    return max(known, default=config.generation.prefill_tokens)
+
+
+def _prompts(run: Run) -> int:
+    """Prompts that are answered together."""
+    config = run.config
+    if config.phase in _TRAINING:
+        return rows_at_once(config)
+    if config.phase == "testtime":
+        options = config.testtime
+        return options.copies if options.reset == "example" else options.batch_size
+    return config.evaluate.batch_size
+
+
+def _adaptation_step(run: Run) -> Any:
+    options = run.config.testtime
+    return make_step_programs(
+        run.model,
+        run.optimizer,
+        run.config.refine,
+        mini_batch=options.mini_batch_size,
+        micro_batch=options.micro_batch,
+        eos_id=EOS,
+    )
+
+
+def _prompt_rows(run: Run, *rows: int) -> dict[str, Any]:
+    length = round_length(_longest(run))
+    return {name: run.shapes.integers(*rows, length) for name in ("tokens", "segments")}
+
+
+def _adaptation_collect(run: Run) -> Program:
+    rows = run.config.testtime.batch_size
+    tokens = rows * round_length(_longest(run))
+    return Program(
+        "adaptation_collect",
+        f"forward, selection and rollouts of {rows} prompts",
+        _adaptation_step(run).collect,
+        (run.state, _prompt_rows(run, rows)),
+        resident=(run.params,),
+        model_flops=tokens * forward_flops(run.model.config, _longest(run)),
+    )
+
+
+def _adaptation(run: Run) -> Program:
+    options, copies = run.config.testtime, _copies(run)
+    if options.reset == "example":
+        method = Method(run.model, run.config.refine, eos_id=EOS, max_documents=1)
+        update = update_rows if copies == 1 else update_copies
+        function = jax.jit(functools.partial(update, method, run.optimizer), donate_argnums=0)
+        state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
+        rows, shape = copies, (1,) if copies == 1 else (copies, 1)
+        args = (state, _prompt_rows(run, *shape))
+    else:
+        programs, rows = _adaptation_step(run), options.mini_batch_size
+        batch, experience = _prompt_rows(run, options.batch_size), None
+        if "adaptation_collect" in adaptation_programs(run):
+            experience = run.shapes.rows(jax.eval_shape(programs.collect, run.state, batch))
+        function = programs.update
+        updates = options.batch_size // rows
+        args = (run.state, batch, experience, run.shapes.scalar(), updates)
+    tokens = rows * round_length(_longest(run))
+    return Program(
+        "adaptation",
+        f"update on {rows} prompts of {round_length(_longest(run))} tokens",
+        function,
+        args,
+        resident=(run.params,),
+        model_flops=3 * tokens * forward_flops(run.model.config, _longest(run)),
+    )
+
+
+def _generation(run: Run) -> tuple[Callable, Callable, Callable]:
+    if _copies(run) > 1:
+        return copies_programs(run.model)
+    programs = programs_of(run.model.config, run.model.policy, EOS)
+    return programs.prefill, programs.advance, programs.decode
+
+
+def _prefill(run: Run) -> Program:
+    most = run.config.generation.prefill_tokens
+    length, rows = round_length(min(_longest(run), most)), round_rows(_prompts(run))
+    while _copies(run) == 1 and rows > 1 and rows * length > most:
+        rows = round_rows(rows // 2)
+    return Program(
+        "prefill",
+        f"{rows} prompts of {length} tokens read",
+        _generation(run)[0],
+        (
+            run.shapes.state(_stacked(run, run.unplaced_params)),
+            run.shapes.integers(rows, length),
+            run.shapes.integers(rows),
+        ),
+        model_flops=rows * length * forward_flops(run.model.config, length),
+        compared=run.config.phase in _TRAINING,
+    )
+
+
+def _decode(run: Run) -> Program:
+    rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
+    params = prefill.args[0]
+    # What is known after a prompt does not depend on its length.
+    prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
+    read = jax.eval_shape(prefill.function, params, *prompts)
+    prefix = Prefix(
+        shapes.rows(read.state, axis=1), shapes.rows(read.hidden), shapes.rows(read.length)
+    )
+    sampler = Sampler(*(shapes.scalar(x) for x in (jnp.float32, jnp.int32, jnp.float32)))
+    return Program(
+        "decode",
+        f"{BLOCK} tokens after each of {rows} prompts",
+        _generation(run)[2],
+        (params, prefix, run.keys(rows), sampler, shapes.integers(rows)),
+        model_flops=rows * BLOCK * forward_flops(run.model.config, _longest(run)),
+        compared=prefill.compared,
+    )

@@ -1,0 +1,56 @@
+"""How long Pallas kernels take, of which the compiler says nothing.
+
+A static replay of a kernel's schedule (`experiments/tpu_kernels.py`) takes minutes. What it found
+for the shapes of the published models is kept here as a share of the chip's peak: operations as
+`flops.count_flops` counts them, by the seconds of the replay. Kernels scale with their operations
+as long as their blocks stay the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from refine_jax.compile_only.chips import Chip
+from refine_jax.compile_only.flops import Kernel
+
+# By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
+# 16,384 tokens; the head's loss, width 2048, 32,000 words; splash attention, window 2048, 24 heads
+# of 64.
+_SHARES = {
+    "delta_rule_forward": {"v5e": 0.76, "v5p": 0.74, "v6e": 0.23},
+    "delta_rule_backward": {"v5e": 0.66, "v5p": 0.64, "v6e": 0.20},
+    "lact_forward": {"v5e": 0.85, "v5p": 0.85, "v6e": 0.41},
+    "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
+    "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
+    "splash_mha_fwd": {"v5e": 0.34, "v5p": 0.33, "v6e": 0.12},
+    "splash_": {"v5e": 0.23, "v5p": 0.23, "v6e": 0.08},
+}
+# Generations without figures of their own, and kernels without any.
+_LIKE = {"v4": "v5e", "tpu7x": "v6e"}
+_DEFAULT = 0.3
+
+
+class KernelTimes:
+    """Seconds of Pallas calls of a program.
+
+    kernels: those of its jaxpr.
+    """
+
+    def __init__(self, kernels: Iterable[Kernel], generation: str, chip: Chip):
+        self._flops: dict[tuple, float] = {}
+        self._largest: dict[str, float] = {}
+        for kernel in kernels:
+            self._flops[kernel.name, kernel.shapes] = kernel.flops
+            self._largest[kernel.name] = max(self._largest.get(kernel.name, 0.0), kernel.flops)
+        self._generation, self._chip = _LIKE.get(generation, generation), chip
+
+    def share(self, name: str) -> float:
+        """The share of the peak at which the kernel of this name runs."""
+        known = next((shares for start, shares in _SHARES.items() if name.startswith(start)), {})
+        return known.get(self._generation, _DEFAULT)
+
+    def __call__(self, name: str, shapes: tuple, moved: float) -> float:
+        """Seconds of one call with results of these shapes, which moves so many bytes."""
+        flops = self._flops.get((name, shapes), self._largest.get(name, 0.0))
+        seconds = flops / (self._chip.flops * self.share(name))
+        return max(seconds, moved / self._chip.bandwidth)

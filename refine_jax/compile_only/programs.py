@@ -1,0 +1,28 @@
+"""The programs of a run, by its phase.
+
+What a phase compiles while it runs is built here from the configuration alone: neither documents
+nor parameters are read, of a checkpoint only its config.json. Training ends with a model that is to
+generate, so that reading a prompt and answering are compiled too, to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from refine_jax.compile_only.generation import adaptation_programs, generation_programs
+from refine_jax.compile_only.run import Program, Run
+from refine_jax.compile_only.training import answer_programs, evaluation, training_programs
+
+
+def programs_of_run(run: Run) -> dict[str, Callable[[], Program]]:
+    """What makes each program, by name; call it where the devices' mesh is ambient."""
+    phase, found = run.config.phase, {}
+    if phase == "midtrain" or (phase == "posttrain" and run.config.posttrain.nested):
+        found |= training_programs(run)
+    if phase == "posttrain":
+        found |= answer_programs(run)
+    if phase in ("midtrain", "posttrain"):
+        found["evaluation"] = lambda: evaluation(run)
+    if phase == "testtime":
+        found |= adaptation_programs(run)
+    return found | generation_programs(run)

@@ -1,0 +1,200 @@
+"""What is printed of the compiled programs, for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from refine_jax.compile_only.advice import advise
+from refine_jax.compile_only.chips import GIB, Topology
+from refine_jax.config import Config
+
+_SHOWN_BUFFERS = 5
+_MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code", "resident", "peak")
+
+
+@dataclasses.dataclass
+class Report:
+    """All figures: `facts` of the run, and one dict a program (`child.compile_program`)."""
+
+    config: Config
+    topology: Topology
+    facts: dict[str, Any]
+    programs: list[dict[str, Any]]
+
+    @property
+    def run_programs(self) -> list[dict]:
+        """The programs that the run itself needs."""
+        return [program for program in self.programs if not program.get("compared")]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all programs of the run fit."""
+        return all(program.get("fits", False) for program in self.run_programs)
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Sizes of the mesh's axes."""
+        return self.facts["mesh"] or dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training step."""
+        return self.config.train.batch_size * self.config.data.sequence_length
+
+    def step(self) -> dict[str, float | None]:
+        """Estimates of a training step; None where a program has none.
+
+        seconds, tokens_per_second, mfu: of the run's objective. ntp_seconds: of next-token training
+        with the same batches. ratio: of the two.
+        """
+        steps = [program for program in self.run_programs if program.get("runs")]
+        seconds = _total(steps, "seconds")
+        found = {"seconds": seconds, "tokens_per_second": None, "mfu": None}
+        if seconds:
+            operations = sum(program["runs"] * program["model_flops"] for program in steps)
+            found["tokens_per_second"] = self.tokens / seconds
+            found["mfu"] = operations / seconds / self.topology.chip.flops
+        updates = self.config.train.updates_per_step
+        ntp = [p | {"runs": updates} for p in self.programs if p["name"] == "ntp_update"]
+        found["ntp_seconds"] = _total(ntp, "seconds")
+        known = seconds and found["ntp_seconds"] and self.config.phase == "midtrain"
+        found["ratio"] = seconds / found["ntp_seconds"] if known else None
+        return found
+
+    def heading(self) -> str:
+        """What is compiled for what."""
+        chip, facts = self.topology.chip, self.facts
+        mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
+        return (
+            f"{facts['model_type']}, {facts['parameter_count'] / 1e6:,.1f} M parameters, compiled "
+            f"for {self.topology.name}: {self.topology.devices} devices of {size(chip.hbm)} HBM, "
+            f"{chip.flops / 1e12:,.0f} bfloat16 TFLOP/s; mesh {mesh}\n"
+            f"per chip: parameters {size(facts['params'])}, optimizer {size(facts['optimizer'])} "
+            f"({self.config.model.param_dtype})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "topology": self.topology.name,
+            "devices": self.topology.devices,
+            "chip": dataclasses.asdict(self.topology.chip),
+            "config": self.config.to_dict(),
+            **{key: value for key, value in self.facts.items() if key != "programs"},
+            "mesh": self.mesh,
+            "fits": self.fits,
+            "step": self.step(),
+            "programs": self.programs,
+            "advice": advise(self),
+        }
+
+
+def _total(programs: list[dict], key: str) -> float | None:
+    """Sum over the programs' runs; None for no programs or an unknown value."""
+    values = [program.get(key) for program in programs]
+    if not values or None in values:
+        return None
+    return sum(program["runs"] * value for program, value in zip(programs, values, strict=True))
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    if number >= GIB / 10:
+        return f"{number / GIB:.2f} GiB"
+    return f"{number / (1 << 20):.1f} MiB"
+
+
+def amount(number: float, unit: str) -> str:
+    """A large number for people: 3.21 TFLOP."""
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(number) >= limit:
+            return f"{number / limit:.2f} {letter}{unit}"
+    return f"{number:.0f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds for people."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
+
+
+def line(program: dict, topology: Topology) -> str:
+    """A program in one line."""
+    if "error" in program:
+        return f"{program['name']:15s} does not compile: {program['message']}"
+    chip, peak = topology.chip, program["memory"]["peak"]
+    verdict = "fits" if program["fits"] else "DOES NOT FIT"
+    seconds = program["seconds"]
+    used = program["model_flops"] / seconds / chip.flops if seconds else None
+    share = f"{used:.0%} of peak" if used is not None else "-"
+    return (
+        f"{program['name']:15s} {verdict:12s} {size(peak):>10s} of {size(chip.hbm)}   "
+        f"{duration(seconds):>10s}  {share:>12s}   compiled in "
+        f"{program['compile_seconds']:.0f} s   {program['meaning']}"
+    )
+
+
+def text(report: Report) -> str:
+    """Everything else, after the lines of the programs."""
+    parts = [_details(program) for program in report.programs if "error" not in program]
+    step = report.step()
+    if step["seconds"] is not None:
+        parts.append(
+            f"training step (static estimate): {duration(step['seconds'])}, "
+            f"{step['tokens_per_second']:,.0f} tokens/s, model FLOPs utilisation "
+            f"{step['mfu']:.1%}"
+        )
+        if step["ratio"] is not None:
+            parts.append(
+                f"next-token training alone: {duration(step['ntp_seconds'])} a step; ReFINE takes "
+                f"{step['ratio']:.2f} times as long"
+            )
+    broken = [program["name"] for program in report.run_programs if "error" in program]
+    if broken:
+        parts.append(f"does not compile: {', '.join(broken)}")
+    elif report.fits:
+        parts.append(f"fits {report.topology.name}")
+    else:
+        names = [program["name"] for program in report.run_programs if not program["fits"]]
+        advice = "\n".join(f"  {each}" for each in advise(report))
+        parts.append(
+            f"does not fit {report.topology.name}: {', '.join(names)}. What would help:\n{advice}"
+        )
+    return "\n".join(["", *parts])
+
+
+def _details(program: dict) -> str:
+    memory = program["memory"]
+    held = ", ".join(f"{name} {size(memory[name])}" for name in _MEMORY if memory[name])
+    runs = f", {program['runs']} a step" if program["runs"] else ""
+    note = " (to compare with, not a part of the run)" if program["compared"] else ""
+    sent = program["collectives"]
+    transfers = ", ".join(
+        f"{kind} {each['count']:,} x, {amount(each['bytes'], 'B')}" for kind, each in sent.items()
+    )
+    lines = [
+        f"{program['name']}: {program['meaning']}{runs}{note}",
+        f"  memory       {held}",
+        f"  work         {amount(program['flops'], 'FLOP')} "
+        f"({amount(program['model_flops'], 'FLOP')} of the model), "
+        f"{amount(program['bytes'], 'B')} of HBM traffic",
+        f"  collectives  {transfers or 'none'}",
+    ]
+    if program["seconds"] is not None:
+        parts = program["parts"]
+        unknown = program["unknown_loops"]
+        counted = f"; {unknown} loops of unknown length counted once" if unknown else ""
+        lines.append(
+            f"  estimate     {duration(program['seconds'])}: kernels {duration(parts['kernels'])}, "
+            f"XLA {duration(parts['xla'])}, waits for transfers {duration(parts['waits'])} (links "
+            f"busy {duration(parts['links'])}){counted}"
+        )
+    elif program["compiler_message"]:
+        lines.append(f"  compiler     {program['compiler_message']}")
+    for buffer in program["buffers"][:_SHOWN_BUFFERS]:
+        lines.append(
+            f"  buffer       {size(buffer['bytes']):>10s}  {buffer['shape']}  {buffer['source']}"
+        )
+    return "\n".join(lines) + "\n"

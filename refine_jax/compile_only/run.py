@@ -1,0 +1,183 @@
+"""What the programs of a run are made of: its model and state as shapes with their places."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from refine_jax.compile_only.flops import forward_flops
+from refine_jax.config import Config
+from refine_jax.parallel import is_spread, partition_spec, state_shardings
+from refine_jax.phases.setup import Start, load_start, make_model
+from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.refine.step import TrainState
+from refine_jax.settings import ConfigError
+
+CONFIG = "config.json"
+
+# Documents and prompts are read with a tokenizer, whose special tokens change no shape.
+EOS, PAD = 2, 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program and how it is called.
+
+    function: jitted. args: pytrees of ShapeDtypeStruct, and static arguments as they are.
+    runs: in a training step; 0: at other times. resident: trees of what else is in memory while it
+    runs. model_flops: operations of one run that the method asks for, on all devices: one forward
+    pass over each token read or sampled, three where it is trained on, nothing computed again.
+    compared: not a part of the run, compiled to compare with.
+    """
+
+    name: str
+    meaning: str
+    function: Callable
+    args: tuple
+    runs: int = 0
+    resident: tuple = ()
+    model_flops: float = 0.0
+    compared: bool = False
+
+
+def describe_model(config: Config) -> Start:
+    """The model of the run, by its config.json or the fields of `model.fresh`; no parameters.
+
+    Raises:
+      ConfigError, ModelConfigError: Neither describes a model.
+    """
+    if config.model.checkpoint is not None:
+        folder = epath.Path(config.model.checkpoint).expanduser()
+        for found in (folder / "checkpoints" / CONFIG, folder / CONFIG):
+            if found.is_file():
+                text = found.read_text()
+                return Start(json.loads(text), text, None, {}, None)
+        if "model_type" not in (config.model.fresh or {}):
+            raise ConfigError(
+                f"config.model.checkpoint has no {CONFIG}, and there is no config.model.fresh to "
+                f"describe the model instead. Got: {folder}."
+            )
+    # No run has this name: what is compiled does not depend on what a work folder holds.
+    return load_start(dataclasses.replace(config.model, checkpoint=None), epath.Path("/dev/null"))
+
+
+class Shapes:
+    """Arrays of a run as shapes with their places.
+
+    device: where everything is without an ambient mesh.
+    """
+
+    def __init__(self, device: jax.Device):
+        self._device = device
+
+    def state(self, tree: Any) -> Any:
+        """Parameters, or a state that holds them."""
+        return self._place(tree, state_shardings(tree))
+
+    def rows(self, tree: Any, axis: int = 0) -> Any:
+        """Arrays with rows of a batch along an axis."""
+        if not is_spread():
+            return self._place(tree, None)
+        mesh = jax.sharding.get_mesh()
+        names = (*(None,) * axis, "batch")
+        shardings = jax.tree.map(
+            lambda x: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), tree
+        )
+        return self._place(tree, shardings)
+
+    def copies(self, tree: Any) -> Any:
+        """Arrays that every device has."""
+        if not is_spread():
+            return self._place(tree, None)
+        whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+        return self._place(tree, jax.tree.map(lambda _: whole, tree))
+
+    def _place(self, tree: Any, shardings: Any) -> Any:
+        if shardings is None:
+            single = SingleDeviceSharding(self._device)
+            shardings = jax.tree.map(lambda _: single, tree)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            tree,
+            shardings,
+        )
+
+    def integers(self, *shape: int) -> jax.ShapeDtypeStruct:
+        """Whole numbers of rows [B, ...]."""
+        return self.rows(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+    def scalar(self, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """A number."""
+        return self.copies(jax.ShapeDtypeStruct((), dtype))
+
+
+class Run:
+    """The model of a configuration, and its arrays.
+
+    device: one of those that are compiled for. Arrays are placed on the ambient mesh, under which a
+    Run itself cannot be made where its devices are not there.
+    """
+
+    def __init__(self, config: Config, device: jax.Device):
+        self.config = config
+        self.model = make_model(describe_model(config), config.model)
+        dtype = jnp.dtype(config.model.param_dtype)
+        self.unplaced_params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), self.model.abstract_params()
+        )
+        self.shapes = Shapes(device)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The parameters."""
+        return self.shapes.state(self.unplaced_params)
+
+    @functools.cached_property
+    def optimizer(self):
+        """The optimizer."""
+        return make_optimizer(self.config.optimizer, steps=self.config.train.steps)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """What a step changes."""
+
+        def create(params):
+            key = jax.random.key(0)
+            return TrainState.create(params, self.optimizer, key, self.config.refine)
+
+        return self.shapes.state(jax.eval_shape(create, self.unplaced_params))
+
+    @property
+    def max_documents(self) -> int:
+        """Most documents of a row."""
+        return self.config.data.max_documents if self.config.data.pack else 1
+
+    def keys(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Random keys of rows."""
+        return self.shapes.rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
+
+    def batch(self, rows: int, *, answers: bool = False) -> dict[str, Any]:
+        """A batch as the phase's data pipeline makes it."""
+        config, length = self.config, self.config.data.sequence_length
+        batch = {"tokens": self.shapes.integers(rows, length)}
+        full = config.data.chunking == "first" and not config.data.pack
+        if config.phase != "midtrain" or not full or (config.data.min_tokens or length) < length:
+            batch["segments"] = self.shapes.integers(rows, length)
+        if answers:
+            batch["answer_mask"] = self.shapes.integers(rows, length)
+        return batch
+
+    def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
+        """Of rows whose tokens, and those of their rollouts, go through so many forward passes."""
+        config, length = self.config.refine, self.config.data.sequence_length
+        each = config.num_positions * config.rollouts_per_position * config.rollout_length
+        tokens = rows * (trunk * length + rollouts * each)
+        return tokens * forward_flops(self.model.config, length)

@@ -1,0 +1,184 @@
+"""The programs of mid-training and post-training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from refine_jax.compile_only.flops import forward_flops
+from refine_jax.compile_only.run import EOS, PAD, Program, Run
+from refine_jax.phases.setup import rows_at_once
+from refine_jax.refine.answer_step import (
+    make_answer_eval,
+    make_policy_programs,
+    make_supervised_update,
+)
+from refine_jax.refine.answers import AnswerMethod
+from refine_jax.refine.step import StepPrograms, make_eval_step, make_step_programs
+
+
+def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
+    """Steps on whole rows: documents, or the prompts of post-training."""
+    train = run.config.train
+    if run.config.refine.objective == "ntp":
+        return {"update": lambda: _update(run, "ntp", compared=False)}
+    found = {"update": lambda: _update(run, "refine", compared=False)}
+    if train.batch_size != rows_at_once(run.config):
+        found = {"collect": lambda: _collect(run), **found}
+    compared = not (run.config.phase == "midtrain" and train.warmup_ntp_steps)
+    return found | {"ntp_update": lambda: _update(run, "ntp", compared=compared)}
+
+
+def answer_programs(run: Run) -> dict[str, Callable[[], Program]]:
+    """Steps on the answers of post-training, and their evaluation."""
+    found = {"answer_evaluation": lambda: _answer_evaluation(run)}
+    if run.config.posttrain.answers == "sft":
+        return {"answer_update": lambda: _supervised(run)} | found
+    return {"answer_collect": lambda: _sample(run), "answer_update": lambda: _policy(run)} | found
+
+
+def evaluation(run: Run) -> Program:
+    """Held-out rows."""
+    rows = rows_at_once(run.config)
+    step = make_eval_step(run.model, run.config.refine, eos_id=EOS, max_documents=run.max_documents)
+    key = run.shapes.copies(jax.eval_shape(lambda: jax.random.key(0)))
+    return Program(
+        "evaluation",
+        f"forward, selection and rollouts of {rows} held-out rows",
+        step,
+        (run.state.params, run.batch(rows), key, run.shapes.scalar()),
+        resident=(run.state,),
+        model_flops=run.flops(rows, trunk=1, rollouts=2),
+    )
+
+
+def _step_programs(run: Run, objective: str) -> StepPrograms:
+    return make_step_programs(
+        run.model,
+        run.optimizer,
+        dataclasses.replace(run.config.refine, objective=objective),
+        mini_batch=run.config.train.mini_batch,
+        micro_batch=rows_at_once(run.config),
+        eos_id=EOS,
+        max_documents=run.max_documents,
+    )
+
+
+def _collect(run: Run) -> Program:
+    rows = run.config.train.batch_size
+    return Program(
+        "collect",
+        f"forward, selection and rollouts of {rows} rows",
+        _step_programs(run, "refine").collect,
+        (run.state, run.batch(rows)),
+        runs=1,
+        model_flops=run.flops(rows, trunk=1, rollouts=2),
+    )
+
+
+def _update(run: Run, objective: str, *, compared: bool) -> Program:
+    train, at_once = run.config.train, rows_at_once(run.config)
+    programs = _step_programs(run, objective)
+    batch, experience, rollouts = run.batch(train.batch_size), None, 0
+    if objective == "refine":
+        collected = train.batch_size != at_once
+        rollouts = 3 if collected else 4
+        if collected:
+            experience = run.shapes.rows(jax.eval_shape(programs.collect, run.state, batch))
+    wording = "ReFINE" if objective == "refine" else "next-token"
+    rows, updates = train.mini_batch, train.updates_per_step
+    return Program(
+        "update" if objective == run.config.refine.objective else "ntp_update",
+        f"{wording} update by {rows} rows, {at_once} at a time",
+        programs.update,
+        (run.state, batch, experience, run.shapes.scalar(), updates),
+        runs=0 if compared else updates,
+        model_flops=run.flops(rows, trunk=3, rollouts=rollouts),
+        compared=compared,
+    )
+
+
+def _method(run: Run) -> AnswerMethod:
+    tokens = run.config.prompts.max_answer_tokens
+    return AnswerMethod(
+        run.model, run.config.refine, max_answer_tokens=tokens, eos_id=EOS, pad_id=PAD
+    )
+
+
+def _answer_sizes(run: Run) -> dict[str, int]:
+    mini_batch = run.config.posttrain.mini_batch_size or run.config.train.batch_size
+    return {"mini_batch": mini_batch, "micro_batch": rows_at_once(run.config)}
+
+
+def _answer_update(run: Run, update: Callable, inputs: Any, sampled: int) -> Program:
+    """sampled: tokens of the answers that a prompt has besides its own row."""
+    rows, length = _answer_sizes(run)["mini_batch"], run.config.data.sequence_length
+    updates = run.config.train.batch_size // rows
+    return Program(
+        "answer_update",
+        f"update on the answers of {rows} rows",
+        update,
+        (run.state, inputs, run.shapes.scalar(), updates),
+        runs=updates,
+        model_flops=3 * rows * (length + sampled) * forward_flops(run.model.config, length),
+    )
+
+
+def _supervised(run: Run) -> Program:
+    update = make_supervised_update(_method(run), run.optimizer, **_answer_sizes(run))
+    return _answer_update(run, update, run.batch(run.config.train.batch_size, answers=True), 0)
+
+
+def _policy_programs(run: Run) -> Any:
+    return make_policy_programs(
+        _method(run),
+        run.optimizer,
+        samples=run.config.posttrain.samples,
+        temperature=run.config.refine.sampling_temperature,
+        **_answer_sizes(run),
+    )
+
+
+def _sampled(run: Run) -> int:
+    return run.config.posttrain.samples * run.config.prompts.max_answer_tokens
+
+
+def _sample(run: Run) -> Program:
+    rows, length = run.config.train.batch_size, run.config.data.sequence_length
+    return Program(
+        "answer_collect",
+        f"{run.config.posttrain.samples} answers to each of {rows} prompts",
+        _policy_programs(run).collect,
+        (run.state.params, run.batch(rows, answers=True), run.keys(rows)),
+        runs=1,
+        resident=(run.state,),
+        model_flops=rows * (length + _sampled(run)) * forward_flops(run.model.config, length),
+    )
+
+
+def _policy(run: Run) -> Program:
+    sample, programs = _sample(run), _policy_programs(run)
+    answers = run.shapes.rows(jax.eval_shape(sample.function, *sample.args))
+    shape = run.config.train.batch_size, run.config.posttrain.samples
+    rewards = jax.ShapeDtypeStruct(shape, jnp.float32)
+    advantages = run.shapes.rows(jax.eval_shape(programs.advantages, rewards, answers))
+    inputs = sample.args[1], answers, advantages
+    return _answer_update(run, programs.update, inputs, _sampled(run))
+
+
+def _answer_evaluation(run: Run) -> Program:
+    rows, length = rows_at_once(run.config), run.config.data.sequence_length
+    # The true answers are read, and others are generated from the prompts.
+    tokens = rows * (2 * length + run.config.prompts.max_answer_tokens)
+    return Program(
+        "answer_evaluation",
+        f"answers to {rows} held-out prompts",
+        make_answer_eval(_method(run)),
+        (run.state.params, run.batch(rows, answers=True)),
+        resident=(run.state,),
+        model_flops=tokens * forward_flops(run.model.config, length),
+    )
