@@ -29,6 +29,7 @@ from refine_jax.compile_only.network import (
     parse_pairs,
 )
 
+_CHAIN = re.compile(r'chain_id="(\w+)"')
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
@@ -116,11 +117,38 @@ class Estimator:
                 cost.add(self._computation(name))
         elif opcode.endswith("-done"):
             self._wait(instruction, computation, cost, transfers)
+        elif (chain := self._chain(instruction)) is not None:
+            self._fused(chain, instruction, computation, cost, transfers)
         elif (found := self.collectives(instruction, computation)) is not None:
             self._communicate(found, instruction, computation, cost, transfers)
         elif opcode.endswith("-start"):
             self._copy(instruction, cost, transfers)
         elif opcode not in _FREE:
+            self._compute(instruction, computation, cost)
+
+    def _chain(self, instruction: Instruction) -> tuple[str, bool, bool] | None:
+        """What a fusion is of a collective that XLA has divided into several.
+
+        (chain, whether it starts it, whether it ends it): the fusions between go on with other work
+        beside it, and all of them hold the collective. None: it is no such part.
+        """
+        if instruction.opcode != "fusion":
+            return None
+        inner = self._module.computations[instruction.callees[0]].instructions.values()
+        chains = [found[1] for i in inner if (found := _CHAIN.search(i.attributes))]
+        if not chains:
+            return None
+        targets = {i.attributes.partition('custom_call_target="')[2].split('"')[0] for i in inner}
+        return chains[0], "AsyncCollectiveStart" in targets, "AsyncCollectiveDone" in targets
+
+    def _fused(self, chain, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+        name, starts, ends = chain
+        if starts:
+            found = self.collectives(instruction, computation)
+            transfers.done[name] = self._send(found, cost, transfers)
+        elif ends:
+            self._until(transfers.done.get(name, 0.0), cost)
+        else:
             self._compute(instruction, computation, cost)
 
     def _copy(self, instruction, cost: Cost, transfers: _Transfers) -> None:
@@ -140,26 +168,32 @@ class Estimator:
             if not source.operands:
                 return
             name = source.operands[0]
-        waited = max(transfers.done[name] - cost.seconds, 0.0)
+        self._until(transfers.done[name], cost)
+
+    @staticmethod
+    def _until(done: float, cost: Cost) -> None:
+        waited = max(done - cost.seconds, 0.0)
         cost.seconds += waited
         cost.waits += waited
 
-    def _communicate(self, found, instruction, computation, cost, transfers) -> None:
+    def _send(self, found: list[Collective], cost: Cost, transfers: _Transfers) -> float:
+        """Collectives that start now; returns when they are done."""
         seconds = sum(self._network.seconds(collective) for collective in found)
         cost.links += seconds
         for collective in found:
             cost.sent[collective.kind] += collective.sent
             cost.counts[collective.kind] += 1
-        done = max(cost.seconds, transfers.links) + seconds
-        transfers.links = done
+        transfers.links = max(cost.seconds, transfers.links) + seconds
+        return transfers.links
+
+    def _communicate(self, found, instruction, computation, cost, transfers) -> None:
+        done = self._send(found, cost, transfers)
         if instruction.opcode.endswith("-start"):
             transfers.done[instruction.name] = done
             return
         if instruction.opcode == "fusion":  # computes beside what it sends
             self._compute(instruction, computation, cost)
-        waited = max(done - cost.seconds, 0.0)
-        cost.seconds += waited
-        cost.waits += waited
+        self._until(done, cost)
 
     def collectives(
         self, instruction: Instruction, computation: Computation

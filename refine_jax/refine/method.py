@@ -21,7 +21,7 @@ from refine_jax.models.transformer import Model, Params, Trace
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
+from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots, select_positions
 
 Batch = dict[str, jax.Array]
@@ -78,10 +78,33 @@ def run_trunk(
     model: Model, params: Params, batch: Batch, *, with_trace: bool, max_documents: int = 1
 ) -> Trunk:
     """Forward pass, next-token loss and entropies of a batch."""
-    tokens = batch["tokens"]
     layout = layout_of(batch, max_documents)
+    hidden, trace = model.forward(params, batch["tokens"], layout, with_trace=with_trace)
+    return _read_trunk(model, params, batch, layout, hidden, trace)
+
+
+def run_trunk_with_rollouts(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    starts: jax.Array,
+    tokens: jax.Array,
+    *,
+    max_documents: int = 1,
+) -> tuple[Trunk, Scores]:
+    """`run_trunk`, and the scores of given rollouts `tokens` [B, R, k] from `starts` [B, R].
+
+    Equal to `score_rollouts` after it, but no layer's trace outlives the layer.
+    """
+    layout = layout_of(batch, max_documents)
+    hidden, forks = model.forward_with_forks(params, batch["tokens"], layout, starts, tokens)
+    trunk = _read_trunk(model, params, batch, layout, hidden, None)
+    return trunk, scores_of(model, params, hidden, forks, starts, tokens)
+
+
+def _read_trunk(model, params, batch, layout, hidden, trace) -> Trunk:
+    tokens = batch["tokens"]
     weights = target_weights(tokens, layout)
-    hidden, trace = model.forward(params, tokens, layout, with_trace=with_trace)
     targets = jnp.roll(tokens, -1, axis=1)
     nll_sum, stats = next_token_loss(
         hidden, model.head(params), targets, weights, implementation=head_implementation(model)
@@ -187,14 +210,22 @@ class Method:
         """Log-probabilities and hidden states of rollouts."""
         return score_rollouts(self.model, params, trunk.hidden, trunk.trace, starts, tokens)
 
+    def trunk_with_rollouts(
+        self, params: Params, batch: Batch, starts: jax.Array, tokens: jax.Array
+    ) -> tuple[Trunk, Scores]:
+        """The forward pass together with given rollouts."""
+        return run_trunk_with_rollouts(
+            self.model, params, batch, starts, tokens, max_documents=self.max_documents
+        )
+
     def reference_log_probs(
         self, reference_params: Params | None, batch: Batch, starts: jax.Array, tokens: jax.Array
     ) -> jax.Array | None:
         """[B, R, k] of the initial policy, where the KL term asks for them."""
         if self.config.kl_coef == 0:
             return None
-        reference = self.trunk(reference_params, batch)
-        return lax.stop_gradient(self.score(reference_params, reference, starts, tokens).log_probs)
+        scores = self.trunk_with_rollouts(reference_params, batch, starts, tokens)[1]
+        return lax.stop_gradient(scores.log_probs)
 
     def gather(
         self,
@@ -235,8 +266,12 @@ class Method:
         token_count: predicted tokens of the mini-batch. valid: [mini-batch, R] bool, of its
         rollouts; None where the rows are the whole mini-batch.
         """
-        config = self.config
-        trunk = self.trunk(params, batch)
+        config, scores = self.config, None
+        if experience is None:
+            trunk = self.trunk(params, batch)
+        else:
+            rollouts = experience.starts, experience.tokens
+            trunk, scores = self.trunk_with_rollouts(params, batch, *rollouts)
         ntp = trunk.nll_sum / token_count
         metrics = {
             "loss/ntp": ntp,
@@ -248,8 +283,6 @@ class Method:
 
         if experience is None:
             experience, scores = self.gather(params, reference_params, trunk, batch, keys)
-        else:
-            scores = self.score(params, trunk, experience.starts, experience.tokens)
 
         k = config.rollout_length
         mask = _token_mask(experience.valid, k)

@@ -85,10 +85,20 @@ def score_rollouts(
 
     Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
     pass, the gradient is that of running every prefix with its rollout on its own.
-    Log-probabilities before and after an update both come from here, so that they differ by the
-    update alone.
     """
     fork_hidden = model.forward_forks(params, trace, starts, tokens)
+    return scores_of(model, params, hidden, fork_hidden, starts, tokens)
+
+
+def scores_of(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    fork_hidden: jax.Array,
+    starts: jax.Array,
+    tokens: jax.Array,
+) -> Scores:
+    """`score_rollouts`, given the hidden states of the rollouts [B, R, k, D]."""
     before = take_tokens(hidden, starts - 1)[:, :, None]
     predictors = jnp.concatenate([before, fork_hidden[:, :, :-1]], axis=2)
     log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
