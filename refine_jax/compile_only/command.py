@@ -63,6 +63,7 @@ def run(config: Config, topology: str | None, out: Path | None = None, *, debug=
     print(report.heading(), flush=True)
     for name in run_facts["programs"]:
         found = in_child(task | {"program": name}) | {"name": name}
+        found.pop("facts", None)
         report.programs.append(found)
         print(line(found, slice_), flush=True)
     print(text(report), flush=True)
