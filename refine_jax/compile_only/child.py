@@ -3,8 +3,8 @@
     python -m refine_jax.compile_only.child TASK.json RESULT.json
 
 A fault inside libtpu ends the process, and jax must be told before it starts that there is no TPU.
-TASK: {"config", "topology", "program", "plan", "debug"}; plan: stop before code is made. RESULT: the figures of `compile_program`, or {"error":
-"input" or "compile", "message"}.
+TASK: {"config", "topology", "program", "plan", "debug"}; with plan, stop before code is made.
+RESULT: the figures of `compile_program`, or {"error": "input" or "compile", "message"}.
 """
 
 from __future__ import annotations
