@@ -38,8 +38,8 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
     "async-update",
 }
-# Shares of the chip's peaks, by libtpu's cycles for the rollouts of DeltaNet-1.3B on a v5e: what has
-# products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
+# Shares of the chip's peaks, by libtpu's cycles for the rollouts of DeltaNet-1.3B on a v5e: what
+# has products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
 _PRODUCT_SHARE, _TRANSFER_SHARE = 0.88, 0.38
 # Libtpu writes the largest number there is where it has no estimate.
 _NO_ESTIMATE = 1e15

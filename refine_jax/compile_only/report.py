@@ -129,9 +129,10 @@ def line(program: dict, topology: Topology) -> str:
     seconds = program["seconds"]
     used = program["model_flops"] / seconds / chip.flops if seconds else None
     share = f"{used:.0%} of peak" if used is not None else "-"
+    done = "planned" if program.get("planned") else "compiled"
     return (
         f"{program['name']:15s} {verdict:12s} {size(peak):>10s} of {size(chip.hbm)}   "
-        f"{duration(seconds):>10s}  {share:>12s}   compiled in "
+        f"{duration(seconds):>10s}  {share:>12s}   {done} in "
         f"{program['compile_seconds']:.0f} s   {program['meaning']}"
     )
 

@@ -213,12 +213,17 @@ class Model:
         out what only a crossing of a chunk boundary needs.
         """
 
-        def layer(_, inputs):
-            layer_params, layer_trace = inputs
-            attn = self._block(layer_params).attn
-            return None, attn.fork(layer_trace, positions, trace.layout, trace.plan, horizon)
+        def pick(layer_trace):
+            return self._mixer.pick(self.config, layer_trace, positions, trace.layout)
 
-        return lax.scan(layer, None, (params["layers"], trace.layers))[1]
+        def layer(_, inputs):
+            layer_params, picked = inputs
+            attn = self._block(layer_params).attn
+            return None, attn.resume(picked, positions, trace.layout, trace.plan, horizon)
+
+        # For all layers at once: the loop would copy each layer's whole trace.
+        inputs = (params["layers"], jax.vmap(pick)(trace.layers))
+        return lax.scan(layer, None, inputs)[1]
 
     @_exact_float32
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
