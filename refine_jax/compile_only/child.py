@@ -213,6 +213,7 @@ def compile_program(
             "xla": cost.xla,
             "waits": cost.waits,
             "links": cost.links,
+            "rare": cost.rare,
         },
         "unknown_loops": cost.unknown,
         "buffers": [dataclasses.asdict(buffer) for buffer in buffers[:_SHOWN_BUFFERS]],

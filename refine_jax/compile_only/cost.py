@@ -51,7 +51,8 @@ class Cost:
 
     seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
     bytes: read from and written to the HBM. sent, counts: of collectives by kind. links: seconds
-    that they need, overlapped or not. unknown: loops of unknown length, counted once.
+    that they need, overlapped or not. unknown: loops of unknown length, counted once. rare: seconds
+    more if conditions took their longest branches, of which the shortest are counted.
     """
 
     seconds: float = 0.0
@@ -60,13 +61,14 @@ class Cost:
     waits: float = 0.0
     bytes: float = 0.0
     links: float = 0.0
+    rare: float = 0.0
     unknown: int = 0
     sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: Cost, times: int = 1) -> None:
         """Add a part that runs `times` times."""
-        for name in ("seconds", "kernels", "xla", "waits", "bytes", "links"):
+        for name in ("seconds", "kernels", "xla", "waits", "bytes", "links", "rare"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.unknown += other.unknown
         for kind in other.counts:
@@ -116,7 +118,10 @@ class Estimator:
             cost.add(self._computation(instruction.callee("body")), 1 if trips is None else trips)
         elif opcode == "conditional":
             branches = [self._computation(name) for name in instruction.callees]
-            cost.add(max(branches, key=lambda branch: branch.seconds))
+            branches.sort(key=lambda branch: branch.seconds)
+            cost.add(branches[0])
+            longest = branches[-1]
+            cost.rare += longest.seconds + longest.rare - branches[0].seconds - branches[0].rare
         elif opcode == "call":
             for name in instruction.callees:
                 cost.add(self._computation(name))

@@ -185,8 +185,10 @@ def _details(program: dict) -> str:
     ]
     if program["seconds"] is not None:
         parts = program["parts"]
-        unknown = program["unknown_loops"]
+        unknown, rare = program["unknown_loops"], parts.get("rare", 0)
         counted = f"; {unknown} loops of unknown length counted once" if unknown else ""
+        if rare > 0.01 * program["seconds"]:
+            counted += f"; {duration(rare)} more where conditions take their longer branches"
         lines.append(
             f"  estimate     {duration(program['seconds'])}: kernels {duration(parts['kernels'])}, "
             f"XLA {duration(parts['xla'])}, waits for transfers {duration(parts['waits'])} (links "
