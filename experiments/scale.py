@@ -82,6 +82,11 @@ def cases() -> Iterator[Case]:
         yield Case("slices", model, "v5p:2x2x1", mesh(fsdp=4) | rows(128, 32, 2))
         yield Case("slices", model, "v6e:4x4", mesh(fsdp=16))
         yield Case("slices", model, "v5e:16x16", mesh(fsdp=32, sequence=8))
+    # The smallest slices: those that hold the state, and what is next to them.
+    for topology, fsdp in (("v5p:1x1x1", 1), ("v6e:2x2", 4), ("v5e:2x2", 4), ("v5e:2x4", 8)):
+        for model in MODELS:
+            yield Case("smallest", model, topology, mesh(fsdp=fsdp))
+    yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
         # 16K tokens on each of 64 chips, as rows of any length.
         for length, sequence in ((16, 1), (64, 4), (256, 16), (1024, 64)):

@@ -158,8 +158,8 @@ def collect_in_parts(
     """`method.collect` of many rows, with forward passes over `1 / parts` of them at a time.
 
     Rollouts are few tokens, for which reading the parameters is all the time there is. So the rows
-    of several parts roll out together: as many as have states no larger than the trace of one part,
-    which is gone by then.
+    of several parts roll out together: as many as have states no larger than a quarter of the trace
+    of one part.
     """
     params, reference_params = state.params, state.reference_params
 
@@ -196,7 +196,7 @@ def _rows_together(method: Method, params: Params, part: tuple[Batch, jax.Array]
         for tree in jax.eval_shape(sizes, *part)
     )
     # Traces are spread over the axis `sequence`, states are not.
-    most = max(trace // (state * axis_size("sequence")), 1)
+    most = max(trace // (4 * state * axis_size("sequence")), 1)
     return max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
 
 
