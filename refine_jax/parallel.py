@@ -265,10 +265,11 @@ def constrain_state(tree: Any) -> Any:
     )
 
 
-def gather_parameters(params: Any) -> Any:
+def gather_parameters(params: Any, dtype: Any = None) -> Any:
     """Parameters of a layer (or of the head) made whole along `embed`, for a computation.
 
     Their gradient is spread again at once, so that no device holds whole ones for long.
+    dtype: what the computation takes the weights of linear maps in; they are sent as such.
     """
     if not is_spread():
         return params
@@ -276,7 +277,10 @@ def gather_parameters(params: Any) -> Any:
 
     def gather(path, x):
         specs = [_parameter_spec(path, x, mesh, gathered=whole) for whole in (True, False)]
-        return x if specs[0] == specs[1] else _gather(x, *specs)
+        if specs[0] == specs[1]:
+            return x
+        is_linear = dtype is not None and getattr(path[-1], "key", None) == "weight"
+        return _gather(x.astype(dtype) if is_linear else x, *specs)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 
