@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent import futures
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 from refine_jax import distributed
@@ -33,10 +36,13 @@ def free_port() -> int:
 
 
 def finish(commands, *, timeout=240, **variables):
-    """[(exit code, standard output, standard error)] of commands run side by side; none is left."""
+    """[(exit code, standard output, standard error)] of commands run side by side; none is left.
+
+    timeout: seconds, after which they are aborted and say where each of their threads is.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", **variables}
-    processes = [
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1", **variables}
+    running = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
@@ -47,13 +53,16 @@ def finish(commands, *, timeout=240, **variables):
         )
         for command in commands
     ]
-    with futures.ThreadPoolExecutor(len(processes)) as pool:
+    late = threading.Timer(timeout, lambda: [p.send_signal(signal.SIGABRT) for p in running])
+    late.start()
+    with futures.ThreadPoolExecutor(len(running)) as pool:
         try:
-            found = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+            found = list(pool.map(lambda process: process.communicate(), running))
         finally:
-            for process in processes:
+            late.cancel()
+            for process in running:
                 process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(running, found, strict=True)]
 
 
 def finish_together(count, task, *arguments, **options):
@@ -96,18 +105,20 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The records of a run on one device of one process, uninterrupted."""
-    workdir = tmp_path_factory.mktemp("whole")
-    midtrain.run(Config.from_dict(tiny(corpus)), workdir)
-    return read_metrics(workdir / "metrics.jsonl")
+    """The records of a run on one device of one process, uninterrupted, and its batches."""
+    workdir, config = tmp_path_factory.mktemp("whole"), Config.from_dict(tiny(corpus))
+    midtrain.run(config, workdir)
+    batches = iter(midtrain.prepare(config, workdir).training)
+    tokens = [next(batches)["tokens"] for _ in range(STEPS)]
+    return read_metrics(workdir / "metrics.jsonl"), tokens
 
 
-def run_flags(corpus, workdir):
-    """The flags of a run of `tiny`, from a configuration file as a user would write it."""
+def run_flags(config, workdir):
+    """The flags of a run, with a configuration file as a user would write it."""
     path = workdir.with_suffix(".py")
     path.write_text(
         "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
-        f"    config = defaults()\n    config.update({tiny(corpus).to_dict()!r})\n"
+        f"    config = defaults()\n    config.update({config.to_dict()!r})\n"
         "    return config\n"
     )
     return [f"--config={path}", f"--workdir={workdir}"]
@@ -127,7 +138,7 @@ def assert_same_metrics(records, expected):
 def interrupted(corpus, tmp_path_factory):
     """Folder of a run of four processes, of which one got SIGTERM at step 3; what they printed."""
     workdir = tmp_path_factory.mktemp("four") / "run"
-    flags = [*run_flags(corpus, workdir), "--config.mesh.data=2"]
+    flags = [*run_flags(tiny(corpus), workdir), "--config.mesh.data=2"]
     return workdir, finish_together(4, "run", 2, STOP, *flags)
 
 
@@ -138,22 +149,26 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(interrupted, whole):
     printed = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for _, out, _ in ended]
     assert f"SIGTERM: saved step {STOP} of {STEPS}" in printed[0][-2]
     assert printed[1:] == [[]] * 3
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole[: STOP + 1])
+    records, batches = whole
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records[: STOP + 1])
+    np.testing.assert_array_equal(processes.noted_rows(workdir), batches[:STOP])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_of_four_processes_goes_on_with(processes, interrupted, corpus, whole, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_of_four_processes_goes_on_with(count, interrupted, corpus, whole, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(interrupted[0], workdir)
-    if processes == 1:
+    shutil.copytree(interrupted[0], workdir, ignore=shutil.ignore_patterns("rows-*"))
+    records, batches = whole
+    if count == 1:
         midtrain.run(Config.from_dict(tiny(corpus)), workdir)
     else:
-        ended = finish_together(processes, "run", 0, -1, *run_flags(corpus, workdir))
-        assert [code for code, _, _ in ended] == [0] * processes, ended
+        ended = finish_together(count, "run", 0, -1, *run_flags(tiny(corpus), workdir))
+        assert [code for code, _, _ in ended] == [0] * count, ended
         results = json.loads(ended[0][1].splitlines()[-1])
         assert json.loads((workdir / "results.json").read_text()) == results
         assert f"continuing after step {STOP}" in ended[0][1] and "rows" not in ended[1][1]
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole)
+        np.testing.assert_array_equal(processes.noted_rows(workdir), batches[STOP:])
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records)
     for name in ("training.png", "rollouts.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
 
@@ -167,6 +182,32 @@ def test_processes_read_the_rows_of_their_devices_and_fail_together(tmp_path):
     assert ended[1][2].splitlines()[-1] == "KeyError: 'a bug'"
     (predictions,) = tmp_path.iterdir()
     assert [record["id"] for record in read_metrics(predictions)] == list("abcdefghi")
+
+
+_TOGETHER = """
+import os, signal, sys
+from refine_jax import distributed
+
+with distributed.ending_together():
+    distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    assert distributed.gather(1) == [1, 1]
+    if sys.argv[2] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.gather(2)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(victim):
+    address = f"127.0.0.1:{free_port()}"
+    ended = finish([["-c", _TOGETHER, address, index, victim] for index in range(2)])
+    assert ended[victim][0] == -signal.SIGKILL
+    code, _, err = ended[1 - victim]
+    if victim == 0 and code == -signal.SIGABRT:  # jax may notice first that its coordinator is gone
+        assert "most likely indicates that another task died" in err
+    else:
+        assert code == 1, err
+        assert "another process was killed or its host is gone" in err.splitlines()[-1]
 
 
 def test_a_process_without_the_others_says_so(tmp_path):
