@@ -1,5 +1,6 @@
 """Several real processes as one run, over the loopback interface; and how they are started."""
 
+import importlib
 import json
 import os
 import shutil
@@ -171,6 +172,63 @@ def test_a_run_of_four_processes_goes_on_with(count, interrupted, corpus, whole,
     assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records)
     for name in ("training.png", "rollouts.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def other_phase(name, folder):
+    """A run of another phase than mid-training, as `tiny`."""
+    config = tiny(folder)
+    config.phase = name.partition("-")[0]
+    if config.phase == "posttrain":
+        config.data.update(source="recall", limit_documents=40, sequence_length=256)
+        config.prompts.max_answer_tokens = 8
+        config.posttrain.update(answers=name.partition("-")[2], samples=2, mini_batch_size=2)
+        config.train.update(steps=2, warmup_ntp_steps=0, mini_batch_size=2)
+        config.train.micro_batch_size = 1
+        return config
+    rows = [
+        {"task": "lcc", "prompt": " ".join(WORDS[i : i + 5]), "answers": [WORDS[i]]}
+        for i in range(6)
+    ]
+    path = folder / "code.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.evaluate.update(tasks="lcc", data=str(path), batch_size=2)
+    config.generation.max_new_tokens = 8
+    config.refine.edge_margin = 3
+    config.testtime.update(steps=2, batch_size=2, mini_batch_size=2)
+    return config
+
+
+def answers_of(workdir):
+    """What a run answered, by id, without what that took."""
+    if (workdir / "answers.jsonl").exists():
+        return (workdir / "answers.jsonl").read_text()
+    answers = {record.pop("id"): record for record in read_metrics(workdir / "predictions.jsonl")}
+    for record in answers.values():
+        del record["seconds_read"], record["seconds_generate"]
+        for name in ("seconds", "compiled"):
+            record.get("adapt", {}).pop(name, None)
+        if "adapt" in record:
+            record["adapt"]["loss"] = pytest.approx(record["adapt"]["loss"], rel=1e-5)
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["posttrain-sft", "posttrain-grpo", "evaluate", "testtime"])
+def test_other_phases_over_two_processes_are_those_of_one(phase, tmp_path):
+    config = other_phase(phase, tmp_path)
+    module = importlib.import_module(f"refine_jax.phases.{config.phase}")
+    module.run(Config.from_dict(config), tmp_path / "one")
+    ended = finish_together(2, "run", 0, -1, *run_flags(config, tmp_path / "two"))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
+    if config.phase == "posttrain":
+        records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+        assert_same_metrics(*records)
+    else:
+        found, expected = (
+            json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")
+        )
+        assert found["sets"] == expected["sets"] and found["mean"] == expected["mean"]
 
 
 def test_processes_read_the_rows_of_their_devices_and_fail_together(tmp_path):
