@@ -22,10 +22,12 @@ line on standard output is a JSON object with the figures of the run.
 import functools
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -103,6 +105,7 @@ def execute(
         join()
         distributed.check_same("configuration", json.dumps(config.to_dict(), sort_keys=True))
         distributed.check_shared(workdir)
+        keep_programs(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
         results = phase.run(config, workdir)
     except USER_ERRORS as error:
@@ -112,6 +115,17 @@ def execute(
         return _complain(error)
     distributed.say(json.dumps(results))
     return 0
+
+
+def keep_programs(workdir: str | os.PathLike) -> None:
+    """Keep what is compiled for accelerators in WORKDIR/compiled, so that a run restarts quickly.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
+    Programs for a CPU are kept on demand only: they fit one model of processor.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        folder = Path(workdir).expanduser().absolute() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def compile_for(

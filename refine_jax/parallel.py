@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from refine_jax import distributed
 from refine_jax.config import MeshConfig
 from refine_jax.settings import ConfigError
 
@@ -103,6 +104,8 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     if alone:
         devices = [device for device in devices if device.process_index == jax.process_index()]
     mesh = make_mesh(config, devices)
+    if not alone:
+        distributed.connect(mesh)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         yield mesh
 

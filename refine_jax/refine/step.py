@@ -96,6 +96,19 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def mini_batches(like: jax.Array, count: int) -> list[jax.Array]:
+    """0 .. count - 1, int32, made where the int32 scalar `like` is: nothing comes from the host."""
+    return [0 * like + index for index in range(count)]
+
+
+@jax.jit
+def mean_metrics(each: list[Metrics]) -> Metrics:
+    """Metrics of several updates: means, and the counts ("update/...") after the last."""
+    metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
+    return metrics | {name: each[-1][name] for name in metrics if name.startswith("update/")}
+
+
 def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array = 0) -> jax.Array:
     """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed.
 
@@ -327,13 +340,10 @@ def make_train_step(
         collected = time.perf_counter()
         updates = rows // mini_batch
         each = []
-        for index in range(updates):
-            index = jnp.int32(index)
+        for index in mini_batches(state.step, updates):
             state, metrics = programs.update(state, batch, experience, index, updates)
             each.append(metrics)
-        metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
-        metrics |= {name: each[-1][name] for name in metrics if name.startswith("update/")}
-        jax.block_until_ready(metrics)
+        metrics = jax.block_until_ready(mean_metrics(each))
         times = {
             "time/collect": collected - begin,
             "time/update": time.perf_counter() - collected,
