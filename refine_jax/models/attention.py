@@ -7,6 +7,7 @@ hd head dim, R forks of a sequence, S new tokens, W window.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 
 import jax
@@ -89,7 +90,8 @@ def _splash_kernel(
     shape = num_tokens, num_past + num_tokens
     mask = splash_mask.LocalMask(shape, window_size=(window - 1, 0), offset=num_past)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    with jax.ensure_compile_time_eval():
+
+    def make():
         kernel = splash.make_splash_mha(
             splash_mask.MultiHeadMask([mask] * num_heads),
             block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
@@ -98,6 +100,11 @@ def _splash_kernel(
             interpret=interpret,
         )
         return jax.tree.map(np.asarray, kernel)
+
+    # It computes its tables with jax: in another thread neither this one's trace nor its mesh takes
+    # part, whose devices may be those of another process, or only be compiled for.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _splash(q, k, v, ids, past, window):
