@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from refine_jax.models import attention
 from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
 from refine_jax.models.layout import Layout
 
@@ -73,9 +74,12 @@ def test_packed_and_padded_rows_match_dense_masks(length, window):
         assert not np.any(np.asarray(got)[padding]), f"padding got a gradient: {name}"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_splash_equals_the_blocked_form(packed):
+@pytest.mark.parametrize(("packed", "tokens"), [(False, None), (True, None), (False, 256)])
+def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens):
+    """Also where a row is more than one call of its kernel takes."""
     length, window = 290, 130  # three blocks of queries, the last one cut; windows over two
+    if tokens is not None:
+        monkeypatch.setattr(attention, "_SPLASH_TOKENS", tokens)
     layout = None
     if packed:
         segments = np.zeros((2, length), np.int32)

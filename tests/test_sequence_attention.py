@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
+from refine_jax.models import attention
 from refine_jax.models.attention import window_attention
 from refine_jax.models.layout import Layout
 
@@ -34,11 +35,12 @@ def packed(length):
         (8, 64, 9, "xla", False),
         (8, 64, 30, "xla", True),
         (4, 48, 100, "xla", True),
-        (2, 256, 70, "splash", False),
+        (2, 512, 70, "splash", False),  # in two pieces
         (4, 256, 150, "splash", True),
     ],
 )
-def test_equals_one_device(count, length, window, implementation, with_layout):
+def test_equals_one_device(monkeypatch, count, length, window, implementation, with_layout):
+    monkeypatch.setattr(attention, "_SPLASH_TOKENS", 128)
     segments = packed(length) if with_layout else None
     layout = Layout.from_segments(segments, max_documents=2) if with_layout else None
 

@@ -5,7 +5,8 @@
 
 Documents are read from their first token, to at most --sequence_length; what is beyond, and the
 documents left out for being short, is counted in the result. Every token is predicted from all that
-precede it in its document, and falls into a bucket by how many these are. The output folder gets
+precede it in its document, and falls into a bucket by how many these are. Long documents are read
+in blocks: any --sequence_length takes the same memory. The output folder gets
 position.json and position.png; the last line on standard output is the JSON too.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import sys
@@ -29,11 +31,14 @@ from scipy.special import stdtrit
 from refine_jax.checkpoint.tree import CheckpointError
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataError, DataOptions
+from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.config import ModelConfigError
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk
 
+# Tokens of a batch that one forward pass reads, faster than blocks.
+WHOLE_TOKENS = 65536
 _CONFIDENCE = 0.95
 
 
@@ -109,11 +114,15 @@ def measure(
     """
     # Per document and bucket: tokens, and the sums of losses and of hits.
     columns = [np.zeros((0, 3, len(edges) - 1))]
+    reader = Reader(model, params)
     for batch in batches:
         tokens, segments = (np.asarray(batch[name]) for name in ("tokens", "segments"))
-        rows = {"tokens": tokens, "segments": segments}
-        results = _predict(model, params, rows, max_documents)
-        columns.append(_sum_documents(*map(np.asarray, results), segments, edges))
+        if tokens.size > WHOLE_TOKENS:
+            results = _read(reader, tokens, segments)
+        else:
+            rows = {"tokens": tokens, "segments": segments}
+            results = map(np.asarray, _predict(model, params, rows, max_documents))
+        columns.append(_sum_documents(*results, segments, edges))
     sums = np.concatenate(columns)
     if not sums[:, 0].any():
         raise DataError("there is no token to predict: no document has two tokens.")
@@ -131,6 +140,32 @@ def _predict(model: Model, params: Params, rows: Mapping[str, jax.Array], max_do
     """[B, T] each: losses, hits, weights (1 where a token is predicted), tokens of context."""
     trunk = run_trunk(model, params, rows, with_trace=False, max_documents=max_documents)
     return trunk.stats.nll, trunk.stats.correct, trunk.weights, trunk.layout.position + 1
+
+
+def _read(reader: Reader, tokens: np.ndarray, segments: np.ndarray):
+    """What `_predict` finds, by blocks: as many documents at a time as there are rows."""
+    nll, correct, weights = np.zeros((3, *tokens.shape), np.float32)
+    context = np.zeros(tokens.shape, np.int32)
+    edges = np.diff(segments, axis=1, prepend=0, append=0) != 0
+    documents = []
+    for row, borders in enumerate(edges):
+        slots = np.flatnonzero(borders)
+        spans = [np.s_[row, a:b] for a, b in itertools.pairwise(slots) if segments[row, a]]
+        documents += [span for span in spans if tokens[span].size > 1]
+    documents.sort(key=lambda span: -tokens[span].size)
+    for first in range(0, len(documents), len(tokens)):
+        group = documents[first : first + len(tokens)]
+        texts = np.zeros((len(tokens), tokens[group[0]].size), np.int32)
+        for text, span in zip(texts, group, strict=False):
+            text[: tokens[span].size] = tokens[span]
+        found = reader.read(texts)
+        for row, span in enumerate(group):
+            count = tokens[span].size - 1
+            predicted = np.s_[span[0], span[1].start : span[1].stop - 1]
+            nll[predicted], correct[predicted] = found.nll[row, :count], found.correct[row, :count]
+            weights[predicted] = 1
+            context[predicted] = 1 + np.arange(count)
+    return nll, correct, weights, context
 
 
 def _sum_documents(nll, correct, weights, context, segments, edges) -> np.ndarray:

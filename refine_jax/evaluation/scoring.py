@@ -2,7 +2,8 @@
 
 Requests that begin alike share the work: the longest of them is a trunk, read by one forward pass,
 and the others fork from its trace where they leave it (four answers to one question cost one pass
-over the question). Shapes are rounded up, so that few programs are compiled.
+over the question). Shapes are rounded up, so that few programs are compiled. Requests of more than
+MAX_BATCH_TOKENS are read in blocks, with memory that does not depend on their length.
 
 Letters: B rows of a batch, T tokens of a row, R forks of a row, S tokens of a fork.
 """
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax.evaluation.stream import Reader
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.transformer import Model, Params, Trace
 from refine_jax.parallel import take_tokens
@@ -112,6 +114,7 @@ class Scorer:
         self.params, self.batch_size = params, batch_size
         self.usage = Usage()
         self._shapes: set[tuple] = set()
+        self._reader = Reader(model, params)
         self._read = jax.jit(functools.partial(_read, model), static_argnames="with_trace")
         self._branch = jax.jit(functools.partial(_branch, model))
 
@@ -132,11 +135,47 @@ class Scorer:
         trunks.sort(key=lambda trunk: bool(trunk.forks), reverse=True)
         first = 0
         while first < len(trunks):
+            if len(requests[trunks[first].request].tokens) > MAX_BATCH_TOKENS:
+                yield from self._score_long(requests, trunks[first])
+                first += 1
+                continue
             length = _round_up(len(requests[trunks[first].request].tokens) - 1, _SHORTEST_ROW)
             size = min(self.batch_size, max(1, MAX_BATCH_TOKENS // length))
             yield from self._score_batch(requests, trunks[first : first + size], (size, length))
             first += size
         self.usage.requests += len(requests)
+
+    def _score_long(self, requests: Sequence[Request], trunk: Trunk) -> Iterator[tuple[int, Score]]:
+        """Scores of what belongs to one trunk, read in blocks.
+
+        The blocks that all of its requests share are read once.
+        """
+        block, trunk_tokens = self._reader.block, requests[trunk.request].tokens
+        shared, before = 0, None
+        if trunk.forks:
+            common = min(len(trunk_tokens) - 1, *(count for _, count in trunk.forks))
+            shared = common // block * block
+        if shared:
+            before = self._reader.read(trunk_tokens[None, : shared + 1])
+        self._count("blocks")
+        self.usage.rows += 1
+        self.usage.row_tokens += len(trunk_tokens) - 1
+        for index in (trunk.request, *(index for index, _ in trunk.forks)):
+            tokens, context = requests[index]
+            parts = []
+            if before is not None:
+                parts.append(
+                    (before.nll[0, : len(tokens) - 1], before.correct[0, : len(tokens) - 1])
+                )
+            if len(tokens) - shared > 1:
+                state = None if before is None else jax.tree.map(jnp.copy, before.state)
+                rest = self._reader.read(tokens[None, shared:], state)
+                parts.append((rest.nll[0], rest.correct[0]))
+            if index != trunk.request:
+                self.usage.forks += 1
+                self.usage.fork_tokens += max(len(tokens) - shared - 1, 0)
+            nll, correct = (np.concatenate(x)[context - 1 :] for x in zip(*parts, strict=True))
+            yield index, _total(nll, correct)
 
     def _score_batch(
         self, requests: Sequence[Request], trunks: Sequence[Trunk], shape: tuple[int, int]

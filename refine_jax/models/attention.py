@@ -23,6 +23,7 @@ from refine_jax.models.layout import Layout
 _MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 _QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest on CPU at window 512
 _SPLASH_BLOCK = 1024  # and no larger than the window, as whole blocks are computed
+_SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with the square
 
 
 def window_attention(
@@ -111,26 +112,47 @@ def _splash(q, k, v, ids, past, window):
     """jax's splash attention, which visits only the blocks that the window reaches.
 
     A row is padded to whole blocks: causality keeps real tokens from seeing what stands behind. So
-    is its past, at its beginning: out of reach for every window.
+    is its past, at its beginning: out of reach for every window. A long row is cut into pieces,
+    each behind its past, that are rows of their own.
     """
-    num_tokens = q.shape[2]
+    num_rows, num_heads, num_tokens, _ = q.shape
     block = min(_SPLASH_BLOCK, *(-(-size // 128) * 128 for size in (window, num_tokens)))
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
-    (q, k, v), ids = _pad_tokens((q, k, v), ids, block)
-    num_past, key_ids = 0, ids
-    if past is not None:
+    count = -(-num_tokens // _SPLASH_TOKENS)
+    if count > 1 and ids is None:  # nothing else tells that the first piece has no past
+        ids = jnp.ones((num_rows, num_tokens), jnp.int32)
+    (q, k, v), ids = _pad_tokens((q, k, v), ids, count * block)
+    size, num_past, key_ids = q.shape[2] // count, 0, ids
+    if count > 1 or past is not None:
         num_past = -(-(window - 1) // block) * block
-        past = [_front_pad(x, num_past - (window - 1), x.ndim // 2) for x in past]
-        k, v, key_ids = (_after(a, b) for a, b in zip(past, (k, v, ids), strict=True))
+        if past is None:
+            k, v, key_ids = (_front_pad(x, num_past, x.ndim // 2) for x in (k, v, ids))
+        else:
+            past = [_front_pad(x, num_past - (window - 1), x.ndim // 2) for x in past]
+            k, v, key_ids = (_after(a, b) for a, b in zip(past, (k, v, ids), strict=True))
+    if count > 1:
+        q, ids = (_to_pieces(x, size, 0) for x in (q, ids))
+        k, v, key_ids = (_to_pieces(x, size, num_past) for x in (k, v, key_ids))
     interpret = jax.default_backend() != "tpu"
-    attend = _splash_kernel(*q.shape[1:3], num_past, window, block, interpret)
+    attend = _splash_kernel(num_heads, size, num_past, window, block, interpret)
     if ids is None:
         out = jax.vmap(attend)(q, k, v)
     else:
         # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
         out = jax.vmap(attend)(q, k, v, splash.SegmentIds(ids, key_ids))
         out = jnp.where((ids > 0)[:, None, :, None], out, 0)
+    if count > 1:
+        out = jnp.moveaxis(out.reshape(num_rows, count, *out.shape[1:]), 1, 2)
+        out = out.reshape(num_rows, num_heads, -1, out.shape[-1])
     return out[:, :, :num_tokens]
+
+
+def _to_pieces(x, size: int, past: int):
+    """Arrays [B, A, past + n size, hd] or ids [B, past + n size] to n rows of past + size each."""
+    axis = x.ndim // 2
+    starts = range(0, x.shape[axis] - past, size)
+    pieces = [lax.slice_in_dim(x, start, start + past + size, axis=axis) for start in starts]
+    return jnp.stack(pieces, axis=1).reshape(-1, *pieces[0].shape[1:])
 
 
 def _no_cudnn(q, ids, past) -> str | None:

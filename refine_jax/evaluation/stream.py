@@ -1,0 +1,82 @@
+"""Next-token losses of texts of any length, with memory that does not depend on it.
+
+A text is read in blocks of one size, each by extending the decode states that the block before it
+left: one program for all of them, however long the text is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax.models.head import next_token_loss
+from refine_jax.models.transformer import Model, Params, State
+from refine_jax.refine.method import head_implementation
+
+BLOCK = 4096  # tokens
+
+
+class Read(NamedTuple):
+    """What is known of B texts after T tokens of each.
+
+    nll, correct: [B, T] float32 on the host, losses (nats) and hits of the tokens after them.
+    state: decode states after them, if T is a multiple of the block; else of no use.
+    """
+
+    nll: np.ndarray
+    correct: np.ndarray
+    state: State
+
+
+class Reader:
+    """Reads texts in blocks with one model: a program for every number of texts."""
+
+    def __init__(self, model: Model, params: Params, *, block: int = BLOCK):
+        """block: tokens of a text that are read at a time."""
+        self.block = block
+        self._params = params
+        self._begin = jax.jit(
+            lambda params, rows: model.init_state(params, (rows, 1)), static_argnums=1
+        )
+        self._step = jax.jit(functools.partial(_step, model), donate_argnums=1)
+
+    def read(self, tokens: np.ndarray, state: State | None = None) -> Read:
+        """Predict tokens[:, 1:] of `tokens` [B, T + 1] int32, T >= 1, each from all before it.
+
+        state: of an earlier call, which is consumed, whose texts go on with the first token; None:
+        the texts begin with it.
+        """
+        rows, count = tokens.shape[0], tokens.shape[1] - 1
+        if state is None:
+            state = self._begin(self._params, rows)
+        found: list[tuple[jax.Array, jax.Array]] = []
+        results = []
+        for start in range(0, count, self.block):
+            part = np.zeros((rows, self.block + 1), np.int32)
+            taken = tokens[:, start : start + self.block + 1]
+            part[:, : taken.shape[1]] = taken  # causal: what follows the end changes nothing before
+            *stats, state = self._step(self._params, state, part)
+            found.append(stats)
+            if len(found) > 1:  # one block ahead of the device, no more
+                results.append(jax.device_get(found.pop(0)))
+        results += jax.device_get(found)
+        nll, correct = (np.concatenate(x, axis=1)[:, :count] for x in zip(*results, strict=True))
+        return Read(nll, correct, state)
+
+
+def _step(model: Model, params: Params, state: State, tokens: jax.Array):
+    """nll, correct [B, S] of the last S of tokens [B, S + 1], and the state before the last."""
+    hidden, state = model.extend(params, tokens[:, None, :-1], state)
+    weights = jnp.zeros((tokens.shape[0], tokens.shape[1] - 1), jnp.float32)  # no sum is wanted
+    _, stats = next_token_loss(
+        hidden[:, 0],
+        model.head(params),
+        tokens[:, 1:],
+        weights,
+        implementation=head_implementation(model),
+    )
+    return stats.nll, stats.correct, state
