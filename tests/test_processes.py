@@ -175,6 +175,7 @@ def other_phase(name, folder):
     config.phase = name.partition("-")[0]
     if config.phase == "posttrain":
         config.data.update(source="recall", limit_documents=40, sequence_length=256)
+        config.data.min_remainder = None
         config.prompts.max_answer_tokens = 8
         config.posttrain.update(answers=name.partition("-")[2], samples=2, mini_batch_size=2)
         config.train.update(steps=2, warmup_ntp_steps=0, mini_batch_size=2)
