@@ -111,16 +111,6 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def whole(corpus, tmp_path_factory):
-    """The records of a run on one device of one process, uninterrupted, and its batches."""
-    workdir, config = tmp_path_factory.mktemp("whole"), Config.from_dict(tiny(corpus))
-    midtrain.run(config, workdir)
-    batches = iter(midtrain.prepare(config, workdir).training)
-    tokens = [next(batches)["tokens"] for _ in range(STEPS)]
-    return read_metrics(workdir / "metrics.jsonl"), tokens
-
-
 def run_flags(config, workdir):
     """The flags of a run, with a configuration file as a user would write it."""
     path = workdir.with_suffix(".py")
@@ -142,43 +132,41 @@ def assert_same_metrics(records, expected):
                 assert record[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, wanted)
 
 
-@pytest.fixture(scope="module")
-def interrupted(corpus, tmp_path_factory):
-    """Folder of a run of four processes, of which one got SIGTERM at step 3; what they printed."""
-    workdir = tmp_path_factory.mktemp("four") / "run"
-    flags = [*run_flags(tiny(corpus), workdir), "--config.mesh.data=2"]
-    return workdir, finish_together(4, "run", 2, STOP, *flags)
+def test_runs_of_one_two_and_four_processes_are_the_same(corpus, tmp_path):
+    """A run of four is stopped by a SIGTERM to one of them, and continued by two, and by one."""
+    config = Config.from_dict(tiny(corpus))
+    midtrain.run(config, tmp_path / "whole")
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    rows = iter(midtrain.prepare(config, tmp_path / "whole").training)
+    batches = [next(rows)["tokens"] for _ in range(STEPS)]
 
-
-def test_sigterm_to_one_process_stops_all_at_the_same_step(interrupted, whole):
-    workdir, ended = interrupted
+    four = tmp_path / "four"
+    ended = finish_together(
+        4, "run", 2, STOP, *run_flags(tiny(corpus), four), "--config.mesh.data=2"
+    )
     assert_codes(ended, 0, 0, 0, 0)
     assert json.loads(ended[0][1].splitlines()[-1]) == {"interrupted": "SIGTERM", "step": STOP}
     printed = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for _, out, _ in ended]
     assert f"SIGTERM: saved step {STOP} of {STEPS}" in printed[0][-2]
     assert printed[1:] == [[]] * 3
-    records, batches = whole
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records[: STOP + 1])
-    np.testing.assert_array_equal(processes.noted_rows(workdir), batches[:STOP])
+    assert_same_metrics(read_metrics(four / "metrics.jsonl"), records[: STOP + 1])
+    np.testing.assert_array_equal(processes.noted_rows(four), batches[:STOP])
 
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_run_of_four_processes_goes_on_with(count, interrupted, corpus, whole, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(interrupted[0], workdir, ignore=shutil.ignore_patterns("rows-*"))
-    records, batches = whole
-    if count == 1:
-        midtrain.run(Config.from_dict(tiny(corpus)), workdir)
-    else:
-        ended = finish_together(count, "run", 0, -1, *run_flags(tiny(corpus), workdir))
-        assert_codes(ended, 0, 0)
-        results = json.loads(ended[0][1].splitlines()[-1])
-        assert json.loads((workdir / "results.json").read_text()) == results
-        assert f"continuing after step {STOP}" in ended[0][1] and "rows" not in ended[1][1]
-        np.testing.assert_array_equal(processes.noted_rows(workdir), batches[STOP:])
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records)
-    for name in ("training.png", "rollouts.png"):
-        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    # Other numbers of processes and devices on other meshes: fsdp=2, where it was data=2, fsdp=2.
+    two, one = tmp_path / "two", tmp_path / "one"
+    for folder in (two, one):
+        shutil.copytree(four, folder, ignore=shutil.ignore_patterns("rows-*"))
+    ended = finish_together(2, "run", 0, -1, *run_flags(tiny(corpus), two))
+    assert_codes(ended, 0, 0)
+    results = json.loads(ended[0][1].splitlines()[-1])
+    assert json.loads((two / "results.json").read_text()) == results
+    assert f"continuing after step {STOP}" in ended[0][1] and "rows" not in ended[1][1]
+    np.testing.assert_array_equal(processes.noted_rows(two), batches[STOP:])
+    midtrain.run(config, one)
+    for folder in (two, one):
+        assert_same_metrics(read_metrics(folder / "metrics.jsonl"), records)
+        for name in ("training.png", "rollouts.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def other_phase(name, folder):
@@ -187,6 +175,7 @@ def other_phase(name, folder):
     config.phase = name.partition("-")[0]
     if config.phase == "posttrain":
         config.data.update(source="recall", limit_documents=40, sequence_length=256)
+        config.data.min_remainder = None
         config.prompts.max_answer_tokens = 8
         config.posttrain.update(answers=name.partition("-")[2], samples=2, mini_batch_size=2)
         config.train.update(steps=2, warmup_ntp_steps=0, mini_batch_size=2)

@@ -29,10 +29,10 @@ def settings(phase, folder):
         "intermediate_size": 8,
         "use_short_conv": False,
     }
-    config.data.update(tokenizer="bytes", sequence_length=64, min_remainder=64)
+    config.data.update(tokenizer="bytes", sequence_length=64)
     config.refine.update(num_positions=2, rollout_length=2)
     config.train.update(batch_size=8, mini_batch_size=4, micro_batch_size=1, eval_batches=1)
-    config.train.update(steps=4 if phase == "midtrain" else 2, warmup_ntp_steps=2)
+    config.train.update(steps=2, warmup_ntp_steps=0)
     if phase == "posttrain":
         config.data.update(source="recall", limit_documents=40, sequence_length=256)
         config.prompts.max_answer_tokens = 8
@@ -40,12 +40,20 @@ def settings(phase, folder):
     else:
         for index in range(20):
             (folder / f"{index}.txt").write_text(f"{index} " * 60, encoding="utf-8")
-        config.data.source = str(folder)
+        config.data.update(source=str(folder), min_remainder=64)
+        config.train.update(steps=4, warmup_ntp_steps=2)
     return Config.from_dict(config)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "devices"),
+    [
+        ("midtrain", 4),
+        ("posttrain", 1),
+        pytest.param("midtrain", 1, marks=pytest.mark.slow),
+        pytest.param("posttrain", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_step_stays_on_its_devices(phase, devices, tmp_path, monkeypatch):
     monkeypatch.setattr("refine_jax.parallel.default_devices", lambda: jax.devices()[:devices])
     config = settings(phase, tmp_path)

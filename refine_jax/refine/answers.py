@@ -7,6 +7,7 @@ tokens of an answer at most, n sampled answers a prompt.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ class SampledAnswers(NamedTuple):
     old_log_probs: jax.Array  # [B, n, A], nats, of the policy that sampled
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def prompts_of(batch: Batch, pad_id: int) -> Batch:
     """The rows without their answers, as padding: {"tokens", "segments"}."""
     is_prompt = batch["answer_mask"] == 0
