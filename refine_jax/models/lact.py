@@ -78,9 +78,8 @@ class LaCTState(NamedTuple):
 
     fast: FastState [B, R, H, ...] of the current chunk. sums: its pending update [B, R, H, ...].
     momentum_sum: [B, R, H], over the tokens in `sums`; None without momentum.
-    keys, values: [B, R, A, hd, W], the last W tokens in ring order (last, as TPUs fill the last
-    axis up to 128). cursor: [B, R] int32, the slot that the next token takes. position: [B, R]
-    int32, tokens of the document so far.
+    keys, values: [B, R, A, W, hd], the last W tokens in ring order. cursor: [B, R] int32, the slot
+    that the next token takes. position: [B, R] int32, tokens of the document so far.
     """
 
     fast: FastState
@@ -311,9 +310,7 @@ class LaCTMixer(nnx.Module):
         fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
         start, ring = _slabs(last, min(window, trace.keys.shape[2]))
         keys, values = (
-            jnp.pad(
-                jnp.swapaxes(ring(x), 3, 4), ((0, 0),) * 4 + ((0, max(window - x.shape[2], 0)),)
-            )
+            jnp.pad(ring(x), ((0, 0), (0, 0), (0, 0), (0, max(window - x.shape[2], 0)), (0, 0)))
             for x in (trace.keys, trace.values)
         )
         sums, momentum_sum = self._pending(trace, fast.weights, last, seen, horizon)
@@ -333,7 +330,7 @@ class LaCTMixer(nnx.Module):
         weights = self._initial_weights()
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (*batch, *w.shape)), weights)
         zeros = jnp.zeros(
-            (*batch, config.num_attn_heads, config.attn_head_dim, config.window_size), dtype
+            (*batch, config.num_attn_heads, config.window_size, config.attn_head_dim), dtype
         )
         count = jnp.zeros(batch, jnp.int32)
         return LaCTState(
@@ -498,8 +495,9 @@ class LaCTMixer(nnx.Module):
         heads_first = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
         queries, keys = (heads_first(self._rope(y, positions)) for y in (q, k))
         values = heads_first(self._attn_heads(v))
-        rings = [jnp.swapaxes(x, 3, 4) for x in (state.keys, state.values)]
-        attention = ring_attention(queries, keys, values, *rings, state.cursor, state.position)
+        attention = ring_attention(
+            queries, keys, values, state.keys, state.values, state.cursor, state.position
+        )
         attention = heads_first(attention).reshape(x.shape)
         fast, after = self._extend_fast(
             state,
@@ -511,8 +509,8 @@ class LaCTMixer(nnx.Module):
         )
         state = LaCTState(
             *after,
-            keys=jnp.swapaxes(push_to_ring(rings[0], keys, state.cursor), 3, 4),
-            values=jnp.swapaxes(push_to_ring(rings[1], values, state.cursor), 3, 4),
+            keys=push_to_ring(state.keys, keys, state.cursor),
+            values=push_to_ring(state.values, values, state.cursor),
             cursor=(state.cursor + num_new) % config.window_size,
             position=state.position + num_new,
         )
