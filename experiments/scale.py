@@ -92,8 +92,8 @@ def cases() -> Iterator[Case]:
             yield Case("smallest", model, topology, settings)
     yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
-        # 1M tokens an update, 16K on each of 64 chips, in rows of any length; of LaCT, whose devices
-        # add up what they make of every chunk, the longest rows lie on fewer, and as many as fit.
+        # 16K tokens on each of 64 chips, in rows of any length; of LaCT, whose devices add up what
+        # they make of every chunk, the longest rows lie on fewer.
         most = 64 if model == "deltanet_1_3b" else 16
         for length in (16, 64, 256, 1024):
             sequence = min(length // 16, most)
