@@ -320,6 +320,13 @@ def test_compiles_a_sharded_update():
     assert found["collectives"]
     assert found["seconds"] >= found["parts"]["kernels"] > 0
     assert found["unknown_loops"] == 0
+    # Without code the program is the same.
+    planned = command.in_child(task | {"plan": True})
+    assert planned["planned"] and planned["fits"]
+    assert planned["collectives"] == found["collectives"]
+    assert planned["memory"]["arguments"] == memory["arguments"]
+    assert planned["memory"]["temporaries"] == pytest.approx(memory["temporaries"], rel=0.2)
+    assert planned["seconds"] > 0
 
 
 @needs_libtpu
