@@ -16,31 +16,16 @@ from pathlib import Path
 
 import jax
 
+from refine_jax.compile_only.chips import Chip, parse_topology
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOOL = ROOT.parent / "shared" / "tools" / "tpu_static.py"
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one device of a TPU generation can do, by the published figures.
-
-    flops: bfloat16 operations a second. bandwidth: of the HBM, bytes a second. clock: Hz.
-    """
-
-    flops: float
-    bandwidth: float
-    clock: float
-
-
-# A v4 or v5p chip is one device of two cores, a 7x chip is two devices.
-CHIPS = {
-    "v4:1x1x1": Chip(275e12, 1228e9, 1.05e9),
-    "v5e:1x1": Chip(197e12, 819e9, 1.5e9),
-    "v5p:1x1x1": Chip(459e12, 2765e9, 1.75e9),
-    "v6e:1x1": Chip(918e12, 1640e9, 1.75e9),
-    "tpu7x:1x1x1": Chip(1153e12, 3690e9, 2.2e9),
-}
+# One device of each generation, by the topology that has no other.
+_SINGLE = ("v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1")
+CHIPS = {name: parse_topology(name).chip for name in _SINGLE}
 
 
 @dataclasses.dataclass(frozen=True)

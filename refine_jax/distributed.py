@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -28,6 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from refine_jax.settings import ConfigError
 
@@ -42,6 +45,7 @@ _METADATA = (
 )
 _FAILURE = "refine_jax/failure"
 _POLL = 2.0  # seconds between looks for failures of other processes
+_connections = itertools.count()
 
 
 class ProcessError(RuntimeError):
@@ -89,6 +93,7 @@ def start(
             ) from error
     if jax.process_count() > 1:
         _watcher.start()
+        connect(Mesh(jax.devices(), ("all",)))
 
 
 def check_address(
@@ -189,6 +194,27 @@ def _time_limit(seconds: float, where: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def connect(mesh: Mesh) -> None:
+    """Open the connections that computations on a mesh of several processes' CPU devices need.
+
+    gloo opens them when a group of devices first computes together, and gives up where one of them
+    comes 30 s later than the others, as may be after long compilation. Here all come at once.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(len(axes)) for group in itertools.combinations(axes, n + 1)]
+
+    def add(x):
+        return [jax.lax.psum(x, group) for group in groups]
+
+    add = jax.shard_map(add, mesh=mesh, in_specs=P(), out_specs=P())
+    zero = np.float32(0)
+    compiled = jax.jit(add).lower(zero).compile()
+    _client().wait_at_barrier(f"refine_jax/connect/{next(_connections)}", 1000 * TIMEOUT)
+    jax.block_until_ready(compiled(zero))
 
 
 def is_writer() -> bool:
@@ -360,8 +386,10 @@ def ending_together() -> Iterator[None]:
 
 def _explain(error: BaseException) -> None:
     """Print why this process ends: the failure of another one, where that broke a connection."""
+    # As a result is fetched, an error of jax comes as a ValueError.
+    shared = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     failure = _watcher.failure()
-    if failure is None and isinstance(error, jax.errors.JaxRuntimeError):
+    if failure is None and shared:
         time.sleep(_POLL)
         failure = _watcher.failure()
     if failure is not None:
@@ -369,3 +397,8 @@ def _explain(error: BaseException) -> None:
         return
     report_failure(f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
+    if shared:
+        _complain(
+            "The processes cannot go on together. If the lines above tell of lost connections, "
+            "another process was killed or its host is gone; the same commands continue the run."
+        )

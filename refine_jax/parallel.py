@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from refine_jax import distributed
 from refine_jax.config import MeshConfig
 from refine_jax.settings import ConfigError
 
@@ -103,6 +104,8 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     if alone:
         devices = [device for device in devices if device.process_index == jax.process_index()]
     mesh = make_mesh(config, devices)
+    if not alone:
+        distributed.connect(mesh)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         yield mesh
 
@@ -265,10 +268,11 @@ def constrain_state(tree: Any) -> Any:
     )
 
 
-def gather_parameters(params: Any) -> Any:
+def gather_parameters(params: Any, dtype: Any = None) -> Any:
     """Parameters of a layer (or of the head) made whole along `embed`, for a computation.
 
     Their gradient is spread again at once, so that no device holds whole ones for long.
+    dtype: what the computation takes the weights of linear maps in; they are sent as such.
     """
     if not is_spread():
         return params
@@ -276,7 +280,10 @@ def gather_parameters(params: Any) -> Any:
 
     def gather(path, x):
         specs = [_parameter_spec(path, x, mesh, gathered=whole) for whole in (True, False)]
-        return x if specs[0] == specs[1] else _gather(x, *specs)
+        if specs[0] == specs[1]:
+            return x
+        is_linear = dtype is not None and getattr(path[-1], "key", None) == "weight"
+        return _gather(x.astype(dtype) if is_linear else x, *specs)
 
     return jax.tree_util.tree_map_with_path(gather, params)
 

@@ -4,6 +4,7 @@ python tests/processes.py run SIGTERM_PROCESS SIGTERM_STEP FLAGS...
 python tests/processes.py exchange FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID
 """
 
+import json
 import os
 import signal
 import sys
@@ -18,18 +19,41 @@ from refine_jax import distributed, main, parallel
 from refine_jax.config import MeshConfig
 from refine_jax.evaluation.runner import Predictions, evaluate
 from refine_jax.monitor import Monitor
+from refine_jax.phases import midtrain
+
+
+def noted_rows(workdir: Path) -> list[np.ndarray]:
+    """The batches [B, T] that the processes of `run` in a folder trained on, by step."""
+    batches: list[dict[int, list]] = []
+    for path in workdir.glob("rows-*.jsonl"):
+        for step, line in enumerate(path.read_text().splitlines()):
+            if step == len(batches):
+                batches.append({})
+            for row, tokens in json.loads(line).items():
+                assert batches[step].setdefault(int(row), tokens) == tokens
+    return [np.array([batch[row] for row in range(len(batch))]) for batch in batches]
 
 
 def run(process: int, step: int) -> None:
-    """`python -m refine_jax.main`, in which a process sends itself SIGTERM after a step."""
-    record = Monitor.record
+    """`python -m refine_jax.main`, in which a process sends itself SIGTERM after a step.
+
+    Each process also writes the rows that it trains on, see `noted_rows`.
+    """
+    record, place = Monitor.record, midtrain._Loop.place
+
+    def place_and_note(self, batch, dataset):
+        if dataset is self.parts.training:
+            rows = dict(zip(dataset.share, batch["tokens"].tolist(), strict=True))
+            with (self.workdir / f"rows-{jax.process_index()}.jsonl").open("a") as file:
+                file.write(json.dumps(rows) + "\n")
+        return place(self, batch, dataset)
 
     def record_and_signal(self, done, metrics):
         record(self, done, metrics)
         if done == step and jax.process_index() == process:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Monitor.record = record_and_signal
+    Monitor.record, midtrain._Loop.place = record_and_signal, place_and_note
     app.run(main.main, flags_parser=main.parse_flags)
 
 

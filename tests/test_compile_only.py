@@ -289,8 +289,8 @@ needs_libtpu = pytest.mark.skipif(
 
 def small_config():
     values = defaults()
-    values.model.fresh = DELTANET_1_3B | {"hidden_size": 256, "num_heads": 2, "vocab_size": 512}
-    values.model.fresh |= {"num_hidden_layers": 3, "intermediate_size": 512}
+    sizes = {"hidden_size": 256, "num_heads": 2, "num_hidden_layers": 3, "intermediate_size": 512}
+    values.model.fresh = DELTANET_1_3B | sizes | {"vocab_size": 512}
     values.data.sequence_length = 1024
     values.train.update(batch_size=8, mini_batch_size=4, micro_batch_size=1)
     return values

@@ -222,14 +222,52 @@ def test_the_estimate_by_hand():
     assert cost.bytes == slice_ + kernel + write + copy
     assert calls == [("my_kernel", ((1000,),), 4000)]
     # 150,000 cycles at 1.5 GHz, the kernel, bytes where the compiler has no estimate, the copy.
-    run = [1e-4, write / 819e9, 1e-6]
+    run = [1e-4, write / (0.38 * 819e9), 1e-6]
     assert cost.xla == pytest.approx(sum(run))
     assert cost.kernels == 2e-5
     # 24 MB over both directions of the ring, 8 hops; the rest of it is waited for before the copy.
     links = 25.6e6 * 15 / 16 / 100e9 + 8e-6
     assert cost.links == pytest.approx(links)
-    assert cost.waits == pytest.approx(links - 1e-4 - 2e-5 - write / 819e9)
+    assert cost.waits == pytest.approx(links - 1e-4 - 2e-5 - write / (0.38 * 819e9))
     assert cost.seconds == pytest.approx(links + 1e-6)
+
+
+_GATHER = """{name} (a{n}: f32[400000]) -> f32[6400000] {{
+  %a{n} = f32[400000]{{0}} parameter(0)
+  %g{n} = f32[6400000]{{0}} all-gather(%a{n}), channel_id=3, dimensions={{0}},
+    replica_groups={{{{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}}},
+    frontend_attributes={{chain_id="7"}}
+  {rest}
+}}
+
+"""
+_PARTS = {
+    "%start": 'ROOT %s = f32[6400000] custom-call(%g1), custom_call_target="AsyncCollectiveStart"',
+    "%beside": "ROOT %b = f32[6400000] copy(%g2)",
+    "%finish": 'ROOT %d = f32[6400000] custom-call(%g3), custom_call_target="AsyncCollectiveDone"',
+}
+CHAIN = "HloModule chain, is_scheduled=true\n\n"
+CHAIN += "".join(_GATHER.format(name=k, n=i, rest=v) for i, (k, v) in enumerate(_PARTS.items(), 1))
+CHAIN += """ENTRY %main (w: f32[400000]) -> f32[6400000] {
+  %w = f32[400000]{0} parameter(0)
+  %one = f32[6400000]{0} fusion(%w), kind=kCustom, calls=%start
+  %two = f32[6400000]{0} fusion(%w), kind=kCustom, calls=%beside,
+    backend_config={"window_config":{"estimated_cycles":"150000"}}
+  ROOT %three = f32[6400000]{0} fusion(%two), kind=kCustom, calls=%finish
+}
+"""
+
+
+def test_a_collective_that_is_divided_among_fusions_counts_once():
+    cost = estimate(CHAIN)
+    size = 4 * 6400000
+    assert dict(cost.counts) == {"all-gather": 1}
+    assert cost.sent["all-gather"] == size * 15 / 16
+    links = size * 15 / 16 / 100e9 + 8e-6
+    # The fusion between runs beside it.
+    assert cost.xla == pytest.approx(1e-4)
+    assert cost.seconds == pytest.approx(links)
+    assert cost.waits == pytest.approx(links - 1e-4)
 
 
 def test_times_of_kernels():

@@ -30,7 +30,7 @@ from refine_jax.refine.grpo import group_advantages, policy_loss
 from refine_jax.refine.method import Experience, Method, run_trunk
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.rewards import REWARDS
-from refine_jax.refine.rollout import score_rollouts
+from refine_jax.refine.rollout import fork_rollouts, score_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -315,10 +315,17 @@ class StepCase:
     def _observe(self, params):
         """What a step sees: entropies, scores, and the true continuations."""
         trunk = self.method.trunk(params, self.batch)
-        scores = self.method.score(params, trunk, self.starts, self.tokens)
+        last, state = fork_rollouts(
+            self.model, params, trunk.hidden, trunk.trace, self.starts, self.k
+        )
+        hidden, _ = self.model.extend(params, self.tokens, state)
+        collected = scores_of(self.model, params, last, hidden, self.tokens)
+        rollouts = self.starts, self.tokens
+        trained = self.method.trunk_with_rollouts(params, self.batch, *rollouts)[1]
         slots = rollout_slots(self.starts, self.k)
         truth = take_tokens(self.batch["tokens"], slots)
-        return trunk.stats.entropy, scores, truth, take_tokens(trunk.hidden, slots)
+        true_hidden = take_tokens(trunk.hidden, slots)
+        return trunk.stats.entropy, (trained, collected), truth, true_hidden
 
     def _loss(self, params):
         return self.method.loss(params, self.batch, self.experience, token_count=self.token_count)
@@ -336,10 +343,11 @@ def step_case(request):
 def test_refine_step_collection(step_case):
     """Entropies, log-probabilities, compared states, rewards and advantages, by fork."""
     case, arrays = step_case, step_case.arrays
-    entropies, scores, truth, true_hidden = case.observe(case.params)
+    entropies, both, truth, true_hidden = case.observe(case.params)
     close(entropies, arrays["entropy"], 1e-4)
-    close(scores.log_probs, arrays["old_log_probs"], 1e-4)
-    close(scores.hidden, arrays["rollout_hidden"], 1e-4)
+    for scores in both:
+        close(scores.log_probs, arrays["old_log_probs"], 1e-4)
+        close(scores.hidden, arrays["rollout_hidden"], 1e-4)
     close(true_hidden, arrays["ground_truth_hidden"], 1e-4)
     np.testing.assert_array_equal(np.asarray(truth).reshape(-1, case.k), arrays["ground_truth_ids"])
     compared = scores.hidden, true_hidden, case.tokens, truth
@@ -378,7 +386,7 @@ def test_refine_step_update(step_case):
         close(adamw[name], value, 2e-3)
 
     want = subtree(arrays, "after_sgd")
-    _, scores, _, _ = case.observe(after_sgd)
+    _, (scores, _), _, _ = case.observe(after_sgd)
     close(scores.log_probs, want["log_probs"], 1e-4)
     _, metrics = case.gradient(after_sgd)
     close(metrics["loss/policy"], want["pg_loss"], 1e-5)

@@ -14,12 +14,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from refine_jax.checkpoint.manager import load_model, save_model
 from refine_jax.config import Config, ConfigError, defaults
 from refine_jax.data.pipeline import load_corpus
 from refine_jax.data.tokenizer import load_tokenizer
-from refine_jax.main import execute
+from refine_jax.main import execute, keep_programs
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, read_metrics
@@ -402,3 +403,24 @@ def test_wrong_flags_are_one_message(config_file, tmp_path, arguments, words):
     assert re.match("error: .*", err) and words in err
     assert "Traceback" not in err and not out
     assert not workdir.exists()
+
+
+def test_programs_for_accelerators_are_kept_with_the_run(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update(names[0], None)
+        keep_programs(tmp_path)
+        assert jax.config.jax_compilation_cache_dir is None  # this is a CPU
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        keep_programs(tmp_path / "run")
+        keep_programs(tmp_path / "named already")
+        compilation_cache.reset_cache()
+        jax.config.update(names[1], 0.0)
+        jax.jit(lambda x: 3 * x + 1)(np.arange(5.0))
+        assert any((tmp_path / "run" / "compiled").iterdir())
+        assert not (tmp_path / "named already").exists()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -1,15 +1,19 @@
 """Several real processes as one run, over the loopback interface; and how they are started."""
 
+import importlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent import futures
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 from refine_jax import distributed
@@ -23,7 +27,8 @@ SCRIPT = Path(__file__).with_name("processes.py")
 STEPS, STOP = 6, 3
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
 
-pytestmark = pytest.mark.usefixtures("compile_once")
+# Many processes on few cores: time to spare where other tests run beside them.
+pytestmark = [pytest.mark.usefixtures("compile_once"), pytest.mark.timeout(1200)]
 
 
 def free_port() -> int:
@@ -32,11 +37,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def finish(commands, *, timeout=240, **variables):
-    """[(exit code, standard output, standard error)] of commands run side by side; none is left."""
+def finish(commands, *, timeout=500, **variables):
+    """[(exit code, standard output, standard error)] of commands run side by side; none is left.
+
+    timeout: seconds, after which they are aborted and say where each of their threads is.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    environment |= {"JAX_PLATFORMS": "cpu", **variables}
-    processes = [
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1", **variables}
+    running = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             stdout=subprocess.PIPE,
@@ -47,13 +55,22 @@ def finish(commands, *, timeout=240, **variables):
         )
         for command in commands
     ]
-    with futures.ThreadPoolExecutor(len(processes)) as pool:
+    late = threading.Timer(timeout, lambda: [p.send_signal(signal.SIGABRT) for p in running])
+    late.start()
+    with futures.ThreadPoolExecutor(len(running)) as pool:
         try:
-            found = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+            found = list(pool.map(lambda process: process.communicate(), running))
         finally:
-            for process in processes:
+            late.cancel()
+            for process in running:
                 process.kill()
-    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+    return [(p.returncode, *texts) for p, texts in zip(running, found, strict=True)]
+
+
+def assert_codes(ended, *codes):
+    for index, ((code, out, err), wanted) in enumerate(zip(ended, codes, strict=True)):
+        if code != wanted:
+            pytest.fail(f"Process {index} ended with {code}.\n{out}\n{err}", pytrace=False)
 
 
 def finish_together(count, task, *arguments, **options):
@@ -96,18 +113,20 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
-    """The records of a run on one device of one process, uninterrupted."""
-    workdir = tmp_path_factory.mktemp("whole")
-    midtrain.run(Config.from_dict(tiny(corpus)), workdir)
-    return read_metrics(workdir / "metrics.jsonl")
+    """The records of a run on one device of one process, uninterrupted, and its batches."""
+    workdir, config = tmp_path_factory.mktemp("whole"), Config.from_dict(tiny(corpus))
+    midtrain.run(config, workdir)
+    batches = iter(midtrain.prepare(config, workdir).training)
+    tokens = [next(batches)["tokens"] for _ in range(STEPS)]
+    return read_metrics(workdir / "metrics.jsonl"), tokens
 
 
-def run_flags(corpus, workdir):
-    """The flags of a run of `tiny`, from a configuration file as a user would write it."""
+def run_flags(config, workdir):
+    """The flags of a run, with a configuration file as a user would write it."""
     path = workdir.with_suffix(".py")
     path.write_text(
         "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
-        f"    config = defaults()\n    config.update({tiny(corpus).to_dict()!r})\n"
+        f"    config = defaults()\n    config.update({config.to_dict()!r})\n"
         "    return config\n"
     )
     return [f"--config={path}", f"--workdir={workdir}"]
@@ -127,46 +146,133 @@ def assert_same_metrics(records, expected):
 def interrupted(corpus, tmp_path_factory):
     """Folder of a run of four processes, of which one got SIGTERM at step 3; what they printed."""
     workdir = tmp_path_factory.mktemp("four") / "run"
-    flags = [*run_flags(corpus, workdir), "--config.mesh.data=2"]
+    flags = [*run_flags(tiny(corpus), workdir), "--config.mesh.data=2"]
     return workdir, finish_together(4, "run", 2, STOP, *flags)
 
 
 def test_sigterm_to_one_process_stops_all_at_the_same_step(interrupted, whole):
     workdir, ended = interrupted
-    assert [code for code, _, _ in ended] == [0] * 4, ended
+    assert_codes(ended, 0, 0, 0, 0)
     assert json.loads(ended[0][1].splitlines()[-1]) == {"interrupted": "SIGTERM", "step": STOP}
     printed = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for _, out, _ in ended]
     assert f"SIGTERM: saved step {STOP} of {STEPS}" in printed[0][-2]
     assert printed[1:] == [[]] * 3
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole[: STOP + 1])
+    records, batches = whole
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records[: STOP + 1])
+    np.testing.assert_array_equal(processes.noted_rows(workdir), batches[:STOP])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_of_four_processes_goes_on_with(processes, interrupted, corpus, whole, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_of_four_processes_goes_on_with(count, interrupted, corpus, whole, tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(interrupted[0], workdir)
-    if processes == 1:
+    shutil.copytree(interrupted[0], workdir, ignore=shutil.ignore_patterns("rows-*"))
+    records, batches = whole
+    if count == 1:
         midtrain.run(Config.from_dict(tiny(corpus)), workdir)
     else:
-        ended = finish_together(processes, "run", 0, -1, *run_flags(corpus, workdir))
-        assert [code for code, _, _ in ended] == [0] * processes, ended
+        ended = finish_together(count, "run", 0, -1, *run_flags(tiny(corpus), workdir))
+        assert_codes(ended, 0, 0)
         results = json.loads(ended[0][1].splitlines()[-1])
         assert json.loads((workdir / "results.json").read_text()) == results
         assert f"continuing after step {STOP}" in ended[0][1] and "rows" not in ended[1][1]
-    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), whole)
+        np.testing.assert_array_equal(processes.noted_rows(workdir), batches[STOP:])
+    assert_same_metrics(read_metrics(workdir / "metrics.jsonl"), records)
     for name in ("training.png", "rollouts.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+
+
+def other_phase(name, folder):
+    """A run of another phase than mid-training, as `tiny`."""
+    config = tiny(folder)
+    config.phase = name.partition("-")[0]
+    if config.phase == "posttrain":
+        config.data.update(source="recall", limit_documents=40, sequence_length=256)
+        config.prompts.max_answer_tokens = 8
+        config.posttrain.update(answers=name.partition("-")[2], samples=2, mini_batch_size=2)
+        config.train.update(steps=2, warmup_ntp_steps=0, mini_batch_size=2)
+        config.train.micro_batch_size = 1
+        return config
+    rows = [
+        {"task": "lcc", "prompt": " ".join(WORDS[i : i + 5]), "answers": [WORDS[i]]}
+        for i in range(6)
+    ]
+    path = folder / "code.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.evaluate.update(tasks="lcc", data=str(path), batch_size=2)
+    config.generation.max_new_tokens = 8
+    config.refine.edge_margin = 3
+    config.testtime.update(steps=2, batch_size=2, mini_batch_size=2)
+    return config
+
+
+def answers_of(workdir):
+    """What a run answered, by id, without what that took."""
+    if (workdir / "answers.jsonl").exists():
+        return (workdir / "answers.jsonl").read_text()
+    answers = {record.pop("id"): record for record in read_metrics(workdir / "predictions.jsonl")}
+    for record in answers.values():
+        del record["seconds_read"], record["seconds_generate"]
+        for name in ("seconds", "compiled"):
+            record.get("adapt", {}).pop(name, None)
+        if "adapt" in record:
+            record["adapt"]["loss"] = pytest.approx(record["adapt"]["loss"], rel=1e-5)
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["posttrain-sft", "posttrain-grpo", "evaluate", "testtime"])
+def test_other_phases_over_two_processes_are_those_of_one(phase, tmp_path):
+    config = other_phase(phase, tmp_path)
+    module = importlib.import_module(f"refine_jax.phases.{config.phase}")
+    module.run(Config.from_dict(config), tmp_path / "one")
+    ended = finish_together(2, "run", 0, -1, *run_flags(config, tmp_path / "two"))
+    assert_codes(ended, 0, 0)
+    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
+    if config.phase == "posttrain":
+        records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
+        assert_same_metrics(*records)
+    else:
+        found, expected = (
+            json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one")
+        )
+        assert found["sets"] == expected["sets"] and found["mean"] == expected["mean"]
 
 
 def test_processes_read_the_rows_of_their_devices_and_fail_together(tmp_path):
     flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"}
     ended = finish_together(2, "exchange", tmp_path, **flags)
-    for index, (code, out, err) in enumerate(ended):
-        assert code == 1 and "exchanged" in out, (index, out, err)
+    assert_codes(ended, 1, 1)
+    assert all("exchanged" in out for _, out, _ in ended), ended
     assert ended[0][2].splitlines()[-1] == "error: process 1 failed: KeyError: 'a bug'"
     assert ended[1][2].splitlines()[-1] == "KeyError: 'a bug'"
     (predictions,) = tmp_path.iterdir()
     assert [record["id"] for record in read_metrics(predictions)] == list("abcdefghi")
+
+
+_TOGETHER = """
+import os, signal, sys
+from refine_jax import distributed
+
+with distributed.ending_together():
+    distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    assert distributed.gather(1) == [1, 1]
+    if sys.argv[2] == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.gather(2)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_message(victim):
+    address = f"127.0.0.1:{free_port()}"
+    ended = finish([["-c", _TOGETHER, address, index, victim] for index in range(2)])
+    assert ended[victim][0] == -signal.SIGKILL
+    code, _, err = ended[1 - victim]
+    if victim == 0 and code == -signal.SIGABRT:  # jax may notice first that its coordinator is gone
+        assert "most likely indicates that another task died" in err
+    else:
+        assert code == 1, err
+        assert "another process was killed or its host is gone" in err.splitlines()[-1]
 
 
 def test_a_process_without_the_others_says_so(tmp_path):

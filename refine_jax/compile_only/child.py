@@ -3,8 +3,8 @@
     python -m refine_jax.compile_only.child TASK.json RESULT.json
 
 A fault inside libtpu ends the process, and jax must be told before it starts that there is no TPU.
-TASK: {"config", "topology", "program"}. RESULT: the figures of `compile_program`, or {"error":
-"input" or "compile", "message"}.
+TASK: {"config", "topology", "program", "plan", "debug"}; with plan, stop before code is made.
+RESULT: the figures of `compile_program`, or {"error": "input" or "compile", "message"}.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,8 +122,35 @@ def _resident(program: Program, traced) -> int:
     return beside - bytes_of(shared) + _unused(traced, program.args)
 
 
-def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices) -> dict:
-    """Trace, compile and examine one program.
+def _plan(lowered, dump: Path) -> str:
+    """Compile until all arrays have their places in memory; returns the compiler's error, if any.
+
+    What then goes on in the background, making code, takes most of the time: end the process.
+    """
+    errors: list[str] = []
+
+    def compile_it() -> None:
+        try:
+            lowered.compile()
+        except Exception as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=compile_it, daemon=True)
+    thread.start()
+    size = 0
+    while thread.is_alive():
+        thread.join(0.5)
+        written = [x.stat().st_size for x in dump.rglob("*.after_optimizations_after_buffer_*.txt")]
+        if written and max(written) == size:
+            break  # it does not grow any more
+        size = max(written, default=0)
+    return errors[0] if errors else ""
+
+
+def compile_program(
+    run: Run, name: str, topology: Topology, dump: Path, devices, *, plan: bool = False
+) -> dict:
+    """Trace, compile and examine one program. plan: without making code (`_plan`).
 
     Returns JSON values: bytes, operations and seconds of one run on one chip; "memory" with its
     parts; "fits"; "cost" (None where the compiler gave up before it had times).
@@ -134,12 +162,15 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
     lowered = traced.lower()
     lowered_at = time.perf_counter()
     compiled, message = None, ""
-    try:
-        compiled = lowered.compile()
-    except Exception as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message or "HBM" not in message.upper():
-            raise
+    if plan:
+        message = _plan(lowered, dump)
+    else:
+        try:
+            compiled = lowered.compile()
+        except Exception as error:
+            message = str(error)
+    if message and ("RESOURCE_EXHAUSTED" not in message or "HBM" not in message.upper()):
+        raise RuntimeError(message)
     seconds = time.perf_counter() - lowered_at
     module = hlo.parse(_dumped(dump, compiled))
     assigned = _largest(dump, "*.after_optimizations-buffer-assignment.txt")
@@ -167,7 +198,8 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
         "meaning": program.meaning,
         "runs": program.runs,
         "compared": program.compared,
-        "fits": compiled is not None and peak <= chip.hbm,
+        "fits": not message and peak <= chip.hbm,
+        "planned": plan,
         "memory": dataclasses.asdict(memory) | {"resident": resident, "peak": peak},
         "model_flops": program.model_flops / len(devices),
         "flops": flops / len(devices),
@@ -175,12 +207,13 @@ def compile_program(run: Run, name: str, topology: Topology, dump: Path, devices
         "collectives": {
             kind: {"count": cost.counts[kind], "bytes": cost.sent[kind]} for kind in cost.counts
         },
-        "seconds": cost.seconds if compiled is not None else None,
+        "seconds": None if message else cost.seconds,
         "parts": {
             "kernels": cost.kernels,
             "xla": cost.xla,
             "waits": cost.waits,
             "links": cost.links,
+            "rare": cost.rare,
         },
         "unknown_loops": cost.unknown,
         "buffers": [dataclasses.asdict(buffer) for buffer in buffers[:_SHOWN_BUFFERS]],
@@ -237,9 +270,12 @@ def work(task: dict) -> dict:
         sizes = dict(mesh.shape) if mesh.size > 1 else {}
         if sizes and config.phase in ("midtrain", "posttrain"):
             check_mesh(config, run.model)
+        facts = summary(run) | {"mesh": sizes, "programs": list(programs_of_run(run))}
         if task["program"] is None:
-            return summary(run) | {"mesh": sizes, "programs": list(programs_of_run(run))}
-        return compile_program(run, task["program"], topology, dump, devices)
+            return facts
+        plan = task.get("plan", False)
+        found = compile_program(run, task["program"], topology, dump, devices, plan=plan)
+        return found | {"facts": facts}
 
 
 def main(task_file: str, result_file: str) -> None:
@@ -254,6 +290,8 @@ def main(task_file: str, result_file: str) -> None:
         if task["debug"]:
             raise
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
+    if task.get("plan"):
+        os._exit(0)  # the compiler may still be at work
 
 
 if __name__ == "__main__":

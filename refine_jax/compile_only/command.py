@@ -36,13 +36,22 @@ _ENVIRONMENT = {
 }
 
 
-def run(config: Config, topology: str | None, out: Path | None = None, *, debug=False) -> int:
+def run(
+    config: Config,
+    topology: str | None,
+    out: Path | None = None,
+    *,
+    plan: bool = False,
+    debug: bool = False,
+) -> int:
     """Compile the programs of a run and print what they need; returns the exit code.
 
     Args:
       config: The run.
       topology: The slice, as v5p:4x4x4.
       out: A file for all figures, as JSON.
+      plan: Stop before code is made, which takes most of the time (`cost.py` says how times are
+        estimated then).
       debug: Let the processes print where an error came from.
 
     Returns:
@@ -55,7 +64,7 @@ def run(config: Config, topology: str | None, out: Path | None = None, *, debug=
     check_libtpu()
     if out is not None and not out.parent.is_dir():
         raise ConfigError(f"There is no folder for the results: {out.parent}.")
-    task = {"config": config.to_dict(), "topology": slice_.name, "debug": debug}
+    task = {"config": config.to_dict(), "topology": slice_.name, "plan": plan, "debug": debug}
     run_facts = in_child(task | {"program": None})
     if "error" in run_facts:
         raise ConfigError(run_facts["message"])
@@ -63,6 +72,7 @@ def run(config: Config, topology: str | None, out: Path | None = None, *, debug=
     print(report.heading(), flush=True)
     for name in run_facts["programs"]:
         found = in_child(task | {"program": name}) | {"name": name}
+        found.pop("facts", None)
         report.programs.append(found)
         print(line(found, slice_), flush=True)
     print(text(report), flush=True)

@@ -129,9 +129,10 @@ def line(program: dict, topology: Topology) -> str:
     seconds = program["seconds"]
     used = program["model_flops"] / seconds / chip.flops if seconds else None
     share = f"{used:.0%} of peak" if used is not None else "-"
+    done = "planned" if program.get("planned") else "compiled"
     return (
         f"{program['name']:15s} {verdict:12s} {size(peak):>10s} of {size(chip.hbm)}   "
-        f"{duration(seconds):>10s}  {share:>12s}   compiled in "
+        f"{duration(seconds):>10s}  {share:>12s}   {done} in "
         f"{program['compile_seconds']:.0f} s   {program['meaning']}"
     )
 
@@ -184,8 +185,10 @@ def _details(program: dict) -> str:
     ]
     if program["seconds"] is not None:
         parts = program["parts"]
-        unknown = program["unknown_loops"]
+        unknown, rare = program["unknown_loops"], parts.get("rare", 0)
         counted = f"; {unknown} loops of unknown length counted once" if unknown else ""
+        if rare > 0.01 * program["seconds"]:
+            counted += f"; {duration(rare)} more where conditions take their longer branches"
         lines.append(
             f"  estimate     {duration(program['seconds'])}: kernels {duration(parts['kernels'])}, "
             f"XLA {duration(parts['xla'])}, waits for transfers {duration(parts['waits'])} (links "

@@ -38,13 +38,16 @@ PREDICTIONS = "predictions.jsonl"
 class Predictions:
     """The records of an evaluation, one JSON object a question; written as they come.
 
+    Every process has all of them; process 0 reads and writes.
+
     Attributes:
       records: {name of the question: record} of all that are done.
     """
 
     def __init__(self, workdir: Path):
         self._path = Path(workdir) / PREDICTIONS
-        records = read_metrics(self._path)
+        mine = read_metrics(self._path) if distributed.is_writer() else []
+        records = distributed.gather_json(mine)[0]
         self.records = {record["id"]: record for record in records}
         self._file = None
         if distributed.is_writer():

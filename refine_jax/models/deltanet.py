@@ -39,6 +39,22 @@ class DeltaTrace(NamedTuple):
     states: jax.Array
 
 
+class DeltaPick(NamedTuple):
+    """What R forks of a row need of a trace.
+
+    memory: [B, R, Hv, K, V] float32, the states saved before the blocks of N tokens that the forks
+    lie in. k, v, beta, log_decay: [B, R, N, ...], of those blocks. tails: [B, R, W - 1, D], the
+    mixer's last inputs; None without convolutions.
+    """
+
+    memory: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    log_decay: jax.Array | None
+    tails: jax.Array | None
+
+
 class DeltaState(NamedTuple):
     """A decode state; its size does not depend on the tokens seen.
 
@@ -228,9 +244,36 @@ class DeltaNetMixer(nnx.Module):
         )
         return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
 
-    def fork(
-        self,
+    @staticmethod
+    def pick(
+        config: DeltaNetConfig | GatedDeltaNetConfig,
         trace: DeltaTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+    ) -> DeltaPick:
+        """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
+        block_size = config.token_multiple
+        block = _fork_block(positions, block_size)
+
+        def blocks(x):
+            """Blocks of x [B, T, ...] at the forks: [B, R, N, ...]."""
+            if x is None:
+                return None
+            missing = -x.shape[1] % block_size
+            x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
+            return take_tokens(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
+
+        tails = None
+        if config.use_short_conv:
+            last = positions - 1 if layout is None else layout.last_real(positions)
+            back = jnp.arange(config.conv_size - 2, -1, -1)
+            tails = take_tokens(trace.x, jnp.maximum(last[..., None] - back, 0))
+        arrays = (blocks(x) for x in (trace.k, trace.v, trace.beta, trace.log_decay))
+        return DeltaPick(take_tokens(trace.states, block), *arrays, tails)
+
+    def resume(
+        self,
+        picked: DeltaPick,
         positions: jax.Array,
         layout: Layout | None,
         plan: None,
@@ -242,42 +285,37 @@ class DeltaNetMixer(nnx.Module):
         tokens of that block that belong to the position's document, for all forks at once.
         """
         del plan, horizon
-        tokens, block_size = trace.k.shape[1], self.config.token_multiple
-        block = (jnp.maximum(positions, 1) - 1) // block_size
-        slot = block[..., None] * block_size + jnp.arange(block_size)
+        block_size, memory = self.config.token_multiple, picked.memory
+        slot = _fork_block(positions, block_size)[..., None] * block_size + jnp.arange(block_size)
         replayed = slot < positions[..., None]
-        memory = take_tokens(trace.states, block)
-        if layout is None:
-            last, count = positions - 1, positions
-        else:
+        count = positions
+        if layout is not None:
+            tokens = layout.document.shape[1]
             document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
             of_slot = take_tokens(layout.document, jnp.minimum(slot, tokens - 1))
             replayed &= of_slot == document[..., None]
             of_memory = take_tokens(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
             memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
-            last, count = layout.last_real(positions), layout.tokens_before(positions)
-
-        def forks(x):
-            """Blocks of x [B, T, ...] at the forks: [B, R, N, ...]."""
-            if x is None:
-                return None
-            missing = -tokens % block_size
-            x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-            return take_tokens(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
-
-        k, beta, log_decay = _keep(
-            replayed, forks(trace.k), forks(trace.beta), forks(trace.log_decay)
-        )
-        _, memory = self._delta_rule(None, k, forks(trace.v), beta, log_decay, memory)
-        return DeltaState(memory, self._tails(trace.x, last, count))
-
-    def _tails(self, x, last, count):
-        """Inputs of the convolutions at the last W - 1 of `count` tokens that end at `last`."""
-        if not self.config.use_short_conv:
-            return None
+            count = layout.tokens_before(positions)
+        k, beta, log_decay = _keep(replayed, picked.k, picked.beta, picked.log_decay)
+        _, memory = self._delta_rule(None, k, picked.v, beta, log_decay, memory)
+        if picked.tails is None:
+            return DeltaState(memory, None)
         back = jnp.arange(self.config.conv_size - 2, -1, -1)
-        x = take_tokens(x, jnp.maximum(last[..., None] - back, 0))
-        return self._project(jnp.where((back < count[..., None])[..., None], x, 0))
+        tails = jnp.where((back < count[..., None])[..., None], picked.tails, 0)
+        return DeltaState(memory, self._project(tails))
+
+    def fork(
+        self,
+        trace: DeltaTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+        horizon: int | None = None,
+    ) -> DeltaState:
+        """`resume` of what is picked from a trace."""
+        picked = self.pick(self.config, trace, positions, layout)
+        return self.resume(picked, positions, layout, plan, horizon)
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
         """The state before any token, for `batch` (B, R)."""
@@ -403,6 +441,11 @@ def _sum_norm(x):
         return jnp.where(total == 0, 0.0, x / jnp.where(total == 0, 1.0, total)).astype(x.dtype)
 
     return by_rows(rows, x)
+
+
+def _fork_block(positions: jax.Array, block_size: int) -> jax.Array:
+    """The block of `block_size` tokens that the last of the first `positions` tokens lies in."""
+    return (jnp.maximum(positions, 1) - 1) // block_size
 
 
 def _keep(mask, k, beta, log_decay):

@@ -262,6 +262,25 @@ class LaCTMixer(nnx.Module):
         y = self._merge(x, attention, fast)
         return y, LaCTTrace(keys, values, rates, momentum, chunks)
 
+    @staticmethod
+    def pick(
+        config: LaCTConfig, trace: LaCTTrace, positions: jax.Array, layout: Layout | None
+    ) -> LaCTTrace:
+        """What `fork` needs of a trace: all, as parts for each fork would be as large as states."""
+        del config, positions, layout
+        return trace
+
+    def resume(
+        self,
+        trace: LaCTTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: ChunkPlan | None,
+        horizon: int | None = None,
+    ) -> LaCTState:
+        """`fork` of what is picked."""
+        return self.fork(trace, positions, layout, plan, horizon)
+
     def fork(
         self,
         trace: LaCTTrace,

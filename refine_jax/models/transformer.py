@@ -136,7 +136,7 @@ class Model:
         return Block(self.config, self.policy.implementation, rngs=nnx.Rngs(key))
 
     def _block(self, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graph, gather_parameters(layer_params))
+        return nnx.merge(self._block_graph, gather_parameters(layer_params, self.dtype))
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
@@ -213,12 +213,17 @@ class Model:
         out what only a crossing of a chunk boundary needs.
         """
 
-        def layer(_, inputs):
-            layer_params, layer_trace = inputs
-            attn = self._block(layer_params).attn
-            return None, attn.fork(layer_trace, positions, trace.layout, trace.plan, horizon)
+        def pick(layer_trace):
+            return self._mixer.pick(self.config, layer_trace, positions, trace.layout)
 
-        return lax.scan(layer, None, (params["layers"], trace.layers))[1]
+        def layer(_, inputs):
+            layer_params, picked = inputs
+            attn = self._block(layer_params).attn
+            return None, attn.resume(picked, positions, trace.layout, trace.plan, horizon)
+
+        # For all layers at once: the loop would copy each layer's whole trace.
+        inputs = (params["layers"], jax.vmap(pick)(trace.layers))
+        return lax.scan(layer, None, inputs)[1]
 
     @_exact_float32
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
@@ -252,15 +257,44 @@ class Model:
         def layer(x, inputs):
             layer_params, layer_trace = inputs
             block = self._block(layer_params)
-            state = block.attn.fork(
-                layer_trace, positions, trace.layout, trace.plan, tokens.shape[-1]
-            )
-            y, _ = block.attn.extend(block.attn_norm(x), state)
-            return block.add_mlp(x + y), None
+            return _extend_forks(block, x, layer_trace, positions, trace.layout, trace.plan), None
 
         inputs = (params["layers"], trace.layers)
         x, _ = lax.scan(layer, self._embed(params, tokens), inputs)
         return self._final_norm(params, x)
+
+    @_exact_float32
+    def forward_with_forks(
+        self,
+        params: Params,
+        tokens: jax.Array,
+        layout: Layout | None,
+        positions: jax.Array,
+        continuations: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run whole rows, and `continuations` [B, R, S] of them at `positions` [B, R].
+
+        Equal to `forward` followed by `forward_forks`, as is the gradient, but rows and forks go
+        through a layer together: a trace lives only while its layer runs.
+        Returns hidden states of the rows [B, T, D] and of the continuations [B, R, S, D].
+        """
+        plan, whole = self._mixer.plan(self.config, layout, tokens.shape), self.policy.remat
+        # Where the whole layer is computed again, so are its forks.
+        extend = _extend_forks if whole == "full" else _recomputed_extend_forks
+
+        def layer(carry, layer_params):
+            x, forks = carry
+            block = self._block(layer_params)
+            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+            forks = extend(block, forks, trace, positions, layout, plan)
+            return (constrain(block.add_mlp(x + y), "batch", "tokens"), forks), None
+
+        if whole != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[whole])
+        x = constrain(self._embed(params, tokens), "batch", "tokens")
+        forks = constrain(self._embed(params, continuations), "batch")
+        (x, forks), _ = lax.scan(layer, (x, forks), params["layers"])
+        return self._final_norm(params, x), self._final_norm(params, forks)
 
     def init_state(self, params: Params, batch: tuple[int, int]) -> State:
         """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""
@@ -269,3 +303,20 @@ class Model:
             return None, self._block(layer_params).attn.init_state(batch, self.dtype)
 
         return lax.scan(layer, None, params["layers"])[1]
+
+
+def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:
+    """A layer's output for tokens x [B, R, S, D] that continue its traced rows at `positions`."""
+    state = block.attn.fork(trace, positions, layout, plan, x.shape[2])
+    y, _ = block.attn.extend(block.attn_norm(x), state)
+    return block.add_mlp(x + y)
+
+
+def _recomputed_extend_forks(block: Block, x, trace, positions, layout, plan) -> jax.Array:
+    graph, params = nnx.split(block)
+
+    @jax.checkpoint
+    def extend(params, x, trace):
+        return _extend_forks(nnx.merge(graph, params), x, trace, positions, layout, plan)
+
+    return extend(params, x, trace)

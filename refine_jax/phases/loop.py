@@ -147,7 +147,14 @@ class Loop(abc.ABC):
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
-        state = jax.eval_shape(self.initial_state)
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), self.parts.model.abstract_params()
+        )
+        state = jax.eval_shape(
+            lambda x: TrainState.create(x, self.optimizer, self.train_key, self.config.refine),
+            params,
+        )
         shardings = state_shardings(state)
         if shardings is None:
             return state

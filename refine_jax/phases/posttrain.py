@@ -168,16 +168,17 @@ class _Loop(Loop):
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
         """Training step number `step` (from 0)."""
-        examples, rows = _split_off_examples(batch)
+        rows = _rows(batch)
         metrics: dict[str, Any] = {}
         if self.config.posttrain.nested:
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
             state, metrics = self.prompt_step(state, prompts)
         else:
-            state = dataclasses.replace(state, step=state.step + 1)
+            state = dataclasses.replace(state, step=_next(state.step))
         if self.config.posttrain.answers == "sft":
             state, on_answers = self.supervised_step(state, rows)
         else:
+            examples = distributed.fetch(batch["example"])
             state, on_answers = self.policy_step(
                 state, rows, step, lambda tokens, mask: self.rewards(examples, tokens, mask)
             )
@@ -211,7 +212,8 @@ class _Loop(Loop):
         """
         sums: dict[str, float] = {"score_sum": 0.0}
         for index, batch in enumerate(self.parts.held_out):
-            examples, rows = _split_off_examples(self.place(batch, self.parts.held_out))
+            batch = self.place(batch, self.parts.held_out)
+            examples, rows = distributed.fetch(batch["example"]), _rows(batch)
             found, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
@@ -236,7 +238,7 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Write the final answers to the first held-out prompts."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
-        examples, rows = _split_off_examples(batch)
+        examples, rows = distributed.fetch(batch["example"]), _rows(batch)
         _, tokens, mask = self.answer_eval(state.params, rows)
         prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
         tokens, mask, prompts = distributed.fetch((tokens, mask, prompts))
@@ -258,7 +260,11 @@ class _Loop(Loop):
         (self.workdir / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def _split_off_examples(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
-    """Which prompts of the corpus these are [B], on every process, and the rows for a step."""
-    rows = {name: jnp.asarray(x) for name, x in batch.items() if name != "example"}
-    return distributed.fetch(batch["example"]), rows
+@jax.jit
+def _next(step: jax.Array) -> jax.Array:
+    return step + 1
+
+
+def _rows(batch: Batch) -> dict[str, jax.Array]:
+    """The rows for a step, without what says which prompts of the corpus they are."""
+    return {name: jnp.asarray(x) for name, x in batch.items() if name != "example"}

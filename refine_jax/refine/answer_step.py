@@ -27,7 +27,9 @@ from refine_jax.refine.step import (
     TrainState,
     accumulate_gradient,
     apply_update,
+    mean_metrics,
     merge_rows,
+    mini_batches,
     row_keys,
     split_rows,
 )
@@ -199,12 +201,10 @@ def _update_all(update, state: TrainState, batch: Batch, inputs: Any, mini_batch
         raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={rows}.")
     updates = rows // mini_batch
     each = []
-    for index in range(updates):
-        state, metrics = update(state, inputs, jnp.int32(index), updates)
+    for index in mini_batches(state.step, updates):
+        state, metrics = update(state, inputs, index, updates)
         each.append(metrics)
-    metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
-    metrics |= {name: each[-1][name] for name in metrics if name.startswith("update/")}
-    return state, jax.block_until_ready(metrics)
+    return state, jax.block_until_ready(mean_metrics(each))
 
 
 def make_answer_eval(

@@ -19,7 +19,7 @@ from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, policy_loss
 from refine_jax.refine.method import Batch, Metrics, head_implementation
-from refine_jax.refine.rollout import sample_rollouts, score_rollouts
+from refine_jax.refine.rollout import fork_rollouts, sample_rollouts, score_rollouts
 
 
 class AnswerSlots(NamedTuple):
@@ -136,12 +136,14 @@ class AnswerMethod:
         """Tokens [B, n, A] and mask [B, n, A] of answers, and what scoring them needs."""
         hidden, trace, ends = self._prefill(params, batch)
         starts = jnp.repeat(ends, samples, axis=1)
+        last_hidden, state = fork_rollouts(
+            self.model, params, hidden, trace, starts, self.max_answer_tokens
+        )
         tokens = sample_rollouts(
             self.model,
             params,
-            hidden,
-            trace,
-            starts,
+            last_hidden,
+            state,
             keys,
             rollout_length=self.max_answer_tokens,
             temperature=temperature,

@@ -17,11 +17,17 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
-from refine_jax.models.transformer import Model, Params, Trace
+from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
 from refine_jax.refine.rewards import rollout_rewards
-from refine_jax.refine.rollout import Scores, sample_rollouts, score_rollouts
+from refine_jax.refine.rollout import (
+    Scores,
+    fork_rollouts,
+    sample_rollouts,
+    score_rollouts,
+    scores_of,
+)
 from refine_jax.refine.selection import rollout_slots, select_positions
 
 Batch = dict[str, jax.Array]
@@ -37,6 +43,17 @@ class Trunk(NamedTuple):
     nll_sum: jax.Array  # scalar, over the predicted tokens
     stats: TokenStats  # [B, T] each
     weights: jax.Array  # [B, T] float32, 1 where the next token is predicted
+
+
+class Forks(NamedTuple):
+    """Where rollouts of rows begin, and what they are compared with. R = c * n."""
+
+    starts: jax.Array  # [B, R] int32, slot of the first token
+    valid: jax.Array  # [B, R] bool, whether there is a truth to compare with
+    hidden: jax.Array  # [B, R, D], of the token before
+    state: State  # leaves [L, B, R, ...], after that token
+    truth: jax.Array  # [B, R, k] int32
+    true_hidden: jax.Array  # [B, R, k, D], of the truth's tokens
 
 
 class Experience(NamedTuple):
@@ -78,10 +95,34 @@ def run_trunk(
     model: Model, params: Params, batch: Batch, *, with_trace: bool, max_documents: int = 1
 ) -> Trunk:
     """Forward pass, next-token loss and entropies of a batch."""
-    tokens = batch["tokens"]
     layout = layout_of(batch, max_documents)
+    hidden, trace = model.forward(params, batch["tokens"], layout, with_trace=with_trace)
+    return _read_trunk(model, params, batch, layout, hidden, trace)
+
+
+def run_trunk_with_rollouts(
+    model: Model,
+    params: Params,
+    batch: Batch,
+    starts: jax.Array,
+    tokens: jax.Array,
+    *,
+    max_documents: int = 1,
+) -> tuple[Trunk, Scores]:
+    """`run_trunk`, and the scores of given rollouts `tokens` [B, R, k] from `starts` [B, R].
+
+    Equal to `score_rollouts` after it, but no layer's trace outlives the layer.
+    """
+    layout = layout_of(batch, max_documents)
+    hidden, forks = model.forward_with_forks(params, batch["tokens"], layout, starts, tokens)
+    trunk = _read_trunk(model, params, batch, layout, hidden, None)
+    last_hidden = take_tokens(hidden, starts - 1)
+    return trunk, scores_of(model, params, last_hidden, forks, tokens)
+
+
+def _read_trunk(model, params, batch, layout, hidden, trace) -> Trunk:
+    tokens = batch["tokens"]
     weights = target_weights(tokens, layout)
-    hidden, trace = model.forward(params, tokens, layout, with_trace=with_trace)
     targets = jnp.roll(tokens, -1, axis=1)
     nll_sum, stats = next_token_loss(
         hidden, model.head(params), targets, weights, implementation=head_implementation(model)
@@ -89,23 +130,19 @@ def run_trunk(
     return Trunk(hidden, trace, layout, nll_sum, stats, weights)
 
 
-def roll_out(
+def fork_rows(
     model: Model,
     params: Params,
     trunk: Trunk,
+    batch: Batch,
     keys: jax.Array,
     config: RefineConfig,
-    eos_id: int | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Select positions and sample from them: starts [B, R], valid [B, R], tokens [B, R, k].
-
-    keys: [B], one a row. Nothing here is differentiated.
-    """
+) -> Forks:
+    """Select positions of the rows and fork there; keys: [B]. Nothing here is differentiated."""
     params, trunk = lax.stop_gradient((params, trunk))
     layout = trunk.layout
-    select_keys, sample_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     selection = select_positions(
-        select_keys,
+        keys,
         constrain(trunk.stats.entropy, "batch"),
         jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
         num_positions=config.num_positions,
@@ -117,49 +154,36 @@ def roll_out(
     )
     repeat = functools.partial(jnp.repeat, repeats=config.rollouts_per_position, axis=1)
     starts, valid = repeat(selection.starts), repeat(selection.valid)
-    tokens = sample_rollouts(
-        model,
-        params,
-        trunk.hidden,
-        trunk.trace,
-        starts,
-        sample_keys,
-        rollout_length=config.rollout_length,
-        temperature=config.sampling_temperature,
-        forbidden_token=eos_id if config.forbid_eos else None,
-    )
-    return starts, valid, tokens
+    k = config.rollout_length
+    hidden, state = fork_rollouts(model, params, trunk.hidden, trunk.trace, starts, k)
+    slots = rollout_slots(starts, k)
+    truth, true_hidden = take_tokens(batch["tokens"], slots), take_tokens(trunk.hidden, slots)
+    return Forks(starts, valid, hidden, state, truth, true_hidden)
 
 
 def judge(
-    trunk: Trunk,
-    batch: Batch,
-    starts: jax.Array,
-    valid: jax.Array,
+    forks: Forks,
     tokens: jax.Array,
     scores: Scores,
     config: RefineConfig,
     ref_log_probs: jax.Array | None = None,
 ) -> Experience:
-    """Rewards against the true continuation, and advantages within each group."""
-    hidden, scores = lax.stop_gradient((trunk.hidden, scores))
-    slots = rollout_slots(starts, config.rollout_length)
-    rewards = rollout_rewards(
-        config.reward,
-        scores.hidden,
-        take_tokens(hidden, slots),
-        tokens,
-        take_tokens(batch["tokens"], slots),
-    )
-    group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
+    """Rewards of rollouts [B, R, k] against the true continuation, and advantages within each
+    group.
+    """
+    scores = lax.stop_gradient(scores)
+    rewards = rollout_rewards(config.reward, scores.hidden, forks.true_hidden, tokens, forks.truth)
+    group = (forks.starts.shape[0], config.num_positions, config.rollouts_per_position)
     advantages = over_shards(
         functools.partial(
             group_advantages, grouping=config.grouping, normalize_std=config.normalize_std
         ),
         (("batch",), ("batch",)),
         ("batch",),
-    )(rewards.reshape(group), valid.reshape(group)).reshape(starts.shape)
-    return Experience(starts, valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs)
+    )(rewards.reshape(group), forks.valid.reshape(group)).reshape(forks.starts.shape)
+    return Experience(
+        forks.starts, forks.valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs
+    )
 
 
 class Method:
@@ -183,9 +207,13 @@ class Method:
             max_documents=self.max_documents,
         )
 
-    def score(self, params: Params, trunk: Trunk, starts: jax.Array, tokens: jax.Array) -> Scores:
-        """Log-probabilities and hidden states of rollouts."""
-        return score_rollouts(self.model, params, trunk.hidden, trunk.trace, starts, tokens)
+    def trunk_with_rollouts(
+        self, params: Params, batch: Batch, starts: jax.Array, tokens: jax.Array
+    ) -> tuple[Trunk, Scores]:
+        """The forward pass together with given rollouts."""
+        return run_trunk_with_rollouts(
+            self.model, params, batch, starts, tokens, max_documents=self.max_documents
+        )
 
     def reference_log_probs(
         self, reference_params: Params | None, batch: Batch, starts: jax.Array, tokens: jax.Array
@@ -193,30 +221,53 @@ class Method:
         """[B, R, k] of the initial policy, where the KL term asks for them."""
         if self.config.kl_coef == 0:
             return None
-        reference = self.trunk(reference_params, batch)
-        return lax.stop_gradient(self.score(reference_params, reference, starts, tokens).log_probs)
+        scores = self.trunk_with_rollouts(reference_params, batch, starts, tokens)[1]
+        return lax.stop_gradient(scores.log_probs)
 
-    def gather(
-        self,
-        params: Params,
-        reference_params: Params | None,
-        trunk: Trunk,
-        batch: Batch,
-        keys: jax.Array,
-    ) -> tuple[Experience, Scores]:
-        """Select, roll out, reward, advantage. The scores are differentiable, the rest is not."""
-        starts, valid, tokens = roll_out(self.model, params, trunk, keys, self.config, self.eos_id)
-        scores = self.score(params, trunk, starts, tokens)
-        ref_log_probs = self.reference_log_probs(reference_params, batch, starts, tokens)
-        rollouts = starts, valid, tokens
-        return judge(trunk, batch, *rollouts, scores, self.config, ref_log_probs), scores
+    def fork(self, params: Params, trunk: Trunk, batch: Batch, keys: jax.Array) -> Forks:
+        """Select positions of rows, with their keys [B], and fork there."""
+        select_keys = jax.vmap(jax.random.split)(keys)[:, 0]
+        return fork_rows(self.model, params, trunk, batch, select_keys, self.config)
+
+    def sample(self, params: Params, forks: Forks, keys: jax.Array) -> jax.Array:
+        """Rollouts [B, R, k] of rows, with their keys [B]; not differentiated."""
+        config = self.config
+        return sample_rollouts(
+            self.model,
+            lax.stop_gradient(params),
+            forks.hidden,
+            forks.state,
+            jax.vmap(jax.random.split)(keys)[:, 1],
+            rollout_length=config.rollout_length,
+            temperature=config.sampling_temperature,
+            forbidden_token=self.eos_id if config.forbid_eos else None,
+        )
+
+    def experience(
+        self, params: Params, forks: Forks, tokens: jax.Array, ref_log_probs: jax.Array | None
+    ) -> Experience:
+        """What rollouts are worth."""
+        hidden, _ = self.model.extend(params, tokens, forks.state)
+        scores = scores_of(self.model, params, forks.hidden, hidden, tokens)
+        return judge(forks, tokens, scores, self.config, ref_log_probs)
 
     def collect(
         self, params: Params, reference_params: Params | None, batch: Batch, keys: jax.Array
     ) -> tuple[Experience, Trunk]:
         """The experience of some rows, with keys [B], and the forward pass it comes from."""
         trunk = self.trunk(params, batch)
-        return self.gather(params, reference_params, trunk, batch, keys)[0], trunk
+        forks = self.fork(params, trunk, batch, keys)
+        tokens = self.sample(params, forks, keys)
+        ref_log_probs = self.reference_log_probs(reference_params, batch, forks.starts, tokens)
+        return self.experience(params, forks, tokens, ref_log_probs), trunk
+
+    def _roll_out(self, params, reference_params, trunk, batch, keys) -> tuple[Experience, Scores]:
+        """`collect` after a forward pass, with scores that are differentiable through it."""
+        forks = self.fork(params, trunk, batch, keys)
+        tokens = self.sample(params, forks, keys)
+        scores = score_rollouts(self.model, params, trunk.hidden, trunk.trace, forks.starts, tokens)
+        ref_log_probs = self.reference_log_probs(reference_params, batch, forks.starts, tokens)
+        return judge(forks, tokens, scores, self.config, ref_log_probs), scores
 
     def loss(
         self,
@@ -235,8 +286,12 @@ class Method:
         token_count: predicted tokens of the mini-batch. valid: [mini-batch, R] bool, of its
         rollouts; None where the rows are the whole mini-batch.
         """
-        config = self.config
-        trunk = self.trunk(params, batch)
+        config, scores = self.config, None
+        if experience is None:
+            trunk = self.trunk(params, batch)
+        else:
+            rollouts = experience.starts, experience.tokens
+            trunk, scores = self.trunk_with_rollouts(params, batch, *rollouts)
         ntp = trunk.nll_sum / token_count
         metrics = {
             "loss/ntp": ntp,
@@ -247,9 +302,7 @@ class Method:
             return ntp, {"loss/total": ntp} | metrics
 
         if experience is None:
-            experience, scores = self.gather(params, reference_params, trunk, batch, keys)
-        else:
-            scores = self.score(params, trunk, experience.starts, experience.tokens)
+            experience, scores = self._roll_out(params, reference_params, trunk, batch, keys)
 
         k = config.rollout_length
         mask = _token_mask(experience.valid, k)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from refine_jax.models.head import logits, token_log_probs
-from refine_jax.models.transformer import Model, Params, Trace
+from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, take_tokens
 
 
@@ -24,29 +24,45 @@ class Scores(NamedTuple):
     hidden: jax.Array  # [B, R, k, D] final-norm states after reading each rollout token
 
 
-def sample_rollouts(
+def fork_rollouts(
     model: Model,
     params: Params,
     hidden: jax.Array,
     trace: Trace,
     starts: jax.Array,
+    rollout_length: int,
+) -> tuple[jax.Array, State]:
+    """Where rollouts of k tokens begin: the hidden state [B, R, D] that predicts the first token at
+    every start, and the decode state there.
+
+    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
+    each rollout's first token.
+    """
+    state = model.fork(params, trace, starts, horizon=rollout_length)
+    return take_tokens(hidden, starts - 1), state
+
+
+def sample_rollouts(
+    model: Model,
+    params: Params,
+    last_hidden: jax.Array,
+    state: State,
     keys: jax.Array,
     *,
     rollout_length: int,
     temperature: float = 1.0,
     forbidden_token: int | None = None,
 ) -> jax.Array:
-    """Sample k tokens from the policy at every start.
+    """Sample k tokens from the policy at every fork.
 
-    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token. keys: [B] random keys, one a row. temperature: 0 takes the likeliest
-    token. forbidden_token: never sampled (the published code forbids the end of sequence, so that
-    all rollouts have k tokens).
+    last_hidden [B, R, D], state: as `fork_rollouts` gives them. keys: [B] random keys, one a row.
+    temperature: 0 takes the likeliest token. forbidden_token: never sampled (the published code
+    forbids the end of sequence, so that all rollouts have k tokens).
 
     Returns tokens [B, R, k] int32.
     """
     head = model.head(params)
-    forks = jnp.arange(starts.shape[1])
+    forks = jnp.arange(last_hidden.shape[1])
     fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
 
     def sample(last_hidden, index):
@@ -66,8 +82,7 @@ def sample_rollouts(
         new_hidden, state = model.extend(params, tokens[..., None], state)
         return (new_hidden[:, :, 0], state), tokens
 
-    state = model.fork(params, trace, starts, horizon=rollout_length)
-    carry = take_tokens(hidden, starts - 1), state
+    carry = last_hidden, state
     (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
     final = sample(last_hidden, rollout_length - 1)
     return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
@@ -85,11 +100,17 @@ def score_rollouts(
 
     Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
     pass, the gradient is that of running every prefix with its rollout on its own.
-    Log-probabilities before and after an update both come from here, so that they differ by the
-    update alone.
     """
     fork_hidden = model.forward_forks(params, trace, starts, tokens)
-    before = take_tokens(hidden, starts - 1)[:, :, None]
-    predictors = jnp.concatenate([before, fork_hidden[:, :, :-1]], axis=2)
+    return scores_of(model, params, take_tokens(hidden, starts - 1), fork_hidden, tokens)
+
+
+def scores_of(
+    model: Model, params: Params, last_hidden: jax.Array, hidden: jax.Array, tokens: jax.Array
+) -> Scores:
+    """`score_rollouts`, given the hidden states before the rollouts [B, R, D] and of their tokens
+    [B, R, k, D].
+    """
+    predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
     log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
-    return Scores(log_probs, entropies, fork_hidden)
+    return Scores(log_probs, entropies, hidden)

@@ -22,10 +22,11 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params
-from refine_jax.parallel import constrain_state, take_tokens
+from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.method import (
     Batch,
     Experience,
+    Forks,
     Method,
     Metrics,
     layout_of,
@@ -95,6 +96,19 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def mini_batches(like: jax.Array, count: int) -> list[jax.Array]:
+    """0 .. count - 1, int32, made where the int32 scalar `like` is: nothing comes from the host."""
+    return [0 * like + index for index in range(count)]
+
+
+@jax.jit
+def mean_metrics(each: list[Metrics]) -> Metrics:
+    """Metrics of several updates: means, and the counts ("update/...") after the last."""
+    metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
+    return metrics | {name: each[-1][name] for name in metrics if name.startswith("update/")}
+
+
 def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array = 0) -> jax.Array:
     """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed.
 
@@ -149,6 +163,62 @@ def accumulate_gradient(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
     )
     return lax.scan(micro_batch, zeros, inputs)[0]
+
+
+def collect_in_parts(
+    method: Method, state: TrainState, batch: Batch, keys: jax.Array, parts: int
+) -> Experience:
+    """`method.collect` of many rows, with forward passes over `1 / parts` of them at a time.
+
+    Rollouts are few tokens, for which reading the parameters is all the time there is. So the rows
+    of several parts roll out together: as many as have states no larger than a quarter of the trace
+    of one part.
+    """
+    params, reference_params = state.params, state.reference_params
+
+    def fork(inputs):
+        batch, keys = inputs
+        return method.fork(params, method.trunk(params, batch), batch, keys)
+
+    def together(inputs):
+        batch, keys = inputs
+        forks = _merge_forks(lax.map(fork, split_rows(inputs, group)))
+        tokens = method.sample(params, forks, keys)
+
+        def reference(inputs):
+            return method.reference_log_probs(reference_params, *inputs)
+
+        rollouts = split_rows((batch, forks.starts, tokens), group)
+        ref_log_probs = merge_rows(lax.map(reference, rollouts))
+        return method.experience(params, forks, tokens, ref_log_probs)
+
+    part = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
+    group = _rows_together(method, params, part, parts)
+    return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
+
+
+def _rows_together(method: Method, params: Params, part: tuple[Batch, jax.Array], parts: int):
+    """How many parts roll out together; divides `parts`."""
+
+    def sizes(batch, keys):
+        trunk = method.trunk(params, batch)
+        return trunk.trace.layers, method.fork(params, trunk, batch, keys).state
+
+    trace, state = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in jax.eval_shape(sizes, *part)
+    )
+    # Traces are spread over the axis `sequence`, states are not.
+    most = max(trace // (4 * state * axis_size("sequence")), 1)
+    return max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
+
+
+def _merge_forks(forks: Forks) -> Forks:
+    """`merge_rows`, also of the states, whose rows come second."""
+    state = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), forks.state
+    )
+    return merge_rows(forks._replace(state=None))._replace(state=state)
 
 
 def _method_gradient(method: Method, state: TrainState, batch, experience, keys, parts: int):
@@ -211,12 +281,8 @@ def make_step_programs(
     @jax.jit
     def collect(state: TrainState, batch: Batch) -> Experience:
         rows = batch["tokens"].shape[0]
-        inputs = split_rows((batch, row_keys(state.key, state.step, rows)), rows // micro_batch)
-
-        def one(inputs):
-            return method.collect(state.params, state.reference_params, *inputs)[0]
-
-        return merge_rows(lax.map(one, inputs))
+        keys = row_keys(state.key, state.step, rows)
+        return collect_in_parts(method, state, batch, keys, rows // micro_batch)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
     def update(state: TrainState, batch: Batch, experience, index, updates: int):
@@ -274,13 +340,10 @@ def make_train_step(
         collected = time.perf_counter()
         updates = rows // mini_batch
         each = []
-        for index in range(updates):
-            index = jnp.int32(index)
+        for index in mini_batches(state.step, updates):
             state, metrics = programs.update(state, batch, experience, index, updates)
             each.append(metrics)
-        metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
-        metrics |= {name: each[-1][name] for name in metrics if name.startswith("update/")}
-        jax.block_until_ready(metrics)
+        metrics = jax.block_until_ready(mean_metrics(each))
         times = {
             "time/collect": collected - begin,
             "time/update": time.perf_counter() - collected,

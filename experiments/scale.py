@@ -1,0 +1,221 @@
+"""What the published models need of TPU slices, compiled ahead of time: tables for scale.md.
+
+    TPU_LIBRARY_PATH=.../libtpu.so python experiments/scale.py --out=runs/scale
+    python experiments/scale.py --out=runs/scale --tables        # of what is there already
+    python experiments/scale.py --out=runs/scale --only=lengths/lact_760m
+
+Every case is a configuration of `configs/` with other settings, of which the programs of a training
+step are compiled as `--compile_only` does it. A case takes minutes; its figures are kept as
+OUT/GROUP/MODEL/NAME.json, and cases that have theirs are not compiled again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# As early as this: where libtpu is installed, jax looks for a TPU when it starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from refine_jax.compile_only.chips import GIB, parse_topology
+from refine_jax.compile_only.command import check_libtpu, in_child
+from refine_jax.compile_only.report import Report
+from refine_jax.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {"deltanet_1_3b": "DeltaNet-1.3B", "lact_760m": "LaCT-760M"}
+PROGRAMS = ("collect", "update", "ntp_update")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A configuration for a slice. settings: of the configuration, by dotted names."""
+
+    group: str
+    model: str
+    topology: str
+    settings: dict[str, Any]
+    name: str = ""
+
+    def file(self, out: Path) -> Path:
+        """Where its figures are."""
+        name = self.name or self.topology.replace(":", "-")
+        return out / self.group / self.model / f"{name}.json"
+
+    def config(self) -> Config:
+        """The configuration."""
+        path = ROOT / "configs" / f"midtrain_{self.model}.py"
+        spec = importlib.util.spec_from_file_location("experiment", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        values = module.get_config()
+        for name, value in self.settings.items():
+            section, field = name.split(".")
+            values[section][field] = value
+        return Config.from_dict(values)
+
+
+def mesh(**sizes: int) -> dict[str, int]:
+    """Settings of the mesh."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes
+    return {f"mesh.{name}": size for name, size in sizes.items()}
+
+
+def rows(batch: int, mini_batch: int, micro_batch: int = 1) -> dict[str, int]:
+    """Settings of the batch."""
+    sizes = {"batch_size": batch, "mini_batch_size": mini_batch, "micro_batch_size": micro_batch}
+    return {f"train.{name}": size for name, size in sizes.items()}
+
+
+def cases() -> Iterator[Case]:
+    """All, those that say most first."""
+    for model in MODELS:
+        # The paper's batches, of 128 rows in mini-batches of 32, 16K tokens each.
+        yield Case("slices", model, "v5e:4x4", mesh(fsdp=16))
+        yield Case("slices", model, "v5p:4x4x4", mesh(fsdp=32, sequence=2))
+        yield Case("slices", model, "v5p:2x2x1", mesh(fsdp=4) | rows(128, 32, 2))
+        yield Case("slices", model, "v6e:4x4", mesh(fsdp=16))
+        yield Case("slices", model, "v5e:16x16", mesh(fsdp=32, sequence=8))
+    # The smallest slices: those that hold the state, and what is next to them.
+    for topology, fsdp in (("v5p:1x1x1", 1), ("v6e:2x2", 4), ("v5e:2x2", 4), ("v5e:2x4", 8)):
+        for model in MODELS:
+            yield Case("smallest", model, topology, mesh(fsdp=fsdp))
+    yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
+    for model in MODELS:
+        # 16K tokens on each of 64 chips, as rows of any length.
+        for length, sequence in ((16, 1), (64, 4), (256, 16), (1024, 64)):
+            fsdp = 64 // sequence
+            settings = mesh(fsdp=fsdp, sequence=sequence) | rows(2 * fsdp, fsdp)
+            settings["data.sequence_length"] = 1024 * length
+            yield Case("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
+    for model in MODELS:
+        yield Case("chips", model, "v5e:8x8", mesh(fsdp=32, sequence=2))
+    settings = mesh() | rows(2, 1) | {"data.sequence_length": 128 * 1024}
+    yield Case("one_chip", "lact_760m", "v5p:1x1x1", settings, name="128K")
+
+
+def compile_case(case: Case, *, plan: bool) -> dict[str, Any]:
+    """Its figures: of the run, of its programs, of a training step."""
+    config = case.config()
+    task = {"config": config.to_dict(), "topology": case.topology, "debug": False, "plan": plan}
+    found, facts = [], {}
+    for name in PROGRAMS:
+        each = in_child(task | {"program": name}) | {"name": name}
+        if each.get("error") == "input":
+            return {"error": each["message"]}
+        facts = each.pop("facts", facts)
+        found.append(each)
+    if not facts:
+        return {"error": found[0]["message"]}
+    report = Report(config, parse_topology(case.topology), facts, found)
+    return report.to_json() | {"settings": case.settings, "tokens": report.tokens, "planned": plan}
+
+
+def described(settings: dict[str, Any]) -> str:
+    """The mesh in short."""
+    sizes = {name.removeprefix("mesh."): size for name, size in settings.items() if "mesh" in name}
+    text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1"
+    micro = settings.get("train.micro_batch_size", 1)
+    return text + (f", {micro} rows at a time" if micro > 1 else "")
+
+
+def row(case: Case, found: dict[str, Any]) -> list[str]:
+    """A line of a table."""
+    head = [case.name or case.topology, described(case.settings)]
+    if "error" in found:
+        return [*head, found["error"], *[""] * 9]
+    failed = [p for p in found["programs"] if "error" in p]
+    if failed:
+        return [*head, f"{failed[0]['name']} does not compile", *[""] * 9]
+    chip = parse_topology(case.topology).chip
+    programs = {program["name"]: program for program in found["programs"]}
+    peaks = [programs[name]["memory"]["peak"] / GIB for name in PROGRAMS]
+    most = max(peaks) * GIB
+    seconds = sum(p["trace_seconds"] + p["compile_seconds"] for p in found["programs"])
+    step = found["step"]
+    sent = sum(
+        p["runs"] * each["bytes"] for p in found["programs"] for each in p["collectives"].values()
+    )
+    cells = [
+        " / ".join(f"{peak:.1f}" for peak in peaks),
+        f"{most / chip.hbm:.0%}" if most <= chip.hbm else "does not fit",
+        f"{seconds:.0f}",
+    ]
+    if step["seconds"] is None or step["ntp_seconds"] is None:
+        return [*head, *cells, *["-"] * 7]
+    per_token = 1e6 * step["seconds"] / found["tokens"]
+    return [
+        *head,
+        *cells,
+        f"{step['seconds']:.2f}",
+        f"{step['ntp_seconds']:.2f}",
+        f"{step['ratio']:.2f}",
+        f"{sent / 1e9:.0f}",
+        f"{step['mfu']:.0%}",
+        f"{step['tokens_per_second']:,.0f}",
+        f"{per_token:.2f}",
+    ]
+
+
+HEADING = (
+    "case",
+    "mesh",
+    "GiB a chip: rollouts / update / NTP",
+    "of HBM",
+    "compiled, s",
+    "step, s",
+    "NTP, s",
+    "ratio",
+    "sent a chip, GB",
+    "MFU",
+    "tokens/s",
+    "us a token",
+)
+
+
+def table(lines: list[list[str]]) -> str:
+    """Markdown."""
+    body = [HEADING, ["---"] * len(HEADING), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+
+
+def main() -> None:
+    """Compile what is missing, then print the tables."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    flags.add_argument("--only", default="", help="beginning of GROUP/MODEL/NAME")
+    flags.add_argument("--plan", action="store_true", help="stop before code is made: see README")
+    flags.add_argument("--tables", action="store_true", help="compile nothing")
+    options = flags.parse_args()
+    if not options.tables:
+        check_libtpu()
+    chosen = [
+        case
+        for case in cases()
+        if str(case.file(Path())).removesuffix(".json").startswith(options.only)
+    ]
+    for case in chosen:
+        file = case.file(options.out)
+        if not options.tables and not file.exists():
+            found = compile_case(case, plan=options.plan)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(" ".join([case.group, case.model, *row(case, found)]), flush=True)
+    for group, model in dict.fromkeys((case.group, case.model) for case in chosen):
+        lines = [
+            row(case, json.loads(case.file(options.out).read_text(encoding="utf-8")))
+            for case in chosen
+            if (case.group, case.model) == (group, model) and case.file(options.out).exists()
+        ]
+        if lines:
+            print(f"\n{group}, {MODELS[model]}\n\n{table(lines)}")
+
+
+if __name__ == "__main__":
+    main()
