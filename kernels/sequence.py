@@ -15,6 +15,10 @@ from jax import lax
 
 Tree = TypeVar("Tree", bound=Any)
 
+# Name (`jax.ad_checkpoint`) of what devices found out together and is small: worth keeping where
+# all else is computed again.
+KEPT = "sequence"
+
 
 def shift(x: Tree, hops: int, axis_name: str) -> Tree:
     """`x` of the device `hops` before this one (behind it if negative); zeros where none is."""

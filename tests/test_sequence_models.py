@@ -1,4 +1,4 @@
-"""LaCT's forward pass with the tokens of rows on several devices: equal to one device.
+"""Forward passes with the tokens of rows on several devices: LaCT's equal to one device.
 
 The other models and the objectives are in test_mesh.py; here are the two ways in which devices
 share fast weights: by heads or, where there are more devices than heads, by the slots of chunks.
@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from sequences import assert_equal
 
 from refine_jax.models.layout import Layout
+from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.parallel import AXES
 
 DEVICES, LENGTH, ROWS = 4, 64, 2
@@ -53,3 +54,15 @@ def test_equals_one_device(heads, packed):
         got = run(params)
     # Gradients on the scale of the largest: some parameters have hardly any.
     assert_equal(got, want, 2e-5)
+
+
+def test_states_at_borders_are_not_sent_again():
+    """The backward pass computes layers again, but not what their devices told each other."""
+    model, params = tiny.tiny("deltanet_plain")
+    tokens, sent = tiny.tokens(3, ROWS, 64 * DEVICES), []
+    for remat in ("none", "full"):
+        again = Model(model.config, ComputePolicy(remat=remat))
+        with jax.set_mesh(mesh()):
+            gradient = jax.grad(lambda params, m=again: m.forward(params, tokens)[0].sum())
+            sent.append(str(jax.make_jaxpr(gradient)(params)).count("ppermute"))
+    assert sent[0] == sent[1] > 0
