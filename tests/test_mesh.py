@@ -30,11 +30,8 @@ MESHES += ["data=2,fsdp=2", "fsdp=2,tensor=2", "data=2,tensor=4", "data=2,fsdp=2
 MESHES += ["fsdp=2,sequence=2", "tensor=2,sequence=4", "fsdp=2,tensor=2,sequence=2"]
 # What every change is tested on; the others, an hour of compilation, are marked slow.
 COVERING = {
-    ("lact", "data=2,fsdp=2,tensor=2"),
     ("lact", "fsdp=2,tensor=2,sequence=2"),
     ("deltanet", "data=2,fsdp=2,tensor=2"),
-    ("deltanet", "fsdp=2,tensor=2,sequence=2"),
-    ("gated_deltanet", "fsdp=2,tensor=2,sequence=2"),
 }
 CASES = [
     pytest.param(
