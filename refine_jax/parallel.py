@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refine_jax import distributed
@@ -82,8 +83,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             f"-1, what is left. Got: {described} for {len(devices)} devices."
         )
     sizes = [len(devices) // given if size == -1 else size for size in sizes]
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    # As `jax.make_mesh`, which refuses sizes that are no product of whole axes of a TPU's torus.
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def default_devices() -> list[jax.Device]:
