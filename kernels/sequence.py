@@ -15,6 +15,10 @@ from jax import lax
 
 Tree = TypeVar("Tree", bound=Any)
 
+# Name (`jax.ad_checkpoint`) of what devices found out together and is small: worth keeping where
+# all else is computed again.
+KEPT = "sequence"
+
 
 def shift(x: Tree, hops: int, axis_name: str) -> Tree:
     """`x` of the device `hops` before this one (behind it if negative); zeros where none is."""
@@ -38,6 +42,41 @@ def halo(x: jax.Array, rows: int, axis_name: str, axis: int = 1) -> jax.Array:
         last = lax.slice_in_dim(x, block - taken, block, axis=axis)
         parts.append(shift(last, hops, axis_name))
     return jnp.concatenate(parts, axis=axis)
+
+
+def exchange(
+    x: Tree,
+    axis_name: str,
+    *,
+    split: int,
+    join: int,
+    members: list[list[int]] | None = None,
+) -> Tree:
+    """Every device gets its part of axis `split` from all, side by side along axis `join`.
+
+    members: groups of devices that exchange among themselves; None: all do.
+    """
+    return jax.tree.map(
+        lambda leaf: lax.all_to_all(
+            leaf,
+            axis_name,
+            split_axis=split,
+            concat_axis=join,
+            axis_index_groups=members,
+            tiled=True,
+        ),
+        x,
+    )
+
+
+def own_part(x: Tree, axis_name: str, axis: int) -> Tree:
+    """This device's part along `axis` of arrays that are the same on all devices."""
+
+    def part(leaf):
+        size = leaf.shape[axis] // lax.axis_size(axis_name)
+        return lax.dynamic_slice_in_dim(leaf, lax.axis_index(axis_name) * size, size, axis=axis)
+
+    return jax.tree.map(part, x)
 
 
 def exclusive_prefix(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from refine_jax.kernels import sequence
 from refine_jax.kernels.numerics import einsum
 
@@ -101,6 +102,8 @@ def _state_before_forward(run, axis_name, k, v, beta, log_decay, initial_state, 
     through, written = final[..., value_dim:], final[..., :value_dim]
     first = jnp.zeros_like(through), initial_state
     _, state = sequence.exclusive_prefix(_compose, (through, written), first, axis_name)
+    # Few numbers: a checkpoint that keeps them need not make the pass, nor send, once more.
+    through, state = (checkpoint_name(x, sequence.KEPT) for x in (through, state))
     residuals = k, v, beta, log_decay, document, begins, through, state
     return state, residuals
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from refine_jax.kernels import sequence
 from refine_jax.kernels.lact.reference import FastState, Options, Weights
 from refine_jax.kernels.lact.xla import (
     apply_fast_weights,
@@ -62,9 +63,7 @@ def lact_sequence(
     size, heads = lax.axis_size(axis_name), q.shape[2]
     group = math.gcd(size, heads)
     members = [list(range(first, first + group)) for first in range(0, size, group)]
-    exchange = functools.partial(
-        lax.all_to_all, axis_name=axis_name, axis_index_groups=members, tiled=True
-    )
+    exchange = functools.partial(sequence.exchange, axis_name=axis_name, members=members)
 
     def own_heads(x):
         """Of arrays [..., H, rows, columns] that are the same on all devices."""
@@ -72,9 +71,7 @@ def lact_sequence(
         return lax.dynamic_slice_in_dim(x, start, heads // group, axis=-3)
 
     if group > 1:
-        slots = q, k, v, rates, momentum
-        to_heads = functools.partial(exchange, split_axis=2, concat_axis=3)
-        q, k, v, rates, momentum = jax.tree.map(to_heads, slots)
+        q, k, v, rates, momentum = exchange((q, k, v, rates, momentum), split=2, join=3)
         weights, carry = jax.tree.map(own_heads, (weights, carry))
         if mask is not None:
             mask = lax.all_gather(mask, axis_name, axis_index_groups=members, axis=2, tiled=True)
@@ -86,9 +83,8 @@ def lact_sequence(
         )
     out, states = run(q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry)
     if group > 1:
-        out = exchange(out, split_axis=3, concat_axis=2)
-        to_chunks = functools.partial(exchange, split_axis=1, concat_axis=2)
-        states = jax.tree.map(to_chunks, states)
+        out = exchange(out, split=3, join=2)
+        states = exchange(states, split=1, join=2)
     return out, states
 
 

@@ -231,7 +231,7 @@ def parse(text: str) -> Module:
             if match := _COMPUTATION.match(line):
                 current = computations[match[2]] = Computation(match[2], {})
                 entry = match[2] if match[1] else entry
-        elif line.rstrip() == "}":
+        elif line.startswith("}") and not line.startswith("}}"):  # an attribute's end, that
             finish()
             current = None
         elif _INSTRUCTION.match(line):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from refine_jax.kernels import sequence
 from refine_jax.kernels.lact import (
     FastState,
     Options,
@@ -35,7 +36,7 @@ from refine_jax.models.attention import push_to_ring, ring_attention, window_att
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import axis_size, over_shards, take_tokens, token_axis
+from refine_jax.parallel import axis_size, constrain, over_shards, take_tokens, token_axis
 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
@@ -238,7 +239,7 @@ class LaCTMixer(nnx.Module):
         self, x: jax.Array, layout: Layout | None, plan: ChunkPlan | None
     ) -> tuple[jax.Array, LaCTTrace]:
         """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks."""
-        num_rows, num_tokens = x.shape[:2]
+        num_tokens = x.shape[1]
         positions = jnp.arange(num_tokens)[None] if layout is None else layout.position
         q, k, v = self._qkv(x)
         keys, values = (
@@ -257,12 +258,7 @@ class LaCTMixer(nnx.Module):
             rates,
             momentum,
         )
-        out, chunks = self._run_chunks(*self._to_slots(tokens, plan), axis_name)
-        fast = jnp.swapaxes(out, 2, 3).reshape(num_rows, -1, *tokens[0].shape[2:])
-        if plan is None:
-            fast = fast[:, :num_tokens]
-        else:
-            fast = _take_rows(fast, plan.slot, plan.source, plan.live)
+        fast, chunks = self._run_fast(tokens, plan, axis_name)
         y = self._merge(x, attention, fast)
         return y, LaCTTrace(keys, values, rates, momentum, chunks)
 
@@ -389,29 +385,53 @@ class LaCTMixer(nnx.Module):
         chunk = self.config.lact_chunk_size
         return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
 
-    def _run_chunks(self, slots, mask, reset, axis_name):
-        """`lact` with the model's options, each device on its rows and heads.
+    def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
+        """Fast weights over rows: tokens' arrays [B, T, H, ...] to [B, T, H, d] and the states.
 
-        Where tokens are spread, a device takes its share of those of every chunk, and keeps the
+        Each device takes its rows and heads. Where tokens are spread, devices exchange tokens for
+        heads if each gets some; else they share the tokens of every chunk. A device keeps the
         states of its share of the chunks.
         """
+        devices = 1 if axis_name is None else axis_size(axis_name)
+        if self.config.num_lact_heads // axis_size("tensor") % devices:
+            return self._share_chunks(tokens, plan, axis_name)
+
+        def run(tokens, weights, plan):
+            if devices > 1:
+                tokens = sequence.exchange(tokens, axis_name, split=2, join=1)
+                weights = sequence.own_part(weights, axis_name, axis=0)
+            slots, mask, reset = self._to_slots(tokens, plan)
+            out, states = self._lact(*slots, weights=weights, mask=mask, reset=reset)
+            out = _to_tokens(out, plan, tokens[0].shape[1])
+            if devices > 1:
+                out = sequence.exchange(out, axis_name, split=1, join=2)
+                states = sequence.exchange(states, axis_name, split=1, join=2)
+            return out, states
+
+        names = axis_name and "tokens"
+        arrays = ("batch", names, "heads")
+        run = over_shards(run, (arrays, ("heads",), ("batch",)), (arrays, arrays))
+        return run(tokens, self._initial_weights(), plan)
+
+    def _share_chunks(self, tokens, plan: ChunkPlan | None, axis_name: str):
+        """`_run_fast` where devices share the tokens of every chunk."""
 
         def run(slots, weights, mask, reset):
-            return lact(
-                *slots,
-                weights,
-                mask=mask,
-                reset=reset,
-                options=self._options,
-                axis_name=axis_name,
-                implementation=self.implementation,
-            )
+            return self._lact(*slots, weights=weights, mask=mask, reset=reset, axis_name=axis_name)
 
-        tokens = axis_name and "tokens"
-        arrays, states = ("batch", None, "heads", tokens), ("batch", tokens, "heads")
-        in_axes = (arrays, ("heads",), ("batch", None, tokens), ("batch",))
+        # Said on both sides, so that neither the one nor its derivative is sent as anything larger.
+        tokens = jax.tree.map(lambda x: constrain(x, "batch", "tokens", "heads"), tokens)
+        slots, mask, reset = self._to_slots(tokens, plan)
+        arrays, states = ("batch", None, "heads", "tokens"), ("batch", "tokens", "heads")
+        slots = jax.tree.map(lambda x: constrain(x, *arrays), slots)
+        in_axes = (arrays, ("heads",), ("batch", None, "tokens"), ("batch",))
         run = over_shards(run, in_axes, (arrays, states))
-        return run(slots, self._initial_weights(), mask, reset)
+        out, chunks = run(slots, self._initial_weights(), mask, reset)
+        out = constrain(_to_tokens(out, plan, tokens[0].shape[1]), "batch", "tokens", "heads")
+        return out, chunks
+
+    def _lact(self, *slots, **arrays):
+        return lact(*slots, options=self._options, implementation=self.implementation, **arrays)
 
     def _attn_heads(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., A, hd]."""
@@ -561,6 +581,15 @@ class LaCTMixer(nnx.Module):
             return out, (fast, *add(fast, *begun, ~inside))
 
         return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), state)
+
+
+def _to_tokens(slots: jax.Array, plan: ChunkPlan | None, num_tokens: int) -> jax.Array:
+    """The way back from chunk slots, [B, N, H, C, d] -> [B, T, H, d]."""
+    x = jnp.swapaxes(slots, 2, 3)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    if plan is None:
+        return x[:, :num_tokens]
+    return _take_rows(x, plan.slot, plan.source, plan.live)
 
 
 def _tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from refine_jax.kernels import sequence
 from refine_jax.models.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -42,9 +43,12 @@ _MIXERS = {
     GatedDeltaNetConfig: GatedDeltaNetMixer,
 }
 
+_KEPT = jax.checkpoint_policies.save_only_these_names(sequence.KEPT)
 _REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _KEPT,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEPT
+    ),
 }
 
 
