@@ -109,9 +109,9 @@ def cases() -> Iterator[Case]:
             yield Case("smallest", model, topology, settings)
     yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
-        # 16K tokens on each of 64 chips, in rows of any length; of LaCT, whose devices add up what
-        # they make of every chunk, the longest rows lie on fewer.
-        most = 64 if model == "deltanet_1_3b" else 16
+        # Of 64 chips as many share a row as leaves 16K tokens to each; of LaCT's no more than it has
+        # fast-weight heads, as further ones would have to add up what they make of every chunk.
+        most = 64 if model == "deltanet_1_3b" else 4
         for length in (16, 64, 256, 1024):
             sequence = min(length // 16, most)
             fsdp = 64 // sequence
