@@ -109,8 +109,8 @@ def cases() -> Iterator[Case]:
             yield Case("smallest", model, topology, settings)
     yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
-        # Of 64 chips as many share a row as leaves 16K tokens to each; of LaCT's no more than it has
-        # fast-weight heads, as further ones would have to add up what they make of every chunk.
+        # Of 64 chips as many share a row as leaves 16K tokens to each; of LaCT's at most as many as
+        # it has fast-weight heads: further ones would add up what they make of every chunk.
         most = 64 if model == "deltanet_1_3b" else 4
         for length in (16, 64, 256, 1024):
             sequence = min(length // 16, most)
