@@ -39,7 +39,7 @@ def test_golden_rope():
     arrays = load_arrays("ops", "attention_rope_conv.npz")
     positions = jnp.arange(arrays["q"].shape[1])[None]
     for name, x, shift in (("q", "q", 0), ("k", "k", 0), ("q_offset5", "q", 5)):
-        got = rope(jnp.asarray(arrays[x]), positions + shift, 10000.0)
+        got = rope(jnp.asarray(arrays[x]), (positions + shift)[..., None], 10000.0)
         close(got, arrays[f"rope_{name}"])
 
 

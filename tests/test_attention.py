@@ -154,7 +154,10 @@ def test_ring_continues_a_row(window):
     @jax.jit
     def step(new, rings, cursor, position):
         out = ring_attention(*new, *rings, cursor, position)
-        rings = [push_to_ring(ring, x, cursor) for ring, x in zip(rings, new[1:], strict=True)]
+        rings = [
+            push_to_ring(ring[None], x[None], cursor)[0]
+            for ring, x in zip(rings, new[1:], strict=True)
+        ]
         return out, rings
 
     rings = [remembered(x) for x in (k, v)]

@@ -191,6 +191,13 @@ def run_forward(config, graph, params, x, segments=None):
     return (*mixer.forward(x, layout, plan), layout, plan)
 
 
+def extend(mixer, x, state):
+    """What the model does with the state of its only layer."""
+    y, change = mixer.extend(x, state)
+    layers = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (state, change)]
+    return y, jax.tree.map(lambda leaf: leaf[0], mixer.advance(*layers))
+
+
 def run_forks(config, graph, splits, horizon, params, x, positions, rollouts, segments=None):
     """Forward's y; the rollouts' [B, R, S, D], from forks extended by `splits`; the last state."""
     y, trace, layout, plan = run_forward(config, graph, params, x, segments)
@@ -198,7 +205,7 @@ def run_forks(config, graph, splits, horizon, params, x, positions, rollouts, se
     state = mixer.fork(trace, positions, layout, plan, horizon)
     outputs, start = [], 0
     for size in splits:
-        output, state = mixer.extend(rollouts[:, :, start : start + size], state)
+        output, state = extend(mixer, rollouts[:, :, start : start + size], state)
         outputs.append(output)
         start += size
     return y, jnp.concatenate(outputs, axis=2), state
@@ -259,7 +266,7 @@ def test_extend_from_the_start_is_forward():
         mixer = nnx.merge(graph, params)
 
         def step(state, x):
-            y, state = mixer.extend(x[None, None, None], state)
+            y, state = extend(mixer, x[None, None, None], state)
             return state, y[0, 0, 0]
 
         state = mixer.init_state((1, 1), x.dtype)

@@ -1,8 +1,13 @@
 """Causal softmax attention over a window of tokens: for whole rows, and for continued states.
 
 Query i sees the keys i - window + 1 ... i of its own document. Where a row is spread over devices,
-those before a device's own tokens are its past. Letters: B batch, A attention heads, T tokens,
-hd head dim, R forks of a sequence, S new tokens, W window.
+those before a device's own tokens are its past.
+
+Arrays hold heads in groups of n, side by side: G = A / n groups of L = n hd numbers a token. A TPU
+fills the last axis of every array up to 128, so that heads of 64 alone would be twice as large in
+memory and in time. Products with the heads of a group are those with their group, where a query is
+zero but in its own head. Letters: B batch, A attention heads, T tokens, hd head dim, R forks of a
+sequence, S new tokens, W window.
 """
 
 from __future__ import annotations
@@ -17,13 +22,38 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
+from refine_jax.kernels import heads
 from refine_jax.kernels.sequence import halo
 from refine_jax.models.layout import Layout
+from refine_jax.parallel import axis_size, over_shards
 
 _MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 _QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest on CPU at window 512
 _SPLASH_BLOCK = 1024  # and no larger than the window, as whole blocks are computed
 _SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with the square
+_TPU_LANES = 128
+
+
+def heads_per_group(num_heads: int, head_dim: int) -> int:
+    """How many heads the model's arrays hold side by side: as many as fit the lanes of a TPU.
+
+    Devices that share heads (mesh axis `tensor`) have whole groups. 1 on other devices.
+    """
+    lanes = _TPU_LANES if jax.default_backend() == "tpu" else head_dim
+    here = num_heads // axis_size("tensor")
+    return max(n for n in range(1, here + 1) if here % n == 0 and (n == 1 or n * head_dim <= lanes))
+
+
+def _separate(x: jax.Array, count: int) -> jax.Array:
+    """Groups [B, G, T, L] -> heads [B, A, T, hd]."""
+    x = x.reshape(*x.shape[:-1], count, -1)
+    return jnp.moveaxis(x, 3, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[-1])
+
+
+def _grouped(x: jax.Array, count: int) -> jax.Array:
+    """Heads [B, A, T, hd] -> groups [B, G, T, L]."""
+    x = x.reshape(x.shape[0], -1, count, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 3).reshape(*x.shape[:2], x.shape[3], -1)
 
 
 def window_attention(
@@ -33,19 +63,21 @@ def window_attention(
     window: int,
     layout: Layout | None = None,
     *,
+    heads_per_group: int = 1,
     implementation: str | None = None,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Causal attention of whole rows, exact, in time and memory linear in T.
 
-    q, k, v: [B, A, T, hd] in one dtype; scores are scaled by hd^-0.5, the softmax is float32.
+    q, k, v: [B, G, T, L] in one dtype, heads_per_group heads side by side; scores are scaled by
+    hd^-0.5, the softmax is float32.
     layout: documents do not see each other, and padding is not seen; its own output is 0.
     implementation: "xla", "splash" (a Pallas kernel of jax, for TPUs), "cudnn" (GPUs; full rows in
     bfloat16 or float16 only) or None for the best one on the device; a named one never falls back.
     axis_name: inside `jax.shard_map`, the mesh axis over which rows are spread in blocks of T, in
     their order: all arrays, also those of `layout`, are those of the device's block, and documents
     have the numbers of the whole row. The window may reach over several blocks. Not by "cudnn".
-    Returns [B, A, T, hd] in the dtype of q.
+    Returns [B, G, T, L] in the dtype of q.
 
     Raises:
       ValueError: an implementation that does not exist, or not for these arrays.
@@ -71,7 +103,15 @@ def window_attention(
             f"implementation of window_attention must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
-    return IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
+    if implementation == "splash":
+        return _splash(q, k, v, ids, past, window, heads_per_group)
+    if heads_per_group == 1:
+        return IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
+    q, k, v = (_separate(x, heads_per_group) for x in (q, k, v))
+    if past is not None:
+        past = *(_separate(x, heads_per_group) for x in past[:2]), past[2]
+    out = IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
+    return _grouped(out, heads_per_group)
 
 
 def _pad_tokens(arrays, ids, multiple: int):
@@ -108,20 +148,24 @@ def _splash_kernel(
         return thread.submit(make).result()
 
 
-def _splash(q, k, v, ids, past, window):
+def _splash(q, k, v, ids, past, window, heads_per_group):
     """jax's splash attention, which visits only the blocks that the window reaches.
+
+    The queries of a group's heads have the group's keys and values in common.
 
     A row is padded to whole blocks: causality keeps real tokens from seeing what stands behind. So
     is its past, at its beginning: out of reach for every window. A long row is cut into pieces,
     each behind its past, that are rows of their own.
     """
-    num_rows, num_heads, num_tokens, _ = q.shape
+    num_rows, num_groups, num_tokens, group_size = q.shape
+    num_heads = num_groups * heads_per_group
     block = min(_SPLASH_BLOCK, *(-(-size // 128) * 128 for size in (window, num_tokens)))
-    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    q = (q.astype(jnp.float32) * (group_size / heads_per_group) ** -0.5).astype(q.dtype)
     count = -(-num_tokens // _SPLASH_TOKENS)
     if count > 1 and ids is None:  # nothing else tells that the first piece has no past
         ids = jnp.ones((num_rows, num_tokens), jnp.int32)
     (q, k, v), ids = _pad_tokens((q, k, v), ids, count * block)
+    q = heads.alone(q, heads_per_group)
     size, num_past, key_ids = q.shape[2] // count, 0, ids
     if count > 1 or past is not None:
         num_past = -(-(window - 1) // block) * block
@@ -144,7 +188,7 @@ def _splash(q, k, v, ids, past, window):
     if count > 1:
         out = jnp.moveaxis(out.reshape(num_rows, count, *out.shape[1:]), 1, 2)
         out = out.reshape(num_rows, num_heads, -1, out.shape[-1])
-    return out[:, :, :num_tokens]
+    return heads.together(out, heads_per_group)[:, :, :num_tokens]
 
 
 def _to_pieces(x, size: int, past: int):
@@ -310,22 +354,28 @@ def ring_attention(
     ring_v: jax.Array,
     cursor: jax.Array,
     position: jax.Array,
+    *,
+    heads_per_group: int = 1,
 ) -> jax.Array:
     """Attention of S new tokens to themselves and to the tokens that a decode state remembers.
 
-    q, k, v: [B, R, A, S, hd], the new tokens. ring_k, ring_v: [B, R, A, W, hd], the last W tokens
+    q, k, v: [B, R, G, S, L], the new tokens. ring_k, ring_v: [B, R, G, W, L], the last W tokens
     of the document in ring order; the newest stands before slot `cursor` [B, R]. position: [B, R],
     tokens of the document so far; slots that hold none of them are not seen. W is the window.
-    Returns [B, R, A, S, hd] in the dtype of q.
+    Returns [B, R, G, S, L] in the dtype of q.
     """
-    num_new, window = q.shape[3], ring_k.shape[3]
-    scale = q.shape[-1] ** -0.5
+    shape, num_new, window = q.shape, q.shape[3], ring_k.shape[3]
+    scale = (q.shape[-1] / heads_per_group) ** -0.5
+    if heads_per_group > 1:
+        q = heads.alone(q, heads_per_group).reshape(*shape[:3], -1, shape[-1])
     index = jnp.arange(num_new)
     age = (cursor[..., None] - 1 - jnp.arange(window)) % window  # [B, R, W]; 0 is the newest
     distance = index[:, None] + 1 + age[..., None, :]  # [B, R, S, W]
     in_ring = (age < position[..., None])[..., None, :] & (distance < window)
     back = index[:, None] - index[None]
     in_new = (back >= 0) & (back < window)
+    in_ring = jnp.tile(in_ring, (heads_per_group, 1))
+    in_new = jnp.tile(in_new, (heads_per_group, 1))
     scores = jnp.concatenate(
         [
             jnp.where(
@@ -337,24 +387,46 @@ def ring_attention(
     )
     weights = jax.nn.softmax(scores, axis=-1)
     out = _product("brasw,brawh->brash", weights[..., :window], ring_v)
-    out = out + _product("brast,brath->brash", weights[..., window:], v)
-    return out.astype(q.dtype)
+    out = (out + _product("brast,brath->brash", weights[..., window:], v)).astype(k.dtype)
+    if heads_per_group > 1:
+        out = heads.together(out.reshape(*shape[:2], -1, *shape[3:]), heads_per_group)
+    return out
 
 
 def push_to_ring(ring: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
-    """`ring` [B, R, A, W, hd] after `new` [B, R, A, S, hd] is written from slot `cursor` [B, R] on.
+    """Rings after new tokens are written from slot `cursor` [B, R] on.
 
-    The next cursor is (cursor + S) % W, also where S > W and only the last W tokens stay.
+    ring: [N, B, R, G, W, L], of N layers. new: [N, B, R, G, S, L]. The next cursor is
+    (cursor + S) % W, also where S > W and only the last W tokens stay.
     """
-    window, num_new = ring.shape[3], new.shape[3]
+    window, num_new = ring.shape[4], new.shape[4]
     if num_new > window:
         cursor = (cursor + num_new - window) % window
         new = new[..., -window:, :]
+    arrays = (None, "batch", None, "heads")
+    push = _push_token if num_new == 1 else _push_tokens
+    push = over_shards(push, (arrays, arrays, ("batch",)), arrays)
+    return push(ring, new.astype(ring.dtype), cursor)
 
-    def write(ring, new, cursor):  # [A, W, hd], [A, S, hd], []
-        if num_new == 1:
-            return lax.dynamic_update_slice_in_dim(ring, new, cursor, axis=1)
-        slots = (cursor + jnp.arange(new.shape[1])) % window
-        return ring.at[:, slots].set(new, unique_indices=True)
 
-    return jax.vmap(jax.vmap(write))(ring, new.astype(ring.dtype), cursor)
+def _push_token(ring, new, cursor):
+    """Fork by fork: all at once would be a scatter, for which a TPU copies the ring."""
+    num_forks = cursor.shape[1]
+
+    def write(index, ring):
+        row, fork = index // num_forks, index % num_forks
+        token = lax.dynamic_slice(
+            new, (0, row, fork, 0, 0, 0), (new.shape[0], 1, 1, *new.shape[3:])
+        )
+        return lax.dynamic_update_slice(ring, token, (0, row, fork, 0, cursor[row, fork], 0))
+
+    return lax.fori_loop(0, cursor.size, write, ring)
+
+
+def _push_tokens(ring, new, cursor):
+    def write(ring, new, cursor):  # [N, G, W, L], [N, G, S, L], []
+        slots = (cursor + jnp.arange(new.shape[2])) % ring.shape[2]
+        return ring.at[:, :, slots].set(new, unique_indices=True)
+
+    by_fork = jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
+    return jax.vmap(by_fork, in_axes=(1, 1, 0), out_axes=1)(ring, new, cursor)

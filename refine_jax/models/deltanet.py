@@ -341,6 +341,12 @@ class DeltaNetMixer(nnx.Module):
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
         return self._output(x, out), DeltaState(memory, tails)
 
+    @staticmethod
+    def advance(state: DeltaState, change: DeltaState) -> DeltaState:
+        """States and what `extend` returns: the new states, which are the latter."""
+        del state
+        return change
+
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
         tokens = v.shape[2]

@@ -3,9 +3,9 @@
 Everything counts from the start of the token's own document: chunk boundaries, momentum means and
 rope positions. A document therefore computes the same numbers wherever it stands in a row.
 
-Letters: B batch, T tokens, D model dim, A attention heads of width hd, H fast-weight heads of
-width d with hidden F, N chunk slots of C tokens, E rate channels, R forks of a sequence, S new
-tokens, W attention window.
+Letters: B batch, T tokens, D model dim, G groups of L = D / G numbers that hold the attention heads
+(attention.py), H fast-weight heads of width d with hidden F, N chunk slots of C tokens, E rate
+channels, R forks of a sequence, S new tokens, W attention window.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels import sequence
+from refine_jax.kernels.heads import from_chunks, regroup, to_chunks
 from refine_jax.kernels.lact import (
     FastState,
     Options,
@@ -31,10 +32,20 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
-from refine_jax.kernels.numerics import by_rows
-from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
+from refine_jax.models.attention import (
+    heads_per_group,
+    push_to_ring,
+    ring_attention,
+    window_attention,
+)
 from refine_jax.models.config import LaCTConfig
-from refine_jax.models.layers import Linear, RMSNorm, l2_norm_lact, normal_param, rope
+from refine_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    l2_norm_lact,
+    normal_param,
+    rope,
+)
 from refine_jax.models.layout import Layout
 from refine_jax.parallel import axis_size, constrain, over_shards, take_tokens, token_axis
 
@@ -61,12 +72,12 @@ class ChunkPlan(NamedTuple):
 class LaCTTrace(NamedTuple):
     """What forks need of a forward pass.
 
-    keys, values: [B, A, T, hd], of the window attention. rates: [B, T, H, 3, E].
-    momentum: [B, T, H] or None. chunks: FastState [B, N, H, ...], read by each chunk.
+    k, v: [B, G, T, L], without rope. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
+    chunks: FastState [B, N, H, ...], read by each chunk.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    k: jax.Array
+    v: jax.Array
     rates: jax.Array
     momentum: jax.Array | None
     chunks: FastState
@@ -79,8 +90,11 @@ class LaCTState(NamedTuple):
 
     fast: FastState [B, R, H, ...] of the current chunk. sums: its pending update [B, R, H, ...].
     momentum_sum: [B, R, H], over the tokens in `sums`; None without momentum.
-    keys, values: [B, R, A, W, hd], the last W tokens in ring order. cursor: [B, R] int32, the slot
-    that the next token takes. position: [B, R] int32, tokens of the document so far.
+    keys, values: [B, R, G, W, L], the last W tokens in ring order, keys with rope.
+    cursor: [B, R] int32, the slot that the next token takes.
+    position: [B, R] int32, tokens of the document so far.
+
+    `extend` gives such states with new tokens' keys and values alone, which `advance` adds.
     """
 
     fast: FastState
@@ -151,58 +165,71 @@ class LaCTMixer(nnx.Module):
         w0, w2 = (w() if isinstance(w, LowRank) else w[...] for w in (self.w0, self.w2))
         return Weights(w0, self.w1[...], w2)
 
+    @property
+    def _heads_per_group(self) -> int:
+        return heads_per_group(self.config.num_attn_heads, self.config.attn_head_dim)
+
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [..., D] -> q, k, v [..., D]."""
-        q, k, v = self.qkv.parts(x, 3)
+        """x [..., T, D] -> q, k, v [..., G, T, L]."""
+        groups = self.config.num_attn_heads // self._heads_per_group
+        q, k, v = self.qkv.to_groups(x, 3, groups)
         if self.config.attn_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm.of_groups(q), self.k_norm.of_groups(k)
         return q, k, v
 
     def _rope(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rope on x [..., D] cut into attention heads; returns [..., A, hd]."""
-        config = self.config
-        x = x.reshape(*x.shape[:-1], config.num_attn_heads, config.attn_head_dim)
-        return rope(x, positions, config.rope_theta)
+        """Rope on whole attention heads side by side, [..., n hd]; positions broadcast to [...]."""
+        return rope(x, positions, self.config.rope_theta, self.config.attn_head_dim)
 
-    def _fast_heads(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., H, d]."""
-        return x.reshape(*x.shape[:-1], self.config.num_lact_heads, self.config.lact_head_dim)
+    def _fast_inputs(self, q, k, v, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """What the fast weights take, of [..., H, T, d]; positions broadcast to [..., 1, T]."""
+        q, k = self._fast_input(q, 0, positions), self._fast_input(k, 1, positions)
+        return q, k, self._fast_value(v)
 
     def _fast_input(self, x: jax.Array, column: int, positions: jax.Array) -> jax.Array:
-        """Query (column 0) or key (1) of the fast weights from q or k [..., D]; [..., H, d]."""
-        scale, offset = (p[...][:, column].astype(x.dtype) for p in (self.qk_scale, self.qk_offset))
-        x = by_rows(lambda rows: rows * scale + offset, x)
-        if self.config.qkv_silu:
-            x = jax.nn.silu(x)
-        y = l2_norm_lact(self._fast_heads(x))
-        return (
-            y
-            if self.config.ttt_nope
-            else self._rope(y.reshape(x.shape), positions).reshape(y.shape)
+        """Query (column 0) or key (1)."""
+        config, heads = self.config, self.config.num_lact_heads
+        scale, offset = (
+            p[...][:, column].astype(x.dtype).reshape(heads, 1, -1)
+            for p in (self.qk_scale, self.qk_offset)
         )
+        x = x * scale + offset
+        y = l2_norm_lact(jax.nn.silu(x) if config.qkv_silu else x)
+        if config.ttt_nope:
+            return y
+        if config.lact_head_dim % config.attn_head_dim == 0:
+            return self._rope(y, positions)
+        return regroup(self._rope(regroup(y, config.num_attn_heads), positions), heads)
 
     def _fast_value(self, v: jax.Array) -> jax.Array:
-        if self.config.qkv_silu and not self.config.no_v_silu:
-            v = jax.nn.silu(v)
-        return self._fast_heads(v)
+        return jax.nn.silu(v) if self.config.qkv_silu and not self.config.no_v_silu else v
+
+    def _to_heads(self, *groups: jax.Array) -> list[jax.Array]:
+        """Arrays [..., G, T, L] to [..., H, T, d]."""
+        return [regroup(x, self.config.num_lact_heads) for x in groups]
 
     def _rates(self, x: jax.Array) -> jax.Array:
-        """Learning rates [..., H, 3, E] float32 of W0, W1, W2."""
+        """Learning rates of W0, W1, W2: [..., T, D] -> [..., H, T, 3, E] float32."""
         rates = jax.nn.softplus(self.lr_proj(x).astype(jnp.float32) + _RATE_SHIFT)
-        return rates.reshape(*x.shape[:-1], self.config.num_lact_heads, 3, self.config.lr_dim)
+        rates = rates.reshape(*x.shape[:-1], self.config.num_lact_heads, 3, self.config.lr_dim)
+        return jnp.swapaxes(rates, -4, -3)
 
     def _momentum(self, x: jax.Array) -> jax.Array | None:
-        """[..., H] float32."""
+        """[..., T, D] -> [..., H, T] float32."""
         if self.momentum_proj is None:
             return None
-        return jax.nn.sigmoid(self.momentum_proj(x).astype(jnp.float32))
+        return jax.nn.sigmoid(jnp.swapaxes(self.momentum_proj(x), -1, -2).astype(jnp.float32))
 
-    def _merge(self, x: jax.Array, attention: jax.Array, fast: jax.Array) -> jax.Array:
-        """Both branches, [..., D] and [..., H, d], to the layer's output [..., D]."""
+    def _scale(self, x: jax.Array) -> jax.Array | None:
+        """Of the fast weights' output: [..., T, D] -> [..., H, T]."""
+        if self.ttt_scale_proj is None:
+            return None
+        return jax.nn.silu(jnp.swapaxes(self.ttt_scale_proj(x), -1, -2))
+
+    def _fast_output(self, fast: jax.Array, scale: jax.Array | None) -> jax.Array:
+        """[..., H, T, d], and the scale [..., H, T]."""
         y = self.ttt_norm(fast)
-        if self.ttt_scale_proj is not None:
-            y = by_rows(jnp.multiply, y, jax.nn.silu(self.ttt_scale_proj(x))[..., None])
-        return self.o_proj(attention + y.reshape(x.shape))
+        return y if scale is None else y * scale[..., None]
 
     # The mixer protocol
 
@@ -241,26 +268,22 @@ class LaCTMixer(nnx.Module):
         """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks."""
         num_tokens = x.shape[1]
         positions = jnp.arange(num_tokens)[None] if layout is None else layout.position
+        positions = positions[:, None]
         q, k, v = self._qkv(x)
-        keys, values = (
-            jnp.swapaxes(y, 1, 2) for y in (self._rope(k, positions), self._attn_heads(v))
-        )
-        queries = jnp.swapaxes(self._rope(q, positions), 1, 2)
         axis_name = self._token_axis(num_tokens)
-        attention = self._attend(queries, keys, values, layout, axis_name)
-        attention = jnp.swapaxes(attention, 1, 2).reshape(x.shape)
+        queries, keys = self._rope(q, positions), self._rope(k, positions)
+        attention = self._attend(queries, keys, v, layout, axis_name)
 
         rates, momentum = self._rates(x), self._momentum(x)
-        tokens = (
-            self._fast_input(q, 0, positions),
-            self._fast_input(k, 1, positions),
-            self._fast_value(v),
-            rates,
-            momentum,
-        )
-        fast, chunks = self._run_fast(tokens, plan, axis_name)
-        y = self._merge(x, attention, fast)
-        return y, LaCTTrace(keys, values, rates, momentum, chunks)
+        scale = self._scale(x)
+        if plan is None and axis_name is None and num_tokens % self.config.lact_chunk_size == 0:
+            fast, chunks = self._fast_chunks(q, k, v, rates, momentum, scale, positions)
+        else:
+            tokens = *self._fast_inputs(*self._to_heads(q, k, v), positions), rates, momentum
+            fast, chunks = self._run_fast(tokens, plan, axis_name)
+            fast = regroup(self._fast_output(fast, scale), attention.shape[1])
+        y = self.o_proj.from_groups(attention + fast)
+        return y, LaCTTrace(k, v, rates, momentum, chunks)
 
     @staticmethod
     def pick(
@@ -304,10 +327,14 @@ class LaCTMixer(nnx.Module):
             index = jnp.where(seen > 0, slot // chunk, 0)
         # A document's first chunk is read with the initial weights: also right for no token.
         fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
-        start, ring = _slabs(last, min(window, trace.keys.shape[2]))
+        start, ring = _slabs(last, min(window, trace.k.shape[2]))
+        k, values = ring((trace.k, trace.v))
+        # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
+        positions = (seen - 1 + start - last)[..., None] + jnp.arange(k.shape[3])
+        keys = self._rope(k, positions[:, :, None])
         keys, values = (
-            jnp.pad(ring(x), ((0, 0), (0, 0), (0, 0), (0, max(window - x.shape[2], 0)), (0, 0)))
-            for x in (trace.keys, trace.values)
+            jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, window - x.shape[3]), (0, 0)))
+            for x in (keys, values)
         )
         sums, momentum_sum = self._pending(trace, fast.weights, last, seen, horizon)
         return LaCTState(
@@ -325,9 +352,9 @@ class LaCTMixer(nnx.Module):
         config = self.config
         weights = self._initial_weights()
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (*batch, *w.shape)), weights)
-        zeros = jnp.zeros(
-            (*batch, config.num_attn_heads, config.window_size, config.attn_head_dim), dtype
-        )
+        groups = config.num_attn_heads // self._heads_per_group
+        size = config.hidden_size // groups
+        zeros = jnp.zeros((*batch, groups, config.window_size, size), dtype)
         count = jnp.zeros(batch, jnp.int32)
         return LaCTState(
             fast=fresh_state(weights, config.use_momentum, self._options),
@@ -342,37 +369,64 @@ class LaCTMixer(nnx.Module):
         )
 
     def extend(self, x: jax.Array, state: LaCTState) -> tuple[jax.Array, LaCTState]:
-        """Continue states by x [B, R, S, D]; returns y [B, R, S, D] and the new states."""
+        """Continue states by x [B, R, S, D]; returns y [B, R, S, D] and what `advance` takes."""
         num_new = x.shape[2]
         block = min(num_new, self.config.lact_chunk_size, _EXTEND_BLOCK)
+        if block == num_new:
+            return self._extend_block(x, state)
         whole = num_new // block * block
-        if whole == block:
-            y, state = self._extend_block(x[:, :, :block], state)
-        else:
-            blocks = x[:, :, :whole].reshape(*x.shape[:2], -1, block, x.shape[-1])
 
-            def step(state, x):
-                y, state = self._extend_block(x, state)
-                return state, y
+        def step(state, x):
+            y, change = self._extend_block(x, state)
+            return _advance_layer(state, change), (y, change.keys, change.values)
 
-            state, y = lax.scan(step, state, jnp.moveaxis(blocks, 2, 0))
-            y = jnp.moveaxis(y, 0, 2).reshape(*x.shape[:2], whole, -1)
+        def side_by_side(x, axis):  # [n, B, R, ...]: blocks along an axis of [B, R, ...]
+            x = jnp.moveaxis(x, 0, axis)
+            return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        blocks = x[:, :, :whole].reshape(*x.shape[:2], -1, block, x.shape[-1])
+        state, found = lax.scan(step, state, jnp.moveaxis(blocks, 2, 0))
+        y, keys, values = map(side_by_side, found, (2, 3, 3))
         if whole < num_new:
-            rest, state = self._extend_block(x[:, :, whole:], state)
-            y = jnp.concatenate([y, rest], axis=2)
-        return y, state
+            last, state = self._extend_block(x[:, :, whole:], state)
+            y = jnp.concatenate([y, last], axis=2)
+            keys = jnp.concatenate([keys, state.keys], axis=3)
+            values = jnp.concatenate([values, state.values], axis=3)
+        kept = -self.config.window_size
+        return y, state._replace(keys=keys[..., kept:, :], values=values[..., kept:, :])
+
+    @staticmethod
+    def advance(state: LaCTState, change: LaCTState) -> LaCTState:
+        """States of all layers [N, B, R, ...] and what `extend` changed in them: the new states.
+
+        Apart from `extend`, which layers go through one after the other: windows are read there,
+        and changed here, in place.
+        """
+        window, num_new = state.keys.shape[4], change.keys.shape[4]
+        start = (change.cursor[0] - num_new) % window
+        return change._replace(
+            keys=push_to_ring(state.keys, change.keys, start),
+            values=push_to_ring(state.values, change.values, start),
+        )
 
     # Their parts
 
     def _attend(self, q, k, v, layout: Layout | None, axis_name: str | None) -> jax.Array:
-        """Window attention of q, k, v [B, A, T, hd], each device on its rows, heads and tokens."""
+        """Window attention of q, k, v [B, G, T, L], each device on its rows, heads and tokens."""
+        in_group = self._heads_per_group
 
         def attend(q, k, v, layout):
             # Its other implementations are not those of the kernels: it chooses by itself.
             name = "xla" if self.implementation == "xla" else None
-            window = self.config.window_size
             return window_attention(
-                q, k, v, window, layout, implementation=name, axis_name=axis_name
+                q,
+                k,
+                v,
+                self.config.window_size,
+                layout,
+                heads_per_group=in_group,
+                implementation=name,
+                axis_name=axis_name,
             )
 
         tokens = axis_name and "tokens"
@@ -385,8 +439,32 @@ class LaCTMixer(nnx.Module):
         chunk = self.config.lact_chunk_size
         return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
 
+    def _fast_chunks(self, q, k, v, rates, momentum, scale, positions):
+        """Fast weights over rows that are whole chunks of one document.
+
+        q, k, v: [B, G, T, L]. Returns their output [B, G, T, L] and the states [B, N, H, ...].
+        """
+        chunk, groups = self.config.lact_chunk_size, q.shape[1]
+        rows, chunks = ("batch", "heads"), ("batch", None, "heads")
+        heads_here = self.config.num_lact_heads // axis_size("tensor")
+        groups_here = groups // axis_size("tensor")
+        split = over_shards(lambda x: to_chunks(x, heads_here, chunk), (rows,), chunks)
+        join = over_shards(lambda x: from_chunks(x, groups_here), (chunks,), rows)
+
+        def cut(x):  # [B, H or 1, T, ...]
+            return jnp.swapaxes(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 1, 2)
+
+        def run(slots, weights):
+            return self._lact(*slots, weights=weights)
+
+        rates, momentum, scale, positions = jax.tree.map(cut, (rates, momentum, scale, positions))
+        inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
+        run = over_shards(run, (chunks, ("heads",)), (chunks, chunks))
+        out, states = run((*inputs, rates, momentum), self._initial_weights())
+        return join(self._fast_output(out, scale)), states
+
     def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
-        """Fast weights over rows: tokens' arrays [B, T, H, ...] to [B, T, H, d] and the states.
+        """Fast weights over rows: tokens' arrays [B, H, T, ...] to [B, H, T, d] and the states.
 
         Each device takes its rows and heads. Where tokens are spread, devices exchange tokens for
         heads if each gets some; else they share the tokens of every chunk. A device keeps the
@@ -398,19 +476,19 @@ class LaCTMixer(nnx.Module):
 
         def run(tokens, weights, plan):
             if devices > 1:
-                tokens = sequence.exchange(tokens, axis_name, split=2, join=1)
+                tokens = sequence.exchange(tokens, axis_name, split=1, join=2)
                 weights = sequence.own_part(weights, axis_name, axis=0)
             slots, mask, reset = self._to_slots(tokens, plan)
             out, states = self._lact(*slots, weights=weights, mask=mask, reset=reset)
-            out = _to_tokens(out, plan, tokens[0].shape[1])
+            out = _to_tokens(out, plan, tokens[0].shape[2])
             if devices > 1:
-                out = sequence.exchange(out, axis_name, split=1, join=2)
+                out = sequence.exchange(out, axis_name, split=2, join=1)
                 states = sequence.exchange(states, axis_name, split=1, join=2)
             return out, states
 
         names = axis_name and "tokens"
-        arrays = ("batch", names, "heads")
-        run = over_shards(run, (arrays, ("heads",), ("batch",)), (arrays, arrays))
+        arrays, states = ("batch", "heads", names), ("batch", names, "heads")
+        run = over_shards(run, (arrays, ("heads",), ("batch",)), (arrays, states))
         return run(tokens, self._initial_weights(), plan)
 
     def _share_chunks(self, tokens, plan: ChunkPlan | None, axis_name: str):
@@ -420,35 +498,31 @@ class LaCTMixer(nnx.Module):
             return self._lact(*slots, weights=weights, mask=mask, reset=reset, axis_name=axis_name)
 
         # Said on both sides, so that neither the one nor its derivative is sent as anything larger.
-        tokens = jax.tree.map(lambda x: constrain(x, "batch", "tokens", "heads"), tokens)
+        tokens = jax.tree.map(lambda x: constrain(x, "batch", "heads", "tokens"), tokens)
         slots, mask, reset = self._to_slots(tokens, plan)
         arrays, states = ("batch", None, "heads", "tokens"), ("batch", "tokens", "heads")
         slots = jax.tree.map(lambda x: constrain(x, *arrays), slots)
         in_axes = (arrays, ("heads",), ("batch", None, "tokens"), ("batch",))
         run = over_shards(run, in_axes, (arrays, states))
         out, chunks = run(slots, self._initial_weights(), mask, reset)
-        out = constrain(_to_tokens(out, plan, tokens[0].shape[1]), "batch", "tokens", "heads")
+        out = constrain(_to_tokens(out, plan, tokens[0].shape[2]), "batch", "heads", "tokens")
         return out, chunks
 
     def _lact(self, *slots, **arrays):
         return lact(*slots, options=self._options, implementation=self.implementation, **arrays)
 
-    def _attn_heads(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., A, hd]."""
-        return x.reshape(*x.shape[:-1], self.config.num_attn_heads, self.config.attn_head_dim)
-
     def _to_slots(self, tokens, plan: ChunkPlan | None):
-        """Arrays [B, T, H, ...] to chunk slots [B, N, H, C, ...], their mask and the resets."""
+        """Arrays [B, H, T, ...] to chunk slots [B, N, H, C, ...], their mask and the resets."""
         chunk = self.config.lact_chunk_size
-        num_tokens = tokens[0].shape[1]
+        num_tokens = tokens[0].shape[2]
         pad = -num_tokens % chunk
 
         def cut(x):
             if plan is not None:
-                x = _take_rows(x, plan.source, plan.slot, plan.token)
+                x = _take_of_heads(x, plan.source, plan.slot, plan.token)
             elif pad:
-                x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
-            return jnp.swapaxes(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 2, 3)
+                x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), *[(0, 0)] * (x.ndim - 3)))
+            return jnp.swapaxes(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 1, 2)
 
         slots = jax.tree.map(cut, tokens)
         if plan is not None:
@@ -462,31 +536,21 @@ class LaCTMixer(nnx.Module):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""
         chunk = self.config.lact_chunk_size
         count = _tokens_in_chunk(seen, chunk)
-        start, slab = _slabs(last, min(chunk, trace.keys.shape[2]))
+        start, slab = _slabs(last, min(chunk, trace.k.shape[2]))
         # Cut for all forks at once: in the loop, each would keep the whole trace for its gradient.
-        tokens = jax.tree.map(
-            slab,
-            (
-                trace.keys,
-                trace.values,
-                jnp.moveaxis(trace.rates, 1, 2),
-                None if trace.momentum is None else jnp.moveaxis(trace.momentum, 1, 2),
-            ),
-        )
+        tokens = slab((trace.k, trace.v, trace.rates, trace.momentum))
 
         @jax.checkpoint
         def chunk_sums(weights, tokens, ahead, seen, count):
-            keys, values, rates, momentum = tokens  # [B, A, C, hd] twice, [B, H, C, ...]
+            k, v, rates, momentum = tokens  # [B, G, C, L] twice, [B, H, C, ...]
             # Slab row -> index in its chunk; rows before the chunk or after `last` are left out.
-            ahead = ahead[:, None] + jnp.arange(keys.shape[2])  # [B, C], 0 at `last`
+            ahead = ahead[:, None] + jnp.arange(k.shape[2])  # [B, C], 0 at `last`
             live = (ahead <= 0) & (ahead > -count[:, None])
             positions = seen[:, None] - 1 + ahead
-            # The trace keeps keys after rope; turned back, they are k again.
-            k = rope(jnp.swapaxes(keys, 1, 2), -positions, self.config.rope_theta)
-            k = self._fast_input(k.reshape(*positions.shape, -1), 1, positions)
-            v = self._fast_value(jnp.swapaxes(values, 1, 2).reshape(*positions.shape, -1))
+            k, v = self._to_heads(k, v)
+            k = self._fast_input(k, 1, positions[:, None])
             rates = jnp.where(live[:, None, :, None, None], rates, 0.0)
-            sums = update_sums(weights, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), rates)
+            sums = update_sums(weights, k, self._fast_value(v), rates)
             if momentum is None:
                 return sums, None
             return sums, jnp.where(live[:, None], momentum, 0.0).sum(-1)
@@ -509,32 +573,35 @@ class LaCTMixer(nnx.Module):
 
     def _extend_block(self, x: jax.Array, state: LaCTState) -> tuple[jax.Array, LaCTState]:
         """`extend` by at most a chunk of tokens: these lie in at most two chunks."""
-        config, num_new = self.config, x.shape[2]
-        positions = state.position[..., None] + jnp.arange(num_new)
+        num_new = x.shape[2]
+        positions = (state.position[..., None] + jnp.arange(num_new))[:, :, None]
         q, k, v = self._qkv(x)
-        heads_first = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
-        queries, keys = (heads_first(self._rope(y, positions)) for y in (q, k))
-        values = heads_first(self._attn_heads(v))
+        queries, keys = self._rope(q, positions), self._rope(k, positions)
         attention = ring_attention(
-            queries, keys, values, state.keys, state.values, state.cursor, state.position
+            queries,
+            keys,
+            v,
+            state.keys,
+            state.values,
+            state.cursor,
+            state.position,
+            heads_per_group=self._heads_per_group,
         )
-        attention = heads_first(attention).reshape(x.shape)
         fast, after = self._extend_fast(
             state,
-            heads_first(self._fast_input(q, 0, positions)),
-            heads_first(self._fast_input(k, 1, positions)),
-            heads_first(self._fast_value(v)),
-            heads_first(self._rates(x)),
+            *self._fast_inputs(*self._to_heads(q, k, v), positions),
+            self._rates(x),
             self._momentum(x),
         )
-        state = LaCTState(
+        change = LaCTState(
             *after,
-            keys=push_to_ring(state.keys, keys, state.cursor),
-            values=push_to_ring(state.values, values, state.cursor),
-            cursor=(state.cursor + num_new) % config.window_size,
+            keys=keys.astype(state.keys.dtype),
+            values=v.astype(state.values.dtype),
+            cursor=(state.cursor + num_new) % self.config.window_size,
             position=state.position + num_new,
         )
-        return self._merge(x, attention, heads_first(fast)), state
+        fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
+        return self.o_proj.from_groups(attention + fast), change
 
     def _extend_fast(self, state: LaCTState, q, k, v, rates, momentum):
         """Read S <= C tokens, q, k, v [B, R, H, S, d], with the weights of their chunks.
@@ -557,7 +624,7 @@ class LaCTMixer(nnx.Module):
             sums = jax.tree.map(jnp.add, sums, more)
             if momentum is None:
                 return sums, None
-            return sums, momentum_sum + jnp.where(live[:, :, 0, ..., 0], momentum, 0.0).sum(2)
+            return sums, momentum_sum + jnp.where(live[..., 0, 0], momentum, 0.0).sum(-1)
 
         def stay(state):
             out = apply_fast_weights(state.fast.weights, q)
@@ -583,13 +650,19 @@ class LaCTMixer(nnx.Module):
         return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), state)
 
 
+def _advance_layer(state: LaCTState, change: LaCTState) -> LaCTState:
+    """`LaCTMixer.advance` of one layer."""
+    states, changes = (jax.tree.map(lambda x: x[None], tree) for tree in (state, change))
+    return jax.tree.map(lambda x: x[0], LaCTMixer.advance(states, changes))
+
+
 def _to_tokens(slots: jax.Array, plan: ChunkPlan | None, num_tokens: int) -> jax.Array:
-    """The way back from chunk slots, [B, N, H, C, d] -> [B, T, H, d]."""
-    x = jnp.swapaxes(slots, 2, 3)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    """The way back from chunk slots, [B, N, H, C, d] -> [B, H, T, d]."""
+    x = jnp.swapaxes(slots, 1, 2)
+    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
     if plan is None:
-        return x[:, :num_tokens]
-    return _take_rows(x, plan.slot, plan.source, plan.live)
+        return x[:, :, :num_tokens]
+    return _take_of_heads(x, plan.slot, plan.source, plan.live)
 
 
 def _tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
@@ -600,22 +673,23 @@ def _tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
 def _slabs(last: jax.Array, size: int):
     """Slabs of `size` rows, up to row `last` [B, R] (or the first `size` rows).
 
-    Returns their first rows [B, R] and the function that cuts them, [B, A, T, ...] ->
-    [B, R, A, size, ...].
+    Returns their first rows [B, R] and the function that cuts arrays, [B, heads, T, ...] ->
+    [B, R, heads, size, ...].
     """
     start = jnp.maximum(last - size + 1, 0)
 
-    def cut_row(x, start):  # [A, T, ...], []
+    def cut_row(x, start):  # [heads, T, ...], []
         return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     def cut(x):
         if axis_size("sequence") == 1:
             cut_rows = jax.vmap(jax.vmap(cut_row, (None, 0)))
-            return over_shards(cut_rows, (("batch",), ("batch",)), ("batch",))(x, start)
+            axes = ("batch", "heads"), ("batch",)
+            return over_shards(cut_rows, axes, ("batch", None, "heads"))(x, start)
         rows = take_tokens(jnp.moveaxis(x, 2, 1), start[..., None] + jnp.arange(size))
         return jnp.moveaxis(rows, 3, 2)
 
-    return start, cut
+    return start, functools.partial(jax.tree.map, cut)
 
 
 @jax.custom_vjp
@@ -639,3 +713,7 @@ def _take_rows_backward(residuals, cotangent):
 
 
 _take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+# The same of arrays [B, H, K, ...].
+_take_of_heads = jax.vmap(_take_rows, in_axes=(1, None, None, None), out_axes=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -40,22 +41,35 @@ class Linear(nnx.Module):
 
         return by_rows(rows, x)
 
-    def parts(self, x: jax.Array, count: int) -> list[jax.Array]:
-        """The output's `count` equal parts, [..., in] -> [..., out / count] each.
+    def to_groups(self, x: jax.Array, count: int, groups: int) -> list[jax.Array]:
+        """The output's `count` equal parts, each cut into groups.
 
-        Devices that share the heads of q, k and v need some outputs of each part, which no
-        contiguous share of the whole output is.
+        x: [..., T, in]. Returns arrays [..., groups, T, out / (count groups)].
         """
         weight = self.weight[...].astype(x.dtype)
-        weight = constrain(weight.reshape(count, -1, weight.shape[-1]), None, "heads")
-        bias = None if self.bias is None else self.bias[...].astype(x.dtype).reshape(count, -1)
+        # Devices that share heads need some outputs of each part, which no contiguous share of the
+        # whole output is.
+        weight = constrain(weight.reshape(count, groups, -1, weight.shape[-1]), None, "heads")
+        rows = drop_unit_axes(x, 2)
+        found = []
+        for i in range(count):
+            y = lax.dot_general(rows, weight[i], (((rows.ndim - 1,), (2,)), ((), ())))
+            if self.bias is not None:
+                y = y + self.bias[...].astype(x.dtype).reshape(count, groups, -1)[i]
+            y = jnp.moveaxis(y, -2, -3)
+            found.append(y.reshape(*x.shape[:-2], *y.shape[-3:]))
+        return found
 
-        def rows(x):
-            y = lax.dot_general(x, weight, (((x.ndim - 1,), (2,)), ((), ())))
-            return y if bias is None else y + bias
-
-        y = rows(drop_unit_axes(x, 2))
-        return [y[..., i, :].reshape(*x.shape[:-1], -1) for i in range(count)]
+    def from_groups(self, x: jax.Array) -> jax.Array:
+        """The map of groups side by side: [..., groups, T, in / groups] -> [..., T, out]."""
+        weight = self.weight[...].astype(x.dtype)
+        weight = weight.reshape(weight.shape[0], x.shape[-3], x.shape[-1])
+        rows = drop_unit_axes(x, 3)
+        axes = ((rows.ndim - 3, rows.ndim - 1), (1, 2))
+        y = lax.dot_general(rows, weight, (axes, ((), ())))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y.reshape(*x.shape[:-3], *y.shape[-2:])
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -80,6 +94,14 @@ class RMSNorm(nnx.Module):
         """[..., size] -> [..., size]."""
         return rms_norm(x, self.weight[...], self.eps)
 
+    def of_groups(self, x: jax.Array) -> jax.Array:
+        """The norm of groups side by side: [..., groups, T, size / groups], as x."""
+        rows = drop_unit_axes(x, 3)
+        y = rows.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=(-3, -1), keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32).reshape(x.shape[-3], 1, -1)
+        return y.astype(x.dtype).reshape(x.shape)
+
 
 def l2_norm_lact(x: jax.Array) -> jax.Array:
     """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
@@ -91,17 +113,39 @@ def l2_norm_lact(x: jax.Array) -> jax.Array:
     return by_rows(rows, x)
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rope(
+    x: jax.Array, positions: jax.Array, theta: float, head_dim: int | None = None
+) -> jax.Array:
     """Rotary embedding on non-interleaved halves (golden README, section 4).
 
-    x: [..., h, hd] with even hd; positions: [...] int32, one for all heads of a token.
+    x: [..., n head_dim], n heads side by side, of even size; None: one head. positions: int32,
+    broadcast against [...].
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+    head_dim = head_dim or x.shape[-1]
+    half = head_dim // 2
+    frequency = theta ** (-(jnp.arange(x.shape[-1]) % half).astype(jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    y = x.astype(jnp.float32) * jnp.cos(angle) + _turned(x, head_dim) * jnp.sin(angle)
+    return y.astype(x.dtype)
+
+
+def _turned(x: jax.Array, head_dim: int) -> jax.Array:
+    """Halves (a, b) of every head to (-b, a), float32."""
+    if jax.default_backend() == "tpu":
+        # Lanes move through the matrix unit, exactly: by a product with 1, -1 and 0.
+        index = np.arange(x.shape[-1])
+        first = index % head_dim < head_dim // 2
+        matrix = np.zeros((x.shape[-1],) * 2)
+        matrix[index + np.where(first, 1, -1) * (head_dim // 2), index] = np.where(first, -1, 1)
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+        return jnp.matmul(
+            x,
+            jnp.asarray(matrix, x.dtype),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+    a, b = jnp.split(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, head_dim), 2, axis=-1)
+    return jnp.concatenate([-b, a], axis=-1).reshape(x.shape)
 
 
 class MLP(nnx.Module):

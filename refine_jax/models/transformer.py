@@ -239,11 +239,11 @@ class Model:
         def layer(x, inputs):
             layer_params, layer_state = inputs
             block = self._block(layer_params)
-            y, new_state = block.attn.extend(block.attn_norm(x), layer_state)
-            return block.add_mlp(x + y), new_state
+            y, change = block.attn.extend(block.attn_norm(x), layer_state)
+            return block.add_mlp(x + y), change
 
-        x, state = lax.scan(layer, self._embed(params, tokens), (params["layers"], state))
-        return self._final_norm(params, x), state
+        x, changes = lax.scan(layer, self._embed(params, tokens), (params["layers"], state))
+        return self._final_norm(params, x), self._mixer.advance(state, changes)
 
     @_exact_float32
     def forward_forks(
