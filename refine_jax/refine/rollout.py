@@ -16,6 +16,10 @@ from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, take_tokens
 
 
+# Longest rollouts of which every step reads all tokens so far once more.
+_READ_AGAIN = 16
+
+
 class Scores(NamedTuple):
     """What the policy makes of given rollouts."""
 
@@ -76,6 +80,9 @@ def sample_rollouts(
             jnp.int32
         )
 
+    if _reads_again(rollout_length):
+        return _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
+
     def step(carry, index):
         last_hidden, state = carry
         tokens = sample(last_hidden, index)
@@ -86,6 +93,30 @@ def sample_rollouts(
     (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
     final = sample(last_hidden, rollout_length - 1)
     return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
+
+
+def _reads_again(rollout_length: int) -> bool:
+    """Whether states stay as they are while tokens are sampled.
+
+    An accelerator waits for the state and the parameters, which are read for one token or for some;
+    a CPU computes. Then a state is neither written nor copied.
+    """
+    return jax.default_backend() != "cpu" and rollout_length <= _READ_AGAIN
+
+
+def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length):
+    """Each step continues the fork by all tokens of a rollout; of those to come nothing is used."""
+
+    def step(carry, index):
+        last_hidden, tokens = carry
+        tokens = tokens.at[:, :, index].set(sample(last_hidden, index))
+        hidden, _ = model.extend(params, tokens[:, :, :-1], state)
+        return (lax.dynamic_index_in_dim(hidden, index, axis=2, keepdims=False), tokens), None
+
+    tokens = jnp.zeros((*last_hidden.shape[:2], rollout_length), jnp.int32)
+    carry = last_hidden, tokens
+    (last_hidden, tokens), _ = lax.scan(step, carry, jnp.arange(rollout_length - 1))
+    return tokens.at[:, :, -1].set(sample(last_hidden, rollout_length - 1))
 
 
 def score_rollouts(
