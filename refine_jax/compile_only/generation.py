@@ -92,14 +92,16 @@ def _prompt_rows(run: Run, *rows: int) -> dict[str, Any]:
 
 
 def _adaptation_collect(run: Run) -> Program:
-    rows = run.config.testtime.batch_size
+    options = run.config.testtime
+    rows, batch = options.batch_size, _prompt_rows(run, options.batch_size)
     tokens = rows * round_length(_longest(run))
     return Program(
         "adaptation_collect",
         f"forward, selection and rollouts of {rows} prompts",
         _adaptation_step(run).collect,
-        (run.state, _prompt_rows(run, rows)),
+        (run.state, batch),
         resident=(run.params,),
+        states=run.rollout_states(batch, rows // options.micro_batch),
         model_flops=tokens * forward_flops(run.model.config, _longest(run)),
     )
 

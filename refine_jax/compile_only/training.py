@@ -44,14 +44,16 @@ def answer_programs(run: Run) -> dict[str, Callable[[], Program]]:
 def evaluation(run: Run) -> Program:
     """Held-out rows."""
     rows = rows_at_once(run.config)
+    batch = run.batch(rows)
     step = make_eval_step(run.model, run.config.refine, eos_id=EOS, max_documents=run.max_documents)
     key = run.shapes.copies(jax.eval_shape(lambda: jax.random.key(0)))
     return Program(
         "evaluation",
         f"forward, selection and rollouts of {rows} held-out rows",
         step,
-        (run.state.params, run.batch(rows), key, run.shapes.scalar()),
+        (run.state.params, batch, key, run.shapes.scalar()),
         resident=(run.state,),
+        states=run.rollout_states(batch, max_documents=run.max_documents),
         model_flops=run.flops(rows, trunk=1, rollouts=2),
     )
 
@@ -70,12 +72,14 @@ def _step_programs(run: Run, objective: str) -> StepPrograms:
 
 def _collect(run: Run) -> Program:
     rows = run.config.train.batch_size
+    batch, parts = run.batch(rows), rows // rows_at_once(run.config)
     return Program(
         "collect",
         f"forward, selection and rollouts of {rows} rows",
         _step_programs(run, "refine").collect,
-        (run.state, run.batch(rows)),
+        (run.state, batch),
         runs=1,
+        states=run.rollout_states(batch, parts, run.max_documents),
         model_flops=run.flops(rows, trunk=1, rollouts=2),
     )
 

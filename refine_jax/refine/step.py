@@ -21,7 +21,7 @@ import optax
 from jax import lax
 
 from refine_jax.config import RefineConfig
-from refine_jax.models.transformer import Model, Params
+from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.method import (
     Batch,
@@ -192,25 +192,31 @@ def collect_in_parts(
         ref_log_probs = merge_rows(lax.map(reference, rollouts))
         return method.experience(params, forks, tokens, ref_log_probs)
 
-    part = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
-    group = _rows_together(method, params, part, parts)
+    group = states_together(method, params, batch, keys, parts)[0]
     return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
 
 
-def _rows_together(method: Method, params: Params, part: tuple[Batch, jax.Array], parts: int):
-    """How many parts roll out together; divides `parts`."""
+def states_together(
+    method: Method, params: Params, batch: Batch, keys: jax.Array, parts: int
+) -> tuple[int, State]:
+    """How many of the `parts` of a batch roll out together, and the shapes of one part's states.
 
-    def sizes(batch, keys):
+    Computes nothing; leaves may be shapes. The number divides `parts`.
+    """
+
+    def sizes(params, batch, keys):
+        batch, keys = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
         trunk = method.trunk(params, batch)
         return trunk.trace.layers, method.fork(params, trunk, batch, keys).state
 
+    layers, states = jax.eval_shape(sizes, params, batch, keys)
     trace, state = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for tree in jax.eval_shape(sizes, *part)
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (layers, states)
     )
     # Traces are spread over the axis `sequence`, states are not.
     most = max(trace // (4 * state * axis_size("sequence")), 1)
-    return max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
+    group = max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
+    return group, states
 
 
 def _merge_forks(forks: Forks) -> Forks:
