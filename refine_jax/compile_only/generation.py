@@ -18,7 +18,7 @@ from refine_jax.generation.sampling import Sampler
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.adapt import update_copies
 from refine_jax.refine.method import Method
-from refine_jax.refine.step import make_step_programs, update_rows
+from refine_jax.refine.step import TrainStep, make_train_step, update_rows
 
 _TRAINING = ("midtrain", "posttrain")
 
@@ -74,9 +74,9 @@ def _prompts(run: Run) -> int:
     return config.evaluate.batch_size
 
 
-def _adaptation_step(run: Run) -> Any:
+def _adaptation_step(run: Run) -> TrainStep:
     options = run.config.testtime
-    return make_step_programs(
+    return make_train_step(
         run.model,
         run.optimizer,
         run.config.refine,
@@ -116,11 +116,11 @@ def _adaptation(run: Run) -> Program:
         rows, shape = copies, (1,) if copies == 1 else (copies, 1)
         args = (state, _prompt_rows(run, *shape))
     else:
-        programs, rows = _adaptation_step(run), options.mini_batch_size
+        step, rows = _adaptation_step(run), options.mini_batch_size
         batch, experience = _prompt_rows(run, options.batch_size), None
         if "adaptation_collect" in adaptation_programs(run):
-            experience = run.shapes.rows(jax.eval_shape(programs.collect, run.state, batch))
-        function = programs.update
+            experience = run.shapes.rows(jax.eval_shape(step.collect, run.state, batch))
+        function = step.update
         updates = options.batch_size // rows
         args = (run.state, batch, experience, run.shapes.scalar(), updates)
     tokens = rows * round_length(_longest(run))
