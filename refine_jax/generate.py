@@ -242,15 +242,16 @@ def print_json(
     """Generate, and print one JSON object a prompt.
 
     ids: numbers of the rows. facts: `prefill_seconds` of all rows, compilation included, and what
-    adaptation cost. ms_per_token: of one step of all rows, without compilation.
+    adaptation cost. ms_per_token: of one decoded token of all rows, without compilation; a stop
+    string is looked for when several tokens are decoded, so that these may be more than are shown.
     """
     # One token compiles all that the timed call runs.
     once = dataclasses.replace(sampling, max_new_tokens=1)
     generator.generate(params, prefix, once, ids=ids)
-    begin = time.perf_counter()
+    before, begin = generator.decode_steps, time.perf_counter()
     results = generator.generate(params, prefix, sampling, ids=ids)
     seconds = time.perf_counter() - begin
-    steps = max(len(result.tokens) for result in results)
+    steps = generator.decode_steps - before
     for index, result in enumerate(results):
         line = {
             "prompt": ids[index],

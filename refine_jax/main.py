@@ -154,8 +154,8 @@ def compile_for(
         if out is None and workdir:
             Path(workdir).expanduser().mkdir(parents=True, exist_ok=True)
             out = Path(workdir).expanduser() / "compile_only.json"
-        compile_only = importlib.import_module("refine_jax.compile_only")
-        return compile_only.run(Config.from_dict(values), topology, out, plan=plan, debug=debug)
+        command = importlib.import_module("refine_jax.compile_only.command")
+        return command.run(Config.from_dict(values), topology, out, plan=plan, debug=debug)
     except USER_ERRORS as error:
         if debug:
             raise

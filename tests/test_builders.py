@@ -182,3 +182,7 @@ def test_command(tmp_path: Path, corpus_file: str) -> None:
     assert bad.returncode == 1
     assert bad.stderr.splitlines()[-1].startswith("error: no such file or folder")
     assert not (tmp_path / "bad").exists()
+    wrong = [f"--source={corpus_file}", "--text_field=body", f"--out={tmp_path / 'bad'}"]
+    bad = subprocess.run([*command, *wrong], **run)
+    assert bad.returncode == 1
+    assert "set --text_field. Got: " in bad.stderr.splitlines()[-1]

@@ -1,5 +1,6 @@
 """The report of `--compile_only`: operations, verdicts, exit codes, messages; one real compile."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -15,7 +16,7 @@ from refine_jax.kernels.delta_rule import delta_rule
 from tiny import CONFIGS
 
 from refine_jax import main
-from refine_jax.compile_only import command
+from refine_jax.compile_only import child, command
 from refine_jax.compile_only.chips import GIB
 from refine_jax.compile_only.flops import (
     count_flops,
@@ -23,9 +24,12 @@ from refine_jax.compile_only.flops import (
     matrix_parameters,
     mixer_flops,
 )
+from refine_jax.compile_only.programs import programs_of_run
+from refine_jax.compile_only.run import Run
 from refine_jax.config import Config, defaults
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
+from refine_jax.parallel import make_mesh
 
 LACT_760M = {
     "model_type": "lact_swiglu",
@@ -137,6 +141,7 @@ def figures(name, **changes):
         "model_flops": 197e12,
         "flops": 250e12,
         "bytes": 3e9,
+        "states": 0,
         "collectives": {"all-gather": {"count": 48, "bytes": 1.5e9}},
         "seconds": 2.0,
         "parts": {"kernels": 0.5, "xla": 1.25, "waits": 0.25, "links": 0.5},
@@ -150,6 +155,7 @@ def figures(name, **changes):
 
 FACTS = {
     "model_type": "delta_net",
+    "model": DELTANET_1_3B,
     "parameter_count": 1300000000,
     "params": 2 * GIB,
     "optimizer": 4 * GIB,
@@ -277,6 +283,99 @@ def test_advice_by_what_is_large(compiler, capsys):
     out = capsys.readouterr().out
     assert "micro_batch_size=1" in out
     assert "bfloat16'" not in out
+
+
+def advice_of(tmp_path, values, topology="v5e:4x4"):
+    """First words of what would help, in its order, and all of it by them."""
+    out = tmp_path / "figures.json"
+    assert main.compile_for(values, topology, None, str(out)) == command.NOT_FITTING
+    texts = json.loads(out.read_text())["advice"]
+    return {text.split(" with ")[0].split(":")[0]: text for text in texts}
+
+
+@pytest.fixture
+def rollouts_of_lact(compiler, monkeypatch):
+    """(the facts, a configuration) of LaCT rollouts that do not fit, a row a chip at a time."""
+    values = config()
+    values.model.fresh = dict(LACT_760M)
+    values.train.micro_batch_size = 1
+    facts = FACTS | {"model_type": "lact_swiglu", "model": LACT_760M, "mesh": dict(FACTS["mesh"])}
+    memory = compiler["collect"]["memory"] | {"temporaries": 15 * GIB, "peak": 17 * GIB}
+    compiler["collect"] |= {"fits": False, "memory": memory, "states": 6 * GIB}
+
+    def in_child(task):
+        if task["program"] is None:
+            return facts | {"programs": list(compiler)}
+        return compiler[task["program"]]
+
+    monkeypatch.setattr(command, "in_child", in_child)
+    return facts, values
+
+
+def test_decode_states_are_divided_by_heads(rollouts_of_lact, tmp_path):
+    _, values = rollouts_of_lact
+    advice = advice_of(tmp_path, values)
+    order = list(advice)
+    assert order.index("config.mesh.tensor=2") < order.index("config.mesh.sequence=2")
+    tensor, sequence = advice["config.mesh.tensor=2"], advice["config.mesh.sequence=2"]
+    # Half of the 6 GiB of states.
+    assert "with fsdp=8" in tensor and "at least 3.00 GiB less a chip" in tensor
+    assert "all of the decode states" in sequence
+    # Rollouts have no backward pass.
+    assert "config.model.remat='full'" not in advice
+    # Updates of 16 rows leave one to each of 16 chips, and two to each of 8.
+    values.train.update(mini_batch_size=16, micro_batch_size=2)
+    tensor = advice_of(tmp_path, values)["config.mesh.tensor=2"]
+    assert "with fsdp=8, config.train.micro_batch_size=1:" in tensor
+
+
+def test_traces_are_divided_by_tokens(rollouts_of_lact, compiler, tmp_path):
+    _, values = rollouts_of_lact
+    compiler["collect"]["states"] = GIB
+    order = list(advice_of(tmp_path, values))
+    assert order.index("config.mesh.sequence=2") < order.index("config.mesh.tensor=2")
+
+
+def test_only_meshes_that_the_model_allows_are_named(rollouts_of_lact, tmp_path):
+    facts, values = rollouts_of_lact
+    # 24 attention heads, 4 fast-weight heads: by 4, not by 8.
+    facts["mesh"] |= {"fsdp": 8, "tensor": 2}
+    assert "config.mesh.tensor=4" in advice_of(tmp_path, values)
+    facts["mesh"] |= {"fsdp": 4, "tensor": 4}
+    advice = advice_of(tmp_path, values)
+    assert not [text for text in advice if "mesh.tensor" in text]
+    assert "config.mesh.sequence=2" in advice
+    # 16,384 tokens are 8 chunks of 2048: each of the chips that share a row has whole ones.
+    facts["mesh"] |= {"fsdp": 2, "tensor": 1, "sequence": 4096}
+    assert not [text for text in advice_of(tmp_path, values) if "mesh.sequence" in text]
+    # Rows of an odd number of chips cannot be given away.
+    facts["mesh"] |= {"fsdp": 5, "tensor": 1, "sequence": 1}
+    assert not [text for text in advice_of(tmp_path, values) if "mesh" in text]
+
+
+@pytest.mark.skipif(len(jax.devices()) < 4, reason="needs 4 simulated devices")
+def test_states_on_a_chip_are_those_of_its_rows_and_heads():
+    values = small_config()
+    values.model.fresh = dict(CONFIGS["lact"])
+    values.data.sequence_length = 64
+    forks = values.refine.num_positions = 2
+
+    def on_a_chip(**sizes):
+        values.mesh.update(dict.fromkeys(("fsdp", "tensor", "sequence"), 1) | sizes)
+        checked, count = Config.from_dict(values), math.prod(sizes.values())
+        run = Run(checked, jax.devices()[0])
+        mesh = make_mesh(checked.mesh, jax.devices()[:count])
+        with jax.set_mesh(mesh) if count > 1 else contextlib.nullcontext():
+            return {child.bytes_of(part) for part in programs_of_run(run)["collect"]().states}
+
+    model = Model(model_config(dict(CONFIGS["lact"])), ComputePolicy())
+    state = jax.eval_shape(lambda p: model.init_state(p, (1, forks)), model.abstract_params())
+    whole = child.bytes_of(state)
+    counts = child.bytes_of((state.cursor, state.position))
+    assert on_a_chip() == {whole}
+    assert on_a_chip(fsdp=2) == {whole}  # a row each
+    assert on_a_chip(fsdp=2, sequence=2) == {whole}
+    assert on_a_chip(fsdp=2, tensor=2) == {(whole - counts) // 2 + counts}
 
 
 # The compiler

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import tiny_run
 
-from refine_jax.config import Config, defaults
+from refine_jax.config import Config
 from refine_jax.evaluation import questions
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.report import (
@@ -44,27 +45,15 @@ def data(tmp_path_factory):
 
 
 def settings(source, phase="evaluate", **sections):
-    """An evaluation of seconds: one layer, bytes, eight new tokens."""
-    config = defaults()
-    config.phase = phase
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 259,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_heads": 1,
-        "intermediate_size": 8,
+    """An evaluation of eight new tokens a prompt."""
+    changes = {
+        "refine": {"reward": "binary", "edge_margin": 3, "lambda_rl": 0.4},
+        "optimizer": {"learning_rate": 0.03},
+        "generation": {"max_new_tokens": 8},
+        "testtime": {"steps": 3, "batch_size": 4, "mini_batch_size": 2},
+        "evaluate": {"tasks": "lcc", "data": str(source), "batch_size": 4},
     }
-    config.data.tokenizer = "bytes"
-    config.refine.update(reward="binary", num_positions=2, rollout_length=2, edge_margin=3)
-    config.refine.lambda_rl = 0.4
-    config.optimizer.update(learning_rate=0.03, clip_norm=1.0)
-    config.generation.max_new_tokens = 8
-    config.testtime.update(steps=3, batch_size=4, mini_batch_size=2)
-    config.evaluate.update(tasks="lcc", data=str(source), batch_size=4)
-    for section, fields in sections.items():
-        config[section].update(fields)
-    return config
+    return tiny_run(phase, changes, sections)
 
 
 def run(config, workdir):

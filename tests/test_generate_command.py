@@ -1,9 +1,11 @@
 """`python -m refine_jax.generate`, from a checkpoint's folder to text on standard output."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,21 @@ def test_one_prompt_streams_and_stops(generate):
     assert generate("--prompt", MARY, "--max_new_tokens", 12, "--stream")[1] == out
     stopped = generate("--prompt", MARY, "--stop", text[5:9], "--stop", "never", "--stream")[1]
     assert stopped == text[: text.index(text[5:9])] + "\n"
+
+
+def test_the_time_of_a_token_counts_those_after_a_stop_string(generate, monkeypatch):
+    """A clock that gains a second whenever it is read: generating takes one, whatever it does."""
+    seconds = itertools.count()
+    clock = types.SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("refine_jax.generate.time", clock)
+    prompts = ["--prompt", MARY, "--prompt", "Baa, baa, black sheep", "--json"]
+    whole = lines(generate(*prompts, "--max_new_tokens", 20)[1])
+    assert [line["ms_per_token"] for line in whole] == [50, 50]
+    # Both stop within the first block of 16 tokens, which is decoded whole.
+    stops = [each for line in whole for each in ("--stop", line["text"][:3])]
+    for line in lines(generate(*prompts, "--max_new_tokens", 20, *stops)[1]):
+        assert line["finish_reason"] == "stop" and len(line["tokens"]) < 8
+        assert line["ms_per_token"] == 62.5
 
 
 def test_a_state_is_read_once_and_asked_twice(generate, tmp_path):

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_runs import comparable, config_file, tiny_run, write_documents
 
 from refine_jax.checkpoint.manager import load_model, save_model
-from refine_jax.config import Config, ConfigError, defaults
+from refine_jax.config import Config, ConfigError
 from refine_jax.data.pipeline import load_corpus
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute, keep_programs
@@ -32,47 +33,34 @@ pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = Path(__file__).parents[1]
 STEPS, WARMUP = 6, 2
 LENGTH = 52
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(16):
-        words = np.random.default_rng(index).choice(WORDS, 40)
-        (folder / f"{index:02}.txt").write_text(" ".join(words), encoding="utf-8")
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 def tiny(corpus, **sections):
-    """A run of seconds: one layer, bytes, rows of 52 tokens."""
-    config = defaults()
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 259,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_heads": 1,
-        "intermediate_size": 8,
+    """A run on rows of 52 tokens."""
+    changes = {
+        "data": {
+            "source": str(corpus),
+            "sequence_length": LENGTH,
+            "holdout": 0.2,
+            "min_remainder": LENGTH,
+        },
+        "train": {
+            "steps": STEPS,
+            "warmup_ntp_steps": WARMUP,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "eval_every": 3,
+            "eval_batches": 2,
+            "checkpoint_every": 2,
+            "log_every": 1,
+        },
     }
-    config.data.update(source=str(corpus), tokenizer="bytes", sequence_length=LENGTH, holdout=0.2)
-    config.data.min_remainder = LENGTH
-    config.refine.update(num_positions=2, rollout_length=2)
-    config.optimizer.update(learning_rate=1e-2, clip_norm=1.0)
-    config.train.update(steps=STEPS, warmup_ntp_steps=WARMUP, batch_size=4, micro_batch_size=2)
-    config.train.update(eval_every=3, eval_batches=2, checkpoint_every=2, log_every=1)
-    for section, fields in sections.items():
-        with config.unlocked():
-            config[section].update(fields)
-    return config
-
-
-def comparable(workdir):
-    """What a run computed, without how long it took."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("time/") and k != "tokens_per_second"}
-        for record in read_metrics(workdir / "metrics.jsonl")
-    ]
+    return tiny_run("midtrain", changes, sections)
 
 
 def saved_state(config, workdir, step=STEPS):
@@ -356,22 +344,15 @@ def command(*arguments, **options):
 
 
 @pytest.fixture
-def config_file(corpus, tmp_path):
-    """A configuration file of the tiny run, as a user would write it."""
-    fields = tiny(corpus, train={"steps": 100000, "checkpoint_every": 0, "eval_every": 0}).to_dict()
-    path = tmp_path / "tiny.py"
-    path.write_text(
-        "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
-        "    config = defaults()\n"
-        f"    config.update({fields!r})\n"
-        "    return config\n"
-    )
-    return path
+def endless(corpus, tmp_path):
+    """A configuration file of a run that does not end by itself."""
+    train = {"steps": 100000, "checkpoint_every": 0, "eval_every": 0}
+    return config_file(tmp_path / "tiny.py", tiny(corpus, train=train))
 
 
-def test_the_command_saves_and_exits_cleanly_on_sigterm(config_file, tmp_path):
+def test_the_command_saves_and_exits_cleanly_on_sigterm(endless, tmp_path):
     workdir = tmp_path / "run"
-    process = command(f"--config={config_file}", f"--workdir={workdir}", "--config.train.seed=3")
+    process = command(f"--config={endless}", f"--workdir={workdir}", "--config.train.seed=3")
     for line in process.stdout:
         if line.startswith("step 1/"):
             break
@@ -395,9 +376,9 @@ def test_the_command_saves_and_exits_cleanly_on_sigterm(config_file, tmp_path):
         (["--config=nowhere.py"], "no configuration file 'nowhere.py'"),
     ],
 )
-def test_wrong_flags_are_one_message(config_file, tmp_path, arguments, words):
+def test_wrong_flags_are_one_message(endless, tmp_path, arguments, words):
     workdir = tmp_path / "run"
-    process = command(f"--config={config_file}", f"--workdir={workdir}", *arguments)
+    process = command(f"--config={endless}", f"--workdir={workdir}", *arguments)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.match("error: .*", err) and words in err

@@ -6,11 +6,15 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 from goldens import load_arrays, require
 from plain_deltanet import PlainDeltaNet
+from pyarrow import parquet
 from scipy import stats
+from tiny import tiny
 
+from refine_jax.checkpoint import save_model
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.convert import from_hf
 from refine_jax.data.options import DataError
@@ -158,3 +162,28 @@ def test_command(tmp_path, capsys):
     assert "has a position.json" in capsys.readouterr().err
     assert position.main([*arguments[:-1], "--limit_documents=0"]) == 1
     assert "limit_documents must be an integer >= 1" in capsys.readouterr().err
+
+
+def test_errors_of_the_command_name_its_flags(tmp_path, capsys):
+    model, params = tiny("deltanet", vocab_size=259, num_hidden_layers=1)
+    checkpoint = tmp_path / "model"
+    save_model(checkpoint, params, json.dumps(model.config.to_hf()), {})
+
+    def message(source, *arguments):
+        given = [f"--checkpoint={checkpoint}", f"--source={source}", "--tokenizer=bytes"]
+        assert position.main([*given, *arguments]) == 1
+        found = capsys.readouterr().err
+        assert "data." not in found.replace(str(tmp_path), "")
+        return found
+
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"body": "one", "title": "two"}\n')
+    assert "set --text_field. Got: body, title." in message(lines)
+    table = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["one"], "title": ["two"]}), table)
+    assert "set --text_field to one of body, title" in message(table)
+    assert "choose one kind with --files" in message(tmp_path)
+    assert "no file *.csv in" in message(tmp_path, "--files=*.csv")
+    assert "Lower --min_tokens" in message(lines, "--text_field=body")
+    assert "no such file or folder: --source='nowhere'" in message("nowhere")
+    assert "--sequence_length must be an integer >= 2" in message(lines, "--sequence_length=1")

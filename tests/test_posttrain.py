@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 from tiny import tiny
+from tiny_runs import comparable, tiny_run
 
-from refine_jax.config import Config, RefineConfig, defaults
+from refine_jax.config import Config, RefineConfig
 from refine_jax.main import execute
 from refine_jax.models.layout import Layout
 from refine_jax.monitor import Monitor, read_metrics
@@ -267,27 +268,23 @@ def source(tmp_path_factory):
 
 
 def small(source, **sections):
-    """A run of seconds: one layer, bytes, rows of 112 tokens."""
-    config = defaults()
-    config.phase = "posttrain"
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 259,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_heads": 1,
-        "intermediate_size": 8,
+    """A run on rows of 112 tokens."""
+    changes = {
+        "data": {"source": str(source), "sequence_length": 112, "holdout": 0.2},
+        "prompts": {"answer_field": "answers", "max_answer_tokens": 6, "target": "random"},
+        "refine": {"reward": "hybrid"},
+        "posttrain": {"samples": 2},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 4,
+            "mini_batch_size": 2,
+            "eval_every": 2,
+            "eval_batches": 2,
+            "checkpoint_every": 2,
+            "log_every": 0,
+        },
     }
-    config.data.update(source=str(source), tokenizer="bytes", sequence_length=112, holdout=0.2)
-    config.prompts.update(answer_field="answers", max_answer_tokens=6, target="random")
-    config.refine.update(num_positions=2, rollout_length=2, reward="hybrid")
-    config.posttrain.samples = 2
-    config.optimizer.update(learning_rate=1e-2, clip_norm=1.0)
-    config.train.update(steps=STEPS, batch_size=4, mini_batch_size=2, eval_every=2)
-    config.train.update(eval_batches=2, checkpoint_every=2, log_every=0)
-    for section, fields in sections.items():
-        config[section].update(fields)
-    return config
+    return tiny_run("posttrain", changes, sections)
 
 
 @pytest.fixture(scope="module")
@@ -295,14 +292,6 @@ def whole(source, tmp_path_factory):
     """(folder, figures) of a nested run that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     return workdir, posttrain.run(Config.from_dict(small(source)), workdir)
-
-
-def comparable(workdir):
-    """What a run computed, without how long it took."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith("time/") and k != "tokens_per_second"}
-        for record in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def restored(config, workdir):

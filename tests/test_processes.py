@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+from tiny_runs import WORDS, config_file, tiny_run, write_documents
 
 from refine_jax import distributed
-from refine_jax.config import Config, defaults
+from refine_jax.config import Config
 from refine_jax.monitor import read_metrics
 from refine_jax.phases import midtrain
 from refine_jax.settings import ConfigError
@@ -25,7 +26,6 @@ from refine_jax.settings import ConfigError
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("processes.py")
 STEPS, STOP = 6, 3
-WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
 
 # Many processes on few cores: time to spare where other tests run beside them.
 pytestmark = [pytest.mark.usefixtures("compile_once"), pytest.mark.timeout(1200)]
@@ -80,46 +80,37 @@ def finish_together(count, task, *arguments, **options):
     return finish([[SCRIPT, task, *arguments, *address, each] for each in ids], **options)
 
 
-def tiny(corpus, **mesh):
-    """A run of seconds: next-token steps, then ReFINE, on rows of 52 bytes."""
-    config = defaults()
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 259,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_heads": 1,
-        "intermediate_size": 8,
-        "use_short_conv": False,
+def tiny(corpus):
+    """Next-token steps, then ReFINE, on rows of 52 bytes."""
+    changes = {
+        "model": {"fresh": {"use_short_conv": False}},
+        "data": {
+            "source": str(corpus),
+            "sequence_length": 52,
+            "holdout": 0.2,
+            "min_remainder": 52,
+        },
+        "train": {
+            "steps": STEPS,
+            "warmup_ntp_steps": STOP,
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "eval_batches": 1,
+            "checkpoint_every": 0,
+            "log_every": 1,
+        },
     }
-    config.data.update(source=str(corpus), tokenizer="bytes", sequence_length=52, holdout=0.2)
-    config.data.min_remainder = 52
-    config.refine.update(num_positions=2, rollout_length=2)
-    config.optimizer.update(learning_rate=1e-2, clip_norm=1.0)
-    config.train.update(steps=STEPS, warmup_ntp_steps=STOP, batch_size=4, micro_batch_size=4)
-    config.train.update(eval_batches=1, checkpoint_every=0, log_every=1)
-    config.mesh.update(mesh)
-    return config
+    return tiny_run("midtrain", changes)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    for index in range(16):
-        words = np.random.default_rng(index).choice(WORDS, 40)
-        (folder / f"{index:02}.txt").write_text(" ".join(words), encoding="utf-8")
-    return folder
+    return write_documents(tmp_path_factory.mktemp("corpus"))
 
 
 def run_flags(config, workdir):
-    """The flags of a run, with a configuration file as a user would write it."""
-    path = workdir.with_suffix(".py")
-    path.write_text(
-        "from refine_jax.config import defaults\n\n\ndef get_config(arg=None):\n"
-        f"    config = defaults()\n    config.update({config.to_dict()!r})\n"
-        "    return config\n"
-    )
-    return [f"--config={path}", f"--workdir={workdir}"]
+    """The flags of a run, with a configuration file."""
+    return [f"--config={config_file(workdir.with_suffix('.py'), config)}", f"--workdir={workdir}"]
 
 
 def assert_same_metrics(records, expected):

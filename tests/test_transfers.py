@@ -6,8 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiny_runs import tiny_run
 
-from refine_jax.config import Config, MeshConfig, defaults
+from refine_jax.config import Config, MeshConfig
 from refine_jax.parallel import use_mesh
 from refine_jax.phases import midtrain, posttrain
 
@@ -18,31 +19,20 @@ PHASES = {"midtrain": midtrain, "posttrain": posttrain}
 
 def settings(phase, folder):
     """Two updates a step, of four micro-batches or of four devices."""
-    config = defaults()
-    config.phase = phase
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 259,
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_heads": 1,
-        "intermediate_size": 8,
-        "use_short_conv": False,
+    train = {"batch_size": 8, "mini_batch_size": 4, "micro_batch_size": 1, "eval_batches": 1}
+    changes = {
+        "model": {"fresh": {"use_short_conv": False}},
+        "data": {"source": "recall", "limit_documents": 40, "sequence_length": 256},
+        "prompts": {"max_answer_tokens": 8},
+        "posttrain": {"mini_batch_size": 4},
+        "train": train | {"steps": 2, "warmup_ntp_steps": 0},
     }
-    config.data.update(tokenizer="bytes", sequence_length=64)
-    config.refine.update(num_positions=2, rollout_length=2)
-    config.train.update(batch_size=8, mini_batch_size=4, micro_batch_size=1, eval_batches=1)
-    config.train.update(steps=2, warmup_ntp_steps=0)
-    if phase == "posttrain":
-        config.data.update(source="recall", limit_documents=40, sequence_length=256)
-        config.prompts.max_answer_tokens = 8
-        config.posttrain.mini_batch_size = 4
-    else:
+    if phase == "midtrain":
         for index in range(20):
             (folder / f"{index}.txt").write_text(f"{index} " * 60, encoding="utf-8")
-        config.data.update(source=str(folder), min_remainder=64)
-        config.train.update(steps=4, warmup_ntp_steps=2)
-    return Config.from_dict(config)
+        changes["data"] = {"source": str(folder), "sequence_length": 64, "min_remainder": 64}
+        changes["train"] = train | {"steps": 4, "warmup_ntp_steps": 2}
+    return Config.from_dict(tiny_run(phase, changes))
 
 
 @pytest.mark.parametrize(

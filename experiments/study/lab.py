@@ -209,7 +209,6 @@ class Lab:
         on_prompts, on_answers, optimizer, config = self._posttrain_steps(variant, rate)
         params = jax.tree.map(jnp.copy, params)
         state = TrainState.create(params, optimizer, jax.random.key(seed), config)
-        seconds = []
         for step in range(stage.steps):
             rows = self.corpus.prompts(
                 stage.shape, stage.rows, POSTTRAIN, seed, first=step * stage.rows
@@ -219,16 +218,12 @@ class Lab:
                 "segments": np.ones_like(rows.tokens),
                 "answer_mask": _answers(rows),
             }
-            spent = 0.0
             if on_prompts is not None:
-                state, metrics = on_prompts(state, prompts_of(batch, self.corpus.eos))
-                spent += metrics["time/update"] + metrics["time/collect"]
-            state, metrics = on_answers(state, batch)
-            if step:
-                seconds.append(spent + metrics["time/answers"])
+                state, _ = on_prompts(state, prompts_of(batch, self.corpus.eos))
+            state, _ = on_answers(state, batch)
         figures = self.answers(state.params, stream)
         self._say(f"post-training {variant} seed {seed} rate {rate:g}", figures)
-        return state.params, {"step_seconds": statistics.median(seconds), **figures}
+        return state.params, figures
 
     @functools.cache  # noqa: B019
     def _posttrain_steps(self, variant: str, rate: float):
@@ -283,7 +278,8 @@ class Lab:
     ) -> dict[str, Any]:
         """Adapt a copy of the parameters to each prompt, then answer it.
 
-        {"recall", "recalls", "seconds": of adapting, a prompt}
+        {"recall", "recalls", "seconds": of adapting, a prompt; None where all prompts waited for
+        compilation}
         """
         rows = self.questions(self.sizes.questions_adapted, stream)
         copies = 8
@@ -308,7 +304,7 @@ class Lab:
         recalls = _recalls(np.concatenate(correct), rows)
         figures = {"recall": float(np.mean(recalls)), "recalls": recalls}
         self._say(f"test-time {objective} seed {seed} rate {rate:g}", figures)
-        return figures | {"seconds": statistics.median(seconds or [float("nan")])}
+        return figures | {"seconds": statistics.median(seconds) if seconds else None}
 
     def signal(self, params: Params, config: RefineConfig, batches: int = 12) -> dict[str, float]:
         """How much the policy's gradient says, over batches of mid-training.

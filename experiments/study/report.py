@@ -231,10 +231,11 @@ def _questions(results: _Results) -> list[dict[str, str]]:
     for name in ("ntp", "refine"):
         runs = results.seeds(f"testtime-{name}")
         recalls = [100 * run["recall"] for run in runs]
-        seconds = statistics.median([run["seconds"] for run in runs])
+        known = [run["seconds"] for run in runs if run["seconds"] is not None]
+        time = f"{statistics.median(known):.2f} s a prompt" if known else "-"
         rows.append(
             {
-                "answers right, %": f"the same, test-time {_NAMES[name]}, {seconds:.2f} s a prompt",
+                "answers right, %": f"the same, test-time {_NAMES[name]}, {time}",
                 "mean (deviation)": _spread(recalls),
                 "against": "no test-time training",
             }

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from refine_jax.compile_only.chips import GIB
+from refine_jax.models.config import model_config
+from refine_jax.parallel import check_fits
+from refine_jax.settings import ConfigError
 
 if TYPE_CHECKING:
     from refine_jax.compile_only.report import Report
+
+# Programs with a backward pass.
+_DIFFERENTIATED = ("update", "ntp_update", "answer_update", "adaptation")
 
 
 def advise(report: Report) -> list[str]:
@@ -18,9 +25,9 @@ def advise(report: Report) -> list[str]:
     found: list[tuple[float, str]] = []
     worst = max(failing, key=lambda program: program["memory"]["peak"])
     found += _smaller_state(report)
-    temporaries = worst["memory"]["temporaries"]
-    if any(program["name"] not in ("prefill", "decode") for program in failing):
-        found += _fewer_activations(report, temporaries)
+    training = [p for p in failing if p["name"] not in ("prefill", "decode")]
+    if training:
+        found += _fewer_activations(report, training)
     found += _smaller_generation(report, failing)
     found.sort(key=lambda each: -each[0])
     over = (worst["memory"]["peak"] - report.topology.chip.hbm) / GIB
@@ -62,9 +69,11 @@ def _smaller_state(report: Report) -> list[tuple[float, str]]:
     return found
 
 
-def _fewer_activations(report: Report, temporaries: float) -> list[tuple[float, str]]:
-    """About the arrays between the layers."""
+def _fewer_activations(report: Report, failing: list[dict]) -> list[tuple[float, str]]:
+    """About the arrays between the layers, and the states of forks."""
     mesh, config, found = report.mesh, report.config, []
+    largest = max(failing, key=lambda program: program["memory"]["peak"])
+    temporaries = largest["memory"]["temporaries"]
     shared = mesh["data"] * mesh["fsdp"]
     if config.phase == "testtime":
         section, rows = "testtime", config.testtime.micro_batch // shared
@@ -79,31 +88,69 @@ def _fewer_activations(report: Report, temporaries: float) -> list[tuple[float, 
                 "a time, and as much less for activations",
             )
         )
-    if config.model.remat != "full":
+    differentiated = [p["memory"]["temporaries"] for p in failing if p["name"] in _DIFFERENTIATED]
+    if differentiated and config.model.remat != "full":
         found.append(
             (
-                temporaries * 0.6,
+                max(differentiated) * 0.6,
                 "config.model.remat='full': a layer keeps only its input for the backward pass "
                 f"(now {config.model.remat!r})",
             )
         )
-    if rows <= 1 and shared > 1:
-        half = mesh["fsdp"] // 2 or 1
-        found.append(
-            (
-                temporaries / 2,
-                f"config.mesh.sequence={2 * mesh['sequence']} with fsdp={half}: two chips share "
-                "the tokens of a row",
-            )
-        )
-        found.append(
-            (
-                temporaries / 3,
-                f"config.mesh.tensor={2 * mesh['tensor']} with fsdp={half}: two chips share heads, "
-                "MLP and vocabulary",
-            )
-        )
+    if rows <= 1:
+        found += _shared_rows(report, section, temporaries, largest.get("states", 0))
     return found
+
+
+def _shared_rows(
+    report: Report, section: str, temporaries: float, states: float
+) -> list[tuple[float, str]]:
+    """Twice as many chips for a row, which divide its tokens or its heads.
+
+    section: that says how many rows are read at a time. states: bytes of decode states on a chip;
+    they are made of heads, so that `tensor` divides them and `sequence` does not.
+    """
+    mesh, config = report.mesh, report.config
+    given = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
+    if given is None:
+        return []
+    # Half as many places for rows, but still one row at each.
+    if section == "testtime":
+        micro_batch, rows = config.testtime.micro_batch, mesh["data"] * mesh["fsdp"] // 2
+    else:
+        micro_batch, rows = config.train.micro_batch, 1
+    fewer = "" if micro_batch <= rows else f", config.{section}.micro_batch_size={rows}"
+    # The loop over a rollout's tokens reads states and writes others.
+    held = min(2 * states, temporaries)
+    rest = temporaries - held
+    whole = ", but have all of the decode states of its forks" if states else ""
+    less = f"; decode states of forks take at least {states / 2 / GIB:.2f} GiB less a chip"
+    changes = (
+        ("tensor", held / 2 + rest / 3, f"heads, MLP and vocabulary{less if states else ''}"),
+        ("sequence", rest / 2, f"the tokens of a row{whole}"),
+    )
+    found = []
+    for axis, saved, what in changes:
+        sizes = mesh | {axis: 2 * mesh[axis], given: mesh[given] // 2}
+        if _divides(report, sizes):
+            found.append(
+                (
+                    saved,
+                    f"config.mesh.{axis}={sizes[axis]} with {given}={sizes[given]}{fewer}: "
+                    f"{sizes[axis]} chips share {what}",
+                )
+            )
+    return found
+
+
+def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh of these sizes can run the model."""
+    model = model_config(report.facts["model"])
+    try:
+        check_fits(sizes, tokens=report.config.data.sequence_length, model=model)
+    except ConfigError:
+        return False
+    return True
 
 
 def _smaller_generation(report: Report, failing: list[dict]) -> list[tuple[float, str]]:

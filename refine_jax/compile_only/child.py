@@ -153,7 +153,8 @@ def compile_program(
     """Trace, compile and examine one program. plan: without making code (`_plan`).
 
     Returns JSON values: bytes, operations and seconds of one run on one chip; "memory" with its
-    parts; "fits"; "cost" (None where the compiler gave up before it had times).
+    parts; "states", bytes of the decode states of forks among the temporaries; "fits"; "cost" (None
+    where the compiler gave up before it had times).
     """
     program = programs_of_run(run)[name]()
     begin = time.perf_counter()
@@ -201,6 +202,7 @@ def compile_program(
         "fits": not message and peak <= chip.hbm,
         "planned": plan,
         "memory": dataclasses.asdict(memory) | {"resident": resident, "peak": peak},
+        "states": bytes_of(program.states),
         "model_flops": program.model_flops / len(devices),
         "flops": flops / len(devices),
         "bytes": cost.bytes,
@@ -245,12 +247,13 @@ def _first_line(message: str) -> str:
 
 
 def summary(run: Run) -> dict:
-    """What all programs share: parameters, optimizer state and batch in bytes on a chip."""
+    """What all programs share: the model, parameters and optimizer state in bytes on a chip."""
     params = run.params
     state = run.state if run.config.phase in ("midtrain", "posttrain", "testtime") else None
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
         "model_type": run.model.config.model_type,
+        "model": run.model.config.to_hf(),
         "parameter_count": int(count),
         "params": bytes_of(params),
         "optimizer": bytes_of(state.opt_state) if state is not None else 0,

@@ -18,7 +18,7 @@ from refine_jax.generation.sampling import Sampler
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.adapt import update_copies
 from refine_jax.refine.method import Method
-from refine_jax.refine.step import make_step_programs, update_rows
+from refine_jax.refine.step import TrainStep, make_train_step, update_rows
 
 _TRAINING = ("midtrain", "posttrain")
 
@@ -74,9 +74,9 @@ def _prompts(run: Run) -> int:
     return config.evaluate.batch_size
 
 
-def _adaptation_step(run: Run) -> Any:
+def _adaptation_step(run: Run) -> TrainStep:
     options = run.config.testtime
-    return make_step_programs(
+    return make_train_step(
         run.model,
         run.optimizer,
         run.config.refine,
@@ -92,14 +92,16 @@ def _prompt_rows(run: Run, *rows: int) -> dict[str, Any]:
 
 
 def _adaptation_collect(run: Run) -> Program:
-    rows = run.config.testtime.batch_size
+    options = run.config.testtime
+    rows, batch = options.batch_size, _prompt_rows(run, options.batch_size)
     tokens = rows * round_length(_longest(run))
     return Program(
         "adaptation_collect",
         f"forward, selection and rollouts of {rows} prompts",
         _adaptation_step(run).collect,
-        (run.state, _prompt_rows(run, rows)),
+        (run.state, batch),
         resident=(run.params,),
+        states=run.rollout_states(batch, rows // options.micro_batch),
         model_flops=tokens * forward_flops(run.model.config, _longest(run)),
     )
 
@@ -114,11 +116,11 @@ def _adaptation(run: Run) -> Program:
         rows, shape = copies, (1,) if copies == 1 else (copies, 1)
         args = (state, _prompt_rows(run, *shape))
     else:
-        programs, rows = _adaptation_step(run), options.mini_batch_size
+        step, rows = _adaptation_step(run), options.mini_batch_size
         batch, experience = _prompt_rows(run, options.batch_size), None
         if "adaptation_collect" in adaptation_programs(run):
-            experience = run.shapes.rows(jax.eval_shape(programs.collect, run.state, batch))
-        function = programs.update
+            experience = run.shapes.rows(jax.eval_shape(step.collect, run.state, batch))
+        function = step.update
         updates = options.batch_size // rows
         args = (run.state, batch, experience, run.shapes.scalar(), updates)
     tokens = rows * round_length(_longest(run))

@@ -17,8 +17,9 @@ from refine_jax.compile_only.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
 from refine_jax.phases.setup import Start, load_start, make_model
+from refine_jax.refine.method import Method
 from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.refine.step import TrainState
+from refine_jax.refine.step import TrainState, states_together
 from refine_jax.settings import ConfigError
 
 CONFIG = "config.json"
@@ -33,9 +34,10 @@ class Program:
 
     function: jitted. args: pytrees of ShapeDtypeStruct, and static arguments as they are.
     runs: in a training step; 0: at other times. resident: trees of what else is in memory while it
-    runs. model_flops: operations of one run that the method asks for, on all devices: one forward
-    pass over each token read or sampled, three where it is trained on, nothing computed again.
-    compared: not a part of the run, compiled to compare with.
+    runs. states: trees of the decode states of forks that are there at once. model_flops:
+    operations of one run that the method asks for, on all devices: one forward pass over each token
+    read or sampled, three where it is trained on, nothing computed again. compared: not a part of
+    the run, compiled to compare with.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Program:
     args: tuple
     runs: int = 0
     resident: tuple = ()
+    states: tuple = ()
     model_flops: float = 0.0
     compared: bool = False
 
@@ -84,14 +87,11 @@ class Shapes:
 
     def rows(self, tree: Any, axis: int = 0) -> Any:
         """Arrays with rows of a batch along an axis."""
-        if not is_spread():
-            return self._place(tree, None)
-        mesh = jax.sharding.get_mesh()
-        names = (*(None,) * axis, "batch")
-        shardings = jax.tree.map(
-            lambda x: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), tree
-        )
-        return self._place(tree, shardings)
+        return self._spread(tree, (*(None,) * axis, "batch"))
+
+    def states(self, tree: Any) -> Any:
+        """Decode states; their leaves are [L, B, R, H, ...], or small."""
+        return self._spread(tree, (None, "batch", None, "heads"))
 
     def copies(self, tree: Any) -> Any:
         """Arrays that every device has."""
@@ -99,6 +99,15 @@ class Shapes:
             return self._place(tree, None)
         whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
         return self._place(tree, jax.tree.map(lambda _: whole, tree))
+
+    def _spread(self, tree: Any, names: tuple[str | None, ...]) -> Any:
+        if not is_spread():
+            return self._place(tree, None)
+        mesh = jax.sharding.get_mesh()
+        shardings = jax.tree.map(
+            lambda x: NamedSharding(mesh, partition_spec(x.shape, names, mesh)), tree
+        )
+        return self._place(tree, shardings)
 
     def _place(self, tree: Any, shardings: Any) -> Any:
         if shardings is None:
@@ -174,6 +183,19 @@ class Run:
         if answers:
             batch["answer_mask"] = self.shapes.integers(rows, length)
         return batch
+
+    def rollout_states(
+        self, batch: dict[str, Any], parts: int = 1, max_documents: int = 1
+    ) -> tuple:
+        """The decode states that are there at once where the rows of a batch roll out.
+
+        parts: of the batch that forward passes read one by one.
+        """
+        config = dataclasses.replace(self.config.refine, objective="refine")
+        method = Method(self.model, config, eos_id=EOS, max_documents=max_documents)
+        keys = self.keys(batch["tokens"].shape[0])
+        together, states = states_together(method, self.params, batch, keys, parts)
+        return (self.shapes.states(states),) * together
 
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
         """Of rows whose tokens, and those of their rollouts, go through so many forward passes."""

@@ -13,12 +13,13 @@ from refine_jax.compile_only.flops import forward_flops
 from refine_jax.compile_only.run import EOS, PAD, Program, Run
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.answer_step import (
+    PolicyStep,
     make_answer_eval,
-    make_policy_programs,
-    make_supervised_update,
+    make_policy_step,
+    make_supervised_step,
 )
 from refine_jax.refine.answers import AnswerMethod
-from refine_jax.refine.step import StepPrograms, make_eval_step, make_step_programs
+from refine_jax.refine.step import TrainStep, make_eval_step, make_train_step
 
 
 def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
@@ -44,20 +45,22 @@ def answer_programs(run: Run) -> dict[str, Callable[[], Program]]:
 def evaluation(run: Run) -> Program:
     """Held-out rows."""
     rows = rows_at_once(run.config)
+    batch = run.batch(rows)
     step = make_eval_step(run.model, run.config.refine, eos_id=EOS, max_documents=run.max_documents)
     key = run.shapes.copies(jax.eval_shape(lambda: jax.random.key(0)))
     return Program(
         "evaluation",
         f"forward, selection and rollouts of {rows} held-out rows",
         step,
-        (run.state.params, run.batch(rows), key, run.shapes.scalar()),
+        (run.state.params, batch, key, run.shapes.scalar()),
         resident=(run.state,),
+        states=run.rollout_states(batch, max_documents=run.max_documents),
         model_flops=run.flops(rows, trunk=1, rollouts=2),
     )
 
 
-def _step_programs(run: Run, objective: str) -> StepPrograms:
-    return make_step_programs(
+def _train_step(run: Run, objective: str) -> TrainStep:
+    return make_train_step(
         run.model,
         run.optimizer,
         dataclasses.replace(run.config.refine, objective=objective),
@@ -70,31 +73,33 @@ def _step_programs(run: Run, objective: str) -> StepPrograms:
 
 def _collect(run: Run) -> Program:
     rows = run.config.train.batch_size
+    batch, parts = run.batch(rows), rows // rows_at_once(run.config)
     return Program(
         "collect",
         f"forward, selection and rollouts of {rows} rows",
-        _step_programs(run, "refine").collect,
-        (run.state, run.batch(rows)),
+        _train_step(run, "refine").collect,
+        (run.state, batch),
         runs=1,
+        states=run.rollout_states(batch, parts, run.max_documents),
         model_flops=run.flops(rows, trunk=1, rollouts=2),
     )
 
 
 def _update(run: Run, objective: str, *, compared: bool) -> Program:
     train, at_once = run.config.train, rows_at_once(run.config)
-    programs = _step_programs(run, objective)
+    train_step = _train_step(run, objective)
     batch, experience, rollouts = run.batch(train.batch_size), None, 0
     if objective == "refine":
         collected = train.batch_size != at_once
         rollouts = 3 if collected else 4
         if collected:
-            experience = run.shapes.rows(jax.eval_shape(programs.collect, run.state, batch))
+            experience = run.shapes.rows(jax.eval_shape(train_step.collect, run.state, batch))
     wording = "ReFINE" if objective == "refine" else "next-token"
     rows, updates = train.mini_batch, train.updates_per_step
     return Program(
         "update" if objective == run.config.refine.objective else "ntp_update",
         f"{wording} update by {rows} rows, {at_once} at a time",
-        programs.update,
+        train_step.update,
         (run.state, batch, experience, run.shapes.scalar(), updates),
         runs=0 if compared else updates,
         model_flops=run.flops(rows, trunk=3, rollouts=rollouts),
@@ -129,12 +134,12 @@ def _answer_update(run: Run, update: Callable, inputs: Any, sampled: int) -> Pro
 
 
 def _supervised(run: Run) -> Program:
-    update = make_supervised_update(_method(run), run.optimizer, **_answer_sizes(run))
-    return _answer_update(run, update, run.batch(run.config.train.batch_size, answers=True), 0)
+    step = make_supervised_step(_method(run), run.optimizer, **_answer_sizes(run))
+    return _answer_update(run, step.update, run.batch(run.config.train.batch_size, answers=True), 0)
 
 
-def _policy_programs(run: Run) -> Any:
-    return make_policy_programs(
+def _policy_step(run: Run) -> PolicyStep:
+    return make_policy_step(
         _method(run),
         run.optimizer,
         samples=run.config.posttrain.samples,
@@ -152,7 +157,7 @@ def _sample(run: Run) -> Program:
     return Program(
         "answer_collect",
         f"{run.config.posttrain.samples} answers to each of {rows} prompts",
-        _policy_programs(run).collect,
+        _policy_step(run).collect,
         (run.state.params, run.batch(rows, answers=True), run.keys(rows)),
         runs=1,
         resident=(run.state,),
@@ -161,13 +166,13 @@ def _sample(run: Run) -> Program:
 
 
 def _policy(run: Run) -> Program:
-    sample, programs = _sample(run), _policy_programs(run)
+    sample, step = _sample(run), _policy_step(run)
     answers = run.shapes.rows(jax.eval_shape(sample.function, *sample.args))
     shape = run.config.train.batch_size, run.config.posttrain.samples
     rewards = jax.ShapeDtypeStruct(shape, jnp.float32)
-    advantages = run.shapes.rows(jax.eval_shape(programs.advantages, rewards, answers))
+    advantages = run.shapes.rows(jax.eval_shape(step.advantages, rewards, answers))
     inputs = sample.args[1], answers, advantages
-    return _answer_update(run, programs.update, inputs, _sampled(run))
+    return _answer_update(run, step.update, inputs, _sampled(run))
 
 
 def _answer_evaluation(run: Run) -> Program:

@@ -6,6 +6,7 @@ This module imports nothing heavy: options can be checked before grain or pyarro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
@@ -50,6 +51,8 @@ class DataOptions:
         cache_dir: folder that keeps the tokens between runs; "" keeps them in memory.
     """
 
+    prefix: ClassVar[str] = "data."
+
     source: str = "stdlib"
     text_field: str = "text"
     files: str = ""
@@ -76,9 +79,13 @@ class DataOptions:
     def __post_init__(self) -> None:
         """Raise DataError, naming the field, for a value that cannot work."""
         if not self.source:
-            raise DataError("data.source must be stdlib, tfds:NAME or a path. Got: ''.")
+            raise DataError(
+                f"{self.setting('source')} must be stdlib, tfds:NAME or a path. Got: ''."
+            )
         if self.chunking not in CHUNKINGS:
-            raise DataError(f"data.chunking must be all or first. Got: {self.chunking!r}.")
+            raise DataError(
+                f"{self.setting('chunking')} must be all or first. Got: {self.chunking!r}."
+            )
         for name, low in (
             ("limit_documents", 1),
             ("sequence_length", 2),
@@ -95,23 +102,40 @@ class DataOptions:
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise DataError(f"data.{name} must be an integer >= {low}. Got: {value!r}.")
+                raise DataError(
+                    f"{self.setting(name)} must be an integer >= {low}. Got: {value!r}."
+                )
         if self.seed >= 2**32:
-            raise DataError(f"data.seed must be below 2**32. Got: {self.seed}.")
+            raise DataError(f"{self.setting('seed')} must be below 2**32. Got: {self.seed}.")
         if not 0 <= self.holdout <= 0.5:
-            raise DataError(f"data.holdout must be between 0 and 0.5. Got: {self.holdout!r}.")
+            raise DataError(
+                f"{self.setting('holdout')} must be between 0 and 0.5. Got: {self.holdout!r}."
+            )
         if self.max_tokens is not None and self.max_tokens < self.shortest:
             raise DataError(
-                "data.max_tokens must be at least data.min_tokens (default: sequence_length). "
+                f"{self.setting('max_tokens')} must be at least {self.setting('min_tokens')} "
+                "(default: sequence_length). "
                 f"Got: max_tokens={self.max_tokens}, min_tokens={self.shortest}."
             )
         if self.min_remainder > self.sequence_length:
             raise DataError(
-                "data.min_remainder must be at most data.sequence_length. "
+                f"{self.setting('min_remainder')} must be at most "
+                f"{self.setting('sequence_length')}. "
                 f"Got: min_remainder={self.min_remainder}, sequence_length={self.sequence_length}."
             )
+
+    def setting(self, name: str) -> str:
+        """What the user sets the field `name` with, for messages."""
+        return self.prefix + name
 
     @property
     def shortest(self) -> int:
         """The fewest tokens of a document that is kept."""
         return self.sequence_length if self.min_tokens is None else self.min_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlagOptions(DataOptions):
+    """Options that a command takes as flags of their names."""
+
+    prefix: ClassVar[str] = "--"

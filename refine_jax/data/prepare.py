@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.data.options import DataError, DataOptions, FlagOptions
 
 
 def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
@@ -39,7 +39,7 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
     from refine_jax.data.tokens import is_token_folder
 
     if is_token_folder(options.source):
-        raise DataError(f"data.source={options.source!r} is tokenised already")
+        raise DataError(f"{options.setting('source')}={options.source!r} is tokenised already")
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_source(options)
     try:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
     out = values.pop("out")
     try:
-        print(json.dumps(prepare(DataOptions(**values), out)))
+        print(json.dumps(prepare(FlagOptions(**values), out)))
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -29,8 +29,7 @@ from refine_jax.data.rows import make_rows
 from refine_jax.data.sources import (
     JsonRecords,
     ParquetRecords,
-    find_files,
-    kind_of,
+    files_of,
     valid_unicode,
 )
 from refine_jax.data.tokenizer import Tokenizer
@@ -115,12 +114,11 @@ class FilePrompts:
 
     def __init__(self, options: DataOptions, prompts: PromptOptions) -> None:
         """Open the files; raises DataError where they are missing, broken or lack a column."""
-        files = find_files(options.source, options.files)
+        files, kind = files_of(options)
         fields = {
             prompts.prompt_field: "prompts.prompt_field",
             prompts.answer_field: "prompts.answer_field",
         }
-        kind = kind_of(files, options.source)
         if kind == "text":
             raise DataError(
                 f"prompts come from parquet or jsonl files. Got: {files[0]} "

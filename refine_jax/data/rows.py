@@ -154,7 +154,8 @@ def make_rows(
     if not used.any():
         raise DataError(
             f"no document is left for the {split} split: {int(passed.sum())} of {len(lengths)} "
-            f"documents pass the filters, with data.holdout={options.holdout}"
+            f"documents pass the filters, with "
+            f"{options.setting('holdout')}={options.holdout}"
         )
 
     table, cut = _chunk(np.flatnonzero(used), lengths, options)
@@ -178,19 +179,22 @@ def make_rows(
 def _nothing_left(lengths: np.ndarray, options: DataOptions) -> str:
     longest = int(lengths.max(initial=0))
     if longest < options.shortest:
+        least = options.setting("min_tokens")
         wanted = (
-            f"data.sequence_length={options.sequence_length} tokens (data.min_tokens is not set)"
+            f"{options.setting('sequence_length')}={options.sequence_length} tokens ({least} is "
+            "not set)"
             if options.min_tokens is None
-            else f"data.min_tokens={options.min_tokens} tokens"
+            else f"{least}={options.min_tokens} tokens"
         )
         return (
             f"none of the {len(lengths)} documents of {options.source!r} has {wanted}; the longest "
-            f"has {longest}. Lower data.min_tokens, or use longer documents."
+            f"has {longest}. Lower {least}, or use longer documents."
         )
     return (
         f"none of the {len(lengths)} documents of {options.source!r} has between "
-        f"data.min_tokens={options.shortest} and data.max_tokens={options.max_tokens} tokens; the "
-        f"longest has {longest}, the shortest {int(lengths.min())}. Change one of the two."
+        f"{options.setting('min_tokens')}={options.shortest} and "
+        f"{options.setting('max_tokens')}={options.max_tokens} tokens; the longest has {longest}, "
+        f"the shortest {int(lengths.min())}. Change one of the two."
     )
 
 

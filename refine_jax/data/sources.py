@@ -50,11 +50,17 @@ class FilesSource:
 
     Args:
         files: the files, in order.
+        setting: what chooses files, for messages.
         decode: bytes to text; UTF-8 by default, unchanged line ends.
     """
 
-    def __init__(self, files: Sequence[Path], decode: Callable[[bytes], str] | None = None) -> None:
-        self._files = tuple(files)
+    def __init__(
+        self,
+        files: Sequence[Path],
+        setting: str,
+        decode: Callable[[bytes], str] | None = None,
+    ) -> None:
+        self._files, self._setting = tuple(files), setting
         self._decode = decode or (lambda content: content.decode("utf-8"))
         self.fingerprint = _fingerprint("text", files=self._files)
 
@@ -71,7 +77,7 @@ class FilesSource:
             raise DataError(f"cannot read {path}: {error.strerror}") from error
         except (UnicodeDecodeError, SyntaxError) as error:
             raise DataError(
-                f"{path} is not UTF-8 text ({error}); choose text files with data.files"
+                f"{path} is not UTF-8 text ({error}); choose text files with {self._setting}"
             ) from error
 
 
@@ -132,10 +138,13 @@ class ParquetRecords:
 class ParquetSource:
     """A string column of parquet files; a null is an empty document."""
 
-    def __init__(self, files: Sequence[Path], column: str) -> None:
-        """Read the schemas; raises DataError for a broken file, a missing or non-string column."""
+    def __init__(self, files: Sequence[Path], column: str, setting: str) -> None:
+        """Read the schemas; raises DataError for a broken file, a missing or non-string column.
+
+        setting: what names the column, for messages.
+        """
         self._column = column
-        self._records = ParquetRecords(files, {column: "data.text_field"})
+        self._records = ParquetRecords(files, {column: setting})
         for path in files:
             with _open_parquet(path) as file:
                 _check_strings(file.schema_arrow, column, path)
@@ -240,10 +249,13 @@ class JsonRecords:
 class JsonLinesSource:
     """A string field of files with one JSON object a line; see `JsonRecords`."""
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        """Index the files; raises DataError for a file that is missing, broken or cut off."""
+    def __init__(self, files: Sequence[Path], field: str, setting: str) -> None:
+        """Index the files; raises DataError for a file that is missing, broken or cut off.
+
+        setting: what names the field, for messages.
+        """
         self._field = field
-        self._records = JsonRecords(files, {field: "data.text_field"})
+        self._records = JsonRecords(files, {field: setting})
         self.fingerprint = self._records.fingerprint
 
     def __len__(self) -> int:
@@ -264,10 +276,12 @@ class JsonLinesSource:
 class TfdsSource:
     """The text feature of a tensorflow-datasets data set, read without TensorFlow."""
 
-    def __init__(self, name: str, split: str, data_dir: str, feature: str) -> None:
+    def __init__(self, options: DataOptions) -> None:
         """Open it, preparing it first if need be; raises DataError where tfds cannot."""
         import tensorflow_datasets as tfds
 
+        name, split = options.source.removeprefix("tfds:"), options.tfds_split
+        data_dir, feature = options.tfds_data_dir, options.text_field
         try:
             if Path(name).is_dir():
                 builder = tfds.builder_from_directory(name)
@@ -282,8 +296,8 @@ class TfdsSource:
         features = sorted(builder.info.features or ())  # tfds gives them in any order
         if feature not in features:
             raise DataError(
-                f"no feature {feature!r} in {builder.info.full_name}: set data.text_field to one "
-                f"of {', '.join(features)}"
+                f"no feature {feature!r} in {builder.info.full_name}: set "
+                f"{options.setting('text_field')} to one of {', '.join(features)}"
             )
         self._feature = feature
         self._name = builder.info.full_name
@@ -318,28 +332,41 @@ def open_source(options: DataOptions) -> TextSource:
     Raises:
         DataError: the source is missing, unreadable, empty, or mixes kinds of files.
     """
-    source = options.source
+    source, setting = options.source, options.setting
     if source == "stdlib":
-        found: TextSource = FilesSource(_stdlib_files(), importlib.util.decode_source)
-    elif source.startswith("tfds:") or is_tfds_folder(source):
-        found = TfdsSource(
-            source.removeprefix("tfds:"),
-            options.tfds_split,
-            options.tfds_data_dir,
-            options.text_field,
+        found: TextSource = FilesSource(
+            _stdlib_files(setting("source")), setting("files"), importlib.util.decode_source
         )
+    elif source.startswith("tfds:") or is_tfds_folder(source):
+        found = TfdsSource(options)
     else:
-        files = find_files(source, options.files)
-        kind = kind_of(files, source)
+        files, kind = files_of(options)
         if kind == "parquet":
-            found = ParquetSource(files, options.text_field)
+            found = ParquetSource(files, options.text_field, setting("text_field"))
         elif kind == "jsonl":
-            found = JsonLinesSource(files, options.text_field)
+            found = JsonLinesSource(files, options.text_field, setting("text_field"))
         else:
-            found = FilesSource(files)
+            found = FilesSource(files, setting("files"))
     if len(found) == 0:
-        raise DataError(f"data.source={source!r} holds no documents")
+        raise DataError(f"{setting('source')}={source!r} holds no documents")
     return found
+
+
+def files_of(options: DataOptions) -> tuple[list[Path], str]:
+    """The files that `options.source` names, sorted, and their kind: parquet, jsonl or text.
+
+    Raises:
+        DataError: nothing is there, or several kinds.
+    """
+    setting = options.setting("files")
+    files = find_files(options.source, options.files, options.setting("source"), setting)
+    kinds = sorted({_kind(path) for path in files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{options.source} mixes {' and '.join(kinds)} files: choose one kind with {setting}, "
+            f'e.g. {setting}="{KNOWN_FILES[0]}"'
+        )
+    return files, kinds[0]
 
 
 def is_tfds_folder(path: str) -> bool:
@@ -347,13 +374,16 @@ def is_tfds_folder(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "dataset_info.json"))
 
 
-def find_files(path: str, pattern: str = "", setting: str = "data.source") -> list[Path]:
+def find_files(
+    path: str, pattern: str = "", setting: str = "data.source", pattern_setting: str = ""
+) -> list[Path]:
     """Return the files that `path` names, sorted.
 
     Args:
         path: a file, a folder (searched recursively; hidden files are left out) or a glob pattern.
         pattern: file name pattern for a folder; "" is every known suffix.
         setting: what the path was given as, for errors.
+        pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
 
     Raises:
         DataError: nothing is there.
@@ -370,7 +400,8 @@ def find_files(path: str, pattern: str = "", setting: str = "data.source") -> li
             if not any(part.startswith(".") for part in file.relative_to(root).parts)
         }
         if not found:
-            raise DataError(f"no file {' or '.join(patterns)} in {path}: set data.files")
+            hint = f": set {pattern_setting}" if pattern_setting else ""
+            raise DataError(f"no file {' or '.join(patterns)} in {path}{hint}")
     elif any(sign in path for sign in "*?["):
         base = Path(root.anchor or ".")
         relative = root.relative_to(root.anchor) if root.anchor else root
@@ -382,7 +413,7 @@ def find_files(path: str, pattern: str = "", setting: str = "data.source") -> li
     return sorted(found, key=lambda file: file.as_posix())
 
 
-def _stdlib_files() -> list[Path]:
+def _stdlib_files(setting: str) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         file
@@ -391,20 +422,9 @@ def _stdlib_files() -> list[Path]:
     ]
     if not files:
         raise DataError(
-            f"this Python has no source files in {root}: set data.source to a file or folder"
+            f"this Python has no source files in {root}: set {setting} to a file or folder"
         )
     return sorted(files, key=lambda file: file.as_posix())
-
-
-def kind_of(files: Sequence[Path], source: str) -> str:
-    """Say whether `files` are parquet, jsonl or text; raises DataError if they mix kinds."""
-    kinds = sorted({_kind(path) for path in files})
-    if len(kinds) > 1:
-        raise DataError(
-            f"{source} mixes {' and '.join(kinds)} files: choose one kind with data.files, "
-            f'e.g. data.files="{KNOWN_FILES[0]}"'
-        )
-    return kinds[0]
 
 
 def _kind(path: Path) -> str:

@@ -257,7 +257,7 @@ def _with_ends(tokenizer: Tokenizer, ids: np.ndarray, bos: bool, eos: bool) -> n
     for wanted, index, name in ((bos, tokenizer.bos_id, "bos"), (eos, tokenizer.eos_id, "eos")):
         if wanted and index is None:
             raise DataError(
-                f"the tokenizer {tokenizer.name} has no {name} token: set data.add_{name}=False"
+                f"the tokenizer {tokenizer.name} has no {name} token: set add_{name}=False"
             )
     head = [tokenizer.bos_id] if bos else []
     tail = [tokenizer.eos_id] if eos else []

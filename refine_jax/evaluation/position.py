@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 
 from refine_jax.checkpoint.tree import CheckpointError
 from refine_jax.convert import step_argument
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.data.options import DataError, DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.config import ModelConfigError
@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         if output is not None and (output / "position.json").exists():
             raise DataError(f"{output} has a position.json: choose another --output.")
         # One pass over the first tokens of each document.
-        options = DataOptions(**given, chunking="first", epochs=1)
+        options = FlagOptions(**given, chunking="first", epochs=1)
         results = evaluate(options=options, **chosen)
         print(json.dumps(results), flush=True)
         if output is not None:
@@ -310,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--source", default="stdlib", help="stdlib, tfds:NAME, a file, a folder or a glob pattern")
     add("--text_field", default="text", help="column, JSON field or feature that holds the text")
+    add("--files", default="", help="file name pattern within folders, e.g. *.py")
     add("--tfds_split", default="train", help="split of a tfds data set")
     add("--limit_documents", type=int, help="only the first so many documents")
     add("--tokenizer", default="checkpoint", help="checkpoint (default), mistral-v1, bytes, a path")

@@ -77,6 +77,9 @@ class Generator:
     Numbers of rows and lengths are rounded up to few shapes, so that few programs are compiled;
     Generators of equal models share them. Rows do not depend on each other: only the rounding of
     products may differ between programs.
+
+    decode_steps: tokens decoded so far, those of all rows at once counted as one; also those after
+    a stop string, which no text has.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, *, prefill_tokens: int = 32768):
@@ -94,6 +97,7 @@ class Generator:
             )
         self.model = model
         self.tokenizer = tokenizer
+        self.decode_steps = 0
         self._prefill_tokens = prefill_tokens
         programs = programs_of(model.config, model.policy, tokenizer.eos_id)
         self._prefill, self._advance, self._decode = programs[:3]
@@ -285,7 +289,9 @@ class Generator:
         while any(not row.finish_reason for row in rows):
             budgets = np.array([min(row.left, every) for row in rows] + padding, np.int32)
             tokens, own = self._decode(params, own, keys, sampler, budgets)
-            for index, new in enumerate(np.asarray(tokens)[: len(rows)]):
+            tokens = np.asarray(tokens)[: len(rows)]
+            self.decode_steps += int((tokens >= 0).sum(axis=1).max())
+            for index, new in enumerate(tokens):
                 if rows[index].finish_reason:
                     continue
                 if piece := rows[index].push(new[new >= 0]):

@@ -8,10 +8,11 @@ that it can follow one on the prompts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,6 @@ from refine_jax.refine.step import (
     split_rows,
 )
 
-AnswerStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 # rewards [B, n] float32 of answers `tokens` [B, n, A], of which `mask` [B, n, A] says what counts
 Reward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -42,14 +42,36 @@ Reward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _ANSWER_STREAM = 3
 
 
-def make_supervised_update(
+@dataclasses.dataclass(frozen=True)
+class SupervisedStep:
+    """Updates on the reference answers, one a mini-batch: `step(state, batch)` -> state, metrics.
+
+    update(state, batch, index, updates) -> state, metrics: the compiled update of mini-batch
+    `index` of `updates`. The state's buffers are given away.
+    """
+
+    update: Callable
+    mini_batch: int
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One step. Raises ValueError where mini_batch does not divide the batch."""
+        begin = time.perf_counter()
+        state, metrics = _update_all(self.update, state, batch, batch, self.mini_batch)
+        return state, metrics | {"time/answers": time.perf_counter() - begin}
+
+
+def make_supervised_step(
     method: AnswerMethod,
     optimizer: optax.GradientTransformation,
     *,
     mini_batch: int,
     micro_batch: int,
-) -> Callable:
-    """The program of `make_supervised_step`: `update(state, batch, index, updates)`."""
+) -> SupervisedStep:
+    """The step on reference answers.
+
+    mini_batch: rows of an update; divides the batch. micro_batch: rows of one forward and backward
+    pass; divides mini_batch.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
     def update(state: TrainState, batch: Batch, index, updates: int):
@@ -62,47 +84,56 @@ def make_supervised_update(
         state, update_metrics = apply_update(optimizer, state, gradients)
         return state, metrics | update_metrics
 
-    return update
+    return SupervisedStep(update, mini_batch)
 
 
-def make_supervised_step(
-    method: AnswerMethod,
-    optimizer: optax.GradientTransformation,
-    *,
-    mini_batch: int,
-    micro_batch: int,
-) -> AnswerStep:
-    """`step(state, batch)`: updates on the reference answers, one a mini-batch.
+@dataclasses.dataclass(frozen=True)
+class PolicyStep:
+    """GRPO on n sampled answers a prompt: `step(state, batch, index, reward)` -> state, metrics.
 
-    mini_batch: rows of an update; divides the batch. micro_batch: rows of one forward and backward
-    pass; divides mini_batch. The state's buffers are given away.
-    """
-
-    update = make_supervised_update(
-        method, optimizer, mini_batch=mini_batch, micro_batch=micro_batch
-    )
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        begin = time.perf_counter()
-        state, metrics = _update_all(update, state, batch, batch, mini_batch)
-        return state, metrics | {"time/answers": time.perf_counter() - begin}
-
-    return step
-
-
-class PolicyPrograms(NamedTuple):
-    """The compiled functions of a step of GRPO on answers.
-
-    collect(params, batch, keys) -> answers. update(state, (batch, answers, advantages), index,
-    updates) -> state, metrics. advantages(rewards, answers).
+    Its compiled functions: collect(params, batch, keys) -> answers. advantages(rewards, answers).
+    update(state, (batch, answers, advantages), index, updates) -> state, metrics, of mini-batch
+    `index` of `updates`. The state's buffers are given away.
     """
 
     collect: Callable
-    update: Callable
     advantages: Callable
+    update: Callable
+    mini_batch: int
+
+    def __call__(
+        self, state: TrainState, batch: Batch, index: int, reward: Reward
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """One step. Raises ValueError where mini_batch does not divide the batch.
+
+        index: number of the training step, which decides the draws together with the state's key.
+        reward: called on the host between sampling and update, on every process with all answers;
+        nothing else decides how good an answer is.
+
+        Metrics: "answer/score" mean reward, "answer/score_std" mean deviation among the answers to
+        one prompt, "answer/length" mean tokens of an answer, eos counted; those of the policy loss.
+        """
+        begin = time.perf_counter()
+        key = jax.random.fold_in(state.key, _ANSWER_STREAM)
+        keys = row_keys(key, jnp.int32(index), batch["tokens"].shape[0])
+        answers = self.collect(state.params, batch, keys)
+        tokens, mask = distributed.fetch((answers.tokens, answers.mask))
+        rewards = np.asarray(reward(tokens, mask), np.float32)
+        advantages = self.advantages(rewards, answers)
+        sampled = time.perf_counter()
+        inputs = (batch, answers, advantages)
+        state, metrics = _update_all(self.update, state, batch, inputs, self.mini_batch)
+        real = mask.any(axis=(1, 2))
+        return state, metrics | {
+            "answer/score": rewards[real].mean(),
+            "answer/score_std": rewards[real].std(axis=1).mean(),
+            "answer/length": mask[real].sum(axis=-1).mean(),
+            "time/sample": sampled - begin,
+            "time/answers": time.perf_counter() - sampled,
+        }
 
 
-def make_policy_programs(
+def make_policy_step(
     method: AnswerMethod,
     optimizer: optax.GradientTransformation,
     *,
@@ -110,8 +141,13 @@ def make_policy_programs(
     temperature: float,
     mini_batch: int,
     micro_batch: int,
-) -> PolicyPrograms:
-    """What `make_policy_step` compiles; its arguments are the same."""
+) -> PolicyStep:
+    """The step on sampled answers.
+
+    samples: n. temperature: of sampling. mini_batch: rows of an update; divides the batch.
+    micro_batch: rows that are sampled for together, and of one forward and backward pass; divides
+    mini_batch.
+    """
 
     @jax.jit
     def collect(params: Params, batch: Batch, keys) -> SampledAnswers:
@@ -137,61 +173,7 @@ def make_policy_programs(
         state, update_metrics = apply_update(optimizer, state, gradients)
         return state, metrics | update_metrics
 
-    return PolicyPrograms(collect, update, jax.jit(method.advantages))
-
-
-def make_policy_step(
-    method: AnswerMethod,
-    optimizer: optax.GradientTransformation,
-    *,
-    samples: int,
-    temperature: float,
-    mini_batch: int,
-    micro_batch: int,
-) -> Callable[[TrainState, Batch, int, Reward], tuple[TrainState, dict[str, Any]]]:
-    """`step(state, batch, index, reward)`: GRPO on n sampled answers a prompt.
-
-    samples: n. temperature: of sampling. index: number of the training step, which decides the
-    draws together with the state's key. reward: called on the host between sampling and update,
-    on every process with all answers; nothing else decides how good an answer is.
-
-    Metrics: "answer/score" mean reward, "answer/score_std" mean deviation among the answers to one
-    prompt, "answer/length" mean tokens of an answer, eos counted; those of the policy loss. The
-    state's buffers are given away.
-    """
-
-    programs = make_policy_programs(
-        method,
-        optimizer,
-        samples=samples,
-        temperature=temperature,
-        mini_batch=mini_batch,
-        micro_batch=micro_batch,
-    )
-
-    def step(
-        state: TrainState, batch: Batch, index: int, reward: Reward
-    ) -> tuple[TrainState, dict[str, Any]]:
-        begin = time.perf_counter()
-        key = jax.random.fold_in(state.key, _ANSWER_STREAM)
-        keys = row_keys(key, jnp.int32(index), batch["tokens"].shape[0])
-        answers = programs.collect(state.params, batch, keys)
-        tokens, mask = distributed.fetch((answers.tokens, answers.mask))
-        rewards = np.asarray(reward(tokens, mask), np.float32)
-        advantages = programs.advantages(rewards, answers)
-        sampled = time.perf_counter()
-        inputs = (batch, answers, advantages)
-        state, metrics = _update_all(programs.update, state, batch, inputs, mini_batch)
-        real = mask.any(axis=(1, 2))
-        return state, metrics | {
-            "answer/score": rewards[real].mean(),
-            "answer/score_std": rewards[real].std(axis=1).mean(),
-            "answer/length": mask[real].sum(axis=-1).mean(),
-            "time/sample": sampled - begin,
-            "time/answers": time.perf_counter() - sampled,
-        }
-
-    return step
+    return PolicyStep(collect, jax.jit(method.advantages), update, mini_batch)
 
 
 def _update_all(update, state: TrainState, batch: Batch, inputs: Any, mini_batch: int):

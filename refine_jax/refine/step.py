@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import optax
 from jax import lax
 
 from refine_jax.config import RefineConfig
-from refine_jax.models.transformer import Model, Params
+from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.method import (
     Batch,
@@ -192,25 +192,31 @@ def collect_in_parts(
         ref_log_probs = merge_rows(lax.map(reference, rollouts))
         return method.experience(params, forks, tokens, ref_log_probs)
 
-    part = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
-    group = _rows_together(method, params, part, parts)
+    group = states_together(method, params, batch, keys, parts)[0]
     return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
 
 
-def _rows_together(method: Method, params: Params, part: tuple[Batch, jax.Array], parts: int):
-    """How many parts roll out together; divides `parts`."""
+def states_together(
+    method: Method, params: Params, batch: Batch, keys: jax.Array, parts: int
+) -> tuple[int, State]:
+    """How many of the `parts` of a batch roll out together, and the shapes of one part's states.
 
-    def sizes(batch, keys):
+    Computes nothing; leaves may be shapes. The number divides `parts`.
+    """
+
+    def sizes(params, batch, keys):
+        batch, keys = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
         trunk = method.trunk(params, batch)
         return trunk.trace.layers, method.fork(params, trunk, batch, keys).state
 
+    layers, states = jax.eval_shape(sizes, params, batch, keys)
     trace, state = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for tree in jax.eval_shape(sizes, *part)
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (layers, states)
     )
     # Traces are spread over the axis `sequence`, states are not.
     most = max(trace // (4 * state * axis_size("sequence")), 1)
-    return max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
+    group = max(group for group in range(1, parts + 1) if parts % group == 0 and group <= most)
+    return group, states
 
 
 def _merge_forks(forks: Forks) -> Forks:
@@ -242,7 +248,7 @@ def update_rows(
 ) -> tuple[TrainState, Metrics]:
     """One step on rows that are a single mini-batch and micro-batch.
 
-    Pure: what `make_train_step` does with such rows, to be jitted or vmapped by the caller.
+    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller.
     """
     keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
     gradients, metrics = _method_gradient(method, state, batch, None, keys, 1)
@@ -251,8 +257,9 @@ def update_rows(
     return state, _finish_moments(metrics) | update_metrics
 
 
-class StepPrograms(NamedTuple):
-    """The compiled functions of a training step.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A training step, `train_step(state, batch)` -> state, metrics, made of compiled functions.
 
     collect(state, batch) -> experience. update(state, batch, experience, index, updates) -> state,
     metrics: the update of mini-batch `index` of `updates`; it gives the state's buffers away.
@@ -261,9 +268,38 @@ class StepPrograms(NamedTuple):
 
     collect: Callable
     update: Callable
+    objective: str
+    mini_batch: int
+    micro_batch: int
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        """One step; it gives the state's buffers away.
+
+        Metrics are scalars (means over the updates of the step), "time/collect" and "time/update"
+        seconds on the host. Raises ValueError where mini_batch does not divide the batch.
+        """
+        rows, mini_batch = batch["tokens"].shape[0], self.mini_batch
+        if rows % mini_batch:
+            raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={rows}.")
+        begin = time.perf_counter()
+        experience = None
+        if self.objective == "refine" and rows != self.micro_batch:
+            experience = jax.block_until_ready(self.collect(state, batch))
+        collected = time.perf_counter()
+        updates = rows // mini_batch
+        each = []
+        for index in mini_batches(state.step, updates):
+            state, metrics = self.update(state, batch, experience, index, updates)
+            each.append(metrics)
+        metrics = jax.block_until_ready(mean_metrics(each))
+        times = {
+            "time/collect": collected - begin,
+            "time/update": time.perf_counter() - collected,
+        }
+        return state, metrics | times
 
 
-def make_step_programs(
+def make_train_step(
     model: Model,
     optimizer: optax.GradientTransformation,
     config: RefineConfig,
@@ -272,8 +308,13 @@ def make_step_programs(
     micro_batch: int,
     eos_id: int | None = None,
     max_documents: int = 1,
-) -> StepPrograms:
-    """What `make_train_step` compiles; its arguments are the same."""
+) -> TrainStep:
+    """The training step of a configuration.
+
+    mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
+    and backward pass; divides mini_batch, else ValueError. eos_id: the token that rollouts never
+    sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
+    """
     if mini_batch % micro_batch:
         raise ValueError(f"micro_batch must divide mini_batch. Got: {micro_batch=}, {mini_batch=}.")
     method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
@@ -296,61 +337,7 @@ def make_step_programs(
         state = dataclasses.replace(state, step=state.step + done)
         return state, _finish_moments(metrics) | update_metrics
 
-    return StepPrograms(collect, update)
-
-
-def make_train_step(
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    config: RefineConfig,
-    *,
-    mini_batch: int,
-    micro_batch: int,
-    eos_id: int | None = None,
-    max_documents: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
-    """The training step of a configuration.
-
-    mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
-    and backward pass; divides mini_batch. eos_id: the token that rollouts never sample, if
-    `config.forbid_eos`. max_documents: most documents packed into a row.
-
-    Returns `train_step(state, batch) -> state, metrics`; it gives the state's buffers away.
-    Metrics are scalars (means over the updates of the step), "time/collect" and "time/update"
-    seconds on the host. Raises ValueError where sizes do not divide.
-    """
-    programs = make_step_programs(
-        model,
-        optimizer,
-        config,
-        mini_batch=mini_batch,
-        micro_batch=micro_batch,
-        eos_id=eos_id,
-        max_documents=max_documents,
-    )
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        rows = batch["tokens"].shape[0]
-        if rows % mini_batch:
-            raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={rows}.")
-        begin = time.perf_counter()
-        experience = None
-        if config.objective == "refine" and rows != micro_batch:
-            experience = jax.block_until_ready(programs.collect(state, batch))
-        collected = time.perf_counter()
-        updates = rows // mini_batch
-        each = []
-        for index in mini_batches(state.step, updates):
-            state, metrics = programs.update(state, batch, experience, index, updates)
-            each.append(metrics)
-        metrics = jax.block_until_ready(mean_metrics(each))
-        times = {
-            "time/collect": collected - begin,
-            "time/update": time.perf_counter() - collected,
-        }
-        return state, metrics | times
-
-    return train_step
+    return TrainStep(collect, update, config.objective, mini_batch, micro_batch)
 
 
 def make_eval_step(
