@@ -122,6 +122,8 @@ def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = No
 class DeltaNetMixer(nnx.Module):
     """DeltaNet's layer between norm and residual; the mixer protocol of transformer.py."""
 
+    WRITES_MUCH = False
+
     def __init__(
         self,
         config: DeltaNetConfig | GatedDeltaNetConfig,
@@ -250,8 +252,10 @@ class DeltaNetMixer(nnx.Module):
         trace: DeltaTrace,
         positions: jax.Array,
         layout: Layout | None,
+        plan: None,
     ) -> DeltaPick:
         """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
+        del plan
         block_size = config.token_multiple
         block = _fork_block(positions, block_size)
 
@@ -314,8 +318,14 @@ class DeltaNetMixer(nnx.Module):
         horizon: int | None = None,
     ) -> DeltaState:
         """`resume` of what is picked from a trace."""
-        picked = self.pick(self.config, trace, positions, layout)
+        picked = self.pick(self.config, trace, positions, layout, plan)
         return self.resume(picked, positions, layout, plan, horizon)
+
+    @staticmethod
+    def finish(config, picked, resumed: DeltaState, positions, layout) -> DeltaState:
+        """Decode states of what was picked and what `resume` computed: all of them."""
+        del config, picked, positions, layout
+        return resumed
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
         """The state before any token, for `batch` (B, R)."""

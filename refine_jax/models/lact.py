@@ -10,7 +10,6 @@ channels, R forks of a sequence, S new tokens, W attention window.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -38,6 +37,15 @@ from refine_jax.models.attention import (
     ring_attention,
     window_attention,
 )
+from refine_jax.models.chunks import (
+    ChunkPlan,
+    cut_slabs,
+    first_rows,
+    plan_chunks,
+    to_slots,
+    to_tokens,
+    tokens_in_chunk,
+)
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layers import (
     Linear,
@@ -54,21 +62,6 @@ _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 
 
-class ChunkPlan(NamedTuple):
-    """Where the tokens of rows [B, T] stand among N * C chunk slots, documents aligned to chunks.
-
-    slot: [B, T] int32, the slot of a token; 0 at padding. source: [B, N * C] int32, the way back;
-    0 at empty slots. live: [B, N * C] bool, slots that hold a token. token: [B, T] bool.
-    reset: [B, N] bool, chunks that begin a document.
-    """
-
-    slot: jax.Array
-    source: jax.Array
-    live: jax.Array
-    token: jax.Array
-    reset: jax.Array
-
-
 class LaCTTrace(NamedTuple):
     """What forks need of a forward pass.
 
@@ -81,6 +74,20 @@ class LaCTTrace(NamedTuple):
     rates: jax.Array
     momentum: jax.Array | None
     chunks: FastState
+
+
+class LaCTPick(NamedTuple):
+    """What forks need of a trace, cut out.
+
+    fast: FastState [B, R, H, ...], with which the fork's chunk is read. k, v: [B, R, G, W, L], the
+    last W tokens, or the first; W is here at most T. pending: k and v [B, R, G, C, L], rates
+    [B, R, H, C, 3, E] and momentum [B, R, H, C] of the last C tokens.
+    """
+
+    fast: FastState
+    k: jax.Array
+    v: jax.Array
+    pending: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 class LaCTState(NamedTuple):
@@ -123,6 +130,8 @@ class LowRank(nnx.Module):
 
 class LaCTMixer(nnx.Module):
     """LaCT's layer between norm and residual; the mixer protocol of transformer.py."""
+
+    WRITES_MUCH = True
 
     def __init__(self, config: LaCTConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
         self.config = config
@@ -233,34 +242,7 @@ class LaCTMixer(nnx.Module):
 
     # The mixer protocol
 
-    @staticmethod
-    def plan(config: LaCTConfig, layout: Layout | None, shape: tuple[int, int]) -> ChunkPlan | None:
-        """Chunk slots of the tokens of `layout`; None where every row is one full document."""
-        if layout is None:
-            return None
-        chunk, (num_rows, num_tokens) = config.lact_chunk_size, shape
-        num_chunks = -(-num_tokens // chunk) + layout.max_documents - 1
-        num_chunks += -num_chunks % axis_size("sequence")  # whose devices share them
-        num_slots = num_chunks * chunk
-        # A chunk begins at every C-th token of a document; its number is their running count.
-        begins = layout.mask & (layout.position % chunk == 0)
-        index = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
-        slot = index * chunk + layout.position % chunk
-        row = jnp.arange(num_rows)[:, None]
-        kept = jnp.where(layout.mask, slot, num_slots)  # padding falls out of bounds: dropped
-        tokens = jnp.broadcast_to(jnp.arange(1, num_tokens + 1, dtype=jnp.int32), shape)
-        source = jnp.zeros((num_rows, num_slots), jnp.int32)
-        source = source.at[row, kept].set(tokens, mode="drop")
-        first = layout.mask & (layout.position == 0)
-        reset = jnp.zeros((num_rows, num_chunks), bool)
-        reset = reset.at[row, jnp.where(first, index, num_chunks)].set(True, mode="drop")
-        return ChunkPlan(
-            slot=jnp.where(layout.mask, slot, 0),
-            source=jnp.maximum(source - 1, 0),
-            live=source > 0,
-            token=layout.mask,
-            reset=reset,
-        )
+    plan = staticmethod(plan_chunks)
 
     def forward(
         self, x: jax.Array, layout: Layout | None, plan: ChunkPlan | None
@@ -287,22 +269,77 @@ class LaCTMixer(nnx.Module):
 
     @staticmethod
     def pick(
-        config: LaCTConfig, trace: LaCTTrace, positions: jax.Array, layout: Layout | None
-    ) -> LaCTTrace:
-        """What `fork` needs of a trace: all, as parts for each fork would be as large as states."""
-        del config, positions, layout
-        return trace
-
-    def resume(
-        self,
+        config: LaCTConfig,
         trace: LaCTTrace,
         positions: jax.Array,
         layout: Layout | None,
         plan: ChunkPlan | None,
+    ) -> LaCTPick:
+        """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
+        chunk, tokens = config.lact_chunk_size, trace.k.shape[2]
+        last, seen = _last_and_seen(positions, layout)
+        if layout is None:
+            index = jnp.maximum(last, 0) // chunk
+        else:
+            slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
+            index = jnp.where(seen > 0, slot // chunk, 0)
+
+        def cut(x, size):
+            size = min(size, tokens)
+            return None if x is None else cut_slabs(x, first_rows(last, size), size)
+
+        k, v = (cut(x, config.window_size) for x in (trace.k, trace.v))
+        pending = k, v
+        if min(chunk, tokens) != k.shape[3]:
+            pending = tuple(cut(x, chunk) for x in (trace.k, trace.v))
+        pending = *pending, cut(trace.rates, chunk), cut(trace.momentum, chunk)
+        # A document's first chunk is read with the initial weights: also right for no token.
+        fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
+        return LaCTPick(fast, k, v, pending)
+
+    def resume(
+        self,
+        picked: LaCTPick,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: ChunkPlan | None,
         horizon: int | None = None,
+    ) -> tuple[jax.Array, Weights, jax.Array | None]:
+        """What is computed of decode states: keys [B, R, G, W, L], sums and momentum_sum."""
+        del plan
+        last, seen = _last_and_seen(positions, layout)
+        size = picked.k.shape[3]
+        # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
+        ahead = (first_rows(last, size) - last)[..., None] + jnp.arange(size)
+        keys = self._rope(picked.k, (seen[..., None] - 1 + ahead)[:, :, None])
+        return keys, *self._pending(picked, last, seen, horizon)
+
+    @staticmethod
+    def finish(
+        config: LaCTConfig,
+        picked: LaCTPick,
+        resumed: tuple[jax.Array, Weights, jax.Array | None],
+        positions: jax.Array,
+        layout: Layout | None,
     ) -> LaCTState:
-        """`fork` of what is picked."""
-        return self.fork(trace, positions, layout, plan, horizon)
+        """Decode states of what was picked and what was computed."""
+        window = config.window_size
+        last, seen = _last_and_seen(positions, layout)
+        keys, sums, momentum_sum = resumed
+        size = keys.shape[3]
+        keys, values = (
+            jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, window - size), (0, 0)))
+            for x in (keys, picked.v)
+        )
+        return LaCTState(
+            fast=picked.fast,
+            sums=sums,
+            momentum_sum=momentum_sum,
+            keys=keys,
+            values=values,
+            cursor=(last - first_rows(last, size) + 1) % window,
+            position=seen,
+        )
 
     def fork(
         self,
@@ -317,35 +354,9 @@ class LaCTMixer(nnx.Module):
         horizon: the most tokens the states will be extended by. The pending update of a chunk that
         they cannot leave is not computed.
         """
-        chunk, window = self.config.lact_chunk_size, self.config.window_size
-        if layout is None:
-            last, seen = positions - 1, positions
-            index = jnp.maximum(last, 0) // chunk
-        else:
-            last, seen = layout.last_real(positions), layout.tokens_before(positions)
-            slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
-            index = jnp.where(seen > 0, slot // chunk, 0)
-        # A document's first chunk is read with the initial weights: also right for no token.
-        fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
-        start, ring = _slabs(last, min(window, trace.k.shape[2]))
-        k, values = ring((trace.k, trace.v))
-        # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
-        positions = (seen - 1 + start - last)[..., None] + jnp.arange(k.shape[3])
-        keys = self._rope(k, positions[:, :, None])
-        keys, values = (
-            jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, window - x.shape[3]), (0, 0)))
-            for x in (keys, values)
-        )
-        sums, momentum_sum = self._pending(trace, fast.weights, last, seen, horizon)
-        return LaCTState(
-            fast=fast,
-            sums=sums,
-            momentum_sum=momentum_sum,
-            keys=keys,
-            values=values,
-            cursor=(last - start + 1) % window,
-            position=seen,
-        )
+        picked = self.pick(self.config, trace, positions, layout, plan)
+        resumed = self.resume(picked, positions, layout, plan, horizon)
+        return self.finish(self.config, picked, resumed, positions, layout)
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> LaCTState:
         """Decode states [B, R, ...] before any token; the window's in `dtype`."""
@@ -478,9 +489,9 @@ class LaCTMixer(nnx.Module):
             if devices > 1:
                 tokens = sequence.exchange(tokens, axis_name, split=1, join=2)
                 weights = sequence.own_part(weights, axis_name, axis=0)
-            slots, mask, reset = self._to_slots(tokens, plan)
+            slots, mask, reset = to_slots(tokens, plan, self.config.lact_chunk_size)
             out, states = self._lact(*slots, weights=weights, mask=mask, reset=reset)
-            out = _to_tokens(out, plan, tokens[0].shape[2])
+            out = to_tokens(out, plan, tokens[0].shape[2])
             if devices > 1:
                 out = sequence.exchange(out, axis_name, split=2, join=1)
                 states = sequence.exchange(states, axis_name, split=1, join=2)
@@ -499,46 +510,22 @@ class LaCTMixer(nnx.Module):
 
         # Said on both sides, so that neither the one nor its derivative is sent as anything larger.
         tokens = jax.tree.map(lambda x: constrain(x, "batch", "heads", "tokens"), tokens)
-        slots, mask, reset = self._to_slots(tokens, plan)
+        slots, mask, reset = to_slots(tokens, plan, self.config.lact_chunk_size)
         arrays, states = ("batch", None, "heads", "tokens"), ("batch", "tokens", "heads")
         slots = jax.tree.map(lambda x: constrain(x, *arrays), slots)
         in_axes = (arrays, ("heads",), ("batch", None, "tokens"), ("batch",))
         run = over_shards(run, in_axes, (arrays, states))
         out, chunks = run(slots, self._initial_weights(), mask, reset)
-        out = constrain(_to_tokens(out, plan, tokens[0].shape[2]), "batch", "heads", "tokens")
+        out = constrain(to_tokens(out, plan, tokens[0].shape[2]), "batch", "heads", "tokens")
         return out, chunks
 
     def _lact(self, *slots, **arrays):
         return lact(*slots, options=self._options, implementation=self.implementation, **arrays)
 
-    def _to_slots(self, tokens, plan: ChunkPlan | None):
-        """Arrays [B, H, T, ...] to chunk slots [B, N, H, C, ...], their mask and the resets."""
-        chunk = self.config.lact_chunk_size
-        num_tokens = tokens[0].shape[2]
-        pad = -num_tokens % chunk
-
-        def cut(x):
-            if plan is not None:
-                x = _take_of_heads(x, plan.source, plan.slot, plan.token)
-            elif pad:
-                x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), *[(0, 0)] * (x.ndim - 3)))
-            return jnp.swapaxes(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 1, 2)
-
-        slots = jax.tree.map(cut, tokens)
-        if plan is not None:
-            return slots, plan.live.reshape(*plan.reset.shape, chunk), plan.reset
-        if not pad:
-            return slots, None, None
-        live = jnp.arange(num_tokens + pad) < num_tokens
-        return slots, jnp.broadcast_to(live.reshape(-1, chunk), (*slots[0].shape[:2], chunk)), None
-
-    def _pending(self, trace: LaCTTrace, weights: Weights, last, seen, horizon):
+    def _pending(self, picked: LaCTPick, last, seen, horizon):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""
         chunk = self.config.lact_chunk_size
-        count = _tokens_in_chunk(seen, chunk)
-        start, slab = _slabs(last, min(chunk, trace.k.shape[2]))
-        # Cut for all forks at once: in the loop, each would keep the whole trace for its gradient.
-        tokens = slab((trace.k, trace.v, trace.rates, trace.momentum))
+        count = tokens_in_chunk(seen, chunk)
 
         @jax.checkpoint
         def chunk_sums(weights, tokens, ahead, seen, count):
@@ -555,21 +542,26 @@ class LaCTMixer(nnx.Module):
                 return sums, None
             return sums, jnp.where(live[:, None], momentum, 0.0).sum(-1)
 
-        def one_fork(inputs):
-            count = inputs[-1]
-            if horizon is None:
-                return chunk_sums(*inputs)
-            nothing = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(chunk_sums, *inputs)
-            )
-            crosses = jnp.any((count > 0) & (count + horizon > chunk))
-            return lax.cond(crosses, chunk_sums, lambda *_: nothing, *inputs)
+        def crossing(count):
+            return jnp.any((count > 0) & (count + horizon > chunk))
 
-        # Fork by fork, so that only those near a boundary cost anything.
-        by_fork = jax.tree.map(
-            lambda x: jnp.moveaxis(x, 1, 0), (weights, tokens, start - last, seen, count)
-        )
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), lax.map(one_fork, by_fork))
+        def where_crossing(function, *inputs):
+            if horizon is None:
+                return function(*inputs)
+            shapes = jax.eval_shape(function, *inputs)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return lax.cond(crossing(inputs[-1]), function, lambda *_: nothing, *inputs)
+
+        @jax.checkpoint
+        def all_sums(*inputs):
+            # Fork by fork, so that only those near a boundary cost anything.
+            by_fork = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
+            sums = lax.map(lambda inputs: where_crossing(chunk_sums, *inputs), by_fork)
+            return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sums)
+
+        ahead = first_rows(last, picked.pending[0].shape[3]) - last
+        inputs = picked.fast.weights, picked.pending, ahead, seen, count
+        return where_crossing(all_sums, *inputs)
 
     def _extend_block(self, x: jax.Array, state: LaCTState) -> tuple[jax.Array, LaCTState]:
         """`extend` by at most a chunk of tokens: these lie in at most two chunks."""
@@ -613,8 +605,19 @@ class LaCTMixer(nnx.Module):
         program takes 0.10 and 0.26 ms by static estimates (`experiments/tpu_kernels.py`, case
         lact_decode), so it has no Pallas kernel.
         """
+        arrays = ("batch", None, "heads")
+        run = over_shards(
+            self._extend_shard, (arrays, ("batch",), arrays, ("heads",)), (arrays,) * 2
+        )
+        kept = state.fast, state.sums, state.momentum_sum
+        norms = row_norms(self._initial_weights())
+        return run(kept, state.position, (q, k, v, rates, momentum), norms)
+
+    def _extend_shard(self, state, position, tokens, norms):
+        """`_extend_fast` of the rows and heads of a device."""
+        q, k, v, rates, momentum = tokens
         chunk, num_new = self.config.lact_chunk_size, q.shape[3]
-        count = _tokens_in_chunk(state.position, chunk)
+        count = tokens_in_chunk(position, chunk)
         crosses = count + num_new > chunk  # [B, R]; this chunk ends before the last new token
         inside = count[..., None] + jnp.arange(num_new) < chunk  # [B, R, S]
 
@@ -626,94 +629,36 @@ class LaCTMixer(nnx.Module):
                 return sums, None
             return sums, momentum_sum + jnp.where(live[..., 0, 0], momentum, 0.0).sum(-1)
 
-        def stay(state):
-            out = apply_fast_weights(state.fast.weights, q)
-            return out, (state.fast, *add(state.fast, state.sums, state.momentum_sum, inside))
+        def stay(fast, *sums):
+            return apply_fast_weights(fast.weights, q), (fast, *add(fast, *sums, inside))
 
-        def cross(state):
-            out = apply_fast_weights(state.fast.weights, q)
-            old = add(state.fast, state.sums, state.momentum_sum, inside)
+        def cross(fast, *sums):
+            out = apply_fast_weights(fast.weights, q)
+            old = add(fast, *sums, inside)
             mean = None if momentum is None else old[1] / chunk
-            norms = row_norms(self._initial_weights())
-            fast = apply_update(state.fast, old[0], mean, norms, self._options)
+            new = apply_update(fast, old[0], mean, norms, self._options)
 
             def where_crossing(new, old):
                 mask = crosses.reshape(*crosses.shape, *[1] * (old.ndim - 2))
                 return jnp.where(mask, new, old)
 
-            fast = jax.tree.map(where_crossing, fast, state.fast)
+            fast = jax.tree.map(where_crossing, new, fast)
             begun = jax.tree.map(lambda x: where_crossing(jnp.zeros_like(x), x), old)
             later = apply_fast_weights(fast.weights, q)
             out = jnp.where(inside[:, :, None, :, None], out, later)
             return out, (fast, *add(fast, *begun, ~inside))
 
-        return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), state)
+        return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), *state)
+
+
+def _last_and_seen(positions: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
+    """Of prefixes of `positions` [B, R] slots the last token's slot, and its document's tokens."""
+    if layout is None:
+        return positions - 1, positions
+    return layout.last_real(positions), layout.tokens_before(positions)
 
 
 def _advance_layer(state: LaCTState, change: LaCTState) -> LaCTState:
     """`LaCTMixer.advance` of one layer."""
     states, changes = (jax.tree.map(lambda x: x[None], tree) for tree in (state, change))
     return jax.tree.map(lambda x: x[0], LaCTMixer.advance(states, changes))
-
-
-def _to_tokens(slots: jax.Array, plan: ChunkPlan | None, num_tokens: int) -> jax.Array:
-    """The way back from chunk slots, [B, N, H, C, d] -> [B, H, T, d]."""
-    x = jnp.swapaxes(slots, 1, 2)
-    x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-    if plan is None:
-        return x[:, :, :num_tokens]
-    return _take_of_heads(x, plan.slot, plan.source, plan.live)
-
-
-def _tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
-    """Tokens whose update is pending after `seen` of a document: 0 before any, else 1 ... C."""
-    return jnp.where(seen > 0, (seen - 1) % chunk + 1, 0)
-
-
-def _slabs(last: jax.Array, size: int):
-    """Slabs of `size` rows, up to row `last` [B, R] (or the first `size` rows).
-
-    Returns their first rows [B, R] and the function that cuts arrays, [B, heads, T, ...] ->
-    [B, R, heads, size, ...].
-    """
-    start = jnp.maximum(last - size + 1, 0)
-
-    def cut_row(x, start):  # [heads, T, ...], []
-        return lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-    def cut(x):
-        if axis_size("sequence") == 1:
-            cut_rows = jax.vmap(jax.vmap(cut_row, (None, 0)))
-            axes = ("batch", "heads"), ("batch",)
-            return over_shards(cut_rows, axes, ("batch", None, "heads"))(x, start)
-        rows = take_tokens(jnp.moveaxis(x, 2, 1), start[..., None] + jnp.arange(size))
-        return jnp.moveaxis(rows, 3, 2)
-
-    return start, functools.partial(jax.tree.map, cut)
-
-
-@jax.custom_vjp
-def _take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array, taken: jax.Array) -> jax.Array:
-    """Rows `index` [B, M] of x [B, K, ...], with a gather for its gradient too.
-
-    inverse: [B, K], where in the result a row went; taken: [B, K] bool, whether it did. Rows of the
-    result that stand for nothing hold any row, and get no gradient.
-    """
-    return jax.vmap(lambda row, i: row[i])(x, index)
-
-
-def _take_rows_forward(x, index, inverse, taken):
-    return _take_rows(x, index, inverse, taken), (inverse, taken)
-
-
-def _take_rows_backward(residuals, cotangent):
-    inverse, taken = residuals
-    back = jax.vmap(lambda row, i: row[i])(cotangent, inverse)
-    return jnp.where(taken.reshape(*taken.shape, *[1] * (back.ndim - 2)), back, 0), None, None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
-# The same of arrays [B, H, K, ...].
-_take_of_heads = jax.vmap(_take_rows, in_axes=(1, None, None, None), out_axes=1)

@@ -6,6 +6,8 @@ Activations come in float32 or bfloat16; parameters are cast to the dtype of the
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,10 +125,12 @@ def rope(
     """
     head_dim = head_dim or x.shape[-1]
     half = head_dim // 2
-    frequency = theta ** (-(jnp.arange(x.shape[-1]) % half).astype(jnp.float32) / half)
+    # One head's angles for all, or those that fill the lanes of a TPU.
+    size = math.gcd(x.shape[-1], math.lcm(head_dim, 128))
+    frequency = theta ** (-(jnp.arange(size) % half).astype(jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * frequency
-    y = x.astype(jnp.float32) * jnp.cos(angle) + _turned(x, head_dim) * jnp.sin(angle)
-    return y.astype(x.dtype)
+    cos, sin = (jnp.tile(y, x.shape[-1] // size) for y in (jnp.cos(angle), jnp.sin(angle)))
+    return (x.astype(jnp.float32) * cos + _turned(x, head_dim) * sin).astype(x.dtype)
 
 
 def _turned(x: jax.Array, head_dim: int) -> jax.Array:

@@ -132,6 +132,11 @@ class Model:
         return jnp.dtype(self.policy.compute_dtype)
 
     @property
+    def writes_much(self) -> bool:
+        """Whether writing a decode state takes longer than reading a few tokens once more."""
+        return self._mixer.WRITES_MUCH
+
+    @property
     def matmul_precision(self) -> str:
         """Precision under which the model's products run."""
         return "highest" if self.policy.compute_dtype == "float32" else "default"
@@ -218,16 +223,20 @@ class Model:
         """
 
         def pick(layer_trace):
-            return self._mixer.pick(self.config, layer_trace, positions, trace.layout)
+            return self._mixer.pick(self.config, layer_trace, positions, trace.layout, trace.plan)
 
         def layer(_, inputs):
             layer_params, picked = inputs
             attn = self._block(layer_params).attn
             return None, attn.resume(picked, positions, trace.layout, trace.plan, horizon)
 
-        # For all layers at once: the loop would copy each layer's whole trace.
-        inputs = (params["layers"], jax.vmap(pick)(trace.layers))
-        return lax.scan(layer, None, inputs)[1]
+        def finish(picked, resumed):
+            return self._mixer.finish(self.config, picked, resumed, positions, trace.layout)
+
+        # For all layers at once: the loop would copy each layer's whole trace, and what is picked.
+        picked = jax.vmap(pick)(trace.layers)
+        resumed = lax.scan(layer, None, (params["layers"], picked))[1]
+        return jax.vmap(finish)(picked, resumed)
 
     @_exact_float32
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:

@@ -15,7 +15,6 @@ from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, take_tokens
 
-
 # Longest rollouts of which every step reads all tokens so far once more.
 _READ_AGAIN = 16
 
@@ -80,7 +79,7 @@ def sample_rollouts(
             jnp.int32
         )
 
-    if _reads_again(rollout_length):
+    if _reads_again(model, rollout_length):
         return _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
 
     def step(carry, index):
@@ -95,13 +94,14 @@ def sample_rollouts(
     return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
 
 
-def _reads_again(rollout_length: int) -> bool:
-    """Whether states stay as they are while tokens are sampled.
+def _reads_again(model: Model, rollout_length: int) -> bool:
+    """Whether states stay as they are while tokens are sampled: neither written nor copied.
 
-    An accelerator waits for the state and the parameters, which are read for one token or for some;
-    a CPU computes. Then a state is neither written nor copied.
+    An accelerator waits for states and parameters to be read, for one token or for some; a CPU
+    computes.
     """
-    return jax.default_backend() != "cpu" and rollout_length <= _READ_AGAIN
+    in_place = jax.default_backend() == "cpu" or not model.writes_much
+    return not in_place and rollout_length <= _READ_AGAIN
 
 
 def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length):
