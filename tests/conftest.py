@@ -15,7 +15,10 @@ _FAST_COMPILATION = [
 ]
 if metadata.version("jaxlib").startswith("0.10."):
     _FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # later ones lack the flag
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION]).strip()
+# With it, simulated devices came to wait for each other in different all-gathers (jaxlib 0.10.2).
+_IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+_FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER]
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
 

@@ -606,9 +606,8 @@ class LaCTMixer(nnx.Module):
         lact_decode), so it has no Pallas kernel.
         """
         arrays = ("batch", None, "heads")
-        run = over_shards(
-            self._extend_shard, (arrays, ("batch",), arrays, ("heads",)), (arrays,) * 2
-        )
+        in_axes = (arrays, ("batch",), arrays, ("heads",))
+        run = over_shards(self._extend_shard, in_axes, (arrays, arrays))
         kept = state.fast, state.sums, state.momentum_sum
         norms = row_norms(self._initial_weights())
         return run(kept, state.position, (q, k, v, rates, momentum), norms)
