@@ -74,9 +74,12 @@ def test_packed_and_padded_rows_match_dense_masks(length, window):
         assert not np.any(np.asarray(got)[padding]), f"padding got a gradient: {name}"
 
 
-@pytest.mark.parametrize(("packed", "tokens"), [(False, None), (True, None), (False, 256)])
-def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens):
-    """Also where a row is more than one call of its kernel takes."""
+@pytest.mark.parametrize(
+    ("packed", "tokens", "in_group"),
+    [(False, None, 1), (True, None, 2), (False, 256, 1), (False, 256, 2)],
+)
+def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens, in_group):
+    """Also where a row is more than one call of its kernel takes, and for heads side by side."""
     length, window = 290, 130  # three blocks of queries, the last one cut; windows over two
     if tokens is not None:
         monkeypatch.setattr(attention, "_SPLASH_TOKENS", tokens)
@@ -90,7 +93,9 @@ def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens):
 
     def with_gradient(name):
         def attend(q, k, v):
-            return window_attention(q, k, v, window, layout, implementation=name)
+            return window_attention(
+                q, k, v, window, layout, implementation=name, heads_per_group=in_group
+            )
 
         with jax.default_matmul_precision("highest"):
             out, pullback = jax.vjp(attend, q, k, v)
@@ -100,6 +105,30 @@ def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens):
     got, want = (jax.tree.leaves(run(name)) for name in ("splash", "xla"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def side_by_side(x, count):
+    """Heads [..., A, T, hd] -> groups [..., A / count, T, count hd]."""
+    parts = [x[..., i::count, :, :] for i in range(count)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def test_heads_side_by_side_are_heads():
+    """Window and ring attention of groups of two against those of four heads."""
+    q, k, v = (draw(2, 4, 40, 6, seed=i) for i in range(3))
+    grouped = [side_by_side(x, 2) for x in (q, k, v)]
+    want = window_attention(q, k, v, 9)
+    got = window_attention(*grouped, 9, heads_per_group=2)
+    np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)
+
+    new = [draw(2, 3, 4, 5, 6, seed=i) for i in range(3)]
+    rings = [draw(2, 3, 4, 9, 6, seed=i) for i in (3, 4)]
+    cursor = jnp.asarray([[0, 3, 8], [1, 2, 5]])
+    position = jnp.asarray([[0, 3, 20], [1, 11, 5]])
+    want = ring_attention(*new, *rings, cursor, position)
+    arrays = [side_by_side(x, 2) for x in (*new, *rings)]
+    got = ring_attention(*arrays, cursor, position, heads_per_group=2)
+    np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)
 
 
 def test_cudnn_lowers_for_gpus(monkeypatch):

@@ -26,6 +26,7 @@ VARIANTS = {
               "window_size": 1},
     "qk_norm": {"attn_qk_norm": True, "qkv_silu": False, "use_fused_kernel": True,
                 "lact_chunk_size": 1},
+    "grouped": {"num_attn_heads": 4, "attn_qk_norm": True, "lact_chunk_size": 7},
 }  # fmt: skip
 
 
@@ -217,9 +218,16 @@ def assert_equal(got, want, config):
     assert error < (3e-5 if config.use_muon else 1e-5), error
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_forward_and_every_fork_match_token_by_token(name):
-    """Full rows; forks after every p, extended over chunk boundaries in uneven pieces."""
+@pytest.mark.parametrize(
+    ("name", "in_group"),
+    [*((name, 1) for name in VARIANTS if name != "grouped"), ("released", 3), ("grouped", 2)],
+)
+def test_forward_and_every_fork_match_token_by_token(monkeypatch, name, in_group):
+    """Full rows; forks after every p, extended over chunk boundaries in uneven pieces.
+
+    in_group: attention heads side by side, as TPUs have them.
+    """
+    monkeypatch.setattr("refine_jax.models.lact.heads_in_group", lambda *_: in_group)
     config, graph, params = make(name)
     x, rollouts = draw(1, TOKENS, 24), draw(1, TOKENS + 1, ROLLOUT, 24, seed=1)
     positions = np.arange(TOKENS + 1)[None]

@@ -21,6 +21,7 @@ from tiny import CONFIGS, tiny, tokens
 from refine_jax.models.config import model_config
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model
+from refine_jax.refine import rollout
 from refine_jax.refine.method import run_trunk
 from refine_jax.refine.rollout import score_rollouts
 
@@ -363,3 +364,24 @@ def test_depth_adds_no_code(name):
         return len(jax.jit(jax.grad(loss)).lower(params, ids, positions, new).as_text().split("\n"))
 
     assert size(12) == size(2)
+
+
+@pytest.mark.parametrize("name", ["lact", "lact_prenorm"])
+def test_rollouts_are_the_same_where_states_stay_as_they_are(monkeypatch, name):
+    """As on accelerators: every step reads a rollout's tokens from the fork's state once more."""
+    model, params = tiny(name)
+    starts = jnp.asarray([[1, 7, 8, 20], [3, 5, 15, 31]])  # some rollouts cross chunks of 8
+    keys = jax.random.split(jax.random.key(3))
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def sample(params, ids, again):
+        monkeypatch.setattr(rollout, "_reads_again", lambda *_: again)
+        hidden, trace = model.forward(params, ids, with_trace=True)
+        forks = rollout.fork_rollouts(model, params, hidden, trace, starts, 6)
+        options = {"rollout_length": 6, "forbidden_token": 2}
+        return rollout.sample_rollouts(model, params, *forks, keys, **options)
+
+    ids = tokens(4, 2, 32)
+    in_steps, again = (sample(params, ids, again) for again in (False, True))
+    np.testing.assert_array_equal(again, in_steps)
+    assert len(np.unique(again)) > 10

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, safe_norm
 
+from refine_jax.models import layers
 from refine_jax.models.layers import rms_norm
 
 
@@ -57,3 +58,15 @@ def test_the_norm_of_zero_has_gradient_zero():
     np.testing.assert_allclose(
         jax.grad(lambda x: safe_norm(x).sum())(x), [[0.0, 0.0], [0.6, 0.8]], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rope_by_a_product_turns_the_same_numbers(monkeypatch, dtype):
+    """The form for TPUs moves numbers exactly; of several heads side by side, each by itself."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3 * 8)), dtype)
+    expected = layers._turned(x, 8)
+    heads = np.asarray(x, np.float32).reshape(2, 5, 3, 2, 4)
+    turned = np.stack([-heads[..., 1, :], heads[..., 0, :]], axis=-2).reshape(x.shape)
+    np.testing.assert_array_equal(expected, turned)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    np.testing.assert_array_equal(layers._turned(x, 8), turned)

@@ -34,7 +34,7 @@ _SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with
 _TPU_LANES = 128
 
 
-def heads_per_group(num_heads: int, head_dim: int) -> int:
+def heads_in_group(num_heads: int, head_dim: int) -> int:
     """How many heads the model's arrays hold side by side: as many as fit the lanes of a TPU.
 
     Devices that share heads (mesh axis `tensor`) have whole groups. 1 on other devices.

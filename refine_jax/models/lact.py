@@ -32,7 +32,7 @@ from refine_jax.kernels.lact import (
     update_sums,
 )
 from refine_jax.models.attention import (
-    heads_per_group,
+    heads_in_group,
     push_to_ring,
     ring_attention,
     window_attention,
@@ -175,12 +175,12 @@ class LaCTMixer(nnx.Module):
         return Weights(w0, self.w1[...], w2)
 
     @property
-    def _heads_per_group(self) -> int:
-        return heads_per_group(self.config.num_attn_heads, self.config.attn_head_dim)
+    def _heads_in_group(self) -> int:
+        return heads_in_group(self.config.num_attn_heads, self.config.attn_head_dim)
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., T, D] -> q, k, v [..., G, T, L]."""
-        groups = self.config.num_attn_heads // self._heads_per_group
+        groups = self.config.num_attn_heads // self._heads_in_group
         q, k, v = self.qkv.to_groups(x, 3, groups)
         if self.config.attn_qk_norm:
             q, k = self.q_norm.of_groups(q), self.k_norm.of_groups(k)
@@ -363,7 +363,7 @@ class LaCTMixer(nnx.Module):
         config = self.config
         weights = self._initial_weights()
         weights = jax.tree.map(lambda w: jnp.broadcast_to(w, (*batch, *w.shape)), weights)
-        groups = config.num_attn_heads // self._heads_per_group
+        groups = config.num_attn_heads // self._heads_in_group
         size = config.hidden_size // groups
         zeros = jnp.zeros((*batch, groups, config.window_size, size), dtype)
         count = jnp.zeros(batch, jnp.int32)
@@ -424,7 +424,7 @@ class LaCTMixer(nnx.Module):
 
     def _attend(self, q, k, v, layout: Layout | None, axis_name: str | None) -> jax.Array:
         """Window attention of q, k, v [B, G, T, L], each device on its rows, heads and tokens."""
-        in_group = self._heads_per_group
+        in_group = self._heads_in_group
 
         def attend(q, k, v, layout):
             # Its other implementations are not those of the kernels: it chooses by itself.
@@ -577,7 +577,7 @@ class LaCTMixer(nnx.Module):
             state.values,
             state.cursor,
             state.position,
-            heads_per_group=self._heads_per_group,
+            heads_per_group=self._heads_in_group,
         )
         fast, after = self._extend_fast(
             state,
