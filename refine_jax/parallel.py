@@ -363,15 +363,17 @@ def place_state(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
-def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+def take_tokens(x: jax.Array, index: jax.Array, *rest: str | None) -> jax.Array:
     """`x` [B, T, ...] at `index` [B, ...] row by row: [B, *index.shape[1:], *x.shape[2:]].
 
-    From tokens that are spread, what each device has of them is added up: nothing is gathered.
+    rest: logical names of the axes of x behind its first two, along which devices keep what they
+    have. Of tokens that are spread, what each device has is added up: nothing is gathered.
     """
     tokens = x.shape[1]
     size = axis_size("sequence")
+    out_axes = ("batch", *[None] * (index.ndim - 1), *rest)
     if size == 1 or tokens % size:
-        take = over_shards(_take, (("batch",), ("batch",)), ("batch",))
+        take = over_shards(_take, (("batch", None, *rest), ("batch",)), out_axes)
         return take(x, index)
 
     def take_part(x, index):
@@ -381,7 +383,7 @@ def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
         taken = jnp.where(here.reshape(*here.shape, *[1] * (taken.ndim - here.ndim)), taken, 0)
         return lax.psum(taken, "sequence")
 
-    return over_shards(take_part, (("batch", "tokens"), ("batch",)), ("batch",))(x, index)
+    return over_shards(take_part, (("batch", "tokens", *rest), ("batch",)), out_axes)(x, index)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

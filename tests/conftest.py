@@ -17,7 +17,9 @@ if metadata.version("jaxlib").startswith("0.10."):
     _FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")  # later ones lack the flag
 # With it, simulated devices came to wait for each other in different all-gathers (jaxlib 0.10.2).
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-_FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER]
+# After 40 s, its default, a busy machine may be slow only.
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+_FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER, _PATIENCE]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax.compile_only import hlo
 from refine_jax.compile_only.chips import CHIPS, parse_topology
-from refine_jax.compile_only.cost import Estimator
+from refine_jax.compile_only.cost import Estimator, convolution_operations
 from refine_jax.compile_only.flops import Kernel
 from refine_jax.compile_only.kernel_time import KernelTimes
 from refine_jax.compile_only.memory import Memory, read_assignment
@@ -35,6 +35,39 @@ def loops(module):
 
 def estimate(text, kernel_seconds=None, network=RING):
     return Estimator(hlo.parse(text), CHIPS["v5e"], network, kernel_seconds).run()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shapes", "operations"),
+    [
+        # [T, D] by [G, L, D], as the TPU's compiler writes it: G slides over an axis of size 1.
+        (
+            "window={size=12 pad=11_11 rhs_reversal=1}, dim_labels=bf0_0oi->b0f",
+            ((64, 32, 1), (12, 8, 32), (64, 12, 8)),
+            2 * 64 * 32 * 12 * 8,
+        ),
+        # [T, G, L] by [G, L, D], added up over both.
+        (
+            "window={size=12}, dim_labels=b0f_0io->bf0",
+            ((64, 12, 8), (12, 8, 32), (64, 32, 1)),
+            2 * 64 * 32 * 12 * 8,
+        ),
+        ("dim_labels=bf_oi->bf", ((64, 32), (16, 32), (64, 16)), 2 * 64 * 32 * 16),
+        # A short convolution along tokens, and one with steps of two.
+        (
+            "window={size=4 pad=3_0}, dim_labels=b0f_0io->b0f",
+            ((2, 10, 3), (4, 3, 5), (2, 10, 5)),
+            2 * 2 * 3 * 5 * (10 * 4 - 6),
+        ),
+        (
+            "window={size=2x1 stride=2x1}, dim_labels=b01f_01io->b01f",
+            ((1, 6, 7, 3), (2, 1, 3, 5), (1, 3, 7, 5)),
+            2 * 3 * 5 * 6 * 7,
+        ),
+    ],
+)
+def test_operations_of_products(attributes, shapes, operations):
+    assert convolution_operations(attributes, *shapes) == operations
 
 
 def test_nested_loops():

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
+
+import numpy as np
 
 from refine_jax.compile_only.chips import Chip
 from refine_jax.compile_only.hlo import Computation, Instruction, Module
@@ -267,10 +268,10 @@ class Estimator:
             return sum(self._products(each, inner) for each in inner.instructions.values())
         if instruction.opcode != "convolution":
             return 0.0
-        labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-        right = computation.instructions[instruction.operands[1]].arrays[0].shape
-        outputs = right[labels[1].index("o")] if labels else 1
-        return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(right) / max(outputs, 1)
+        left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)
+        return convolution_operations(
+            instruction.attributes, left.shape, right.shape, instruction.arrays[0].shape
+        )
 
     def traffic(self, instruction: Instruction, computation: Computation) -> float:
         """Bytes that an instruction reads from the HBM and writes to it.
@@ -295,6 +296,36 @@ class Estimator:
                 whole = 0.0
             read += whole
         return read + written
+
+
+def convolution_operations(attributes: str, left: tuple, right: tuple, out: tuple) -> float:
+    """Multiplications and additions of a convolution, as which XLA writes products of matrices.
+
+    Axes that only one side has may be slid over the other's, of size 1: of all pairs of a place and
+    an entry of the window those count that meet the other array.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    axes = [
+        dict(zip(names, shape, strict=True))
+        for names, shape in zip(labels.groups(), (left, right, out), strict=True)
+    ]
+    operations = 2.0 * axes[1]["i"] * axes[2]["b"] * axes[2]["f"]
+    window = dict(
+        re.findall(r"(\w+)=([\dx_-]+)", attributes.partition("window={")[2].split("}")[0])
+    )
+    for axis in range(len(left) - 2):
+
+        def option(name, default, axis=axis):
+            return window[name].split("x")[axis] if name in window else default
+
+        low = int(option("pad", "0_0").split("_")[0])
+        place = np.arange(axes[2][str(axis)])[:, None] * int(option("stride", 1))
+        entry = np.arange(axes[1][str(axis)]) * int(option("rhs_dilate", 1))
+        spread = int(option("lhs_dilate", 1))
+        at = place + entry - low
+        meets = (at >= 0) & (at <= (axes[0][str(axis)] - 1) * spread) & (at % spread == 0)
+        operations *= np.count_nonzero(meets)
+    return operations
 
 
 def _in_hbm(instruction: Instruction) -> float:

@@ -14,7 +14,7 @@ from jax import lax
 
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import axis_size, over_shards, take_tokens
+from refine_jax.parallel import axis_size, over_shards
 
 
 class ChunkPlan(NamedTuple):
@@ -104,16 +104,29 @@ def first_rows(last: jax.Array, size: int) -> jax.Array:
 
 
 def cut_slabs(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Rows start [B, R] ... start + size - 1 of x [B, heads, T, ...]: [B, R, heads, size, ...]."""
-    if axis_size("sequence") > 1:
-        rows = take_tokens(jnp.moveaxis(x, 2, 1), start[..., None] + jnp.arange(size))
-        return jnp.moveaxis(rows, 3, 2)
-    cut = over_shards(
-        lambda x, start: _cut(x, start, size),
-        (("batch", "heads"), ("batch",)),
-        ("batch", None, "heads"),
-    )
-    return cut(x, start)
+    """Rows start [B, R] ... start + size - 1 of x [B, heads, T, ...]: [B, R, heads, size, ...].
+
+    Of rows that are spread over devices, what each has of a slab is added up.
+    """
+    devices = axis_size("sequence")
+    spread = devices > 1 and x.shape[2] % devices == 0 and x.shape[2] // devices >= size
+
+    def cut(x, start):
+        if not spread:
+            return _cut(x, start, size)
+        start = start - lax.axis_index("sequence") * x.shape[2]
+        # The slab that begins here or nearest, and how far the wanted one begins behind it.
+        begin = jnp.clip(start, 0, x.shape[2] - size)
+        slabs = _cut(x, begin, size)
+        beside = [(0, 0)] * slabs.ndim
+        beside[3] = (size, size)
+        slabs = jnp.pad(slabs, beside)
+        behind = jnp.clip(start - begin, -size, size)
+        move = jax.vmap(jax.vmap(lambda x, by: lax.dynamic_slice_in_dim(x, size + by, size, 1)))
+        return lax.psum(move(slabs, behind), "sequence")
+
+    axes = ("batch", "heads", "tokens" if spread else None)
+    return over_shards(cut, (axes, ("batch",)), ("batch", None, "heads"))(x, start)
 
 
 def _cut(x, start, size):

@@ -261,9 +261,9 @@ class LaCTMixer(nnx.Module):
         if plan is None and axis_name is None and num_tokens % self.config.lact_chunk_size == 0:
             fast, chunks = self._fast_chunks(q, k, v, rates, momentum, scale, positions)
         else:
-            tokens = *self._fast_inputs(*self._to_heads(q, k, v), positions), rates, momentum
-            fast, chunks = self._run_fast(tokens, plan, axis_name)
-            fast = regroup(self._fast_output(fast, scale), attention.shape[1])
+            fast, chunks = self._fast_tokens(
+                q, k, v, rates, momentum, scale, positions, plan, axis_name
+            )
         y = self.o_proj.from_groups(attention + fast)
         return y, LaCTTrace(k, v, rates, momentum, chunks)
 
@@ -294,7 +294,7 @@ class LaCTMixer(nnx.Module):
             pending = tuple(cut(x, chunk) for x in (trace.k, trace.v))
         pending = *pending, cut(trace.rates, chunk), cut(trace.momentum, chunk)
         # A document's first chunk is read with the initial weights: also right for no token.
-        fast = jax.tree.map(lambda x: take_tokens(x, index), trace.chunks)
+        fast = jax.tree.map(lambda x: take_tokens(x, index, "heads"), trace.chunks)
         return LaCTPick(fast, k, v, pending)
 
     def resume(
@@ -450,17 +450,20 @@ class LaCTMixer(nnx.Module):
         chunk = self.config.lact_chunk_size
         return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
 
+    def _here(self, groups: int) -> tuple[int, int]:
+        """Fast-weight heads, and of `groups` those, that a device has."""
+        devices = axis_size("tensor")
+        return self.config.num_lact_heads // devices, groups // devices
+
     def _fast_chunks(self, q, k, v, rates, momentum, scale, positions):
         """Fast weights over rows that are whole chunks of one document.
 
         q, k, v: [B, G, T, L]. Returns their output [B, G, T, L] and the states [B, N, H, ...].
         """
-        chunk, groups = self.config.lact_chunk_size, q.shape[1]
+        chunk, (heads, groups) = self.config.lact_chunk_size, self._here(q.shape[1])
         rows, chunks = ("batch", "heads"), ("batch", None, "heads")
-        heads_here = self.config.num_lact_heads // axis_size("tensor")
-        groups_here = groups // axis_size("tensor")
-        split = over_shards(lambda x: to_chunks(x, heads_here, chunk), (rows,), chunks)
-        join = over_shards(lambda x: from_chunks(x, groups_here), (chunks,), rows)
+        split = over_shards(lambda x: to_chunks(x, heads, chunk), (rows,), chunks)
+        join = over_shards(lambda x: from_chunks(x, groups), (chunks,), rows)
 
         def cut(x):  # [B, H or 1, T, ...]
             return jnp.swapaxes(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 1, 2)
@@ -472,6 +475,16 @@ class LaCTMixer(nnx.Module):
         inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
         run = over_shards(run, (chunks, ("heads",)), (chunks, chunks))
         out, states = run((*inputs, rates, momentum), self._initial_weights())
+        return join(self._fast_output(out, scale)), states
+
+    def _fast_tokens(self, q, k, v, rates, momentum, scale, positions, plan, axis_name):
+        """`_fast_chunks` of any rows, also where their tokens are spread over devices."""
+        heads, groups = self._here(q.shape[1])
+        arrays = ("batch", "heads", axis_name and "tokens")
+        split = over_shards(lambda x: regroup(x, heads), (arrays,), arrays)
+        join = over_shards(lambda x: regroup(x, groups), (arrays,), arrays)
+        inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
+        out, states = self._run_fast((*inputs, rates, momentum), plan, axis_name)
         return join(self._fast_output(out, scale)), states
 
     def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
