@@ -179,14 +179,9 @@ def compile_program(
     if not assigned:  # the arguments alone were too much
         memory = Memory(bytes_of(program.args), 0, 0, 0)
     if compiled is not None:
-        stats = compiled.memory_analysis()
-        memory = Memory(
-            stats.argument_size_in_bytes,
-            stats.output_size_in_bytes,
-            stats.alias_size_in_bytes,
-            stats.temp_size_in_bytes,
-            stats.generated_code_size_in_bytes,
-        )
+        # Nothing else of it: its temporaries count each value that passes through the VMEM, too.
+        code = compiled.memory_analysis().generated_code_size_in_bytes
+        memory = dataclasses.replace(memory, code=code)
     chip = topology.chip
     coordinates = [tuple(device.coords)[: len(topology.sizes)] for device in devices]
     network = Network(coordinates, topology.sizes, topology.wraps, chip.link)
