@@ -44,18 +44,6 @@ def heads_in_group(num_heads: int, head_dim: int) -> int:
     return max(n for n in range(1, here + 1) if here % n == 0 and (n == 1 or n * head_dim <= lanes))
 
 
-def _separate(x: jax.Array, count: int) -> jax.Array:
-    """Groups [B, G, T, L] -> heads [B, A, T, hd]."""
-    x = x.reshape(*x.shape[:-1], count, -1)
-    return jnp.moveaxis(x, 3, 2).reshape(x.shape[0], -1, x.shape[2], x.shape[-1])
-
-
-def _grouped(x: jax.Array, count: int) -> jax.Array:
-    """Heads [B, A, T, hd] -> groups [B, G, T, L]."""
-    x = x.reshape(x.shape[0], -1, count, *x.shape[2:])
-    return jnp.moveaxis(x, 2, 3).reshape(*x.shape[:2], x.shape[3], -1)
-
-
 def window_attention(
     q: jax.Array,
     k: jax.Array,
@@ -107,11 +95,11 @@ def window_attention(
         return _splash(q, k, v, ids, past, window, heads_per_group)
     if heads_per_group == 1:
         return IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
-    q, k, v = (_separate(x, heads_per_group) for x in (q, k, v))
+    num_groups = q.shape[1]
+    q, k, v = (heads.regroup(x, num_groups * heads_per_group) for x in (q, k, v))
     if past is not None:
-        past = *(_separate(x, heads_per_group) for x in past[:2]), past[2]
-    out = IMPLEMENTATIONS[implementation](q, k, v, ids, past, window)
-    return _grouped(out, heads_per_group)
+        past = *(heads.regroup(x, q.shape[1]) for x in past[:2]), past[2]
+    return heads.regroup(IMPLEMENTATIONS[implementation](q, k, v, ids, past, window), num_groups)
 
 
 def _pad_tokens(arrays, ids, multiple: int):

@@ -465,13 +465,12 @@ class LaCTMixer(nnx.Module):
         split = over_shards(lambda x: to_chunks(x, heads, chunk), (rows,), chunks)
         join = over_shards(lambda x: from_chunks(x, groups), (chunks,), rows)
 
-        def cut(x):  # [B, H or 1, T, ...]
-            return jnp.swapaxes(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]), 1, 2)
-
         def run(slots, weights):
             return self._lact(*slots, weights=weights)
 
-        rates, momentum, scale, positions = jax.tree.map(cut, (rates, momentum, scale, positions))
+        (rates, momentum, scale, positions), *_ = to_slots(
+            (rates, momentum, scale, positions), None, chunk
+        )
         inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
         run = over_shards(run, (chunks, ("heads",)), (chunks, chunks))
         out, states = run((*inputs, rates, momentum), self._initial_weights())

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from refine_jax.kernels.numerics import by_rows, drop_unit_axes, safe_norm
+from refine_jax.kernels.numerics import by_rows, drop_unit_axes, einsum, safe_norm
 from refine_jax.parallel import constrain
 
 INIT_STD = 0.02
@@ -141,13 +141,7 @@ def _turned(x: jax.Array, head_dim: int) -> jax.Array:
         first = index % head_dim < head_dim // 2
         matrix = np.zeros((x.shape[-1],) * 2)
         matrix[index + np.where(first, 1, -1) * (head_dim // 2), index] = np.where(first, -1, 1)
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-        return jnp.matmul(
-            x,
-            jnp.asarray(matrix, x.dtype),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        return einsum("...i,ij->...j", x, jnp.asarray(matrix), x.dtype)
     a, b = jnp.split(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, head_dim), 2, axis=-1)
     return jnp.concatenate([-b, a], axis=-1).reshape(x.shape)
 
