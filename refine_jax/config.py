@@ -19,7 +19,14 @@ from typing import ClassVar
 
 from ml_collections import ConfigDict, config_dict
 
-from refine_jax.settings import ConfigError, Section, check_names, plain, setting, suggestion
+from refine_jax.base.errors import ConfigError
+from refine_jax.settings import (
+    Section,
+    check_names,
+    plain,
+    setting,
+    suggestion,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,14 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from refine_jax.checkpoint import CheckpointError, load_model, read_hf, save_model, write_hf
+from refine_jax.base.errors import USER_ERRORS, CheckpointError, complain, escape_output
+from refine_jax.checkpoint import (
+    load_model,
+    read_hf,
+    save_model,
+    write_hf,
+)
 from refine_jax.checkpoint.folders import check_free
-from refine_jax.models.config import ModelConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -66,6 +71,7 @@ def to_hf(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    escape_output()
     options = vars(_parser().parse_args(arguments))
     # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
     if not jax.config.jax_platforms:
@@ -74,9 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     convert = options.pop("convert")
     try:
         print(convert(**options))
-    except (CheckpointError, ModelConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except USER_ERRORS as error:
+        return complain(error)
     return 0
 
 

@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from refine_jax.settings import ConfigError
+from refine_jax.base.errors import ConfigError, ProcessError, complain
 
 MODES = ("auto", "on", "off")
 TIMEOUT = 300
@@ -46,10 +46,6 @@ _METADATA = (
 _FAILURE = "refine_jax/failure"
 _POLL = 2.0  # seconds between looks for failures of other processes
 _connections = itertools.count()
-
-
-class ProcessError(RuntimeError):
-    """Processes that did not find each other or do not agree; the message says what to do."""
 
 
 def start(
@@ -179,7 +175,7 @@ def _ask_metadata() -> str:
 def _time_limit(seconds: float, where: str) -> Iterator[None]:
     def end():
         proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
-        _complain(
+        complain(
             f"The other processes were not there within {seconds} s (this is {where}). Start all "
             "of them, with the same --num_processes and --coordinator and each with another "
             "--process_id; the coordinator's host is that of process 0, and its port must be open."
@@ -324,7 +320,7 @@ class _Watcher:
         while not self._stop.wait(_POLL):
             failure = self.failure()
             if failure is not None:
-                _complain(failure)
+                complain(failure)
                 sys.stdout.flush()
                 os._exit(1)
 
@@ -348,10 +344,6 @@ def _client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
-
-
-def _complain(message: object) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def report_failure(message: object) -> None:
@@ -393,12 +385,12 @@ def _explain(error: BaseException) -> None:
         time.sleep(_POLL)
         failure = _watcher.failure()
     if failure is not None:
-        _complain(failure)
+        complain(failure)
         return
     report_failure(f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
     if shared:
-        _complain(
+        complain(
             "The processes cannot go on together. If the lines above tell of lost connections, "
             "another process was killed or its host is gone; the same commands continue the run."
         )

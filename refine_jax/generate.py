@@ -21,7 +21,6 @@ Exit code 1: bad input, with one message on standard error.
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -33,21 +32,23 @@ import jax
 import numpy as np
 from absl import logging
 
-from refine_jax.checkpoint import CheckpointError
+from refine_jax.base.errors import (
+    USER_ERRORS,
+    ConfigError,
+    DataError,
+    complain,
+    escape_output,
+    print_json,
+)
 from refine_jax.checkpoint.folders import check_free
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
-from refine_jax.data.options import DataError
 from refine_jax.data.tokenizer import encode_continuations
 from refine_jax.generation import Generated, Generator, Loaded, Prefix, Sampling, load, take_rows
 from refine_jax.generation.states import load_prefix, save_prefix
-from refine_jax.models.config import ModelConfigError
 from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.settings import ConfigError
-
-_ERRORS = (CheckpointError, ConfigError, DataError, ModelConfigError, OSError)
 
 
 class Adaptation(NamedTuple):
@@ -137,7 +138,7 @@ def show(
     rows = prefix.length.shape[0]
     of, ids = of or rows, range(first, first + rows)
     if options.json:
-        print_json(generator, params, prefix, sampling, ids, facts)
+        show_json(generator, params, prefix, sampling, ids, facts)
     elif options.stream or (of == 1 and sys.stdout.isatty()):
         for _, piece in generator.stream(params, prefix, sampling, ids=ids):
             print("\n" if isinstance(piece, Generated) else piece, end="", flush=True)
@@ -231,7 +232,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return texts
 
 
-def print_json(
+def show_json(
     generator: Generator,
     params: Params,
     prefix: Prefix,
@@ -262,7 +263,7 @@ def print_json(
             **{name: round(value, 4) for name, value in facts.items()},
             "ms_per_token": round(1e3 * seconds / steps, 3) if steps else None,
         }
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print_json(line)
 
 
 def _check_stream(options: argparse.Namespace, prompts: int) -> None:
@@ -272,15 +273,15 @@ def _check_stream(options: argparse.Namespace, prompts: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    escape_output()
     options = _parser().parse_args(arguments)
     if not (options.prompt or options.prompt_file or options.load_state):
         options.prompt_file = ["-"]
     logging.set_verbosity(logging.ERROR)
     try:
         run(options)
-    except _ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except USER_ERRORS as error:
+        return complain(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

@@ -18,13 +18,8 @@ from pathlib import Path
 
 from absl import logging
 
-from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
 from refine_jax.convert import step_argument
-from refine_jax.data.options import DataError
-from refine_jax.models.config import ModelConfigError
-from refine_jax.settings import ConfigError
-
-_USER_ERRORS = (CheckpointError, ConfigError, DataError, ModelConfigError, ImportError, OSError)
 
 
 def evaluate(
@@ -92,6 +87,7 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    escape_output()
     options = vars(_parser().parse_args(arguments))
     logging.set_verbosity(logging.WARNING)
     output = options.pop("output")
@@ -104,9 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             text = json.dumps(results, indent=2, default=handle_non_serializable)
             output.write_text(text + "\n", encoding="utf-8")
-    except _USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (*USER_ERRORS, ImportError) as error:
+        return complain(error)
     return 0
 
 

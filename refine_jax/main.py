@@ -32,22 +32,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from refine_jax import distributed
-from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.base.errors import USER_ERRORS, ConfigError, complain, escape_output
 from refine_jax.config import Config, check_flag_names
-from refine_jax.data.options import DataError
-from refine_jax.models.config import ModelConfigError
-from refine_jax.phases.setup import RunError
-from refine_jax.settings import ConfigError
-
-USER_ERRORS = (
-    ConfigError,
-    ModelConfigError,
-    DataError,
-    CheckpointError,
-    RunError,
-    distributed.ProcessError,
-    OSError,
-)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Configuration file, with its form after a colon: configs/demo.py:short"
@@ -112,7 +98,7 @@ def execute(
         if debug:
             raise
         distributed.report_failure(error)
-        return _complain(error)
+        return complain(error)
     distributed.say(json.dumps(results))
     return 0
 
@@ -159,14 +145,15 @@ def compile_for(
     except USER_ERRORS as error:
         if debug:
             raise
-        return _complain(error)
+        return complain(error)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the configuration of the flags, and exit."""
+    escape_output()
     if len(argv) > 1:
         got = " ".join(argv[1:])
-        sys.exit(_complain(f"Arguments must be flags, --name=value. Got: {got}."))
+        sys.exit(complain(f"Arguments must be flags, --name=value. Got: {got}."))
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
@@ -211,7 +198,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         message = str(error).strip()
         if "Traceback" in message:  # of the configuration file; its last line says it all
             message = f"The configuration file failed: {message.splitlines()[-1]}"
-    sys.exit(_complain(message))
+    sys.exit(complain(message))
 
 
 def _check_file(argv: Sequence[str]) -> None:
@@ -220,11 +207,6 @@ def _check_file(argv: Sequence[str]) -> None:
         path = value.partition(":")[0]
         if name == "config" and path and not Path(path).is_file():
             raise ConfigError(f"There is no configuration file {path!r}.")
-
-
-def _complain(message: object) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
 
 
 if __name__ == "__main__":

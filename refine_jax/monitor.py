@@ -8,7 +8,6 @@ that are not finite are written as null. The plots are in `refine_jax.plots`.
 import contextlib
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
+
+from refine_jax.base.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
@@ -55,7 +56,7 @@ class Monitor:
         self.history = [record for record in read_metrics(path) if record["step"] <= start]
         self._file = self._tensorboard = None
         if write:
-            _replace(path, "".join(json.dumps(record) + "\n" for record in self.history))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = path.open("a", encoding="utf-8")
             self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
         self._before = self.history[-1].get("time/total", 0.0) if self.history else 0.0
@@ -176,7 +177,7 @@ def summarize(history: list[dict]) -> dict:
 
 def write_results(workdir: Path, results: Mapping) -> None:
     """Save the figures as `results.json`, replaced whole."""
-    _replace(Path(workdir) / RESULTS_FILE, json.dumps(dict(results), indent=2) + "\n")
+    write_text(Path(workdir) / RESULTS_FILE, json.dumps(dict(results), indent=2) + "\n")
 
 
 def table(results: Mapping) -> str:
@@ -269,13 +270,6 @@ def _median(records: list[dict], name: str) -> float | None:
 def _number(value) -> float | int | None:
     value = value.item() if hasattr(value, "item") else value
     return value if math.isfinite(value) else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def _tensorboard_writer(folder: Path):

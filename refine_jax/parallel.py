@@ -30,8 +30,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refine_jax import distributed
+from refine_jax.base.errors import ConfigError
 from refine_jax.config import MeshConfig
-from refine_jax.settings import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from refine_jax.base.files import replacing
+
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
 
 
@@ -152,13 +154,10 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 def save_figure(figure, path: Path) -> None:
     """Write a PNG, complete or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with warnings.catch_warnings():
+    with replacing(path) as part, warnings.catch_warnings():
         # Texts of any language are drawn; a box stands for what the font lacks.
         warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")
         figure.savefig(part, format="png")
-    part.replace(path)
 
 
 def finish(axis, title: str, ylabel: str, pad: float | None = None) -> None:

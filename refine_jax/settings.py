@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the field and says what is allowed."""
+from refine_jax.base.errors import ConfigError
 
 
 def setting(default, doc: str, *, choices=None, low=None, high=None, above=None):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from refine_jax.data import DataError, DataOptions, load_corpus, open_source
+from refine_jax.base.errors import DataError
+from refine_jax.data import DataOptions, load_corpus, open_source
 from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
 from refine_jax.data.prepare import prepare
 from refine_jax.data.tokenizer import ByteTokenizer

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only import hlo
 from refine_jax.compile_only.chips import CHIPS, parse_topology
 from refine_jax.compile_only.cost import Estimator, convolution_operations
@@ -14,7 +15,6 @@ from refine_jax.compile_only.flops import Kernel
 from refine_jax.compile_only.kernel_time import KernelTimes
 from refine_jax.compile_only.memory import Memory, read_assignment
 from refine_jax.compile_only.network import Collective, Network, parse_group, parse_pairs
-from refine_jax.settings import ConfigError
 
 RING = Network([(i, 0) for i in range(16)], (16, 1), (True, False), 50e9)
 

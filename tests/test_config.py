@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from refine_jax.config import Config, ConfigError, ModelConfig, RefineConfig, defaults
+from refine_jax.base.errors import ConfigError
+from refine_jax.config import (
+    Config,
+    ModelConfig,
+    RefineConfig,
+    defaults,
+)
 from refine_jax.data.options import DataOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
+from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint import (
-    CheckpointError,
     CheckpointManager,
     load_model,
     read_hf,

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from tiny import tiny, tokens
 
+from refine_jax.base.errors import CheckpointError, DataError
 from refine_jax.checkpoint.hf import read_hf
-from refine_jax.checkpoint.tree import CheckpointError
-from refine_jax.data.options import DataError
 from refine_jax.generation import (
     Generator,
     Sampler,

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.generation import Sampler, Sampling, sample
 from refine_jax.generation.sampling import keep_likeliest
 from refine_jax.generation.text import TextStream
-from refine_jax.settings import ConfigError
 
 VOCAB = 12
 run_sample = jax.jit(sample)

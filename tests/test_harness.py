@@ -17,9 +17,9 @@ import sentencepiece
 from goldens import load_arrays, require
 from plain_deltanet import PlainDeltaNet
 
+from refine_jax.base.errors import DataError
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.convert import from_hf
-from refine_jax.data.options import DataError
 from refine_jax.data.tokenizer import ByteTokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from refine_jax.checkpoint import CheckpointError, CheckpointManager, tree
+from refine_jax.base.errors import CheckpointError
+from refine_jax.checkpoint import CheckpointManager, tree
 
 CONFIG = json.dumps({"model_type": "delta_net", "hidden_size": 8})
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_jax.data import DataError, DataOptions, load_corpus, make_dataset
+from refine_jax.base.errors import DataError
+from refine_jax.data import DataOptions, load_corpus, make_dataset
 from refine_jax.data.pipeline import Corpus
 from refine_jax.data.rows import make_rows
 from refine_jax.data.tokenizer import ByteTokenizer

@@ -14,10 +14,10 @@ from pyarrow import parquet
 from scipy import stats
 from tiny import tiny
 
+from refine_jax.base.errors import DataError
 from refine_jax.checkpoint import save_model
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.convert import from_hf
-from refine_jax.data.options import DataError
 from refine_jax.evaluation import position
 from refine_jax.evaluation.position import measure, position_edges
 from refine_jax.models.config import model_config

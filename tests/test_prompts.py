@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.data.options import DataOptions
 from refine_jax.data.prompts import (
     PromptOptions,
     cut_prompt,

@@ -12,7 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_jax.data import DataError, DataOptions, TextSource, open_source
+from refine_jax.base.errors import DataError
+from refine_jax.data import DataOptions, TextSource, open_source
 from refine_jax.data.sources import find_files
 
 TEXTS = ["first\ndocument", "", "zweites Dokument, ünïcode \u2028 here", "line\r\nends", "x" * 5000]

@@ -18,8 +18,8 @@ import sizes
 from lab import TUNE, Lab, _recalls
 from study import ABLATIONS, Records, study
 
+from refine_jax.base.errors import DataError
 from refine_jax.config import RefineConfig
-from refine_jax.data.options import DataError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_jax.data import DataError, load_tokenizer
+from refine_jax.base.errors import DataError
+from refine_jax.data import load_tokenizer
 from refine_jax.data.tasks import TASKS, load_examples, needs_essays, synthetic
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.files import digest

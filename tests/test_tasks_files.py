@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from refine_jax.data import DataError, load_tokenizer
+from refine_jax.base.errors import DataError
+from refine_jax.data import load_tokenizer
 from refine_jax.data.builders.needle_sets.needle_sets_dataset_builder import Builder
 from refine_jax.data.tasks import TASKS, load_examples, ruler_qa
 from refine_jax.data.tasks.files import digest, write_examples

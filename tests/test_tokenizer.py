@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_jax.data import DataError, Tokenizer, load_tokenizer
+from refine_jax.base.errors import DataError
+from refine_jax.data import Tokenizer, load_tokenizer
 from refine_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,

@@ -28,12 +28,11 @@ from plan import (
     start_folder,
 )
 
-from refine_jax.checkpoint.folders import write_text
-from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.base.errors import CheckpointError, ConfigError
+from refine_jax.base.files import write_text
 from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import find_files
 from refine_jax.main import USER_ERRORS
-from refine_jax.settings import ConfigError
 
 RESULTS, DONE = "results.json", "done.json"
 

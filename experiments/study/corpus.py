@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_jax.checkpoint.folders import write_bytes
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import write_bytes
+from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import open_source
 
 VALUE = 3  # digits

@@ -30,7 +30,7 @@ from typing import Any
 
 from sizes import MODELS, SIZES, Plan
 
-from refine_jax.checkpoint.folders import write_bytes, write_text
+from refine_jax.base.files import write_bytes, write_text
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reward=binary": {"reward": "binary"},

@@ -1,5 +1,6 @@
 """Checkpoints: of training runs and models (Orbax), and of Hugging Face folders (safetensors)."""
 
+from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint.hf import Pretrained, read_hf, write_hf
 from refine_jax.checkpoint.manager import (
     CheckpointManager,
@@ -8,7 +9,6 @@ from refine_jax.checkpoint.manager import (
     load_model,
     save_model,
 )
-from refine_jax.checkpoint.tree import CheckpointError
 
 __all__ = [
     "CheckpointError",

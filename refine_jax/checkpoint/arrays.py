@@ -8,7 +8,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from refine_jax.checkpoint.tree import CheckpointError, differences, fingerprints
+from refine_jax.base.errors import CheckpointError
+from refine_jax.checkpoint.tree import differences, fingerprints
 
 _FINGERPRINTS = "fingerprints"
 

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.base.errors import CheckpointError
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -42,23 +42,6 @@ def copy_files(files: Mapping, folder) -> None:
     """Copy files {name: path} into `folder`, bytes unchanged."""
     for name, path in files.items():
         (folder / name).write_bytes(path.read_bytes())
-
-
-def write_text(path, text: str) -> None:
-    """Write `text` as UTF-8 with its line ends as they are; in full or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path, content: bytes) -> None:
-    """Write `content` in full or not at all."""
-    partial = path.parent / f".{path.name}.new"
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def read_text(path) -> str:
-    """Read UTF-8 text with its line ends as they are."""
-    return path.read_bytes().decode()
 
 
 @contextlib.contextmanager

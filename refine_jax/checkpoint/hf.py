@@ -24,16 +24,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import parse_object, read_json, read_text, write_text
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
     companions,
     copy_files,
     new_folder,
-    read_text,
-    write_text,
 )
-from refine_jax.checkpoint.tree import CheckpointError, differences, flatten, nest, parse_json
+from refine_jax.checkpoint.tree import (
+    differences,
+    flatten,
+    nest,
+)
 
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
@@ -93,8 +97,8 @@ def read_hf(folder: str | os.PathLike) -> Pretrained:
     folder = Path(folder).expanduser().absolute()
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
-    config_json = read_text(folder / CONFIG)
-    config = parse_json(config_json, folder / CONFIG)
+    config_json = read_text(folder / CONFIG, CheckpointError)
+    config = parse_object(config_json, folder / CONFIG, CheckpointError)
     slots = published_slots(_shapes(abstract_params(config)))
     files, listed, open_file = _weight_files(folder)
 
@@ -161,7 +165,7 @@ def write_hf(
     parameters are not those of the config.
     """
     named = flatten(params)
-    expected = _shapes(abstract_params(parse_json(config_json, CONFIG)))
+    expected = _shapes(abstract_params(parse_object(config_json, CONFIG, CheckpointError)))
     wrong = differences(expected, _shapes(named))
     if wrong:
         raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  " + "\n  ".join(wrong))
@@ -227,7 +231,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], set[str], Callable]:
             return [folder / name], set(), open_file
         index = folder / (name + _INDEX)
         if index.is_file():
-            weight_map = parse_json(read_text(index), index).get("weight_map")
+            weight_map = read_json(index, CheckpointError).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index} has no weight_map.")
             shards = sorted(set(weight_map.values()))

@@ -25,6 +25,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from refine_jax import distributed
+from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import parse_object, read_json, read_text, write_text
 from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, write_arrays
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
@@ -34,15 +36,11 @@ from refine_jax.checkpoint.folders import (
     copy_files,
     has_tokenizer,
     new_folder,
-    read_text,
-    write_text,
 )
 from refine_jax.checkpoint.tree import (
-    CheckpointError,
     PyTree,
     flatten,
     nest,
-    parse_json,
     plain_leaf,
     typed_leaf,
     unflatten,
@@ -124,7 +122,7 @@ class CheckpointManager:
     def _write_description(self, config_json: str, run: dict, files: Mapping[str, Path]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         config = self.directory / CONFIG
-        if config.exists() and json.loads(read_text(config)) != json.loads(config_json):
+        if config.exists() and read_json(config, CheckpointError) != json.loads(config_json):
             raise CheckpointError(
                 f"{self.directory} holds checkpoints of another model (see its {CONFIG}). "
                 "Choose another folder, or delete it."
@@ -292,8 +290,8 @@ def load_model(
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
-    config_json = read_text(folder / CONFIG)
-    config = parse_json(config_json, folder / CONFIG)
+    config_json = read_text(folder / CONFIG, CheckpointError)
+    config = parse_object(config_json, folder / CONFIG, CheckpointError)
     if (folder / _PARAMS).exists():
         step, source, part = None, folder / _PARAMS, ""
         fix = "Convert or copy it again."
@@ -368,8 +366,8 @@ def _open(
 def _step_with_bad_metrics(directory: epath.Path) -> epath.Path | None:
     for path in directory.glob("*/metrics/metrics"):
         try:
-            json.loads(read_text(path))
-        except ValueError:
+            read_json(path, CheckpointError)
+        except CheckpointError:
             return path.parent.parent
     return None
 
@@ -390,7 +388,7 @@ def _best_step(manager: ocp.CheckpointManager, metric: str | None, mode: str) ->
 
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
     """The step to read and the other ones there are."""
-    run = parse_json(read_text(folder / RUN), folder / RUN)
+    run = read_json(folder / RUN, CheckpointError)
     metric, mode = run.get("best_metric"), run.get("best_mode", "min")
     manager = _open(folder, keep=None, best_metric=metric, best_mode=mode, write=False)
     steps, best = sorted(manager.all_steps()), _best_step(manager, metric, mode)

@@ -6,7 +6,6 @@ another shape can be said by name, and a part of a checkpoint can be read withou
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,6 @@ import numpy as np
 from jax import lax
 
 PyTree = Any
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message names it and says what to do."""
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
@@ -46,17 +41,6 @@ def nest(named: Mapping[str, Any]) -> dict:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return root
-
-
-def parse_json(text: str, path: Any) -> dict:
-    """The fields of a JSON object. Raises CheckpointError, which names `path`, if it is none."""
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{path} must hold a JSON object. Got: {type(fields).__name__}.")
-    return fields
 
 
 def differences(expected: Mapping[str, tuple], got: Mapping[str, tuple]) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only.chips import GIB
 from refine_jax.models.config import model_config
 from refine_jax.parallel import check_fits
-from refine_jax.settings import ConfigError
 
 if TYPE_CHECKING:
     from refine_jax.compile_only.report import Report

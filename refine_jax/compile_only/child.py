@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from refine_jax.base.errors import ConfigError, UserError
 from refine_jax.compile_only import hlo
 from refine_jax.compile_only.chips import Topology, parse_topology
 from refine_jax.compile_only.cost import Estimator
@@ -35,23 +36,17 @@ from refine_jax.compile_only.network import Network
 from refine_jax.compile_only.programs import programs_of_run
 from refine_jax.compile_only.run import Program, Run
 from refine_jax.config import Config
-from refine_jax.models.config import ModelConfigError
 from refine_jax.parallel import make_mesh
 from refine_jax.phases.setup import check_mesh
-from refine_jax.settings import ConfigError
 
 _SHOWN_BUFFERS = 12
-
-
-class InputError(Exception):
-    """A topology that libtpu does not have."""
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices to compile for.
 
     Raises:
-      InputError: libtpu has no such slice.
+      ConfigError: libtpu has no such slice.
     """
     from jax.experimental import topologies
 
@@ -61,7 +56,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         ).devices
     except Exception as error:
         message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        raise InputError(f"libtpu cannot describe {topology.name}: {message}") from error
+        raise ConfigError(f"libtpu cannot describe {topology.name}: {message}") from error
 
 
 @contextlib.contextmanager
@@ -281,7 +276,7 @@ def main(task_file: str, result_file: str) -> None:
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
     try:
         result = work(task)
-    except (ConfigError, ModelConfigError, InputError) as error:
+    except UserError as error:
         result = {"error": "input", "message": str(error)}
     except Exception as error:
         result = {"error": "compile", "message": f"{type(error).__name__}: {error}"}

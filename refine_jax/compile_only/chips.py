@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from refine_jax.settings import ConfigError
+from refine_jax.base.errors import ConfigError
 
 GIB = 1 << 30
 

@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only.chips import parse_topology
 from refine_jax.compile_only.report import Report, line, text
 from refine_jax.config import Config
-from refine_jax.settings import ConfigError
 
 NOT_FITTING = 2
 FAILED = 3

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
@@ -20,7 +21,6 @@ from refine_jax.phases.setup import Start, load_start, make_model
 from refine_jax.refine.method import Method
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
-from refine_jax.settings import ConfigError
 
 CONFIG = "config.json"
 

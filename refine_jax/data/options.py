@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from refine_jax.base.errors import DataError
+
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
-
-
-class DataError(ValueError):
-    """Bad input of the user: a missing file or column, an empty source, too short documents."""
 
 
 @dataclass(frozen=True, kw_only=True)

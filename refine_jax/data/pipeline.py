@@ -22,7 +22,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from refine_jax.data.options import SPLITS, DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.data.options import SPLITS, DataOptions
 from refine_jax.data.rows import Rows, make_rows
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from refine_jax.data.options import DataError, DataOptions, FlagOptions
+from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.data.options import DataOptions, FlagOptions
 
 
 def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
@@ -59,14 +60,15 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
+    escape_output()
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
     out = values.pop("out")
     try:
         print(json.dumps(prepare(FlagOptions(**values), out)))
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    except USER_ERRORS as error:
+        sys.exit(complain(error))
 
 
 def _define_flags() -> None:

@@ -22,16 +22,13 @@ from typing import Protocol
 
 import numpy as np
 
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import valid_unicode
+from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
 from refine_jax.data.rows import make_rows
-from refine_jax.data.sources import (
-    JsonRecords,
-    ParquetRecords,
-    files_of,
-    valid_unicode,
-)
+from refine_jax.data.sources import JsonRecords, ParquetRecords, files_of
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize
 

@@ -15,7 +15,7 @@ import hashlib
 
 import numpy as np
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.tokenizer import Tokenizer
 
 RECORDS = 4096

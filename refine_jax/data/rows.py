@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refine_jax.data.options import SPLITS, DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.data.options import SPLITS, DataOptions
 from refine_jax.data.tokens import TokenSource
 
 OPEN_ROWS = 256  # rows that packing fills at the same time

@@ -22,7 +22,9 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import valid_unicode
+from refine_jax.data.options import DataOptions
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KNOWN_FILES = ("*.parquet", *(f"*{suffix}" for suffix in JSON_SUFFIXES), "*.txt", "*.md")
@@ -319,11 +321,6 @@ class TfdsSource:
                 f"feature {self._feature!r} of {self._name}, example {index}, is not UTF-8 text: "
                 f"{error}"
             ) from error
-
-
-def valid_unicode(text: str) -> str:
-    """The text with lone surrogates, which JSON can hold and UTF-8 cannot, as "?"."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def open_source(options: DataOptions) -> TextSource:

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 
 Ids = Sequence[int] | np.ndarray
 

@@ -19,7 +19,8 @@ from typing import Protocol
 import numpy as np
 from absl import logging
 
-from refine_jax.data.options import DataError, DataOptions
+from refine_jax.base.errors import DataError
+from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import TextSource, is_tfds_folder, open_source
 from refine_jax.data.tokenizer import Tokenizer
 

@@ -32,7 +32,7 @@ except ImportError as error:
         f"{error}: lm-evaluation-harness is an optional dependency, pip install 'refine-jax[eval]'"
     ) from error
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.scoring import Request, Score, Scorer
 from refine_jax.generation import Generator, Sampling, load, take_rows

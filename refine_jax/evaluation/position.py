@@ -28,12 +28,12 @@ import numpy as np
 from absl import logging
 from scipy.special import stdtrit
 
-from refine_jax.checkpoint.tree import CheckpointError
+from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.base.files import write_text
 from refine_jax.convert import step_argument
-from refine_jax.data.options import DataError, DataOptions, FlagOptions
+from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
-from refine_jax.models.config import ModelConfigError
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk
 
@@ -268,6 +268,7 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    escape_output()
     given = vars(_parser().parse_args(arguments))
     logging.set_verbosity(logging.WARNING)
     output = given.pop("output")
@@ -286,10 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
             output.mkdir(parents=True, exist_ok=True)
             plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
             text = json.dumps(results, indent=2) + "\n"
-            (output / "position.json").write_text(text, encoding="utf-8")
-    except (CheckpointError, DataError, ModelConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            write_text(output / "position.json", text)
+    except USER_ERRORS as error:
+        return complain(error)
     return 0
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refine_jax.base.errors import ConfigError, DataError
 from refine_jax.config import EvaluateConfig
-from refine_jax.data.options import DataError
 from refine_jax.data.prompts import cut_prompt
 from refine_jax.data.tasks import TASKS, Example, Task, check_request, load_examples
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.settings import ConfigError, suggestion
+from refine_jax.settings import suggestion
 
 
 @dataclasses.dataclass(frozen=True)

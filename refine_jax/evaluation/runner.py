@@ -24,7 +24,7 @@ import jax
 from tqdm import tqdm
 
 from refine_jax import distributed
-from refine_jax.checkpoint.folders import write_text
+from refine_jax.base.files import write_text
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
 from refine_jax.generation import Generated, Generator, Sampling

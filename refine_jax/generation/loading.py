@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import jax
 
+from refine_jax.base.errors import DataError
 from refine_jax.checkpoint import load_model
-from refine_jax.data.options import DataError
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.settings import ConfigError
+from refine_jax.base.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import read_json, write_text
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
-from refine_jax.checkpoint.folders import check_free, new_folder, read_text, write_text
+from refine_jax.checkpoint.folders import check_free, new_folder
 from refine_jax.checkpoint.tree import (
-    CheckpointError,
     fingerprints,
     flatten,
-    parse_json,
     unflatten,
 )
 from refine_jax.data.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def load_prefix(
     folder = Path(path).expanduser().resolve()
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{path} is not a saved state: it has no {_RECORD}.")
-    record = parse_json(read_text(folder / _RECORD), folder / _RECORD)
+    record = read_json(folder / _RECORD, CheckpointError)
     again = "Read the document again with this one."
     try:
         rows = len(record["lengths"])

@@ -1,11 +1,11 @@
 """Fast-weight language models as pure functions: `forward`, `fork`, `extend`."""
 
+from refine_jax.base.errors import ModelConfigError
 from refine_jax.models.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
     LaCTConfig,
     ModelConfig,
-    ModelConfigError,
     model_config,
 )
 from refine_jax.models.layout import Layout

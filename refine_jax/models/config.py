@@ -6,11 +6,9 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+from refine_jax.base.errors import ModelConfigError
+
 _CHUNK = 64  # tokens
-
-
-class ModelConfigError(ValueError):
-    """A model configuration that asks for something unknown or impossible."""
 
 
 @dataclasses.dataclass(frozen=True)

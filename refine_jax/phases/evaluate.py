@@ -16,7 +16,8 @@ from typing import Any
 import jax
 
 from refine_jax import distributed
-from refine_jax.checkpoint.folders import write_text
+from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import read_json, write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
 from refine_jax.data.tasks import TASKS
@@ -42,7 +43,6 @@ from refine_jax.phases.setup import (
     prepare_model,
 )
 from refine_jax.refine.adapt import Adapter, row_length
-from refine_jax.settings import ConfigError
 
 RECORD = "evaluation.json"
 
@@ -114,7 +114,7 @@ def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
         return
     before = {}
     if (workdir / RECORD).is_file():
-        before = _flat(json.loads((workdir / RECORD).read_text(encoding="utf-8")))
+        before = _flat(read_json(workdir / RECORD, ConfigError))
     after = _flat(mine)
     changed = [
         f"  {name}: was {before.get(name)!r}, got {after.get(name)!r}"

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import distributed
+from refine_jax.base.errors import RunError
 from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
@@ -27,7 +28,7 @@ from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
 from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.setup import CHECKPOINTS, RunError, Start, initial_params
+from refine_jax.phases.setup import CHECKPOINTS, Start, initial_params
 from refine_jax.plots import plot_training
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState

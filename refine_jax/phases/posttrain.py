@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import distributed
+from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import (
@@ -64,7 +65,7 @@ from refine_jax.refine.answer_step import (
 )
 from refine_jax.refine.answers import AnswerMethod, prompts_of
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
-from refine_jax.settings import ConfigError, suggestion
+from refine_jax.settings import suggestion
 
 ANSWERS_FILE = "answers.jsonl"
 SHOWN_CHARACTERS = 400  # of the end of a prompt

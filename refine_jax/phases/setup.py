@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refine_jax.base.errors import CheckpointError, ConfigError
+from refine_jax.base.files import parse_object, read_json, read_text
+from refine_jax.checkpoint.folders import CONFIG
 from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config, ModelConfig
 from refine_jax.data.options import DataOptions
@@ -18,7 +21,7 @@ from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
-from refine_jax.settings import ConfigError, suggestion
+from refine_jax.settings import suggestion
 
 CHECKPOINTS = "checkpoints"
 
@@ -40,10 +43,6 @@ _MAY_CHANGE = {
     "train.keep_checkpoints",
     "train.max_nonfinite_updates",
 }
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on. The message says what happened and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,9 @@ def load_start(config: ModelConfig, workdir: Path) -> Start:
     """
     if has_checkpoints(workdir):
         folder = Path(workdir) / CHECKPOINTS
-        text = (folder / "config.json").read_text(encoding="utf-8")
-        return Start(json.loads(text), text, None, {}, folder)
+        text = read_text(folder / CONFIG, CheckpointError)
+        fields = parse_object(text, folder / CONFIG, CheckpointError)
+        return Start(fields, text, None, {}, folder)
     if config.checkpoint is not None:
         loaded = load_model(config.checkpoint)
         return Start(
@@ -246,7 +246,7 @@ def check_same_run(config: Config, workdir: Path) -> None:
     record = Path(workdir) / CHECKPOINTS / "run.json"
     if not (has_checkpoints(workdir) and record.is_file()):
         return
-    old = json.loads(record.read_text(encoding="utf-8"))["config"]
+    old = read_json(record, CheckpointError)["config"]
     changed = []
     new = json.loads(json.dumps(config.to_dict()))
     phase = new.pop("phase")

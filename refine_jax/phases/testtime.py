@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.settings import ConfigError
 
 # Apart from the streams of random numbers of the other phases, which share the seed.
 _STREAM = 3

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Task

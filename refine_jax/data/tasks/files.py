@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
 from refine_jax.data.tasks import check_request, load_examples
 from refine_jax.data.tasks.files import SUFFIXES, digest, write_examples
 from refine_jax.data.tokenizer import load_tokenizer
@@ -24,6 +24,7 @@ from refine_jax.data.tokenizer import load_tokenizer
 
 def main(argv: Sequence[str]) -> None:
     """Run the command."""
+    escape_output()
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     values = flags.FLAGS
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
             write_examples(examples, path)
             made = {"file": str(path), "examples": len(examples), "sha256": digest(examples)}
             print(json.dumps(made), flush=True)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+    except USER_ERRORS as error:
+        sys.exit(complain(error))
 
 
 def _positive(text: str) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.example import Example, Task
 from refine_jax.data.tasks.haystack import count_tokens, fit

@@ -12,7 +12,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.tasks.draw import Draw
 
 VERSION = "3.0.1"

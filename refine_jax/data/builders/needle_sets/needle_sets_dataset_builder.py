@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from refine_jax.data.options import DataError
+from refine_jax.base.errors import DataError
 from refine_jax.data.tasks import TASKS, load_examples, needs_essays
 from refine_jax.data.tasks.haystack import load_essays
 from refine_jax.data.tokenizer import load_tokenizer
