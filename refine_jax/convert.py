@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from refine_jax.base.errors import USER_ERRORS, CheckpointError, complain, escape_output
-from refine_jax.base.files import local_path
+from refine_jax.base.files import local_path, short
 from refine_jax.checkpoint import (
     load_model,
     read_hf,
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what its errors say
     convert = options.pop("convert")
     try:
         print(convert(**options))
@@ -140,7 +140,7 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
     size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
     if not 1 <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {short(text)}")
     return int(size)
 
 

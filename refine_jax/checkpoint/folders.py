@@ -1,9 +1,11 @@
 """Folders that are there in full or not at all, and the files that travel with the weights."""
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -84,40 +86,55 @@ def copy_files(files: Mapping, folder) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
+) -> Iterator[Path]:
     """A temporary folder beside `path` that gets its name when the block ends without an error.
 
     Parent folders are made, and removed with the temporary one if there is an error.
-    overwrite: replace a model that is there already; see `check_free`.
+    overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
+    written, if known.
     Raises CheckpointError if `path` exists and must not be replaced, or cannot be written.
     """
     path = _target(path)
     check_free(path, overwrite=overwrite)
     mark = secrets.token_hex(8)  # so that nobody can put a link there beforehand
     temporary = path.with_name(f".{path.name}.new-{mark}")
-    made = []
+    made = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
     try:
-        for parent in path.parents:
-            if parent.exists():
-                break
-            made.append(parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+        free = shutil.disk_usage(temporary).free
+        if size > free:
+            raise CheckpointError(
+                f"{path} takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there."
+            )
         yield temporary
         if overwrite and path.exists():
             _exchange(temporary, path, path.with_name(f".{path.name}.old-{mark}"))
         else:
             temporary.rename(path)
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # Orbax raises all of them on a full disk
+    except BaseException as error:
+        _clear(temporary, made)
+        # Orbax raises all of these, for one on a full disk.
+        if isinstance(error, UserError) or not isinstance(
+            error, (OSError, RuntimeError, ValueError)
+        ):
+            raise
         reason = describe(error).rstrip(".")
         raise CheckpointError(f"{path} could not be written: {reason}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # it holds the new folder
-                parent.rmdir()
+
+
+def _clear(folder: Path, parents: list[Path]) -> None:
+    """Remove a folder, and those of its parents that are then empty."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)  # Orbax's other writers do not stop at once when one has failed
+        if not folder.exists():
+            break
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:

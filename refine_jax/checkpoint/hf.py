@@ -53,8 +53,11 @@ _HEAD, _EMBEDDINGS = "lm_head.weight", "model.embeddings.weight"
 
 # Tensors of published files that change nothing: {pattern: (why, whose)}.
 _UNUSED = {
-    r".*\.rotary(_emb)?\.inv_freq": ("it follows from the config", ModelConfig),
-    r"model\.layers\.\d+\.attn\.D": ("no published code reads it", GatedDeltaNetConfig),
+    r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", ModelConfig),
+    r"model\.layers\.\d+\.attn\.D": (
+        "older versions of the published code store it and do not read it",
+        GatedDeltaNetConfig,
+    ),
 }
 
 # Files of tokenizers in other forms than those that are read.
@@ -122,8 +125,8 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
     pointers = [name for name, path in files.items() if is_lfs_pointer(path)]
     if pointers:
         raise CheckpointError(
-            f"{folder}: {', '.join(pointers)}: a pointer of git-lfs, not the file itself. Fetch "
-            "it: git lfs pull."
+            f"{folder}: {_brief(pointers)}: pointers of git-lfs, not the files themselves. Fetch "
+            "them: git lfs pull."
         )
     stored, unused, wrong = _describe(weights, folder, config)
     tied = config.tie_word_embeddings and _HEAD in stored
@@ -152,7 +155,8 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
 def _read_config(folder: Path) -> str:
     """The text of config.json; raises CheckpointError that says what else the folder is."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a Hugging Face folder: there is no such folder.")
+        got = "it is a file" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder} is not a Hugging Face folder: {got}.")
     to_hf = "`python -m refine_jax.convert to_hf SRC DST` writes it for PyTorch"
     if (folder / "checkpoints" / CONFIG).is_file() or (folder / RUN).is_file():
         raise CheckpointError(f"{folder} is a training run, not a Hugging Face folder: {to_hf}.")
@@ -194,7 +198,7 @@ def _describe(
             stored[name] = entry
     absent = weights.listed - {entry.stored_name for entry in found}
     wrong += [f"{name}: named by the index, in no file" for name in sorted(absent)]
-    lines = [f"{kind}, {count} tensors" for kind, count in unused.items()]
+    lines = [f"tensors {kind}, {count} of them" for kind, count in unused.items()]
     marks = {part for entry in found for part in entry.stored_name.split(".")} & _WRAPPERS
     marks |= {prefix.rstrip(".")} - {""}
     lines += [f"the part {mark!r} of tensors' names" for mark in sorted(marks)]
@@ -364,7 +368,8 @@ def write_hf(
     nonfinite = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
     if nonfinite and not allow_nonfinite:
         raise _nonfinite(nonfinite, "The parameters")
-    with new_folder(folder, overwrite=overwrite) as target:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with new_folder(folder, overwrite=overwrite, size=size) as target:
         _write_shards(target, tensors, max_shard_bytes)
         copy_files(files or {}, target)
         write_text(target / CONFIG, config_json)

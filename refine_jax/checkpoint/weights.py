@@ -95,7 +95,7 @@ def _check_fetched(folder: Path, files: list[Path]) -> None:
     pointers = [file.name for file in files if is_lfs_pointer(file)]
     if pointers:
         raise CheckpointError(
-            f"{folder}: {short(pointers, 300)} are pointers of git-lfs, not the files themselves. "
+            f"{folder}: {short(pointers, 300)}: pointers of git-lfs, not the files themselves. "
             "Fetch them: git lfs pull."
         )
 
