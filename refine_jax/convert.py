@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import USER_ERRORS, CheckpointError, complain, escape_output
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity(logging.FATAL)  # Orbax logs what its errors say
     convert = options.pop("convert")
     try:
-        print(convert(**options))
+        with np.errstate(over="ignore"):  # of a cast, whose infinite values are named
+            print(convert(**options))
     except USER_ERRORS as error:
         return complain(error)
     return 0

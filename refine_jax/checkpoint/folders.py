@@ -100,7 +100,7 @@ def new_folder(
     check_free(path, overwrite=overwrite)
     mark = secrets.token_hex(8)  # so that nobody can put a link there beforehand
     temporary = path.with_name(f".{path.name}.new-{mark}")
-    made = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
+    made = list(itertools.takewhile(lambda parent: not os.path.lexists(parent), path.parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -130,7 +130,7 @@ def _clear(folder: Path, parents: list[Path]) -> None:
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)  # Orbax's other writers do not stop at once when one has failed
-        if not folder.exists():
+        if not os.path.lexists(folder):
             break
     for parent in parents:
         with contextlib.suppress(OSError):

@@ -66,7 +66,7 @@ _OTHER_TOKENIZERS = {"tekken.json", "spiece.model", "sentencepiece.bpe.model", "
 # Parts of names by which PyTorch's wrappers of modules mark what they wrap.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-_MOST_LINES, _LONGEST_LINE = 40, 240
+_MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind
 _BLOCK = 1 << 18  # elements that stay in a processor's cache between copy and check
 
 
@@ -325,9 +325,20 @@ def _brief(names: list[str], most: int = 12) -> str:
 
 
 def _listed(lines: list[str]) -> str:
-    """Lines of a message, printable and not too many."""
-    more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-    return "\n  ".join([*(_printable(line) for line in lines[:_MOST_LINES]), *more])
+    """Lines of a message, printable and not too many of a kind: faults, unknown, missing."""
+    shown = []
+    for kind in (": unknown, ", ": missing, "):
+        same = [line for line in lines if kind in line]
+        lines = [line for line in lines if kind not in line]
+        shown.append(same)
+    return "\n  ".join(
+        line
+        for same in (lines, *shown)
+        for line in (
+            *(_printable(line) for line in same[:_MOST_LINES]),
+            *([f"and {len(same) - _MOST_LINES} more"] if len(same) > _MOST_LINES else []),
+        )
+    )
 
 
 def _printable(text: str, most: int = _LONGEST_LINE) -> str:
@@ -358,6 +369,11 @@ def write_hf(
     named = flatten(params)
     expected = _shapes(abstract_params(parse_object(config_json, CONFIG, CheckpointError)))
     wrong = differences(expected, _shapes(named))
+    wrong += [
+        _unsupported_dtype(name, leaf.dtype)
+        for name, leaf in named.items()
+        if np.dtype(leaf.dtype).name not in DTYPES
+    ]
     if wrong:
         raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  {_listed(wrong)}")
     arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
@@ -400,10 +416,14 @@ def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named.items()}
 
 
+def _unsupported_dtype(name: str, dtype: Any) -> str:
+    return f"{name}: dtype {dtype} is not supported, expected one of {list(DTYPES)}"
+
+
 def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -> list[str]:
     """Lines for dtypes that are not supported, and for layers that do not stack."""
     lines = [
-        f"{name}: dtype {entry.dtype} is not supported, expected one of {list(DTYPES)}"
+        _unsupported_dtype(name, entry.dtype)
         for name, entry in sorted(stored.items())
         if entry.dtype not in DTYPES
     ]

@@ -55,7 +55,7 @@ class ModelConfig:
 
     vocab_size: Annotated[int, Range(1, 2**24)] = 32000
     hidden_size: Width = 2048
-    num_hidden_layers: Annotated[int, Range(1, 2**12)] = 24
+    num_hidden_layers: Annotated[int, Range(1, 2**10)] = 24
     hidden_ratio: Ratio = 4
     intermediate_size: Width | None = None
     hidden_act: Literal["swish", "silu"] = "swish"
@@ -276,7 +276,7 @@ class GatedDeltaNetConfig(_DeltaFamilyConfig):
         "use_residual": (False, "residual connections by attn.D"),
     }
 
-    num_hidden_layers: Annotated[int, Range(1, 2**12)] = 21
+    num_hidden_layers: Annotated[int, Range(1, 2**10)] = 21
     num_heads: Width = 6
     expand_v: Ratio = 2.0
     use_gate: bool = True
