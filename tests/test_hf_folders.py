@@ -626,3 +626,69 @@ def test_parameters_of_another_dtype_are_not_written(tmp_path):
         write_hf(tmp_path / "hf", params, json.dumps(LACT))
     params["norm"]["weight"] = params["norm"]["weight"].astype(ml_dtypes.bfloat16)
     write_hf(tmp_path / "hf", params, json.dumps(LACT))
+
+
+# ---- pytorch_model.bin ----
+
+
+def bin_source(folder: Path, state: object, **options) -> Path:
+    """A folder whose pytorch_model.bin holds what torch.save makes of `state`."""
+    torch = pytest.importorskip("torch", reason="pytorch_model.bin needs the extra [torch]")
+    source = write_source(folder, {})
+    (source / WEIGHTS).unlink()
+    torch.save(state, source / "pytorch_model.bin", **options)
+    return source
+
+
+def torch_tensors() -> dict:
+    torch = pytest.importorskip("torch", reason="pytorch_model.bin needs the extra [torch]")
+    return {name: torch.from_numpy(tensor) for name, tensor in lact_tensors().items()}
+
+
+@pytest.mark.parametrize("case", ["sparse", "meta", "endless", "number", "name", "nested", "list"])
+def test_odd_pytorch_files_are_one_message(case, tmp_path, capsys):
+    state = torch_tensors()
+    import torch
+
+    name = "lm_head.weight"
+    if case == "sparse":
+        state[name] = state[name].to_sparse()
+    elif case == "meta":
+        state[name] = torch.empty(11, 8, device="meta")
+    elif case == "endless":  # one number in the file, any number of them in the tensor
+        state[name] = torch.zeros(1).expand(2**50)
+    elif case == "number":
+        state[name] = 3
+    elif case == "name":
+        state[3] = state[name]
+    elif case == "nested":
+        state = {"model": state}
+    else:
+        state = list(state.values())
+    message = fails(capsys, "from_hf", bin_source(tmp_path / "s", state), tmp_path / "jax")
+    assert "pytorch_model.bin must hold a dict of" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["legacy", "strided", "parameters"])
+def test_pytorch_files_in_other_forms(name, tmp_path):
+    """As PyTorch before 1.6 wrote them, not contiguous, and with gradients."""
+    state, options = torch_tensors(), {}
+    import torch
+
+    if name == "legacy":
+        options = {"_use_new_zipfile_serialization": False}
+    elif name == "strided":
+        state = {k: v.clone().t().contiguous().t() if v.ndim == 2 else v for k, v in state.items()}
+    else:
+        state = {key: torch.nn.Parameter(tensor) for key, tensor in state.items()}
+    assert_reads(bin_source(tmp_path / "source", state, **options), lact_tensors())
+
+
+def test_a_damaged_pytorch_file_is_one_message(tmp_path, capsys):
+    source = bin_source(tmp_path / "source", torch_tensors())
+    file = source / "pytorch_model.bin"
+    content = file.read_bytes()
+    for damaged in (b"", b"x", content[:100], content[: len(content) // 2], POINTER):
+        file.write_bytes(damaged)
+        message = fails(capsys, "from_hf", source, tmp_path / "jax")
+        assert str(source) in message and message.count("\n") == 1
