@@ -6,6 +6,9 @@
 SRC of `from_hf` holds config.json, the weights (safetensors, one file or shards; pytorch_model.bin
 needs the extra [torch]) and tokenizer files. DST is what `config.model.checkpoint` takes. SRC of
 `to_hf` may also be the work folder of a training run.
+
+What a folder holds and no model of ours uses is printed ("not used: ..."); what would change the
+function, weights that are not finite, and links that leave the folder are refused by name.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from refine_jax.checkpoint import (
     save_model,
     write_hf,
 )
-from refine_jax.checkpoint.folders import check_free
+from refine_jax.checkpoint.folders import CONFIG, check_free
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -161,7 +164,8 @@ def _paths(src: str, dst: str, overwrite: bool) -> tuple[Path, Path]:
     real, written = (Path(os.path.realpath(path)) for path in (source, target))
     if real.is_relative_to(written):
         raise CheckpointError(f"{dst} is SRC itself, or holds it: choose another DST.")
-    if written.is_relative_to(real):
+    run = real / "checkpoints"  # a run's work folder may take models beside them
+    if written.is_relative_to(run if (run / CONFIG).is_file() else real):
         raise CheckpointError(f"{dst} is inside of SRC: choose another DST.")
     check_free(target, overwrite=overwrite)
     return source, target

@@ -472,6 +472,10 @@ def test_overwrite_removes_no_place_of_the_system(tmp_path, capsys, monkeypatch)
     assert "is not a folder" in fails(capsys, "from_hf", source, "link", "--overwrite")
     for inside in (source / "jax", source / "a" / "b"):
         assert "is inside of SRC" in fails(capsys, "from_hf", source, inside)
+    make_run(tmp_path / "run", source)
+    inside = tmp_path / "run" / "checkpoints" / "hf"
+    assert "is inside of SRC" in fails(capsys, "to_hf", tmp_path / "run", inside)
+    convert("to_hf", tmp_path / "run", tmp_path / "run" / "hf")
     load_model(model)
     convert("from_hf", source, tmp_path / "x" / ".." / "home" / "model", "--overwrite")
 

@@ -94,7 +94,22 @@ NOT_SIZES += [float("nan"), float("inf"), 1e400]
 NOT_POSITIVE = [*NOT_NUMBERS, 0, -1, -1e-6, 1e-45, 1e40, 10**400, float("nan"), float("inf")]
 NOT_TRUTHS = [0, 1, 1.0, "true", "", [], [True], {}, NESTED]
 NOT_CHOICES = ["gelu", "SWISH", "", 0, 1, True, [], ["swish"], {}, NESTED]
-NOT_TOKENS = ["2", "", True, 2.0, -2, 2**31, 10**400, {}, [None], [2, "3"], [[2]], [True], NESTED]
+NOT_TOKENS = [
+    "2",
+    "",
+    True,
+    2.0,
+    -2,
+    2**31,
+    10**400,
+    {},
+    [None],
+    [2, "3"],
+    [[2]],
+    [True],
+    [2] * 10**6,
+    NESTED,
+]
 
 ZERO_IS_ALLOWED = {"w0_w2_low_rank", "initializer_range", "fw_init_gain"}
 

@@ -20,6 +20,7 @@ from refine_jax.base.files import short
 _CHUNK = 64  # tokens
 _WIDEST = 2**20
 """The most rows or columns of a weight that is no embedding. No size can then overflow."""
+_MOST_IDS = 1024
 
 
 class Range(NamedTuple):
@@ -416,7 +417,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if form is Literal:
         return isinstance(value, str) and value in parts
     if form is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(each, parts[0]) for each in value)
+        is_list = isinstance(value, (list, tuple)) and len(value) <= _MOST_IDS
+        return is_list and all(_fits(each, parts[0]) for each in value)
     return isinstance(value, kind)  # bool, or the type of None
 
 
@@ -433,5 +435,5 @@ def _in_words(kind: Any) -> str:
     if form is Literal:
         return " or ".join(repr(part) for part in parts)
     if form is tuple:
-        return "a list of them"
+        return f"a list of at most {_MOST_IDS} of them"
     return "true or false" if kind is bool else "null"
