@@ -41,7 +41,14 @@ from refine_jax.checkpoint.tree import (
     flatten,
     nest,
 )
-from refine_jax.checkpoint.weights import DTYPES, INDEX, SAFETENSORS, WeightFiles, weight_files
+from refine_jax.checkpoint.weights import (
+    DTYPES,
+    INDEX,
+    SAFETENSORS,
+    TORCH,
+    WeightFiles,
+    weight_files,
+)
 from refine_jax.models.config import (
     GatedDeltaNetConfig,
     ModelConfig,
@@ -157,12 +164,12 @@ def _read_config(folder: Path) -> str:
     if not folder.is_dir():
         got = "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder} is not a Hugging Face folder: {got}.")
-    to_hf = "`python -m refine_jax.convert to_hf SRC DST` writes it for PyTorch"
-    if (folder / "checkpoints" / CONFIG).is_file() or (folder / RUN).is_file():
-        raise CheckpointError(f"{folder} is a training run, not a Hugging Face folder: {to_hf}.")
-    if (folder / PARAMS).is_dir():
+    ours = [folder / "checkpoints" / CONFIG, folder / RUN, folder / PARAMS]
+    names = [file + end for file in (SAFETENSORS, TORCH) for end in ("", INDEX)]
+    if any(map(Path.exists, ours)) and not any((folder / name).exists() for name in names):
         raise CheckpointError(
-            f"{folder} is a checkpoint of this package, not a Hugging Face folder: {to_hf}."
+            f"{folder} is a checkpoint or a run of this package, not a Hugging Face folder: "
+            "`python -m refine_jax.convert to_hf SRC DST` writes it for PyTorch."
         )
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
@@ -202,7 +209,7 @@ def _describe(
     marks = {part for entry in found for part in entry.stored_name.split(".")} & _WRAPPERS
     marks |= {prefix.rstrip(".")} - {""}
     lines += [f"the part {mark!r} of tensors' names" for mark in sorted(marks)]
-    return stored, lines, wrong
+    return stored, [_printable(line) for line in lines], wrong
 
 
 def _why_unused(name: str, config: ModelConfig) -> str | None:
