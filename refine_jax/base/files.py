@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import reprlib
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,9 +139,23 @@ def kind_of(value: Any) -> str:
 
 
 def short(value: Any, limit: int = 80) -> str:
-    """A value for a message, cut where it is long."""
-    text = repr(value)
+    """A value for a message, cut where it is long or nested deeply."""
+    brief = reprlib.Repr()  # a plain repr is as large as the value, and fails on deep nesting
+    brief.maxstring = brief.maxlong = brief.maxother = limit
+    text = brief.repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+)
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is a pointer of git-lfs in place of the content, which was not fetched."""
+    with Path(path).open("rb") as file:
+        return file.read(len(_POINTERS[0])).startswith(_POINTERS)
 
 
 @contextlib.contextmanager

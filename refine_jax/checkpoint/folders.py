@@ -1,19 +1,24 @@
 """Folders that are there in full or not at all, and the files that travel with the weights."""
 
 import contextlib
+import itertools
 import os
+import secrets
 import shutil
-import uuid
+import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from refine_jax.base.errors import CheckpointError
+from refine_jax.base.errors import CheckpointError, UserError, describe
+from refine_jax.base.files import local_path, read_json, short, valid_unicode, write_bytes
 
 CONFIG = "config.json"
 RUN = "run.json"
+PARAMS = "params"
 
 # Files beside the weights of a Hugging Face folder that are carried through unread: tokenizers,
 # generation defaults, and the model code that config.json may point to.
+_CODE = "*.py"
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -22,15 +27,25 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
     "generation_config.json",
-    "*.py",
+    _CODE,
 )
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+_WEIGHTS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def companions(folder) -> dict:
-    """The files of `folder` (a path) that travel with its weights: {name: path}."""
-    found = {path.name: path for pattern in COMPANIONS for path in folder.glob(pattern)}
-    return {name: path for name, path in sorted(found.items()) if path.is_file()}
+    """The files of `folder` (a path) that travel with its weights: {name: path}.
+
+    Raises CheckpointError for a link that leaves the folder.
+    """
+    folder = Path(folder)
+    names = {path.name for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return {name: contained(folder, name) for name in sorted(names)}
 
 
 def has_tokenizer(folder) -> bool:
@@ -38,50 +53,163 @@ def has_tokenizer(folder) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
+def contained(folder: Path, name: str) -> Path:
+    """The path of the file `name` in `folder`, which may be a link to another file in it.
+
+    huggingface_hub's cache keeps what a model's folder links to in a folder above, its blobs: they
+    are taken for files in it. Whether the file is there is not looked at.
+
+    Raises CheckpointError for a name or a link that leaves the folder: following it would copy, and
+    so publish, whatever it points to.
+    """
+    parts = PurePosixPath(name).parts
+    plain = "\0" not in name and valid_unicode(name) == name
+    if not (plain and parts) or parts[0] == "/" or ".." in parts:
+        raise CheckpointError(f"{folder}: {short(name)} is no name of a file in this folder.")
+    path, roots = folder / name, [Path(os.path.realpath(folder))]
+    repository = roots[0].parent.parent
+    if roots[0].parent.name == "snapshots" and (repository / "blobs").is_dir():
+        roots.append(repository)
+    real = Path(os.path.realpath(path))
+    if not any(real.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"{path} is a link that leaves its folder, to {real}: it is not followed. Put the file "
+            "itself into the folder."
+        )
+    return path
+
+
 def copy_files(files: Mapping, folder) -> None:
-    """Copy files {name: path} into `folder`, bytes unchanged."""
+    """Copy files {name: path} into `folder`, bytes unchanged; links there are replaced."""
     for name, path in files.items():
-        (folder / name).write_bytes(path.read_bytes())
+        write_bytes(folder / name, path.read_bytes())
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
+) -> Iterator[Path]:
     """A temporary folder beside `path` that gets its name when the block ends without an error.
 
-    overwrite: replace a checkpoint that is there already (a folder with a config.json).
-    Raises CheckpointError if `path` exists and must not be replaced.
+    Parent folders are made, and removed with the temporary one if there is an error.
+    overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
+    written, if known.
+    Raises CheckpointError if `path` exists and must not be replaced, or cannot be written.
     """
-    path = Path(path).expanduser().absolute()
+    path = _target(path)
     check_free(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
+    mark = secrets.token_hex(8)  # so that nobody can put a link there beforehand
     temporary = path.with_name(f".{path.name}.new-{mark}")
-    temporary.mkdir()
+    made = list(itertools.takewhile(lambda parent: not os.path.lexists(parent), path.parents))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        free = shutil.disk_usage(temporary).free
+        if size > free:
+            raise CheckpointError(
+                f"{path} takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there."
+            )
         yield temporary
-        if path.exists():
-            replaced = path.with_name(f".{path.name}.old-{mark}")
-            path.rename(replaced)
-            temporary.rename(path)
-            shutil.rmtree(replaced)
+        if overwrite and path.exists():
+            _exchange(temporary, path, path.with_name(f".{path.name}.old-{mark}"))
         else:
             temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        _clear(temporary, made)
+        # Orbax raises all of these, for one on a full disk.
+        if isinstance(error, UserError) or not isinstance(
+            error, (OSError, RuntimeError, ValueError)
+        ):
+            raise
+        reason = describe(error).rstrip(".")
+        raise CheckpointError(f"{path} could not be written: {reason}.") from error
+
+
+def _clear(folder: Path, parents: list[Path]) -> None:
+    """Remove a folder, and those of its parents that are then empty."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)  # Orbax's other writers do not stop at once when one has failed
+        if not os.path.lexists(folder):
+            break
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Put `new` in the place of `path`, which is removed: first renamed to `old`."""
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
 
 
 def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError unless a checkpoint may be written to `path`."""
-    path = Path(path).expanduser().absolute()
+    """Raise CheckpointError unless a model may be written to `path`.
+
+    overwrite: it may hold a model, of ours or in the form of Hugging Face, and nothing else.
+    """
+    path = _target(path)
     if not os.path.lexists(path):
         return
     if not overwrite:
         raise CheckpointError(f"{path} exists. Choose another name, or remove it.")
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: it is not overwritten.")
+    for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
+        if Path(os.path.realpath(place)).is_relative_to(path):
+            raise CheckpointError(f"{path} is {what}, or holds it: it is not overwritten.")
+    if path.is_mount():
+        raise CheckpointError(f"{path} is a mount point: it is not overwritten.")
     if (path / RUN).exists():
         raise CheckpointError(f"{path} holds a training run: it is not overwritten.")
-    if any(path.iterdir()) and not (path / CONFIG).is_file():
+    entries = sorted(path.iterdir())
+    if entries and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} is a folder without {CONFIG}, no checkpoint: it is not overwritten."
         )
+    if entries:
+        _check_only_model(path, entries)
+
+
+def _check_only_model(path: Path, entries: list[Path]) -> None:
+    """Raise CheckpointError unless a folder with these entries is a model and nothing else."""
+    fields = read_json(path / CONFIG, CheckpointError)
+    weights = [entry for entry in entries if _is_weights(entry)]
+    if not weights or not isinstance(fields.get("model_type"), str):
+        raise CheckpointError(
+            f"{path} holds a {CONFIG}, but no model that it describes: it is not overwritten."
+        )
+    # Code is a part of a model only where config.json points to it.
+    patterns = [name for name in COMPANIONS if name != _CODE or "auto_map" in fields]
+    others = [
+        entry.name
+        for entry in entries
+        if entry.name != CONFIG
+        and entry not in weights
+        and not (entry.is_file() and any(entry.match(pattern) for pattern in patterns))
+    ]
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise CheckpointError(
+            f"{path} holds more than a model: {', '.join(others[:5])}{more}. It is not "
+            "overwritten: move that away, or choose another name."
+        )
+
+
+def _is_weights(entry: Path) -> bool:
+    if entry.name == PARAMS:  # of ours, with what Orbax writes beside the arrays
+        return not entry.is_symlink() and (entry / "_METADATA").is_file()
+    return entry.is_file() and any(entry.match(pattern) for pattern in _WEIGHTS)
+
+
+def _target(path: str | os.PathLike) -> Path:
+    """The absolute path of a folder to write; only its own name may be a link."""
+    path = local_path(path, "the folder to write", CheckpointError).absolute()
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent)) / path.name

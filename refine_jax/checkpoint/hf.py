@@ -11,26 +11,29 @@ pytorch_model.bin) and tokenizer files. What the weights must be follows from th
 Nothing is transposed and no dtype is changed, so that both directions are exact.
 """
 
-import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import parse_object, read_json, read_text, write_text
+from refine_jax.base.files import is_lfs_pointer, local_path, parse_object, read_text, write_text
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
+    PARAMS,
+    RUN,
     companions,
+    contained,
     copy_files,
+    has_tokenizer,
     new_folder,
 )
 from refine_jax.checkpoint.tree import (
@@ -38,22 +41,40 @@ from refine_jax.checkpoint.tree import (
     flatten,
     nest,
 )
-
-_SAFETENSORS = "model.safetensors"
-_TORCH = "pytorch_model.bin"
-_INDEX = ".index.json"
-
-_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-# Buffers that published files may carry and that follow from the config.
-_IGNORED = (".rotary.inv_freq", ".rotary_emb.inv_freq")
+from refine_jax.checkpoint.weights import (
+    DTYPES,
+    INDEX,
+    SAFETENSORS,
+    TORCH,
+    WeightFiles,
+    weight_files,
+)
+from refine_jax.models.config import (
+    GatedDeltaNetConfig,
+    ModelConfig,
+    model_config,
+    unused_fields,
+)
 
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.embeddings.weight"
+
+# Tensors of published files that change nothing: {pattern: (why, whose)}.
+_UNUSED = {
+    r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", ModelConfig),
+    r"model\.layers\.\d+\.attn\.D": (
+        "older versions of the published code store it and do not read it",
+        GatedDeltaNetConfig,
+    ),
+}
+
+# Files of tokenizers in other forms than those that are read.
+_OTHER_TOKENIZERS = {"tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"}
+
+# Parts of names by which PyTorch's wrappers of modules mark what they wrap.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+_MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind
+_BLOCK = 1 << 18  # elements that stay in a processor's cache between copy and check
 
 
 class Pretrained(NamedTuple):
@@ -61,7 +82,8 @@ class Pretrained(NamedTuple):
 
     config: the fields of config.json. params: nested dict of numpy arrays, layers stacked.
     config_json: the text of config.json. files: the other files that travel along, {name: path}.
-    tensors: how many tensors the files hold.
+    tensors: how many tensors the parameters were made of. left_out: what the folder holds beside
+    that, a line each.
     """
 
     config: dict
@@ -69,6 +91,7 @@ class Pretrained(NamedTuple):
     config_json: str
     files: dict
     tensors: int
+    left_out: tuple[str, ...]
 
 
 class _Slot(NamedTuple):
@@ -80,70 +103,254 @@ class _Slot(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """What a file says about one of its tensors."""
+    """What a file says about one of its tensors. stored_name: with the names of wrappers."""
 
     file: Path
+    stored_name: str
     shape: tuple[int, ...]
     dtype: str
 
 
-def read_hf(folder: str | os.PathLike) -> Pretrained:
+def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pretrained:
     """Read a Hugging Face folder into stacked parameters, dtypes as they are.
+
+    allow_nonfinite: take weights that are NaN or infinite.
 
     Raises:
       CheckpointError: A file is missing or damaged, or the tensors are not those that config.json
-        asks for; the message lists every one that is missing, unknown or of another shape.
+        asks for; the message lists every one that is missing, unknown, of another shape or not
+        finite.
+      ModelConfigError: config.json describes no model that is supported.
     """
-    folder = Path(folder).expanduser().absolute()
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
-    config_json = read_text(folder / CONFIG, CheckpointError)
-    config = parse_object(config_json, folder / CONFIG, CheckpointError)
-    slots = published_slots(_shapes(abstract_params(config)))
-    files, listed, open_file = _weight_files(folder)
-
-    stored: dict[str, _Stored] = {}
-    for file in files:
-        with open_file(file) as weights:
-            for name, (shape, dtype) in weights.describe().items():
-                if not name.endswith(_IGNORED):
-                    stored[name] = _Stored(file, shape, dtype)
-    tied = bool(config.get("tie_word_embeddings")) and _HEAD in stored
+    folder = local_path(folder, "SRC", CheckpointError).absolute()
+    config_json = _read_config(folder)
+    fields = parse_object(config_json, folder / CONFIG, CheckpointError)
+    config = model_config(fields)
+    slots = published_slots(_shapes(abstract_params(fields)))
+    weights = weight_files(folder)
+    files = companions(folder)
+    pointers = [name for name, path in files.items() if is_lfs_pointer(path)]
+    if pointers:
+        raise CheckpointError(
+            f"{folder}: {_brief(pointers)}: pointers of git-lfs, not the files themselves. Fetch "
+            "them: git lfs pull."
+        )
+    stored, unused, wrong = _describe(weights, folder, config)
+    tied = config.tie_word_embeddings and _HEAD in stored
     expected = {name: slot.shape for name, slot in slots.items()}
     if tied:
         expected[_HEAD] = expected[_EMBEDDINGS]
-    wrong = differences(expected, _shapes(stored))
-    wrong += [f"{name}: named by the index, in no file" for name in sorted(listed - stored.keys())]
+    wrong += differences(expected, _shapes(stored))
     wrong += _dtype_problems(slots, stored)
     if wrong:
+        hint = ""
+        if [line.partition(":")[0] for line in wrong] == [_HEAD] and _HEAD not in stored:
+            hint = "\nSet tie_word_embeddings to true if the embeddings are the head as well."
         raise CheckpointError(
-            f"The weights in {folder} are not those of its {CONFIG}:\n  " + "\n  ".join(wrong)
+            f"The weights in {folder} are not those of its {CONFIG}:\n  {_listed(wrong)}{hint}"
         )
-
-    arrays = {
-        slot.param: np.empty(
-            slot.shape if slot.layer is None else (config["num_hidden_layers"], *slot.shape),
-            _DTYPES[stored[name].dtype],
-        )
-        for name, slot in slots.items()
-    }
-    head = None
-    for file in files:
-        with open_file(file) as weights:
-            for name in (name for name, entry in stored.items() if entry.file == file):
-                if name in slots:
-                    slot = slots[name]
-                    arrays[slot.param][... if slot.layer is None else slot.layer] = weights.read(
-                        name
-                    )
-                else:
-                    head = weights.read(name)
-    if tied and head.tobytes() != arrays["embeddings.weight"].tobytes():
+    arrays, head = _read(weights, slots, stored, config.num_hidden_layers, allow_nonfinite)
+    if tied and not _same_bits(head, arrays["embeddings.weight"]):
         raise CheckpointError(
             f"{folder}: {CONFIG} ties the embeddings, but {_HEAD} differs from {_EMBEDDINGS}. "
             "Set tie_word_embeddings to false if the head is a matrix of its own."
         )
-    return Pretrained(config, nest(arrays), config_json, companions(folder), len(stored))
+    left_out = (*unused, *_left_out(folder, fields, weights, files))
+    return Pretrained(fields, nest(arrays), config_json, files, len(stored), left_out)
+
+
+def _read_config(folder: Path) -> str:
+    """The text of config.json; raises CheckpointError that says what else the folder is."""
+    if not folder.is_dir():
+        got = "it is a file" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{folder} is not a Hugging Face folder: {got}.")
+    ours = [folder / "checkpoints" / CONFIG, folder / RUN, folder / PARAMS]
+    names = [file + end for file in (SAFETENSORS, TORCH) for end in ("", INDEX)]
+    if any(map(Path.exists, ours)) and not any((folder / name).exists() for name in names):
+        raise CheckpointError(
+            f"{folder} is a checkpoint or a run of this package, not a Hugging Face folder: "
+            "`python -m refine_jax.convert to_hf SRC DST` writes it for PyTorch."
+        )
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
+    path = contained(folder, CONFIG)
+    if is_lfs_pointer(path):
+        raise CheckpointError(f"{path} is a pointer of git-lfs. Fetch the file: git lfs pull.")
+    return read_text(path, CheckpointError)
+
+
+def _describe(
+    weights: WeightFiles, folder: Path, config: ModelConfig
+) -> tuple[dict[str, _Stored], list[str], list[str]]:
+    """The tensors by published name, lines on those that are left out, and lines on faults."""
+    found: list[_Stored] = []
+    for file in weights.files:
+        with weights.open(file) as opened:
+            found += [_Stored(file, name, *what) for name, what in opened.describe().items()]
+    prefix = _common_prefix(entry.stored_name for entry in found)
+    stored: dict[str, _Stored] = {}
+    unused: dict[str, int] = {}
+    wrong = []
+    for entry in found:
+        name = _without_wrappers(entry.stored_name).removeprefix(prefix)
+        reason = _why_unused(name, config)
+        if reason:
+            kind = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({reason})"
+            unused[kind] = unused.get(kind, 0) + 1
+        elif name in stored:
+            both = [stored[name], entry]
+            places = [f"{each.stored_name} in {each.file.relative_to(folder)}" for each in both]
+            wrong.append(f"{name}: there twice, {' and '.join(places)}")
+        else:
+            stored[name] = entry
+    absent = weights.listed - {entry.stored_name for entry in found}
+    wrong += [f"{name}: named by the index, in no file" for name in sorted(absent)]
+    lines = [f"tensors {kind}, {count} of them" for kind, count in unused.items()]
+    marks = {part for entry in found for part in entry.stored_name.split(".")} & _WRAPPERS
+    marks |= {prefix.rstrip(".")} - {""}
+    lines += [f"the part {mark!r} of tensors' names" for mark in sorted(marks)]
+    return stored, [_printable(line) for line in lines], wrong
+
+
+def _why_unused(name: str, config: ModelConfig) -> str | None:
+    for pattern, (why, family) in _UNUSED.items():
+        if isinstance(config, family) and re.fullmatch(pattern, name):
+            return why
+    return None
+
+
+def _without_wrappers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """What stands before the published names of all tensors, such as `module.`."""
+    names = [_without_wrappers(name) for name in names]
+    prefixes = [name.removesuffix(_EMBEDDINGS) for name in names if name.endswith(_EMBEDDINGS)]
+    prefix = min(prefixes, key=len, default="")
+    return prefix if prefix.endswith(".") and all(n.startswith(prefix) for n in names) else ""
+
+
+def _read(
+    weights: WeightFiles,
+    slots: Mapping[str, _Slot],
+    stored: Mapping[str, _Stored],
+    layers: int,
+    allow_nonfinite: bool,
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The parameters by name, and the tensor that is none: a head tied to the embeddings."""
+    arrays, head, nonfinite = {}, None, []
+    names: dict[Path, list[str]] = {file: [] for file in weights.files}
+    for name, entry in stored.items():
+        names[entry.file].append(name)
+    for file in weights.files:
+        with weights.open(file) as opened:
+            for name in names[file]:
+                entry = stored[name]
+                tensor, slot = opened.read(entry.stored_name), slots.get(name)
+                if slot is None:
+                    head = tensor
+                    continue
+                if slot.param not in arrays:
+                    shape = slot.shape if slot.layer is None else (layers, *slot.shape)
+                    arrays[slot.param] = _empty(shape, DTYPES[entry.dtype])
+                into = arrays[slot.param][... if slot.layer is None else slot.layer]
+                if not _copy(tensor, into):
+                    nonfinite.append(name)
+    if nonfinite and not allow_nonfinite:
+        raise _nonfinite(nonfinite, "The weights")
+    return {slot.param: arrays[slot.param] for slot in slots.values()}, head
+
+
+def _nonfinite(names: list[str], what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} hold NaN or infinite values, of which no model computes anything. Convert "
+        f"with --allow_nonfinite to keep them as they are:\n  {_listed(names)}"
+    )
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError:
+        raise CheckpointError(
+            f"There is not enough memory for the weights: {list(shape)} of {dtype}."
+        ) from None
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> bool:
+    """Copy an array; returns whether all of its values are finite. Memory is passed once."""
+    source, target = source.reshape(-1), target.reshape(-1)
+    finite = True
+    for start in range(0, source.size, _BLOCK):
+        block = source[start : start + _BLOCK]
+        target[start : start + _BLOCK] = block
+        finite &= _is_finite(block)
+    return finite
+
+
+_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    flat = x.reshape(-1)
+    return all(_is_finite(flat[i : i + _BLOCK]) for i in range(0, flat.size, _BLOCK))
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    """Whether all values are finite: no exponent is all ones."""
+    mask = _EXPONENTS[x.dtype.name]
+    bits = x.view(f"uint{8 * x.dtype.itemsize}")
+    return not np.any((bits & bits.dtype.type(mask)) == mask)
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+
+
+def _left_out(folder: Path, fields: Mapping, weights: WeightFiles, files: Mapping) -> list[str]:
+    """Lines on what else the folder and its config.json hold: nothing is dropped unsaid."""
+    lines = []
+    unread = unused_fields(fields)
+    if unread:
+        lines.append(f"fields of {CONFIG} that change nothing here: {_brief(unread)}")
+    read = {CONFIG, *files, *(file.relative_to(folder).parts[0] for file in weights.files)}
+    read |= {weights.index.name} if weights.index else set()
+    names = sorted(path.name for path in folder.iterdir())
+    others = [name for name in names if name not in read and not name.startswith(".")]
+    if others:
+        lines.append(f"files: {_brief(others)}")
+    if not has_tokenizer(folder) and not _OTHER_TOKENIZERS.isdisjoint(others):
+        lines[-1] += " (tokenizers are read from tokenizer.json or tokenizer.model)"
+    return lines
+
+
+def _brief(names: list[str], most: int = 12) -> str:
+    """Names in a line, printable and not too many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(_printable(name, 60) for name in names[:most]) + more
+
+
+def _listed(lines: list[str]) -> str:
+    """Lines of a message, printable and not too many of a kind: faults, unknown, missing."""
+    shown = []
+    for kind in (": unknown, ", ": missing, "):
+        same = [line for line in lines if kind in line]
+        lines = [line for line in lines if kind not in line]
+        shown.append(same)
+    return "\n  ".join(
+        line
+        for same in (lines, *shown)
+        for line in (
+            *(_printable(line) for line in same[:_MOST_LINES]),
+            *([f"and {len(same) - _MOST_LINES} more"] if len(same) > _MOST_LINES else []),
+        )
+    )
+
+
+def _printable(text: str, most: int = _LONGEST_LINE) -> str:
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def write_hf(
@@ -154,27 +361,38 @@ def write_hf(
     *,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
 ) -> int:
     """Write a Hugging Face folder, as PyTorch's code reads it; returns the number of tensors.
 
     params: nested dict of arrays, layers stacked. config_json: text of config.json, written as it
     is. files: {name: path}, copied. Weights larger than `max_shard_bytes` are cut into shards with
-    an index. The folder appears when it is complete.
+    an index. The folder appears when it is complete. allow_nonfinite: write parameters that are NaN
+    or infinite.
 
-    Raises CheckpointError if the folder exists (with `overwrite`: if it is no checkpoint), or the
-    parameters are not those of the config.
+    Raises CheckpointError if the folder exists (with `overwrite`: if it holds more than a model) or
+    cannot be written, or the parameters are not those of the config.
     """
     named = flatten(params)
     expected = _shapes(abstract_params(parse_object(config_json, CONFIG, CheckpointError)))
     wrong = differences(expected, _shapes(named))
+    wrong += [
+        _unsupported_dtype(name, leaf.dtype)
+        for name, leaf in named.items()
+        if np.dtype(leaf.dtype).name not in DTYPES
+    ]
     if wrong:
-        raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  " + "\n  ".join(wrong))
+        raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  {_listed(wrong)}")
     arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
     tensors = {
         name: arrays[slot.param][... if slot.layer is None else slot.layer]
         for name, slot in sorted(published_slots(expected).items())
     }
-    with new_folder(folder, overwrite=overwrite) as target:
+    nonfinite = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
+    if nonfinite and not allow_nonfinite:
+        raise _nonfinite(nonfinite, "The parameters")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with new_folder(folder, overwrite=overwrite, size=size) as target:
         _write_shards(target, tensors, max_shard_bytes)
         copy_files(files or {}, target)
         write_text(target / CONFIG, config_json)
@@ -205,12 +423,16 @@ def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in named.items()}
 
 
+def _unsupported_dtype(name: str, dtype: Any) -> str:
+    return f"{name}: dtype {dtype} is not supported, expected one of {list(DTYPES)}"
+
+
 def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -> list[str]:
     """Lines for dtypes that are not supported, and for layers that do not stack."""
     lines = [
-        f"{name}: dtype {entry.dtype} is not supported, expected one of {list(_DTYPES)}"
+        _unsupported_dtype(name, entry.dtype)
         for name, entry in sorted(stored.items())
-        if entry.dtype not in _DTYPES
+        if entry.dtype not in DTYPES
     ]
     layers: dict[str, dict[str, list[int]]] = {}
     for name, slot in slots.items():
@@ -224,104 +446,6 @@ def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -
     return lines
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], set[str], Callable]:
-    """The weight files, the tensors that an index lists, and what opens a file."""
-    for name, open_file in ((_SAFETENSORS, _open_safetensors), (_TORCH, _open_torch)):
-        if (folder / name).is_file():
-            return [folder / name], set(), open_file
-        index = folder / (name + _INDEX)
-        if index.is_file():
-            weight_map = read_json(index, CheckpointError).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map.")
-            shards = sorted(set(weight_map.values()))
-            outside = [shard for shard in shards if Path(shard).name != shard]
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if outside or missing:
-                raise CheckpointError(f"{index} names files that are not there: {missing}.")
-            kept = {tensor for tensor in weight_map if not tensor.endswith(_IGNORED)}
-            return [folder / shard for shard in shards], kept, open_file
-    raise CheckpointError(
-        f"{folder} has no weights: expected {_SAFETENSORS} or {_TORCH}, or one of them in shards "
-        f"with {_SAFETENSORS}{_INDEX} or {_TORCH}{_INDEX}."
-    )
-
-
-class _SafetensorsFile:
-    """Tensors of a .safetensors file, read one at a time."""
-
-    def __init__(self, file: Any):
-        self._file = file
-
-    def describe(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every tensor."""
-        slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        return {
-            name: (
-                tuple(part.get_shape()),
-                _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
-            )
-            for name, part in slices.items()
-        }
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._file.get_tensor(name)
-
-
-class _TorchFile:
-    """Tensors of a file that torch.save wrote."""
-
-    def __init__(self, tensors: Mapping[str, Any]):
-        self._tensors = tensors
-
-    def describe(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every tensor."""
-        return {
-            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in self._tensors.items()
-        }
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        import torch
-
-        tensor = self._tensors[name].detach().contiguous()
-        if tensor.dtype != torch.bfloat16:
-            return tensor.numpy()
-        # numpy has no bfloat16 that torch knows: pass the bits.
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-@contextlib.contextmanager
-def _open_safetensors(file: Path) -> Iterator[_SafetensorsFile]:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            yield _SafetensorsFile(opened)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}.") from None
-
-
-@contextlib.contextmanager
-def _open_torch(file: Path) -> Iterator[_TorchFile]:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{file} needs PyTorch to be read: pip install 'refine-jax[torch]', or save the model "
-            "as safetensors."
-        ) from None
-    try:
-        # weights_only: tensors and plain containers, never code from the file.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever its unpickler and zip reader raise.
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(f"{file} holds no plain tensors that can be read: {reason}") from None
-    if not isinstance(tensors, dict) or not all(hasattr(t, "dtype") for t in tensors.values()):
-        raise CheckpointError(f"{file} must hold a dict of tensors, as from model.state_dict().")
-    yield _TorchFile(tensors)
-
-
 def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> None:
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -332,13 +456,20 @@ def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: in
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / _SAFETENSORS, metadata={"format": "pt"})
+        _save(shards[0], folder / SAFETENSORS)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / (_SAFETENSORS + _INDEX), json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_text(folder / (SAFETENSORS + INDEX), json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise CheckpointError(f"{path.name} could not be written: {error}.") from None

@@ -261,8 +261,10 @@ def save_model(
     The folder appears when it is complete. One process, local disk.
     Raises CheckpointError if it exists (with `overwrite`: if it is no checkpoint).
     """
-    with new_folder(path, overwrite=overwrite) as folder:
-        write_arrays(folder / _PARAMS, flatten(params))
+    named = flatten(params)
+    size = sum(leaf.nbytes for leaf in named.values())
+    with new_folder(path, overwrite=overwrite, size=size) as folder:
+        write_arrays(folder / _PARAMS, named)
         copy_files(files or {}, folder)
         write_text(folder / CONFIG, config_json)
 

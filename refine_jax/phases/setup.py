@@ -160,7 +160,7 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
             )
         name = str(start.tokenizer)
     tokenizer = load_tokenizer(name)
-    vocab_size = start.fields["vocab_size"]
+    vocab_size = model_config(start.fields).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             "config.data.tokenizer has more tokens than the model's vocabulary. Got: "
