@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_folder(path: str | os.PathLike, error: type[UserError]) -> None:
+    """Raise `error` unless a file can be made in a folder; to be asked before hours of work."""
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as reason:
+        raise error(f"cannot write to the folder {path}: {reason.strerror or reason}.") from None
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

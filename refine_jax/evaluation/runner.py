@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import jax
 from tqdm import tqdm
 
 from refine_jax import distributed
-from refine_jax.base.files import write_text
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import json_field, short, write_text
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
 from refine_jax.generation import Generated, Generator, Sampling
@@ -42,18 +43,47 @@ class Predictions:
 
     Attributes:
       records: {name of the question: record} of all that are done.
+      notes: what of the file does not count, in sentences.
     """
 
     def __init__(self, workdir: Path):
         self._path = Path(workdir) / PREDICTIONS
         mine = read_metrics(self._path) if distributed.is_writer() else []
         records = distributed.gather_json(mine)[0]
-        self.records = {record["id"]: record for record in records}
+        self.records, self.notes = _by_name(records)
         self._file = None
         if distributed.is_writer():
             # A last line that a crash cut off is removed: what follows is appended.
             write_text(self._path, "".join(map(_line, self.records.values())))
             self._file = self._path.open("a", encoding="utf-8")
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Pass over records of other questions, and those without what the report needs.
+
+        They stay in the file; their questions are answered again, and the last record counts.
+        """
+        wanted = {question.name: question for question in questions}
+        unknown = [name for name in self.records if name not in wanted]
+        faults = []
+        for name, question in wanted.items():
+            if name in self.records:
+                try:
+                    _check_record(self.records[name], question)
+                except DataError as fault:
+                    faults.append(str(fault))
+                    del self.records[name]
+        for name in unknown:
+            del self.records[name]
+        if unknown:
+            self.notes.append(
+                f"{PREDICTIONS}: passed over {len(unknown)} records of questions that this "
+                f"evaluation does not ask, such as {short(unknown[0])}"
+            )
+        if faults:
+            self.notes.append(
+                f"{PREDICTIONS}: {len(faults)} records cannot be used, and their questions are "
+                f"answered again. The first: {faults[0]}"
+            )
 
     def add(self, records: Sequence[dict]) -> None:
         """Append records of questions that have none yet; flushed before this returns."""
@@ -73,6 +103,66 @@ class Predictions:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _by_name(records: Sequence[Any]) -> tuple[dict[str, dict], list[str]]:
+    """({name of a question: its last record}, what is wrong with others)."""
+    named = [r for r in records if isinstance(r, dict) and isinstance(r.get("id"), str)]
+    found = {record["id"]: record for record in named}
+    notes = []
+    if len(named) < len(records):
+        notes.append(f"{PREDICTIONS}: {len(records) - len(named)} records without an id left out")
+    if len(found) < len(named):
+        notes.append(
+            f"{PREDICTIONS}: {len(named) - len(found)} records are followed by others of the same "
+            "question; the last ones count"
+        )
+    return found, notes
+
+
+_RECORD = {
+    "set": str,
+    "task": str,
+    "metric": str,
+    "response": str,
+    "answers": list,
+    "metadata": dict,
+    "score": float,
+    "seconds_read": float,
+    "seconds_generate": float,
+    "prompt_tokens": int,
+    "cut_tokens": int,
+    "new_tokens": int,
+}
+_COST = {"seconds": float, "tokens": int, "rollout_tokens": int, "steps": int, "skipped": int}
+
+
+def _check_record(record: Mapping[str, Any], question: Question) -> None:
+    """Raise DataError if a record lacks what reports read, or is of another question."""
+    where = f"{PREDICTIONS}, {question.name}"
+
+    def check(fields: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
+        for name, kind in kinds.items():
+            value = json_field(fields, name, kind, where=where, error=DataError)
+            if value is None:
+                raise DataError(f"{where}: {name} is missing.")
+            if kind in (int, float) and not 0 <= value < math.inf:
+                raise DataError(f"{where}: {name} must be a number, at least 0. Got: {value}.")
+
+    check(record, _RECORD, where)
+    cost = json_field(record, "adapt", dict, where=where, error=DataError)
+    if cost is not None:
+        check(cost, _COST | {"compiled": bool}, f"{where}, adapt")
+    for name, wanted in (
+        ("set", question.set_name),
+        ("task", question.example.task),
+        ("metric", question.metric),
+        ("answers", list(question.example.answers)),
+    ):
+        if record[name] != wanted:
+            raise DataError(f"{where}: {name} must be {short(wanted)}. Got: {short(record[name])}.")
+    if record["score"] > 1:
+        raise DataError(f"{where}: score must be at most 1. Got: {record['score']}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,14 @@ MAX_ANSWER = 2**20
 
 
 class NoExamplesError(DataError):
-    """The files hold no rows of a task and length, but may hold those of others."""
+    """The files hold no rows of a task and length, but may hold those of others.
+
+    wanted: the task and the length. data: the files, as they were named.
+    """
+
+    def __init__(self, wanted: str, data: str, there: str):
+        super().__init__(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
+        self.wanted, self.data = wanted, data
 
 
 def read_examples(
@@ -68,8 +75,9 @@ def read_examples(
         task: the task; rows of others are passed over. Its metric says whether every reference
             counts.
         data: a .parquet or .jsonl file, a folder or a glob pattern.
-        length: the most tokens of bos, prompt and answer: longer rows are left out. In files of sets that were built for a length (`max_seq_length`), only
-            sets of this length count. None takes every row.
+        length: the most tokens of bos, prompt and answer: longer rows are left out. In files of
+            sets that were built for a length (`max_seq_length`), only sets of this length count.
+            None takes every row.
         samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
         tokenizer: counts the tokens.
         seed: of the choice.
@@ -173,7 +181,7 @@ def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[Row]]
     if not found:
         wanted = task.name if length is None else f"{task.name} of length {length}"
         there = ", ".join(sorted(seen)) or f"no {' or '.join(SUFFIXES)} file"
-        raise NoExamplesError(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
+        raise NoExamplesError(wanted, data, there)
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise DataError(f"several files hold examples of {task.name}: set data to one of {names}")
