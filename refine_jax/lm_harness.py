@@ -56,7 +56,7 @@ def evaluate(
     # lm-eval would fork for its bootstrap; a child of JAX's threads may wait for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     harness.check_options(batch_size, max_length, seed)
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit % 1 == 0)):
+    if limit is not None and not (0 < limit < 1 or (1 <= limit < 2**53 and limit % 1 == 0)):
         raise DataError(
             f"limit must be a whole number, at least 1, or a fraction below 1. Got: {limit}."
         )
@@ -90,6 +90,12 @@ def evaluate(
         )
 
 
+_LOADING = (
+    ". Look at the task's YAML, its templates and its data: fields that are missing, a choice or a "
+    "data set that is empty end it, too."
+)
+
+
 def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
     """lm-eval's tasks and groups of these names, patterns, YAML files and folders of such files.
 
@@ -112,20 +118,30 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
         found = find(manager)
     missing = [name for name, matches in found.items() if not matches]
     if missing or not names:
-        mine = [line for line in skipped if include_path and f" {Path(include_path)}" in line]
+        mine = [" ".join(line.split()) for line in skipped if f" {include_path}" in line]
         raise DataError(
             f"lm-eval has no task {', '.join(missing) or '(none was named)'}. `lm_eval ls tasks` "
             "lists those it has; --include_path names a folder with others."
-            + "".join(f"\nNot a task for lm-eval: {line.removeprefix('Skip ')}" for line in mine)
+            + "".join(f" It does not read {line.removeprefix('Skip ')}." for line in set(mine[:5]))
         )
     loaded = []
     for name in dict.fromkeys(match for matches in found.values() for match in matches):
-        with _explained(f"load the task {name}"):
+        with _explained(f"load the task {name}", hint=_LOADING):
             one = manager.load(name)
             inner = {child for children in one["group_map"].values() for child in children}
             groups = [group for key, group in one["groups"].items() if key not in inner]
             loaded += groups or one["tasks"].values()
-    return loaded
+    # What generates comes last: a choice that cannot be scored is found before that work.
+    return sorted(loaded, key=lambda item: any(_generates(task) for task in _leaves(item)))
+
+
+def _leaves(item) -> list:
+    """The tasks of a task or a group."""
+    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+
+
+def _generates(task) -> bool:
+    return getattr(getattr(task, "config", None), "output_type", None) == "generate_until"
 
 
 def _matches(name: str, manager) -> list[str]:
@@ -149,22 +165,19 @@ def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
     with _explained("read gen_kwargs"):
         given = simple_parse_args_string(gen_kwargs)
     read_sampling(given)
-    for item in loaded:
-        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
-            config = getattr(task, "config", None)
-            if getattr(config, "output_type", None) == "generate_until":
-                try:
-                    read_sampling({**(config.generation_kwargs or {}), **given})
-                except UserError as reason:
-                    raise DataError(f"task {config.task}: {reason}") from None
+    for task in filter(_generates, (task for item in loaded for task in _leaves(item))):
+        try:
+            read_sampling({**(task.config.generation_kwargs or {}), **given})
+        except UserError as reason:
+            raise DataError(f"task {task.config.task}: {reason}") from None
 
 
 @contextlib.contextmanager
-def _explained(what: str, ours: str = "") -> Iterator[None]:
+def _explained(what: str, *, hint: str = "", ours: str = "") -> Iterator[None]:
     """Turn what lm-eval and its libraries raise about tasks and their data into one message.
 
-    what: what lm-eval was to do. ours: the module of ours that it calls; what is raised in there is
-    let through.
+    what: what lm-eval was to do. hint: what the user can do. ours: the module of ours that it
+    calls; what is raised in there is let through.
     """
     try:
         yield
@@ -174,9 +187,14 @@ def _explained(what: str, ours: str = "") -> Iterator[None]:
         frames = traceback.walk_tb(error.__traceback__)
         if ours and any(frame.f_globals.get("__name__") == ours for frame, _ in frames):
             raise
-        message = str(error).strip()
-        message = message if len(message) <= 1000 else f"{message[:1000]}..."
-        raise DataError(f"lm-eval cannot {what}: {type(error).__name__}: {message}") from error
+        reasons = []
+        reason: BaseException | None = error
+        while reason is not None and len(reasons) < 4:
+            message = str(reason).strip()
+            message = message if len(message) <= 500 else f"{message[:500]}..."
+            reasons.append(f"{type(reason).__name__}: {message}")
+            reason = reason.__cause__
+        raise DataError(f"lm-eval cannot {what}: {'; '.join(reasons)}{hint}") from error
 
 
 @contextlib.contextmanager

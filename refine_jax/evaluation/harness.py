@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -358,39 +358,44 @@ def read_sampling(arguments: Mapping[str, Any], seed: int = 0) -> Sampling:
       DataError: One that is not supported, unless its value changes nothing, or a bad value.
     """
 
-    def refuse(given: Mapping[str, Any], why: str) -> NoReturn:
-        raise DataError(
-            f"generation arguments of this kind are {why}. Got: {dict(given)}; "
-            f"supported: {_GENERATION_ARGUMENTS}."
-        )
+    def check(name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise DataError(
+                f"the generation argument {name} must be {wanted}. Got: {short(given[name])}."
+            )
 
     if not isinstance(arguments, Mapping):
         raise DataError(f"generation arguments must be a mapping. Got: {short(arguments)}.")
     given = {name: value for name, value in arguments.items() if value is not None}
-    until = given.pop("until", [])
+    until = given.get("until", [])
     until = [until] if isinstance(until, str) else until
-    if not isinstance(until, list | tuple) or not all(isinstance(stop, str) for stop in until):
-        refuse({"until": until}, "no texts")
-    lengths = {name: given.pop(name) for name in _LENGTHS if name in given}
-    for name, value in lengths.items():
-        if whole_number(value, 0, MAX_ANSWER) is None:
-            refuse({name: value}, f"no whole numbers from 0 to {MAX_ANSWER:,}")
-    numbers = {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}
-    for name, value in numbers.items():
-        whole = name == "top_k"
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            refuse({name: value}, "no whole numbers" if whole else "no numbers")
-    if not isinstance(given.get("do_sample", False), bool):
-        refuse({"do_sample": given["do_sample"]}, "neither true nor false")
-    chosen = {name: given.pop(name) for name in ("do_sample", *numbers) if name in given}
+    texts = isinstance(until, list | tuple) and all(isinstance(stop, str) for stop in until)
+    check("until", texts, "a string or a list of strings")
+    check("do_sample", isinstance(given.get("do_sample", False), bool), "true or false")
+    for name in _LENGTHS:
+        fits = name not in given or whole_number(given[name], 0, MAX_ANSWER) is not None
+        check(name, fits, f"a whole number from 0 to {MAX_ANSWER:,}")
+    for name, kind, wanted in (
+        ("temperature", int | float, "a number"),
+        ("top_p", int | float, "a number"),
+        ("top_k", int, "a whole number"),
+    ):
+        value = given.get(name, 0)
+        check(name, isinstance(value, kind) and not isinstance(value, bool), wanted)
+    names = ("do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
     unknown = {
         name: value
         for name, value in given.items()
-        if name not in _IDLE and not (name in _NEUTRAL and value == _NEUTRAL[name])
+        if name not in ("until", *names, *_IDLE)
+        and not (name in _NEUTRAL and value == _NEUTRAL[name])
     }
     if unknown:
-        refuse(unknown, "not supported")
-    chosen = dict(normalize_gen_kwargs(chosen | lengths, _MAX_GEN_TOKS))
+        raise DataError(
+            f"generation arguments of this kind are not supported. Got: {unknown}; "
+            f"supported: {_GENERATION_ARGUMENTS}."
+        )
+    chosen = {name: given[name] for name in names if name in given}
+    chosen = dict(normalize_gen_kwargs(chosen, _MAX_GEN_TOKS))
     temperature = chosen.get("temperature", 1.0 if chosen["do_sample"] else 0.0)
     top_k = chosen.get("top_k")
     return Sampling(
