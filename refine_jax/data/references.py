@@ -113,7 +113,9 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, decimal.Decimal):
-        return format(value, "f") if value.is_finite() else float(value)
+        if not value.is_finite():
+            return math.nan if value.is_nan() else float(value)
+        return format(value, "f") if abs(value.adjusted()) < 1000 else str(value)
     if isinstance(value, datetime.date | datetime.time):  # a datetime is a date
         return value.isoformat()
     if isinstance(value, datetime.timedelta | uuid.UUID):
