@@ -107,7 +107,7 @@ def test_prompts_are_text():
     assert read_prompt("\ufeffa \ud83d", lambda: "here") == "a ?"
     assert read_prompt(None, lambda: "here") is None
     for value in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
-        with pytest.raises(DataError, match="here must be a string.*Chat templates are not"):
+        with pytest.raises(DataError, match=r"here must be a string.*Chat templates are not"):
             read_prompt(value, lambda: "here")
     for value in (3, ["a"], {}, []):
         with pytest.raises(DataError, match="here must be a string"):
@@ -239,7 +239,10 @@ def test_metadata_is_kept_as_json(tmp_path):
         ([1, None], {"metadata": [1, None]}),
         ("", {}),
         (None, {}),
-        ({"depths": "deep", "length": [1], "prompt_tokens": "x"}, {"depths": "deep", "length": [1]}),
+        (
+            {"depths": "deep", "length": [1], "prompt_tokens": "x"},
+            {"depths": "deep", "length": [1]},
+        ),
         ("[" * 100_000, None),
     ],
     ids=lambda value: repr(value)[:30],
@@ -261,7 +264,7 @@ def test_names_of_one_answer_need_a_score_of_the_best(tmp_path):
         ("niah_single_1", None),
         ("ruler_squadqa", "ruler_qa_lm_eval"),
     ):
-        with pytest.raises(DataError, match="row 0 of .* list in a list.*fraction of all answers"):
+        with pytest.raises(DataError, match=r"row 0 of .* list in a list.*fraction of all answers"):
             read(path, name, metric=metric)
     assert read(path, "ruler_squadqa")[0][0].answers == ("fox", "the fox")
 
@@ -306,3 +309,6 @@ def test_prompt_files_as_people_have_them(tmp_path):
     statistics = corpus.dataset("train", 1).statistics
     assert (statistics.without_answer, statistics.answers_left_out) == (1, 1)
     assert "1 empty answers left out" in statistics.summary()
+    nested = DataOptions(source=str(rows_file(tmp_path, [{"prompt": "p", "answer": [["a", "b"]]}])))
+    with pytest.raises(DataError, match=r"'answer' in .*line 1 holds a list in a list"):
+        load_prompts(nested, PromptOptions(), BYTES, alternatives=False)
