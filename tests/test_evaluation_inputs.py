@@ -19,6 +19,7 @@ INPUTS = Path(os.environ.get("REFINE_INPUTS") or Path(__file__).parents[2] / "sh
 FOXES = [
     {"task": "hotpotqa", "prompt": f"Question {i}: who?", "answers": ["fox"]} for i in range(3)
 ]
+DAMAGED = ("", "{", "[]", "null", "[" * 100_000, '{"a": NaN}', "\udcff", None)
 
 
 def settings(data, **evaluate):
