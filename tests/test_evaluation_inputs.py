@@ -171,39 +171,53 @@ DAMAGE = {
     "no score": lambda record: record.pop("score"),
     "score of text": lambda record: record.update(score="1"),
     "score above 1": lambda record: record.update(score=7),
-    "negative time": lambda record: record.update(seconds_read=-1.0),
-    "no metadata": lambda record: record.update(metadata="x"),
+    "no id": lambda record: record.pop("id"),
+    "metadata of text": lambda record: record.update(metadata="x"),
     "other answers": lambda record: record.update(answers=["dog"]),
     "other set": lambda record: record.update(set="lcc"),
+    "other index": lambda record: record.update(index=7),
     "cost of text": lambda record: record.update(adapt="x"),
     "part of a cost": lambda record: record.update(adapt={"seconds": 1.0}),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_records_that_cannot_be_used_are_answered_again(case, copied, capsys):
+def test_records_that_cannot_be_used_are_kept_aside_and_answered_again(case, copied, capsys):
     workdir, data = copied
     whole = records(workdir)
     damaged = [dict(record) for record in whole]
     DAMAGE[case](damaged[1])
     write(workdir / "predictions.jsonl", damaged)
     results, output = run(settings(data), workdir, capsys)
-    assert "1 records cannot be used" in output and "hotpotqa/1" in output
+    assert "predictions.jsonl: left out" in output and "predictions.jsonl.dropped" in output
     assert results["samples"] == 3
-    answer = records(workdir)[-1]
-    assert (answer["id"], answer["response"]) == (whole[1]["id"], whole[1]["response"])
+    assert json.loads((workdir / "predictions.jsonl.dropped").read_text()) == damaged[1]
+    assert {r["id"]: r["response"] for r in records(workdir)} == {
+        r["id"]: r["response"] for r in whole
+    }
+    _, output = run(settings(data), workdir, capsys)  # as if nothing had been
+    assert "left out" not in output and "3 done before" in output
 
 
-def test_records_of_other_questions_and_repeated_ones_are_said(copied, capsys):
+def test_records_of_other_questions_are_left_out_and_said(copied, capsys):
     workdir, data = copied
     whole = records(workdir)
-    nameless = {name: value for name, value in whole[0].items() if name != "id"}
     other = whole[0] | {"id": "trec/7"}
-    write(workdir / "predictions.jsonl", [whole[0] | {"score": 0.5}, nameless, other, *whole])
+    write(workdir / "predictions.jsonl", [other, *whole, whole[0] | {"score": 0.5}])
     results, output = run(settings(data), workdir, capsys)
-    assert "1 records without an id" in output and "1 records are followed by others" in output
-    assert "passed over 1 records of questions that this evaluation does not ask" in output
+    assert "left out 1 records that are not of this evaluation's questions" in output
     assert "trec/7" in output and "3 done before" in output
     assert results["samples"] == 3 and results["mean"] == pytest.approx(
         sum(record["score"] for record in whole) / 3
     )
+    assert [record["id"] for record in records(workdir)] == [record["id"] for record in whole]
+
+
+def test_metadata_of_ones_own_is_kept_whatever_its_names(tmp_path, capsys):
+    """Our own sets have `depths`; rows of others may call something else so."""
+    metadata = {"depths": "deep", "length": [1], "when": None}
+    data = write(tmp_path / "data.jsonl", [row | {"metadata": metadata} for row in FOXES[:1]])
+    for words in ("1 prompts", "1 done before"):
+        assert words in run(settings(data), tmp_path / "run", capsys)[1]
+    (record,) = records(tmp_path / "run")
+    assert record["metadata"] == metadata | {"prompt_tokens": record["prompt_tokens"]}

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,65 +25,91 @@ from tqdm import tqdm
 
 from refine_jax import distributed
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import json_field, short, write_text
+from refine_jax.base.files import json_field, parse_object, recover_lines, replacing, short
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
 from refine_jax.generation import Generated, Generator, Sampling
 from refine_jax.models.transformer import Params
-from refine_jax.monitor import read_metrics
 from refine_jax.refine.adapt import Adapter, Cost
 
 PREDICTIONS = "predictions.jsonl"
+FIELDS: dict[str, type] = {
+    "id": str,
+    "task": str,
+    "set": str,
+    "index": int,
+    "prompt_tokens": int,
+    "cut_tokens": int,
+    "response": str,
+    "new_tokens": int,
+    "finish_reason": str,
+    "answers": list,
+    "metric": str,
+    "score": float,
+    "seconds_read": float,
+    "seconds_generate": float,
+    "metadata": dict,
+}
+"""What a record holds."""
+_COSTS = ("seconds", "compiled", "tokens", "rollout_tokens", "steps", "skipped")
 
 
 class Predictions:
     """The records of an evaluation, one JSON object a question; written as they come.
 
-    Every process has all of them; process 0 reads and writes.
+    Every process has all of them; process 0 reads and writes. Lines that are no records go to
+    `predictions.jsonl.dropped`, which is said; their questions are answered again.
+
+    Args:
+      workdir: Existing folder.
+      required: Fields that a record must have.
 
     Attributes:
       records: {name of the question: record} of all that are done.
-      notes: what of the file does not count, in sentences.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, required: Collection[str] = ("id", "score")):
         self._path = Path(workdir) / PREDICTIONS
-        mine = read_metrics(self._path) if distributed.is_writer() else []
+        mine = []
+        if distributed.is_writer():
+            mine = recover_lines(self._path, _record_parser(required), distributed.say)
         records = distributed.gather_json(mine)[0]
-        self.records, self.notes = _by_name(records)
+        self.records = {record["id"]: record for record in records}
         self._file = None
         if distributed.is_writer():
-            # A last line that a crash cut off is removed: what follows is appended.
-            write_text(self._path, "".join(map(_line, self.records.values())))
+            # Without what was no record: what follows is appended.
+            with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, self.records.values()))
             self._file = self._path.open("a", encoding="utf-8")
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Pass over records of other questions, and those without what the report needs.
+        """Take out records that are not of these questions, like lines that are no records.
 
-        They stay in the file; their questions are answered again, and the last record counts.
+        So a file that was edited or brought from elsewhere neither ends the evaluation nor counts.
         """
-        wanted = {question.name: question for question in questions}
-        unknown = [name for name in self.records if name not in wanted]
-        faults = []
-        for name, question in wanted.items():
-            if name in self.records:
-                try:
-                    _check_record(self.records[name], question)
-                except DataError as fault:
-                    faults.append(str(fault))
-                    del self.records[name]
-        for name in unknown:
-            del self.records[name]
-        if unknown:
-            self.notes.append(
-                f"{PREDICTIONS}: passed over {len(unknown)} records of questions that this "
-                f"evaluation does not ask, such as {short(unknown[0])}"
-            )
-        if faults:
-            self.notes.append(
-                f"{PREDICTIONS}: {len(faults)} records cannot be used, and their questions are "
-                f"answered again. The first: {faults[0]}"
-            )
+        asked = {question.name: question for question in questions}
+        faults: dict[str, str] = {}
+        for name, record in self.records.items():
+            wanted = _facts(asked[name]) if name in asked else {"id": "that of a question"}
+            wrong = [field for field, value in wanted.items() if record.get(field) != value]
+            if wrong:
+                faults[name] = f"{wrong[0]} must be {short(wanted[wrong[0]])}"
+        if not faults:
+            return
+        name, fault = next(iter(faults.items()))
+        distributed.say(
+            f"{self._path}: left out {len(faults)} records that are not of this evaluation's "
+            f"questions, such as {short(name)} ({fault}). They are kept in {PREDICTIONS}.dropped."
+        )
+        dropped = [self.records.pop(name) for name in faults]
+        if self._file:
+            self._file.close()
+            aside = self._path.with_name(f"{PREDICTIONS}.dropped")
+            with aside.open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, dropped))
+            with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, self.records.values()))
+            self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, records: Sequence[dict]) -> None:
         """Append records of questions that have none yet; flushed before this returns."""
@@ -103,66 +129,6 @@ class Predictions:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def _by_name(records: Sequence[Any]) -> tuple[dict[str, dict], list[str]]:
-    """({name of a question: its last record}, what is wrong with others)."""
-    named = [r for r in records if isinstance(r, dict) and isinstance(r.get("id"), str)]
-    found = {record["id"]: record for record in named}
-    notes = []
-    if len(named) < len(records):
-        notes.append(f"{PREDICTIONS}: {len(records) - len(named)} records without an id left out")
-    if len(found) < len(named):
-        notes.append(
-            f"{PREDICTIONS}: {len(named) - len(found)} records are followed by others of the same "
-            "question; the last ones count"
-        )
-    return found, notes
-
-
-_RECORD = {
-    "set": str,
-    "task": str,
-    "metric": str,
-    "response": str,
-    "answers": list,
-    "metadata": dict,
-    "score": float,
-    "seconds_read": float,
-    "seconds_generate": float,
-    "prompt_tokens": int,
-    "cut_tokens": int,
-    "new_tokens": int,
-}
-_COST = {"seconds": float, "tokens": int, "rollout_tokens": int, "steps": int, "skipped": int}
-
-
-def _check_record(record: Mapping[str, Any], question: Question) -> None:
-    """Raise DataError if a record lacks what reports read, or is of another question."""
-    where = f"{PREDICTIONS}, {question.name}"
-
-    def check(fields: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> None:
-        for name, kind in kinds.items():
-            value = json_field(fields, name, kind, where=where, error=DataError)
-            if value is None:
-                raise DataError(f"{where}: {name} is missing.")
-            if kind in (int, float) and not 0 <= value < math.inf:
-                raise DataError(f"{where}: {name} must be a number, at least 0. Got: {value}.")
-
-    check(record, _RECORD, where)
-    cost = json_field(record, "adapt", dict, where=where, error=DataError)
-    if cost is not None:
-        check(cost, _COST | {"compiled": bool}, f"{where}, adapt")
-    for name, wanted in (
-        ("set", question.set_name),
-        ("task", question.example.task),
-        ("metric", question.metric),
-        ("answers", list(question.example.answers)),
-    ):
-        if record[name] != wanted:
-            raise DataError(f"{where}: {name} must be {short(wanted)}. Got: {short(record[name])}.")
-    if record["score"] > 1:
-        raise DataError(f"{where}: score must be at most 1. Got: {record['score']}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,22 +240,30 @@ def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:
     return f"{set_name}: {100 * math.fsum(scores) / len(scores):.1f} % of {len(scores)}"
 
 
-def _record(
-    question: Question, answer: Generated, cost: Cost | None, times: dict[str, float]
-) -> dict[str, Any]:
+def _facts(question: Question) -> dict[str, Any]:
+    """What a record says of its question."""
     example = question.example
-    record = {
+    return {
         "id": question.name,
         "task": example.task,
         "set": question.set_name,
         "index": example.index,
         "prompt_tokens": len(question.tokens),
         "cut_tokens": question.cut,
+        "answers": list(example.answers),
+        "metric": question.metric,
+    }
+
+
+def _record(
+    question: Question, answer: Generated, cost: Cost | None, times: dict[str, float]
+) -> dict[str, Any]:
+    example = question.example
+    record = {
+        **_facts(question),
         "response": answer.text,
         "new_tokens": len(answer.tokens),
         "finish_reason": answer.finish_reason,
-        "answers": list(example.answers),
-        "metric": question.metric,
         "score": score(question.metric, answer.text, example.answers),
         **{name: round(seconds, 6) for name, seconds in times.items()},
         "metadata": dict(example.metadata),
@@ -300,6 +274,33 @@ def _record(
             "loss": cost.loss if math.isfinite(cost.loss) else None,
         }
     return record
+
+
+def _record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
+    """A parser of the lines of one `predictions.jsonl`: each question once."""
+    seen: set[str] = set()
+
+    def get(fields: dict, name: str, kind: Any) -> Any:
+        return json_field(fields, name, kind, where="it", error=DataError)
+
+    def parse(line: bytes) -> dict[str, Any]:
+        record = parse_object(line, "it", DataError)
+        found = {name: get(record, name, kind) for name, kind in FIELDS.items()}
+        missing = [name for name in required if found[name] is None]
+        if missing:
+            raise DataError(f"it has no {', '.join(missing)}")
+        if not 0 <= (found["score"] or 0) <= 1:
+            raise DataError(f"score must be from 0 to 1. Got: {short(found['score'])}")
+        costs = get(record, "adapt", dict)
+        for name in _COSTS if costs is not None else ():
+            if get(costs, name, (float, bool)) is None:
+                raise DataError(f"adapt has no {name}")
+        if record["id"] in seen:
+            raise DataError(f"{short(record['id'])} is there already")
+        seen.add(record["id"])
+        return record
+
+    return parse
 
 
 def _number(name: str) -> int:
