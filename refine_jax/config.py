@@ -427,7 +427,7 @@ class EvaluateConfig(Section):
           ConfigError: One is no positive whole number.
         """
         words = _listed(self.lengths)
-        if not all(word.isdecimal() and int(word) > 0 for word in words):
+        if not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
             raise ConfigError(
                 "config.evaluate.lengths must be positive whole numbers joined by commas. "
                 f"Got: {self.lengths!r}."

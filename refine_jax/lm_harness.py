@@ -3,22 +3,28 @@
     python -m refine_jax.lm_harness --checkpoint=checkpoints/lact-760m \\
         --tasks=lambada_openai,hellaswag,wikitext --output=results.json
 
-Tasks are lm-eval's own: names, groups, tags, YAML files, and those of the folder --include_path.
+Tasks are lm-eval's own, and those of the folder --include_path: names, groups, tags, patterns of
+these ('local_*'), YAML files and folders of them. A task file can name Python functions, which run.
 Their data comes from where they say, usually the Hugging Face hub; with HF_HUB_OFFLINE=1 from its
 cache, or from local files that the tasks name. The last line on standard output is a JSON object
 with the results; a table comes before it.
 """
 
 import argparse
+import contextlib
+import glob
 import json
+import logging as python_logging
 import os
 import sys
-from collections.abc import Collection
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
 
-from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.base.errors import USER_ERRORS, DataError, UserError, complain, escape_output
+from refine_jax.base.files import check_folder, write_text
 from refine_jax.convert import step_argument
 
 
@@ -49,22 +55,17 @@ def evaluate(
 
     # lm-eval would fork for its bootstrap; a child of JAX's threads may wait for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    harness.check_options(batch_size, max_length, seed)
+    if limit is not None and not (0 < limit < 1 or (1 <= limit < 2**53 and limit % 1 == 0)):
+        raise DataError(
+            f"limit must be a whole number, at least 1, or a fraction below 1. Got: {limit}."
+        )
+    if num_fewshot is not None and not 0 <= num_fewshot <= 10_000:
+        raise DataError(f"num_fewshot must be from 0 to 10,000. Got: {num_fewshot}.")
     if include_path is not None and not Path(include_path).is_dir():
         raise DataError(f"include_path is no folder: {include_path}")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    # lm-eval takes up to a minute to index its own tasks: only where one of them, or a group that
-    # may hold them, is meant.
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if _missing(tasks, manager.all_subtasks):
-        manager = TaskManager(include_path=include_path)
-    missing = _missing(tasks, manager.all_tasks)
-    if missing or not tasks:
-        raise DataError(
-            f"lm-eval has no task {', '.join(missing) or '(none was named)'}. `lm_eval ls tasks` "
-            "lists those it has; --include_path names a folder with others."
-        )
+    loaded = _load_tasks(tasks, include_path)
+    _check_generation(loaded, gen_kwargs)
     lm = harness.RefineLM.from_checkpoint(
         checkpoint,
         step=step,
@@ -73,16 +74,147 @@ def evaluate(
         max_length=max_length,
         seed=seed,
     )
-    return simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        gen_kwargs=gen_kwargs,
-        batch_size=batch_size,
-        log_samples=log_samples,
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with _explained(f"evaluate {', '.join(tasks)}", ours=harness.__name__):
+        return simple_evaluate(
+            model=lm,
+            tasks=loaded,
+            task_manager=TaskManager(include_defaults=False),  # all tasks are there
+            num_fewshot=num_fewshot,
+            limit=limit,
+            gen_kwargs=gen_kwargs,
+            batch_size=batch_size,
+            log_samples=log_samples,
+        )
+
+
+_LOADING = (
+    ". Look at the task's YAML, its templates and its data: fields that are missing, a choice or a "
+    "data set that is empty end it, too."
+)
+
+
+def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
+    """lm-eval's tasks and groups of these names, patterns, YAML files and folders of such files.
+
+    Raises:
+      DataError: One is not there, or lm-eval cannot load it or its data.
+    """
+    from lm_eval.tasks import TaskManager
+
+    def find(manager: TaskManager) -> dict[str, list[str]]:
+        return {name: _matches(name, manager) for name in names}
+
+    # lm-eval takes up to a minute to index its own tasks: only where one of them, a group that may
+    # hold them, or a pattern that may fit them, is meant.
+    skipped: list[str] = []
+    with _skipped_files(skipped), _explained("index its tasks"):
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        known = {*manager.all_subtasks}
+        if not all(name in known or Path(name).exists() for name in names):
+            manager = TaskManager(include_path=include_path)
+        found = find(manager)
+    missing = [name for name, matches in found.items() if not matches]
+    if missing or not names:
+        mine = [" ".join(line.split()) for line in skipped if f" {include_path}" in line]
+        raise DataError(
+            f"lm-eval has no task {', '.join(missing) or '(none was named)'}. `lm_eval ls tasks` "
+            "lists those it has; --include_path names a folder with others."
+            + "".join(f" It does not read {line.removeprefix('Skip ')}." for line in set(mine[:5]))
+        )
+    loaded = []
+    for name in dict.fromkeys(match for matches in found.values() for match in matches):
+        with _explained(f"load the task {name}", hint=_LOADING):
+            one = manager.load(name)
+            inner = {child for children in one["group_map"].values() for child in children}
+            groups = [group for key, group in one["groups"].items() if key not in inner]
+            loaded += groups or one["tasks"].values()
+    # What generates comes last: a choice that cannot be scored is found before that work.
+    return sorted(loaded, key=lambda item: any(_generates(task) for task in _leaves(item)))
+
+
+def _leaves(item) -> list:
+    """The tasks of a task or a group."""
+    return item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
+
+
+def _generates(task) -> bool:
+    return getattr(getattr(task, "config", None), "output_type", None) == "generate_until"
+
+
+def _matches(name: str, manager) -> list[str]:
+    """What a name of --tasks stands for: names of the index, or YAML files, as lm-eval has it."""
+    if name.endswith(".yaml"):
+        return sorted(glob.glob(name))
+    found = sorted(manager.match_tasks([name]))
+    if not found and Path(name).is_file():
+        return [name]
+    if not found and Path(name).is_dir():
+        return sorted(map(str, Path(name).glob("*.yaml")))
+    return found
+
+
+def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
+    """Raise DataError for generation arguments that do not work, before anything is generated."""
+    from lm_eval.utils import simple_parse_args_string
+
+    from refine_jax.evaluation.harness import read_sampling
+
+    with _explained("read gen_kwargs"):
+        given = simple_parse_args_string(gen_kwargs)
+    read_sampling(given)
+    for task in filter(_generates, (task for item in loaded for task in _leaves(item))):
+        try:
+            read_sampling({**(task.config.generation_kwargs or {}), **given})
+        except UserError as reason:
+            raise DataError(f"task {task.config.task}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _explained(what: str, *, hint: str = "", ours: str = "") -> Iterator[None]:
+    """Turn what lm-eval and its libraries raise about tasks and their data into one message.
+
+    what: what lm-eval was to do. hint: what the user can do. ours: the module of ours that it
+    calls; what is raised in there is let through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # tasks are code and data of others, which raise anything
+        frames = traceback.walk_tb(error.__traceback__)
+        if ours and any(frame.f_globals.get("__name__") == ours for frame, _ in frames):
+            raise
+        reasons = []
+        reason: BaseException | None = error
+        while reason is not None and len(reasons) < 4:
+            message = str(reason).strip()
+            message = message if len(message) <= 500 else f"{message[:500]}..."
+            reasons.append(f"{type(reason).__name__}: {message}")
+            reason = reason.__cause__
+        raise DataError(f"lm-eval cannot {what}: {'; '.join(reasons)}{hint}") from error
+
+
+@contextlib.contextmanager
+def _skipped_files(lines: list[str]) -> Iterator[None]:
+    """Collect what lm-eval says, to its debug log alone, about files that it does not index."""
+    logger = python_logging.getLogger("lm_eval.tasks._index")
+    handler = python_logging.Handler()
+    handler.emit = lambda record: (
+        lines.append(record.getMessage()) if record.msg.startswith("Skip") else None
     )
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(python_logging.DEBUG)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
             from lm_eval.utils import handle_non_serializable
 
             text = json.dumps(results, indent=2, default=handle_non_serializable)
-            output.write_text(text + "\n", encoding="utf-8")
+            write_text(output, text + "\n")
     except (*USER_ERRORS, ImportError) as error:
         return complain(error)
     return 0
@@ -116,10 +248,6 @@ def _print(results: dict) -> None:
     print(json.dumps(summary, default=handle_non_serializable), flush=True)
 
 
-def _missing(tasks: list[str], known: Collection[str]) -> list[str]:
-    return [task for task in tasks if task not in known and not Path(task).is_file()]
-
-
 def _check_output(path: Path | None) -> None:
     """Say what is wrong with the file before hours of work."""
     if path is None:
@@ -128,6 +256,7 @@ def _check_output(path: Path | None) -> None:
         raise DataError(f"{path} exists: choose another --output.")
     if not path.parent.is_dir():
         raise DataError(f"{path.parent}, the folder of --output, does not exist.")
+    check_folder(path.parent, DataError)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,6 +23,9 @@ _FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER, _PATIE
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
+from absl import logging  # noqa: E402
+
+_VERBOSITY = logging.get_verbosity()
 
 # For this process alone: commands that tests start have one device.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,6 +37,12 @@ def one_device_by_default():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("refine_jax.parallel.default_devices", lambda: jax.devices()[:1])
         yield
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged():
+    """Commands that a test of this process ran have chosen how much absl logs: start anew."""
+    logging.set_verbosity(_VERBOSITY)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from goldens import load_arrays, require
+from goldens import ROOT, load_arrays, require
 from plain_deltanet import PlainDeltaNet
 
-from refine_jax.base.errors import DataError
+from refine_jax.base.errors import DataError, UserError
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.convert import from_hf
 from refine_jax.data.tokenizer import ByteTokenizer
@@ -31,7 +32,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from refine_jax import lm_harness
-from refine_jax.evaluation.harness import RefineLM
+from refine_jax.evaluation.harness import RefineLM, read_sampling
+from refine_jax.generation import Sampling
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and the other dogs think that nothing of the "
@@ -312,6 +314,74 @@ def test_repeats_of_a_sampled_prompt_differ_and_come_again(results):
     assert lm.generate_until(requests, disable_tqdm=True) == first
 
 
+def test_half_an_emoji_is_a_question_mark_everywhere(results):
+    """As in documents: JSON can hold lone surrogates, which no encoding of text can."""
+    _, lm = results
+    half, mark = "the \ud83d fox", "the ? fox"
+    for call, requests in (
+        (lm.loglikelihood, [(half, " there"), ("The", half), ("", half)]),
+        (lm.loglikelihood_rolling, [(half,)]),
+        (lm.generate_until, [(half, {"max_gen_toks": 3, "until": ["\ud83d"]})]),
+    ):
+        clean = [tuple(mark if x == half else x for x in request) for request in requests]
+        got = call(instances(*requests), disable_tqdm=True)
+        assert got == call(instances(*clean), disable_tqdm=True)
+
+
+def test_a_context_of_spaces_belongs_to_the_continuation(results):
+    _, lm = results
+    [spaced] = lm.loglikelihood(instances((" ", "there")), disable_tqdm=True)
+    [plain] = lm.loglikelihood(instances(("", " there")), disable_tqdm=True)
+    assert spaced == plain
+
+
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "length_penalty": 0.7,
+    "early_stopping": True,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "min_p": None,
+    "bad_words_ids": [],
+    "use_cache": False,
+    "until": [],
+}
+
+
+def test_arguments_that_change_nothing_are_accepted(results):
+    _, lm = results
+    for arguments in (NEUTRAL, *({name: value} for name, value in NEUTRAL.items())):
+        assert read_sampling(arguments) == Sampling(max_new_tokens=256)
+    requests = [("The quick", {"max_gen_toks": 3} | extra) for extra in ({}, NEUTRAL)]
+    one, other = lm.generate_until(instances(*requests), disable_tqdm=True)
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repetition_penalty": 1.2}, "not supported. Got: {'repetition_penalty': 1.2}"),
+        ({"num_beams": 4, "typical_p": 1.0}, "not supported. Got: {'num_beams': 4}"),
+        ({"do_sample": True, "typical_p": 0.9}, "not supported. Got: {'typical_p': 0.9}"),
+        ({"max_length": 30}, "not supported. Got: {'max_length': 30}"),
+        ({"until": [3]}, "argument until must be a string or a list of strings. Got: [3]"),
+        ({"until": {}}, "argument until must be"),
+        ({"max_gen_toks": "many"}, "argument max_gen_toks must be a whole number"),
+        ({"max_new_tokens": 10**18}, "argument max_new_tokens must be a whole number"),
+        ({"max_tokens": -1}, "argument max_tokens must be a whole number"),
+        ({"temperature": "hot"}, "argument temperature must be a number. Got: 'hot'"),
+        ({"temperature": math.nan}, "temperature must be a number"),
+        ({"do_sample": True, "top_k": 1.5}, "argument top_k must be a whole number"),
+        ({"do_sample": "yes"}, "argument do_sample must be true or false. Got: 'yes'"),
+        (7, "must be a mapping. Got: 7"),
+    ],
+)
+def test_other_arguments_are_refused_by_name_with_the_value(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_sampling(arguments)
+
+
 def test_bad_requests_end_in_one_message(lact):
     for call, arguments, message in (
         (lact.loglikelihood, ("1 2", ""), "document 0: a continuation to score is empty"),
@@ -328,6 +398,7 @@ def test_bad_requests_end_in_one_message(lact):
         ({"batch_size": "auto"}, "batch_size must be a number"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"add_bos": True}, "no bos token"),
+        ({"seed": 2**63}, r"seed must be .* below 2\*\*32"),
     ):
         with pytest.raises(DataError, match=message):
             RefineLM(lact.model, lact.params, Numbers(), **options)
@@ -365,3 +436,156 @@ def test_command(checkpoint, tasks, tmp_path, capsys, results):
     ):
         assert lm_harness.main([*arguments[:-1], *changed]) == 1
         assert message in capsys.readouterr().err
+
+
+# ---- Tasks as people name them ----
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch):
+    """lm-eval without the tasks that come with it, whose index takes it many seconds."""
+
+    class Quick(TaskManager):
+        def __init__(self, include_path=None, include_defaults=True):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Quick)
+
+
+CHOICE = """
+dataset_path: json
+test_split: test
+dataset_kwargs: {data_files: {test: DATA}}
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{c}}"
+doc_to_target: "{{a}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def named(tmp_path):
+    """A folder with two tasks of one tag, a group of both, and some that cannot be read."""
+    (tmp_path / "good.jsonl").write_text('{"q": "a", "c": ["x", "y"], "a": 0}\n' * 2)
+    (tmp_path / "empty.jsonl").write_text(
+        '{"q": "a", "c": ["x", "y"], "a": 0}\n{"q": "b", "c": ["x", ""], "a": 0}\n'
+    )
+    good = CHOICE.replace("DATA", str(tmp_path / "good.jsonl"))
+    for name, text in {
+        "one": f"task: my_one\ntag: my_tag\n{good}",
+        "two": f"task: my_two\ntag: my_tag\n{good}",
+        "group": "group: my_group\ntask: [my_one, my_two]\n",
+        "empty": "task: my_empty\n" + CHOICE.replace("DATA", str(tmp_path / "empty.jsonl")),
+        "missing": "task: my_missing\n" + CHOICE.replace("DATA", str(tmp_path / "none.jsonl")),
+        "broken": f"task: my_broken\n  x: [\n{good}",
+        "template": "task: my_template\n" + good.replace("{{q}}", "{{q | nofilter}}"),
+        "field": "task: my_field\n" + good.replace("{{q}}", "{{nothing.q}}"),
+        "split": "task: my_split\n" + good.replace("test_split: test", "test_split: none"),
+        "python": "task: my_python\n" + good.replace('"{{q}}"', "!function nowhere.text"),
+        "number": "task: my_number\n"
+        + good.replace("multiple_choice", "generate_until")
+        + "generation_kwargs: {repetition_penalty: 1.5}\n",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+def command(checkpoint, folder, *options) -> int:
+    return lm_harness.main([f"--checkpoint={checkpoint}", f"--include_path={folder}", *options])
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_names_patterns_groups_tags_and_files(named):
+    def names(*tasks):
+        loaded = lm_harness._load_tasks(tasks, str(named))
+        return [getattr(item, "task_name", None) or item.name for item in loaded]
+
+    both = ["my_one", "my_two"]
+    assert names("my_one") == ["my_one"]
+    assert names("my_[ot][nw][eo]") == names("my_t*g") == names("my_tag") == both
+    assert names("my_group") == ["my_group"]
+    assert names(str(named / "one.yaml"), "my_two", "my_two") == both
+    assert names(f"{named}/[ot][nw][eo].yaml") == both
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("nothing*", "lm-eval has no task nothing*"),
+        ("my_broken", "broken.yaml (mapping values are not allowed"),
+        ("my_missing", "lm-eval cannot load the task my_missing: FileNotFoundError"),
+        ("my_template", "No filter named 'nofilter'"),
+        ("my_field", "'nothing' is undefined"),
+        ("my_split", "lm-eval cannot load the task my_split: KeyError: 'none'"),
+        ("my_python", "Cannot import module 'nowhere'"),
+        ("my_number", "task my_number: generation arguments of this kind are not supported"),
+        ("my_group,my_one", "Duplicate task 'my_one'"),
+        ("my_empty", "task my_empty, document 1: a continuation to score is empty"),
+    ],
+)
+def test_tasks_that_lm_eval_cannot_use_are_one_message(task, message, checkpoint, named, capsys):
+    assert command(checkpoint, named, f"--tasks={task}") == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("error: ") and message in last
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--limit=0", "limit must be a whole number"),
+        ("--limit=-1", "limit must be a whole number"),
+        ("--limit=nan", "limit must be a whole number"),
+        ("--limit=1.5", "limit must be a whole number"),
+        ("--limit=1e30", "limit must be a whole number"),
+        ("--num_fewshot=-1", "num_fewshot must be from 0"),
+        ("--num_fewshot=99999999999", "num_fewshot must be from 0"),
+        ("--seed=-1", "seed must be at least 0"),
+        ("--seed=9223372036854775808", "seed must be at least 0"),
+        ("--batch_size=-3", "batch_size must be a number"),
+        ("--max_length=0", "max_length must be at least 2"),
+        ("--output=/proc/results.json", "cannot write to the folder /proc"),
+        ("--gen_kwargs=repetition_penalty=2", "not supported. Got: {'repetition_penalty': 2}"),
+        ("--gen_kwargs=temperature", "temperature must be a number. Got: ''"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_read(option, message, named, capsys):
+    assert command("no checkpoint", named, "--tasks=my_one", option) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_tasks_alone")
+def test_a_sampled_group_and_too_many_examples(checkpoint, named, capsys):
+    assert command(checkpoint, named, "--tasks=my_group", "--limit=0.5") == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert set(results) == {"my_group", "my_one", "my_two"}
+    assert results["my_one"]["sample_len"] == 1
+    assert command(checkpoint, named, "--tasks=my_one", "--num_fewshot=5") == 1
+    assert "error: lm-eval cannot evaluate my_one: ValueError" in capsys.readouterr().err
+
+
+LMTASKS = ROOT.parent / "shared" / "inputs" / "lmtasks"
+
+
+@pytest.mark.skipif(not LMTASKS.is_dir(), reason=f"inputs not found: {LMTASKS}")
+@pytest.mark.usefixtures("own_tasks_alone")
+@pytest.mark.parametrize(
+    ("pattern", "tasks", "message"),
+    [
+        ("local_roll2*,local_penalty,local_ifeval*", "roll2 penalty ifeval_like", ""),
+        # datasets itself refuses half an emoji, and lm-eval an empty first choice.
+        ("local_roll*", "", "cannot load the task local_roll: .*surrogate pair in string is inv"),
+        ("local_emptychoice", "", "cannot load the task local_emptychoice: .*a choice"),
+    ],
+)
+def test_the_tasks_of_bug_reports(pattern, tasks, message, checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)  # where the files say that their data is
+    assert command(checkpoint, LMTASKS, f"--tasks={pattern}") == (1 if message else 0)
+    output = capsys.readouterr()
+    if message:
+        assert re.search(message, output.err.splitlines()[-1])
+    else:
+        results = json.loads(output.out.splitlines()[-1])["results"]
+        assert set(results) == {f"local_{name}" for name in tasks.split()}

@@ -9,6 +9,7 @@ from goldens import load_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refine_jax.data.references import FRACTIONS
 from refine_jax.data.tasks import TASKS
 from refine_jax.evaluation.metrics import METRICS, TREC_CLASSES, score
 
@@ -20,7 +21,26 @@ def test_scores_equal_the_official_scorers() -> None:
     triples = load_json("refine_rl", "reward_score.json")
     metrics = {"ruler": "ruler_qa_refine", **{name: task.metric for name, task in TASKS.items()}}
     found = [score(metrics[t["task"]], t["response"], t["answers"]) for t in triples]
-    assert found == [t["score"] for t in triples]
+    # The official RULER score finds an empty reference in whatever the model says.
+    empty = [t["task"] == "ruler" and t["answers"] == [""] for t in triples]
+    assert sum(empty) == 2 and {t["score"] for t, e in zip(triples, empty, strict=True) if e} == {1}
+    assert found == [0 if e else t["score"] for t, e in zip(triples, empty, strict=True)]
+
+
+# The similarity of code counts characters that agree, of blank ones too.
+@pytest.mark.parametrize("metric", [name for name in METRICS if name != "code_similarity"])
+@pytest.mark.parametrize("empty", ["", " ", "\n", "\t \u3000"])
+def test_an_empty_reference_is_never_matched(metric, empty) -> None:
+    for response in ("wrong", "two words\n and\t a \u3000 line"):
+        assert score(metric, response, [empty]) == 0
+    whole = score(metric, "x", ["x", empty])
+    assert whole == (0.5 if metric in FRACTIONS else score(metric, "x", ["x"]))
+
+
+def test_metrics_that_want_every_reference_are_named() -> None:
+    """A reference that is not found lowers their score, and no other."""
+    lowered = {m for m in METRICS if score(m, "City", ["City", "q"]) < score(m, "City", ["City"])}
+    assert lowered == FRACTIONS
 
 
 def test_every_task_names_a_metric_and_errors_name_them() -> None:

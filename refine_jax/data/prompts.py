@@ -17,16 +17,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import valid_unicode
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
+from refine_jax.data.references import read_prompt, read_references
 from refine_jax.data.rows import make_rows
 from refine_jax.data.sources import JsonRecords, ParquetRecords, files_of
 from refine_jax.data.tokenizer import Tokenizer
@@ -43,7 +43,8 @@ class PromptOptions:
 
     Attributes:
         prompt_field: parquet column or JSON field with the prompt, a string.
-        answer_field: the one with the reference answer, a string or a list of strings.
+        answer_field: the one with the reference answer, or several, in any form that
+            `refine_jax.data.references` reads: a string, a number, a list, SQuAD's object.
         target: which of several answers is trained on: the "first", as in the official code, or a
             "random" one, drawn for each prompt and epoch from the seed.
         max_answer_tokens: A, the most tokens of an answer, eos counted.
@@ -103,14 +104,22 @@ class PromptSource(Protocol):
         """Return the number of prompts."""
 
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """Return (prompt, reference answers); raises DataError if they cannot be read."""
+        """Return (prompt, reference answers); raises DataError if they cannot be read.
+
+        A blank answer is none.
+        """
 
 
 class FilePrompts:
     """Prompts of parquet or jsonl files, the format found in their names."""
 
-    def __init__(self, options: DataOptions, prompts: PromptOptions) -> None:
-        """Open the files; raises DataError where they are missing, broken or lack a column."""
+    def __init__(
+        self, options: DataOptions, prompts: PromptOptions, *, alternatives: bool = True
+    ) -> None:
+        """Open the files; raises DataError where they are missing, broken or lack a column.
+
+        alternatives: see `refine_jax.data.references.read_references`.
+        """
         files, kind = files_of(options)
         fields = {
             prompts.prompt_field: "prompts.prompt_field",
@@ -123,6 +132,7 @@ class FilePrompts:
             )
         self._records = (ParquetRecords if kind == "parquet" else JsonRecords)(files, fields)
         self._prompt, self._answer = prompts.prompt_field, prompts.answer_field
+        self._alternatives = alternatives
         self.fingerprint = self._records.fingerprint
 
     def __len__(self) -> int:
@@ -132,30 +142,26 @@ class FilePrompts:
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
         """Return (prompt, reference answers); null is an empty prompt or no answer."""
         record = self._records[index]
-        prompt, answers = record[self._prompt], record[self._answer]
-        answers = [] if answers is None else answers
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(prompt, str | None):
-            raise DataError(
-                f"{self._prompt!r} in {self._records.place(index)} must be a string. "
-                f"Got: {type(prompt).__name__}."
-            )
-        if not isinstance(answers, list) or not all(isinstance(x, str) for x in answers):
-            raise DataError(
-                f"{self._answer!r} in {self._records.place(index)} must be a string or a list of "
-                f"strings. Got: {record[self._answer]!r:.80}."
-            )
-        return valid_unicode(prompt or ""), tuple(valid_unicode(x) for x in answers)
+
+        def where(field: str) -> Callable[[], str]:
+            return lambda: f"{field!r} in {self._records.place(index)}"
+
+        prompt = read_prompt(record[self._prompt], where(self._prompt))
+        answers = read_references(
+            record[self._answer], where(self._answer), alternatives=self._alternatives
+        )
+        return prompt or "", answers
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptStatistics:
-    """What became of the prompts. Counts are of one split, but for the first three.
+    """What became of the prompts. Counts are of one split, but for the first four.
 
     Attributes:
         records: prompts of the source.
         without_prompt: left out, as the prompt is blank.
         without_answer: left out, as no answer has text.
+        answers_left_out: answers that are null or blank, of records that have others.
         prompts: prompts of this split.
         prompts_cut: how many of them were too long, and were cut.
         prompt_tokens_cut: tokens cut from them.
@@ -167,6 +173,7 @@ class PromptStatistics:
     records: int
     without_prompt: int
     without_answer: int
+    answers_left_out: int
     prompts: int
     prompts_cut: int
     prompt_tokens_cut: int
@@ -187,6 +194,8 @@ class PromptStatistics:
         for count, what in ((self.without_prompt, "a prompt"), (self.without_answer, "an answer")):
             if count:
                 parts.append(f"{count:,} records without {what} left out")
+        if self.answers_left_out:
+            parts.append(f"{self.answers_left_out:,} empty answers left out")
         return "; ".join(parts)
 
 
@@ -230,7 +239,7 @@ class PromptCorpus:
         texts = _PromptTexts(source)
         tokens, index = [], IndexBuilder()
         self.answers: list[tuple[str, ...]] = []
-        self._without_prompt = self._without_answer = 0
+        self._without_prompt = self._without_answer = self._answers_left_out = 0
         unended = dataclasses.replace(self._options, add_eos=False)
         for record, ids in enumerate(tokenize(texts, self._tokenizer, unended)):
             answers = tuple(answer for answer in texts.answers[record] if answer.strip())
@@ -242,6 +251,7 @@ class PromptCorpus:
                 index.add(ids)
                 tokens.append(ids)
                 self.answers.append(answers)
+                self._answers_left_out += len(texts.answers[record]) - len(answers)
         self._records = len(texts.answers)
         if not tokens:
             raise DataError(
@@ -289,6 +299,7 @@ class PromptCorpus:
             records=self._records,
             without_prompt=self._without_prompt,
             without_answer=self._without_answer,
+            answers_left_out=self._answers_left_out,
             prompts=len(examples),
             prompts_cut=int(np.count_nonzero(cut)),
             prompt_tokens_cut=int(cut.sum()),
@@ -406,13 +417,18 @@ def trim_batch(batch: Batch, width: int) -> Batch:
 
 
 def load_prompts(
-    options: DataOptions, prompts: PromptOptions, tokenizer: Tokenizer
+    options: DataOptions,
+    prompts: PromptOptions,
+    tokenizer: Tokenizer,
+    *,
+    alternatives: bool = True,
 ) -> PromptCorpus:
     """Read and tokenise the prompts and answers of `options.source`.
 
     `source` is "recall" (`refine_jax.data.recall`: made up, nothing is read), or a parquet or jsonl
     file, a folder or a glob pattern. Of the other options, `files`, `limit_documents`, `add_bos`,
     `sequence_length`, `holdout`, `validation_rows`, `epochs`, `seed` and `workers` count.
+    `alternatives`: see `refine_jax.data.references.read_references`.
 
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a field.
@@ -426,7 +442,7 @@ def load_prompts(
             "or jsonl files"
         )
     else:
-        source = FilePrompts(options, prompts)
+        source = FilePrompts(options, prompts, alternatives=alternatives)
     if len(source) == 0:
         raise DataError(f"data.source={options.source!r} holds no records")
     return PromptCorpus(options, prompts, tokenizer, source)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,16 +32,47 @@ except ImportError as error:
     ) from error
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import short, valid_unicode
+from refine_jax.data.references import whole_number
+from refine_jax.data.tasks.files import MAX_ANSWER
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.scoring import Request, Score, Scorer
 from refine_jax.generation import Generator, Sampling, load, take_rows
 from refine_jax.models.transformer import Model, Params
 
 _MAX_GEN_TOKS = 256  # where a task names no number, as for lm-eval's other models
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _GENERATION_ARGUMENTS = (
-    "until, max_gen_toks (max_new_tokens, max_tokens, max_completion_tokens), do_sample, "
-    "temperature, top_k, top_p"
+    f"until, {_LENGTHS[0]} ({', '.join(_LENGTHS[1:])}), do_sample, temperature, top_k, top_p"
 )
+# Values that change nothing, beside None, in Hugging Face's and vLLM's generation.
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "penalty_alpha": 0.0,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_tokens": 0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+}
+# Arguments that change nothing whatever they are: speed, padding, and what is read with beams only.
+_IDLE = {"use_cache", "pad_token_id", "length_penalty", "early_stopping", "diversity_penalty"}
 
 
 class RefineLM(TemplateLM):
@@ -76,10 +106,7 @@ class RefineLM(TemplateLM):
           DataError: Options or a tokenizer that cannot work with the model.
         """
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:  # lm-eval also knows "auto"
-            raise DataError(f"batch_size must be a number, at least 1. Got: {batch_size!r}.")
-        if max_length is not None and max_length < 2:
-            raise DataError(f"max_length must be at least 2, or None. Got: {max_length!r}.")
+        check_options(batch_size, max_length, seed)
         if tokenizer.bos_id is None and tokenizer.eos_id is None:
             raise DataError(
                 f"the tokenizer {tokenizer.name} has neither a bos nor an eos token: a text "
@@ -136,10 +163,14 @@ class RefineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after bos if `add_special_tokens`, by default `add_bos`, says so."""
+        """Ids of a text, after bos if `add_special_tokens`, by default `add_bos`, says so.
+
+        Lone surrogates become "?". All texts of tasks come through here.
+        """
         del kwargs
         bos = self.add_bos if add_special_tokens is None else add_special_tokens
-        return self.tokenizer.encode(string, bos=bos and self.tokenizer.bos_id is not None).tolist()
+        bos = bos and self.tokenizer.bos_id is not None
+        return self.tokenizer.encode(valid_unicode(string), bos=bos).tolist()
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
         """Refused: these are language models, not chat models."""
@@ -166,14 +197,31 @@ class RefineLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, is it the greedy one) of each continuation after its context."""
+        """(log-probability, is it the greedy one) of each continuation after its context.
+
+        Raises:
+          DataError: A continuation without tokens, which lm-eval's Hugging Face models refuse, too.
+        """
+        pairs = []
         for request in requests:
-            if not request.args[1]:
+            context, continuation = request.args
+            if context == "":
+                context_ids = [self.prefix_token_id]
+                ids = self.tok_encode(continuation, add_special_tokens=False)
+                if ids[:1] == context_ids:
+                    ids = ids[1:]
+            else:
+                context_ids, ids = self._encode_pair(context, continuation)
+                # A context of spaces alone, which belong to the continuation, without bos.
+                context_ids = context_ids or [self.prefix_token_id]
+            if not ids:
                 raise DataError(
                     f"task {request.task_name}, document {request.doc_id}: a continuation to score "
-                    "is empty."
+                    f"is empty, it has no tokens of its own after its context. Got: "
+                    f"{short(continuation)} after {short(context[-60:])}."
                 )
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            pairs.append(((context, continuation), context_ids, ids))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -184,11 +232,7 @@ class RefineLM(TemplateLM):
         """Scores of (strings, context, continuation), which share what their tokens share."""
         del kwargs
         whole, longest = [], 0
-        for strings, context, continuation in requests:
-            if not continuation:
-                raise DataError(
-                    f"a continuation has no tokens of its own after its context. Got: {strings!r}."
-                )
+        for _, context, continuation in requests:
             whole.append(self._fit(context, continuation))
             longest = max(longest, len(context) + len(continuation))
         if self.max_length is not None and longest > self.max_length + 1:
@@ -243,17 +287,21 @@ class RefineLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated after each context, up to a stop string or the end of sequence."""
-        groups: dict[str, list[int]] = {}
+        """Texts generated after each context, up to a stop string or the end of sequence.
+
+        Raises:
+          DataError: Arguments that are not supported, or no room; before anything is generated.
+        """
+        groups: dict[Sampling, dict[int, tuple[int, ...]]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        samplings = {name: self._sampling(json.loads(name)) for name in groups}
+            context, arguments = request.args
+            sampling = read_sampling(arguments, self.seed)
+            groups.setdefault(sampling, {})[index] = self._prompt(context, sampling)
         results = [""] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Generating")
-        for name, members in groups.items():
-            prompts = {i: self._prompt(requests[i].args[0], samplings[name]) for i in members}
+        for sampling, prompts in groups.items():
             for batch in self._batches(prompts):
-                for index, text in self._generate(batch, prompts, samplings[name]):
+                for index, text in self._generate(batch, prompts, sampling):
                     results[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     progress.update()
@@ -292,24 +340,70 @@ class RefineLM(TemplateLM):
                 ids = ids[-room:]
         return tuple(ids)
 
-    def _sampling(self, arguments: dict[str, Any]) -> Sampling:
-        """lm-eval's generation arguments as ours."""
-        given = dict(normalize_gen_kwargs(arguments, _MAX_GEN_TOKS))
-        drawn = given.pop("do_sample")
-        temperature = given.pop("temperature", 1.0 if drawn else 0.0)
-        top_k, top_p = given.pop("top_k", None), given.pop("top_p", None)
-        until, max_new_tokens = given.pop("until"), given.pop("max_gen_toks")
-        if given.pop("num_beams", 1) != 1 or given:
+
+def check_options(batch_size: int, max_length: int | None, seed: int) -> None:
+    """Raise DataError for what no `RefineLM` can be made with; needs no model."""
+    if not isinstance(batch_size, int) or batch_size < 1:  # lm-eval also knows "auto"
+        raise DataError(f"batch_size must be a number, at least 1. Got: {batch_size!r}.")
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length must be at least 2, or None. Got: {max_length!r}.")
+    if not 0 <= seed < 2**32:
+        raise DataError(f"seed must be at least 0 and below 2**32. Got: {seed!r}.")
+
+
+def read_sampling(arguments: Mapping[str, Any], seed: int = 0) -> Sampling:
+    """lm-eval's generation arguments as ours.
+
+    Raises:
+      DataError: One that is not supported, unless its value changes nothing, or a bad value.
+    """
+
+    def check(name: str, fits: bool, wanted: str) -> None:
+        if not fits:
             raise DataError(
-                f"generation arguments of this kind are not supported. Got: {arguments}; "
-                f"supported: {_GENERATION_ARGUMENTS}."
+                f"the generation argument {name} must be {wanted}. Got: {short(given[name])}."
             )
-        return Sampling(
-            temperature=temperature,
-            # Hugging Face writes 0 for no top_k, and tasks give both to greedy generations too.
-            top_k=top_k if temperature and top_k else None,
-            top_p=top_p if temperature else None,
-            max_new_tokens=max_new_tokens,
-            stop=tuple(stop for stop in until if stop),
-            seed=self.seed,
+
+    if not isinstance(arguments, Mapping):
+        raise DataError(f"generation arguments must be a mapping. Got: {short(arguments)}.")
+    given = {name: value for name, value in arguments.items() if value is not None}
+    until = given.get("until", [])
+    until = [until] if isinstance(until, str) else until
+    texts = isinstance(until, list | tuple) and all(isinstance(stop, str) for stop in until)
+    check("until", texts, "a string or a list of strings")
+    check("do_sample", isinstance(given.get("do_sample", False), bool), "true or false")
+    for name in _LENGTHS:
+        fits = name not in given or whole_number(given[name], 0, MAX_ANSWER) is not None
+        check(name, fits, f"a whole number from 0 to {MAX_ANSWER:,}")
+    for name, kind, wanted in (
+        ("temperature", int | float, "a number"),
+        ("top_p", int | float, "a number"),
+        ("top_k", int, "a whole number"),
+    ):
+        value = given.get(name, 0)
+        check(name, isinstance(value, kind) and not isinstance(value, bool), wanted)
+    names = ("do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
+    unknown = {
+        name: value
+        for name, value in given.items()
+        if name not in ("until", *names, *_IDLE)
+        and not (name in _NEUTRAL and value == _NEUTRAL[name])
+    }
+    if unknown:
+        raise DataError(
+            f"generation arguments of this kind are not supported. Got: {unknown}; "
+            f"supported: {_GENERATION_ARGUMENTS}."
         )
+    chosen = {name: given[name] for name in names if name in given}
+    chosen = dict(normalize_gen_kwargs(chosen, _MAX_GEN_TOKS))
+    temperature = chosen.get("temperature", 1.0 if chosen["do_sample"] else 0.0)
+    top_k = chosen.get("top_k")
+    return Sampling(
+        temperature=temperature,
+        # Hugging Face writes 0 for no top_k, and tasks give both to greedy generations too.
+        top_k=top_k if temperature and top_k else None,
+        top_p=chosen.get("top_p") if temperature else None,
+        max_new_tokens=chosen["max_gen_toks"],
+        stop=tuple(valid_unicode(stop) for stop in until if stop),
+        seed=seed,
+    )

@@ -3,7 +3,9 @@
     score("qa_f1", "the Eiffel tower in Paris", ["Eiffel Tower"])  # 0.667
 
 A metric is a name; a task names its metric (`refine_jax.data.tasks.TASKS`). The answers are the
-references, of which the best counts unless the metric says otherwise.
+references, of which the best counts unless the metric says otherwise. One difference: an empty
+reference is never found by RULER's scores, where the published ones find it in every response
+(`"" in response`).
 
 | name | what it is | from |
 |---|---|---|
@@ -220,8 +222,13 @@ def _plain(text: str) -> str:
     return _CONTROL.sub("\n", text.strip()).strip()
 
 
+def contains(text: str, answer: str) -> bool:
+    """Return whether a text has an answer in it, case aside; a blank one is in none."""
+    return bool(answer.strip()) and answer.lower() in text.lower()
+
+
 def _contains(text: str, answer: str) -> float:
-    return float(answer.lower() in text.lower())
+    return float(contains(text, answer))
 
 
 def _fraction_found(response: str, answers: Sequence[str]) -> float:

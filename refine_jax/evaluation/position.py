@@ -29,7 +29,7 @@ from absl import logging
 from scipy.special import stdtrit
 
 from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
-from refine_jax.base.files import write_text
+from refine_jax.base.files import check_folder, write_text
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
@@ -39,6 +39,8 @@ from refine_jax.refine.method import run_trunk
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
 WHOLE_TOKENS = 65536
+MOST_BUCKETS = 10_000
+MOST_ROWS = 65536
 _CONFIDENCE = 0.95
 
 
@@ -82,9 +84,10 @@ def position_edges(length: int, spacing: str = "log", count: int | None = None) 
     """
     if spacing not in ("log", "linear"):
         raise DataError(f"spacing must be log or linear. Got: {spacing!r}.")
-    if length < 2 or (count is not None and count < 1):
+    if length < 2 or (count is not None and not 1 <= count <= MOST_BUCKETS):
         raise DataError(
-            f"buckets need at least 1 of them and 2 tokens. Got: buckets={count}, tokens={length}."
+            f"buckets need at least 1 of them, at most {MOST_BUCKETS:,}, and 2 tokens. "
+            f"Got: buckets={count}, tokens={length}."
         )
     if spacing == "log":
         count = count or int(np.ceil(np.log2(length)))
@@ -239,8 +242,8 @@ def evaluate(
     from refine_jax.data.pipeline import load_corpus  # grain takes seconds to import
 
     edges = position_edges(options.sequence_length, spacing, buckets)
-    if batch_size < 1:
-        raise DataError(f"batch_size must be at least 1. Got: {batch_size}.")
+    if not 1 <= batch_size <= MOST_ROWS:
+        raise DataError(f"batch_size must be from 1 to {MOST_ROWS:,}. Got: {batch_size}.")
     name = None if options.tokenizer == "checkpoint" else options.tokenizer
     model, params, tokenizer = load(checkpoint, step=step, tokenizer=name, compute_dtype=None)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -277,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if output is not None and (output / "position.json").exists():
             raise DataError(f"{output} has a position.json: choose another --output.")
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            check_folder(output, DataError)
         # One pass over the first tokens of each document.
         options = FlagOptions(**given, chunking="first", epochs=1)
         results = evaluate(options=options, **chosen)
@@ -284,7 +290,6 @@ def main(arguments: list[str] | None = None) -> int:
         if output is not None:
             from refine_jax.evaluation.plots import plot_positions
 
-            output.mkdir(parents=True, exist_ok=True)
             plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
             text = json.dumps(results, indent=2) + "\n"
             write_text(output / "position.json", text)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from refine_jax.base.errors import ConfigError, DataError
 from refine_jax.config import EvaluateConfig
 from refine_jax.data.prompts import cut_prompt
-from refine_jax.data.tasks import TASKS, Example, Task, check_request, load_examples
+from refine_jax.data.tasks import (
+    TASKS,
+    Example,
+    NoExamplesError,
+    Task,
+    check_request,
+    is_built,
+    load_examples,
+)
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.settings import suggestion
 
@@ -36,18 +47,24 @@ class Question:
 
 
 def load_questions(
-    config: EvaluateConfig, tokenizer: Tokenizer, *, bos: bool, max_new_tokens: int | None = None
+    config: EvaluateConfig,
+    tokenizer: Tokenizer,
+    *,
+    bos: bool,
+    max_new_tokens: int | None = None,
+    report: Callable[[str], None] = logging.warning,
 ) -> list[Question]:
     """All questions of an evaluation, as its tasks come.
 
+    Of tasks and lengths that are read from files, those that the files lack are left out.
+
     bos: whether prompts begin with the begin-of-sequence token. max_new_tokens: budget of every
-    answer; None: that of each example.
+    answer; None: that of each example. report: takes a sentence for each kind of what was left out.
 
     Raises:
       ConfigError: An unknown task, or lengths that leave no room for a prompt.
-      DataError: Examples cannot be made or read.
+      DataError: Examples cannot be made or read, or there are none.
     """
-    lengths = config.token_lengths
     if not config.task_names:
         raise ConfigError("config.evaluate.tasks names no task.")
     for name in config.task_names:
@@ -56,6 +73,7 @@ def load_questions(
                 f"config.evaluate.tasks: there is no task {name!r}.{suggestion(name, TASKS)} "
                 f"Tasks: {', '.join(TASKS)}."
             )
+    lengths = config.token_lengths
     requests = [
         (TASKS[name], length, _sources(config, TASKS[name]))
         for name in config.task_names
@@ -64,20 +82,61 @@ def load_questions(
     ]
     for task, length, sources in requests:  # before minutes go into making the first sets
         check_request(task.name, length=length, **sources)
-    questions = []
-    for task, length, sources in tqdm(requests, desc="sets", unit="set", disable=None):
-        name = task.name
-        examples = load_examples(
-            name, length=length, tokenizer=tokenizer, seed=config.seed, **sources
-        )
+        if is_built(task.name, sources["data"]):
+            _room(config, max_new_tokens or task.max_new_tokens, task.name)
+    # What is read comes before what is made, for the same reason.
+    order = sorted(
+        range(len(requests)), key=lambda i: is_built(requests[i][0].name, requests[i][2]["data"])
+    )
+    found: dict[int, list[Question]] = {}
+    missing: list[NoExamplesError] = []
+    for number in tqdm(order, desc="sets", unit="set", disable=None):
+        task, length, sources = requests[number]
         metric = f"ruler_qa_{config.ruler_qa}" if task.group == "ruler_qa" else task.metric
-        set_name = name if length is None else f"{name}/{length}"
+        try:
+            examples = load_examples(
+                task.name,
+                length=length,
+                tokenizer=tokenizer,
+                seed=config.seed,
+                metric=metric,
+                report=report,
+                **sources,
+            )
+        except NoExamplesError as reason:
+            missing.append(reason)
+            continue
+        set_name = task.name if length is None else f"{task.name}/{length}"
         prompts = tokenizer.encode_batch([example.prompt for example in examples], bos=bos)
-        questions += [
+        found[number] = [
             _question(example, ids, set_name, metric, max_new_tokens, config, tokenizer)
             for example, ids in zip(examples, prompts, strict=True)
         ]
-    return questions
+    if missing and not found:
+        wanted = "" if len(missing) == 1 else f" Nor of {', '.join(x.wanted for x in missing[1:])}."
+        raise DataError(f"{missing[0]}{wanted}")
+    if missing:
+        report(f"{missing[0].data} lacks {', '.join(x.wanted for x in missing)}: left out")
+    return [question for number in sorted(found) for question in found[number]]
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """A hash of all that answers and scores depend on; equal for equal questions, in their order.
+
+    It does not depend on where the files of a set are.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for question in questions:
+        fields = (
+            question.name,
+            question.set_name,
+            question.tokens.tolist(),
+            question.budget,
+            question.metric,
+            question.example.answers,
+        )
+        found.update(json.dumps(fields).encode())
+    return found.hexdigest()
 
 
 def _sources(config: EvaluateConfig, task: Task) -> dict[str, Any]:
@@ -109,15 +168,23 @@ def _question(
     if len(ids) == 0:
         raise DataError(f"{name} has an empty prompt: set config.data.add_bos, or leave it out")
     whole = len(ids)
-    if config.max_tokens is not None:
-        room = config.max_tokens - budget
-        if room < 2:
-            raise ConfigError(
-                "config.evaluate.max_tokens must leave at least 2 tokens to the prompt beside the "
-                f"answer. Got: max_tokens={config.max_tokens}, {budget} for the answer of {name}."
-            )
+    room = _room(config, budget, name)
+    if room is not None:
         ids = cut_prompt(ids, room, config.cut, bos_id=tokenizer.bos_id)
     return Question(name, set_name, example, ids, whole - len(ids), budget, metric)
+
+
+def _room(config: EvaluateConfig, budget: int, name: str) -> int | None:
+    """Most tokens of a prompt whose answer has up to `budget`; None: any number."""
+    if config.max_tokens is None:
+        return None
+    room = config.max_tokens - budget
+    if room < 2:
+        raise ConfigError(
+            "config.evaluate.max_tokens must leave at least 2 tokens to the prompt beside the "
+            f"answer. Got: max_tokens={config.max_tokens}, {budget} for the answer of {name}."
+        )
+    return room
 
 
 def group_by_length(questions: Sequence[Question], size: int, length_of) -> list[list[Question]]:

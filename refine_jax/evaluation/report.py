@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refine_jax.evaluation.intervals import interval
+from refine_jax.evaluation.metrics import contains
 
 Record = Mapping[str, Any]
 
@@ -37,7 +38,8 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "sets": sets,
         "seconds": seconds,
         "new_tokens": new_tokens,
-        "tokens_per_second": sum(r["prompt_tokens"] + r["new_tokens"] for r in records) / seconds,
+        "tokens_per_second": sum(r["prompt_tokens"] + r["new_tokens"] for r in records)
+        / max(seconds, 1e-6),
         "adaptation": summarize_adaptation(records),
     }
 
@@ -143,16 +145,12 @@ def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> Dep
     """
     found: dict[tuple[int, int], list[bool]] = {}
     for record in records:
-        depths = record["metadata"].get("depths")
-        length = _length(record)
-        if record["task"] != task or length is None or not depths:
+        depths, length = _depths(record), _length(record)
+        if record["task"] != task or length is None:
             continue
-        if len(depths) != len(record["answers"]):
-            continue
-        response = record["response"].lower()
-        for depth, answer in zip(depths, record["answers"], strict=True):
+        for depth, answer in zip(depths, record["answers"], strict=False):
             place = min(int(depth * bins / 100), bins - 1)
-            found.setdefault((length, place), []).append(answer.lower() in response)
+            found.setdefault((length, place), []).append(contains(record["response"], answer))
     if not found:
         return None
     lengths = sorted({length for length, _ in found})
@@ -163,6 +161,18 @@ def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> Dep
         [[statistics.fmean(cell) if cell else None for cell in row] for row in cells],
         [[len(cell) for cell in row] for row in cells],
     )
+
+
+def _depths(record: Record) -> Sequence[float]:
+    """Where in the context the needle of each answer lies, in per cent; empty if unknown.
+
+    What files hold under this name may be something else.
+    """
+    depths = record["metadata"].get("depths")
+    if not isinstance(depths, list | tuple) or len(depths) != len(record["answers"]):
+        return ()
+    known = all(type(depth) in (int, float) and 0 <= depth <= 100 for depth in depths)
+    return depths if known else ()
 
 
 def _length(record: Record) -> int | None:

@@ -17,7 +17,7 @@ import jax
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import read_json, short, write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
 from refine_jax.data.tasks import TASKS
@@ -25,13 +25,14 @@ from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.plots import plot_recall, plot_scores
 from refine_jax.evaluation.questions import (
     Question,
+    digest,
     group_by_length,
     group_in_order,
     load_questions,
     shuffled,
 )
 from refine_jax.evaluation.report import recall_by_depth, summarize, table
-from refine_jax.evaluation.runner import PREDICTIONS, Answerer, Predictions, evaluate
+from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.transformer import Model, Params
 from refine_jax.monitor import write_results
@@ -51,7 +52,8 @@ RECORD = "evaluation.json"
 class Parts:
     """What an evaluation is made of; nothing of it is written yet.
 
-    record: all that its predictions depend on, as JSON values.
+    record: all that its predictions depend on, as JSON values. notes: what of its data was left
+    out, in sentences.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class Parts:
     tokenizer: Tokenizer
     questions: list[Question]
     record: dict[str, Any]
+    notes: Sequence[str] = ()
 
 
 def prepare(config: Config, workdir: Path) -> Parts:
@@ -74,30 +77,44 @@ def prepare(config: Config, workdir: Path) -> Parts:
             "Choose another --workdir, and name the run in config.model.checkpoint."
         )
     start, model, tokenizer = prepare_model(config, workdir)
+    notes: list[str] = []
     questions = load_questions(
         config.evaluate,
         tokenizer,
         bos=config.data.add_bos,
         max_new_tokens=config.generation.max_new_tokens,
+        report=notes.append,
     )
     params = initial_params(model, start, config)
-    record = describe(config, model, params, tokenizer)
+    record = describe(config, model, params, tokenizer, questions)
     check_same_evaluation(record, workdir)
-    return Parts(config, model, params, tokenizer, questions, record)
+    return Parts(config, model, params, tokenizer, questions, record, notes)
 
 
-def describe(config: Config, model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the predictions of an evaluation depend on, as JSON values."""
+def describe(
+    config: Config,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+) -> dict[str, Any]:
+    """All that the predictions of an evaluation depend on, as JSON values.
+
+    Of its data that is the content, not where it lies: files may move between two starts.
+    """
     sections = config.to_dict()
     kept = ["evaluate", "generation"]
     if config.phase == "testtime":
         kept += ["testtime", "refine", "optimizer"]
+    for path in ("data", "essays"):
+        del sections["evaluate"][path]
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
         "phase": config.phase,
         "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
         "compute_dtype": model.policy.compute_dtype,
         "tokenizer": tokenizer.fingerprint,
+        "questions": digest(questions),
         "data": {"add_bos": config.data.add_bos},
         "train": {"seed": config.train.seed},
         **{section: sections[section] for section in kept},
@@ -112,19 +129,28 @@ def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
     """
     if not (workdir / PREDICTIONS).is_file():
         return
-    before = {}
-    if (workdir / RECORD).is_file():
+    advice = "Choose another --workdir, or"
+    if not (workdir / RECORD).is_file():
+        raise ConfigError(
+            f"{workdir} holds {PREDICTIONS}, but no {RECORD}, which says what they were made with. "
+            f"{advice} remove them."
+        )
+    try:
         before = _flat(read_json(workdir / RECORD, ConfigError))
+    except ConfigError as reason:
+        raise ConfigError(
+            f"{reason} {advice} remove it with the {PREDICTIONS} beside it."
+        ) from None
     after = _flat(mine)
     changed = [
-        f"  {name}: was {before.get(name)!r}, got {after.get(name)!r}"
+        f"  {name}: was {short(before.get(name))}, got {short(after.get(name))}"
         for name in {**before, **after}
         if before.get(name) != after.get(name)
     ]
     if changed:
         raise ConfigError(
-            f"{workdir} holds another evaluation. Choose another --workdir, or what it was started "
-            "with:\n" + "\n".join(changed)
+            f"{workdir} holds another evaluation. {advice} what it was started with:\n"
+            + "\n".join(changed)
         )
 
 
@@ -185,7 +211,8 @@ def run_parts(parts: Parts, workdir: Path, answerer: Answerer) -> dict:
     distributed.check_same("model and questions", json.dumps([parts.record, len(groups)]))
     if distributed.is_writer():
         write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
-    with Interrupt() as interrupt, Predictions(workdir) as predictions:
+    with Interrupt() as interrupt, Predictions(workdir, FIELDS) as predictions:
+        predictions.check(parts.questions)
         introduce(parts, predictions, answerer.adapter)
         if not evaluate(groups, answerer, predictions, stop=interrupt.agreed):
             done = len(predictions.records)
@@ -237,6 +264,8 @@ def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -
             else ""
         )
     )
+    for note in parts.notes:
+        distributed.say(f"note: {note}")
 
 
 def report(records: Sequence[dict], workdir: Path) -> dict:

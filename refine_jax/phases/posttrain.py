@@ -42,6 +42,7 @@ from refine_jax.data.prompts import (
     trim_batch,
     trimmed_width,
 )
+from refine_jax.data.references import FRACTIONS
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
@@ -99,7 +100,12 @@ def prepare(config: Config, workdir: Path) -> Parts:
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
-    corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
+    corpus = load_prompts(
+        data_options(config, tokenizer),
+        options,
+        tokenizer,
+        alternatives=config.posttrain.metric not in FRACTIONS,
+    )
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     return Parts(config, start, model, tokenizer, corpus, training, held_out)

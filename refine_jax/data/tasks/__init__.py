@@ -13,18 +13,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from collections.abc import Callable
+
+from absl import logging
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import short
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Task
+from refine_jax.data.tasks.files import MAX_LENGTH, NoExamplesError
 from refine_jax.data.tasks.haystack import load_essays
 from refine_jax.data.tasks.longbench import LONGBENCH
 from refine_jax.data.tasks.ruler_qa import RULER_QA
 from refine_jax.data.tokenizer import Tokenizer
 
-__all__ = ["TASKS", "Example", "Task", "check_request", "load_examples", "needs_essays"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "NoExamplesError",
+    "Task",
+    "check_request",
+    "is_built",
+    "load_examples",
+    "needs_essays",
+]
+
+MAX_SAMPLES = 1_000_000
+"""Most examples that are built of a task and length."""
 
 TASKS: dict[str, Task] = {
     **{name: Task(name, "niah", "ruler_recall", niah.MAX_NEW_TOKENS) for name in niah.NEEDLES},
@@ -59,6 +77,18 @@ def check_request(
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise DataError(f"task must be one of {', '.join(TASKS)}. Got: {name!r}.{hint}")
+    built = is_built(name, data)
+    for setting, value, high in (
+        ("length", length, MAX_LENGTH),
+        ("samples", samples, MAX_SAMPLES if built else None),
+    ):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is not None and not (fits and (high is None or value <= high)):
+            most = f", at most {high:,}" if high else ""
+            raise DataError(
+                f"{setting} of {name} must be a whole number, at least 1{most}. "
+                f"Got: {short(value)}."
+            )
     if data:
         find_files(data, setting="data")
     elif name in RULER_QA:
@@ -70,7 +100,7 @@ def check_request(
         raise DataError(
             f"{name} needs `data`: LongBench's jsonl files, or parquet files with its prompts"
         )
-    if _is_built(name, data):
+    if built:
         if length is None or samples is None:
             raise DataError(
                 f"{name} is built: set length and samples. Got: length={length}, samples={samples}."
@@ -89,6 +119,8 @@ def load_examples(
     seed: int = 0,
     data: str | None = None,
     essays: str | None = None,
+    metric: str | None = None,
+    report: Callable[[str], None] = logging.warning,
 ) -> list[Example]:
     """Return the examples of a task.
 
@@ -108,14 +140,19 @@ def load_examples(
             glob pattern.
         essays: the text of the tasks that hide needles in essays: a text file, a folder, a glob
             pattern or "stdlib"; see `load_essays`.
+        metric: what scores the answers, if not the task's own: where every reference counts,
+            alternatives of one reference are refused.
+        report: takes a sentence for each kind of rows of a file that were left out.
 
     Raises:
+        NoExamplesError: the files have no rows of this task and length.
         DataError: there is no such task, something it needs is missing, or nothing fits.
     """
     task = check_request(name, length=length, samples=samples, data=data, essays=essays)
+    task = dataclasses.replace(task, metric=metric or task.metric)
     build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
-    if not _is_built(name, data):
-        return files.read_examples(task, data, **build)
+    if not is_built(name, data):
+        return files.read_examples(task, data, report=report, **build)
     if name in RULER_QA:
         return ruler_qa.build_examples(task, data, **build)
     del build["samples"]
@@ -125,6 +162,6 @@ def load_examples(
     return [synthetic.make_example(name, i, **build) for i in range(samples)]
 
 
-def _is_built(name: str, data: str | None) -> bool:
-    """Say whether the examples are built, not read."""
+def is_built(name: str, data: str | None) -> bool:
+    """Say whether the examples of a task are built, not read from `data`."""
     return not data or (name in RULER_QA and data.endswith(".json"))

@@ -1,24 +1,38 @@
 """Examples in files: parquet or jsonl, one row an example.
 
-Columns: `prompt` and `answers` (or `answer`); optional are `task`, `max_gen_tokens`,
-`max_seq_length` (the length that a set was built for) and `metadata` (JSON). That covers the sets
-that ReFINE's experiments used and what `write_examples` writes. Rows of LongBench's own files,
-with `context` and `input` in place of a prompt, get LongBench's prompts.
+Columns: `prompt` and `answers` (or `answer`), in any form that `refine_jax.data.references` reads;
+optional are `task` (or `dataset`), `max_gen_tokens`, `max_seq_length` (the length that a set was
+built for) and `metadata` (an object, or JSON text of one; other text is kept as it is). That covers
+the sets that ReFINE's experiments used and what `write_examples` writes. Rows of LongBench's own
+files, with `context` and `input` in place of a prompt, get LongBench's prompts.
+
+Rows without a prompt or without an answer are left out, and so are empty answers beside others;
+both are counted and said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import clean_text, replacing, short
+from refine_jax.data.references import (
+    FRACTIONS,
+    json_value,
+    plain_value,
+    read_prompt,
+    read_references,
+    whole_number,
+)
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw
@@ -28,6 +42,21 @@ from refine_jax.data.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 SUFFIXES = (".parquet", ".jsonl")
+MAX_LENGTH = 2**24
+"""Most tokens that a set can be built for, prompt and answer."""
+MAX_ANSWER = 2**20
+"""Most tokens that an example can ask an answer of."""
+
+
+class NoExamplesError(DataError):
+    """The files hold no rows of a task and length, but may hold those of others.
+
+    wanted: the task and the length. data: the files, as they were named.
+    """
+
+    def __init__(self, wanted: str, data: str, there: str):
+        super().__init__(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
+        self.wanted, self.data = wanted, data
 
 
 def read_examples(
@@ -38,46 +67,58 @@ def read_examples(
     samples: int | None,
     tokenizer: Tokenizer,
     seed: int,
+    report: Callable[[str], None],
 ) -> list[Example]:
     """Return the examples of a task that a file holds, in its order.
 
     Args:
-        task: the task; rows of others are passed over.
+        task: the task; rows of others are passed over. Its metric says whether every reference
+            counts.
         data: a .parquet or .jsonl file, a folder or a glob pattern.
-        length: the most tokens of bos, prompt and answer: longer rows are left out, and a warning
-            says how many. In files of sets that were built for a length (`max_seq_length`), only
-            sets of this length count. None takes every row.
+        length: the most tokens of bos, prompt and answer: longer rows are left out. In files of
+            sets that were built for a length (`max_seq_length`), only sets of this length count.
+            None takes every row.
         samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
         tokenizer: counts the tokens.
         seed: of the choice.
+        report: takes a sentence for each kind of rows that were left out.
 
     Raises:
-        DataError: there are no such rows, or several files have some, or a row is incomplete.
+        NoExamplesError: there are no such rows.
+        DataError: several files have some, none can be used, or a field holds something else.
     """
     path, rows = _select(task, data, length)
     order: Sequence[int] = range(len(rows))
     if samples is not None:
         order = Draw("rows", seed, task.name).shuffled(order)
-    examples, too_long = [], 0
+    examples: list[Example] = []
+    left_out: Counter[str] = Counter()
     for i in order:
         if len(examples) == samples:
             break
-        example = _example(task, path, rows[i], i, tokenizer)
+        example = _example(task, path, rows[i], i, tokenizer, left_out)
+        if example is None:
+            continue
         needed = example.metadata["prompt_tokens"] + example.max_new_tokens
         if length is not None and needed > length:
-            too_long += 1
+            left_out[_TOO_LONG] += 1
         else:
             examples.append(example)
     if not examples:
-        raise DataError(f"none of the {len(rows)} rows of {path} fits into length={length}")
-    if too_long:
-        logging.warning(
-            "%s: left out %d of %d rows that need more than %d tokens",
-            path,
-            too_long,
-            too_long + len(examples),
-            length,
+        if set(left_out) == {_TOO_LONG}:
+            raise DataError(f"none of the {len(rows)} rows of {path} fits into length={length}")
+        why = ", ".join(f"{count} {what}" for what, count in left_out.items())
+        raise DataError(
+            f"none of the {len(rows)} rows of {path} can be used: {why}. An example needs a prompt "
+            "and a reference answer that is not empty."
         )
+    empty = left_out.pop(_EMPTY, 0)
+    seen = len(examples) + left_out.total()
+    for what, count in left_out.items():
+        what = f"that need more than {length} tokens" if what == _TOO_LONG else what
+        report(f"{path}: left out {count} of {seen} rows {what}")
+    if empty:
+        report(f"{path}: left out {empty} empty answers beside others")
     return sorted(examples, key=lambda example: example.index)
 
 
@@ -98,27 +139,24 @@ def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None
             "answers": list(example.answers),
             "prompt_length": example.metadata["prompt_tokens"],
             "max_gen_tokens": example.max_new_tokens,
-            "max_seq_length": example.metadata.get("length"),
+            "max_seq_length": whole_number(example.metadata.get("length"), 1, MAX_LENGTH),
             "metadata": json.dumps(dict(example.metadata)),
         }
         for example in examples
     ]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
+        with replacing(path) as part:
+            if path.suffix == ".parquet":
+                import pyarrow
+                import pyarrow.parquet
 
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
-        else:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            partial.write_text(text, "utf-8")
-        partial.replace(path)
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
+            else:
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                part.write_text(text, "utf-8")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -135,23 +173,23 @@ def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[Row]]
     for path in find_files(data, setting="data"):
         if path.suffix not in SUFFIXES:
             continue
-        for row in _read(path):
-            name = str(row.get("task") or row.get("dataset") or task.name)
-            built_for = row.get("max_seq_length")
+        for number, row in enumerate(_read(path), 1):
+            name, built_for = _set_of(row, task, lambda path=path, n=number: f"row {n} of {path}")
             seen.add(name if built_for is None else f"{name} of length {built_for}")
             if name == task.name and (built_for is None or length in (None, built_for)):
                 found.setdefault(path, []).append(row)
     if not found:
         wanted = task.name if length is None else f"{task.name} of length {length}"
         there = ", ".join(sorted(seen)) or f"no {' or '.join(SUFFIXES)} file"
-        raise DataError(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
+        raise NoExamplesError(wanted, data, there)
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise DataError(f"several files hold examples of {task.name}: set data to one of {names}")
     ((path, rows),) = found.items()
-    lengths = {row.get("max_seq_length") for row in rows}
+    lengths = {_set_of(row, task, str)[1] for row in rows}
     if len(lengths) > 1:
-        raise DataError(f"{path} holds sets of several lengths {sorted(lengths)}: set the length")
+        named = ", ".join("without one" if n is None else str(n) for n in sorted(lengths, key=str))
+        raise DataError(f"{path} holds sets of several lengths ({named}): set the length")
     return path, rows
 
 
@@ -167,23 +205,91 @@ def _read(path: Path) -> list[Row]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _example(task: Task, path: Path, row: Row, index: int, tokenizer: Tokenizer) -> Example:
-    if "prompt" not in row and task.name in longbench.PROMPTS:
-        row = longbench.with_prompt(task.name, row)
-    answers = row.get("answers", row.get("answer"))
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(row.get("prompt"), str) or not isinstance(answers, list):
+# Why rows, and answers of rows, are left out.
+_TOO_LONG, _NO_PROMPT, _NO_ANSWER = "too long", "without a prompt", "without an answer"
+_EMPTY = "empty answers"
+
+
+def _set_of(row: Row, task: Task, where: Callable[[], str]) -> tuple[str, int | None]:
+    """Return the task that a row belongs to, and the length that its set was built for."""
+    name: Any = None
+    for field in ("task", "dataset"):
+        name = name or plain_value(row.get(field))
+        if name is not None and not isinstance(name, str):
+            raise DataError(f"{field!r} in {where()} must be a string. Got: {short(name)}.")
+    return clean_text(name or task.name), _count(row, "max_seq_length", MAX_LENGTH, where)
+
+
+def _example(
+    task: Task, path: Path, row: Row, index: int, tokenizer: Tokenizer, left_out: Counter[str]
+) -> Example | None:
+    """Return the example of a row, None if it has no prompt or answer; counts what it leaves out.
+
+    index: number of the row among those of the task, from 0.
+    """
+
+    def where(field: str = "") -> Callable[[], str]:
+        needs = f" needs a prompt and answers: {field!r}" if field else ""
+        return lambda: f"row {index} of {path}{needs}"
+
+    name = next((name for name in ("answers", "answer") if row.get(name) is not None), None)
+    fields = ("prompt", "context") if task.name in longbench.PROMPTS else ("prompt",)
+    if not any(field in row for field in fields) or not {"answers", "answer"} & row.keys():
         raise DataError(
             f"row {index} of {path} needs a prompt and answers. Got: {', '.join(sorted(row))}."
         )
-    metadata = json.loads(row.get("metadata") or "{}")
-    if row.get("max_seq_length") is not None:
-        metadata["length"] = row["max_seq_length"]
+    prompt = read_prompt(row.get("prompt"), where("prompt"))
+    if prompt is None and "context" in fields:
+        context = read_prompt(row.get("context"), where("context"))
+        asked = read_prompt(row.get("input"), where("input"))
+        if context is not None:
+            prompt = longbench.make_prompt(task.name, context, asked or "")
+    if prompt is None:
+        left_out[_NO_PROMPT] += 1
+        return None
+    alternatives = task.metric not in FRACTIONS
+    answers = read_references(row.get(name), where(name), alternatives=alternatives)
+    found = tuple(answer for answer in answers if answer)
+    if not found:
+        left_out[_NO_ANSWER] += 1
+        return None
+    if len(found) < len(answers):
+        left_out[_EMPTY] += len(answers) - len(found)
+    metadata = _metadata(row.get("metadata"))
+    built_for = _count(row, "max_seq_length", MAX_LENGTH, where())
+    if built_for is not None:
+        metadata["length"] = built_for
     return Example(
         task=task.name,
         index=index,
-        prompt=row["prompt"],
-        answers=tuple(answers),
-        max_new_tokens=row.get("max_gen_tokens") or task.max_new_tokens,
-        metadata={**metadata, "prompt_tokens": count_tokens(tokenizer, row["prompt"])},
+        prompt=prompt,
+        answers=found,
+        max_new_tokens=_count(row, "max_gen_tokens", MAX_ANSWER, where()) or task.max_new_tokens,
+        metadata={**metadata, "prompt_tokens": count_tokens(tokenizer, prompt)},
     )
+
+
+def _count(row: Row, field: str, high: int, where: Callable[[], str]) -> int | None:
+    """Return a number of tokens that a row may hold, None for null."""
+    value = plain_value(row.get(field))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    number = whole_number(value, 1, high)
+    if number is None:
+        raise DataError(
+            f"{field!r} in {where()} must be a whole number from 1 to {high:,}. "
+            f"Got: {short(value)}."
+        )
+    return number
+
+
+def _metadata(value: Any) -> dict[str, Any]:
+    """Return what is known about an example as JSON values; text that is no object stays text."""
+    value = plain_value(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed = json.loads(value)
+            value = parsed if isinstance(parsed, dict) else value
+    if value is None or value == "":
+        return {}
+    return json_value(value) if isinstance(value, Mapping) else {"metadata": json_value(value)}

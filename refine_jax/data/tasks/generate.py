@@ -17,8 +17,9 @@ from pathlib import Path
 from absl import app, flags
 
 from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.base.files import check_folder, short
 from refine_jax.data.tasks import check_request, load_examples
-from refine_jax.data.tasks.files import SUFFIXES, digest, write_examples
+from refine_jax.data.tasks.files import MAX_LENGTH, SUFFIXES, digest, write_examples
 from refine_jax.data.tokenizer import load_tokenizer
 
 
@@ -32,13 +33,21 @@ def main(argv: Sequence[str]) -> None:
     try:
         tokenizer = load_tokenizer(values.tokenizer)
         wanted = [(task, _positive(length)) for task in values.tasks for length in values.lengths]
+        if not wanted or not values.out:
+            raise DataError("--tasks, --lengths and --out must name something, and one is empty.")
         for task, length in wanted:  # before anything is written
             check_request(task, length=length, **sources)
+        folder = Path(values.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the folder --out={folder}: {error.strerror}.") from None
+        check_folder(folder, DataError)
         for task, length in wanted:
             examples = load_examples(
                 task, length=length, tokenizer=tokenizer, seed=values.seed, **sources
             )
-            path = Path(values.out) / f"{task}_{length}{values.format}"
+            path = folder / f"{task}_{length}{values.format}"
             write_examples(examples, path)
             made = {"file": str(path), "examples": len(examples), "sha256": digest(examples)}
             print(json.dumps(made), flush=True)
@@ -47,8 +56,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise DataError(f"--lengths must be positive integers, with commas. Got: {text!r}.")
+    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):  # int() of 5,000 digits raises
+        raise DataError(
+            f"--lengths must be whole numbers from 1 to {MAX_LENGTH:,}, with commas. "
+            f"Got: {short(text)}."
+        )
     return int(text)
 
 

@@ -7,9 +7,6 @@ line does, as in the sets of ReFINE's experiments. ("asconcisely" is theirs.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from refine_jax.data.tasks.example import Task
 
 _PASSAGES = (
@@ -99,9 +96,6 @@ LONGBENCH = {
 }
 
 
-def with_prompt(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of LongBench's own files with its prompt, if it has what that takes."""
-    if not isinstance(row.get("context"), str):
-        return dict(row)
-    fields = {"context": row["context"], "input": row.get("input") or ""}
-    return {**row, "prompt": PROMPTS[task].format(**fields)}
+def make_prompt(task: str, context: str, asked: str) -> str:
+    """Return the prompt of a row of LongBench's own files, of its `context` and its `input`."""
+    return PROMPTS[task].format(context=context, input=asked)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import clean_text
+from refine_jax.data.references import read_references
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.example import Example, Task
 from refine_jax.data.tasks.haystack import count_tokens, fit
@@ -33,7 +35,7 @@ class Question:
 
     Attributes:
         text: the question.
-        answers: the references, as often as the file has them.
+        answers: the references, as often as the file has them, without empty ones.
         own: numbers of the passages that come with it.
         gold: numbers of those that hold the answer.
         related: numbers of passages to add first.
@@ -145,7 +147,9 @@ def _read(task: Task, path: str) -> tuple[list[Question], list[str]]:
         "ruler_hotpotqa": (_read_hotpotqa, "HotpotQA"),
     }[task.name]
     try:
-        questions, passages = reader(content)
+        questions, passages = reader(content, path)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path} is not a file of {kind}, which {task.name} needs") from error
     if not questions:
@@ -153,10 +157,16 @@ def _read(task: Task, path: str) -> tuple[list[Question], list[str]]:
     return questions, passages
 
 
-def _read_squad(content: Any) -> tuple[list[Question], list[str]]:
+def _answers(value: Any, path: str) -> tuple[str, ...]:
+    found = read_references(value, lambda: f"an answer in {path}")
+    return tuple(answer for answer in found if answer)
+
+
+def _read_squad(content: Any, path: str) -> tuple[list[Question], list[str]]:
     numbers: dict[str, int] = {}
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
+            paragraph["context"] = clean_text(paragraph["context"])
             numbers.setdefault(paragraph["context"], len(numbers))
     questions = []
     for article in content["data"]:
@@ -165,15 +175,13 @@ def _read_squad(content: Any) -> tuple[list[Question], list[str]]:
             own = numbers[paragraph["context"]]
             related = tuple(i for i in siblings if i != own)
             for entry in paragraph["qas"]:
-                answers = tuple(answer["text"] for answer in entry["answers"])
+                text, answers = clean_text(entry["question"]), _answers(entry["answers"], path)
                 if answers and not entry.get("is_impossible"):
-                    questions.append(
-                        Question(entry["question"], answers, (own,), frozenset((own,)), related)
-                    )
+                    questions.append(Question(text, answers, (own,), frozenset((own,)), related))
     return questions, list(numbers)
 
 
-def _read_hotpotqa(content: Any) -> tuple[list[Question], list[str]]:
+def _read_hotpotqa(content: Any, path: str) -> tuple[list[Question], list[str]]:
     numbers: dict[str, int] = {}
     questions = []
     for entry in content:
@@ -181,11 +189,12 @@ def _read_hotpotqa(content: Any) -> tuple[list[Question], list[str]]:
         own: dict[int, None] = {}
         gold = set()
         for title, sentences in entry["context"]:
-            number = numbers.setdefault(f"{title}\n{''.join(sentences)}", len(numbers))
+            passage = clean_text(f"{title}\n{''.join(sentences)}")
+            number = numbers.setdefault(passage, len(numbers))
             own[number] = None
             if title in supporting:
                 gold.add(number)
-        questions.append(
-            Question(entry["question"], (entry["answer"],), tuple(own), frozenset(gold))
-        )
+        text, answers = clean_text(entry["question"]), _answers(entry["answer"], path)
+        if answers:
+            questions.append(Question(text, answers, tuple(own), frozenset(gold)))
     return questions, list(numbers)
