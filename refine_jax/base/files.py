@@ -14,6 +14,7 @@ from typing import Any
 from refine_jax.base.errors import ConfigError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_LFS = b"version https://git-lfs.github.com/spec/"
 MARK = "\ufeff"
 """The byte order mark, which some editors put before a text; it is never part of one."""
 
@@ -59,6 +60,15 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
         raise error(f"cannot read {path}: {reason.strerror or reason}.") from None
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not UTF-8 text: {reason}.") from None
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is what git leaves in place of a large one that git-lfs has not fetched."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
 
 
 def parse_json(
