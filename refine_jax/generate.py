@@ -188,7 +188,7 @@ def make_adapter(loaded: Loaded, adaptation: Adaptation, seed: int) -> Adapter:
         adaptation.method,
         adaptation.options,
         key=jax.random.key(seed),
-        eos_id=loaded.tokenizer.eos_id,
+        eos_id=loaded.tokenizer.end_ids,
         pad_id=loaded.tokenizer.pad_id,
     )
 
