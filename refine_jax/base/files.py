@@ -15,7 +15,6 @@ from typing import Any
 from refine_jax.base.errors import ConfigError, UserError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_LFS = b"version https://git-lfs.github.com/spec/"
 MARK = "\ufeff"
 """The byte order mark, which some editors put before a text; it is never part of one."""
 
@@ -70,15 +69,6 @@ def decode_text(content: bytes, where: Any, error: type[UserError]) -> str:
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         hint = " It begins with the mark of UTF-16: save it as UTF-8." if marked else ""
         raise error(f"{where} is not UTF-8 text: {reason}.{hint}") from None
-
-
-def is_lfs_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is what git leaves in place of a large one that git-lfs has not fetched."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(len(_LFS)) == _LFS
-    except OSError:
-        return False
 
 
 def parse_json(
@@ -161,6 +151,18 @@ def short(value: Any, limit: int = 80) -> str:
     """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+)
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is a pointer of git-lfs in place of the content, which was not fetched."""
+    with Path(path).open("rb") as file:
+        return file.read(len(_POINTERS[0])).startswith(_POINTERS)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -177,9 +179,10 @@ class SentencePieceTokenizer:
             batch = self._model.encode(list(texts), num_threads=os.cpu_count() or 1)
         return [np.array(ids, np.int32) for ids in batch]
 
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        pieces = self._model.encode(text, out_type="immutable_proto").pieces
-        return [(piece.begin, piece.end) for piece in pieces]
+    def _cuts(self, text: str) -> list[int]:
+        # Such pieces are user-defined symbols, which are found as they are written.
+        pieces = "|".join(re.escape(self._model.id_to_piece(i)) for i in self._reserved)
+        return [found.start() + 1 for found in re.finditer(pieces, text) if len(found[0]) > 1]
 
     def _id_of(self, named: Named, text: str) -> int | None:
         index = self._model.piece_to_id(text)  # the unknown piece's, if there is none
@@ -277,8 +280,11 @@ class HuggingFaceTokenizer:
             batch = self._model.encode_batch(list(texts), add_special_tokens=False)
             return [np.array(item.ids, np.int32) for item in batch]
 
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        return self._model.encode(text, add_special_tokens=False).offsets
+    def _cuts(self, text: str) -> list[int]:
+        found = self._model.encode(text, add_special_tokens=False)
+        special = np.isin(found.ids, self._reserved)
+        spans = [span for span, taken in zip(found.offsets, special, strict=True) if taken]
+        return [begin + 1 for begin, end in spans if end - begin > 1]
 
 
 def _encode_as_text(
@@ -290,21 +296,14 @@ def _encode_as_text(
     ("</s>"). Such a text is encoded in parts, each of which ends within what was taken for a token.
     A special token of one character remains: the vocabulary has nothing else for it.
     """
-    batch = tokenizer._encode(texts)
-    if not tokenizer._reserved or not tries:
+    batch = tokenizer._encode(texts) if texts else []
+    reserved = tokenizer._reserved if tries else []
+    if not batch or not reserved or not np.isin(np.concatenate(batch), reserved).any():
         return batch
     for place, ids in enumerate(batch):
-        taken = np.isin(ids, tokenizer._reserved)
-        if not taken.any():
-            continue
-        text, spans = texts[place], tokenizer._spans(texts[place])
-        cuts = [
-            begin + 1
-            for (begin, end), special in zip(spans, taken, strict=True)
-            if special and end - begin > 1
-        ]
-        if cuts:
-            parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        if np.isin(ids, reserved).any() and (cuts := tokenizer._cuts(texts[place])):
+            ends = [0, *cuts, len(texts[place])]
+            parts = [texts[place][a:b] for a, b in itertools.pairwise(ends)]
             encode = functools.partial(_encode_as_text, tokenizer, tries=tries - 1)
             batch[place] = np.concatenate([*encode(parts[:1]), *_continuations(encode, parts[1:])])
     return batch
