@@ -62,9 +62,12 @@ def save_prefix(
     if not np.isfinite(np.asarray(prefix.hidden, np.float32)).all():
         raise not_finite("after the prompt")
     record = _describe(model, params, tokenizer) | {"lengths": [int(n) for n in prefix.length]}
-    with new_folder(path) as folder:
-        write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
-        write_text(folder / _RECORD, json.dumps(record, indent=2) + "\n")
+    try:
+        with new_folder(path) as folder:
+            write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
+            write_text(folder / _RECORD, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write the saved state {path}: {error.strerror}.") from None
 
 
 def load_prefix(
@@ -95,7 +98,7 @@ def load_prefix(
 def _describe(model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
-        "model": model.config.to_hf(),
+        "model": json.loads(json.dumps(model.config.to_hf())),  # as it is read again
         "compute_dtype": model.policy.compute_dtype,
         "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
         "tokenizer": tokenizer.fingerprint,

@@ -31,9 +31,11 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self):
+        if isinstance(self.eos_token_id, list):  # configurations are hashed
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
         self._require(self.hidden_act in ("swish", "silu"), "hidden_act", "'swish'")
