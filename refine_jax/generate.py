@@ -14,8 +14,10 @@ The model may be trained on each prompt before it continues it, a copy for each:
 
     python -m refine_jax.generate --checkpoint DIR --prompt_file doc.txt --adapt_steps 2
 
-DIR is a checkpoint that refine_jax.convert or a training run wrote. Prompts are taken as they are,
-line ends at their end too. Time and memory a token do not depend on the length of the prompt.
+DIR is a checkpoint that refine_jax.convert or a training run wrote. Of its generation_config.json
+the end tokens are used; how tokens are drawn is what the options below say. Prompts are taken as
+they are, line ends at their end too; a byte order mark is left out, and what is not UTF-8 in
+--prompt becomes "?". Time and memory a token do not depend on the length of the prompt.
 Exit code 1: bad input, with one message on standard error.
 """
 
@@ -25,7 +27,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -40,15 +41,17 @@ from refine_jax.base.errors import (
     escape_output,
     print_json,
 )
-from refine_jax.checkpoint.folders import check_free
+from refine_jax.base.files import clean_text, decode_text, local_path, read_text
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
 from refine_jax.data.tokenizer import encode_continuations
 from refine_jax.generation import Generated, Generator, Loaded, Prefix, Sampling, load, take_rows
-from refine_jax.generation.states import load_prefix, save_prefix
+from refine_jax.generation.states import check_state_path, load_prefix, save_prefix
 from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
+
+_MOST_STEPS = 1_000_000  # of training on one prompt
 
 
 class Adaptation(NamedTuple):
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     if options.save_state is not None:
-        check_free(options.save_state)
+        check_state_path(options.save_state)
     adaptation = read_adaptation(options)
     texts = read_prompts(options)
     _check_stream(options, len(texts))
@@ -159,6 +162,8 @@ def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
     steps, rate = options.adapt_steps, options.adapt_learning_rate
     if steps < 0:
         raise ConfigError(f"--adapt_steps must be at least 0. Got: {steps}.")
+    if steps > _MOST_STEPS:
+        raise ConfigError(f"--adapt_steps must be at most {_MOST_STEPS:,}. Got: {steps}.")
     if not steps:
         for name in ("adapt_objective", "adapt_learning_rate"):
             if getattr(options, name) is not None:
@@ -188,7 +193,7 @@ def make_adapter(loaded: Loaded, adaptation: Adaptation, seed: int) -> Adapter:
         adaptation.method,
         adaptation.options,
         key=jax.random.key(seed),
-        eos_id=loaded.tokenizer.eos_id,
+        eos_id=loaded.tokenizer.end_ids,
         pad_id=loaded.tokenizer.pad_id,
     )
 
@@ -217,18 +222,22 @@ def read(generator: Generator, params: Params, texts: list[str], saved: Prefix |
 def read_prompts(options: argparse.Namespace) -> list[str]:
     """The texts of --prompt and --prompt_file, else of standard input.
 
-    Raises DataError for a file that is not UTF-8, or empty.
+    Raises DataError for a file that cannot be read, is not UTF-8, or empty.
     """
-    texts = list(options.prompt)
+    texts = [clean_text(text) for text in options.prompt]
     for name in options.prompt_file:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        name = "standard input" if name == "-" else name
-        if not data:
+        if name == "-":
+            name = "standard input"
+            text = decode_text(sys.stdin.buffer.read(), name, DataError)
+        else:
+            text = read_text(local_path(name, "--prompt_file", DataError), DataError)
+        if not text:
             raise DataError(f"{name} is empty: no prompt. For a text out of nothing: --prompt ''.")
-        try:
-            texts.append(data.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name} is not UTF-8 text: {error}.") from None
+        if "\0" in text:
+            raise DataError(
+                f"{name} holds null characters: it is no text, or UTF-16. Save it as UTF-8."
+            )
+        texts.append(text)
     return texts
 
 
@@ -277,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not (options.prompt or options.prompt_file or options.load_state):
         options.prompt_file = ["-"]
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.WARNING)
     try:
         run(options)
     except USER_ERRORS as error:
@@ -302,7 +311,11 @@ def _parser() -> argparse.ArgumentParser:
         default="latest",
         help="of a run: latest (default), best, a number",
     )
-    add("--tokenizer", metavar="NAME", help="mistral-v1, bytes or a path (default: DIR's)")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="mistral-v1, bytes or a path (default: DIR's, or the one its run was trained with)",
+    )
     add("--compute_dtype", choices=("float32", "bfloat16"), help="default: the device's")
 
     prompts = parser.add_argument_group("prompts", "Any number; none: standard input.")

@@ -46,6 +46,10 @@ class Letters:
     bos_id = None
 
     @property
+    def end_ids(self):
+        return () if self.eos_id is None else (self.eos_id,)
+
+    @property
     def fingerprint(self):
         return f"letters-{self.vocab_size}-{self.eos_id}"
 

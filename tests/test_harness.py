@@ -232,6 +232,7 @@ class Numbers:
     name = fingerprint = "numbers"
     vocab_size = 97
     bos_id, eos_id, pad_id = None, 96, 96
+    end_ids = (96,)
 
     def encode(self, text, bos=True, eos=False):
         assert not (bos or eos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -58,11 +59,20 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
     Raises `error` if the file cannot be read or is not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8").removeprefix(MARK)
+        content = Path(path).read_bytes()
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror or reason}.") from None
+    return decode_text(content, path, error)
+
+
+def decode_text(content: bytes, where: Any, error: type[UserError]) -> str:
+    """The text of UTF-8 bytes, without a byte order mark; raises `error` if they are none."""
+    try:
+        return content.decode("utf-8").removeprefix(MARK)
     except UnicodeDecodeError as reason:
-        raise error(f"{path} is not UTF-8 text: {reason}.") from None
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        hint = " It begins with the mark of UTF-16: save it as UTF-8." if marked else ""
+        raise error(f"{where} is not UTF-8 text: {reason}.{hint}") from None
 
 
 def parse_json(

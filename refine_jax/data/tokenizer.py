@@ -6,22 +6,39 @@ which the published LaCT-760M and DeltaNet-1.3B use), "bytes", or the path of a 
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from absl import logging
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import MARK, local_path, valid_unicode
+from refine_jax.data.tokenizer_files import (
+    FAST,
+    MAX_ID,
+    MODEL,
+    TEKKEN,
+    Named,
+    find_tokenizer,
+    ids_of,
+    open_sentencepiece,
+    read_bytes,
+    read_named,
+    warn_unknown,
+)
 
 Ids = Sequence[int] | np.ndarray
-
-# Files beside a tokenizer.json that name its special tokens; the first has the last word.
-SPECIAL_TOKENS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 @runtime_checkable
@@ -33,7 +50,8 @@ class Tokenizer(Protocol):
         fingerprint: equal for equal tokenizers, wherever their files lie; used by caches.
         vocab_size: ids are 0 .. vocab_size - 1.
         bos_id: beginning of sequence; None if the tokenizer has none.
-        eos_id: end of sequence; None if the tokenizer has none.
+        eos_id: end of sequence, appended to documents; None if the tokenizer has none.
+        end_ids: every token that ends a text that is generated: eos_id, and others that files name.
         pad_id: fills the slots of a row that hold no token (their segment is 0).
         files: {name: path} from which a folder that they are copied to loads it; empty for bytes.
     """
@@ -43,11 +61,16 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    end_ids: tuple[int, ...]
     pad_id: int
     files: Mapping[str, Path]
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-        """Return the ids [T] int32 of `text`, with bos before and eos after it if wanted."""
+        """Return the ids [T] int32 of `text`, with bos before and eos after it if wanted.
+
+        Special tokens that `text` spells are text. Lone surrogates, of which no text is made, are
+        encoded as "?".
+        """
 
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
@@ -65,11 +88,12 @@ class ByteTokenizer:
     fingerprint = "bytes-259"
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
+    end_ids: tuple[int, ...] = (257,)
     files: Mapping[str, Path] = {}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
         """Return the bytes of `text` as ids [T] int32."""
-        ids = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        ids = np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
         return _with_ends(self, ids, bos, eos)
 
     def encode_batch(
@@ -87,93 +111,202 @@ class ByteTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece model file (`tokenizer.model`).
 
-    A model without a padding piece (Mistral's) pads with its eos, else with its unknown piece.
+    Files in the same folder (`tokenizer_config.json` or `special_tokens_map.json`) may name other
+    special tokens than the model's own. A model without a padding piece (Mistral's) pads with its
+    eos, else with its unknown piece.
     """
 
     def __init__(self, path: str | os.PathLike, name: str | None = None) -> None:
-        """Read the model at `path`; raises DataError if it is missing or no SentencePiece model."""
-        import sentencepiece
+        """Read the model at `path`; a `name` stands for a model without files beside it.
 
-        model = _read(path)
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"not a SentencePiece model: {path} ({error})") from error
+        Raises DataError if the file is missing or no SentencePiece model, or a file beside it is
+        none of its kind.
+        """
+        path = Path(path)
+        self._model, content = open_sentencepiece(path)
+        named = Named() if name else read_named(path.parent)
+        self._pieces = self._model.get_piece_size()
+        ids = ids_of(named, functools.partial(self._id_of, named), path)
+        warn_unknown(named, self._text_of, path)
         self.name = name or str(path)
-        self.files = {"tokenizer.model": Path(path)}
-        self.fingerprint = f"sentencepiece-{_digest(model)}"
-        self.vocab_size = self._model.get_piece_size()
-        self.bos_id = _id_or_none(self._model.bos_id())
-        self.eos_id = _id_or_none(self._model.eos_id())
+        self.files = {MODEL: path, **named.files}
+        self.vocab_size = 1 + max(self._pieces - 1, *(i for i in (ids.bos, *ids.ends) if i), 0)
+        own = [_id_or_none(self._model.bos_id()), _id_or_none(self._model.eos_id())]
+        self.bos_id = own[0] if ids.bos is None else ids.bos
+        self.end_ids = ids.ends or tuple(i for i in own[1:] if i is not None)
+        self.eos_id = next(iter(self.end_ids), None)
+        for role, mine, index in (("bos", own[0], ids.bos), ("eos", own[1], self.eos_id)):
+            if None not in (mine, index) and mine != index:
+                logging.warning(
+                    "%s: %s names token %d as %s_token, the model's own is %d; the former is used.",
+                    path,
+                    " or ".join(named.files),
+                    index,
+                    role,
+                    mine,
+                )
+        special = [self.bos_id, *self.end_ids]
+        self.fingerprint = f"sentencepiece-{_digest(content)}"
+        if special != [i for i in own if i is not None]:
+            self.fingerprint += f"-{_digest(json.dumps(special))}"
         candidates = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         self.pad_id = next(i for i in candidates if i >= 0)
+        self._reserved = [
+            i
+            for i in (self.bos_id, self.eos_id)
+            if i is not None and i < self._pieces and not self._model.is_control(i)
+        ]
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
         """Return the pieces of `text` as ids [T] int32; "<s>" in a text is plain text."""
-        return _with_ends(self, np.array(self._model.encode(text), np.int32), bos, eos)
+        return self.encode_batch([text], bos, eos)[0]
 
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
         """Return `encode` of each text, in as many threads as the machine has cores."""
-        batch = self._model.encode(list(texts), num_threads=os.cpu_count() or 1)
-        return [_with_ends(self, np.array(ids, np.int32), bos, eos) for ids in batch]
+        batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
+        return [_with_ends(self, ids, bos, eos) for ids in batch]
 
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids`."""
-        return self._model.decode([int(i) for i in ids])
+        return self._model.decode([int(i) for i in ids if i < self._pieces])
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if len(texts) == 1:  # starting threads takes longer than a short text
+            batch = [self._model.encode(texts[0])]
+        else:
+            batch = self._model.encode(list(texts), num_threads=os.cpu_count() or 1)
+        return [np.array(ids, np.int32) for ids in batch]
+
+    def _cuts(self, text: str) -> list[int]:
+        # Such pieces are user-defined symbols, which are found as they are written.
+        pieces = "|".join(re.escape(self._model.id_to_piece(i)) for i in self._reserved)
+        return [found.start() + 1 for found in re.finditer(pieces, text) if len(found[0]) > 1]
+
+    def _id_of(self, named: Named, text: str) -> int | None:
+        index = self._model.piece_to_id(text)  # the unknown piece's, if there is none
+        return index if self._model.id_to_piece(index) == text else named.added.get(text)
+
+    def _text_of(self, index: int) -> str | None:
+        return self._model.id_to_piece(index) if index < self._pieces else None
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library (an optional dependency).
 
     The names of bos, eos and pad come from `tokenizer_config.json` or `special_tokens_map.json`
-    in the same folder.
+    in the same folder. Texts are encoded whole and as they are, whatever the file has saved of a
+    batch's truncation and padding, or of random segmentation.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        """Read `path`; raises DataError if it is missing, broken or `tokenizers` is not there."""
-        content = _read(path)
+        """Read `path`.
+
+        Raises DataError if the file is missing, broken or larger than a tokenizer, if one beside
+        it is, or if `tokenizers` is not installed.
+        """
+        path = Path(path)
+        content = read_bytes(path)
         try:
             import tokenizers
         except ImportError as error:
             raise DataError(
                 f"{path} needs the `tokenizers` library: pip install 'refine-jax[tokenizers]', "
-                "or use a folder that also holds a tokenizer.model."
+                "or name a tokenizer.model."
             ) from error
-        try:
-            self._model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"not a tokenizer.json: {path} ({error})") from error
-        special = _special_tokens(Path(path).parent)
-        ids = {key: self._model.token_to_id(token) for key, token in special.items()}
+        with _errors_of_library(f"not a tokenizer.json: {path}"):
+            text = content.decode("utf-8").removeprefix(MARK)
+            self._model = tokenizers.Tokenizer.from_str(text)
+            vocabulary = self._model.get_vocab(with_added_tokens=True)
+        if not vocabulary or max(vocabulary.values()) > MAX_ID:
+            raise DataError(f"not a tokenizer.json: {path} holds no tokens, or ids beyond int32.")
+        named = read_named(path.parent)
+        ids = ids_of(named, self._model.token_to_id, path)
+        warn_unknown(named, self._model.id_to_token, path)
+        added = self._model.get_added_tokens_decoder()
+        self._take_texts_as_they_are([added[i].content for i in (ids.bos, *ids.ends) if i in added])
+        added = self._model.get_added_tokens_decoder()
+        special = {i for i in added if added[i].special} | {ids.bos, *ids.ends[:1]}
+        self._reserved = sorted(special - {None} - self._unknown())
         self.name = str(path)
-        self.files = {"tokenizer.json": Path(path)}
-        for name in SPECIAL_TOKENS:
-            if (Path(path).parent / name).is_file():
-                self.files[name] = Path(path).parent / name
-        self.fingerprint = f"tokenizers-{_digest(content, json.dumps(ids, sort_keys=True))}"
+        self.files = {FAST: path, **named.files}
         # Added tokens may lie beyond a gap, so the largest id counts, not the number of tokens.
-        self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
-        self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
-        candidates = (ids.get("pad_token"), self.eos_id, ids.get("unk_token"), 0)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.bos_id, self.end_ids = ids.bos, ids.ends
+        self.eos_id = next(iter(self.end_ids), None)
+        # The number counts changes of what a text is encoded to.
+        self.fingerprint = f"tokenizers-2-{_digest(text, json.dumps(ids))}"
+        candidates = (ids.pad, self.eos_id, ids.unk, 0)
         self.pad_id = next(i for i in candidates if i is not None)
 
+    def _take_texts_as_they_are(self, ends: list[str]) -> None:
+        """Switch off what the file may have saved and would change texts: see the class."""
+        self._model.no_truncation()
+        self._model.no_padding()
+        for name in ("dropout", "alpha", "nbest_size"):  # segment at random, to train robustly
+            if getattr(self._model.model, name, None) is not None:
+                setattr(self._model.model, name, None)
+        self._model.add_special_tokens(ends)  # where the file calls them added tokens like others
+        self._model.encode_special_tokens = True  # in a text they are text
+
+    def _unknown(self) -> set[int]:
+        """Ids of what the model does not know: what it makes of no character."""
+        try:
+            return set(self._model.encode("\U0010fffe", add_special_tokens=False).ids)
+        except Exception:  # the library's, of a model without an unknown token
+            return set()
+
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-        """Return the ids [T] int32 of `text`."""
-        ids = self._model.encode(text, add_special_tokens=False).ids
-        return _with_ends(self, np.array(ids, np.int32), bos, eos)
+        """Return the ids [T] int32 of `text`; a special token in a text is plain text."""
+        return self.encode_batch([text], bos, eos)[0]
 
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
         """Return `encode` of each text, in the library's threads."""
-        batch = self._model.encode_batch(list(texts), add_special_tokens=False)
-        return [_with_ends(self, np.array(item.ids, np.int32), bos, eos) for item in batch]
+        batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
+        return [_with_ends(self, ids, bos, eos) for ids in batch]
 
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids` without special tokens."""
-        return self._model.decode([int(i) for i in ids], skip_special_tokens=True)
+        ends = (self.bos_id, self.eos_id)
+        with _errors_of_library(f"{self.name} cannot decode"):
+            texts = [int(i) for i in ids if i not in ends]
+            return self._model.decode(texts, skip_special_tokens=True)
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        with _errors_of_library(f"{self.name} cannot encode a text"):
+            batch = self._model.encode_batch(list(texts), add_special_tokens=False)
+            return [np.array(item.ids, np.int32) for item in batch]
+
+    def _cuts(self, text: str) -> list[int]:
+        found = self._model.encode(text, add_special_tokens=False)
+        special = np.isin(found.ids, self._reserved)
+        spans = [span for span, taken in zip(found.offsets, special, strict=True) if taken]
+        return [begin + 1 for begin, end in spans if end - begin > 1]
+
+
+def _encode_as_text(
+    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, texts: Sequence[str], tries: int = 8
+) -> list[np.ndarray]:
+    """Return the ids [T] int32 of each text; none of them is a special token.
+
+    A vocabulary may hold special tokens among its words, which the library then finds in a text
+    ("</s>"). Such a text is encoded in parts, each of which ends within what was taken for a token.
+    A special token of one character remains: the vocabulary has nothing else for it.
+    """
+    batch = tokenizer._encode(texts) if texts else []
+    reserved = tokenizer._reserved if tries else []
+    if not batch or not reserved or not np.isin(np.concatenate(batch), reserved).any():
+        return batch
+    for place, ids in enumerate(batch):
+        if np.isin(ids, reserved).any() and (cuts := tokenizer._cuts(texts[place])):
+            ends = [0, *cuts, len(texts[place])]
+            parts = [texts[place][a:b] for a, b in itertools.pairwise(ends)]
+            encode = functools.partial(_encode_as_text, tokenizer, tries=tries - 1)
+            batch[place] = np.concatenate([*encode(parts[:1]), *_continuations(encode, parts[1:])])
+    return batch
 
 
 def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -182,14 +315,25 @@ def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.
     SentencePiece puts a space before what it encodes, which belongs to the start of a text only:
     the ids are those that follow a line end.
     """
-    lead = tokenizer.encode("\n", bos=False)
-    behind = tokenizer.encode_batch(["\n" + text for text in texts], bos=False)
-    alone = tokenizer.encode_batch(texts, bos=False)
+    return _continuations(functools.partial(tokenizer.encode_batch, bos=False), texts)
+
+
+def _continuations(encode: Callable, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode_continuations`, by the ids [T] of each text of a list."""
+    (lead,) = encode(["\n"])
+    behind, alone = encode(["\n" + text for text in texts]), encode(texts)
     return [
         # Where line ends melt together the text has no ids of its own behind one.
         ids[len(lead) :] if np.array_equal(ids[: len(lead)], lead) else plain
         for ids, plain in zip(behind, alone, strict=True)
     ]
+
+
+def with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
+    """The tokenizer, with `ids` as further tokens that end a text that is generated."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.end_ids = tuple(dict.fromkeys([*tokenizer.end_ids, *ids]))
+    return tokenizer
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
@@ -207,18 +351,19 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         return ByteTokenizer()
     if name_or_path == "mistral-v1":
         return SentencePieceTokenizer(_mistral_model(), name="mistral-v1")
-    path = Path(name_or_path)
-    if path.is_dir():
-        for file in ("tokenizer.model", "tokenizer.json"):
-            for folder in (path, path / "tokenizer"):
-                if (folder / file).is_file():
-                    return load_tokenizer(folder / file)
-        raise DataError(f"no tokenizer.model or tokenizer.json in the folder {path}")
-    if not path.is_file():
-        raise DataError(
-            f"no tokenizer {str(name_or_path)!r}: neither a file or folder nor one of the names "
-            "mistral-v1, bytes"
-        )
+    path = local_path(name_or_path, "the tokenizer", DataError)
+    try:
+        if path.is_dir():
+            path = find_tokenizer(path)
+        if not path.is_file():
+            raise DataError(
+                f"no tokenizer {str(name_or_path)!r}: neither a file or folder nor one of the "
+                "names mistral-v1, bytes"
+            )
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}.") from None
+    if path.name == TEKKEN:
+        raise DataError(f"{path} is not supported: name a {MODEL} or {FAST} of the tokenizer.")
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
@@ -233,13 +378,6 @@ def _mistral_model() -> Path:
         "the tokenizer mistral-v1 is a file of the package mistral-common, which is "
         f"{'without it' if spec else 'not installed'}: pip install mistral-common"
     )
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer file {path}: {error.strerror}") from error
 
 
 def _digest(*parts: bytes | str) -> str:
@@ -264,20 +402,14 @@ def _with_ends(tokenizer: Tokenizer, ids: np.ndarray, bos: bool, eos: bool) -> n
     return np.concatenate([np.array(head, np.int32), ids, np.array(tail, np.int32)])
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
-    """Return {"bos_token": "<s>", ...} as the files beside a tokenizer.json name them."""
-    found: dict[str, str] = {}
-    for file in SPECIAL_TOKENS:
-        path = folder / file
-        if not path.is_file():
-            continue
-        try:
-            entries = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}") from error
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = entries.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                found.setdefault(key, token)
-    return found
+@contextlib.contextmanager
+def _errors_of_library(what: str) -> Iterator[None]:
+    """Raise what the `tokenizers` library raises, which has no classes of its own, as DataError."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what} ({error})") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust: no Exception
+            raise
+        raise DataError(f"{what} ({error})") from None

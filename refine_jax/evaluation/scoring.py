@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.evaluation.stream import Reader
+from refine_jax.generation.sampling import not_finite
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.transformer import Model, Params, Trace
 from refine_jax.parallel import take_tokens
@@ -123,6 +125,7 @@ class Scorer:
 
         Raises:
           ValueError: A request has no context or no token to score.
+          RunError: The model's predictions are not finite.
         """
         for index, (tokens, context) in enumerate(requests):
             if not 1 <= context < len(tokens):
@@ -266,7 +269,11 @@ def _branch(model: Model, params: Params, hidden, trace: Trace | None, starts, t
 
 
 def _total(nll: np.ndarray, correct: np.ndarray) -> Score:
-    return Score(-float(np.sum(nll, dtype=np.float64)), bool(np.all(correct)))
+    """The score of a request's tokens; raises RunError unless all predictions are finite."""
+    total = float(np.sum(nll, dtype=np.float64))
+    if not math.isfinite(total):
+        raise not_finite(f"for one of {nll.size} tokens to score")
+    return Score(-total, bool(np.all(correct)))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax.generation.sampling import not_finite
 from refine_jax.models.head import next_token_loss
 from refine_jax.models.transformer import Model, Params, State
 from refine_jax.refine.method import head_implementation
@@ -49,6 +50,8 @@ class Reader:
 
         state: of an earlier call, which is consumed, whose texts go on with the first token; None:
         the texts begin with it.
+
+        Raises RunError if the model's predictions are not finite.
         """
         rows, count = tokens.shape[0], tokens.shape[1] - 1
         if state is None:
@@ -65,6 +68,8 @@ class Reader:
                 results.append(jax.device_get(found.pop(0)))
         results += jax.device_get(found)
         nll, correct = (np.concatenate(x, axis=1)[:, :count] for x in zip(*results, strict=True))
+        if not np.isfinite(nll).all():
+            raise not_finite(f"after {int(np.argmin(np.isfinite(nll).all(axis=0))) + 1} tokens")
         return Read(nll, correct, state)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.generation.sampling import Sampler, sample
+from refine_jax.generation.sampling import Sampler, as_ends, sample
 from refine_jax.models.head import logits
 from refine_jax.models.transformer import Model, Params, State
 
@@ -94,22 +94,24 @@ def decode(
     budgets: jax.Array,
     *,
     block: int,
-    end: int | None = None,
+    end: int | tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, Prefix]:
     """Generate up to `block` tokens a row.
 
     keys: [B], one a row (`row_keys`). A draw depends on the row's key and on how many tokens its
         sequence has, on nothing else: two blocks of 8 draw what one of 16 does.
     budgets: [B] int32, most tokens of each row; no more steps are made than the largest asks for.
-    end: a token after which a row has no more; all rows ended, nothing more is computed. None: no
-        such token; then vmapping over params leaves the loop's end common to all.
+    end: the token or tokens after which a row has no more; all rows ended, nothing more is
+        computed. None: no such token; then vmapping over params leaves the loop's end common to
+        all.
 
-    Returns tokens [B, block] int32, -1 where a row has none, and the Prefix after as many tokens as
-    the longest row has. Rows that ended before it are of no further use (`Generator.extend`
-    continues them from their own tokens).
+    Returns tokens [B, block] int32, -1 where a row has none and NOT_FINITE where its logits are not
+    finite, and the Prefix after as many tokens as the longest row has. Rows that ended before it
+    are of no further use (`Generator.extend` continues them from their own tokens).
     Pure; one program for any sampler and budgets.
     """
     head = model.head(params)
+    ends = as_ends(end)
 
     def running(carry):
         index, alive, _, _ = carry
@@ -119,11 +121,12 @@ def decode(
         index, alive, tokens, prefix = carry
         draws = jax.vmap(jax.random.fold_in)(keys, prefix.length)
         new = sample(logits(prefix.hidden, head), draws, sampler)
-        hidden, state = model.extend(params, new[:, None, None], prefix.state)
+        read = jnp.maximum(new, 0)[:, None, None]  # NOT_FINITE is no token
+        hidden, state = model.extend(params, read, prefix.state)
         tokens = lax.dynamic_update_index_in_dim(tokens, jnp.where(alive, new, -1), index, 0)
         alive = alive & (index + 1 < budgets)
-        if end is not None:
-            alive = alive & (new != end)
+        for token in ends:
+            alive = alive & (new != token)
         return index + 1, alive, tokens, Prefix(state, hidden[:, 0, 0], prefix.length + 1)
 
     tokens = jnp.full((block, budgets.shape[0]), -1, jnp.int32)

@@ -22,7 +22,7 @@ from refine_jax.generation.engine import (
     round_rows,
     take_rows,
 )
-from refine_jax.generation.sampling import Sampler, Sampling, row_keys
+from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
 from refine_jax.models.config import ModelConfig
 from refine_jax.models.transformer import ComputePolicy, Model, Params
@@ -36,9 +36,10 @@ _SHORT = 512  # rows of at most so many tokens are padded to one length: little 
 class Generated:
     """What was generated after one prompt.
 
-    tokens: as sampled, up to and with an end-of-sequence token or the one that completed a stop
-    string. text: `tokenizer.decode(tokens)`, cut before the stop string. finish_reason: "eos" (the
-    end-of-sequence token), "stop" (a stop string) or "length" (max_new_tokens).
+    tokens: as sampled, up to and with a token that ends texts or the one that completed a stop
+    string. text: `tokenizer.decode` of those before the end, cut before the stop string.
+    finish_reason: "eos" (one of `tokenizer.end_ids`), "stop" (a stop string) or "length"
+    (max_new_tokens).
     """
 
     tokens: tuple[int, ...]
@@ -58,8 +59,10 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def programs_of(config: ModelConfig, policy: ComputePolicy, end: int | None) -> _Programs:
-    """The compiled functions of a model whose texts end with the token `end`."""
+def programs_of(
+    config: ModelConfig, policy: ComputePolicy, end: int | tuple[int, ...]
+) -> _Programs:
+    """The compiled functions of a model whose texts end with the token, or tokens, `end`."""
     model = Model(config, policy)
     return _Programs(
         jax.jit(functools.partial(prefill, model)),
@@ -99,7 +102,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.decode_steps = 0
         self._prefill_tokens = prefill_tokens
-        programs = programs_of(model.config, model.policy, tokenizer.eos_id)
+        programs = programs_of(model.config, model.policy, tokenizer.end_ids)
         self._prefill, self._advance, self._decode = programs[:3]
         self._take_rows, self._gather, self._row_keys = programs[3:]
 
@@ -153,6 +156,10 @@ class Generator:
         consume: bool = False,
     ) -> list[Generated]:
         """Generate from every row of `prefix`, which stays as it is.
+
+        Raises:
+          RunError: The model's predictions are not finite.
+
 
         max_new_tokens: of each row; None: that of `sampling`. ids: numbers >= 0 that, with the
         seed, decide a row's draws wherever it stands and whatever stands beside it; None: 0, 1, ...
@@ -294,7 +301,7 @@ class Generator:
             for index, new in enumerate(tokens):
                 if rows[index].finish_reason:
                     continue
-                if piece := rows[index].push(new[new >= 0]):
+                if piece := rows[index].push(new[new != -1]):
                     yield index, piece
                 if rows[index].finish_reason:
                     yield index, rows[index].result()
@@ -321,15 +328,21 @@ class _Row:
         return 0 if self.finish_reason else self._budget - len(self._tokens)
 
     def push(self, tokens: np.ndarray) -> str:
-        """Take tokens until one ends the row; returns the text that became certain."""
+        """Take tokens until one ends the row; returns the text that became certain.
+
+        Raises RunError where no token could be chosen.
+        """
         pieces = []
         for token in map(int, tokens):
+            if token == NOT_FINITE:
+                raise not_finite(f"after {len(self._tokens)} new tokens")
             self._tokens.append(token)
+            if token in self._tokenizer.end_ids:  # has no text
+                self.finish_reason = "eos"
+                break
             pieces.append(self._stream.push(token))
             if self._stream.stopped:
                 self.finish_reason = "stop"
-            elif token == self._tokenizer.eos_id:
-                self.finish_reason = "eos"
             elif len(self._tokens) == self._budget:
                 self.finish_reason = "length"
             if self.finish_reason:

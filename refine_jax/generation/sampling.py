@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.base.errors import ConfigError
+from refine_jax.base.errors import ConfigError, RunError
+from refine_jax.base.files import short, valid_unicode
+
+_LEAST, _MOST = (float(x) for x in (jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max))
+MAX_NEW_TOKENS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Sampling:
     top_k: draw among the k most likely tokens only; None: among all.
     top_p: draw among the fewest most likely tokens whose probabilities, after temperature and
         top_k, sum to at least top_p; None: among all.
-    max_new_tokens: most tokens of a row; 0 generates nothing.
+    max_new_tokens: most tokens of a row; 0 generates nothing. At most MAX_NEW_TOKENS.
     stop: strings that end a row; they are not part of its text.
     seed: of the draws, 0 <= seed < 2**32.
 
@@ -40,19 +45,37 @@ class Sampling:
         # "\n" alone would pass as a sequence of strings.
         stops = isinstance(self.stop, list | tuple)
         object.__setattr__(self, "stop", tuple(self.stop) if stops else self.stop)
+        numbers = [self.temperature, 1 if self.top_p is None else self.top_p]
+        integers = [1 if self.top_k is None else self.top_k, self.max_new_tokens, self.seed]
+        names = ["temperature", "top_p", "top_k", "max_new_tokens", "seed"]
+        kinds = [Real] * 2 + [Integral] * 3
+        for name, value, kind in zip(names, numbers + integers, kinds, strict=True):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                what = "a number" if kind is Real else "a whole number"
+                raise ConfigError(f"{name} must be {what}. Got: {name}={short(value)}.")
         drawn = self.temperature > 0
         for name, fits, allowed in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number, at least 0"),
+            ("temperature", 0 <= self.temperature <= _MOST, "a number, at least 0"),
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1], or None"),
-            ("max_new_tokens", self.max_new_tokens >= 0, "at least 0"),
-            ("stop", stops and all(isinstance(s, str) and s for s in self.stop), "non-empty texts"),
+            (
+                "max_new_tokens",
+                0 <= self.max_new_tokens <= MAX_NEW_TOKENS,
+                f"at least 0 and at most {MAX_NEW_TOKENS:,}",
+            ),
+            ("stop", stops and all(map(_can_be_met, self.stop)), "non-empty texts of Unicode"),
             ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
             ("top_k", drawn or self.top_k is None, "None at temperature 0, which draws nothing"),
             ("top_p", drawn or self.top_p is None, "None at temperature 0, which draws nothing"),
         ):
             if not fits:
-                raise ConfigError(f"{name} must be {allowed}. Got: {name}={getattr(self, name)!r}.")
+                value = short(getattr(self, name))
+                raise ConfigError(f"{name} must be {allowed}. Got: {name}={value}.")
+
+
+def _can_be_met(stop: Any) -> bool:
+    """Whether a stop string may occur in a text, which never holds a lone surrogate."""
+    return isinstance(stop, str) and stop != "" and valid_unicode(stop) == stop
 
 
 class Sampler(NamedTuple):
@@ -72,8 +95,29 @@ class Sampler(NamedTuple):
         return cls(
             jnp.float32(sampling.temperature),
             jnp.int32(everything if sampling.top_k is None else min(sampling.top_k, everything)),
-            jnp.float32(1.0 if sampling.top_p is None else sampling.top_p),
+            # At least one token is left, also where float32 would round to 0.
+            jnp.float32(1.0 if sampling.top_p is None else max(sampling.top_p, _LEAST)),
         )
+
+
+NOT_FINITE = -2
+"""What stands for a token where the logits are not finite: nothing can be chosen among them."""
+
+
+def not_finite(where: str) -> RunError:
+    """The error for a model whose predictions are NaN or infinite; `where` follows in it."""
+    return RunError(
+        f"The model's predictions are not finite (NaN or infinite) {where}. Its parameters hold "
+        "NaN, or are too large for its dtype: check the checkpoint, try compute_dtype float32 and, "
+        "if the model was trained on the prompt, a smaller learning rate."
+    )
+
+
+def as_ends(end: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a text, of which there may be one, several or none."""
+    if end is None:
+        return ()
+    return (end,) if isinstance(end, Integral) else tuple(end)
 
 
 def row_keys(seed: int | jax.Array, ids: jax.Array) -> jax.Array:
@@ -82,11 +126,15 @@ def row_keys(seed: int | jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
-    """One token [B] int32 a row from logits z [B, V] float32; keys [B], one for each draw."""
+    """One token [B] int32 a row from logits z [B, V] float32; keys [B], one for each draw.
+
+    NOT_FINITE where a logit is NaN or infinite (-inf of some tokens excludes them).
+    """
+    largest = z.max(axis=-1)  # NaN, if any of them is
 
     def draw(z):
         # Shifted first: a tiny temperature must not overflow the largest logit.
-        z = (z - z.max(axis=-1, keepdims=True)) / sampler.temperature
+        z = (z - largest[:, None]) / sampler.temperature
         some = (sampler.top_k < z.shape[-1]) | (sampler.top_p < 1)
         z = lax.cond(some, lambda z: keep_likeliest(z, sampler), lambda z: z, z)
         return jax.vmap(jax.random.categorical)(keys, z)
@@ -94,7 +142,8 @@ def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
     def take_best(z):
         return jnp.argmax(z, axis=-1)
 
-    return lax.cond(sampler.temperature > 0, draw, take_best, z).astype(jnp.int32)
+    tokens = lax.cond(sampler.temperature > 0, draw, take_best, z).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(largest), tokens, NOT_FINITE)
 
 
 def keep_likeliest(z: jax.Array, sampler: Sampler) -> jax.Array:

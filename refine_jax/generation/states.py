@@ -6,6 +6,7 @@ which model, parameters and tokenizer the state was made: it means nothing to ot
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import json_field, local_path, read_json, short, write_text
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import check_free, new_folder
 from refine_jax.checkpoint.tree import (
@@ -26,10 +28,25 @@ from refine_jax.checkpoint.tree import (
 )
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, empty_prefix
-from refine_jax.models.config import model_config
+from refine_jax.generation.sampling import not_finite
 from refine_jax.models.transformer import Model, Params
 
 _RECORD, _ARRAYS = "state.json", "arrays"
+
+
+def check_state_path(path: str | os.PathLike) -> Path:
+    """The new folder that a state may be written to.
+
+    Raises CheckpointError if it exists, or its parent is no folder that may be written to.
+    """
+    folder = local_path(path, "the saved state", CheckpointError).absolute()
+    check_free(folder)
+    parent = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"cannot write the saved state {folder}: {parent} is no folder that may be written to."
+        )
+    return folder
 
 
 def save_prefix(
@@ -37,13 +54,20 @@ def save_prefix(
 ) -> None:
     """Write `prefix`, made by `model` with `params`, to a new folder; complete or not there.
 
-    Raises CheckpointError if the path exists.
+    Raises:
+      CheckpointError: The path exists, or cannot be written to.
+      RunError: The state is not finite: nothing can follow it.
     """
-    check_free(path)
+    path = check_state_path(path)
+    if not np.isfinite(np.asarray(prefix.hidden, np.float32)).all():
+        raise not_finite("after the prompt")
     record = _describe(model, params, tokenizer) | {"lengths": [int(n) for n in prefix.length]}
-    with new_folder(path) as folder:
-        write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
-        write_text(folder / _RECORD, json.dumps(record, indent=2) + "\n")
+    try:
+        with new_folder(path) as folder:
+            write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
+            write_text(folder / _RECORD, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write the saved state {path}: {error.strerror}.") from None
 
 
 def load_prefix(
@@ -55,41 +79,52 @@ def load_prefix(
       CheckpointError: No saved state, a corrupt one, or one of another model, other parameters,
         another dtype or another tokenizer.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = local_path(path, "the saved state", CheckpointError).resolve()
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{path} is not a saved state: it has no {_RECORD}.")
-    record = read_json(folder / _RECORD, CheckpointError)
     again = "Read the document again with this one."
-    try:
-        rows = len(record["lengths"])
-        _check_maker(record, _describe(model, params, tokenizer), path, again)
-    except KeyError as error:
-        raise CheckpointError(f"{folder / _RECORD} lacks {error}. {again}") from None
-    abstract = jax.eval_shape(lambda params: empty_prefix(model, params, rows), params)
+    lengths = _check_record(folder / _RECORD, model, _describe(model, params, tokenizer), again)
+    abstract = jax.eval_shape(lambda params: empty_prefix(model, params, len(lengths)), params)
     arrays = read_arrays(folder / _ARRAYS, flatten(abstract), fix=again)
-    return jax.tree.map(jnp.asarray, unflatten(abstract, arrays))
+    prefix = jax.tree.map(jnp.asarray, unflatten(abstract, arrays))
+    if prefix.length.tolist() != lengths:
+        raise CheckpointError(
+            f"{folder / _RECORD}: lengths are not those of the arrays. Got: {short(lengths)}, the "
+            f"arrays have {short(prefix.length.tolist())}. {again}"
+        )
+    return prefix
 
 
 def _describe(model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
-        "model": model.config.to_hf(),
+        "model": json.loads(json.dumps(model.config.to_hf())),  # as it is read again
         "compute_dtype": model.policy.compute_dtype,
         "parameters": hashlib.blake2b(values, digest_size=16).hexdigest(),
         "tokenizer": tokenizer.fingerprint,
     }
 
 
-def _check_maker(saved: dict, mine: dict, path, again: str) -> None:
-    """Raise CheckpointError unless the state was made by what would now continue it."""
-    if model_config(saved["model"]) != model_config(mine["model"]):
-        changed = [
-            f"{name}: {saved['model'].get(name)!r}, not {value!r}"
-            for name, value in mine["model"].items()
-            if saved["model"].get(name) != value
-        ]
+def _check_record(path: Path, model: Model, mine: dict[str, Any], again: str) -> list[int]:
+    """The lengths [B] of a saved state, which `model`, with the description `mine`, would continue.
+
+    Raises CheckpointError if it was made by something else, or the record is damaged.
+    """
+    saved = read_json(path, CheckpointError)
+    kinds = {name: type(value) for name, value in mine.items()}
+    for name, kind in (kinds | {"lengths": list}).items():
+        if json_field(saved, name, kind, where=path, error=CheckpointError) is None:
+            raise CheckpointError(f"{path} lacks {name!r}. {again}")
+    defaults = {field.name: field.default for field in dataclasses.fields(model.config)}
+    # A state of a version without a field had what is now its default.
+    changed = [
+        f"{name}: {short(before)}, not {value!r}"
+        for name, value in mine["model"].items()
+        if (before := saved["model"].get(name, defaults.get(name))) != value
+    ]
+    if changed:
         raise CheckpointError(
-            f"{path} is a state of another model ({'; '.join(changed[:4])}). {again}"
+            f"{path.parent} is a state of another model ({'; '.join(changed[:4])}). {again}"
         )
     for name, what in (
         ("compute_dtype", "was computed in another dtype"),
@@ -98,6 +133,12 @@ def _check_maker(saved: dict, mine: dict, path, again: str) -> None:
     ):
         if saved[name] != mine[name]:
             raise CheckpointError(
-                f"{path} {what}. Got: {name}={mine[name]!r}, the state's is {saved[name]!r}. "
-                f"{again}"
+                f"{path.parent} {what}. Got: {name}={mine[name]!r}, the state's is "
+                f"{short(saved[name])}. {again}"
             )
+    lengths = saved["lengths"]
+    if not lengths or not all(type(n) is int and n >= 0 for n in lengths):
+        raise CheckpointError(
+            f"{path}: lengths must be numbers of tokens, one a row. Got: {short(lengths)}. {again}"
+        )
+    return lengths

@@ -115,6 +115,8 @@ def describe(
         "compute_dtype": model.policy.compute_dtype,
         "tokenizer": tokenizer.fingerprint,
         "questions": digest(questions),
+        # Of one end the tokenizer says all; so do the records of versions that knew no others.
+        **({"ends": list(tokenizer.end_ids)} if len(tokenizer.end_ids) > 1 else {}),
         "data": {"add_bos": config.data.add_bos},
         "train": {"seed": config.train.seed},
         **{section: sections[section] for section in kept},

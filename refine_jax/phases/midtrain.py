@@ -89,7 +89,7 @@ class _Loop(Loop):
         train, refine = parts.config.train, parts.config.refine
         super().__init__(parts, workdir, updates_per_step=train.updates_per_step)
         rows = {
-            "eos_id": parts.tokenizer.eos_id,
+            "eos_id": parts.tokenizer.end_ids,
             "max_documents": self.config.data.max_documents if self.config.data.pack else 1,
         }
         self.train_steps = {

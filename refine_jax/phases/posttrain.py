@@ -141,13 +141,13 @@ class _Loop(Loop):
             config.refine,
             mini_batch=train.mini_batch,
             micro_batch=rows_at_once(config),
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.end_ids,
         )
         method = AnswerMethod(
             parts.model,
             config.refine,
             max_answer_tokens=config.prompts.max_answer_tokens,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.end_ids,
             pad_id=tokenizer.pad_id,
         )
         sizes = {"mini_batch": mini_batch, "micro_batch": rows_at_once(config)}
@@ -159,7 +159,7 @@ class _Loop(Loop):
             temperature=config.refine.sampling_temperature,
             **sizes,
         )
-        self.prompt_eval = make_eval_step(parts.model, config.refine, eos_id=tokenizer.eos_id)
+        self.prompt_eval = make_eval_step(parts.model, config.refine, eos_id=tokenizer.end_ids)
         self.answer_eval = make_answer_eval(method)
 
     def describe_data(self) -> str:
@@ -204,7 +204,9 @@ class _Loop(Loop):
 
     def text(self, tokens: np.ndarray, mask: np.ndarray) -> str:
         """The text of a sampled answer [A]; special tokens have none."""
-        return self.parts.tokenizer.decode(tokens[mask != 0])
+        tokenizer = self.parts.tokenizer
+        answer = tokens[mask != 0]
+        return tokenizer.decode(answer[~np.isin(answer, tokenizer.end_ids)])
 
     def score(self, example: int, response: str) -> float:
         """The configured score of a response."""

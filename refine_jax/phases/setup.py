@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_json, read_text
-from refine_jax.checkpoint.folders import CONFIG
+from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
 from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
-from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
+from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
+from refine_jax.generation.loading import GENERATION, further_ends, trained_with
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
@@ -152,14 +154,16 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
     """
     name = config.data.tokenizer
     if name == "checkpoint":
-        if start.tokenizer is None:
+        name, source = start.tokenizer, config.model.checkpoint
+        if name is None or not has_tokenizer(name):
+            name = None if source is None else trained_with(Path(source).expanduser())
+        if name is None:
             raise ConfigError(
                 "config.data.tokenizer='checkpoint' needs a model.checkpoint with tokenizer files. "
                 f"Got: checkpoint={config.model.checkpoint!r}, which has none. Name a tokenizer: "
                 "'mistral-v1', 'bytes' or a path."
             )
-        name = str(start.tokenizer)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(os.fspath(name))
     vocab_size = model_config(start.fields).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -167,7 +171,11 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
             f"{config.data.tokenizer!r} with {tokenizer.vocab_size}, vocab_size={vocab_size}. Use "
             "the tokenizer the model was made for, or a larger vocab_size."
         )
-    return tokenizer
+    generation = start.files.get(GENERATION)
+    if generation is None and start.tokenizer is not None:  # of a run that goes on
+        generation = start.tokenizer / GENERATION
+        generation = generation if generation.is_file() else None
+    return with_ends(tokenizer, further_ends(start.fields, generation))
 
 
 def with_tokenizer_files(start: Start, tokenizer: Tokenizer) -> Start:

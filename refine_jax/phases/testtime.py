@@ -34,7 +34,7 @@ def make_adapter(parts: Parts) -> Adapter:
         config.refine,
         options,
         key=jax.random.fold_in(jax.random.key(config.train.seed), _STREAM),
-        eos_id=parts.tokenizer.eos_id,
+        eos_id=parts.tokenizer.end_ids,
         pad_id=parts.tokenizer.pad_id,
     )
 

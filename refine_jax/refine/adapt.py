@@ -113,7 +113,8 @@ class Adapter:
       config: The objective and its numbers.
       options: How much, and when to reset.
       key: Random key of all rollouts.
-      eos_id: The token that rollouts never sample, if `config.forbid_eos`. pad_id: any token.
+      eos_id: The token, or tokens, that rollouts never sample, if `config.forbid_eos`.
+      pad_id: Any token.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Adapter:
         options: TestTimeConfig,
         *,
         key: jax.Array,
-        eos_id: int | None,
+        eos_id: int | Sequence[int] | None,
         pad_id: int,
     ):
         self._trained = params

@@ -8,12 +8,15 @@ tokens of an answer at most, n sampled answers a prompt.
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from refine_jax.config import RefineConfig
+from refine_jax.generation.sampling import as_ends
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
@@ -82,7 +85,7 @@ class AnswerMethod:
     """Supervised and policy losses on answers, as pure functions of parameters and rows.
 
     model: the policy. config: clipping, aggregation and advantages of the policy loss.
-    max_answer_tokens: A. eos_id: ends an answer. pad_id: fills rows.
+    max_answer_tokens: A. eos_id: the token or tokens that end an answer. pad_id: fills rows.
     """
 
     def __init__(
@@ -91,13 +94,13 @@ class AnswerMethod:
         config: RefineConfig,
         *,
         max_answer_tokens: int,
-        eos_id: int,
+        eos_id: int | Sequence[int],
         pad_id: int,
     ):
         self.model = model
         self.config = config
         self.max_answer_tokens = max_answer_tokens
-        self.eos_id = eos_id
+        self.eos_id = as_ends(eos_id)
         self.pad_id = pad_id
 
     def nll(self, params: Params, batch: Batch) -> tuple[jax.Array, TokenStats, AnswerSlots]:
@@ -150,7 +153,8 @@ class AnswerMethod:
             rollout_length=self.max_answer_tokens,
             temperature=temperature,
         )
-        ended = jnp.cumsum(tokens == self.eos_id, axis=-1)
+        ends = functools.reduce(operator.or_, (tokens == token for token in self.eos_id))
+        ended = jnp.cumsum(ends, axis=-1)
         before = jnp.pad(ended, ((0, 0), (0, 0), (1, 0)))[..., :-1]
         real = jnp.any(batch["segments"] != 0, axis=1)[:, None, None]
         return tokens, ((before == 0) & real).astype(jnp.float32), (hidden, trace, starts)

@@ -8,6 +8,7 @@ document. Without "segments" every row is one document that fills it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -190,7 +191,12 @@ class Method:
     """The losses of one configuration, as pure functions of parameters and rows."""
 
     def __init__(
-        self, model: Model, config: RefineConfig, *, eos_id: int | None, max_documents: int
+        self,
+        model: Model,
+        config: RefineConfig,
+        *,
+        eos_id: int | Sequence[int] | None,
+        max_documents: int,
     ):
         self.model = model
         self.config = config

@@ -5,12 +5,14 @@ Letters: B rows, T tokens, R = c * n forks of a row, k tokens a rollout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.generation.sampling import as_ends
 from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, take_tokens
@@ -54,13 +56,13 @@ def sample_rollouts(
     *,
     rollout_length: int,
     temperature: float = 1.0,
-    forbidden_token: int | None = None,
+    forbidden_token: int | Sequence[int] | None = None,
 ) -> jax.Array:
     """Sample k tokens from the policy at every fork.
 
     last_hidden [B, R, D], state: as `fork_rollouts` gives them. keys: [B] random keys, one a row.
-    temperature: 0 takes the likeliest token. forbidden_token: never sampled (the published code
-    forbids the end of sequence, so that all rollouts have k tokens).
+    temperature: 0 takes the likeliest token. forbidden_token: one or several that are never
+    sampled (the published code forbids the end of sequence, so that all rollouts have k tokens).
 
     Returns tokens [B, R, k] int32.
     """
@@ -70,8 +72,8 @@ def sample_rollouts(
 
     def sample(last_hidden, index):
         z = constrain(logits(last_hidden, head), "batch")
-        if forbidden_token is not None:
-            z = z.at[..., forbidden_token].set(-jnp.inf)
+        for token in as_ends(forbidden_token):
+            z = z.at[..., token].set(-jnp.inf)
         if temperature == 0:
             return jnp.argmax(z, axis=-1).astype(jnp.int32)
         step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(fork_keys)

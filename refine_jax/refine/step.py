@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -306,14 +306,14 @@ def make_train_step(
     *,
     mini_batch: int,
     micro_batch: int,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     max_documents: int = 1,
 ) -> TrainStep:
     """The training step of a configuration.
 
     mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
-    and backward pass; divides mini_batch, else ValueError. eos_id: the token that rollouts never
-    sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
+    and backward pass; divides mini_batch, else ValueError. eos_id: the token, or tokens, that
+    rollouts never sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
     """
     if mini_batch % micro_batch:
         raise ValueError(f"micro_batch must divide mini_batch. Got: {micro_batch=}, {mini_batch=}.")
@@ -341,7 +341,11 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Model, config: RefineConfig, *, eos_id: int | None = None, max_documents: int = 1
+    model: Model,
+    config: RefineConfig,
+    *,
+    eos_id: int | Sequence[int] | None = None,
+    max_documents: int = 1,
 ) -> Callable[..., tuple[Metrics, dict[str, jax.Array]]]:
     """`eval_step(params, batch, key, first=0)` -> sums over a held-out batch, and their origin.
 
