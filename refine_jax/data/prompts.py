@@ -24,11 +24,12 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import valid_unicode
+from refine_jax.data.formats import files_of
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
+from refine_jax.data.records import Records
 from refine_jax.data.rows import make_rows
-from refine_jax.data.sources import JsonRecords, ParquetRecords, files_of
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize
 
@@ -107,11 +108,12 @@ class PromptSource(Protocol):
 
 
 class FilePrompts:
-    """Prompts of parquet or jsonl files, the format found in their names."""
+    """Prompts of parquet or JSON files; see `refine_jax.data.records`."""
 
     def __init__(self, options: DataOptions, prompts: PromptOptions) -> None:
         """Open the files; raises DataError where they are missing, broken or lack a column."""
-        files, kind = files_of(options)
+        setting = options.setting
+        files, kind = files_of(options.source, options.files, setting("source"), setting("files"))
         fields = {
             prompts.prompt_field: "prompts.prompt_field",
             prompts.answer_field: "prompts.answer_field",
@@ -121,7 +123,7 @@ class FilePrompts:
                 f"prompts come from parquet or jsonl files. Got: {files[0]} "
                 f"(data.source={options.source!r})."
             )
-        self._records = (ParquetRecords if kind == "parquet" else JsonRecords)(files, fields)
+        self._records = Records(files, fields)
         self._prompt, self._answer = prompts.prompt_field, prompts.answer_field
         self.fingerprint = self._records.fingerprint
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from refine_jax.base.errors import DataError
 from refine_jax.data.sources import find_files
@@ -23,6 +24,7 @@ from refine_jax.data.tasks.haystack import load_essays
 from refine_jax.data.tasks.longbench import LONGBENCH
 from refine_jax.data.tasks.ruler_qa import RULER_QA
 from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.unpack import stem_name
 
 __all__ = ["TASKS", "Example", "Task", "check_request", "load_examples", "needs_essays"]
 
@@ -127,4 +129,4 @@ def load_examples(
 
 def _is_built(name: str, data: str | None) -> bool:
     """Say whether the examples are built, not read."""
-    return not data or (name in RULER_QA and data.endswith(".json"))
+    return not data or (name in RULER_QA and stem_name(Path(data)).endswith(".json"))

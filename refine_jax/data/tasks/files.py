@@ -19,7 +19,8 @@ from typing import Any
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.data.sources import find_files
+from refine_jax.data.formats import record_files
+from refine_jax.data.records import Records
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.example import Example, Task
@@ -43,7 +44,7 @@ def read_examples(
 
     Args:
         task: the task; rows of others are passed over.
-        data: a .parquet or .jsonl file, a folder or a glob pattern.
+        data: a parquet or JSON file, a folder or a glob pattern.
         length: the most tokens of bos, prompt and answer: longer rows are left out, and a warning
             says how many. In files of sets that were built for a length (`max_seq_length`), only
             sets of this length count. None takes every row.
@@ -54,7 +55,7 @@ def read_examples(
     Raises:
         DataError: there are no such rows, or several files have some, or a row is incomplete.
     """
-    path, rows = _select(task, data, length)
+    path, rows = _select(task, data, length)  # with the place of each
     order: Sequence[int] = range(len(rows))
     if samples is not None:
         order = Draw("rows", seed, task.name).shuffled(order)
@@ -62,7 +63,7 @@ def read_examples(
     for i in order:
         if len(examples) == samples:
             break
-        example = _example(task, path, rows[i], i, tokenizer)
+        example = _example(task, *rows[i], i, tokenizer)
         needed = example.metadata["prompt_tokens"] + example.max_new_tokens
         if length is not None and needed > length:
             too_long += 1
@@ -128,54 +129,40 @@ def digest(examples: Iterable[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[Row]]:
-    """Return the one file with rows of the task, and these rows."""
-    found: dict[Path, list[Row]] = {}
+def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[tuple[str, Row]]]:
+    """Return the one file with rows of the task, and these rows, each with where it stands."""
+    found: dict[Path, list[tuple[str, Row]]] = {}
     seen: set[str] = set()
-    for path in find_files(data, setting="data"):
-        if path.suffix not in SUFFIXES:
-            continue
-        for row in _read(path):
+    for path in record_files(data, "data"):
+        records = Records([path])
+        for index in range(len(records)):
+            row = records[index]
             name = str(row.get("task") or row.get("dataset") or task.name)
             built_for = row.get("max_seq_length")
             seen.add(name if built_for is None else f"{name} of length {built_for}")
             if name == task.name and (built_for is None or length in (None, built_for)):
-                found.setdefault(path, []).append(row)
+                found.setdefault(path, []).append((records.place(index), row))
     if not found:
         wanted = task.name if length is None else f"{task.name} of length {length}"
-        there = ", ".join(sorted(seen)) or f"no {' or '.join(SUFFIXES)} file"
+        there = ", ".join(sorted(seen)) or "no rows"
         raise DataError(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise DataError(f"several files hold examples of {task.name}: set data to one of {names}")
     ((path, rows),) = found.items()
-    lengths = {row.get("max_seq_length") for row in rows}
+    lengths = {row.get("max_seq_length") for _, row in rows}
     if len(lengths) > 1:
         raise DataError(f"{path} holds sets of several lengths {sorted(lengths)}: set the length")
     return path, rows
 
 
-def _read(path: Path) -> list[Row]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:  # what pyarrow finds broken is a ValueError
-        raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _example(task: Task, path: Path, row: Row, index: int, tokenizer: Tokenizer) -> Example:
+def _example(task: Task, place: str, row: Row, index: int, tokenizer: Tokenizer) -> Example:
     if "prompt" not in row and task.name in longbench.PROMPTS:
         row = longbench.with_prompt(task.name, row)
     answers = row.get("answers", row.get("answer"))
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(row.get("prompt"), str) or not isinstance(answers, list):
-        raise DataError(
-            f"row {index} of {path} needs a prompt and answers. Got: {', '.join(sorted(row))}."
-        )
+        raise DataError(f"{place} needs a prompt and answers. Got: {', '.join(sorted(row))}.")
     metadata = json.loads(row.get("metadata") or "{}")
     if row.get("max_seq_length") is not None:
         metadata["length"] = row["max_seq_length"]
