@@ -85,16 +85,25 @@ def kind_of(path: Path) -> str:
 
 
 def check_head(head: bytes, path: Path) -> None:
-    """Refuse a file by its first bytes, unpacked, where text is expected.
+    """Refuse a file by its first bytes, unpacked, where UTF-8 text is expected.
 
     Raises:
         DataError: it is another format, a pointer of git-lfs, or in another encoding.
     """
+    check_format(head, path)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in head[:4]:
+        raise DataError(f"{path} is not UTF-8 text: its first bytes are those of {_UTF16}.")
+
+
+def check_format(head: bytes, path: Path) -> None:
+    """Refuse a file whose first bytes, unpacked, are those of a format that is not read.
+
+    Raises:
+        DataError: it is one of them, or a pointer of git-lfs.
+    """
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{path} is {what}.")
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in head[:4]:
-        raise DataError(f"{path} is not UTF-8 text: its first bytes are those of {_UTF16}.")
 
 
 def looks_like_records(text: str) -> bool:
@@ -297,7 +306,7 @@ def _regular(path: Path) -> Path:
 
 def _unusable(path: Path, error: OSError, given: str = "") -> str:
     given = given or str(path)
-    if path.is_symlink():
+    if os.path.islink(path):
         return (
             f"cannot read {given}: the link {path} leads to {os.readlink(path)}, "
             f"which cannot be used ({error.strerror})."

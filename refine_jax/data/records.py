@@ -28,8 +28,15 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, clean_text
-from refine_jax.data.formats import check_head, kind_of
-from refine_jax.data.unpack import Contents, is_packed, stem_name, temporary_file, unpack
+from refine_jax.data.formats import check_format, check_head, kind_of
+from refine_jax.data.unpack import (
+    Contents,
+    is_packed,
+    read_head,
+    stem_name,
+    temporary_file,
+    unpack,
+)
 
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
@@ -158,21 +165,26 @@ class _JsonFile:
     ) -> None:
         self._path, self._fields, self._text = path, fields, text_field
         self._contents, self.left_out = contents, 0
-        self._start, self._end = contents.add(path)
-        head = self._read(self._start, PIECE_BYTES)
+        head = read_head(path)  # before a large file is unpacked
         check_head(head, path)
         if head.startswith(b"PAR1"):
             raise DataError(f"{path} is a parquet file: rename it to .parquet.")
+        self._start, self._end = contents.add(path)
         is_named_lines = stem_name(path).endswith((".jsonl", ".ndjson"))
-        self._is_lines = is_named_lines or self._begins_with_line(head)
-        offsets, skipped = array("q"), array("q")
-        for offset in self._line_offsets() if self._is_lines else self._value_offsets():
-            if offset is None:
-                skipped.append(len(offsets))
-            else:
+        self._is_lines = is_named_lines or self._begins_with_line()
+        offsets = array("q")
+        # Runs of lines or values that are no records: the record after each, how many up to there.
+        after, left_out = array("q"), array("q", [0])
+        for offset, skipped in self._line_offsets() if self._is_lines else self._value_offsets():
+            if not skipped:
                 offsets.append(offset)
-        self._offsets = np.asarray(offsets)
-        self._skipped = np.asarray(skipped)  # records before each that is left out
+            elif after and after[-1] == len(offsets):
+                left_out[-1] += skipped
+            else:
+                after.append(len(offsets))
+                left_out.append(left_out[-1] + skipped)
+        self._offsets, self._after = np.asarray(offsets), np.asarray(after)
+        self._left_out = np.asarray(left_out)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -198,7 +210,8 @@ class _JsonFile:
             raise DataError(f"{place} is nested too deeply.") from None
 
     def place(self, index: int) -> str:
-        number = 1 + index + int(np.searchsorted(self._skipped, index, side="right"))
+        run = np.searchsorted(self._after, index, side="right")
+        number = 1 + index + int(self._left_out[run])
         return f"{self._path}, {'line' if self._is_lines else 'record'} {number}"
 
     def _read(self, offset: int, size: int, *, line: bool = False) -> bytes:
@@ -211,9 +224,9 @@ class _JsonFile:
         except OSError as error:
             raise DataError(f"cannot read {self._path}: {error.strerror or error}.") from None
 
-    def _begins_with_line(self, head: bytes) -> bool:
+    def _begins_with_line(self) -> bool:
         """Say whether the first line is a whole object: then the file holds JSON lines."""
-        head = head.removeprefix(_MARK_BYTES).lstrip()
+        head = self._read(self._start, PIECE_BYTES).removeprefix(_MARK_BYTES).lstrip()
         if not head.startswith(b"{"):
             return False
         line = head.partition(b"\n")[0]
@@ -225,8 +238,8 @@ class _JsonFile:
         except DataError:
             return False
 
-    def _line_offsets(self) -> Iterator[int | None]:
-        """Yield where each line begins, and None for each that is blank or left out."""
+    def _line_offsets(self) -> Iterator[tuple[int, int]]:
+        """Yield where each line begins, and 0 for a record, else how many lines are none."""
         position, number = self._start, 0
         stream = self._contents.stream(self._path)
         stream.seek(position)
@@ -245,31 +258,36 @@ class _JsonFile:
                         f"{self._path}, line {number} has more than {LONGEST_BYTES >> 20} MiB: a "
                         "record of this length is not read. Cut it into several."
                     )
-            if blank:
-                yield None
+            if blank:  # many may follow
+                buffered = stream.peek()
+                more = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
+                more = len(stream.read(min(more, self._end - position - length)))
+                lines = buffered.count(b"\n", 0, more)
+                number, length = number + lines, length + more
+                yield position, 1 + lines
             elif self._text is None or (length == len(line) and b"null" not in line):
-                yield position
+                yield position, 0
             else:
-                yield self._unless_null(position, self._read(position, length))
+                yield position, self._is_null(self._read(position, length))
                 stream.seek(position + length)
             position += length
 
-    def _value_offsets(self) -> Iterator[int | None]:
-        """Yield where each value of an array or a sequence begins, None for what is left out."""
+    def _value_offsets(self) -> Iterator[tuple[int, int]]:
+        """Yield where each value of an array or a sequence begins, and 1 for one left out."""
         stream = self._contents.stream(self._path)
         for offset, value in _values(_Window(stream, self._start, self._end, self._path)):
-            yield self._unless_null(offset, value)
+            yield offset, self._is_null(value)
 
-    def _unless_null(self, offset: int, value: Any) -> int | None:
+    def _is_null(self, value: Any) -> int:
+        """1 if the text of a record, or of a line with one, is null, and count it; else 0."""
         if isinstance(value, bytes):
             try:
                 value = _parse(value, "", whole=True)
             except DataError:  # said when it is read
-                return offset
-        if self._text and isinstance(value, dict) and value.get(self._text, "") is None:
-            self.left_out += 1
-            return None
-        return offset
+                return 0
+        is_null = bool(self._text) and isinstance(value, dict) and value.get(self._text, "") is None
+        self.left_out += is_null
+        return int(is_null)
 
 
 def _is_blank(line: bytes) -> bool:
@@ -288,7 +306,7 @@ def _parse(raw: bytes, place: str, *, whole: bool) -> Any:
     except RecursionError:
         raise DataError(f"{place} is not JSON that can be read: it is nested too deeply.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not JSON: it is not UTF-8 text ({error}).") from None
+        raise DataError(f"{place} is not UTF-8 text: {error}.") from None
     except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}.{hint}") from None
 
@@ -331,8 +349,10 @@ class _Window:
             except RecursionError:
                 raise self.error("it is nested too deeply") from None
             except json.JSONDecodeError as error:  # perhaps it goes on behind the window
-                if len(self._text) - self._at > LONGEST_BYTES:
-                    raise self.error(f"no value in {LONGEST_BYTES >> 20} MiB") from None
+                if self._next - self.offset >= LONGEST_BYTES:
+                    raise self.error(
+                        f"a record ends within {LONGEST_BYTES >> 20} MiB, which this one does not"
+                    ) from None
                 if not self._grow():
                     raise self.error(error.msg) from None
             except ValueError as error:
@@ -342,10 +362,10 @@ class _Window:
                     self.drop(end - self._at)
                     return value
 
-    def error(self, reason: str) -> DataError:
-        """What is wrong with the value that begins here."""
+    def error(self, reason: str, place: int | None = None) -> DataError:
+        """What is wrong with the value that begins here, or at a place of the stream."""
         self._stream.seek(self._start)
-        line, left = 1, self.offset - self._start
+        line, left = 1, (self.offset if place is None else place) - self._start
         while left > 0 and (block := self._stream.read(min(left, PIECE_BYTES))):
             line, left = line + block.count(b"\n"), left - len(block)
         return DataError(f"{self.path} is not JSON, from line {line} on: {reason}.")
@@ -355,14 +375,17 @@ class _Window:
         if self._next >= self._end:
             return False
         self._stream.seek(self._next)
-        size = max(PIECE_BYTES // 16, len(self._text) - self._at)
+        held = self._next - self.offset
+        size = min(max(PIECE_BYTES // 16, held), max(LONGEST_BYTES - held, 1))
         block = self._stream.read(min(size, self._end - self._next))
         self._next += len(block)
         try:
             text = self._decoder.decode(block, self._next >= self._end)
         except UnicodeDecodeError as error:
-            raise self.error(f"it is not UTF-8 text ({error})") from None
-        self._text, self._at = self._text[self._at :] + text, 0
+            place = self._next - len(error.object) + error.start
+            raise self.error(f"it is not UTF-8 text ({error.reason})", place) from None
+        self._text = self._text[self._at :]  # in two steps: a long value is held fewer times
+        self._text, self._at = self._text + text, 0
         return bool(block)
 
 
@@ -395,6 +418,7 @@ class _ParquetFile:
         self, path: Path, fields: Mapping[str, str] | None, text_field: str | None
     ) -> None:
         self._path, self.left_out = path, 0
+        check_format(read_head(path), path)
         self._unpacked: BinaryIO | None = None
         if is_packed(path):
             self._unpacked = temporary_file(path)

@@ -33,9 +33,15 @@ STDLIB_EXCLUDED = frozenset(
 
 
 class TextSource(Protocol):
-    """Documents by index. `fingerprint` changes when their files do (paths, sizes, dates)."""
+    """Documents by index.
+
+    Attributes:
+        fingerprint: changes when the files do (paths, sizes, dates).
+        dropped: what the files hold and the source leaves out: {"null": records without a text}.
+    """
 
     fingerprint: str
+    dropped: Mapping[str, int]
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -62,6 +68,7 @@ class FilesSource:
         self._files, self._setting = tuple(files), setting
         self._decode = decode or (lambda content: content.decode("utf-8"))
         self._warned = False
+        self.dropped: Mapping[str, int] = {}
         self.fingerprint = _fingerprint("text", files=self._files)
 
     def __len__(self) -> int:
@@ -165,6 +172,7 @@ class TfdsSource:
                 f"no feature {feature!r} in {builder.info.full_name}: set "
                 f"{options.setting('text_field')} to one of {', '.join(features)}"
             )
+        self.dropped: Mapping[str, int] = {}
         self._feature = feature
         self._name = builder.info.full_name
         self.fingerprint = _fingerprint(

@@ -190,6 +190,7 @@ class Contents:
         if is_packed(path):
             if self._unpacked is None:
                 self._unpacked = temporary_file(path)
+                logging.info("compressed files are unpacked into %s", tempfile.gettempdir())
             start = self._unpacked.seek(0, os.SEEK_END)
             unpack(path, self._unpacked)
             self._spans[path] = (start, self._unpacked.tell())
