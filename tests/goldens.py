@@ -58,3 +58,14 @@ def subtree(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
         for name, array in arrays.items()
         if name.startswith(prefix + "/")
     }
+
+
+INPUTS = Path(os.environ.get("REFINE_INPUTS") or ROOT.parent / "shared" / "inputs")
+
+
+def require_input(*parts: str) -> Path:
+    """Path of one of the inputs as people have them; skips the calling test where it is absent."""
+    path = INPUTS.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"input not found: {path} (set REFINE_INPUTS)")
+    return path

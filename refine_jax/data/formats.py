@@ -245,7 +245,7 @@ def _nothing_chosen(
         return f"{message}. Set {pattern_setting or 'a pattern'} to what is there."
     for suffix, _ in counts.most_common():
         if suffix in REFUSED:
-            return f"{message}, which are not read. {REFUSED[suffix]}."
+            return f"{message}. {suffix} files are not read. {REFUSED[suffix]}."
     if pattern_setting:
         return (
             f'{message}. Choose text files with {pattern_setting}, e.g. {pattern_setting}="*.py".'
