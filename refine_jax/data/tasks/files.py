@@ -1,4 +1,4 @@
-"""Examples in files: parquet or jsonl, one row an example.
+"""Examples in files: parquet or JSON, one row an example; see `refine_jax.data.records`.
 
 Columns: `prompt` and `answers` (or `answer`); optional are `task`, `max_gen_tokens`,
 `max_seq_length` (the length that a set was built for) and `metadata` (JSON). That covers the sets
