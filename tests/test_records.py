@@ -7,6 +7,7 @@ import math
 import os
 import random
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -529,20 +530,25 @@ def test_globs_pass_over_hidden_files_and_know_the_home_folder(tmp_path, monkeyp
     assert texts("~/c") == texts("~/*/d.txt") == ["c/d.txt"]
 
 
-def test_a_folder_that_may_not_be_read_is_named(tmp_path) -> None:
-    put(tmp_path / "closed" / "a.txt", "a")
-    (tmp_path / "closed").chmod(0)
+def test_what_may_not_be_read_is_named() -> None:
     is_root = os.geteuid() == 0
-    try:
-        if is_root:  # to whom nothing is closed
-            os.seteuid(65534)
-        for path in (tmp_path / "closed", tmp_path / "closed" / "a.txt"):
-            with pytest.raises(DataError, match=r"cannot read .*closed.*Permission denied"):
-                texts(path)
-    finally:
-        if is_root:
-            os.seteuid(0)
-        (tmp_path / "closed").chmod(0o700)
+    with tempfile.TemporaryDirectory() as name:  # that of pytest is closed to all others
+        folder = Path(name)
+        folder.chmod(0o755)
+        put(folder / "closed" / "a.txt", "a").parent.chmod(0)
+        put(folder / "file.jsonl", "{}").chmod(0)
+        put(folder / "over" / "in" / "a.txt", "a").parent.chmod(0)
+        try:
+            if is_root:  # to whom nothing is closed
+                os.seteuid(65534)
+            for path in ("closed", "closed/a.txt", "file.jsonl", "over"):
+                with pytest.raises(DataError, match=r"cannot read .*Permission denied"):
+                    texts(folder / path)
+        finally:
+            if is_root:
+                os.seteuid(0)
+            for path in ("closed", "over/in"):
+                (folder / path).chmod(0o700)
 
 
 def test_kinds_follow_from_suffixes(tmp_path) -> None:

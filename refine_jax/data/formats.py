@@ -255,8 +255,8 @@ def _nothing_chosen(
 
 def _walk(root: Path, setting: str) -> Iterator[Path]:
     """Yield every file below a folder that is not hidden; each real folder is entered once."""
-    if (root / "blobs").is_dir() and (root / "snapshots").is_dir():
-        revisions = sorted(each for each in (root / "snapshots").iterdir() if each.is_dir())
+    if os.path.isdir(root / "blobs") and os.path.isdir(root / "snapshots"):
+        revisions = sorted((root / "snapshots").glob("*/"))
         if len(revisions) > 1:
             names = " or ".join(str(each) for each in revisions)
             raise DataError(f"{root} holds several revisions: set {setting} to {names}.")
@@ -286,7 +286,7 @@ def _glob(root: Path, path: str, setting: str) -> list[Path]:
     if not any(part.startswith(".") for part in rest.parts):
         hidden = [any(p.startswith(".") for p in f.relative_to(base).parts) for f in found]
         found = [file for file, is_hidden in zip(found, hidden, strict=True) if not is_hidden]
-    files = [file for file in found if not file.is_dir()]
+    files = [file for file in found if not os.path.isdir(file)]
     if not files:
         what = "matches folders alone" if found else "matches nothing"
         raise DataError(f"no file matches {setting}={path!r}: the pattern {what}.")

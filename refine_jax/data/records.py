@@ -42,8 +42,6 @@ READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
 LONGEST_BYTES = 1 << 26  # of a record of JSON: what is longer is damaged, or a bomb
 _MARK_BYTES = MARK.encode()
-# What a cleaned text cannot hold, as JSON spells it: surrogates (also valid pairs), marks.
-_UNCLEAN = re.compile(rb"\\u(?:[dD][89a-fA-F]|[fF][eE][fF][fF])|" + _MARK_BYTES)
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -204,8 +202,8 @@ class _JsonFile:
                 raise DataError(f"no field {field!r} in {place}: set {setting}. Got: {got:.200}.")
         if self._fields is not None:
             record = {field: record[field] for field in self._fields}
-        try:
-            return clean(record) if _UNCLEAN.search(raw) else record
+        try:  # surrogates are spelled \u in UTF-8
+            return clean(record) if b"\\u" in raw or _MARK_BYTES in raw else record
         except RecursionError:
             raise DataError(f"{place} is nested too deeply.") from None
 
