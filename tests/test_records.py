@@ -405,6 +405,8 @@ def test_first_bytes_decide_where_names_do_not(tmp_path) -> None:
         ("wrong.jsonl.gz", zstandard.compress(lines)),
         ("blob", zstandard.compress(lines)),
         ("c4-train.00000-of-01024", lines),
+        ("pretty", FORMATS["pretty.json"](CONTENT)),
+        ("objects.jsn", FORMATS["objects.json"](CONTENT)),
         ("rows", FORMATS["string.parquet"](CONTENT)),
     ):
         assert texts(put(tmp_path / name, content)) == [r["text"] for r in CONTENT]
@@ -412,10 +414,10 @@ def test_first_bytes_decide_where_names_do_not(tmp_path) -> None:
 
 
 def test_json_read_as_a_text_is_said(tmp_path, caplog) -> None:
-    texts(put(tmp_path / "a.txt", "{braces} are text"))
+    texts(put(tmp_path / "a.txt", '{braces} are text, and "colons": too'))
     assert not caplog.text
     assert texts(put(tmp_path / "b.txt", '{"text": "a"}\n')) == ['{"text": "a"}\n']
-    assert "b.txt is read as one text, but its first line is JSON" in caplog.text
+    assert "b.txt is read as one text, but it begins as JSON does" in caplog.text
 
 
 def test_no_room_to_unpack_is_said(tmp_path, monkeypatch) -> None:

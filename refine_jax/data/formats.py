@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import collections
 import fnmatch
-import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +60,7 @@ _MAGIC = {
     b"version https://git-lfs": "a pointer of git-lfs, not the file itself: run `git lfs pull`",
 }
 _UTF16 = "UTF-16 or of no text at all: convert it with `iconv -f UTF-16 -t UTF-8`"
+_OBJECT = re.compile(r'\s*(?:\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 # What accompanies data in a folder and is none.
 _COMPANIONS = ("readme*", "license*", "licence*", "notice*", "citation*", "dataset_info*.json")
 _COMPANIONS += ("dataset_dict.json", "state.json", "config.json", "generation_config.json")
@@ -107,16 +108,8 @@ def check_format(head: bytes, path: Path) -> None:
 
 
 def looks_like_records(text: str) -> bool:
-    """Say whether the first line of a text is a JSON object, or as much of one as there is."""
-    line = text.removeprefix(MARK).lstrip().partition("\n")
-    if not line[0].startswith(("{", "[{")):
-        return False
-    try:
-        return isinstance(json.loads(line[0]), dict | list)
-    except RecursionError:
-        return True
-    except ValueError:
-        return not line[1] and line[0].startswith(('{"', '[{"'))
+    """Say whether a text begins as JSON objects, or an array of them, do."""
+    return _OBJECT.match(text.removeprefix(MARK)) is not None
 
 
 def files_of(

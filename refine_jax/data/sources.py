@@ -91,7 +91,7 @@ class FilesSource:
         if not self._warned and looks_like_records(text):
             self._warned = True
             logging.warning(
-                "%s is read as one text, but its first line is JSON: name it .jsonl or .json to "
+                "%s is read as one text, but it begins as JSON does: name it .jsonl or .json to "
                 "read records",
                 path,
             )
