@@ -232,8 +232,8 @@ def _nothing_chosen(
 ) -> str:
     counts = collections.Counter(Path(stem_name(file)).suffix or "no suffix" for file in there)
     holds = ", ".join(f"{count} of {suffix}" for suffix, count in counts.most_common(6))
-    wanted = repr(pattern) if pattern else f"a known suffix ({KNOWN})"
-    message = f"no file of {wanted} in {setting}={path!r}. It holds {len(there)} files: {holds}"
+    wanted = pattern or f"of a known suffix ({KNOWN})"
+    message = f"no file {wanted} in {setting}={path!r}. It holds {len(there)} files: {holds}"
     if pattern:
         return f"{message}. Set {pattern_setting or 'a pattern'} to what is there."
     for suffix, _ in counts.most_common():

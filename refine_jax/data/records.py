@@ -28,6 +28,7 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, clean_text
+from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import check_format, check_head, kind_of
 from refine_jax.data.unpack import (
     Contents,
@@ -438,11 +439,13 @@ class _ParquetFile:
             counts = [file.metadata.row_group(group).num_rows for group in groups]
             # The rows that are kept, of groups with nulls.
             self._kept: dict[int, np.ndarray] = {}
-            for group in groups if text_field else ():
-                if _may_hold_null(file.metadata.row_group(group), text_field):
-                    table = file.read_row_group(group, columns=[text_field])
-                    kept = np.flatnonzero(table.column(text_field).is_valid().to_numpy())
-                    if len(kept) < counts[group]:
+            nulls = self._null_counts(text_field) if text_field else [0] * len(counts)
+            for group, count in enumerate(counts):
+                if count and (group >= len(nulls) or nulls[group] != 0):
+                    batches = file.iter_batches(row_groups=[group], columns=[text_field])
+                    valid = [batch.column(0).is_valid().to_numpy(False) for batch in batches]
+                    kept = np.flatnonzero(np.concatenate(valid))
+                    if len(kept) < count:
                         self._kept[group] = kept
         self._firsts = np.cumsum([0, *counts], dtype=np.int64)
         lengths = [len(self._kept.get(group, range(counts[group]))) for group in groups]
@@ -472,13 +475,21 @@ class _ParquetFile:
         row = index - (int(self._ends[group - 1]) if group else 0)
         return group, int(self._kept[group][row]) if group in self._kept else row
 
+    def _null_counts(self, column: str) -> list[int | None]:
+        if self._unpacked is not None:
+            return null_counts(self._unpacked, column)
+        with self._path.open("rb") as file:
+            return null_counts(file, column)
+
     @contextlib.contextmanager
     def _opened(self) -> Iterator:
         import pyarrow.parquet
 
         with (
             _pyarrow_errors(f"not a readable parquet file: {self._path}"),
-            pyarrow.parquet.ParquetFile(self._unpacked or self._path) as file,
+            pyarrow.parquet.ParquetFile(
+                self._unpacked or self._path, buffer_size=PIECE_BYTES // 16
+            ) as file,
         ):
             yield file
 
@@ -503,13 +514,3 @@ def _check_strings(kind: Any, column: str, path: Path) -> None:
     checks += (types.is_binary, types.is_large_binary, types.is_binary_view)
     if not any(check(inner) for check in checks):
         raise DataError(f"column {column!r} of {path} must hold strings. Got: {kind}.")
-
-
-def _may_hold_null(group: Any, column: str) -> bool:
-    """Say whether a row group may hold nulls in a column, by its statistics."""
-    for i in range(group.num_columns):
-        chunk = group.column(i)
-        if chunk.path_in_schema == column:
-            known = chunk.is_stats_set and chunk.statistics.has_null_count
-            return not known or chunk.statistics.null_count > 0
-    return True
