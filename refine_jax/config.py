@@ -227,7 +227,7 @@ class DataConfig(Section):
     source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
-        "jsonl (.gz, .zst), text; a file, folder or glob pattern",
+        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
     )
     text_field: str = setting("text", "parquet column, JSON field or tfds feature with the text")
     files: str = setting("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
@@ -393,7 +393,7 @@ class EvaluateConfig(Section):
     )
     data: str = setting(
         "",
-        "of LongBench and RULER's question answering: parquet or jsonl files, or SQuAD's or "
+        "of LongBench and RULER's question answering: parquet or JSON files, or SQuAD's or "
         "HotpotQA's .json; a file, folder or glob",
     )
     essays: str = setting(

@@ -141,7 +141,7 @@ def test_wrong_question_files_are_named(tmp_path, squad, hotpotqa) -> None:
         ("is not a file of SQuAD", "ruler_squadqa", hotpotqa, 900),
         ("is not a file of HotpotQA", "ruler_hotpotqa", squad, 900),
         ("holds no question", "ruler_squadqa", str(tmp_path / "none.json"), 900),
-        ("cannot read", "ruler_squadqa", str(tmp_path / "broken.json"), 900),
+        ("broken.json is not JSON", "ruler_squadqa", str(tmp_path / "broken.json"), 900),
         ("only 0 of the 48 questions", "ruler_squadqa", squad, 300),
     ):
         with pytest.raises(DataError, match=message):
@@ -227,9 +227,10 @@ def test_rows_are_chosen_by_the_seed_and_long_ones_left_out(tmp_path, caplog) ->
 def test_incomplete_rows_are_named(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     for content, message in (
-        ('{"prompt": "a"}', r"row 0 of .*rows.jsonl needs a prompt and answers. Got: prompt"),
+        ('{"prompt": "a"}', r"rows.jsonl, line 1 needs a prompt and answers. Got: prompt"),
         ('{"prompt": 3, "answers": []}', "needs a prompt and answers"),
-        ("nothing", "cannot read .*rows.jsonl"),
+        ("nothing", "rows.jsonl, line 1 is not JSON"),
+        ('{"prompt": "a", "answers": []}\n["a", "b"]', "line 2 must be a JSON object. Got: list"),
     ):
         path.write_text(content)
         with pytest.raises(DataError, match=message):

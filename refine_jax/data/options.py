@@ -21,12 +21,12 @@ class DataOptions:
     Attributes:
         source: "stdlib" (the source files of the Python standard library on this machine);
             "tfds:NAME" (a tensorflow-datasets data set, e.g. "tfds:wiki40b/en"); or a file, a
-            folder (searched recursively) or a glob pattern: .parquet, .jsonl (also .gz, .zst),
-            anything else is text, one document a file. A folder that `refine_jax.data.prepare`
-            or tensorflow-datasets wrote is read as such.
+            folder (searched recursively) or a glob pattern: records of parquet or JSON, or text,
+            one document a file; see `refine_jax.data.formats`. A folder that
+            `refine_jax.data.prepare` or tensorflow-datasets wrote is read as such.
         text_field: parquet column, JSON field or tfds feature that holds the text.
         files: file name pattern, e.g. "*.py", that chooses files in folders; "" chooses the known
-            suffixes (.parquet, .jsonl, .txt, .md).
+            suffixes (.parquet, .jsonl, .ndjson, .json, .txt, .md, each also with .gz or .zst).
         tfds_split: split of a tfds data set, e.g. "train" or "train[:10%]".
         tfds_data_dir: where tensorflow-datasets keeps its data; "" is its own default.
         limit_documents: use only the first so many documents of the source; None uses all.

@@ -23,12 +23,13 @@ from typing import Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
+from refine_jax.data.formats import files_of
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
+from refine_jax.data.records import Records
 from refine_jax.data.references import read_prompt, read_references
 from refine_jax.data.rows import make_rows
-from refine_jax.data.sources import JsonRecords, ParquetRecords, files_of
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize
 
@@ -111,7 +112,7 @@ class PromptSource(Protocol):
 
 
 class FilePrompts:
-    """Prompts of parquet or jsonl files, the format found in their names."""
+    """Prompts of parquet or JSON files; see `refine_jax.data.records`."""
 
     def __init__(
         self, options: DataOptions, prompts: PromptOptions, *, alternatives: bool = True
@@ -120,7 +121,8 @@ class FilePrompts:
 
         alternatives: see `refine_jax.data.references.read_references`.
         """
-        files, kind = files_of(options)
+        setting = options.setting
+        files, kind = files_of(options.source, options.files, setting("source"), setting("files"))
         fields = {
             prompts.prompt_field: "prompts.prompt_field",
             prompts.answer_field: "prompts.answer_field",
@@ -130,7 +132,7 @@ class FilePrompts:
                 f"prompts come from parquet or jsonl files. Got: {files[0]} "
                 f"(data.source={options.source!r})."
             )
-        self._records = (ParquetRecords if kind == "parquet" else JsonRecords)(files, fields)
+        self._records = Records(files, fields)
         self._prompt, self._answer = prompts.prompt_field, prompts.answer_field
         self._alternatives = alternatives
         self.fingerprint = self._records.fingerprint

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import logging
 
@@ -29,6 +30,7 @@ from refine_jax.data.tasks.haystack import load_essays
 from refine_jax.data.tasks.longbench import LONGBENCH
 from refine_jax.data.tasks.ruler_qa import RULER_QA
 from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.unpack import stem_name
 
 __all__ = [
     "TASKS",
@@ -164,4 +166,4 @@ def load_examples(
 
 def is_built(name: str, data: str | None) -> bool:
     """Say whether the examples of a task are built, not read from `data`."""
-    return not data or (name in RULER_QA and data.endswith(".json"))
+    return not data or (name in RULER_QA and stem_name(Path(data)).endswith(".json"))

@@ -1,4 +1,4 @@
-"""Examples in files: parquet or jsonl, one row an example.
+"""Examples in files: parquet or JSON, one row an example; see `refine_jax.data.records`.
 
 Columns: `prompt` and `answers` (or `answer`), in any form that `refine_jax.data.references` reads;
 optional are `task` (or `dataset`), `max_gen_tokens`, `max_seq_length` (the length that a set was
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -25,6 +26,8 @@ from typing import Any
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import clean_text, replacing, short
+from refine_jax.data.formats import record_files
+from refine_jax.data.records import Records
 from refine_jax.data.references import (
     FRACTIONS,
     json_value,
@@ -33,7 +36,6 @@ from refine_jax.data.references import (
     read_references,
     whole_number,
 )
-from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.example import Example, Task
@@ -74,7 +76,7 @@ def read_examples(
     Args:
         task: the task; rows of others are passed over. Its metric says whether every reference
             counts.
-        data: a .parquet or .jsonl file, a folder or a glob pattern.
+        data: a parquet or JSON file, a folder or a glob pattern.
         length: the most tokens of bos, prompt and answer: longer rows are left out. In files of
             sets that were built for a length (`max_seq_length`), only sets of this length count.
             None takes every row.
@@ -87,7 +89,7 @@ def read_examples(
         NoExamplesError: there are no such rows.
         DataError: several files have some, none can be used, or a field holds something else.
     """
-    path, rows = _select(task, data, length)
+    path, rows = _select(task, data, length)  # with the place of each
     order: Sequence[int] = range(len(rows))
     if samples is not None:
         order = Draw("rows", seed, task.name).shuffled(order)
@@ -96,7 +98,7 @@ def read_examples(
     for i in order:
         if len(examples) == samples:
             break
-        example = _example(task, path, rows[i], i, tokenizer, left_out)
+        example = _example(task, *rows[i], i, tokenizer, left_out)
         if example is None:
             continue
         needed = example.metadata["prompt_tokens"] + example.max_new_tokens
@@ -166,43 +168,30 @@ def digest(examples: Iterable[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[Row]]:
-    """Return the one file with rows of the task, and these rows."""
-    found: dict[Path, list[Row]] = {}
+def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[tuple[str, Row]]]:
+    """Return the one file with rows of the task, and these rows, each with where it stands."""
+    found: dict[Path, list[tuple[str, Row]]] = {}
     seen: set[str] = set()
-    for path in find_files(data, setting="data"):
-        if path.suffix not in SUFFIXES:
-            continue
-        for number, row in enumerate(_read(path), 1):
-            name, built_for = _set_of(row, task, lambda path=path, n=number: f"row {n} of {path}")
+    for path in record_files(data, "data"):
+        records = Records([path])
+        for index in range(len(records)):
+            row = records[index]
+            name, built_for = _set_of(row, task, functools.partial(records.place, index))
             seen.add(name if built_for is None else f"{name} of length {built_for}")
             if name == task.name and (built_for is None or length in (None, built_for)):
-                found.setdefault(path, []).append(row)
+                found.setdefault(path, []).append((records.place(index), row))
     if not found:
         wanted = task.name if length is None else f"{task.name} of length {length}"
-        there = ", ".join(sorted(seen)) or f"no {' or '.join(SUFFIXES)} file"
-        raise NoExamplesError(wanted, data, there)
+        raise NoExamplesError(wanted, data, ", ".join(sorted(seen)) or "no rows")
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise DataError(f"several files hold examples of {task.name}: set data to one of {names}")
     ((path, rows),) = found.items()
-    lengths = {_set_of(row, task, str)[1] for row in rows}
+    lengths = {_set_of(row, task, functools.partial(str, place))[1] for place, row in rows}
     if len(lengths) > 1:
         named = ", ".join("without one" if n is None else str(n) for n in sorted(lengths, key=str))
         raise DataError(f"{path} holds sets of several lengths ({named}): set the length")
     return path, rows
-
-
-def _read(path: Path) -> list[Row]:
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist()
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:  # what pyarrow finds broken is a ValueError
-        raise DataError(f"cannot read {path}: {error}") from error
 
 
 # Why rows, and answers of rows, are left out.
@@ -221,23 +210,21 @@ def _set_of(row: Row, task: Task, where: Callable[[], str]) -> tuple[str, int | 
 
 
 def _example(
-    task: Task, path: Path, row: Row, index: int, tokenizer: Tokenizer, left_out: Counter[str]
+    task: Task, place: str, row: Row, index: int, tokenizer: Tokenizer, left_out: Counter[str]
 ) -> Example | None:
     """Return the example of a row, None if it has no prompt or answer; counts what it leaves out.
 
-    index: number of the row among those of the task, from 0.
+    place: where the row stands. index: its number among those of the task, from 0.
     """
 
     def where(field: str = "") -> Callable[[], str]:
         needs = f" needs a prompt and answers: {field!r}" if field else ""
-        return lambda: f"row {index} of {path}{needs}"
+        return lambda: f"{place}{needs}"
 
     name = next((name for name in ("answers", "answer") if row.get(name) is not None), None)
     fields = ("prompt", "context") if task.name in longbench.PROMPTS else ("prompt",)
     if not any(field in row for field in fields) or not {"answers", "answer"} & row.keys():
-        raise DataError(
-            f"row {index} of {path} needs a prompt and answers. Got: {', '.join(sorted(row))}."
-        )
+        raise DataError(f"{place} needs a prompt and answers. Got: {', '.join(sorted(row))}.")
     prompt = read_prompt(row.get("prompt"), where("prompt"))
     if prompt is None and "context" in fields:
         context = read_prompt(row.get("context"), where("context"))

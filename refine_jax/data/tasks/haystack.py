@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from refine_jax.base.errors import DataError
-from refine_jax.data.sources import JSON_SUFFIXES, find_files
+from refine_jax.data.sources import open_texts
 from refine_jax.data.tokenizer import Tokenizer
 
 # One line of RULER's noise.
@@ -62,10 +60,11 @@ def load_essays(essays: str | None) -> Essays:
     """Return the text of the essay haystack.
 
     Args:
-        essays: a text file, a folder of text files or a glob pattern; a .json file is read as
-            RULER's own, {"text": ...}. Or "stdlib", the reference of the Python language that
-            comes with every Python: English prose about one subject, and another text in every
-            version of Python. That is good for a trial, not for figures to publish.
+        essays: a text file, a folder of text files or a glob pattern; of JSON, such as RULER's
+            own {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the
+            Python language that comes with every Python: English prose about one subject, and
+            another text in every version of Python. That is good for a trial, not for figures to
+            publish.
 
     Raises:
         DataError: nothing is given, or there is no text in it.
@@ -80,12 +79,8 @@ def load_essays(essays: str | None) -> Essays:
 
         words = " ".join(topics[name] for name in sorted(topics)).split()
     else:
-        files = [
-            path
-            for path in find_files(essays, setting="essays")
-            if not path.name.endswith((".parquet", *JSON_SUFFIXES))
-        ]
-        words = [word for path in files for word in _read(path).split()]
+        texts = open_texts(essays, setting="essays")
+        words = [word for index in range(len(texts)) for word in texts[index].split()]
     if not words:
         raise DataError(f"no text in essays={essays!r}")
     return Essays(tuple(words))
@@ -149,11 +144,3 @@ def fit(
         else:
             high = size
     return low, tokens
-
-
-def _read(path: Path) -> str:
-    try:
-        text = path.read_text("utf-8")
-        return json.loads(text)["text"] if path.suffix == ".json" else text
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"cannot read the essay {path}: {error}") from error

@@ -8,14 +8,14 @@ are all about one or two articles; and passages are fitted one by one, none twic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import clean_text
+from refine_jax.data.formats import record_files
+from refine_jax.data.records import Records
 from refine_jax.data.references import read_references
 from refine_jax.data.tasks.draw import Draw
 from refine_jax.data.tasks.example import Example, Task
@@ -138,10 +138,10 @@ def _prompt(question: Question, numbers: Sequence[int], passages: Sequence[str])
 
 def _read(task: Task, path: str) -> tuple[list[Question], list[str]]:
     """Return the questions and all passages of a file, each passage once."""
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    records = Records(record_files(path, "data"))
+    content: Any = [records[index] for index in range(len(records))]
+    if task.name == "ruler_squadqa" and len(content) == 1:
+        (content,) = content
     reader, kind = {
         "ruler_squadqa": (_read_squad, "SQuAD"),
         "ruler_hotpotqa": (_read_hotpotqa, "HotpotQA"),
