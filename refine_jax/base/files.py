@@ -139,7 +139,10 @@ def kind_of(value: Any) -> str:
 
 def short(value: Any, limit: int = 80) -> str:
     """A value for a message, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, deep nesting
+        text = f"a very large {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

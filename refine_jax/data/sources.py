@@ -25,6 +25,7 @@ import numpy as np
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import valid_unicode
 from refine_jax.data.options import DataOptions
+from refine_jax.data.tfds import TfdsSource, is_tfds_folder
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 KNOWN_FILES = ("*.parquet", *(f"*{suffix}" for suffix in JSON_SUFFIXES), "*.txt", "*.md")
@@ -275,54 +276,6 @@ class JsonLinesSource:
         return valid_unicode(text)
 
 
-class TfdsSource:
-    """The text feature of a tensorflow-datasets data set, read without TensorFlow."""
-
-    def __init__(self, options: DataOptions) -> None:
-        """Open it, preparing it first if need be; raises DataError where tfds cannot."""
-        import tensorflow_datasets as tfds
-
-        name, split = options.source.removeprefix("tfds:"), options.tfds_split
-        data_dir, feature = options.tfds_data_dir, options.text_field
-        try:
-            if Path(name).is_dir():
-                builder = tfds.builder_from_directory(name)
-            else:
-                builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-                builder.download_and_prepare()
-            self._records = builder.as_data_source(split=split)
-        except Exception as error:  # builders are third-party code and raise anything
-            raise DataError(
-                f"tensorflow-datasets cannot read {name!r}, split {split!r}: {error}"
-            ) from error
-        features = sorted(builder.info.features or ())  # tfds gives them in any order
-        if feature not in features:
-            raise DataError(
-                f"no feature {feature!r} in {builder.info.full_name}: set "
-                f"{options.setting('text_field')} to one of {', '.join(features)}"
-            )
-        self._feature = feature
-        self._name = builder.info.full_name
-        self.fingerprint = _fingerprint(
-            "tfds", self._name, split, feature, str(builder.info.splits[split].shard_lengths)
-        )
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> str:
-        """Return the text of an example."""
-        text = self._records[index][self._feature]
-        try:
-            return text.decode("utf-8")
-        except (AttributeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"feature {self._feature!r} of {self._name}, example {index}, is not UTF-8 text: "
-                f"{error}"
-            ) from error
-
-
 def open_source(options: DataOptions) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
@@ -364,11 +317,6 @@ def files_of(options: DataOptions) -> tuple[list[Path], str]:
             f'e.g. {setting}="{KNOWN_FILES[0]}"'
         )
     return files, kinds[0]
-
-
-def is_tfds_folder(path: str) -> bool:
-    """Say whether `path` is a folder that tensorflow-datasets has prepared."""
-    return os.path.isfile(os.path.join(path, "dataset_info.json"))
 
 
 def find_files(
