@@ -20,26 +20,6 @@ ROOT = Path(__file__).parents[1]
 TEXTS = ["alpha", "", "gämma", *("x" * n for n in range(1, 40))]
 
 
-class Letters(tfds.core.GeneratorBasedBuilder):
-    """A data set with text, as tensorflow-datasets has many."""
-
-    name = "letters"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict(
-            {"story": tfds.features.Text(), "label": tfds.features.Scalar(np.int32)}
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i, text in enumerate(TEXTS):
-            yield i, {"story": text, "label": i}
-
-
 @pytest.fixture
 def corpus_file(tmp_path: Path) -> str:
     path = tmp_path / "corpus.jsonl"
@@ -150,26 +130,6 @@ def test_records_of_another_tokenizer_are_refused(tmp_path: Path, corpus_file: s
     np.savez(Path(folder) / "documents.npz", lengths=np.ones(3), hashes=np.ones(3))
     with pytest.raises(DataError, match="42 documents instead of 3"):
         load_corpus(options_of(folder))
-
-
-def test_tfds_text_source(tmp_path: Path) -> None:
-    builder = Letters(data_dir=str(tmp_path), file_format="array_record")
-    builder.download_and_prepare(download_dir=str(tmp_path / "downloads"))
-    folder = str(builder.data_dir)
-    for name in (folder, f"tfds:{folder}"):
-        source = open_source(options_of(name, text_field="story"))
-        assert [source[i] for i in range(len(source))] == TEXTS
-    part = open_source(options_of(folder, text_field="story", tfds_split="train[:4]"))
-    assert [part[i] for i in range(len(part))] == TEXTS[:4]
-    assert part.fingerprint != source.fingerprint
-    by_name = options_of("tfds:letters", text_field="story", tfds_data_dir=str(tmp_path))
-    assert open_source(by_name)[2] == TEXTS[2]
-    with pytest.raises(DataError, match=r"no feature 'text'.*label, story"):
-        open_source(options_of(folder))
-    with pytest.raises(DataError, match="is not UTF-8 text"):
-        open_source(options_of(folder, text_field="label"))[0]
-    with pytest.raises(DataError, match="split 'test'"):
-        open_source(options_of(folder, text_field="story", tfds_split="test"))
 
 
 def test_command(tmp_path: Path, corpus_file: str) -> None:

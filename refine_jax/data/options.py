@@ -15,7 +15,7 @@ CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
 LARGEST = 2**31 - 1  # of counts and lengths: rows count their slots in int32
 LIMITS = {
-    "limit_documents": (1, LARGEST),
+    "limit_documents": (1, 2**40),
     "sequence_length": (2, LARGEST),
     "min_tokens": (1, LARGEST),
     "max_tokens": (1, LARGEST),

@@ -211,7 +211,7 @@ class BatchIterator(Iterator[Batch]):
                 "or a data option has changed since. Restore them, or start a new run. "
                 f"Got: {short(fingerprint)}, expected: {self._dataset.fingerprint}."
             )
-        last = ENDLESS
+        last = ENDLESS // 2  # so that rows follow
         if self._dataset.batches is not None:
             # The last batch may have been filled up to a larger size than today's.
             last = 2 * self._dataset.batches * self._dataset.batch_size

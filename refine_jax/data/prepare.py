@@ -2,9 +2,9 @@
 
     python -m refine_jax.data.prepare --source=corpus.jsonl.zst --tokenizer=mistral-v1 --out=DIR
 
-The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ...}. Give the folder to
-a run as `--config.data.source=FOLDER`. The folder appears when it is complete; preparing the same
-documents again finds it and does nothing.
+The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ..., "dropped": {reason:
+documents that were left out}}. Give the folder to a run as `--config.data.source=FOLDER`. The
+folder appears when it is complete; preparing the same documents again finds it and does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -21,7 +22,7 @@ from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_outp
 from refine_jax.data.options import DataOptions, FlagOptions
 
 
-def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
+def prepare(options: DataOptions, out: str) -> dict[str, Any]:
     """Write the documents of `options` as tokenised ArrayRecord.
 
     Args:
@@ -29,7 +30,8 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
         out: folder under which the records' own folder is made.
 
     Returns:
-        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens}.
+        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
+        "dropped": {reason: documents of the source that were left out}}.
 
     Raises:
         DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
@@ -55,6 +57,7 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
         "folder": str(Path(builder.data_dir).resolve()),
         "documents": metadata["documents"],
         "tokens": metadata["tokens"],
+        "dropped": metadata.get("dropped", {}),
     }
 
 
