@@ -222,6 +222,12 @@ def test_description_of_a_data_set_imports_nothing(letters: Path, planted: Path)
         assert not planted.exists()
 
 
+def test_statistics_beside_the_features_are_no_classes(letters: Path) -> None:
+    schema = {"feature": [{"name": "story", "type": "BYTES"}]}
+    change(letters / "dataset_info.json", lambda x: x.update(schema=schema))
+    assert open_source(options_of(letters))[0] == TEXTS[0]
+
+
 def test_tokenised_records_import_nothing(tmp_path: Path, planted: Path) -> None:
     (tmp_path / "a.txt").write_text("some text of a document")
     made = prepare(options_of(tmp_path / "a.txt"), str(tmp_path / "out"))

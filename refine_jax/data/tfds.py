@@ -254,7 +254,8 @@ def check_folder(folder: Path) -> None:
                 f"{path}: the files of split {name!r} must stand in the folder. Got: "
                 f"filepathTemplate={short(template)}."
             )
-    _check_features(info, path)
+    # Only there: the statistics beside it have types of their own.
+    _check_features(field(info, "features", dict, {}), path)
     features = folder / FEATURES_FILE
     if features.exists():
         _check_features(read_json(features, DataError), features)
@@ -336,7 +337,9 @@ class TfdsSource:
         try:
             return clean_text(text.decode("utf-8"))
         except (AttributeError, UnicodeDecodeError) as error:
-            raise DataError(f"feature {self._feature!r}, {place}, is not UTF-8 text: {error}") from error
+            raise DataError(
+                f"feature {self._feature!r}, {place}, is not UTF-8 text: {error}"
+            ) from error
 
 
 def _stamp(file: str | os.PathLike) -> tuple[int, int]:

@@ -192,8 +192,9 @@ class Loop(abc.ABC):
         )
         for line in (
             self.describe_left_out(),
-            "" if self.parts.held_out else "nothing is held out (config.data.holdout=0): "
-            "no evaluation",
+            ""
+            if self.parts.held_out
+            else "nothing is held out (config.data.holdout=0): no evaluation",
         ):
             if line:
                 distributed.say(line)

@@ -205,9 +205,7 @@ def rows_at_once(config: Config) -> int:
     return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
 
 
-def training_data(
-    corpus: Corpus | PromptCorpus, config: Config
-) -> tuple[Dataset, Dataset | None]:
+def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset | None]:
     """Batches to train on and held-out ones; this process reads the rows that its devices hold.
 
     With data.holdout=0 there are none that are held out.
