@@ -8,79 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import (
+    assert_equal,
+    collect,
+    corpus_of,
+    expected_pieces,
+    numbered,
+    segments_of,
+    write_documents,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
 from refine_jax.data import DataOptions, load_corpus, make_dataset
-from refine_jax.data import tokens as tokens_module
 from refine_jax.data.options import FlagOptions
-from refine_jax.data.pipeline import Corpus
 from refine_jax.data.rows import make_rows
 from refine_jax.data.tokenizer import ByteTokenizer
-from refine_jax.data.tokens import IndexBuilder, TokenStore
+from refine_jax.data.tokens import TokenStore
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=40)
-
-
-def corpus_of(documents: list[list[int]], **options) -> Corpus:
-    """Return a corpus of token lists, without files."""
-    index = IndexBuilder()
-    for document in documents:
-        index.add(np.array(document, np.int32))
-    tokens = np.array([token for document in documents for token in document], np.uint16)
-    store = TokenStore(tokens, index.finish())
-    return Corpus(DataOptions(**{"min_tokens": 1, **options}), store, ByteTokenizer())
-
-
-def numbered(lengths: list[int]) -> list[list[int]]:
-    """Return documents of these lengths whose tokens all differ."""
-    counter = itertools.count()
-    return [[next(counter) for _ in range(length)] for length in lengths]
-
-
-def collect(dataset, count: int | None = None) -> list[dict[str, np.ndarray]]:
-    iterator = iter(dataset)
-    batches = list(itertools.islice(iterator, count))
-    iterator.close()
-    return batches
-
-
-def segments_of(batches) -> list[list[int]]:
-    """Return the tokens of every segment of every row, and check the form of the rows."""
-    found = []
-    for batch in batches:
-        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
-            used = np.count_nonzero(segments)
-            assert np.all(segments[used:] == 0)
-            assert np.all(tokens[used:] == ByteTokenizer.pad_id)
-            assert np.all(np.isin(np.diff(segments[:used]), (0, 1)))
-            for segment in range(1, 1 + segments.max(initial=0)):
-                found.append(tokens[segments == segment].tolist())
-    return found
-
-
-def assert_equal(left, right) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys() == {"tokens", "segments"}
-        for name in a:
-            assert a[name].dtype == np.int32
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-def expected_pieces(documents, size, chunking="all", min_remainder=1) -> list[list[int]]:
-    """Return the pieces of documents, by the shortest code that does it."""
-    pieces = []
-    for document in documents:
-        cut = [document[i : i + size] for i in range(0, len(document), size)]
-        if chunking == "first":
-            cut = cut[:1]
-        elif len(cut) > 1 and len(cut[-1]) < min_remainder:
-            cut.pop()
-        pieces += cut
-    return pieces
 
 
 @settings(max_examples=60, deadline=None)
@@ -283,12 +230,6 @@ def test_validation_rows_are_few_fixed_and_spread() -> None:
     assert dataset.statistics.dropped_tokens["surplus_rows"] == 10 * 80 - 10 * 8
 
 
-def write_documents(folder: Path, texts: list[str]) -> Path:
-    path = folder / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 def test_bos_eos_and_limit(tmp_path: Path) -> None:
     path = write_documents(tmp_path, ["abc", "de", "fgh"])
     options = DataOptions(
@@ -388,289 +329,6 @@ def test_bad_batches() -> None:
         corpus.dataset("test", 2)
     with pytest.raises(DataError, match="no document is left for the validation split"):
         corpus.dataset("validation", 2)
-
-
-INPUTS = ROOT.parent / "shared" / "inputs"
-
-
-def input_file(name: str) -> Path:
-    """One of the small inputs that people really have; skips where they are absent."""
-    path = INPUTS / name
-    if not path.exists():
-        pytest.skip(f"not found: {path}")
-    return path
-
-
-def tokens_of(batches) -> list[list[int]]:
-    """Return the tokens of each row that holds some, without padding."""
-    return [
-        tokens[segments != 0].tolist()
-        for batch in batches
-        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
-        if segments.any()
-    ]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    length=st.integers(1, 300),
-    copies=st.integers(1, 3),
-    size=st.integers(2, 24),
-    holdout=st.floats(0.01, 0.5),
-    min_remainder=st.integers(1, 24),
-    pack=st.booleans(),
-)
-def test_one_document_is_split_by_rows(length, copies, size, holdout, min_remainder, pack) -> None:
-    document = numbered([length])[0]
-    options = {"sequence_length": size, "min_remainder": min(size, min_remainder), "pack": pack}
-    corpus = corpus_of([document] * copies, holdout=holdout, epochs=1, **options)
-    pieces = expected_pieces([document], size, min_remainder=min(size, min_remainder))
-    if len(pieces) < 2:
-        for split in ("train", "validation"):
-            with pytest.raises(DataError, match=r"no document is left .* data\.holdout=0"):
-                corpus.dataset(split, 3)
-        return
-    train, validation = (corpus.dataset(split, 3) for split in ("train", "validation"))
-    rows = {s: tokens_of(collect(d)) for s, d in (("train", train), ("validation", validation))}
-    count = len(rows["validation"])
-    assert 1 <= count <= max(1, round(holdout * len(pieces))) and rows["train"]
-    assert rows["validation"] == pieces[len(pieces) - count :]  # the last ones, in order
-    assert sorted(rows["train"]) == sorted(pieces[: len(pieces) - count])
-    for dataset in (train, validation):
-        statistics = dataset.statistics
-        assert statistics.split_rows
-        assert statistics.row_tokens + sum(statistics.dropped_tokens.values()) == length * copies
-        assert statistics.used_documents + sum(statistics.dropped_documents.values()) == copies
-        assert "the last rows of the one document are held out" in statistics.summary()
-    assert train.statistics.dropped_documents["copies"] == copies - 1
-
-
-def test_one_document_goes_on_where_it_stopped_with_any_processes_and_workers() -> None:
-    documents = numbered([100])
-    corpus = corpus_of(documents, sequence_length=8, holdout=0.2, epochs=3, seed=4)
-    whole = collect(corpus.dataset("train", 4))
-    iterator = iter(corpus.dataset("train", 4))
-    list(itertools.islice(iterator, 3))
-    state = iterator.get_state()
-    iterator.close()
-    again = corpus_of(documents, sequence_length=8, holdout=0.2, epochs=3, seed=4, workers=1)
-    resumed = iter(again.dataset("train", 4))
-    resumed.set_state(state)
-    assert_equal(list(resumed), whole[3:])
-    parts = [collect(corpus.dataset("train", 4, share)) for share in ([0, 1], [2, 3])]
-    for both, batch in zip(zip(*parts, strict=True), whole, strict=True):
-        joined = np.concatenate([part["tokens"] for part in both])
-        np.testing.assert_array_equal(joined, batch["tokens"])
-
-
-def test_two_documents_are_split_as_documents() -> None:
-    corpus = corpus_of(numbered([40, 50]), sequence_length=8, holdout=0.05, epochs=1)
-    train, validation = (corpus.dataset(split, 2).statistics for split in ("train", "validation"))
-    assert not train.split_rows and not validation.split_rows
-    assert {train.row_tokens, validation.row_tokens} == {40, 50}
-
-
-@pytest.mark.parametrize("kind", ["one text", "twins"])
-def test_few_documents_train(tmp_path: Path, kind: str) -> None:
-    if kind == "one text":
-        source = input_file("tinyshakespeare.txt")
-        text, documents = source, 1
-    else:
-        source = tmp_path / "twins"
-        source.mkdir()
-        for name in ("twins_a.txt", "twins_b.txt"):
-            (source / name).write_bytes(input_file(name).read_bytes())
-        text, documents = source / "twins_a.txt", 2
-    tokens = [256, *text.read_bytes()]
-    options = DataOptions(
-        source=str(source), tokenizer="bytes", sequence_length=64, holdout=0.05, epochs=1
-    )
-    corpus = load_corpus(options)
-    train, validation = (corpus.dataset(split, 4) for split in ("train", "validation"))
-    rows = {split: tokens_of(collect(d)) for split, d in (("t", train), ("v", validation))}
-    pieces = expected_pieces([tokens], 64)
-    count = max(1, round(0.05 * len(pieces)))
-    assert rows["v"] == pieces[-count:]
-    assert sorted(rows["t"]) == sorted(pieces[:-count])
-    statistics = train.statistics
-    assert statistics.documents == documents
-    assert statistics.row_tokens + sum(statistics.dropped_tokens.values()) == (
-        documents * len(tokens)
-    )
-
-
-def test_without_a_held_out_part_every_row_is_trained_on() -> None:
-    for documents in (numbered([5]), numbered([100]), [[1] * 5] * 3, numbered([5] * 9)):
-        corpus = corpus_of(documents, sequence_length=8, holdout=0.0, epochs=1)
-        found = tokens_of(collect(corpus.dataset("train", 2)))
-        assert sorted(found) == sorted(expected_pieces(documents, 8))
-        with pytest.raises(DataError, match="holdout"):
-            corpus.dataset("validation", 2)
-
-
-def test_what_is_left_out_is_said_in_a_line(tmp_path: Path) -> None:
-    path = write_documents(tmp_path, ["a", "bb" * 30, "c" * 10, "d" * 21, "e", "beyond"])
-    options = DataOptions(
-        source=str(path),
-        tokenizer="bytes",
-        sequence_length=10,
-        min_tokens=5,
-        max_tokens=40,
-        min_remainder=5,
-        limit_documents=5,
-    )
-    statistics = make_dataset(options, "train", 1).statistics
-    assert statistics.unread == {"limit_documents": 1}
-    # bos counts: "a" and "e" have 2 tokens, 60 characters 61, 11 tokens leave 1 and 22 leave 2.
-    assert statistics.summary() == (
-        "left out of 5 documents: 2 too short (4 tokens); 1 too long (61 tokens); "
-        "3 tokens in last pieces that are too short; 1 beyond the limit of documents"
-    )
-    everything = DataOptions(source=str(path), tokenizer="bytes", min_tokens=1, sequence_length=99)
-    assert make_dataset(everything, "train", 1).statistics.summary() == ""
-
-
-def test_records_that_the_reader_left_out_are_counted(tmp_path: Path, monkeypatch) -> None:
-    """In memory, and from a cache that was made before."""
-    path = write_documents(tmp_path, ["abc", "defg"])
-    read = tokens_module.open_source
-
-    def with_nulls(options):
-        source = read(options)
-        source.dropped = {"null": 3}
-        return source
-
-    monkeypatch.setattr(tokens_module, "open_source", with_nulls)
-    for cache in ("", str(tmp_path / "cache"), str(tmp_path / "cache")):
-        options = DataOptions(
-            source=str(path), tokenizer="bytes", sequence_length=8, min_tokens=1, cache_dir=cache
-        )
-        statistics = make_dataset(options, "train", 2).statistics
-        assert statistics.unread == {"null": 3}
-        assert "3 without text" in statistics.summary()
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> tuple[DataOptions, Path]:
-    """Options, and the cache folder that they made: 300 documents, 6,450 tokens."""
-    texts = [chr(97 + i % 26) * (i % 30 + 1) + str(i) for i in range(300)]
-    options = DataOptions(
-        source=str(write_documents(tmp_path, texts)),
-        tokenizer="bytes",
-        sequence_length=8,
-        min_tokens=1,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    load_corpus(options)
-    (folder,) = (tmp_path / "cache").iterdir()
-    return options, folder
-
-
-def test_a_flipped_byte_of_a_cache_is_found(cache) -> None:
-    options, folder = cache
-    for name in ("tokens.bin", "documents.npz"):
-        whole = (folder / name).read_bytes()
-        for place in range(0, len(whole), len(whole) // 60):
-            changed = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-            (folder / name).write_bytes(changed)
-            try:
-                same = load_corpus(options)
-            except DataError as error:
-                assert "token cache" in str(error) and "Remove the folder" in str(error)
-                assert len(str(error).splitlines()) == 1
-            else:  # a byte of a zip archive that says nothing, such as a date
-                assert name == "documents.npz"
-                (folder / name).write_bytes(whole)
-                right = load_corpus(options)
-                assert same.dataset("train", 1).fingerprint == right.dataset("train", 1).fingerprint
-        (folder / name).write_bytes(whole)
-    load_corpus(options)
-
-
-def test_a_flipped_byte_of_a_cache_without_checksums_is_found(cache) -> None:
-    options, folder = cache
-    meta = json.loads((folder / "meta.json").read_text())
-    meta = {name: meta[name] for name in ("dtype", "tokenizer", "source")}  # as before
-    (folder / "meta.json").write_text(json.dumps(meta))
-    load_corpus(options)
-    whole = bytearray((folder / "tokens.bin").read_bytes())
-    whole[2000] ^= 1
-    (folder / "tokens.bin").write_bytes(whole)
-    with pytest.raises(DataError, match="document .* is not as it was written"):
-        load_corpus(options)
-
-
-def _arrays(folder: Path, **changes) -> None:
-    with np.load(folder / "documents.npz") as old:
-        arrays = {name: old[name] for name in old.files}
-    arrays |= {name: change(arrays[name]) for name, change in changes.items()}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    np.savez(folder / "documents.npz", **arrays)
-
-
-def _meta(folder: Path, **changes) -> None:
-    meta = json.loads((folder / "meta.json").read_text()) | changes
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-DAMAGE = {
-    "shorter": lambda f: (f / "tokens.bin").write_bytes((f / "tokens.bin").read_bytes()[:-2]),
-    "half a token": lambda f: (f / "tokens.bin").write_bytes((f / "tokens.bin").read_bytes()[:-1]),
-    "no tokens": lambda f: (f / "tokens.bin").unlink(),
-    "no index": lambda f: (f / "documents.npz").unlink(),
-    "no meta": lambda f: (f / "meta.json").unlink(),
-    "objects": lambda f: _meta(f, dtype="O"),
-    "structure": lambda f: _meta(f, dtype="i4,i4"),
-    "bogus dtype": lambda f: _meta(f, dtype="<u3"),
-    "signed dtype": lambda f: _meta(f, dtype="<i2"),
-    "dtype of a list": lambda f: _meta(f, dtype=["<u2"]),
-    "no dtype": lambda f: _meta(f, dtype=None),
-    "checksum of text": lambda f: _meta(f, crc32="1"),
-    "wrong checksum": lambda f: _meta(f, crc32=1),
-    "counts of text": lambda f: _meta(f, dropped={"null": "3"}),
-    "counts of a list": lambda f: _meta(f, dropped=[3]),
-    "meta of a list": lambda f: (f / "meta.json").write_text("[]"),
-    "meta of nothing": lambda f: (f / "meta.json").write_text(""),
-    "nested meta": lambda f: (f / "meta.json").write_text("[" * 100_000),
-    "index of text": lambda f: (f / "documents.npz").write_text("text"),
-    "empty index": lambda f: (f / "documents.npz").write_bytes(b""),
-    "a single array": lambda f: np.save((f / "documents.npz").open("wb"), np.arange(3)),
-    "pickled": lambda f: _arrays(f, lengths=lambda x: x.astype(object)),
-    "no lengths": lambda f: _arrays(f, lengths=lambda x: None),
-    "no hashes": lambda f: _arrays(f, hashes=lambda x: None),
-    "floats": lambda f: _arrays(f, lengths=lambda x: x.astype(np.float64)),
-    "matrix": lambda f: _arrays(f, lengths=lambda x: x[None], hashes=lambda x: x[None]),
-    "scalar": lambda f: _arrays(f, lengths=lambda x: x[0], hashes=lambda x: x[0]),
-    "negative": lambda f: _arrays(f, lengths=lambda x: np.r_[x[0] + x[1] + 9, -9, x[2:]]),
-    "overflow": lambda f: _arrays(f, lengths=lambda x: np.r_[x[0], [1 << 62] * 4, x[5:]]),
-    "moved ends": lambda f: _arrays(f, lengths=lambda x: np.r_[x[0] + 1, x[1] - 1, x[2:]]),
-    "other hashes": lambda f: _arrays(f, hashes=lambda x: x + np.uint64(1)),
-    "fewer documents": lambda f: _arrays(
-        f, lengths=lambda x: np.r_[x[:-2], x[-2:].sum()], hashes=lambda x: x[:-1]
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_one_message(cache, damage: str) -> None:
-    options, folder = cache
-    DAMAGE[damage](folder)
-    with pytest.raises(DataError, match="broken token cache .* Remove the folder") as caught:
-        load_corpus(options)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_cache_at_home_and_cache_that_cannot_be_written(cache, tmp_path, monkeypatch) -> None:
-    options, folder = cache
-    monkeypatch.setenv("HOME", str(tmp_path))
-    load_corpus(DataOptions(**{**vars(options), "cache_dir": "~/other"}))
-    assert [path.name for path in (tmp_path / "other").iterdir()] == [folder.name]
-    (tmp_path / "file").write_text("")
-    for wrong in (str(tmp_path / "file"), str(tmp_path / "file" / "cache"), "/proc/cache"):
-        with pytest.raises(DataError, match=r"cannot write data\.cache_dir="):
-            load_corpus(DataOptions(**{**vars(options), "cache_dir": wrong}))
-    with pytest.raises(DataError, match=r"data\.cache_dir must be a path of a file system"):
-        load_corpus(DataOptions(**{**vars(options), "cache_dir": "gs://bucket/cache"}))
 
 
 def test_a_moved_corpus_is_the_same_data(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets: texts as written, one message for bad ones, nothing imported."""
+"""Data sets of tensorflow-datasets: texts as written, one message for faults, no imports."""
 
 import importlib.util
 import json
