@@ -34,7 +34,7 @@ BATCH_CHARACTERS = 4_000_000  # text tokenised at a time: enough to keep all thr
 META_FILE, TOKENS_FILE, INDEX_FILE = "meta.json", "tokens.bin", "documents.npz"
 DTYPES = ("<u2", "<u4")
 LONGEST = 1 << 48  # tokens of a document; their sum stays far from the end of int64
-CHECK_BYTES = 1 << 24  # of a cache compared at a time
+CHECK_BYTES = 1 << 20  # of a cache compared at a time
 
 
 class TokenSource(Protocol):
