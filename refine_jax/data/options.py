@@ -35,7 +35,8 @@ class DataOptions:
 
     Attributes:
         source: "stdlib" (the source files of the Python standard library on this machine);
-            "tfds:NAME" (a tensorflow-datasets data set, e.g. "tfds:wiki40b/en"); or a file, a
+            "tfds:NAME" (a tensorflow-datasets data set, e.g. "tfds:wiki40b/en", or a folder of
+            one: "tfds:FOLDER"); or a file, a
             folder (searched recursively) or a glob pattern: .parquet, .jsonl (also .gz, .zst),
             anything else is text, one document a file. A folder that `refine_jax.data.prepare`
             or tensorflow-datasets wrote is read as such.
