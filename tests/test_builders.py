@@ -198,6 +198,17 @@ def test_records_that_are_not_as_they_were_written(records: Path) -> None:
             read_all(records)
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "metadata.json"])
+@pytest.mark.parametrize("content", ["[]", "", '{"documents": "3"}', "[" * 100_000])
+def test_a_damaged_folder_is_not_taken_for_a_prepared_one(
+    records: Path, tmp_path: Path, corpus_file: str, name: str, content: str
+) -> None:
+    (records / name).write_text(content)
+    with pytest.raises(DataError, match="broken tokenised records") as caught:
+        prepare(options_of(corpus_file), str(tmp_path / "out"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_records_are_read_by_workers(records: Path) -> None:
     expected = batches_of(options_of(str(records)), "train")
     dataset = load_corpus(options_of(str(records), workers=1)).dataset("train", 4)

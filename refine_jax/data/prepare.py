@@ -39,26 +39,27 @@ def prepare(options: DataOptions, out: str) -> dict[str, Any]:
     from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
     from refine_jax.data.sources import open_source
     from refine_jax.data.tokenizer import load_tokenizer
-    from refine_jax.data.tokens import is_token_folder
+    from refine_jax.data.tokens import damage, is_token_folder, read_metadata
 
     if is_token_folder(options.source):
         raise DataError(f"{options.setting('source')}={options.source!r} is tokenised already")
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_source(options)
-    try:
+    # The builder reads the folder where it was prepared before.
+    with damage("tokenised records", Path(out) / "tokenized_text", "of this source"):
         builder = module.Builder(source=source, tokenizer=tokenizer, options=options, data_dir=out)
+    try:
         # tfds always makes a download folder, though this builder downloads nothing.
         with tempfile.TemporaryDirectory() as unused:
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
         raise DataError(f"cannot write the records to {out}: {error}") from error
-    metadata = builder.info.metadata
-    return {
-        "folder": str(Path(builder.data_dir).resolve()),
-        "documents": metadata["documents"],
-        "tokens": metadata["tokens"],
-        "dropped": metadata.get("dropped", {}),
-    }
+    folder = Path(builder.data_dir).resolve()
+    with damage("tokenised records", folder, "and prepare them again"):
+        made = read_metadata(folder)
+        return {"folder": str(folder)} | {
+            name: made[name] for name in ("documents", "tokens", "dropped")
+        }
 
 
 def main(argv: Sequence[str]) -> None:

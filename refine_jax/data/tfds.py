@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from refine_jax.base.errors import DataError
+from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import clean_text, json_field, local_path, parse_json, read_json, short
 from refine_jax.data.options import DataOptions
 
@@ -115,11 +115,15 @@ def _one_message(source: str, split: str) -> Iterator[None]:
             "it, or prepare the data set elsewhere and name its folder."
         ) from error
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else type(error).__name__
         raise DataError(
-            f"tensorflow-datasets cannot read {source!r}, split {split!r}: {reason}"
+            f"tensorflow-datasets cannot read {source!r}, split {split!r}: {first_line(error)}"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, cut where it is long."""
+    lines = [line.strip() for line in describe(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _data_dir(data_dir: str) -> Path:

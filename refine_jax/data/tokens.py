@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
@@ -26,7 +26,7 @@ from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import json_field, local_path, read_json
 from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import TextSource, open_source
-from refine_jax.data.tfds import is_tfds_folder, open_tfds
+from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
 from refine_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the cache folders and of the iterator fingerprints; raise it when they change
@@ -174,7 +174,7 @@ class TokenStore:
         """
         folder = Path(folder)
         path = folder / TOKENS_FILE
-        with _damage("token cache", folder, "to make it again"):
+        with damage("token cache", folder, "to make it again"):
             index = DocumentIndex.load(folder)
             meta = read_json(folder / META_FILE, DataError)
             dtype = meta.get("dtype")
@@ -226,11 +226,11 @@ class TokenRecords:
     def __init__(self, folder: str, tokenizer: Tokenizer, options: DataOptions) -> None:
         """Open the folder; raises DataError if it is broken or made with another tokenizer."""
         self._folder = local_path(folder, options.setting("source"), DataError)
-        with _damage("tokenised records", self._folder, "and prepare them again"):
+        with damage("tokenised records", self._folder, "and prepare them again"):
             _, self._records = open_tfds(str(self._folder))
-            made = read_json(self._folder / "metadata.json", DataError)
+            made = read_metadata(self._folder)
             index = DocumentIndex.load(self._folder, documents=len(self._records))
-            self.dropped = _counts(made.get("dropped"))
+            self.dropped = made["dropped"]
         for name, wanted in (
             ("tokenizer_fingerprint", tokenizer.fingerprint),
             ("add_bos", options.add_bos),
@@ -254,7 +254,7 @@ class TokenRecords:
         Raises:
             DataError: the document is not as it was written.
         """
-        with _damage("tokenised records", self._folder, "and prepare them again"):
+        with damage("tokenised records", self._folder, "and prepare them again"):
             tokens = np.asarray(self._records[document]["tokens"])
             if (
                 tokens.ndim != 1
@@ -266,13 +266,29 @@ class TokenRecords:
 
 
 @contextlib.contextmanager
-def _damage(what: str, folder: Path, why: str) -> Iterator[None]:
-    """Turn any error of reading a folder that this package wrote into one that says what to do."""
+def damage(what: str, folder: Path, why: str) -> Iterator[None]:
+    """Turn any error of reading a folder that this package wrote into one that says what to do.
+
+    Args:
+        what: the folder holds.
+        folder: to remove.
+        why: end of "Remove the folder".
+    """
     try:
         yield
     except Exception as error:  # the libraries that read records raise many kinds
-        reason = describe(error).removesuffix(".")
+        reason = str(error) if isinstance(error, DataError) else first_line(error)
+        reason = reason.removesuffix(".")
         raise DataError(f"broken {what} in {folder}: {reason}. Remove the folder {why}.") from error
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return what `refine_jax.data.prepare` says of its records; raises DataError if broken."""
+    path = folder / "metadata.json"
+    made = read_json(path, DataError)
+    for name in ("documents", "tokens"):
+        made[name] = json_field(made, name, int, where=path, error=DataError)
+    return made | {"dropped": _counts(made.get("dropped"))}
 
 
 def _counts(value: object) -> dict[str, int]:
