@@ -258,7 +258,11 @@ class DataConfig(Section):
     pack: bool = setting(False, "short documents share a row")
     max_documents: int = setting(8, "most documents of a packed row", low=1)
     holdout: float = setting(
-        0.05, "fraction of the documents held out for evaluation", above=0, high=0.5
+        0.05,
+        "fraction of the documents held out for evaluation, of the rows where there is one "
+        "document; 0: no evaluation",
+        low=0,
+        high=0.5,
     )
     epochs: int | None = setting(None, "passes over the training rows; None: no end", low=1)
     workers: int = setting(0, "processes that read ahead; 0: threads of this one", low=0)
@@ -470,6 +474,11 @@ class Config:
         _check_batches(self.train)
         _check_steps(self.train, self.optimizer)
         _check_lengths(self.data, self.refine)
+        if self.train.best_metric and not self.data.holdout:
+            raise ConfigError(
+                "config.train.best_metric needs held-out documents: set config.data.holdout. "
+                f"Got: best_metric={self.train.best_metric!r}, holdout=0."
+            )
         _check_testtime(self.testtime)
         if self.phase == "posttrain":
             _check_posttrain(self)

@@ -183,7 +183,7 @@ def write_results(workdir: Path, results: Mapping) -> None:
 def table(results: Mapping) -> str:
     """The closing table: before and after on held-out documents, rewards, step times."""
     head = f"{'':28}{'before':>12}{'after':>12}{'change':>12}"
-    lines = [head, "-" * len(head)]
+    lines = []
     of = "answers'" if "posttrain_steps" in results else "validation"
     for label, name in (
         (f"{of} loss (nats)", "validation_loss"),
@@ -197,6 +197,8 @@ def table(results: Mapping) -> str:
         before, after = (results.get(f"{name}_{when}") for when in ("before", "after"))
         if (before, after) != (None, None):
             lines.append(_row(label, before, after))
+    if lines:  # without held-out documents there is nothing to compare
+        lines = [head, "-" * len(head), *lines]
     first, last = results["mean_reward_first_10"], results["mean_reward_last_10"]
     if first is not None and results["refine_steps"] + results.get("posttrain_steps", 0) > EDGE:
         lines += ["", f"{'':28}{f'first {EDGE}':>12}{f'last {EDGE}':>12}{'change':>12}"]

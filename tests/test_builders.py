@@ -20,26 +20,6 @@ ROOT = Path(__file__).parents[1]
 TEXTS = ["alpha", "", "gämma", *("x" * n for n in range(1, 40))]
 
 
-class Letters(tfds.core.GeneratorBasedBuilder):
-    """A data set with text, as tensorflow-datasets has many."""
-
-    name = "letters"
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = tfds.features.FeaturesDict(
-            {"story": tfds.features.Text(), "label": tfds.features.Scalar(np.int32)}
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i, text in enumerate(TEXTS):
-            yield i, {"story": text, "label": i}
-
-
 @pytest.fixture
 def corpus_file(tmp_path: Path) -> str:
     path = tmp_path / "corpus.jsonl"
@@ -152,26 +132,6 @@ def test_records_of_another_tokenizer_are_refused(tmp_path: Path, corpus_file: s
         load_corpus(options_of(folder))
 
 
-def test_tfds_text_source(tmp_path: Path) -> None:
-    builder = Letters(data_dir=str(tmp_path), file_format="array_record")
-    builder.download_and_prepare(download_dir=str(tmp_path / "downloads"))
-    folder = str(builder.data_dir)
-    for name in (folder, f"tfds:{folder}"):
-        source = open_source(options_of(name, text_field="story"))
-        assert [source[i] for i in range(len(source))] == TEXTS
-    part = open_source(options_of(folder, text_field="story", tfds_split="train[:4]"))
-    assert [part[i] for i in range(len(part))] == TEXTS[:4]
-    assert part.fingerprint != source.fingerprint
-    by_name = options_of("tfds:letters", text_field="story", tfds_data_dir=str(tmp_path))
-    assert open_source(by_name)[2] == TEXTS[2]
-    with pytest.raises(DataError, match=r"no feature 'text'.*label, story"):
-        open_source(options_of(folder))
-    with pytest.raises(DataError, match="is not UTF-8 text"):
-        open_source(options_of(folder, text_field="label"))[0]
-    with pytest.raises(DataError, match="split 'test'"):
-        open_source(options_of(folder, text_field="story", tfds_split="test"))
-
-
 def test_command(tmp_path: Path, corpus_file: str) -> None:
     command = [sys.executable, "-m", "refine_jax.data.prepare", "--tokenizer=bytes"]
     run = {"cwd": ROOT, "capture_output": True, "text": True}
@@ -187,3 +147,103 @@ def test_command(tmp_path: Path, corpus_file: str) -> None:
     bad = subprocess.run([*command, *wrong], **run)
     assert bad.returncode == 1
     assert "set --text_field. Got: " in bad.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def records(tmp_path: Path, corpus_file: str) -> Path:
+    """A folder of tokenised records."""
+    return Path(prepare(options_of(corpus_file), str(tmp_path / "out"))["folder"])
+
+
+def read_all(folder: Path) -> list[list[int]]:
+    """Return the tokens of every row."""
+    corpus = load_corpus(options_of(str(folder), holdout=0.0, epochs=1))
+    return [row.tolist() for batch in corpus.dataset("train", 4) for row in batch["tokens"]]
+
+
+def test_damaged_records_are_one_message_before_they_are_trained_on(records: Path) -> None:
+    (path,) = records.glob("*array_record*")
+    whole = path.read_bytes()
+    expected = read_all(records)
+    written = np.flatnonzero(np.frombuffer(whole, np.uint8))  # the file is padded with zeros
+    found = 0
+    for place in written[:: len(written) // 20].tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            assert read_all(records) == expected
+        except DataError as error:
+            assert "broken tokenised records" in str(error) and "Remove the folder" in str(error)
+            assert len(str(error).splitlines()) == 1
+            found += 1
+    assert found > 10
+    path.unlink()
+    with pytest.raises(DataError, match="broken tokenised records"):
+        read_all(records)
+
+
+def test_records_that_are_not_as_they_were_written(records: Path) -> None:
+    """Whole as files, but of other documents than the index says."""
+    with np.load(records / "documents.npz") as old:
+        lengths, hashes = old["lengths"], old["hashes"]
+    np.savez(records / "documents.npz", lengths=lengths, hashes=np.roll(hashes, 1))
+    with pytest.raises(DataError, match=r"document \d+ is not as it was written\. Remove the"):
+        read_all(records)
+    np.savez(records / "documents.npz", lengths=-lengths, hashes=hashes)
+    with pytest.raises(DataError, match="impossible lengths"):
+        read_all(records)
+    for content in ("[]", "", '{"dropped": [1]}'):
+        np.savez(records / "documents.npz", lengths=lengths, hashes=hashes)
+        (records / "metadata.json").write_text(content)
+        with pytest.raises(DataError):
+            read_all(records)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "metadata.json"])
+@pytest.mark.parametrize("content", ["[]", "", '{"documents": "3"}', "[" * 100_000])
+def test_a_damaged_folder_is_not_taken_for_a_prepared_one(
+    records: Path, tmp_path: Path, corpus_file: str, name: str, content: str
+) -> None:
+    (records / name).write_text(content)
+    with pytest.raises(DataError, match="broken tokenised records") as caught:
+        prepare(options_of(corpus_file), str(tmp_path / "out"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_records_are_read_by_workers(records: Path) -> None:
+    expected = batches_of(options_of(str(records)), "train")
+    dataset = load_corpus(options_of(str(records), workers=1)).dataset("train", 4)
+    iterator = iter(dataset)
+    for tokens in expected[2][:3]:
+        np.testing.assert_array_equal(next(iterator)["tokens"], tokens)
+    iterator.close()
+
+
+def test_what_was_left_out_is_printed_and_kept(tmp_path: Path, corpus_file: str) -> None:
+    made = prepare(options_of(corpus_file, limit_documents=40), str(tmp_path / "out"))
+    assert (made["documents"], made["dropped"]) == (40, {"limit_documents": len(TEXTS) - 40})
+    fewer = load_corpus(options_of(made["folder"], limit_documents=30)).dataset("train", 4)
+    assert fewer.statistics.unread == {"limit_documents": len(TEXTS) - 30}
+    assert prepare(options_of(corpus_file), str(tmp_path / "out"))["dropped"] == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("stdlib", "stdlib"),
+        ("tfds:wiki40b/en:1.3.0", "wiki40b_en_1_3_0"),
+        ("/data/c4/en/*.json.gz", "data_c4_en"),
+        ("corpus.jsonl.zst", "corpus"),
+        ("/home/me/pile/00.jsonl.zst", "home_me_pile_00"),
+        ("~/texts/**/*.md", "texts"),
+        (
+            "/a/a-really-long-folder-name-of-ours/and_another_long_folder/documents.jsonl",
+            "and_another_long_folder_documents",
+        ),
+        ("/a/supercalifragilistic-expialidocious_longer", "supercalifragilistic_expialidocious"),
+        ("/data/" + "w" * 60, "documents"),
+        ("**/*", "documents"),
+    ],
+)
+def test_folders_are_named_by_whole_words_of_the_source(source: str, expected: str) -> None:
+    assert module.name_of(source) == expected
+    assert len(expected) <= 40

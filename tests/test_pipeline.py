@@ -8,76 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import (
+    assert_equal,
+    collect,
+    corpus_of,
+    expected_pieces,
+    numbered,
+    segments_of,
+    write_documents,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
 from refine_jax.data import DataOptions, load_corpus, make_dataset
-from refine_jax.data.pipeline import Corpus
+from refine_jax.data.options import FlagOptions
 from refine_jax.data.rows import make_rows
 from refine_jax.data.tokenizer import ByteTokenizer
-from refine_jax.data.tokens import IndexBuilder, TokenStore
+from refine_jax.data.tokens import TokenStore
 
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=40)
-
-
-def corpus_of(documents: list[list[int]], **options) -> Corpus:
-    """Return a corpus of token lists, without files."""
-    index = IndexBuilder()
-    for document in documents:
-        index.add(np.array(document, np.int32))
-    tokens = np.array([token for document in documents for token in document], np.uint16)
-    store = TokenStore(tokens, index.finish())
-    return Corpus(DataOptions(**{"min_tokens": 1, **options}), store, ByteTokenizer())
-
-
-def numbered(lengths: list[int]) -> list[list[int]]:
-    """Return documents of these lengths whose tokens all differ."""
-    counter = itertools.count()
-    return [[next(counter) for _ in range(length)] for length in lengths]
-
-
-def collect(dataset, count: int | None = None) -> list[dict[str, np.ndarray]]:
-    iterator = iter(dataset)
-    batches = list(itertools.islice(iterator, count))
-    iterator.close()
-    return batches
-
-
-def segments_of(batches) -> list[list[int]]:
-    """Return the tokens of every segment of every row, and check the form of the rows."""
-    found = []
-    for batch in batches:
-        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True):
-            used = np.count_nonzero(segments)
-            assert np.all(segments[used:] == 0)
-            assert np.all(tokens[used:] == ByteTokenizer.pad_id)
-            assert np.all(np.isin(np.diff(segments[:used]), (0, 1)))
-            for segment in range(1, 1 + segments.max(initial=0)):
-                found.append(tokens[segments == segment].tolist())
-    return found
-
-
-def assert_equal(left, right) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys() == {"tokens", "segments"}
-        for name in a:
-            assert a[name].dtype == np.int32
-            np.testing.assert_array_equal(a[name], b[name])
-
-
-def expected_pieces(documents, size, chunking="all", min_remainder=1) -> list[list[int]]:
-    """Return the pieces of documents, by the shortest code that does it."""
-    pieces = []
-    for document in documents:
-        cut = [document[i : i + size] for i in range(0, len(document), size)]
-        if chunking == "first":
-            cut = cut[:1]
-        elif len(cut) > 1 and len(cut[-1]) < min_remainder:
-            cut.pop()
-        pieces += cut
-    return pieces
 
 
 @settings(max_examples=60, deadline=None)
@@ -280,12 +230,6 @@ def test_validation_rows_are_few_fixed_and_spread() -> None:
     assert dataset.statistics.dropped_tokens["surplus_rows"] == 10 * 80 - 10 * 8
 
 
-def write_documents(folder: Path, texts: list[str]) -> Path:
-    path = folder / "documents.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
 def test_bos_eos_and_limit(tmp_path: Path) -> None:
     path = write_documents(tmp_path, ["abc", "de", "fgh"])
     options = DataOptions(
@@ -385,3 +329,97 @@ def test_bad_batches() -> None:
         corpus.dataset("test", 2)
     with pytest.raises(DataError, match="no document is left for the validation split"):
         corpus.dataset("validation", 2)
+
+
+def test_a_moved_corpus_is_the_same_data(tmp_path: Path) -> None:
+    """Neither paths nor dates nor the form of the files count: only what they hold."""
+    texts = ["abc" * 9, "defg" * 9, "h" * 30]
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+    places = [write_documents(folder, texts) for folder in folders]
+    os.utime(places[1], (1, 1))
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    places += [tmp_path / "*.txt"]
+    found = set()
+    for place in places:
+        for cache in ("", str(tmp_path / "cache")):
+            options = DataOptions(
+                source=str(place),
+                tokenizer="bytes",
+                sequence_length=8,
+                holdout=0.3,
+                cache_dir=cache,
+            )
+            corpus = load_corpus(options)
+            found.add(tuple(corpus.dataset(s, 2).fingerprint for s in ("train", "validation")))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"next_row": -1},
+        {"next_row": 10**30},
+        {"next_row": 2**62},
+        {"next_row": 1.5},
+        {"next_row": True},
+        {"next_row": "4"},
+        {"next_row": None},
+        {"next_row": [0]},
+        {"fingerprint": 3},
+        {"fingerprint": None},
+    ],
+)
+@pytest.mark.parametrize("epochs", [None, 3, 2**31 - 1])
+def test_states_that_are_none(change: dict, epochs: int | None) -> None:
+    iterator = iter(
+        corpus_of(numbered([5] * 9), sequence_length=8, epochs=epochs).dataset("train", 2)
+    )
+    state = iterator.get_state()
+    for wrong in (state | change, {k: v for k, v in state.items() if k not in change}, [state]):
+        with pytest.raises(DataError, match="saved position"):
+            iterator.set_state(wrong)
+    iterator.set_state(state)
+    assert next(iterator)["tokens"].shape == (2, 8)
+    iterator.close()
+
+
+def test_rows_follow_however_long_a_run_is() -> None:
+    dataset = corpus_of(numbered([5] * 9), sequence_length=8).dataset("train", 2)
+    iterator = iter(dataset)
+    iterator.set_state(iterator.get_state() | {"next_row": 2**61})
+    assert len(list(itertools.islice(iterator, 20))) == 20
+    iterator.close()
+    long = corpus_of(numbered([5] * 9), sequence_length=8, epochs=2**31 - 1).dataset("train", 2)
+    assert long.batches == (9 * (2**31 - 1) + 1) // 2
+    assert len(collect(long, 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 2**31}, r"data\.workers must be below 257"),
+        ({"epochs": 10**30}, r"data\.epochs must be below"),
+        ({"limit_documents": 10**30}, r"data\.limit_documents must be below"),
+        ({"sequence_length": 2**31}, r"data\.sequence_length must be below 2147483648"),
+        ({"min_tokens": 10**5000}, r"data\.min_tokens must be below .* very large int"),
+        ({"max_documents": "8"}, r"data\.max_documents must be an integer"),
+        ({"sequence_length": 8.0}, r"data\.sequence_length must be an integer"),
+        ({"seed": None}, r"data\.seed must be an integer"),
+        ({"source": 3}, r"data\.source must be a string\. Got: 3"),
+        ({"cache_dir": None}, r"data\.cache_dir must be a string\. Got: None"),
+        ({"add_bos": "yes"}, r"data\.add_bos must be True or False"),
+        ({"pack": 1}, r"data\.pack must be True or False"),
+        ({"holdout": "0.1"}, r"data\.holdout must be a number"),
+        ({"holdout": float("nan")}, r"data\.holdout must be between"),
+        ({"holdout": True}, r"data\.holdout must be a number"),
+        ({"chunking": ["all"]}, r"data\.chunking must be a string"),
+    ],
+)
+def test_options_of_other_types_and_without_end(options: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        DataOptions(**options)
+    with pytest.raises(DataError, match="--" + next(iter(options))):
+        FlagOptions(**options)

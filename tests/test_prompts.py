@@ -200,6 +200,31 @@ def test_a_prompt_that_occurs_twice_stands_on_one_side(tmp_path):
         for split in ("train", "validation")
     ]
     assert all(sides) and not sides[0] & sides[1]
+    # Of five prompts, four times each, two are held out, once each.
+    statistics = corpus.dataset("train", 4).statistics
+    assert statistics.copies == 6 and "6 copies of held-out ones left out" in statistics.summary()
+
+
+def test_few_prompts_and_what_is_left_out_of_more(tmp_path):
+    """Equal prompts are never split: both sides would hold the same."""
+    source = write(tmp_path / "a.jsonl", [{"prompt": "one", "answer": str(i)} for i in range(3)])
+    with pytest.raises(DataError, match=r"no document is left .* data\.holdout=0"):
+        load(source, holdout=0.3).dataset("train", 2)
+    rows = take(load(source, holdout=0.0, epochs=1).dataset("train", 2))
+    assert sorted(answer for _, answer in texts(rows)) == ["0", "1", "2"]
+    limited = load(source, limit_documents=1).dataset("train", 2).statistics
+    assert limited.unread == {"limit_documents": 2}
+    assert "2 records beyond the limit of documents left out" in limited.summary()
+
+
+def test_moved_prompts_are_the_same_data(tmp_path):
+    records = [{"prompt": f"prompt {i}", "answer": ["x", "y"]} for i in range(10)]
+    places = [tmp_path / "a.jsonl", tmp_path / "there" / "b.jsonl", tmp_path / "c.parquet"]
+    places[1].parent.mkdir()
+    found = {
+        load(write(place, records), holdout=0.2).dataset("train", 2).fingerprint for place in places
+    }
+    assert len(found) == 1
 
 
 def test_batches_are_trimmed_to_quarters():

@@ -5,13 +5,28 @@ This module imports nothing heavy: options can be checked before grain or pyarro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import short
 
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
+LARGEST = 2**31 - 1  # of counts and lengths: rows count their slots in int32
+LIMITS = {
+    "limit_documents": (1, 2**40),
+    "sequence_length": (2, LARGEST),
+    "min_tokens": (1, LARGEST),
+    "max_tokens": (1, LARGEST),
+    "min_remainder": (1, LARGEST),
+    "max_documents": (1, LARGEST),
+    "validation_rows": (1, 2**62),
+    "epochs": (1, LARGEST),
+    "seed": (0, 2**32 - 1),
+    "workers": (0, 256),
+}
+"""The least and the largest value of each whole number; None is allowed where it is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +35,11 @@ class DataOptions:
 
     Attributes:
         source: "stdlib" (the source files of the Python standard library on this machine);
-            "tfds:NAME" (a tensorflow-datasets data set, e.g. "tfds:wiki40b/en"); or a file, a
-            folder (searched recursively) or a glob pattern: records of parquet or JSON, or text,
-            one document a file; see `refine_jax.data.formats`. A folder that
-            `refine_jax.data.prepare` or tensorflow-datasets wrote is read as such.
+            "tfds:NAME" (a tensorflow-datasets data set, e.g. "tfds:wiki40b/en", or a folder of
+            one: "tfds:FOLDER"); or a file, a folder (searched recursively) or a glob pattern:
+            records of parquet or JSON, or text, one document a file; see
+            `refine_jax.data.formats`. A folder that `refine_jax.data.prepare` or
+            tensorflow-datasets wrote is read as such.
         text_field: parquet column, JSON field or tfds feature that holds the text.
         files: file name pattern, e.g. "*.py", that chooses files in folders; "" chooses the known
             suffixes (.parquet, .jsonl, .ndjson, .json, .txt, .md, each also with .gz or .zst).
@@ -41,7 +57,8 @@ class DataOptions:
             tokens: 1 keeps every token, T keeps full pieces only.
         pack: put several short documents into one row, each a segment of its own.
         max_documents: most documents that a packed row may hold.
-        holdout: fraction of the documents held out of training, the "validation" split.
+        holdout: fraction of the documents held out of training, the "validation" split; of the
+            rows where there is a single document. 0 holds nothing out.
         validation_rows: use so many rows of the held-out documents, evenly spread; None uses all.
         epochs: how often training passes over its rows; None never stops.
         seed: decides the order of the training rows (0 <= seed < 2**32).
@@ -76,6 +93,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         """Raise DataError, naming the field, for a value that cannot work."""
+        for field in fields(self):
+            _check(self.setting(field.name), field, getattr(self, field.name))
         if not self.source:
             raise DataError(
                 f"{self.setting('source')} must be stdlib, tfds:NAME or a path. Got: ''."
@@ -84,27 +103,6 @@ class DataOptions:
             raise DataError(
                 f"{self.setting('chunking')} must be all or first. Got: {self.chunking!r}."
             )
-        for name, low in (
-            ("limit_documents", 1),
-            ("sequence_length", 2),
-            ("min_tokens", 1),
-            ("max_tokens", 1),
-            ("min_remainder", 1),
-            ("max_documents", 1),
-            ("validation_rows", 1),
-            ("epochs", 1),
-            ("seed", 0),
-            ("workers", 0),
-        ):
-            value = getattr(self, name)
-            if value is None and self.__dataclass_fields__[name].default is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise DataError(
-                    f"{self.setting(name)} must be an integer >= {low}. Got: {value!r}."
-                )
-        if self.seed >= 2**32:
-            raise DataError(f"{self.setting('seed')} must be below 2**32. Got: {self.seed}.")
         if not 0 <= self.holdout <= 0.5:
             raise DataError(
                 f"{self.setting('holdout')} must be between 0 and 0.5. Got: {self.holdout!r}."
@@ -130,6 +128,24 @@ class DataOptions:
     def shortest(self) -> int:
         """The fewest tokens of a document that is kept."""
         return self.sequence_length if self.min_tokens is None else self.min_tokens
+
+
+def _check(setting: str, field: Field, value: Any) -> None:
+    """Raise DataError for a value of another type than the field's, or out of its limits."""
+    if field.name in LIMITS:
+        low, high = LIMITS[field.name]
+        if value is None and field.default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise DataError(f"{setting} must be an integer >= {low}. Got: {short(value)}.")
+        if value > high:
+            raise DataError(f"{setting} must be below {high + 1}. Got: {short(value)}.")
+        return
+    kind = type(field.default)  # a string, a boolean or a float
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        wanted = {str: "a string", bool: "True or False", float: "a number"}[kind]
+        raise DataError(f"{setting} must be {wanted}. Got: {short(value)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ any number of processes and workers, and with another batch size.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import json_field, short
 from refine_jax.data.options import SPLITS, DataOptions
 from refine_jax.data.rows import Rows, make_rows
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -61,6 +63,7 @@ class Corpus:
         table, statistics = make_rows(
             self._tokens.lengths, self._tokens.hashes, self.options, split
         )
+        statistics = dataclasses.replace(statistics, unread=dict(self._tokens.dropped))
         rows = Rows(self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id)
         return Dataset(rows, statistics, self.options, split, batch_size, share)
 
@@ -194,16 +197,31 @@ class BatchIterator(Iterator[Batch]):
         """Go to the position of a `get_state`.
 
         Raises:
-            DataError: the state belongs to other data, or to the same in another order.
+            DataError: the state is none, or belongs to other data, or to the same in another order.
         """
-        if state["fingerprint"] != self._dataset.fingerprint:
+        if not isinstance(state, dict):
+            raise DataError(f"the saved position in the data is none. Got: {short(state)}.")
+        fingerprint, next_row = (
+            json_field(state, name, kind, where="the saved position in the data", error=DataError)
+            for name, kind in (("fingerprint", str), ("next_row", int))
+        )
+        if fingerprint != self._dataset.fingerprint:
             raise DataError(
                 "the saved position belongs to other data: the documents, the tokenizer, the seed "
                 "or a data option has changed since. Restore them, or start a new run. "
-                f"Got: {state['fingerprint']}, expected: {self._dataset.fingerprint}."
+                f"Got: {short(fingerprint)}, expected: {self._dataset.fingerprint}."
+            )
+        last = ENDLESS // 2  # so that rows follow
+        if self._dataset.batches is not None:
+            # The last batch may have been filled up to a larger size than today's.
+            last = 2 * self._dataset.batches * self._dataset.batch_size
+        if next_row is None or not 0 <= next_row <= last:
+            raise DataError(
+                f"the saved position in the data must be a row from 0 to {last}. "
+                f"Got: next_row={short(next_row)}."
             )
         self.close()
-        self._next_row = int(state["next_row"])
+        self._next_row = next_row
 
     def close(self) -> None:
         """Stop reading ahead; the next batch starts it again."""

@@ -2,9 +2,9 @@
 
     python -m refine_jax.data.prepare --source=corpus.jsonl.zst --tokenizer=mistral-v1 --out=DIR
 
-The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ...}. Give the folder to
-a run as `--config.data.source=FOLDER`. The folder appears when it is complete; preparing the same
-documents again finds it and does nothing.
+The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ..., "dropped": {reason:
+documents that were left out}}. Give the folder to a run as `--config.data.source=FOLDER`. The
+folder appears when it is complete; preparing the same documents again finds it and does nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -21,7 +22,7 @@ from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_outp
 from refine_jax.data.options import DataOptions, FlagOptions
 
 
-def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
+def prepare(options: DataOptions, out: str) -> dict[str, Any]:
     """Write the documents of `options` as tokenised ArrayRecord.
 
     Args:
@@ -29,7 +30,8 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
         out: folder under which the records' own folder is made.
 
     Returns:
-        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens}.
+        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
+        "dropped": {reason: documents of the source that were left out}}.
 
     Raises:
         DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
@@ -37,25 +39,27 @@ def prepare(options: DataOptions, out: str) -> dict[str, str | int]:
     from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
     from refine_jax.data.sources import open_source
     from refine_jax.data.tokenizer import load_tokenizer
-    from refine_jax.data.tokens import is_token_folder
+    from refine_jax.data.tokens import damage, is_token_folder, read_metadata
 
     if is_token_folder(options.source):
         raise DataError(f"{options.setting('source')}={options.source!r} is tokenised already")
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_source(options)
-    try:
+    # The builder reads the folder where it was prepared before.
+    with damage("tokenised records", Path(out) / "tokenized_text", "of this source"):
         builder = module.Builder(source=source, tokenizer=tokenizer, options=options, data_dir=out)
+    try:
         # tfds always makes a download folder, though this builder downloads nothing.
         with tempfile.TemporaryDirectory() as unused:
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
         raise DataError(f"cannot write the records to {out}: {error}") from error
-    metadata = builder.info.metadata
-    return {
-        "folder": str(Path(builder.data_dir).resolve()),
-        "documents": metadata["documents"],
-        "tokens": metadata["tokens"],
-    }
+    folder = Path(builder.data_dir).resolve()
+    with damage("tokenised records", folder, "and prepare them again"):
+        made = read_metadata(folder)
+        return {"folder": str(folder)} | {
+            name: made[name] for name in ("documents", "tokens", "dropped")
+        }
 
 
 def main(argv: Sequence[str]) -> None:

@@ -29,9 +29,9 @@ from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
 from refine_jax.data.records import Records
 from refine_jax.data.references import read_prompt, read_references
-from refine_jax.data.rows import make_rows
+from refine_jax.data.rows import REASONS, UNREAD, make_rows
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize
+from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize, unread
 
 CUTS = ("middle", "left")
 TARGETS = ("first", "random")
@@ -170,6 +170,8 @@ class PromptStatistics:
         longest_prompt: tokens of the longest one before cutting.
         answers_cut: answers that may be targets, were too long, and lost their end and the eos.
         longest_answer: tokens of the longest answer before cutting, with eos.
+        copies: prompts left out of this split, as they equal a held-out one.
+        unread: records that were left out before they were tokenised, by reason; none of `records`.
     """
 
     records: int
@@ -182,6 +184,8 @@ class PromptStatistics:
     longest_prompt: int
     answers_cut: int
     longest_answer: int
+    copies: int = 0
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
         """What a user must know, in a line."""
@@ -198,6 +202,10 @@ class PromptStatistics:
                 parts.append(f"{count:,} records without {what} left out")
         if self.answers_left_out:
             parts.append(f"{self.answers_left_out:,} empty answers left out")
+        if self.copies:
+            parts.append(f"{self.copies:,} {REASONS['copies']} left out")
+        for reason, count in self.unread.items():
+            parts.append(f"{count:,} records {UNREAD.get(reason, reason)} left out")
         return "; ".join(parts)
 
 
@@ -255,6 +263,7 @@ class PromptCorpus:
                 self.answers.append(answers)
                 self._answers_left_out += len(texts.answers[record]) - len(answers)
         self._records = len(texts.answers)
+        self._unread = unread(source, self._options)
         if not tokens:
             raise DataError(
                 f"no prompt with an answer in {self._options.source!r}: {self._without_prompt} of "
@@ -274,7 +283,7 @@ class PromptCorpus:
         Raises:
             DataError: no rows, or a batch without rows.
         """
-        table, _ = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
+        table, made = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
         rows = PromptRows(
             self._tokens,
             [self._answer_ids[example] for example in table.document],
@@ -285,14 +294,14 @@ class PromptCorpus:
         )
         return Dataset(
             rows,
-            self._statistics(table.document),
+            self._statistics(table.document, made.dropped_documents["copies"]),
             self._options,
             split,
             batch_size,
             share,
         )
 
-    def _statistics(self, examples: np.ndarray) -> PromptStatistics:
+    def _statistics(self, examples: np.ndarray, copies: int) -> PromptStatistics:
         lengths = self._tokens.lengths[examples]
         cut = np.maximum(lengths - self.max_prompt_tokens, 0)
         targets = 1 if self._prompts.target == "first" else None
@@ -308,6 +317,8 @@ class PromptCorpus:
             longest_prompt=int(lengths.max()),
             answers_cut=int(np.count_nonzero(answers > self._prompts.max_answer_tokens)),
             longest_answer=int(answers.max()),
+            copies=copies,
+            unread=self._unread,
         )
 
 

@@ -7,7 +7,7 @@ plus those of `Statistics.dropped_tokens`, whose keys say why.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,18 @@ from refine_jax.data.options import SPLITS, DataOptions
 from refine_jax.data.tokens import TokenSource
 
 OPEN_ROWS = 256  # rows that packing fills at the same time
+REASONS = {
+    "too_short": "too short",
+    "too_long": "too long",
+    "other_split": "held out",
+    "copies": "copies of held-out ones",
+    "after_first_chunk": "after the first row of their document",
+    "remainder": "in last pieces that are too short",
+    "surplus_rows": "in rows beyond those asked for",
+}
+"""Why documents or tokens are in no row of a split, and how a run says it."""
+UNREAD = {"null": "without text", "limit_documents": "beyond the limit of documents"}
+"""Why documents were not tokenised, and how a run says it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class Statistics:
             "other_split", "copies" (equal to a held-out document).
         dropped_tokens: tokens not in this split, by reason: the same, and "after_first_chunk",
             "remainder", "surplus_rows".
+        unread: documents of the source that were left out before they were tokenised, by reason;
+            they are none of `documents`. See `refine_jax.data.tokens.TokenSource`.
+        split_rows: whether both splits are rows of one document, as there is no other.
     """
 
     documents: int
@@ -43,6 +58,28 @@ class Statistics:
     row_tokens: int
     dropped_documents: dict[str, int]
     dropped_tokens: dict[str, int]
+    unread: dict[str, int] = field(default_factory=dict)
+    split_rows: bool = False
+
+    def summary(self) -> str:
+        """What was left out of this split and why, in a line; "" if nothing was."""
+        parts = []
+        for reason, words in REASONS.items():
+            documents = self.dropped_documents.get(reason, 0)
+            tokens = self.dropped_tokens.get(reason, 0)
+            if documents:
+                parts.append(f"{documents:,} {words} ({tokens:,} tokens)")
+            elif tokens:
+                parts.append(f"{tokens:,} tokens {words}")
+        for reason, count in self.unread.items():
+            if count:
+                words = UNREAD.get(reason, reason.replace("_", " "))
+                parts.append(f"{count:,} {words}")
+        found = f"left out of {self.documents:,} documents: {'; '.join(parts)}" if parts else ""
+        if not self.split_rows:
+            return found
+        split = "the last rows of the one document are held out, as there is no other document"
+        return f"{split}; {found}" if found else split
 
 
 @dataclass(frozen=True)
@@ -123,6 +160,8 @@ def make_rows(
 ) -> tuple[RowTable, Statistics]:
     """Decide the rows of a split.
 
+    Held out are whole documents, or where all documents are equal, the last rows of the first.
+
     Args:
         lengths: tokens of each document, [N] int64.
         hashes: equal for equal documents, [N] uint64.
@@ -130,7 +169,7 @@ def make_rows(
         split: "train" or "validation".
 
     Raises:
-        DataError: no document passes the filters, or too few to hold some out.
+        DataError: no document passes the filters, or too little to hold some out.
     """
     if split not in SPLITS:
         raise DataError(f"split must be train or validation. Got: {split!r}.")
@@ -149,20 +188,26 @@ def make_rows(
     if not passed.any():
         raise DataError(_nothing_left(lengths, options))
     held_out, copies = _held_out(hashes, passed, options.holdout)
-    used = held_out if split == "validation" else passed & ~held_out & ~copies
+    # With one document there is none to train on besides it: its last rows are held out.
+    by_rows = bool(held_out.any()) and not (passed & ~held_out & ~copies).any()
+    used = held_out if by_rows or split == "validation" else passed & ~held_out & ~copies
     drop("other_split", passed & ~used & ~copies)
     drop("copies", copies)
-    if not used.any():
+    if not used.any():  # of the held-out split alone
         raise DataError(
-            f"no document is left for the {split} split: {int(passed.sum())} of {len(lengths)} "
-            f"documents pass the filters, with "
-            f"{options.setting('holdout')}={options.holdout}"
+            f"no document is left for the {split} split, with "
+            f"{options.setting('holdout')}={options.holdout}: raise it."
         )
 
     table, cut = _chunk(np.flatnonzero(used), lengths, options)
     dropped_tokens.update(cut)
     if options.pack:
         table = _pack(table, options.sequence_length, options.max_documents)
+    if by_rows:
+        if len(table) < 2:
+            raise DataError(_one_row(split, lengths, passed, options))
+        kept = _last_rows(table, options.holdout) ^ (split == "train")
+        table, dropped_tokens["other_split"] = _keep(table, kept)
     if split == "validation" and options.validation_rows is not None:
         table, dropped_tokens["surplus_rows"] = _spread(table, options.validation_rows)
     return table, Statistics(
@@ -174,6 +219,17 @@ def make_rows(
         row_tokens=int(table.length.sum()),
         dropped_documents=dropped_documents,
         dropped_tokens=dropped_tokens,
+        split_rows=by_rows,
+    )
+
+
+def _one_row(split: str, lengths: np.ndarray, passed: np.ndarray, options: DataOptions) -> str:
+    return (
+        f"no document is left for the {split} split: of {len(lengths)} documents of "
+        f"{options.source!r} the filters leave {int(passed.sum())}, with one content that makes "
+        "one row, which cannot be both trained on and held out. Use more documents, lower "
+        f"{options.setting('sequence_length')}={options.sequence_length}, or hold nothing out with "
+        f"{options.setting('holdout')}=0."
     )
 
 
@@ -205,7 +261,8 @@ def _held_out(
     """Return masks [N] of the held-out documents and of further copies of them.
 
     The documents with the smallest content hashes are held out: which ones depends neither on the
-    seed nor on their order, and a text that occurs twice never stands on both sides.
+    seed nor on their order, and a text that occurs twice never stands on both sides. Where all
+    documents are equal, the first is held out and all others are copies.
     """
     held_out, copies = np.zeros_like(passed), np.zeros_like(passed)
     if fraction > 0:
@@ -269,13 +326,24 @@ def _pack(table: RowTable, size: int, max_documents: int) -> RowTable:
     return RowTable(table.document[order], table.start[order], table.length[order], ends)
 
 
+def _last_rows(table: RowTable, fraction: float) -> np.ndarray:
+    """Mask [N] of the last rows, at least one of them and at most N - 1."""
+    count = min(max(1, round(fraction * len(table))), len(table) - 1)
+    return np.arange(len(table)) >= len(table) - count
+
+
 def _spread(table: RowTable, count: int) -> tuple[RowTable, int]:
     """Keep `count` rows, evenly spread; return them and the number of tokens dropped."""
     if len(table) <= count:
         return table, 0
-    pieces = np.diff(table.ends, prepend=0)
     chosen = np.zeros(len(table), bool)
     chosen[np.arange(count) * len(table) // count] = True
+    return _keep(table, chosen)
+
+
+def _keep(table: RowTable, chosen: np.ndarray) -> tuple[RowTable, int]:
+    """Keep the rows of a mask [N]; return them and the number of tokens dropped."""
+    pieces = np.diff(table.ends, prepend=0)
     keep = np.repeat(chosen, pieces)
     kept = RowTable(
         table.document[keep], table.start[keep], table.length[keep], np.cumsum(pieces[chosen])

@@ -8,7 +8,6 @@ file and what to do.
 from __future__ import annotations
 
 import importlib.util
-import os
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from refine_jax.data.formats import check_head, files_of, find_files, looks_like
 from refine_jax.data.options import DataOptions
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
+from refine_jax.data.tfds import TfdsSource, is_tfds_folder
 from refine_jax.data.unpack import blocks, is_packed
 
 __all__ = ["FilesSource", "RecordsSource", "TextSource", "find_files", "open_source", "open_texts"]
@@ -146,55 +146,6 @@ class RecordsSource:
         return text
 
 
-class TfdsSource:
-    """The text feature of a tensorflow-datasets data set, read without TensorFlow."""
-
-    def __init__(self, options: DataOptions) -> None:
-        """Open it, preparing it first if need be; raises DataError where tfds cannot."""
-        import tensorflow_datasets as tfds
-
-        name, split = options.source.removeprefix("tfds:"), options.tfds_split
-        data_dir, feature = options.tfds_data_dir, options.text_field
-        try:
-            if Path(name).is_dir():
-                builder = tfds.builder_from_directory(name)
-            else:
-                builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
-                builder.download_and_prepare()
-            self._records = builder.as_data_source(split=split)
-        except Exception as error:  # builders are third-party code and raise anything
-            raise DataError(
-                f"tensorflow-datasets cannot read {name!r}, split {split!r}: {error}"
-            ) from error
-        features = sorted(builder.info.features or ())  # tfds gives them in any order
-        if feature not in features:
-            raise DataError(
-                f"no feature {feature!r} in {builder.info.full_name}: set "
-                f"{options.setting('text_field')} to one of {', '.join(features)}"
-            )
-        self.dropped: Mapping[str, int] = {}
-        self._feature = feature
-        self._name = builder.info.full_name
-        self.fingerprint = _fingerprint(
-            "tfds", self._name, split, feature, str(builder.info.splits[split].shard_lengths)
-        )
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> str:
-        """Return the text of an example."""
-        text = self._records[index][self._feature]
-        try:
-            return text.decode("utf-8")
-        except (AttributeError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"feature {self._feature!r} of {self._name}, example {index}, is not UTF-8 text: "
-                f"{error}"
-            ) from error
-
-
 def open_source(options: DataOptions) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
@@ -252,14 +203,6 @@ def open_texts(
             field,
         )
     return found
-
-
-def is_tfds_folder(path: str) -> bool:
-    """Say whether `path` is a folder that tensorflow-datasets has prepared."""
-    # The library `datasets` writes a dataset_info.json as well, but no features.json.
-    return all(
-        os.path.isfile(os.path.join(path, name)) for name in ("dataset_info.json", "features.json")
-    )
 
 
 def _stdlib_files(setting: str) -> list[Path]:

@@ -6,27 +6,35 @@ folder) and `TokenRecords` (ArrayRecord written by `refine_jax.data.prepare`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
 
-from refine_jax.base.errors import DataError
+from refine_jax.base.errors import DataError, describe
+from refine_jax.base.files import json_field, local_path, read_json
 from refine_jax.data.options import DataOptions
-from refine_jax.data.sources import TextSource, is_tfds_folder, open_source
+from refine_jax.data.sources import TextSource, open_source
+from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
 from refine_jax.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the cache folders and of the iterator fingerprints; raise it when they change
 BATCH_CHARACTERS = 4_000_000  # text tokenised at a time: enough to keep all threads busy
 META_FILE, TOKENS_FILE, INDEX_FILE = "meta.json", "tokens.bin", "documents.npz"
+DTYPES = ("<u2", "<u4")
+LONGEST = 1 << 48  # tokens of a document; their sum stays far from the end of int64
+CHECK_BYTES = 1 << 20  # of a cache compared at a time
 
 
 class TokenSource(Protocol):
@@ -36,11 +44,14 @@ class TokenSource(Protocol):
         lengths: tokens of each document, [N] int64.
         hashes: equal for documents with equal tokens, [N] uint64.
         fingerprint: equal for equal tokens in equal order.
+        dropped: documents of the source that were not tokenised, by reason: "limit_documents", and
+            those of the reader, e.g. "null".
     """
 
     lengths: np.ndarray
     hashes: np.ndarray
     fingerprint: str
+    dropped: Mapping[str, int]
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Return tokens start .. start + length of a document, [length] integers."""
@@ -71,16 +82,40 @@ class DocumentIndex:
         np.savez(Path(folder) / INDEX_FILE, lengths=self.lengths, hashes=self.hashes)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> DocumentIndex:
-        """Read the index in `folder`; raises DataError if it is missing or broken."""
+    def load(cls, folder: str | os.PathLike, documents: int | None = None) -> DocumentIndex:
+        """Read the index in `folder`.
+
+        Args:
+            folder: where `save` wrote it.
+            documents: how many it must hold; None: any number.
+
+        Raises:
+            DataError: it is missing or broken.
+        """
         path = Path(folder) / INDEX_FILE
         try:
+            with zipfile.ZipFile(path) as members:
+                if any(member.compress_type for member in members.infolist()):
+                    raise ValueError("it is compressed")  # a small file could fill the memory
             with np.load(path) as arrays:
-                return cls(arrays["lengths"], arrays["hashes"])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"cannot read {path} ({error}); remove the folder to make it again"
-            ) from error
+                lengths, hashes = arrays["lengths"], arrays["hashes"]
+        except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+            raise DataError(f"cannot read {path} ({describe(error)})") from error
+        if lengths.ndim != 1 or lengths.shape != hashes.shape:
+            raise DataError(f"{path} holds arrays of shapes {lengths.shape} and {hashes.shape}")
+        if documents is not None and len(lengths) != documents:
+            raise DataError(f"{documents} documents instead of {len(lengths)}")
+        if lengths.dtype != np.int64 or hashes.dtype != np.uint64:
+            raise DataError(f"{path} holds arrays of {lengths.dtype} and {hashes.dtype}")
+        if np.any((lengths < 0) | (lengths > LONGEST)):
+            raise DataError(f"{path} holds impossible lengths of documents")
+        return cls(lengths, hashes)
+
+
+def hash_tokens(tokens: np.ndarray) -> int:
+    """Return the content hash of a document [T], for any integer type; below 2**64."""
+    content = np.ascontiguousarray(tokens, "<i4")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 class IndexBuilder:
@@ -92,10 +127,8 @@ class IndexBuilder:
 
     def add(self, tokens: np.ndarray) -> None:
         """Add a document, [T] int32."""
-        content = np.ascontiguousarray(tokens, "<i4")
-        digest = hashlib.blake2b(content, digest_size=8).digest()
         self._lengths.append(len(tokens))
-        self._hashes.append(int.from_bytes(digest, "little"))
+        self._hashes.append(hash_tokens(tokens))
 
     def finish(self) -> DocumentIndex:
         """Return the index of all documents."""
@@ -110,40 +143,75 @@ class TokenStore:
         index: of the documents.
         folder: where `tokens` is mapped from; processes that read ahead map it again instead of
             receiving a copy.
+        dropped: documents of the source that are not among them, by reason.
     """
 
-    def __init__(self, tokens: np.ndarray, index: DocumentIndex, folder: str | None = None) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        index: DocumentIndex,
+        folder: str | None = None,
+        dropped: Mapping[str, int] | None = None,
+    ) -> None:
         self.lengths, self.hashes = index.lengths, index.hashes
         self.fingerprint = index.fingerprint
+        self.dropped = dict(dropped or {})
         self._index, self._folder = index, folder
         self._tokens = tokens
         self._starts = np.concatenate([[0], np.cumsum(index.lengths)])
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> TokenStore:
-        """Map a cache folder; raises DataError if it is broken."""
+    def open(cls, folder: str | os.PathLike, check: bool = True) -> TokenStore:
+        """Map a cache folder.
+
+        Args:
+            folder: the folder.
+            check: read all tokens once and compare them with what was written, about a second for
+                three gigabytes.
+
+        Raises:
+            DataError: the folder is damaged.
+        """
         folder = Path(folder)
-        index = DocumentIndex.load(folder)
-        try:
-            meta = json.loads((folder / META_FILE).read_text("utf-8"))
-            tokens = np.empty(0, meta["dtype"])
-            if (folder / TOKENS_FILE).stat().st_size:  # an empty file cannot be mapped
-                tokens = np.memmap(folder / TOKENS_FILE, dtype=meta["dtype"], mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"broken token cache {folder} ({error}); remove it to make it again"
-            ) from error
-        if len(tokens) != index.lengths.sum():
-            raise DataError(
-                f"broken token cache {folder}: {len(tokens)} tokens instead of "
-                f"{index.lengths.sum()}; remove it to make it again"
-            )
-        return cls(tokens, index, str(folder))
+        path = folder / TOKENS_FILE
+        with damage("token cache", folder, "to make it again"):
+            index = DocumentIndex.load(folder)
+            meta = read_json(folder / META_FILE, DataError)
+            dtype = meta.get("dtype")
+            if dtype not in DTYPES:
+                raise DataError(f"{META_FILE} must give dtype {' or '.join(DTYPES)}: {dtype!r}")
+            size, expected = path.stat().st_size, int(index.lengths.sum())
+            if size != expected * np.dtype(dtype).itemsize:
+                raise DataError(f"{size} bytes instead of {expected} tokens of {dtype}")
+            tokens = np.empty(0, dtype)
+            if size:  # an empty file cannot be mapped
+                tokens = np.memmap(path, dtype=dtype, mode="r")
+            store = cls(tokens, index, str(folder), _counts(meta.get("dropped")))
+            if check:
+                store._compare(path, meta)
+        return store
+
+    def _compare(self, path: Path, meta: Mapping) -> None:
+        """Raise DataError where tokens or index are not as they were written."""
+        written = json_field(meta, "crc32", int, where=META_FILE, error=DataError)
+        if written is None:  # of a version that wrote no checksums
+            for document, length in enumerate(self.lengths.tolist()):
+                if hash_tokens(self.read(document, 0, length)) != self.hashes[document]:
+                    raise DataError(f"document {document} is not as it was written")
+            return
+        if meta.get("documents") != self.fingerprint:
+            raise DataError(f"{INDEX_FILE} is not as it was written")
+        found = 0
+        with path.open("rb") as file:
+            while block := file.read(CHECK_BYTES):
+                found = zlib.crc32(block, found)
+        if found != written:
+            raise DataError(f"{TOKENS_FILE} is not as it was written")
 
     def __reduce__(self) -> tuple:
         """Pickle the folder's name where there is one."""
         if self._folder is not None:
-            return TokenStore.open, (self._folder,)
+            return TokenStore.open, (self._folder, False)
         return TokenStore, (self._tokens, self._index)
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
@@ -157,20 +225,12 @@ class TokenRecords:
 
     def __init__(self, folder: str, tokenizer: Tokenizer, options: DataOptions) -> None:
         """Open the folder; raises DataError if it is broken or made with another tokenizer."""
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder_from_directory(folder)
-            self._records = builder.as_data_source(split="train")
-        except Exception as error:  # tfds raises many kinds
-            raise DataError(f"cannot read the tokenised records in {folder}: {error}") from error
-        index = DocumentIndex.load(folder)
-        if len(self._records) != len(index.lengths):
-            raise DataError(
-                f"broken tokenised records in {folder}: {len(self._records)} documents instead of "
-                f"{len(index.lengths)}; prepare them again"
-            )
-        made = builder.info.metadata
+        self._folder = local_path(folder, options.setting("source"), DataError)
+        with damage("tokenised records", self._folder, "and prepare them again"):
+            _, self._records = open_tfds(str(self._folder))
+            made = read_metadata(self._folder)
+            index = DocumentIndex.load(self._folder, documents=len(self._records))
+            self.dropped = made["dropped"]
         for name, wanted in (
             ("tokenizer_fingerprint", tokenizer.fingerprint),
             ("add_bos", options.add_bos),
@@ -182,19 +242,81 @@ class TokenRecords:
                     f"{made.get('tokenizer')!r}), but the run asks for {wanted!r}: change the data "
                     "options or prepare the records again"
                 )
+        self.dropped = _with_limit(self.dropped, len(index.lengths), options)
         limit = options.limit_documents
         index = DocumentIndex(index.lengths[:limit], index.hashes[:limit])
         self.lengths, self.hashes = index.lengths, index.hashes
         self.fingerprint = index.fingerprint
 
     def read(self, document: int, start: int, length: int) -> np.ndarray:
-        """Return tokens start .. start + length of a document, [length] int32."""
-        return self._records[document]["tokens"][start : start + length]
+        """Return tokens start .. start + length of a document, [length] int32.
+
+        Raises:
+            DataError: the document is not as it was written.
+        """
+        with damage("tokenised records", self._folder, "and prepare them again"):
+            tokens = np.asarray(self._records[document]["tokens"])
+            if (
+                tokens.ndim != 1
+                or tokens.dtype.kind not in "iu"
+                or hash_tokens(tokens) != self.hashes[document]
+            ):
+                raise DataError(f"document {document} is not as it was written")
+        return tokens[start : start + length]
+
+
+@contextlib.contextmanager
+def damage(what: str, folder: Path, why: str) -> Iterator[None]:
+    """Turn any error of reading a folder that this package wrote into one that says what to do.
+
+    Args:
+        what: the folder holds.
+        folder: to remove.
+        why: end of "Remove the folder".
+    """
+    try:
+        yield
+    except Exception as error:  # the libraries that read records raise many kinds
+        reason = str(error) if isinstance(error, DataError) else first_line(error)
+        reason = reason.removesuffix(".")
+        raise DataError(f"broken {what} in {folder}: {reason}. Remove the folder {why}.") from error
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Return what `refine_jax.data.prepare` says of its records; raises DataError if broken."""
+    path = folder / "metadata.json"
+    made = read_json(path, DataError)
+    for name in ("documents", "tokens"):
+        made[name] = json_field(made, name, int, where=path, error=DataError)
+    return made | {"dropped": _counts(made.get("dropped"))}
+
+
+def _counts(value: object) -> dict[str, int]:
+    """Counts by reason as they are written in a folder; raises DataError if they are none."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(type(x) is int and x >= 0 for x in value.values()):
+        raise DataError(f"'dropped' must hold counts: {value!r:.80}")
+    return dict(value)
+
+
+def _with_limit(dropped: Mapping[str, int], found: int, options: DataOptions) -> dict[str, int]:
+    """The documents left out, with those beyond `options.limit_documents` of the `found` ones."""
+    beyond = max(found - (options.limit_documents or found), 0)
+    counts = {**dropped, "limit_documents": dropped.get("limit_documents", 0) + beyond}
+    return {reason: int(count) for reason, count in counts.items() if count}
+
+
+def unread(source: TextSource, options: DataOptions) -> dict[str, int]:
+    """Return how many documents of a source are not tokenised, by reason."""
+    return _with_limit(getattr(source, "dropped", {}), len(source), options)
 
 
 def is_token_folder(path: str) -> bool:
     """Say whether `refine_jax.data.prepare` wrote the folder `path`."""
-    return is_tfds_folder(path) and os.path.isfile(os.path.join(path, INDEX_FILE))
+    return is_tfds_folder(path) and os.path.isfile(
+        os.path.join(os.path.expanduser(path), INDEX_FILE)
+    )
 
 
 def open_tokens(options: DataOptions, tokenizer: Tokenizer) -> TokenSource:
@@ -216,10 +338,13 @@ def open_tokens(options: DataOptions, tokenizer: Tokenizer) -> TokenSource:
         for document in tokenize(source, tokenizer, options):
             builder.add(document)
             tokens.append(document.astype(dtype))
-        return TokenStore(np.concatenate(tokens), builder.finish())
-    folder = Path(options.cache_dir) / f"tokens-{content_key(source, tokenizer, options)}"
+        dropped = unread(source, options)
+        return TokenStore(np.concatenate(tokens), builder.finish(), dropped=dropped)
+    cache = local_path(options.cache_dir, options.setting("cache_dir"), DataError)
+    folder = cache / f"tokens-{content_key(source, tokenizer, options)}"
     if not folder.is_dir():
         _write_cache(folder, source, tokenizer, options)
+        return TokenStore.open(folder, check=False)
     return TokenStore.open(folder)
 
 
@@ -245,28 +370,50 @@ def tokenize(
 def _write_cache(
     folder: Path, source: TextSource, tokenizer: Tokenizer, options: DataOptions
 ) -> None:
+    partial = folder.parent / f".partial-{uuid.uuid4().hex}"
     try:
-        partial = folder.parent / f".partial-{uuid.uuid4().hex}"
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"cannot write data.cache_dir={options.cache_dir!r}: {error}") from error
-    try:
-        builder, dtype = IndexBuilder(), _dtype(tokenizer)
-        with (partial / TOKENS_FILE).open("wb") as file:
+        with _writing(options):
+            partial.mkdir(parents=True)
+            file = (partial / TOKENS_FILE).open("wb")
+        builder, dtype, checksum = IndexBuilder(), _dtype(tokenizer), 0
+        with file:
             for document in tokenize(source, tokenizer, options):
                 builder.add(document)
-                document.astype(dtype).tofile(file)
-        builder.finish().save(partial)
-        meta = {"dtype": dtype, "tokenizer": tokenizer.name, "source": options.source}
-        (partial / META_FILE).write_text(json.dumps(meta), "utf-8")
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            # Another process finished first; its folder holds the same tokens.
+                content = document.astype(dtype).tobytes()
+                checksum = zlib.crc32(content, checksum)
+                with _writing(options):
+                    file.write(content)
+        index = builder.finish()
+        meta = {
+            "dtype": dtype,
+            "tokenizer": tokenizer.name,
+            "source": options.source,
+            "crc32": checksum,
+            "documents": index.fingerprint,
+            "dropped": unread(source, options),
+        }
+        with _writing(options):
+            index.save(partial)
+            (partial / META_FILE).write_text(json.dumps(meta), "utf-8")
+            try:
+                os.replace(partial, folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                # Another process finished first; its folder holds the same tokens.
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(options: DataOptions) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {options.setting('cache_dir')}={options.cache_dir!r} "
+            f"({error.strerror or error}): name a folder with space that you may write to."
+        ) from error
 
 
 def _dtype(tokenizer: Tokenizer) -> str:

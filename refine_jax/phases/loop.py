@@ -44,6 +44,7 @@ class Parts(Protocol):
     start: Start
     model: Model
     training: Dataset
+    held_out: Dataset | None
 
 
 class Loop(abc.ABC):
@@ -87,6 +88,10 @@ class Loop(abc.ABC):
     @abc.abstractmethod
     def describe_data(self) -> str:
         """What is trained on, in a few words."""
+
+    def describe_left_out(self) -> str:
+        """What of the data is not trained on, and why, in a line; "" if there is nothing to say."""
+        return ""
 
     @abc.abstractmethod
     def show_examples(self, state: TrainState) -> None:
@@ -185,6 +190,14 @@ class Loop(abc.ABC):
             f"{config.train.batch_size} a step; "
             + (f"continuing after step {step}" if step else f"{config.train.steps} steps")
         )
+        for line in (
+            self.describe_left_out(),
+            ""
+            if self.parts.held_out
+            else "nothing is held out (config.data.holdout=0): no evaluation",
+        ):
+            if line:
+                distributed.say(line)
 
     def train(
         self,
@@ -197,7 +210,7 @@ class Loop(abc.ABC):
     ) -> TrainState:
         """All remaining steps, evaluations and checkpoints; stops early when interrupted."""
         train = self.config.train
-        if step == 0 and not monitor.history:
+        if step == 0 and not monitor.history and self.parts.held_out:
             monitor.record(0, self._timed_evaluation(state))
         while step < train.steps and not interrupt.agreed():
             state, metrics = self._timed_step(step, state, batches)
@@ -237,6 +250,8 @@ class Loop(abc.ABC):
         }
 
     def _timed_evaluation(self, state: TrainState) -> dict[str, float]:
+        if not self.parts.held_out:
+            return {}
         begin = time.perf_counter()
         figures = self.evaluate(state)
         return figures | {"time/eval": time.perf_counter() - begin}
@@ -265,7 +280,8 @@ class Loop(abc.ABC):
     def report(self, state: TrainState, history: list[dict]) -> dict:
         """Plots, results.json, and the closing table."""
         results = summarize(history)
-        self.show_examples(state)
+        if self.parts.held_out:
+            self.show_examples(state)
         if distributed.is_writer():
             plot_training(
                 self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm

@@ -43,7 +43,7 @@ class Parts:
     model: Model
     tokenizer: Tokenizer
     training: Dataset
-    held_out: Dataset
+    held_out: Dataset | None
 
 
 def prepare(config: Config, workdir: Path) -> Parts:
@@ -109,6 +109,10 @@ class _Loop(Loop):
         """Rows and their length."""
         rows, length = self.parts.training.rows, self.config.data.sequence_length
         return f"{rows:,} rows of {length:,} tokens"
+
+    def describe_left_out(self) -> str:
+        """Documents and tokens that are not trained on, by reason."""
+        return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
         """Without segments, which makes the program faster, where they say nothing."""

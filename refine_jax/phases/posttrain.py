@@ -82,7 +82,7 @@ class Parts:
     tokenizer: Tokenizer
     corpus: PromptCorpus
     training: Dataset
-    held_out: Dataset
+    held_out: Dataset | None
 
 
 def prepare(config: Config, workdir: Path) -> Parts:

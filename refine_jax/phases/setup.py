@@ -213,13 +213,16 @@ def rows_at_once(config: Config) -> int:
     return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
 
 
-def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset]:
-    """Batches to train on and held-out ones; this process reads the rows that its devices hold."""
+def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset | None]:
+    """Batches to train on and held-out ones; this process reads the rows that its devices hold.
+
+    With data.holdout=0 there are none that are held out.
+    """
     size, held_out = config.train.batch_size, rows_at_once(config)
-    return (
-        corpus.dataset("train", size, rows_here(size)),
-        corpus.dataset("validation", held_out, rows_here(held_out)),
-    )
+    training = corpus.dataset("train", size, rows_here(size))
+    if not config.data.holdout:
+        return training, None
+    return training, corpus.dataset("validation", held_out, rows_here(held_out))
 
 
 def check_enough_batches(config: Config, training: Dataset) -> None:

@@ -17,7 +17,9 @@ import tensorflow_datasets as tfds
 from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import TextSource
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.data.tokens import IndexBuilder, content_key, tokenize
+from refine_jax.data.tokens import IndexBuilder, content_key, tokenize, unread
+
+NAME_LENGTH = 40  # of what names the source in a folder's name
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -42,8 +44,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
         """
         self._source, self._tokenizer, self._options = source, tokenizer, options
-        slug = re.sub(r"[^a-z0-9]+", "_", options.source.lower()).strip("_")[-40:]
-        name = f"{slug}-{content_key(source, tokenizer, options)}"
+        name = f"{name_of(options.source)}-{content_key(source, tokenizer, options)}"
         config = tfds.core.BuilderConfig(name=name, description=options.source)
         super().__init__(config=config, file_format="array_record", **kwargs)
 
@@ -84,3 +85,26 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         documents.save(self.data_dir)
         self.info.metadata["documents"] = len(documents.lengths)
         self.info.metadata["tokens"] = int(documents.lengths.sum())
+        self.info.metadata["dropped"] = unread(self._source, self._options)
+
+
+def name_of(source: str) -> str:
+    """Name what a source holds, for a folder: its last path components, whole words of them.
+
+    At most `NAME_LENGTH` letters, digits and "_"; file suffixes and signs of patterns are left out.
+    """
+    parts = [part for part in source.removeprefix("tfds:").split("/") if part not in ("", "~")]
+    words: list[str] = []
+
+    def fits(some: list[str]) -> bool:
+        return len("_".join(some)) <= NAME_LENGTH
+
+    for part in reversed(parts):
+        stem = re.sub(r"(\.(jsonl?|ndjson|parquet|txt|md|csv|gz|zst|bz2|xz))+$", "", part.lower())
+        found = re.findall(r"[a-z0-9]+", stem)
+        if words and not fits(found + words):
+            break
+        words = found + words
+    while not fits(words):  # of one component: its first words
+        words.pop()
+    return "_".join(words) or "documents"
