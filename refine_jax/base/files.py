@@ -236,7 +236,10 @@ def short(value: Any, limit: int = 80) -> str:
     """A value for a message, cut where it is long or nested deeply."""
     brief = reprlib.Repr()  # a plain repr is as large as the value, and fails on deep nesting
     brief.maxstring = brief.maxlong = brief.maxother = limit
-    text = brief.repr(value)
+    try:
+        text = brief.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        text = f"a very large {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
