@@ -7,11 +7,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from refine_jax.base.errors import ConfigError, UserError
+
+_T = TypeVar("_T")
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MARK = "\ufeff"
@@ -130,6 +132,87 @@ _KINDS = {
     list: "a list",
     dict: "an object",
 }
+
+
+class BadLine(NamedTuple):
+    """A line that is no record: its number from 1, where its bytes are, and what is wrong."""
+
+    number: int
+    start: int
+    size: int
+    reason: str
+
+
+def read_lines(
+    path: str | os.PathLike, parse: Callable[[bytes], _T], *, longest: int = 1 << 26
+) -> tuple[list[_T], list[BadLine]]:
+    """The records of a file with one a line, in order, and the lines that are none.
+
+    parse: makes a record of a line, and raises a UserError for what is none. Empty lines are
+        passed over. longest: bytes of a line that are read; a longer one is no record.
+    """
+    records: list[_T] = []
+    bad: list[BadLine] = []
+    number = start = 0
+    with Path(path).open("rb") as file:
+        while line := file.readline(longest):
+            number, size, whole = number + 1, len(line), True
+            while len(line) == longest and not line.endswith(b"\n"):
+                whole = False
+                line = file.readline(longest)
+                size += len(line)
+            try:
+                if not whole:
+                    raise UserError(f"it is longer than {longest:,} bytes")
+                if line.strip():
+                    records.append(parse(line))
+            except UserError as error:
+                bad.append(BadLine(number, start, size, str(error).rstrip(".")))
+            start += size
+    return records, bad
+
+
+def recover_lines(
+    path: str | os.PathLike, parse: Callable[[bytes], _T], say: Callable[[str], None]
+) -> list[_T]:
+    """The records of a file that this package appends to; none if there is no file.
+
+    Lines that are none (`read_lines`) are appended to PATH.dropped and said: whoever calls this is
+    about to write the file anew without them.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records, bad = read_lines(path, parse)
+    if bad:
+        aside = path.with_name(path.name + ".dropped")
+        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+        with path.open("rb") as source, os.fdopen(os.open(aside, flags, 0o666), "wb") as copy:
+            for line in bad:
+                source.seek(line.start)
+                left = line.size
+                while left and (part := source.read(min(left, 1 << 20))):
+                    copy.write(part)
+                    left -= len(part)
+                if not part.endswith(b"\n"):
+                    copy.write(b"\n")
+        said = [f"line {line.number} ({short(line.reason, 120)[1:-1]})" for line in bad[:3]]
+        if len(bad) > 3:
+            said.append(f"lines {spans([line.number for line in bad[3:]])}")
+        say(f"{path}: left out {', '.join(said)}, no records. They are kept in {aside.name}.")
+    return records
+
+
+def spans(numbers: Sequence[int], most: int = 8) -> str:
+    """Ascending numbers in words: "3, 5 to 9"; no more than `most` spans of them."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in found[:most]]
+    return ", ".join(texts) + (f" and others up to {numbers[-1]}" if len(found) > most else "")
 
 
 def kind_of(value: Any) -> str:

@@ -16,7 +16,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +24,62 @@ import jax
 from tqdm import tqdm
 
 from refine_jax import distributed
-from refine_jax.base.files import write_text
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import json_field, parse_object, recover_lines, replacing, short
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
 from refine_jax.generation import Generated, Generator, Sampling
 from refine_jax.models.transformer import Params
-from refine_jax.monitor import read_metrics
 from refine_jax.refine.adapt import Adapter, Cost
 
 PREDICTIONS = "predictions.jsonl"
+FIELDS: dict[str, type] = {
+    "id": str,
+    "task": str,
+    "set": str,
+    "index": int,
+    "prompt_tokens": int,
+    "cut_tokens": int,
+    "response": str,
+    "new_tokens": int,
+    "finish_reason": str,
+    "answers": list,
+    "metric": str,
+    "score": float,
+    "seconds_read": float,
+    "seconds_generate": float,
+    "metadata": dict,
+}
+"""What a record holds."""
+_COSTS = ("seconds", "compiled", "tokens", "rollout_tokens", "steps", "skipped")
 
 
 class Predictions:
     """The records of an evaluation, one JSON object a question; written as they come.
 
-    Every process has all of them; process 0 reads and writes.
+    Every process has all of them; process 0 reads and writes. Lines that are no records go to
+    `predictions.jsonl.dropped`, which is said; their questions are answered again.
+
+    Args:
+      workdir: Existing folder.
+      required: Fields that a record must have.
 
     Attributes:
       records: {name of the question: record} of all that are done.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: Path, required: Collection[str] = ("id", "score")):
         self._path = Path(workdir) / PREDICTIONS
-        mine = read_metrics(self._path) if distributed.is_writer() else []
+        mine = []
+        if distributed.is_writer():
+            mine = recover_lines(self._path, _record_parser(required), distributed.say)
         records = distributed.gather_json(mine)[0]
         self.records = {record["id"]: record for record in records}
         self._file = None
         if distributed.is_writer():
-            # A last line that a crash cut off is removed: what follows is appended.
-            write_text(self._path, "".join(map(_line, self.records.values())))
+            # Without what was no record: what follows is appended.
+            with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(map(_line, self.records.values()))
             self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, records: Sequence[dict]) -> None:
@@ -210,6 +237,35 @@ def _record(
             "loss": cost.loss if math.isfinite(cost.loss) else None,
         }
     return record
+
+
+def _record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
+    """A parser of the lines of one `predictions.jsonl`: each question once."""
+    seen: set[str] = set()
+
+    def get(fields: dict, name: str, kind: Any) -> Any:
+        return json_field(fields, name, kind, where="it", error=DataError)
+
+    def parse(line: bytes) -> dict[str, Any]:
+        record = parse_object(line, "it", DataError)
+        found = {name: get(record, name, kind) for name, kind in FIELDS.items()}
+        missing = [name for name in required if found[name] is None]
+        if missing:
+            raise DataError(f"it has no {', '.join(missing)}")
+        if not 0 <= (found["score"] or 0) <= 1:
+            raise DataError(f"score must be from 0 to 1. Got: {short(found['score'])}")
+        for depth in get(found["metadata"] or {}, "depths", list) or []:
+            get({"a depth": depth}, "a depth", float)
+        costs = get(record, "adapt", dict)
+        for name in _COSTS if costs is not None else ():
+            if get(costs, name, (float, bool)) is None:
+                raise DataError(f"adapt has no {name}")
+        if record["id"] in seen:
+            raise DataError(f"{short(record['id'])} is there already")
+        seen.add(record["id"])
+        return record
+
+    return parse
 
 
 def _number(name: str) -> int:

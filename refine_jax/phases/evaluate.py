@@ -31,7 +31,7 @@ from refine_jax.evaluation.questions import (
     shuffled,
 )
 from refine_jax.evaluation.report import recall_by_depth, summarize, table
-from refine_jax.evaluation.runner import PREDICTIONS, Answerer, Predictions, evaluate
+from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.transformer import Model, Params
 from refine_jax.monitor import write_results
@@ -188,7 +188,7 @@ def run_parts(
     distributed.check_same("model and questions", json.dumps([parts.record, len(groups)]))
     if distributed.is_writer():
         write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
-    with Interrupt() as interrupt, Predictions(workdir) as predictions:
+    with Interrupt() as interrupt, Predictions(workdir, FIELDS) as predictions:
         introduce(parts, predictions, answerer.adapter)
 
         def stop() -> bool:

@@ -84,8 +84,9 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
 
 
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run in `workdir` has saved a step: a step's folder appears when it is complete."""
-    return bool(find_steps(Path(workdir) / CHECKPOINTS).saved)
+    """Whether a run in `workdir` has saved a step, be it one that is damaged now."""
+    steps = find_steps(Path(workdir) / CHECKPOINTS)
+    return bool(steps.saved or steps.broken)
 
 
 def load_start(config: ModelConfig, workdir: Path) -> Start:
