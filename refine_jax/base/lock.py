@@ -67,7 +67,6 @@ class Lock:
         """
         try:
             self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._settle()
         except OSError as error:
             self._remove_folders()
@@ -114,8 +113,12 @@ class Lock:
     def _settle(self) -> None:
         """Place the lock, over that of a dead owner if need be; RunError if one lives."""
         for _ in range(_TRIES):
-            if self._place():
-                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                if self._place():
+                    return
+            except FileNotFoundError:
+                continue  # another run ended in this moment and removed the empty folder
             seen = self._look()
             if seen is None:
                 continue  # it was released in this moment
