@@ -11,12 +11,13 @@ so that whatever reads a model (training, evaluation, conversion to PyTorch) tak
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -452,9 +453,17 @@ def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
 
 
 def _hide_failures() -> None:
-    """Keep Orbax from logging the failures of saves, dozens of lines each: they are raised."""
-
+    """Keep the failures of saves from being printed, dozens of lines each: they are raised."""
     logging.getLogger("absl").addFilter(_is_wanted)
+    if getattr(sys.excepthook, "func", None) is not _print_exception:
+        sys.excepthook = functools.partial(_print_exception, sys.excepthook)
+
+
+def _print_exception(before: Callable, kind: type, error: BaseException, trace: Any) -> None:
+    # Storage drivers want to tell the loop that waited for them, from threads of their own.
+    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not late or threading.current_thread() is threading.main_thread():
+        before(kind, error, trace)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
