@@ -125,20 +125,28 @@ def half_written(workdir: Path) -> list[Path]:
     return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def kill(processes, workdir: Path, draw: random.Random, longest: float) -> dict[str, Any] | None:
-    """Kill one process of a run, or let it end; returns how, None where it ended before."""
+def records_of(workdir: Path) -> int:
+    """Steps, or questions, that are done."""
+    names = ("metrics.jsonl", "predictions.jsonl")
+    return sum(p.read_bytes().count(b"\n") for n in names if (p := workdir / n).exists())
+
+
+def kill(processes, workdir: Path, draw: random.Random, total: int) -> dict[str, Any] | None:
+    """Kill one process of a run of `total` records; returns how, None where it ended before."""
     name = draw.choice(("SIGKILL", "SIGKILL", "SIGTERM"))
-    saving = draw.random() < 0.6 and not list(workdir.glob("predictions.jsonl"))
-    wait, victim = draw.uniform(0, longest), draw.choice(processes)
+    have = records_of(workdir)
+    goal = draw.randint(have, max(have, total - 3))
+    saving = draw.random() < 0.6 and not (workdir / "predictions.jsonl").exists()
+    wait, victim = draw.uniform(0, 0.1), draw.choice(processes)
     out = Path(f"{workdir}.out0")
-    begun = None
     deadline = time.monotonic() + PATIENCE
     while all(process.poll() is None for process in processes):
-        if begun is None and b"parameters" in out.read_bytes():
-            begun = time.monotonic()
-        late = begun is not None and time.monotonic() - begun >= wait
-        if late and (not saving or half_written(workdir)):
-            break
+        if b"parameters" in out.read_bytes() and records_of(workdir) >= goal:
+            if not saving:
+                time.sleep(wait)
+                break
+            if half_written(workdir):
+                break
         if time.monotonic() > deadline:
             raise SystemExit(f"{workdir.name} did not end within {PATIENCE} s.")
         time.sleep(0.0005)
@@ -185,10 +193,8 @@ def soak(kills: int, seed: int, kinds=KINDS, say=print) -> dict[str, Any]:
             config = config_file(home / "config.py", make_config(kind, folder))
             cache = folder / "compiled"
             for run in ("first", "whole"):  # the second compiles nothing
-                begin = time.monotonic()
                 complain_unless(finish(start(kind, config, home / run, cache)), (0,), home / run)
-                longest = time.monotonic() - begin
-            whole, killed = results_of(home / "whole"), 0
+            whole, total, killed = results_of(home / "whole"), records_of(home / "whole"), 0
             if results_of(home / "first") != whole:
                 done["differences"].append(f"{kind}: two runs that nothing interrupts")
             while killed < share:
@@ -200,7 +206,7 @@ def soak(kills: int, seed: int, kinds=KINDS, say=print) -> dict[str, Any]:
                         complain_unless(finish(processes), (0,), workdir)
                         how, complete = None, True
                     else:
-                        how = kill(processes, workdir, draw, longest / 2)
+                        how = kill(processes, workdir, draw, total)
                         complete = how is None
                     said = b"Took over the lock" in Path(f"{workdir}.out0").read_bytes()
                     done["taken_over"] += said
