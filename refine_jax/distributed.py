@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from refine_jax.base import lock
 from refine_jax.base.errors import ConfigError, ProcessError, complain
 
 MODES = ("auto", "on", "off")
@@ -322,6 +323,7 @@ class _Watcher:
             if failure is not None:
                 complain(failure)
                 sys.stdout.flush()
+                lock.release_all()
                 os._exit(1)
 
     def failure(self) -> str | None:

@@ -11,12 +11,22 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from refine_jax.base.files import write_text
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import (
+    json_field,
+    parse_object,
+    read_lines,
+    recover_lines,
+    replacing,
+    short,
+    spans,
+    write_text,
+)
 
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
@@ -33,7 +43,8 @@ class Monitor:
       workdir: Existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
       steps: Steps of the whole run.
       start: Steps already done: records after it, left by a run that went on beyond its last
-        checkpoint, are removed, so that the file continues without gaps or duplicates.
+        checkpoint, are removed, so that the file continues without duplicates. Lines that are no
+        records go to `metrics.jsonl.dropped`; that, and steps that are missing, is said.
       log_every: Steps between lines on standard output; 0: none. The progress bar is separate and
         shown on a terminal only.
       write: Whether this process writes and prints; the others of a run only remember.
@@ -53,13 +64,24 @@ class Monitor:
     ):
         self._steps, self._log_every = steps, log_every if write else 0
         path = Path(workdir) / METRICS_FILE
-        self.history = [record for record in read_metrics(path) if record["step"] <= start]
+        parse = _step_parser()
+        if write:
+            records = recover_lines(path, parse, self.say)
+        else:
+            records = read_lines(path, parse)[0] if path.exists() else []
+        self.history = [record for record in records if record["step"] <= start]
+        self.history.sort(key=lambda record: record["step"])
         self._file = self._tensorboard = None
         if write:
-            write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
+            there = {record["step"] for record in self.history}
+            missing = [step for step in range(1, start + 1) if step not in there]
+            if missing:
+                self.say(f"{path} lacks steps {spans(missing)} of the {start} done before.")
+            with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in self.history)
             self._file = path.open("a", encoding="utf-8")
             self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
-        self._before = self.history[-1].get("time/total", 0.0) if self.history else 0.0
+        self._before = _total(self.history)
         self._started = time.perf_counter()
         # disable=None: no bar where standard error is not a terminal; the lines remain.
         self._bar = tqdm(
@@ -122,19 +144,49 @@ class Monitor:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of a `metrics.jsonl`, oldest first; none if there is no file.
+    """Records of a `metrics.jsonl` or `predictions.jsonl`, oldest first; none if there is no file.
 
-    A last line cut off by a crash is left out.
+    Lines that are no JSON objects are left out, such as a last one that a crash cut off.
     """
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    return read_lines(path, _fields)[0] if path.exists() else []
+
+
+def _fields(line: bytes) -> dict:
+    return parse_object(line, "it", DataError)
+
+
+def _step_parser() -> Callable[[bytes], dict]:
+    """A parser of the lines of one `metrics.jsonl`: numbers and nulls by name, each step once."""
+    seen: set[int] = set()
+
+    def parse(line: bytes) -> dict:
+        record = _fields(line)
+        step = json_field(record, "step", int, where="it", error=DataError)
+        if step is None or not 0 <= step < 1 << 53:
+            raise DataError(f"it must have a step, a whole number. Got: {short(step)}")
+        for name, value in record.items():
+            if value is not None and not _is_finite(value):
+                raise DataError(f"{name} must be a number. Got: {short(value)}")
+        if step in seen:
+            raise DataError(f"step {step} is there already")
+        seen.add(step)
+        return record
+
+    return parse
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
+
+
+def _total(history: list[dict]) -> float:
+    """Seconds of the run up to its last record that says so."""
+    totals = (record.get("time/total") for record in reversed(history))
+    return next((total for total in totals if total is not None), 0.0)
 
 
 def summarize(history: list[dict]) -> dict:
@@ -154,7 +206,7 @@ def summarize(history: list[dict]) -> dict:
     refine = [record for record in others if "reward/mean" in record]
     plain = [record for record in others if "reward/mean" not in record]
     results: dict = {"steps": history[-1]["step"] if history else 0}
-    results["seconds_total"] = history[-1]["time/total"] if history else 0.0
+    results["seconds_total"] = _total(history)
     named = {name for record in evaluations for name in record}
     for name in ("loss", "accuracy", "entropy", "reward", *ANSWER_FIGURES):
         if name in ANSWER_FIGURES and f"eval/{name}" not in named:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +16,8 @@ import optax
 import pytest
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint import CheckpointManager, tree
+from refine_jax.checkpoint import CheckpointManager, arrays, record, tree
+from refine_jax.checkpoint import manager as manager_module
 
 CONFIG = json.dumps({"model_type": "delta_net", "hidden_size": 8})
 
@@ -305,3 +308,263 @@ def test_the_folder_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="another model"):
         CheckpointManager(tmp_path, config_json='{"model_type": "lact_swiglu"}')
     assert (tmp_path / "config.json").read_text() == CONFIG
+
+
+@pytest.fixture
+def two_steps(tmp_path):
+    """A run's folder with steps 1 and 2, and its state."""
+    state = make_state(rows=2)
+    with open_manager(tmp_path, best_metric="loss") as manager:
+        for step in (1, 2):
+            manager.save(step, state, {"at": step}, {"loss": 3.0 - step}, force=True)
+    return tmp_path, state
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+STRANGE = ("12", "007", "²", "١٢", "-3", "+4", "1" + 30 * "0", "3.0", "best")
+
+
+def test_what_a_run_did_not_write_is_no_step_and_stays(tmp_path):
+    """Folders, files and links with names of steps, of digits that are none, and of other kinds."""
+    run, state = tmp_path / "run", make_state(rows=2)
+    kept = {}
+    for name in STRANGE:
+        (run / name).mkdir(parents=True)
+        (run / name / "notes.txt").write_text("mine")
+        kept[f"{name}/notes.txt"] = b"mine"
+    (run / "4").write_text("a file")
+    (run / "5").symlink_to(tmp_path / "nowhere")
+    options = {"save_every": 1, "keep": 1, "last_step": 3}
+    with open_manager(run, **options) as manager:
+        assert manager.steps() == [] and manager.restore_latest(abstract(state)) is None
+        for step in (1, 2, 3):
+            assert manager.save(step, state, {"at": step})
+    with open_manager(run, **options) as manager:
+        assert manager.steps() == [3]
+        assert manager.restore_latest(abstract(state)).data_state == {"at": 3}
+    files = files_of(run)
+    assert kept.items() <= files.items() and files["4"] == b"a file"
+    assert (run / "5").is_symlink()
+
+
+def test_what_has_the_name_of_a_step_to_come_is_said_before_anything_is_written(tmp_path):
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / '12'} is no checkpoint.*Move it"):
+        open_manager(tmp_path, last_step=12)
+    assert files_of(tmp_path) == {"12/notes.txt": b"mine"}
+    with (
+        open_manager(tmp_path, last_step=11) as manager,
+        pytest.raises(CheckpointError, match=r"12 is in the way.*Move it"),
+    ):
+        manager.save(12, make_state(rows=2), force=True)
+    assert files_of(tmp_path)["12/notes.txt"] == b"mine"
+
+
+def test_a_step_that_is_a_link_is_read_and_never_deleted(two_steps, tmp_path_factory):
+    folder, state = two_steps
+    moved = tmp_path_factory.mktemp("elsewhere") / "1"
+    (folder / "1").rename(moved)
+    (folder / "1").symlink_to(moved)
+    before = files_of(moved)
+    with open_manager(folder, keep=1, best_metric="loss") as manager:
+        assert manager.steps() == [1, 2] and manager.best_step() == 2
+        assert manager.restore(1, abstract(state)).data_state == {"at": 1}
+        manager.save(3, state, metrics={"loss": 0.5}, force=True)
+        assert manager.steps() == [1, 3]
+    assert files_of(moved) == before and (folder / "1").is_symlink()
+
+
+def test_only_half_written_saves_are_removed(two_steps):
+    folder, _ = two_steps
+    left = {"3.orbax-checkpoint-tmp": False, "3.orbax-checkpoint-tmp-1700000000": False}
+    left |= {"my.orbax-checkpoint-tmp": True, "3.orbax-checkpoint-tmp.bak": True}
+    for name in left:
+        (folder / name / "state").mkdir(parents=True)
+    target = folder / "precious"
+    target.mkdir()
+    (target / "file").touch()
+    (folder / "9.orbax-checkpoint-tmp").symlink_to(target)
+    with open_manager(folder):
+        pass
+    assert {name: (folder / name).exists() for name in left} == left
+    assert (target / "file").exists() and (folder / "9.orbax-checkpoint-tmp").is_symlink()
+
+
+def _empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+BROKEN = {
+    "empty": _empty,
+    "no mark": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "no arrays": lambda step: shutil.rmtree(step / "state"),
+    "no data": lambda step: shutil.rmtree(step / "data"),
+    "no file of the data": lambda step: (step / "data" / "metadata").unlink(),
+    "data list": lambda step: (step / "data" / "metadata").write_text("[]"),
+    "data field": lambda step: (step / "data" / "metadata").write_text('{"x": 1}'),
+    "data changed": lambda step: (step / "data" / "metadata").write_text('{"data": {"at": 7}}'),
+    "data folder": lambda step: ((f := step / "data/metadata").unlink(), f.mkdir()),
+    "arrays' notes": lambda step: (step / "state" / "_METADATA").write_text('{"custom": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+def test_every_damage_of_the_newest_step_names_the_older_one(two_steps, damage):
+    folder, state = two_steps
+    BROKEN[damage](folder / "2")
+    with open_manager(folder) as manager:
+        with pytest.raises(CheckpointError) as failure:
+            manager.restore_latest(abstract(state))
+        assert manager.restore(1, abstract(state)).data_state == {"at": 1}
+    message = str(failure.value)
+    assert f"Delete {folder / '2'} to continue from step 1" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "3", "NaN", '{"loss": "low"}', '{"loss": [1]}', '{"loss": null}', "\xff"]
+)
+def test_figures_of_other_types_name_the_older_step(two_steps, content):
+    folder, _ = two_steps
+    (folder / "2" / "metrics" / "metrics").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=rf"{folder / '2'} is corrupt.*continue from step 1"):
+        open_manager(folder, best_metric="loss")
+
+
+def test_a_folder_that_may_not_be_read_names_the_older_step(two_steps, monkeypatch):
+    """Permissions do not hold for root, who may run the tests."""
+    folder, state = two_steps
+    listdir = os.listdir
+
+    def refuse(path="."):
+        if Path(path) == folder / "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path)
+
+    with open_manager(folder) as manager:
+        monkeypatch.setattr(os, "listdir", refuse)
+        with pytest.raises(CheckpointError, match=r"2 is corrupt.*Permission denied.*step 1"):
+            manager.restore_latest(abstract(state))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", CONFIG.replace("8", "9"), "config.json was changed"),
+        ("tokenizer.model", "other pieces", "tokenizer.model was changed"),
+        ("tokenizer.model", None, "tokenizer.model is missing"),
+    ],
+)
+def test_a_step_is_of_its_model_and_tokenizer(tmp_path, name, content, words):
+    tokenizer = tmp_path / "t.model"
+    tokenizer.write_text("pieces")
+    state, run = make_state(rows=2), tmp_path / "run"
+    with open_manager(run, files={"tokenizer.model": tokenizer}) as manager:
+        manager.save(1, state, force=True)
+    (run / "config.json").write_text(CONFIG.replace(", ", ",\n  "))  # the same values
+    with open_manager(run) as manager:
+        assert manager.restore_latest(abstract(state)).step == 1
+    (run / name).unlink()
+    if content:
+        (run / name).write_text(content)
+    config = (run / "config.json").read_text()
+    with (
+        CheckpointManager(run, config_json=config) as manager,
+        pytest.raises(CheckpointError, match=f"{run}/{words}.*Put that back"),
+    ):
+        manager.restore_latest(abstract(state))
+
+
+def test_run_json_is_as_it_was_written_or_refused(two_steps):
+    folder, _ = two_steps
+    text = (folder / "run.json").read_text()
+    for old, new in (('"min"', '"max"'), ('"loss"', '"accuracy"'), ("null", '{"a": 1}')):
+        (folder / "run.json").write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=r"run.json is not as.*remove the line"):
+            open_manager(folder)
+        fields = json.loads((folder / "run.json").read_text())
+        del fields["digest"]  # as of versions before
+        (folder / "run.json").write_text(json.dumps(fields))
+        with open_manager(folder, run_config={"now": 2}):
+            pass
+        assert record.read_run(folder, verify=True).config == {"now": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"best_metric": 3}, "best_metric must be a string"),
+        ({"best_mode": ["min"]}, "best_mode must be a string"),
+        ({"best_mode": "most"}, "best_mode must be 'min' or 'max'"),
+        ({"config": [1]}, "config must be an object"),
+        ({"config": {"train": 3}}, "config.train must be an object"),
+        ({"config": {"phase": {}}}, "config.phase must be a string"),
+    ],
+)
+def test_fields_of_run_json_have_types(two_steps, change, words):
+    folder, _ = two_steps
+    (folder / "run.json").write_text(json.dumps(change))
+    with pytest.raises(CheckpointError, match=f"run.json: {words}. Got: "):
+        record.read_config(folder)
+
+
+def test_a_checkpoint_without_digests_is_restored(tmp_path, monkeypatch):
+    """As versions before wrote them."""
+    state = make_state(rows=2)
+    save_args = arrays.save_args
+    monkeypatch.setattr(manager_module, "save_args", lambda named, _: save_args(named))
+    with open_manager(tmp_path) as manager:
+        manager.save(1, state, {"at": 1}, force=True)
+    (tmp_path / "run.json").write_text('{"best_metric": null, "best_mode": "min", "config": {}}')
+    with open_manager(tmp_path) as manager:
+        assert manager.restore_latest(abstract(state)).data_state == {"at": 1}
+
+
+def test_after_a_failed_save_the_process_ends_at_once_with_one_message(tmp_path):
+    """The folder becomes a file, as one that is unmounted or full refuses new folders and files."""
+    script = f"""
+        import pathlib, shutil, sys, time
+        import jax
+        import jax.numpy as jnp
+        from refine_jax.base.errors import CheckpointError, complain
+        from refine_jax.checkpoint import CheckpointManager
+        folder = pathlib.Path({str(tmp_path)!r}) / "run"
+        try:
+            with CheckpointManager(folder, config_json={CONFIG!r}) as manager:
+                manager.save(1, dict(w=jnp.ones(8)), force=True)
+                manager.wait()
+                how = {{how!r}}
+                if how == "start":
+                    shutil.rmtree(folder)
+                    folder.write_text("")
+                else:
+                    import resource, signal
+                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+                w = jax.random.normal(jax.random.key(0), (9999,))
+                manager.save(2, dict(w=w), force=True)
+                for _ in range(1000):
+                    time.sleep(0.01)
+                    manager.check()
+        except CheckpointError as error:
+            print(time.time())
+            sys.exit(complain(error))
+    """
+    for how in ("start", "later"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script.replace("{how!r}", repr(how)))],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1, done.stderr
+        assert time.time() - float(done.stdout) < 10
+        assert done.stderr.startswith("error: A checkpoint could not be saved in")
+        assert done.stderr.count("\n") == 1
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        (tmp_path / "run").unlink(missing_ok=True)

@@ -8,15 +8,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from refine_jax.base.errors import CheckpointError
+from refine_jax.base.errors import CheckpointError, UserError
 from refine_jax.checkpoint.tree import differences, fingerprints
 
-_FINGERPRINTS = "fingerprints"
+_FINGERPRINTS, _DIGESTS = "fingerprints", "digests"
 
 
-def save_args(named: Mapping[str, Any]) -> ocp.args.CheckpointArgs:
-    """What Orbax needs to save arrays by name, their fingerprints with them."""
-    return ocp.args.StandardSave(dict(named), custom_metadata={_FINGERPRINTS: fingerprints(named)})
+def save_args(
+    named: Mapping[str, Any], digests: Mapping[str, str] | None = None
+) -> ocp.args.CheckpointArgs:
+    """What Orbax needs to save arrays by name, their fingerprints with them.
+
+    digests: of what else they belong to, by name; compared on reading.
+    """
+    notes = {_FINGERPRINTS: fingerprints(named), _DIGESTS: dict(digests or {})}
+    return ocp.args.StandardSave(dict(named), custom_metadata=notes)
 
 
 def write_arrays(folder: epath.PathLike, named: Mapping[str, Any]) -> None:
@@ -26,17 +32,25 @@ def write_arrays(folder: epath.PathLike, named: Mapping[str, Any]) -> None:
 
 
 def read_arrays(
-    folder: epath.PathLike, abstract: Mapping[str, Any], *, part: str = "", fix: str
+    folder: epath.PathLike,
+    abstract: Mapping[str, Any],
+    *,
+    part: str = "",
+    digests: Mapping[str, str | None] | None = None,
+    fix: str,
 ) -> dict[str, Any]:
     """Read arrays by name.
 
     abstract: for each name a `jax.ShapeDtypeStruct`. With a sharding it is read as a jax.Array
         placed so, without one as a numpy array; the dtype is that of the file.
     part: read the arrays whose names begin so, and leave the others alone.
+    digests: of files beside them, {path: digest, None where there is none}. Those that were saved
+        under the name of such a file are compared.
     fix: what the user can do about a damaged folder; ends the error message.
 
     Raises:
-      CheckpointError: The folder is damaged, or does not hold exactly what `abstract` names.
+      CheckpointError: The folder is damaged, does not hold exactly what `abstract` names, or was
+        saved beside other files.
     """
     folder = epath.Path(folder)
     try:
@@ -44,8 +58,18 @@ def read_arrays(
         stored = {name: leaf for name, leaf in metadata.tree.items() if name.startswith(part)}
         shapes = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         recorded = metadata.custom_metadata[_FINGERPRINTS]
+        beside = dict(metadata.custom_metadata.get(_DIGESTS, {}))  # versions before saved none
     except Exception as error:  # Orbax lets through whatever its parsers and drivers raise.
         raise damaged(folder, error, fix) from None
+    for path, found in (digests or {}).items():
+        if beside.get(epath.Path(path).name, found) == found:
+            continue
+        if epath.Path(path).parent == folder.parent:
+            raise damaged(path, "it is not the one that was saved", fix)
+        raise CheckpointError(
+            f"{path} {'is missing' if found is None else 'was changed'}: {folder.parent} was saved "
+            "with another one, which decides what it computes. Put that back from a copy."
+        )
     wrong = differences({name: tuple(leaf.shape) for name, leaf in abstract.items()}, shapes)
     if wrong:
         raise CheckpointError(
@@ -73,10 +97,16 @@ def read_arrays(
 def damaged(folder: epath.PathLike, reason: Any, fix: str) -> CheckpointError:
     """The error for a checkpoint that is corrupt or incomplete, in one line."""
     if isinstance(reason, Exception):
-        # Storage drivers chain every layer's status into one very long line.
-        text = " ".join(str(reason).split()).split(" See full TensorStore details")[0]
-        reason = f"{type(reason).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
+        reason = shorten(reason)
     return CheckpointError(f"{folder} is corrupt or incomplete ({reason}). {fix}")
+
+
+def shorten(error: Exception) -> str:
+    """An error of storage, in one line: drivers chain every layer's status into a very long one."""
+    text = " ".join(str(error).split()).split(" See full TensorStore details")[0]
+    if isinstance(error, UserError):
+        return text.removesuffix(".")
+    return f"{type(error).__name__}: {text[:200]}{'...' if len(text) > 200 else ''}"
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

@@ -11,9 +11,13 @@ so that whatever reads a model (training, evaluation, conversion to PyTorch) tak
 """
 
 import contextlib
+import functools
 import json
-import math
-from collections.abc import Iterator, Mapping
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import parse_object, read_json, read_text, write_text
-from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, write_arrays
+from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -36,6 +40,19 @@ from refine_jax.checkpoint.folders import (
     copy_files,
     has_tokenizer,
     new_folder,
+)
+from refine_jax.checkpoint.record import digest, file_digests, read_run, write_run
+from refine_jax.checkpoint.steps import (
+    DATA,
+    STATE,
+    StepNames,
+    check_newest,
+    check_room,
+    find_best,
+    find_steps,
+    how_to_fix,
+    read_metrics,
+    remove_unfinished,
 )
 from refine_jax.checkpoint.tree import (
     PyTree,
@@ -47,7 +64,6 @@ from refine_jax.checkpoint.tree import (
 )
 
 _PARAMS = "params"
-_STATE, _DATA = "state", "data"
 
 
 class Restored(NamedTuple):
@@ -79,7 +95,8 @@ class CheckpointManager:
 
     A step's folder appears under its number only when everything in it is written; what an
     interrupted save leaves behind has another name and is removed when the next manager opens the
-    folder. One manager at a time may write to a folder; on several hosts each makes one.
+    folder. One manager at a time may write to a folder; on several hosts each makes one. What is a
+    step, and what else may be in the folder, says `refine_jax.checkpoint.steps`.
     """
 
     def __init__(
@@ -90,6 +107,7 @@ class CheckpointManager:
         keep: int = 2,
         best_metric: str | None = None,
         best_mode: str = "min",
+        last_step: int | None = None,
         config_json: str,
         run_config: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
@@ -99,27 +117,40 @@ class CheckpointManager:
         save_every: steps between checkpoints; 0: only where `save` is forced.
         keep: how many of the newest checkpoints to keep.
         best_metric: also keep the checkpoint with the best value of this metric ("min" or "max").
+        last_step: the last one that will be saved; None: not known.
         config_json: text of the model's config.json. run_config: JSON values, for the record.
         files: {name: path} of the tokenizer's files.
 
         Raises:
-          CheckpointError: The folder belongs to another model.
+          CheckpointError: The folder belongs to another model; its run.json or the figures of a
+            step are damaged; or something else has the name of a step to come.
         """
+        if best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
         self.directory = epath.Path(directory).expanduser().resolve()
         self._save_every = save_every
         self._best_metric, self._best_mode = best_metric, best_mode
+        steps = find_steps(self.directory)
+        check_room(self.directory, steps, last_step)
+        for step in steps.saved:
+            read_metrics(self.directory, step, steps.saved)  # Orbax would not say what is wrong
         if distributed.is_writer():
             self._write_description(
                 config_json,
                 {"best_metric": best_metric, "best_mode": best_mode, "config": run_config},
                 files or {},
+                steps.saved,
             )
-        self._orbax = _open(
-            self.directory, keep=keep, best_metric=best_metric, best_mode=best_mode, write=True
-        )
-        distributed.check_same("checkpoints", str(sorted(self._orbax.all_steps())))
+            remove_unfinished(self.directory)
+        self._failed = threading.Event()
+        self._orbax = self._open(keep)
+        self._linked = steps.linked
+        distributed.check_same("checkpoints", str(self._known_steps()))
+        self._digests = file_digests(self.directory)
 
-    def _write_description(self, config_json: str, run: dict, files: Mapping[str, Path]) -> None:
+    def _write_description(
+        self, config_json: str, run: dict, files: Mapping[str, Path], steps: list[int]
+    ) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         config = self.directory / CONFIG
         if config.exists() and read_json(config, CheckpointError) != json.loads(config_json):
@@ -127,10 +158,60 @@ class CheckpointManager:
                 f"{self.directory} holds checkpoints of another model (see its {CONFIG}). "
                 "Choose another folder, or delete it."
             )
+        if steps:
+            read_run(self.directory, verify=True)
         copy_files(files, self.directory)
-        write_text(self.directory / RUN, json.dumps(run, indent=2) + "\n")
+        write_run(self.directory, run)
         if not config.exists():
             write_text(config, config_json)
+
+    def _open(self, keep: int | None) -> ocp.CheckpointManager:
+        metric, mode = self._best_metric, self._best_mode
+
+        def quality(metrics: Mapping[str, float]) -> float:
+            best = find_best({0: metrics}, metric, mode)
+            return (np.inf if mode == "min" else -np.inf) if best is None else metrics[metric]
+
+        kept = [policies.LatestN(keep)]
+        if metric:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=quality,
+                    reverse=mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        _hide_failures()
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=quality if metric else None,
+                best_mode=mode,
+                step_name_format=StepNames(),
+                async_options=ocp.AsyncOptions(
+                    # Where that fails, threads would wait for the folders for five minutes.
+                    create_directories_asynchronously=False,
+                    barrier_sync_fn=self._wait_for_others,
+                ),
+            ),
+        )
+
+    def _wait_for_others(self, *, key: str, timeout_ms: int) -> None:
+        """Meet the other processes in the thread of a save.
+
+        Orbax also comes here when the save has failed, where the others would not: not to wait for
+        them lets the failure be seen now, not after `timeout_ms`.
+        """
+        failure = sys.exception()
+        if failure is not None and threading.current_thread() is not threading.main_thread():
+            self._failed.set()
+            raise failure
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def _known_steps(self) -> list[int]:
+        return sorted({*self._orbax.all_steps(), *self._linked})
 
     def save(
         self,
@@ -150,18 +231,24 @@ class CheckpointManager:
         data_state: JSON values. metrics: JSON numbers; the best metric counts if it is among them.
         force: save although `save_every` does not ask for it.
         """
-        if step in self._orbax.all_steps():
+        if step in self._known_steps():
             return True
         if not (force or (self._save_every and step % self._save_every == 0)):
             return False
+        if os.path.lexists(self.directory / str(step)):
+            raise CheckpointError(
+                f"{self.directory / str(step)} is in the way of the checkpoint of step {step} and "
+                "was not written by this run. Move it elsewhere: it is not overwritten."
+            )
         arrays = {name: plain_leaf(leaf) for name, leaf in flatten(state).items()}
         # Through JSON now: Orbax serialises later, when the iterator has gone on.
-        data = {_DATA: json.loads(json.dumps(data_state))}
+        data = {DATA: json.loads(json.dumps(data_state))}
+        digests = self._digests | {DATA: digest(data)}
         with self._reporting_failure():
             self._orbax.save(
                 step,
                 args=ocp.args.Composite(
-                    **{_STATE: save_args(arrays), _DATA: ocp.args.JsonSave(data)}
+                    **{STATE: save_args(arrays, digests), DATA: ocp.args.JsonSave(data)}
                 ),
                 metrics={name: float(value) for name, value in (metrics or {}).items()},
                 force=True,
@@ -171,16 +258,18 @@ class CheckpointManager:
     def steps(self) -> list[int]:
         """Saved steps, ascending."""
         self.wait()
-        return sorted(self._orbax.all_steps())
+        return self._known_steps()
 
     def best_step(self) -> int | None:
         """The step with the best metric; None if none was saved with it."""
-        self.wait()
-        return _best_step(self._orbax, self._best_metric, self._best_mode)
+        steps = self.steps()
+        figures = {step: read_metrics(self.directory, step, steps) for step in steps}
+        return find_best(figures, self._best_metric, self._best_mode)
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
         """The newest checkpoint, or None if there is none. See `restore`."""
         steps = self.steps()
+        check_newest(self.directory, find_steps(self.directory))
         return self.restore(steps[-1], abstract_state) if steps else None
 
     def restore(self, step: int, abstract_state: PyTree) -> Restored:
@@ -197,11 +286,14 @@ class CheckpointManager:
         if step not in steps:
             raise CheckpointError(f"{self.directory} has no step {step}. Got: steps {steps}.")
         folder = self.directory / str(step)
-        fix = _how_to_fix(folder, [s for s in steps if s != step])
+        fix = how_to_fix(folder, [s for s in steps if s != step])
         abstract = flatten(abstract_state)
+        data = _read_data(folder / DATA, fix)
+        digests = {self.directory / name: found for name, found in self._digests.items()}
         arrays = read_arrays(
-            folder / _STATE,
+            folder / STATE,
             {name: _placed(plain_leaf(leaf)) for name, leaf in abstract.items()},
+            digests=digests | {folder / DATA: digest(data)},
             fix=fix,
         )
         for name, leaf in abstract.items():
@@ -212,13 +304,12 @@ class CheckpointManager:
                     f"asks for {want}."
                 )
             arrays[name] = typed_leaf(arrays[name], leaf)
-        try:
-            data = self._orbax.restore(
-                step, args=ocp.args.Composite(**{_DATA: ocp.args.JsonRestore()})
-            )[_DATA][_DATA]
-        except Exception as error:  # Orbax lets through whatever its parsers raise.
-            raise damaged(folder / _DATA, error, fix) from None
-        return Restored(step, unflatten(abstract_state, arrays), data)
+        return Restored(step, unflatten(abstract_state, arrays), data[DATA])
+
+    def check(self) -> None:
+        """Raise CheckpointError if the save under way has failed; does not wait for it."""
+        if self._failed.is_set():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way. Raises CheckpointError if it failed."""
@@ -241,11 +332,16 @@ class CheckpointManager:
         """Turn the errors of a save (disk full, no rights) into one clear CheckpointError."""
         try:
             yield
-        except (OSError, RuntimeError, ValueError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # Orbax lets through whatever its drivers raise.
             raise CheckpointError(
-                f"A checkpoint could not be saved in {self.directory} "
-                f"({type(error).__name__}: {error})."
+                f"A checkpoint could not be saved in {self.directory} ({shorten(error)}). "
+                "Those that were saved before are there. Make room, or see to the folder; the same "
+                "command then continues the run."
             ) from error
+        finally:
+            self._failed.clear()
 
 
 def save_model(
@@ -295,12 +391,13 @@ def load_model(
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
     if (folder / _PARAMS).exists():
-        step, source, part = None, folder / _PARAMS, ""
+        step, source, part, digests = None, folder / _PARAMS, "", None
         fix = "Convert or copy it again."
     elif (folder / RUN).exists():
         step, others = _choose_step(folder, step)
-        source, part = folder / str(step) / _STATE, f"{_PARAMS}."
-        fix = _how_to_fix(folder / str(step), others)
+        source, part = folder / str(step) / STATE, f"{_PARAMS}."
+        fix = how_to_fix(folder / str(step), others)
+        digests = {folder / name: found for name, found in file_digests(folder).items()}
     else:
         raise CheckpointError(
             f"{path} is not a checkpoint of this package: it has no {_PARAMS} and no {RUN}. A "
@@ -315,6 +412,7 @@ def load_model(
             for name, leaf in abstract.items()
         },
         part=part,
+        digests=digests,
         fix=fix,
     )
     params = nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
@@ -324,91 +422,54 @@ def load_model(
     return ModelCheckpoint(config, params, tokenizer, config_json, companions(folder), step)
 
 
-def _open(
-    directory: epath.Path,
-    *,
-    keep: int | None,
-    best_metric: str | None,
-    best_mode: str,
-    write: bool,
-) -> ocp.CheckpointManager:
-    if best_mode not in ("min", "max"):
-        raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
-
-    def quality(metrics: Mapping[str, float]) -> float:
-        value = _value(metrics, best_metric)
-        return (math.inf if best_mode == "min" else -math.inf) if value is None else value
-
-    kept = [policies.LatestN(keep)]
-    if best_metric:
-        kept.append(
-            policies.BestN(
-                get_metric_fn=quality,
-                reverse=best_mode == "min",
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-        )
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
-        best_fn=quality if best_metric else None,
-        best_mode=best_mode,
-        create=write,
-        cleanup_tmp_directories=write,
-    )
-    try:
-        return ocp.CheckpointManager(directory, options=options)
-    except ValueError as error:  # Orbax reads the metrics of all steps.
-        step = _step_with_bad_metrics(directory)
-        if step is None:
-            raise
-        raise damaged(step, error, f"Delete {step}.") from None
-
-
-def _step_with_bad_metrics(directory: epath.Path) -> epath.Path | None:
-    for path in directory.glob("*/metrics/metrics"):
-        try:
-            read_json(path, CheckpointError)
-        except CheckpointError:
-            return path.parent.parent
-    return None
-
-
-def _value(metrics: Mapping[str, float] | None, name: str | None) -> float | None:
-    """A metric that was saved and is a number."""
-    value = (metrics or {}).get(name)
-    return None if value is None or math.isnan(value) else value
-
-
-def _best_step(manager: ocp.CheckpointManager, metric: str | None, mode: str) -> int | None:
-    if metric is None:
-        return None
-    values = {step: _value(manager.metrics(step), metric) for step in manager.all_steps()}
-    known = {step: value for step, value in values.items() if value is not None}
-    return (min if mode == "min" else max)(known, key=known.get, default=None)
-
-
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
     """The step to read and the other ones there are."""
-    run = read_json(folder / RUN, CheckpointError)
-    metric, mode = run.get("best_metric"), run.get("best_mode", "min")
-    manager = _open(folder, keep=None, best_metric=metric, best_mode=mode, write=False)
-    steps, best = sorted(manager.all_steps()), _best_step(manager, metric, mode)
-    manager.close()
-    if not steps:
+    run, steps = read_run(folder, verify=True), find_steps(folder)
+    saved = steps.saved
+    if step in ("latest", "best"):
+        check_newest(folder, steps)
+    if not saved:
         raise CheckpointError(f"{folder} holds no finished checkpoint.")
-    if step == "best" and best is None:
-        raise CheckpointError(f"{folder} has no best step: no checkpoint was saved with a metric.")
-    chosen = {"latest": steps[-1], "best": best}.get(step, step)
-    if chosen not in steps:
-        raise CheckpointError(f"{folder} has no step {step}. Got: steps {steps}.")
-    return chosen, [other for other in steps if other != chosen]
+    chosen = saved[-1] if step == "latest" else step
+    if step == "best":
+        figures = {number: read_metrics(folder, number, saved) for number in saved}
+        chosen = find_best(figures, run.best_metric, run.best_mode)
+        if chosen is None:
+            raise CheckpointError(
+                f"{folder} has no best step: no checkpoint was saved with a metric."
+            )
+    if chosen not in saved:
+        raise CheckpointError(f"{folder} has no step {step}. Got: steps {saved}.")
+    return chosen, [other for other in saved if other != chosen]
 
 
-def _how_to_fix(folder: epath.Path, others: list[int]) -> str:
-    if not others:
-        return f"Delete {folder} to start over; there is no other step."
-    return f"Delete {folder} to continue from step {others[-1]}, or choose one of {others}."
+def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
+    """What a step saved of the data iterator, under the name `DATA`."""
+    try:
+        data = parse_object((folder / "metadata").read_bytes(), "metadata", CheckpointError)
+        if DATA not in data:
+            raise CheckpointError(f"metadata has no field {DATA}")
+        return data
+    except (OSError, CheckpointError) as error:
+        raise damaged(folder, error, fix) from None
+
+
+def _hide_failures() -> None:
+    """Keep the failures of saves from being printed, dozens of lines each: they are raised."""
+    logging.getLogger("absl").addFilter(_is_wanted)
+    if getattr(sys.excepthook, "func", None) is not _print_exception:
+        sys.excepthook = functools.partial(_print_exception, sys.excepthook)
+
+
+def _print_exception(before: Callable, kind: type, error: BaseException, trace: Any) -> None:
+    # Storage drivers want to tell the loop that waited for them, from threads of their own.
+    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not late or threading.current_thread() is threading.main_thread():
+        before(kind, error, trace)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

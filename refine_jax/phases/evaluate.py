@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
     has_checkpoints,
     initial_params,
+    only_run_in,
     prepare_model,
 )
 from refine_jax.refine.adapt import Adapter, row_length
@@ -181,9 +182,9 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
     """
     workdir = Path(workdir).expanduser().absolute()
-    with use_mesh(config.mesh, alone=True):
+    with only_run_in(workdir) as check, use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
-        return run_parts(parts, workdir, make_answerer(parts))
+        return run_parts(parts, workdir, make_answerer(parts), check)
 
 
 def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:
@@ -206,8 +207,10 @@ def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:
     return Answerer(parts.params, generator, sampling, adapter)
 
 
-def run_parts(parts: Parts, workdir: Path, answerer: Answerer) -> dict:
-    """Answer, score and report; see `run`."""
+def run_parts(
+    parts: Parts, workdir: Path, answerer: Answerer, check: Callable[[], None] = lambda: None
+) -> dict:
+    """Answer, score and report; see `run`. check: called between groups; raises what ends it."""
     groups = make_groups(parts, answerer.adapter)
     workdir.mkdir(parents=True, exist_ok=True)
     distributed.check_same("model and questions", json.dumps([parts.record, len(groups)]))
@@ -216,7 +219,12 @@ def run_parts(parts: Parts, workdir: Path, answerer: Answerer) -> dict:
     with Interrupt() as interrupt, Predictions(workdir, FIELDS) as predictions:
         predictions.check(parts.questions)
         introduce(parts, predictions, answerer.adapter)
-        if not evaluate(groups, answerer, predictions, stop=interrupt.agreed):
+
+        def stop() -> bool:
+            check()
+            return interrupt.agreed()
+
+        if not evaluate(groups, answerer, predictions, stop=stop):
             done = len(predictions.records)
             distributed.say(
                 f"{interrupt.signal}: {done} of {len(parts.questions)} examples are done. The same "

@@ -11,7 +11,7 @@ in a checkpoint. What a step does, and what is evaluated, is up to the phase.
 import abc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import distributed
-from refine_jax.base.errors import RunError
+from refine_jax.base.errors import CheckpointError, RunError, UserError
 from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
@@ -97,8 +97,10 @@ class Loop(abc.ABC):
     def show_examples(self, state: TrainState) -> None:
         """Write what the model does on held-out examples at the end of a run."""
 
-    def run(self, interrupt: Interrupt) -> dict:
+    def run(self, interrupt: Interrupt, check: Callable[[], None] = lambda: None) -> dict:
         """From the latest checkpoint, or the start, to the end.
+
+        check: called between steps; raises what ends the run.
 
         Returns:
           The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
@@ -121,7 +123,7 @@ class Loop(abc.ABC):
                 log_every=train.log_every,
                 write=distributed.is_writer(),
             ) as monitor:
-                state = self.train(step, state, batches, manager, monitor, interrupt)
+                state = self.train(step, state, batches, manager, monitor, interrupt, check)
         if interrupt and int(state.step) < train.steps:
             distributed.say(
                 f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
@@ -139,6 +141,7 @@ class Loop(abc.ABC):
             keep=train.keep_checkpoints,
             best_metric=train.best_metric,
             best_mode="min" if train.best_metric == "loss" else "max",
+            last_step=train.steps,
             config_json=start.config_json,
             run_config=self.config.to_dict(),
             files=start.files,
@@ -173,10 +176,19 @@ class Loop(abc.ABC):
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Steps done, the state after them, and the batches that follow."""
         batches = iter(self.parts.training)
-        if not manager.steps():
-            return 0, self.initial_state(), batches
         restored = manager.restore_latest(self.abstract_state())
-        batches.set_state(restored.data_state)
+        if restored is None:
+            return 0, self.initial_state(), batches
+        try:
+            batches.set_state(restored.data_state)
+        except UserError:
+            raise
+        except Exception as error:  # of a damaged one: whatever the pipeline makes of it
+            raise CheckpointError(
+                f"The place in the data that step {restored.step} of {manager.directory} was saved "
+                f"with is not one of this data ({type(error).__name__}: {error}). Delete the step "
+                "to continue from the one before."
+            ) from error
         return restored.step, restored.state, batches
 
     def introduce(self, step: int) -> None:
@@ -207,12 +219,15 @@ class Loop(abc.ABC):
         manager: CheckpointManager,
         monitor: Monitor,
         interrupt: Interrupt,
+        check: Callable[[], None],
     ) -> TrainState:
         """All remaining steps, evaluations and checkpoints; stops early when interrupted."""
         train = self.config.train
         if step == 0 and not monitor.history and self.parts.held_out:
             monitor.record(0, self._timed_evaluation(state))
         while step < train.steps and not interrupt.agreed():
+            check()
+            manager.check()
             state, metrics = self._timed_step(step, state, batches)
             step += 1
             failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
@@ -229,6 +244,7 @@ class Loop(abc.ABC):
                     "smaller learning rate, or look at the data."
                 )
             self._save(manager, step, state, batches, evaluation, last=step == train.steps)
+        check()
         self._save(manager, step, state, batches, {}, last=True)
         return state
 

@@ -26,6 +26,7 @@ from refine_jax.phases.setup import (
     check_mesh,
     check_same_run,
     data_options,
+    only_run_in,
     prepare_model,
     rows_at_once,
     training_data,
@@ -78,8 +79,8 @@ def run(config: Config, workdir: str | Path) -> dict:
       RunError: Training cannot go on.
     """
     workdir = Path(workdir).expanduser().absolute()
-    with use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir), workdir).run(interrupt)
+    with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
+        return _Loop(prepare(config, workdir), workdir).run(interrupt, check)
 
 
 class _Loop(Loop):

@@ -1,19 +1,24 @@
 """What a run is made of, built and checked from its configuration before anything is written."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_json, read_text
-from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
+from refine_jax.base.files import parse_object, read_text
+from refine_jax.base.lock import Lock
+from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
 from refine_jax.checkpoint.manager import load_model
+from refine_jax.checkpoint.record import read_config
+from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import SECTIONS, Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Corpus, Dataset
@@ -63,10 +68,27 @@ class Start:
     tokenizer: Any
 
 
+@contextlib.contextmanager
+def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Keep other runs out of a folder, from before anything is written until the end.
+
+    Gives a function to call between steps, which raises RunError if another run has taken the
+    folder over nonetheless. Process 0 holds the lock: where it is refused, it ends the others.
+
+    Raises:
+      RunError: Another run is using the folder, or it cannot be written in.
+    """
+    if not distributed.is_writer():
+        yield lambda: None
+        return
+    with Lock(workdir, distributed.say) as lock:
+        yield lock.check
+
+
 def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run in `workdir` has saved a step: a step's folder appears when it is complete."""
-    folder = Path(workdir) / CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    """Whether a run in `workdir` has saved a step, be it one that is damaged now."""
+    steps = find_steps(Path(workdir) / CHECKPOINTS)
+    return bool(steps.saved or steps.broken)
 
 
 def load_start(config: ModelConfig, workdir: Path) -> Start:
@@ -78,6 +100,11 @@ def load_start(config: ModelConfig, workdir: Path) -> Start:
     """
     if has_checkpoints(workdir):
         folder = Path(workdir) / CHECKPOINTS
+        if not (folder / CONFIG).exists():
+            raise CheckpointError(
+                f"{folder} holds saved steps but no {CONFIG}, which says of what model. Put it "
+                "back from a copy, or choose another --workdir."
+            )
         text = read_text(folder / CONFIG, CheckpointError)
         fields = parse_object(text, folder / CONFIG, CheckpointError)
         return Start(fields, text, None, {}, folder)
@@ -254,10 +281,15 @@ def check_same_run(config: Config, workdir: Path) -> None:
     Raises:
       ConfigError: Fields differ from those that the saved run was started with.
     """
-    record = Path(workdir) / CHECKPOINTS / "run.json"
-    if not (has_checkpoints(workdir) and record.is_file()):
+    if not has_checkpoints(workdir):
         return
-    old = read_json(record, CheckpointError)["config"]
+    folder = Path(workdir) / CHECKPOINTS
+    if not (folder / RUN).exists():
+        raise CheckpointError(
+            f"{folder} holds saved steps but no {RUN}, which says with what settings. Put it back "
+            "from a copy, or choose another --workdir."
+        )
+    old = read_config(folder)
     changed = []
     new = json.loads(json.dumps(config.to_dict()))
     phase = new.pop("phase")

@@ -12,6 +12,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
+from refine_jax.phases.setup import only_run_in
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
 
@@ -52,6 +53,6 @@ def run(config: Config, workdir: str | Path) -> dict:
             f"processes cannot share. Got: {jax.process_count()} processes. Use 'example' or "
             "'batch', or one process."
         )
-    with use_mesh(config.mesh, alone=True):
+    with only_run_in(workdir) as check, use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
-        return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)))
+        return run_parts(parts, workdir, make_answerer(parts, make_adapter(parts)), check)

@@ -1,0 +1,172 @@
+"""Which folders in a run's checkpoint folder are saved steps, and which of them is best.
+
+A step is a folder that has the number of the step as its name and the marks of a finished save in
+it. Whatever else people keep there is left alone: nothing that a run did not write is deleted.
+"""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orbax.checkpoint.path import step as orbax_steps
+
+from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import kind_of, parse_json, short
+from refine_jax.checkpoint.arrays import damaged
+
+STATE, DATA, METRICS = "state", "data", "metrics"
+_FINISHED = "_CHECKPOINT_METADATA"  # Orbax's, written last
+_NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,17})")  # ASCII digits, as a run writes them
+_UNFINISHED = re.compile(_NUMBER.pattern + r"\.orbax-checkpoint-tmp(?:-[0-9]+)?")
+
+
+class Steps(NamedTuple):
+    """What in a checkpoint folder has the number of a step as its name; each ascending.
+
+    saved: finished checkpoints, links to such among them. linked: those of them that are links.
+    broken: of a checkpoint only a part is there, or it cannot be read. other: anything else.
+    """
+
+    saved: list[int]
+    linked: list[int]
+    broken: list[int]
+    other: list[int]
+
+
+def find_steps(folder: str | os.PathLike) -> Steps:
+    """The steps in a checkpoint folder; none if there is no such folder."""
+    found = Steps([], [], [], [])
+    try:
+        numbers = sorted(int(n) for n in os.listdir(folder) if _NUMBER.fullmatch(n))
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}.") from None
+    for number in numbers:
+        path = Path(folder) / str(number)
+        try:
+            names = set(os.listdir(path))
+        except (FileNotFoundError, NotADirectoryError):  # deleted just now; a file; a link to none
+            found.other.append(number)
+        except OSError:
+            found.broken.append(number)
+        else:
+            if names >= {_FINISHED, STATE, DATA}:
+                found.saved.append(number)
+                if path.is_symlink():
+                    found.linked.append(number)
+            elif not names or names & {_FINISHED, STATE, DATA, METRICS}:
+                found.broken.append(number)
+            else:
+                found.other.append(number)
+    return found
+
+
+def check_newest(folder: str | os.PathLike, steps: Steps) -> None:
+    """Raise CheckpointError if what would be the newest step is broken: an older one is no answer.
+
+    A copy that was cut short and a folder that cannot be read look like this.
+    """
+    newest = max(steps.saved, default=-1)
+    for number in reversed(steps.broken):
+        if number > newest:
+            path = Path(folder) / str(number)
+            raise damaged(path, _why_broken(path), how_to_fix(path, steps.saved))
+
+
+def check_room(folder: str | os.PathLike, steps: Steps, last: int | None) -> None:
+    """Raise CheckpointError if something that is no checkpoint has the name of a step to come.
+
+    last: the last step that the run will save; None: any.
+    """
+    newest = max(steps.saved, default=-1)
+    for number in steps.other:
+        if newest < number and (last is None or number <= last):
+            raise CheckpointError(
+                f"{Path(folder) / str(number)} is no checkpoint of this run but has the name of "
+                "one that the run will save. Move it elsewhere: it is not overwritten."
+            )
+
+
+def _why_broken(path: Path) -> str | OSError:
+    try:
+        missing = [name for name in (STATE, DATA, _FINISHED) if not (path / name).exists()]
+        os.listdir(path)
+    except OSError as error:
+        return error
+    return f"it has no {', '.join(missing)}"
+
+
+def how_to_fix(folder: str | os.PathLike, others: list[int]) -> str:
+    """What to do about a damaged step, given the other ones."""
+    if not others:
+        return f"Delete {folder} to start over; there is no other step."
+    return f"Delete {folder} to continue from step {others[-1]}, or choose one of {others}."
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Delete what saves that were interrupted have left; only folders of the names Orbax uses."""
+    with os.scandir(folder) as entries:
+        left = [
+            entry.path
+            for entry in entries
+            if _UNFINISHED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        ]
+    for path in left:
+        shutil.rmtree(path)
+
+
+class StepNames(orbax_steps.NameFormat):
+    """Shows Orbax the folders that the run wrote, and no others: it deletes what it knows of."""
+
+    def build_name(self, step: int) -> str:
+        """The name of a step's folder."""
+        return str(step)
+
+    def find_all(self, base_path: Any) -> Iterator[orbax_steps.Metadata]:
+        """The finished steps that are no links."""
+        steps = find_steps(base_path)
+        for step in steps.saved:
+            if step not in steps.linked:
+                yield self.find_step(base_path, step)
+
+    def find_step(self, base_path: Any, step: int) -> orbax_steps.Metadata:
+        """A step, which is there."""
+        return orbax_steps.Metadata(
+            step=step, path=orbax_steps.build_step_path(base_path, self, step)
+        )
+
+
+def read_metrics(folder: str | os.PathLike, step: int, others: list[int]) -> dict[str, float]:
+    """The figures that a step was saved with, by name; empty if with none. Some may be NaN.
+
+    Raises CheckpointError if they are damaged.
+    """
+    path = Path(folder) / str(step)
+    file = path / METRICS / METRICS
+    try:
+        if not (path / METRICS).exists():
+            return {}
+        figures = parse_json(file.read_bytes(), file.name, CheckpointError, strict=False)
+        if not isinstance(figures, dict):
+            raise CheckpointError(f"{file.name} must hold an object. Got: {kind_of(figures)}")
+        for name, value in figures.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CheckpointError(f"{file.name}: {name} must be a number. Got: {short(value)}")
+        return {name: float(value) for name, value in figures.items()}
+    except (OSError, OverflowError, CheckpointError) as error:
+        raise damaged(path, error, how_to_fix(path, [s for s in others if s != step])) from None
+
+
+def find_best(figures: Mapping[int, Mapping[str, float]], name: str | None, mode: str):
+    """The step whose figure `name` is best ("min" or "max"); None where none has it."""
+    known = {
+        step: values[name]
+        for step, values in figures.items()
+        if name in values and not math.isnan(values[name])
+    }
+    return (min if mode == "min" else max)(known, key=known.get, default=None)
