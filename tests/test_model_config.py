@@ -6,7 +6,7 @@ import time
 import goldens
 import jax
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import ModelConfigError
@@ -367,7 +367,7 @@ PLACES = st.sampled_from(
 POSITIONS = st.dictionaries(st.sampled_from(["rope_theta", "rope_type", "factor"]), JSON)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     family=st.sampled_from(FAMILIES),
     changes=st.dictionaries(PLACES, JSON | POSITIONS | st.integers(0, 64), max_size=4),
