@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -42,10 +46,32 @@ USER_ERRORS = (UserError, OSError)
 """What a command prints as one message instead of a traceback."""
 
 
+_REASONS = {
+    errno.EACCES: "this user may not do that here (permission denied)",
+    errno.EPERM: "this user may not do that here (operation not permitted)",
+    errno.EROFS: "it is on a file system that can only be read",
+    errno.ENOSPC: "no space is left on its disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of this path is a file, no folder",
+    errno.EISDIR: "it is a folder, no file",
+    errno.EEXIST: "something of this name is there already",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EMFILE: "too many files are open (raise `ulimit -n`)",
+}
+
+
+def reason(error: OSError) -> str:
+    """What the system says of a file, as a part of a sentence."""
+    return _REASONS.get(error.errno, error.strerror or str(error) or type(error).__name__)
+
+
 def describe(error: BaseException) -> str:
     """The message of an error for a user: one of the system says which file it is about."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"cannot use {error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        about = "a file" if error.filename is None else error.filename
+        return f"cannot use {about}: {reason(error)}."
     return str(error) or type(error).__name__
 
 
@@ -71,3 +97,49 @@ def print_json(value: Any) -> None:
     """Print a JSON value in a line, with characters as they are where the output can say them."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     print(json.dumps(value, ensure_ascii=encoding != "utf8"), flush=True)
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it (128 + SIGINT)."""
+
+OUTPUT_CLOSED = 141
+"""Exit code where nobody reads the output any more, as of `| head` (128 + SIGPIPE)."""
+
+
+def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Do the work of a command; returns its exit code, where `work` returns None 0.
+
+    What the user can mend is one message (exit code 1), Ctrl-C one line (130), and an output that
+    nobody reads any more nothing (141). debug: let errors through, with their traceback.
+    """
+    escape_output()
+    try:
+        code = work() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except USER_ERRORS as error:
+        if output_is_closed(error):
+            return OUTPUT_CLOSED
+        if debug:
+            raise
+        return complain(error)
+
+
+def output_is_closed(error: BaseException) -> bool:
+    """Whether an error came of a standard output that takes no more; it is silenced if so."""
+    if not isinstance(error, BrokenPipeError) or sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    except (OSError, ValueError):
+        pass
+    return False

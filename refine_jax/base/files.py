@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -11,9 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.errors import ConfigError, UserError, reason
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Also file:/x, and what a path made of gs://x: one slash. Drives of Windows are one letter.
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*[A-Za-z]://")
+_LONGEST = 3500
+"""Bytes of a folder's path that leave room, of the 4096 of Linux, for the files in it."""
 MARK = "\ufeff"
 """The byte order mark, which some editors put before a text; it is never part of one."""
 
@@ -34,8 +38,50 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
         raise error(f"{setting} must be a path. Got: {text!r}, with a null character.")
     try:
         return Path(text).expanduser()
-    except RuntimeError as reason:  # "~name" of a user that is not there
-        raise error(f"{setting}={text!r}: {reason}") from None
+    except RuntimeError as problem:  # "~name" of a user that is not there
+        raise error(f"{setting}={text!r}: {problem}") from None
+
+
+def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigError) -> None:
+    """Raise `error` unless files can be made in a folder, which need not be there.
+
+    It is tried out, since rights alone do not say it, and what that made is removed.
+    """
+    made: list[Path] = []
+    try:
+        if len(os.fsencode(folder.absolute())) > _LONGEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if folder.is_symlink() and not folder.exists():
+            raise error(f"{setting}={str(folder)!r} is a link to a folder that is not there.")
+        if folder.exists() and not folder.is_dir():
+            raise error(f"{setting}={str(folder)!r} must be a folder. It is a file.")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{secrets.token_hex(8)}.new"
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        trial.unlink()
+    except OSError as problem:
+        text = short(str(folder), 200)
+        raise error(f"{setting}={text}: nothing can be written there: {reason(problem)}.") from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # another process is using it already
+                path.rmdir()
+
+
+def check_output(path: Path, setting: str, error: type[UserError] = ConfigError) -> None:
+    """Raise `error` unless a file can be written in full or not at all (`replacing`)."""
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise error(f"{setting}={str(path)!r} must name a file. It is {kind}.")
+        if not path.parent.is_dir():
+            raise error(f"{setting}={str(path)!r}: there is no folder {str(path.parent)!r}.")
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # says so where the name is too long
+    except OSError as problem:
+        raise error(f"{setting}={short(str(path), 200)}: {reason(problem)}.") from None
+    check_writable(path.parent, setting, error)
 
 
 def valid_unicode(text: str) -> str:
@@ -55,10 +101,10 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
     """
     try:
         return Path(path).read_bytes().decode("utf-8").removeprefix(MARK)
-    except OSError as reason:
-        raise error(f"cannot read {path}: {reason.strerror or reason}.") from None
-    except UnicodeDecodeError as reason:
-        raise error(f"{path} is not UTF-8 text: {reason}.") from None
+    except OSError as problem:
+        raise error(f"cannot read {path}: {reason(problem)}.") from None
+    except UnicodeDecodeError as problem:
+        raise error(f"{path} is not UTF-8 text: {problem}.") from None
 
 
 def parse_json(
@@ -80,8 +126,8 @@ def parse_json(
         return json.loads(text, parse_constant=refuse if strict else None)
     except RecursionError:
         raise error(f"{where} is not valid JSON: it is nested too deeply.") from None
-    except ValueError as reason:
-        raise error(f"{where} is not valid JSON: {reason}.") from None
+    except ValueError as problem:
+        raise error(f"{where} is not valid JSON: {problem}.") from None
 
 
 def read_json(path: str | os.PathLike, error: type[UserError]) -> dict[str, Any]:
@@ -139,7 +185,10 @@ def kind_of(value: Any) -> str:
 
 def short(value: Any, limit: int = 80) -> str:
     """A value for a message, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of more than some thousand digits
+        text = f"a {type(value).__name__} of too many digits to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

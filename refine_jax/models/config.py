@@ -235,6 +235,19 @@ class GatedDeltaNetConfig(_DeltaFamilyConfig):
 _FAMILIES = {c.model_type: c for c in (LaCTConfig, DeltaNetConfig, GatedDeltaNetConfig)}
 
 
+def family_of(model_type: Any) -> type[ModelConfig]:
+    """The family of that name, whose fields are those of its `config.json`.
+
+    Raises:
+      ModelConfigError: There is none.
+    """
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise ModelConfigError(
+            f"model_type must be one of {sorted(_FAMILIES)}. Got: model_type={model_type!r}."
+        )
+    return _FAMILIES[model_type]
+
+
 def model_config(fields: dict[str, Any]) -> ModelConfig:
     """The configuration that a `config.json` (as a dict) describes.
 
@@ -243,11 +256,7 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
     that is not supported.
     """
     model_type = fields.get("model_type")
-    if model_type not in _FAMILIES:
-        raise ModelConfigError(
-            f"model_type must be one of {sorted(_FAMILIES)}. Got: model_type={model_type!r}."
-        )
-    family = _FAMILIES[model_type]
+    family = family_of(model_type)
     known = {field.name for field in dataclasses.fields(family)}
     try:
         return family(**{k: v for k, v in fields.items() if k in known})
