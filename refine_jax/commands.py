@@ -17,7 +17,7 @@ import textwrap
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -31,13 +31,29 @@ _HELP = ("help", "h", "helpshort", "helpfull")
 _SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
+class Given(NamedTuple):
+    """What a command line says besides the command's own flags.
+
+    settings: {name: text} of the flags that `kind_of` knows; True or False for switches without a
+    value. notes: what the user should know of flags that are given twice.
+    """
+
+    settings: dict[str, str | bool]
+    notes: list[str]
+
+    def say(self) -> None:
+        """Print the notes on standard error."""
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+
+
 def parse(
     own: flags.FlagValues,
     arguments: Sequence[str],
     doc: str,
     *,
     kind_of: Callable[[str], Any] = lambda name: None,
-) -> dict[str, str | bool]:
+) -> Given:
     """Set the flags of a command; for --help print the page and exit.
 
     Args:
@@ -47,13 +63,11 @@ def parse(
       kind_of: The type of a flag that is not among `own`, such as one of a setting; None: there is
         no such flag.
 
-    Returns:
-      {name: text} of the flags that `kind_of` knows, True or False for switches without a value.
-
     Raises:
-      ConfigError: A flag is unknown, has no value or a wrong one, or is given twice.
+      ConfigError: A flag is unknown, has no value or a wrong one.
     """
     given: dict[str, str | bool] = {}
+    notes = []
     try:
         left = list(own.read_flags_from_files(list(arguments), force_gnu=False))
         while left:
@@ -61,11 +75,12 @@ def parse(
             if name in _HELP:
                 print(help_page(own, doc))
                 raise SystemExit(0)
-            if given.setdefault(name, value) != value:
-                raise ConfigError(
-                    f"--{name} is given twice: {short(given[name])} and {short(value)}. "
-                    "Which one is meant?"
+            if given.get(name, value) != value:
+                notes.append(
+                    f"--{name} is given twice, {short(given[name])} and {short(value)}: the last "
+                    "one counts."
                 )
+            given[name] = value
         ours = {name: value for name, value in given.items() if name in own}
         own(["", *(f"--{name}={value}" for name, value in ours.items())])
     except flags.Error as error:
@@ -74,7 +89,7 @@ def parse(
         flag = own[name]
         if flag.value is None and getattr(flag, "needed", False):
             raise ConfigError(f"--{name} is needed: {flag.help}.")
-    return {name: value for name, value in given.items() if name not in own}
+    return Given({name: value for name, value in given.items() if name not in own}, notes)
 
 
 def _next_flag(
@@ -132,7 +147,7 @@ def help_page(own: flags.FlagValues, doc: str) -> str:
     lines = [doc.strip(), "", "Flags:"]
     for name in own:
         flag = own[name]
-        form = f"  --{name}" if flag.boolean else f"  --{name}={_value_of(flag)}"
+        form = f"  --[no]{name}" if flag.boolean else f"  --{name}={_value_of(flag)}"
         text = flag.help.strip().split(">: ")[-1]  # absl says <a|b>: before what an enum means
         if flag.default not in (None, "", False):
             default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default

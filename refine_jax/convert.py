@@ -12,13 +12,13 @@ import argparse
 import json
 import re
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from refine_jax.base.errors import USER_ERRORS, CheckpointError, complain, escape_output
+from refine_jax.base.errors import CheckpointError, run_command
+from refine_jax.base.files import local_path
 from refine_jax.checkpoint import (
     load_model,
     read_hf,
@@ -71,18 +71,13 @@ def to_hf(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = vars(_parser().parse_args(arguments))
     # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)
     convert = options.pop("convert")
-    try:
-        print(convert(**options))
-    except USER_ERRORS as error:
-        return complain(error)
-    return 0
+    return run_command(lambda: print(convert(**options)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +134,10 @@ def step_argument(text: str) -> int | str:
 
 def _check_paths(src: str, dst: str, overwrite: bool) -> None:
     """Say what is wrong with DST before any work is done."""
-    source, target = Path(src).expanduser().resolve(), Path(dst).expanduser().resolve()
+    source, target = (
+        local_path(path, name, CheckpointError).resolve()
+        for path, name in ((src, "SRC"), (dst, "DST"))
+    )
     if source == target or target in source.parents:
         raise CheckpointError(f"{dst} is SRC itself, or holds it: choose another DST.")
     check_free(dst, overwrite=overwrite)

@@ -33,13 +33,12 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import (
-    USER_ERRORS,
     ConfigError,
     DataError,
-    complain,
-    escape_output,
     print_json,
+    run_command,
 )
+from refine_jax.base.files import check_writable, local_path
 from refine_jax.checkpoint.folders import check_free
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
@@ -71,6 +70,8 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.save_state is not None:
         check_free(options.save_state)
+        folder = local_path(options.save_state, "--save_state").absolute()
+        check_writable(folder.parent, "the folder of --save_state")
     adaptation = read_adaptation(options)
     texts = read_prompts(options)
     _check_stream(options, len(texts))
@@ -221,7 +222,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     """
     texts = list(options.prompt)
     for name in options.prompt_file:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else _prompt_file(name)
         name = "standard input" if name == "-" else name
         if not data:
             raise DataError(f"{name} is empty: no prompt. For a text out of nothing: --prompt ''.")
@@ -230,6 +231,14 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8 text: {error}.") from None
     return texts
+
+
+def _prompt_file(name: str) -> bytes:
+    path = local_path(name, "--prompt_file", DataError)
+    # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
+    if path.is_fifo() and path.parent != Path("/dev/fd"):
+        raise DataError(f"--prompt_file={name!r} is a pipe: give its text to standard input.")
+    return path.read_bytes()
 
 
 def show_json(
@@ -273,19 +282,11 @@ def _check_stream(options: argparse.Namespace, prompts: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = _parser().parse_args(arguments)
     if not (options.prompt or options.prompt_file or options.load_state):
         options.prompt_file = ["-"]
     logging.set_verbosity(logging.ERROR)
-    try:
-        run(options)
-    except USER_ERRORS as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from absl import logging
 
-from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.base.errors import DataError, complain, run_command
+from refine_jax.base.files import check_output, local_path, write_text
 from refine_jax.convert import step_argument
 
 
@@ -49,8 +50,10 @@ def evaluate(
 
     # lm-eval would fork for its bootstrap; a child of JAX's threads may wait for ever.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise DataError(f"include_path is no folder: {include_path}")
+    if include_path is not None:
+        include_path = str(local_path(include_path, "include_path", DataError))
+        if not Path(include_path).is_dir():
+            raise DataError(f"include_path is no folder: {include_path}")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -87,22 +90,27 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = vars(_parser().parse_args(arguments))
     logging.set_verbosity(logging.WARNING)
-    output = options.pop("output")
-    try:
-        _check_output(output)
-        results = evaluate(**options)
-        _print(results)
-        if output is not None:
-            from lm_eval.utils import handle_non_serializable
+    return run_command(lambda: _run(options))
 
-            text = json.dumps(results, indent=2, default=handle_non_serializable)
-            output.write_text(text + "\n", encoding="utf-8")
-    except (*USER_ERRORS, ImportError) as error:
+
+def _run(options: dict) -> int | None:
+    output = options.pop("output")
+    if output is not None:
+        output = local_path(output, "--output", DataError)
+        _check_output(output)
+    try:
+        results = evaluate(**options)
+    except ImportError as error:
         return complain(error)
-    return 0
+    _print(results)
+    if output is not None:
+        from lm_eval.utils import handle_non_serializable
+
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
+        write_text(output, text + "\n")
+    return None
 
 
 def _print(results: dict) -> None:
@@ -120,14 +128,11 @@ def _missing(tasks: list[str], known: Collection[str]) -> list[str]:
     return [task for task in tasks if task not in known and not Path(task).is_file()]
 
 
-def _check_output(path: Path | None) -> None:
+def _check_output(path: Path) -> None:
     """Say what is wrong with the file before hours of work."""
-    if path is None:
-        return
+    check_output(path, "--output", DataError)
     if path.exists():
         raise DataError(f"{path} exists: choose another --output.")
-    if not path.parent.is_dir():
-        raise DataError(f"{path.parent}, the folder of --output, does not exist.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_length", type=int, help="most tokens of a request; longer ones are cut on the left"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampled generations")
-    parser.add_argument("--output", type=Path, help="JSON file for lm-eval's results")
+    parser.add_argument("--output", help="JSON file for lm-eval's results")
     parser.add_argument(
         "--log_samples", action="store_true", help="with every document and response"
     )

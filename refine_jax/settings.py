@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from refine_jax.base.errors import ConfigError
+from refine_jax.base.errors import ConfigError, UserError
 from refine_jax.base.files import local_path, short
 
 # Upper ends of settings: far above what any machine runs, and low enough that nothing overflows.
@@ -59,20 +59,20 @@ class Section:
             object.__setattr__(self, field.name, value)
 
 
-def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
+def expanded(
+    value: Any, setting: str, *, empty: bool = True, error: type[UserError] = ConfigError
+) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises ConfigError for a URL.
+    empty: whether "" is allowed. Raises `error` for a URL.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if not isinstance(value, str):
+    if not isinstance(value, str) or (not value and empty):
         return value
-    if not value and not empty:
-        raise ConfigError(f"{setting} must not be empty. Got: ''.")
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting)
+    path = local_path(name, setting, error)
     return f"{kind}{path}" if name.startswith("~") else value
 
 

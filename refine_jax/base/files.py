@@ -29,6 +29,8 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
     Raises `error` for a URL: buckets and hubs are not read or written by this version.
     """
     text = os.fspath(path)
+    if not text:
+        raise error(f"{setting} must not be empty. Got: ''.")
     if _SCHEME.match(text):
         raise error(
             f"{setting} must be a path of a file system: buckets and other URLs are not supported. "

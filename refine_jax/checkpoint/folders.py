@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import local_path
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -51,7 +52,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
     overwrite: replace a checkpoint that is there already (a folder with a config.json).
     Raises CheckpointError if `path` exists and must not be replaced.
     """
-    path = Path(path).expanduser().absolute()
+    path = local_path(path, "the folder to write", CheckpointError).absolute()
     check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
@@ -72,7 +73,7 @@ def new_folder(path: str | os.PathLike, *, overwrite: bool = False) -> Iterator[
 
 def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Raise CheckpointError unless a checkpoint may be written to `path`."""
-    path = Path(path).expanduser().absolute()
+    path = local_path(path, "the folder to write", CheckpointError).absolute()
     if not os.path.lexists(path):
         return
     if not overwrite:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import parse_object, read_json, read_text, write_text
+from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -94,7 +94,7 @@ def read_hf(folder: str | os.PathLike) -> Pretrained:
       CheckpointError: A file is missing or damaged, or the tensors are not those that config.json
         asks for; the message lists every one that is missing, unknown or of another shape.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = local_path(folder, "the Hugging Face folder", CheckpointError).absolute()
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
     config_json = read_text(folder / CONFIG, CheckpointError)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refine_jax.base.errors import DataError
+from refine_jax.settings import expanded
 
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
@@ -76,6 +77,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         """Raise DataError, naming the field, for a value that cannot work."""
+        for name in ("source", "tokenizer", "tfds_data_dir", "cache_dir"):
+            path = expanded(getattr(self, name), self.setting(name), error=DataError)
+            object.__setattr__(self, name, path)
         if not self.source:
             raise DataError(
                 f"{self.setting('source')} must be stdlib, tfds:NAME or a path. Got: ''."

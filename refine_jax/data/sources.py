@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import valid_unicode
+from refine_jax.base.files import local_path, valid_unicode
 from refine_jax.data.options import DataOptions
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -385,7 +385,8 @@ def find_files(
     Raises:
         DataError: nothing is there.
     """
-    root = Path(path)
+    root = local_path(path, setting, DataError)
+    path = str(root)
     if root.is_file():
         return [root]
     if root.is_dir():

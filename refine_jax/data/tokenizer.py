@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import local_path
 
 Ids = Sequence[int] | np.ndarray
 
@@ -207,7 +208,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         return ByteTokenizer()
     if name_or_path == "mistral-v1":
         return SentencePieceTokenizer(_mistral_model(), name="mistral-v1")
-    path = Path(name_or_path)
+    path = local_path(name_or_path, "the tokenizer", DataError)
     if path.is_dir():
         for file in ("tokenizer.model", "tokenizer.json"):
             for folder in (path, path / "tokenizer"):

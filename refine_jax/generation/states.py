@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import local_path, read_json, write_text
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import check_free, new_folder
 from refine_jax.checkpoint.tree import (
@@ -55,7 +54,7 @@ def load_prefix(
       CheckpointError: No saved state, a corrupt one, or one of another model, other parameters,
         another dtype or another tokenizer.
     """
-    folder = Path(path).expanduser().resolve()
+    folder = local_path(path, "the saved state", CheckpointError).resolve()
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{path} is not a saved state: it has no {_RECORD}.")
     record = read_json(folder / _RECORD, CheckpointError)

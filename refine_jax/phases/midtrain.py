@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from refine_jax import distributed
+from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
       RunError: Training cannot go on.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir, "workdir").absolute()
     with use_mesh(config.mesh), Interrupt() as interrupt:
         return _Loop(prepare(config, workdir), workdir).run(interrupt)
 

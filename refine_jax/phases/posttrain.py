@@ -33,6 +33,7 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import (
@@ -113,7 +114,7 @@ def run(config: Config, workdir: str | Path) -> dict:
       workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
         the run continues from the latest.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir, "workdir").absolute()
     with use_mesh(config.mesh), Interrupt() as interrupt:
         return _Loop(prepare(config, workdir), workdir).run(interrupt)
 

@@ -276,7 +276,8 @@ class TrainStep:
         """One step; it gives the state's buffers away.
 
         Metrics are scalars (means over the updates of the step), "time/update" and, where rollouts
-        are collected before, "time/collect" seconds on the host. Raises ValueError where mini_batch does not divide the batch.
+        are collected before, "time/collect" seconds on the host. Raises ValueError where mini_batch
+        does not divide the batch.
         """
         rows, mini_batch = batch["tokens"].shape[0], self.mini_batch
         if rows % mini_batch:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import local_path
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Task
@@ -113,6 +114,7 @@ def load_examples(
         DataError: there is no such task, something it needs is missing, or nothing fits.
     """
     task = check_request(name, length=length, samples=samples, data=data, essays=essays)
+    data = str(local_path(data, "data", DataError)) if data else data
     build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
     if not _is_built(name, data):
         return files.read_examples(task, data, **build)

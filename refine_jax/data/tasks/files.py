@@ -19,6 +19,7 @@ from typing import Any
 from absl import logging
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.files import local_path
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw
@@ -87,7 +88,7 @@ def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None
     Raises:
         DataError: the file cannot be written, or has another suffix.
     """
-    path = Path(path)
+    path = local_path(path, "the file", DataError)
     if path.suffix not in SUFFIXES:
         raise DataError(f"examples are written to .parquet or .jsonl. Got: {path}.")
     rows = [
