@@ -147,16 +147,16 @@ def _run(arguments: Sequence[str]) -> int:
     from refine_jax import commands
 
     own = _flags()
-    settings = commands.parse(own, arguments, __doc__, kind_of=commands.kind_of_setting)
+    line = commands.parse(own, arguments, __doc__, kind_of=commands.kind_of_setting)
     given = {name: own[name].value for name in own}
     values = None
     if given["config"] is not None:
         values = commands.load_config(given["config"])
-        commands.override(values, settings)
-    elif settings:
-        raise ConfigError(
-            f"--{next(iter(settings))} changes a configuration: name its --config=FILE."
-        )
+        commands.override(values, line.settings)
+    elif line.settings:
+        name = next(iter(line.settings))
+        raise ConfigError(f"--{name} changes a configuration: name its --config=FILE.")
+    line.say()
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     logging.set_verbosity(logging.WARNING)
     workdir, debug = given["workdir"], given["debug"]
