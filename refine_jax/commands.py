@@ -11,6 +11,7 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import shutil
 import sys
 import textwrap
@@ -337,7 +338,10 @@ def _call(path: str, shown: str, arguments: list[str]) -> Any:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         place = f" in line {lines[-1]}" if lines else ""
-        said = " ".join(str(error).split())
+        text = error.args[0] if error.args and isinstance(error, AttributeError) else error
+        # ml_collections lists all values of a section that lacks a field.
+        text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", str(text), flags=re.S)
+        said = " ".join(text.split())
         said = said if len(said) <= 500 else f"{said[:500]} ..."
         message = f"{type(error).__name__}: {said}" if said else type(error).__name__
         raise ConfigError(f"The configuration file {shown} failed{place}: {message}") from error

@@ -154,8 +154,8 @@ def split_address(address: str) -> tuple[str, int]:
     found = _ADDRESS.fullmatch(address)
     if not found or not 0 < int(found["port"]) < 1 << 16:
         raise ConfigError(
-            "--coordinator must be HOST:PORT of process 0, with a port from 1 to 65535 and an IPv6 "
-            f"address in brackets, as [::1]:8476. Got: {short(address)}."
+            f"--coordinator must be HOST:PORT of process 0. Got: {short(address)}. Ports are 1 to "
+            "65535; an IPv6 address is in brackets, as [::1]:8476."
         )
     return found["ip6"] or found["host"], int(found["port"])
 
@@ -236,8 +236,9 @@ def _stay_local(address: str) -> None:
     """
     from jax._src.lib import _jax
 
-    make = _jax.make_gloo_tcp_collectives
-    _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=address)
+    make = getattr(_jax, "make_gloo_tcp_collectives", None)
+    if make is not None:
+        _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=address)
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:

@@ -31,9 +31,19 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from refine_jax.base.errors import USER_ERRORS, ConfigError, complain, run_command
+from refine_jax.base.errors import (
+    USER_ERRORS,
+    ConfigError,
+    RunError,
+    complain,
+    run_command,
+)
 from refine_jax.base.files import check_writable, local_path
+
+if TYPE_CHECKING:
+    from refine_jax.config import Config
 
 # What takes long to import, jax above all, is imported where it is used: help and messages about
 # flags come at once, and Ctrl-C is understood from the start.
@@ -71,14 +81,33 @@ def execute(
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
         results = phase.run(config, workdir)
         distributed.say(json.dumps(results))
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             raise
+        if not isinstance(error, USER_ERRORS):
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            error = _out_of_memory(error, config)
         distributed.report_failure(error)
         if debug:
             raise
         return complain(error)
     return 0
+
+
+def _out_of_memory(error: RuntimeError, config: Config) -> RunError:
+    """What to do where a device has no room for a program's arrays."""
+    said = str(error).strip().splitlines()[0]
+    smaller = {
+        "midtrain": "config.train.micro_batch_size",
+        "posttrain": "config.train.micro_batch_size",
+        "testtime": "config.testtime.micro_batch_size or config.testtime.copies",
+        "evaluate": "config.evaluate.batch_size or config.generation.prefill_tokens",
+    }[config.phase]
+    return RunError(
+        f"The memory of a device is not enough ({said}). Lower {smaller}, or use more devices "
+        "(config.mesh); --compile_only says what a run needs of TPUs, and what would help."
+    )
 
 
 def keep_programs(workdir: str | os.PathLike) -> None:

@@ -40,8 +40,12 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
         raise error(f"{setting} must be a path. Got: {text!r}, with a null character.")
     try:
         return Path(text).expanduser()
-    except RuntimeError as problem:  # "~name" of a user that is not there
-        raise error(f"{setting}={text!r}: {problem}") from None
+    except RuntimeError:
+        user = text.partition("/")[0]
+        raise error(
+            f"{setting}={text!r}: there is no home folder {user} on this machine. A folder of that "
+            f"name is ./{text}."
+        ) from None
 
 
 def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigError) -> None:

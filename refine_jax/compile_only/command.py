@@ -62,9 +62,9 @@ def run(
       ConfigError: No such slice, no libtpu, or a mesh that the run does not fit.
     """
     slice_ = parse_topology(topology)
-    check_libtpu()
     if out is not None:
         check_output(out, "--json")
+    check_libtpu()
     task = {"config": config.to_dict(), "topology": slice_.name, "plan": plan, "debug": debug}
     run_facts = in_child(task | {"program": None})
     if "error" in run_facts:

@@ -25,6 +25,7 @@ from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
     check_mesh,
+    check_room,
     check_same_run,
     data_options,
     prepare_model,
@@ -56,6 +57,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_same_run(config, workdir)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
+    check_room(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)

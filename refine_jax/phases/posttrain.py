@@ -53,6 +53,7 @@ from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
     check_mesh,
+    check_room,
     check_same_run,
     data_options,
     prepare_model,
@@ -99,6 +100,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_same_run(config, workdir)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
+    check_room(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(data_options(config, tokenizer), options, tokenizer)
     training, held_out = training_data(corpus, config)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,36 @@ def check_mesh(config: Config, model: Model) -> None:
                 "Choose larger mini-batches, or give devices to config.mesh.tensor or sequence."
             )
     check_fits(sizes, tokens=config.data.sequence_length, model=model.config)
+
+
+def check_room(config: Config, model: Model) -> None:
+    """Refuse rows that all memory of the run's machines cannot hold, whatever else is there.
+
+    The backward pass needs the input of each layer, and a host its share of a batch.
+
+    Raises:
+      ConfigError: With the bytes that are needed at least, and those that there are.
+    """
+    length, rows = config.data.sequence_length, rows_at_once(config)
+    fields = model.config
+    width = jnp.dtype(model.policy.compute_dtype).itemsize
+    inputs = fields.num_hidden_layers * rows * length * fields.hidden_size * width
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    devices = host
+    if jax.default_backend() != "cpu":
+        known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        devices = known * jax.device_count() if known else math.inf
+    for what, needed, there, name in (
+        (f"inputs of the layers for {rows} rows at once", inputs, devices, "micro_batch_size"),
+        ("tokens of a batch", 4 * config.train.batch_size * length, host, "batch_size"),
+    ):
+        if needed > there:
+            raise ConfigError(
+                f"config.train.{name}: the {what} ({length} tokens each) alone take "
+                f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB in all. Lower "
+                f"config.train.{name}"
+                f"{' or config.train.mini_batch_size' if name[0] == 'm' else ''}."
+            )
 
 
 def rows_at_once(config: Config) -> int:
