@@ -92,7 +92,7 @@ def start(
     where = f"process {process_id} of {num_processes} at {coordinator}" if told else "this process"
     if told:
         addresses = resolve(coordinator)
-        if all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        if is_local(coordinator):
             _stay_local(addresses[0])
         if process_id == 0:
             bind = bind_address(coordinator, addresses)
@@ -178,6 +178,18 @@ def resolve(address: str) -> list[str]:
     return list(dict.fromkeys(each[4][0].partition("%")[0] for each in found))
 
 
+def is_local(coordinator: str) -> bool:
+    """Whether HOST:PORT names the loopback interface, whatever the machine.
+
+    The name of a machine may mean that to the machine itself and to no other.
+    """
+    host, _ = split_address(coordinator)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     """Where process 0 listens: on the named address, if it is one of this machine, and no other.
 
@@ -191,10 +203,9 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return None
     host, port = split_address(coordinator)
-    literal = host == "localhost" or host == addresses[0]
     loopback = any(ipaddress.ip_address(each).is_loopback for each in addresses)
     mine = all(_can_bind(address, 0) for address in addresses)
-    if mine and (literal or not loopback):
+    if mine and (is_local(coordinator) or not loopback):
         # Other processes may be told another of the addresses of a name.
         chosen = addresses[0] if len(addresses) == 1 else host
         taken = [address for address in addresses if not _can_bind(address, port)]
@@ -202,7 +213,7 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
         chosen = None
         taken = [] if _can_bind("0.0.0.0", port) else [host]
         print(
-            f"note: {host} is not an address of this machine alone: process 0 listens on port "
+            f"note: {host} may mean another address to other machines: process 0 listens on port "
             f"{port} of all its addresses. Anyone who can reach that port can control the run.",
             file=sys.stderr,
             flush=True,

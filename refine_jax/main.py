@@ -37,6 +37,7 @@ from refine_jax.base.errors import (
     USER_ERRORS,
     ConfigError,
     RunError,
+    allow_interrupts,
     complain,
     run_command,
 )
@@ -165,15 +166,15 @@ def compile_for(
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. arguments: None: those of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return run_command(
-        lambda: _run(arguments), debug=bool({"--debug", "--debug=true"} & {*arguments})
-    )
+    debug = bool({"--debug", "--debug=true"} & {*arguments})
+    return run_command(lambda: _run(arguments), debug=debug, imports=True)
 
 
 def _run(arguments: Sequence[str]) -> int:
     from absl import logging
 
     from refine_jax import commands
+    from refine_jax.config import PHASES
 
     own = _flags()
     line = commands.parse(own, arguments, __doc__, kind_of=commands.kind_of_setting)
@@ -197,6 +198,9 @@ def _run(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--{name} goes with --compile_only.")
     from refine_jax import distributed
 
+    if values is not None and values.phase in PHASES:
+        importlib.import_module(f"refine_jax.phases.{values.phase}")
+    allow_interrupts()
     join = functools.partial(
         distributed.start,
         given["distributed"],
@@ -246,4 +250,9 @@ def _flags():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        # Threads of libraries may wait for minutes for what will not come any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
+import select
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -106,13 +108,21 @@ OUTPUT_CLOSED = 141
 """Exit code where nobody reads the output any more, as of `| head` (128 + SIGPIPE)."""
 
 
-def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
+def run_command(
+    work: Callable[[], int | None], *, debug: bool = False, imports: bool = False
+) -> int:
     """Do the work of a command; returns its exit code, where `work` returns None 0.
 
     What the user can mend is one message (exit code 1), Ctrl-C one line (130), and an output that
-    nobody reads any more nothing (141). debug: let errors through, with their traceback.
+    nobody reads any more nothing (141).
+
+    debug: let errors through, with their traceback. imports: the work begins with imports; until
+    it calls `allow_interrupts`, Ctrl-C ends the process at once, as it does from the start of a
+    command (`refine_jax/__init__.py`): extension modules crash where an import is interrupted.
     """
     escape_output()
+    if not imports:
+        allow_interrupts()
     try:
         code = work() or 0
         if sys.stdout is not None:
@@ -129,17 +139,25 @@ def run_command(work: Callable[[], int | None], *, debug: bool = False) -> int:
         return complain(error)
 
 
+def allow_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, as usual, if a command has put that off until now."""
+    if threading.current_thread() is threading.main_thread() and hasattr(
+        signal.getsignal(signal.SIGINT), "at_start_of_command"
+    ):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def output_is_closed(error: BaseException) -> bool:
-    """Whether an error came of a standard output that takes no more; it is silenced if so."""
-    if not isinstance(error, BrokenPipeError) or sys.stdout is None:
+    """Whether an error came of a standard output that nobody reads; it takes anything then."""
+    if not isinstance(error, BrokenPipeError):
         return False
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    except (OSError, ValueError):
-        pass
-    return False
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        if not poll.poll(0):  # the pipe of something else
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return True

@@ -269,6 +269,10 @@ def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
     return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
 
 
+def _field(section: str, name: str) -> dataclasses.Field:
+    return SECTIONS[section].__dataclass_fields__[name]
+
+
 def check_same_run(config: Config, workdir: Path) -> None:
     """Refuse to continue a run under a configuration that computes something else.
 
@@ -288,6 +292,8 @@ def check_same_run(config: Config, workdir: Path) -> None:
         for name, value in fields.items():
             # A run of a version without the setting had what is now its default.
             before = old.get(section, {}).get(name, getattr(SECTIONS[section](), name))
+            if isinstance(before, str) and _field(section, name).metadata["path"]:
+                before = os.path.expanduser(before)  # versions before this one recorded the "~"
             if f"{section}.{name}" not in _MAY_CHANGE and value != before:
                 changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
     if changed:
