@@ -48,6 +48,7 @@ from refine_jax.generation.states import load_prefix, save_prefix
 from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.settings import expand_flags
 
 
 class Adaptation(NamedTuple):
@@ -60,6 +61,7 @@ class Adaptation(NamedTuple):
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for; prints the texts."""
+    expand_flags(vars(options), "checkpoint", "tokenizer", "load_state", "save_state")
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,

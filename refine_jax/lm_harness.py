@@ -21,6 +21,7 @@ from absl import logging
 from refine_jax.base.errors import DataError, complain, run_command
 from refine_jax.base.files import check_output, local_path, write_text
 from refine_jax.convert import step_argument
+from refine_jax.settings import expand_flags
 
 
 def evaluate(
@@ -96,9 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: dict) -> int | None:
+    expand_flags(options, "checkpoint", "tokenizer", "include_path", "output")
     output = options.pop("output")
     if output is not None:
-        output = local_path(output, "--output", DataError)
+        output = Path(output)
         _check_output(output)
     try:
         results = evaluate(**options)

@@ -7,7 +7,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
@@ -74,6 +74,12 @@ def expanded(
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
     path = local_path(name, setting, error)
     return f"{kind}{path}" if name.startswith("~") else value
+
+
+def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
+    """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
+    for name in names:
+        values[name] = expanded(values[name], f"--{name}", empty=False)
 
 
 def plain(values):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -46,6 +47,11 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
             f"{setting}={text!r}: there is no home folder {user} on this machine. A folder of that "
             f"name is ./{text}."
         ) from None
+
+
+def path_flag(text: str) -> Path:
+    """The type of a flag of argparse that is a path: `~` is expanded, URLs are refused."""
+    return local_path(text, "it", argparse.ArgumentTypeError)
 
 
 def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigError) -> None:

@@ -29,13 +29,14 @@ from absl import logging
 from scipy.special import stdtrit
 
 from refine_jax.base.errors import DataError, run_command
-from refine_jax.base.files import check_writable, local_path, write_text
+from refine_jax.base.files import check_writable, write_text
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk
+from refine_jax.settings import expand_flags
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
 WHOLE_TOKENS = 65536
@@ -274,11 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: dict) -> None:
+    expand_flags(given, "checkpoint", "source", "tokenizer", "output")
     output = given.pop("output")
     names = ("checkpoint", "step", "spacing", "buckets", "batch_size")
     chosen = {name: given.pop(name) for name in names}
     if output is not None:
-        output = local_path(output, "--output", DataError)
+        output = Path(output)
         check_writable(output, "--output", DataError)
         if (output / "position.json").exists():
             raise DataError(f"{output} has a position.json: choose another --output.")

@@ -13,16 +13,17 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
 from refine_jax import commands
 from refine_jax.base.errors import DataError, run_command
-from refine_jax.base.files import check_writable, local_path, short
+from refine_jax.base.files import check_writable, short
 from refine_jax.data.tasks import check_request, load_examples
 from refine_jax.data.tasks.files import SUFFIXES, digest, write_examples
 from refine_jax.data.tokenizer import load_tokenizer
-from refine_jax.settings import LAST_SEED, MOST_ITEMS, MOST_TOKENS
+from refine_jax.settings import LAST_SEED, MOST_ITEMS, MOST_TOKENS, expand_flags, expanded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,10 @@ def _run(arguments: Sequence[str]) -> None:
     own = _flags()
     commands.parse(own, arguments, __doc__).say()
     values = {name: own[name].value for name in own}
-    folder = local_path(values["out"], "--out", DataError)
+    expand_flags(values, "out", "tokenizer")
+    for name in ("data", "essays"):
+        values[name] = expanded(values[name], f"--{name}")
+    folder = Path(values["out"])
     sources = {name: values[name] for name in ("samples", "data", "essays")}
     tokenizer = load_tokenizer(values["tokenizer"])
     lengths = [_length(text) for text in values["lengths"]]
