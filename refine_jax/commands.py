@@ -338,7 +338,9 @@ def _call(path: str, shown: str, arguments: list[str]) -> Any:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         place = f" in line {lines[-1]}" if lines else ""
-        text = error.args[0] if error.args and isinstance(error, AttributeError) else error
+        text = error
+        while isinstance(text, AttributeError | KeyError) and len(text.args) == 1:
+            (text,) = text.args  # the text itself, not its repr
         # ml_collections lists all values of a section that lacks a field.
         text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", str(text), flags=re.S)
         said = " ".join(text.split())

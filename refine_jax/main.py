@@ -208,11 +208,11 @@ def _run(arguments: Sequence[str]) -> int:
         num_processes=given["num_processes"],
         process_id=given["process_id"],
     )
-    with distributed.ending_together():
-        code = execute(values, workdir, debug=debug, join=join)
-        if code:
-            raise SystemExit(code)
-    return 0
+    try:
+        with distributed.ending_together():
+            sys.exit(execute(values, workdir, debug=debug, join=join))
+    except SystemExit as ended:
+        return ended.code
 
 
 def _flags():
