@@ -29,6 +29,7 @@ from refine_jax.settings import (
     MOST_ROWS,
     MOST_STEPS,
     MOST_TOKENS,
+    MOST_WORKERS,
     Section,
     check_names,
     plain,
@@ -316,7 +317,9 @@ class DataConfig(Section):
     epochs: int | None = setting(
         None, "passes over the training rows; None: no end", low=1, high=MOST_ROWS
     )
-    workers: int = setting(0, "processes that read ahead; 0: threads of this one", low=0, high=256)
+    workers: int = setting(
+        0, "processes that read ahead; 0: threads of this one", low=0, high=MOST_WORKERS
+    )
     cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory", path=True)
 
 

@@ -26,6 +26,7 @@ MOST_ITEMS = 2**40
 """Of what is counted and not kept: documents, examples."""
 MOST_AT_ONCE = 2**32
 """Tokens of all rows of a batch together; as 4 bytes each, 16 GiB."""
+MOST_WORKERS = 256
 LAST_SEED = 2**32 - 1
 LEAST = 1e-6
 """Of what others are divided by, so that float32 keeps the quotients."""

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refine_jax.base.errors import DataError
-from refine_jax.settings import expanded
+from refine_jax.base.files import short
+from refine_jax.settings import (
+    LAST_SEED,
+    MOST_ITEMS,
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_WORKERS,
+    expanded,
+)
 
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
@@ -88,27 +96,28 @@ class DataOptions:
             raise DataError(
                 f"{self.setting('chunking')} must be all or first. Got: {self.chunking!r}."
             )
-        for name, low in (
-            ("limit_documents", 1),
-            ("sequence_length", 2),
-            ("min_tokens", 1),
-            ("max_tokens", 1),
-            ("min_remainder", 1),
-            ("max_documents", 1),
-            ("validation_rows", 1),
-            ("epochs", 1),
-            ("seed", 0),
-            ("workers", 0),
+        for name, low, high in (
+            ("limit_documents", 1, MOST_ITEMS),
+            ("sequence_length", 2, MOST_TOKENS),
+            ("min_tokens", 1, MOST_ITEMS),
+            ("max_tokens", 1, MOST_ITEMS),
+            ("min_remainder", 1, MOST_TOKENS),
+            ("max_documents", 1, MOST_ROWS),
+            ("validation_rows", 1, MOST_ITEMS),
+            ("epochs", 1, MOST_ROWS),
+            ("seed", 0, LAST_SEED),
+            ("workers", 0, MOST_WORKERS),
         ):
             value = getattr(self, name)
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise DataError(
-                    f"{self.setting(name)} must be an integer >= {low}. Got: {value!r}."
+                    f"{self.setting(name)} must be an integer >= {low}. Got: {short(value)}."
                 )
-        if self.seed >= 2**32:
-            raise DataError(f"{self.setting('seed')} must be below 2**32. Got: {self.seed}.")
+            if value > high:
+                limit = "below 2**32" if name == "seed" else f"at most {high:,}"
+                raise DataError(f"{self.setting(name)} must be {limit}. Got: {short(value)}.")
         if not 0 <= self.holdout <= 0.5:
             raise DataError(
                 f"{self.setting('holdout')} must be between 0 and 0.5. Got: {self.holdout!r}."
