@@ -54,7 +54,6 @@ _REASONS = {
     errno.EROFS: "it is on a file system that can only be read",
     errno.ENOSPC: "no space is left on its disk",
     errno.EDQUOT: "the disk quota is used up",
-    errno.ENOENT: "there is no such file or folder",
     errno.ENOTDIR: "a part of this path is a file, no folder",
     errno.EISDIR: "it is a folder, no file",
     errno.EEXIST: "something of this name is there already",
