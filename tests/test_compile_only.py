@@ -277,7 +277,7 @@ def test_bad_input_is_one_message(compiler, capsys, monkeypatch, tmp_path):
 
     assert "--topology must be GENERATION:SIZES" in complaint(config(), "h100:8")
     assert "--config=FILE" in complaint(None, "v5e:4x4")
-    assert "there is no folder" in complaint(config(), "v5e:4x4", "/no/such/folder/x.json")
+    assert "There is no folder" in complaint(config(), "v5e:4x4", "/no/such/folder/x.json")
     os.mkfifo(tmp_path / "pipe")
     for file, words in (
         (tmp_path, "It is a folder"),

@@ -208,7 +208,7 @@ def test_what_may_be_written_leaves_nothing_behind(tmp_path):
         check_output(tmp_path / "there", "--x")
     with pytest.raises(ConfigError, match=r"no regular file"):
         check_output(Path("/dev/null"), "--x")
-    with pytest.raises(ConfigError, match=r"there is no folder"):
+    with pytest.raises(ConfigError, match=r"There is no folder"):
         check_output(tmp_path / "no" / "file.json", "--x")
     with pytest.raises(ConfigError, match="--x must not be empty"):
         local_path("", "--x")

@@ -88,7 +88,10 @@ def check_output(path: Path, setting: str, error: type[UserError] = ConfigError)
             kind = "a folder" if path.is_dir() else "no regular file"
             raise error(f"{setting}={str(path)!r} must name a file. It is {kind}.")
         if not path.parent.is_dir():
-            raise error(f"{setting}={str(path)!r}: there is no folder {str(path.parent)!r}.")
+            raise error(
+                f"There is no folder {str(path.parent)!r}: {setting}={str(path)!r} is in one that "
+                "does not exist."
+            )
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # says so where the name is too long
     except OSError as problem:
