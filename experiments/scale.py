@@ -23,6 +23,7 @@ from typing import Any
 # As early as this: where libtpu is installed, jax looks for a TPU when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from refine_jax.base.files import path_flag
 from refine_jax.compile_only.chips import GIB, parse_topology
 from refine_jax.compile_only.command import check_libtpu, in_child
 from refine_jax.compile_only.report import Report
@@ -212,7 +213,7 @@ def table(lines: list[list[str]]) -> str:
 def main() -> None:
     """Compile what is missing, then print the tables."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--out", type=Path, required=True, help="folder of the figures")
+    flags.add_argument("--out", type=path_flag, required=True, help="folder of the figures")
     flags.add_argument("--only", default="", help="beginning of GROUP/MODEL/NAME")
     flags.add_argument("--plan", action="store_true", help="stop before code is made: see README")
     flags.add_argument("--tables", action="store_true", help="compile nothing")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from refine_jax.base.files import path_flag
 from refine_jax.compile_only.chips import Chip, parse_topology
 
 HERE = Path(__file__).resolve().parent
@@ -112,9 +113,12 @@ def last_line(error: str) -> str:
 def add_compiler_flags(flags: argparse.ArgumentParser) -> None:
     """The flags that `find_compiler` reads."""
     add = flags.add_argument
-    add("--tool", type=Path, default=TOOL, metavar="PATH", help="default: %(default)s")
+    add("--tool", type=path_flag, default=TOOL, metavar="PATH", help="default: %(default)s")
     add(
-        "--make_env", type=Path, metavar="FOLDER", help="make an environment with libtpu and use it"
+        "--make_env",
+        type=path_flag,
+        metavar="FOLDER",
+        help="make an environment with libtpu and use it",
     )
     add("--libtpu", metavar="PATH", help="a libtpu.so; default: TPU_LIBRARY_PATH")
     add("--timeout", type=float, default=1200, metavar="S", help="for one program")
@@ -134,13 +138,13 @@ def find_compiler(flags: argparse.Namespace) -> Compiler:
 
     Raises ValueError where there is no libtpu.
     """
-    tool = flags.tool.expanduser().resolve()
+    tool = flags.tool.resolve()
     if not tool.is_file():
         tool = None
     libtpu = flags.libtpu or os.environ.get("TPU_LIBRARY_PATH")
     python = sys.executable
     if flags.make_env is not None:
-        python, libtpu = make_environment(flags.make_env.expanduser().resolve()), None
+        python, libtpu = make_environment(flags.make_env.resolve()), None
     elif libtpu is not None:
         libtpu = str(Path(libtpu).expanduser().resolve())
         if not Path(libtpu).is_file():

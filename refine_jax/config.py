@@ -14,13 +14,22 @@ what was got and what is allowed. A config file starts from `defaults()` and set
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from ml_collections import ConfigDict, config_dict
 
+from refine_jax import config_checks
 from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import short
 from refine_jax.settings import (
+    LAST_SEED,
+    LEAST,
+    MOST_ITEMS,
+    MOST_ROWS,
+    MOST_STEPS,
+    MOST_TOKENS,
+    MOST_WORKERS,
     Section,
     check_names,
     plain,
@@ -36,7 +45,9 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     checkpoint: str | None = setting(
-        None, "checkpoint to start from, made by refine_jax.convert or by a run; replaces `fresh`"
+        None,
+        "checkpoint to start from, made by refine_jax.convert or by a run; replaces `fresh`",
+        path=True,
     )
     fresh: Mapping | None = setting(
         None, "a randomly initialised model: `model_type` and fields of a Hugging Face config.json"
@@ -68,12 +79,15 @@ class MeshConfig(Section):
 
     section: ClassVar[str] = "mesh"
 
-    data: int = setting(1, "devices that share the rows of a batch", low=-1)
+    data: int = setting(1, "devices that share the rows of a batch", low=-1, high=MOST_ROWS)
     fsdp: int = setting(
-        -1, "devices that share the rows, and parameters and optimizer state too", low=-1
+        -1,
+        "devices that share the rows, and parameters and optimizer state too",
+        low=-1,
+        high=MOST_ROWS,
     )
-    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", low=-1)
-    sequence: int = setting(1, "devices that share the tokens of a row", low=-1)
+    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", low=-1, high=MOST_ROWS)
+    sequence: int = setting(1, "devices that share the tokens of a row", low=-1, high=MOST_ROWS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,15 +123,19 @@ class RefineConfig(Section):
         "rollouts whose rewards are compared: all of a sequence, or those of one position",
         choices=("sequence", "position"),
     )
-    rollout_length: int = setting(5, "k: tokens a rollout", low=1)
-    num_positions: int = setting(8, "c: positions a sequence", low=1)
-    rollouts_per_position: int = setting(1, "n: rollouts a position", low=1)
-    selection_temperature: float = setting(1.0, "tau: of the entropies when picking", above=0)
-    sampling_temperature: float = setting(1.0, "of the policy when rolling out", above=0)
+    rollout_length: int = setting(5, "k: tokens a rollout", low=1, high=2**16)
+    num_positions: int = setting(8, "c: positions a sequence", low=1, high=2**16)
+    rollouts_per_position: int = setting(1, "n: rollouts a position", low=1, high=2**12)
+    selection_temperature: float = setting(
+        1.0, "tau: of the entropies when picking", low=LEAST, high=1e6
+    )
+    sampling_temperature: float = setting(
+        1.0, "of the policy when rolling out", low=LEAST, high=1e6
+    )
     forbid_eos: bool = setting(True, "rollouts never sample the end-of-sequence token")
     clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above=0, high=1)
-    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above=0)
-    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above=1)
+    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above=0, high=1e6)
+    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above=1, high=1e6)
     normalize_std: bool = setting(True, "advantages are divided by the group's deviation")
     loss_aggregation: str = setting(
         "token-mean",
@@ -129,13 +147,17 @@ class RefineConfig(Section):
             "seq-mean-token-sum-norm",
         ),
     )
-    lambda_sft: float = setting(1.0, "weight of the next-token loss", low=0)
-    lambda_rl: float = setting(0.2, "weight of the policy loss", low=0)
-    kl_coef: float = setting(0.0, "weight of the divergence from the initial policy", low=0)
+    lambda_sft: float = setting(1.0, "weight of the next-token loss", low=0, high=1e6)
+    lambda_rl: float = setting(0.2, "weight of the policy loss", low=0, high=1e6)
+    kl_coef: float = setting(
+        0.0, "weight of the divergence from the initial policy", low=0, high=1e6
+    )
     kl_type: str = setting(
         "low_var_kl", "its estimator", choices=("low_var_kl", "kl", "abs", "mse")
     )
-    edge_margin: int = setting(20, "tokens kept free of rollouts at both ends", low=1)
+    edge_margin: int = setting(
+        20, "tokens kept free of rollouts at both ends", low=1, high=MOST_TOKENS
+    )
 
     @property
     def tokens_needed(self) -> int:
@@ -149,12 +171,14 @@ class OptimizerConfig(Section):
 
     section: ClassVar[str] = "optimizer"
 
-    learning_rate: float = setting(1e-6, "peak learning rate", low=0)
+    learning_rate: float = setting(1e-6, "peak learning rate", low=0, high=1e3)
     b1: float = setting(0.9, "decay of the first moment", low=0, high=0.99999)
     b2: float = setting(0.999, "decay of the second moment", low=0, high=0.9999999)
-    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0)
-    clip_norm: float | None = setting(0.2, "largest global norm of a gradient; None: any", above=0)
+    eps: float = setting(1e-8, "added to the root of the second moment", low=1e-30, high=1e3)
+    weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0, high=1e3)
+    clip_norm: float | None = setting(
+        0.2, "largest global norm of a gradient; None: any", low=1e-30, high=1e30
+    )
     first_moment_dtype: str | None = setting(
         None,
         "of the first moments; None: as the parameters. Second ones would lose their small changes",
@@ -163,7 +187,9 @@ class OptimizerConfig(Section):
     schedule: str = setting(
         "constant", "after the warm-up", choices=("constant", "cosine", "linear")
     )
-    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", low=0)
+    warmup_steps: int = setting(
+        0, "training steps of linear warm-up from 0", low=0, high=MOST_STEPS
+    )
     final_fraction: float = setting(
         0.0, "where `cosine` and `linear` end, of the peak", low=0, high=1
     )
@@ -175,32 +201,50 @@ class TrainConfig(Section):
 
     section: ClassVar[str] = "train"
 
-    steps: int = setting(100, "training steps, one batch each", low=1)
-    warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", low=0)
-    batch_size: int = setting(128, "sequences a step; rollouts of all are collected at once", low=1)
+    steps: int = setting(100, "training steps, one batch each", low=1, high=MOST_STEPS)
+    warmup_ntp_steps: int = setting(
+        0, "steps of plain next-token training at the start", low=0, high=MOST_STEPS
+    )
+    batch_size: int = setting(
+        128, "sequences a step; rollouts of all are collected at once", low=1, high=MOST_ROWS
+    )
     mini_batch_size: int | None = setting(
-        None, "sequences an optimizer update; None: batch_size", low=1
+        None, "sequences an optimizer update; None: batch_size", low=1, high=MOST_ROWS
     )
     micro_batch_size: int | None = setting(
         None,
         "sequences of one forward and backward pass on each device that shares the rows; "
         "None: mini_batch_size",
         low=1,
+        high=MOST_ROWS,
     )
-    eval_every: int = setting(0, "steps between evaluations; 0: before and after only", low=0)
-    eval_batches: int = setting(8, "held-out batches of micro_batch_size an evaluation", low=1)
-    log_every: int = setting(10, "steps between lines on the terminal; 0: none", low=0)
-    checkpoint_every: int = setting(100, "steps between checkpoints; 0: at the end only", low=0)
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep", low=1)
+    eval_every: int = setting(
+        0, "steps between evaluations; 0: before and after only", low=0, high=MOST_STEPS
+    )
+    eval_batches: int = setting(
+        8, "held-out batches of micro_batch_size an evaluation", low=1, high=MOST_ROWS
+    )
+    log_every: int = setting(
+        10, "steps between lines on the terminal; 0: none", low=0, high=MOST_STEPS
+    )
+    checkpoint_every: int = setting(
+        100, "steps between checkpoints; 0: at the end only", low=0, high=MOST_STEPS
+    )
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep", low=1, high=MOST_ROWS)
     best_metric: str | None = setting(
         None,
         "also keep the checkpoint that is best on held-out documents; needs eval_every",
         choices=("loss", "accuracy", "reward", "score"),
     )
     max_nonfinite_updates: int = setting(
-        10, "updates skipped in a row for non-finite gradients before the run stops", low=1
+        10,
+        "updates skipped in a row for non-finite gradients before the run stops",
+        low=1,
+        high=MOST_STEPS,
     )
-    seed: int = setting(0, "of the initial weights, the rollouts and the order of the data", low=0)
+    seed: int = setting(
+        0, "of the initial weights, the rollouts and the order of the data", low=0, high=LAST_SEED
+    )
 
     @property
     def mini_batch(self) -> int:
@@ -228,22 +272,31 @@ class DataConfig(Section):
         "stdlib",
         "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
         "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
+        path=True,
     )
     text_field: str = setting("text", "parquet column, JSON field or tfds feature with the text")
     files: str = setting("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
     tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`")
-    tfds_data_dir: str = setting("", "where tensorflow-datasets keeps its data; '': its default")
-    limit_documents: int | None = setting(None, "use only the first documents; None: all", low=1)
+    tfds_data_dir: str = setting(
+        "", "where tensorflow-datasets keeps its data; '': its default", path=True
+    )
+    limit_documents: int | None = setting(
+        None, "use only the first documents; None: all", low=1, high=MOST_ITEMS
+    )
     tokenizer: str = setting(
-        "mistral-v1", "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path"
+        "mistral-v1",
+        "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path",
+        path=True,
     )
     add_bos: bool = setting(True, "begin-of-sequence token before each document")
     add_eos: bool = setting(False, "end-of-sequence token after each document")
-    sequence_length: int = setting(16384, "T: tokens of a row", low=2)
+    sequence_length: int = setting(16384, "T: tokens of a row", low=2, high=MOST_TOKENS)
     min_tokens: int | None = setting(
-        None, "drop documents with fewer tokens; None: sequence_length", low=1
+        None, "drop documents with fewer tokens; None: sequence_length", low=1, high=MOST_ITEMS
     )
-    max_tokens: int | None = setting(None, "drop documents with more tokens; None: no limit", low=1)
+    max_tokens: int | None = setting(
+        None, "drop documents with more tokens; None: no limit", low=1, high=MOST_ITEMS
+    )
     chunking: str = setting(
         "all",
         "longer documents: cut into rows, or keep the first row",
@@ -254,9 +307,10 @@ class DataConfig(Section):
         "keep the last piece of a cut document if it has so many tokens; None: as many as the "
         "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
         low=1,
+        high=MOST_TOKENS,
     )
     pack: bool = setting(False, "short documents share a row")
-    max_documents: int = setting(8, "most documents of a packed row", low=1)
+    max_documents: int = setting(8, "most documents of a packed row", low=1, high=MOST_ROWS)
     holdout: float = setting(
         0.05,
         "fraction of the documents held out for evaluation, of the rows where there is one "
@@ -264,9 +318,13 @@ class DataConfig(Section):
         low=0,
         high=0.5,
     )
-    epochs: int | None = setting(None, "passes over the training rows; None: no end", low=1)
-    workers: int = setting(0, "processes that read ahead; 0: threads of this one", low=0)
-    cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory")
+    epochs: int | None = setting(
+        None, "passes over the training rows; None: no end", low=1, high=MOST_ROWS
+    )
+    workers: int = setting(
+        0, "processes that read ahead; 0: threads of this one", low=0, high=MOST_WORKERS
+    )
+    cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory", path=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +346,10 @@ class PromptsConfig(Section):
         choices=("first", "random"),
     )
     max_answer_tokens: int = setting(
-        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", low=1
+        32,
+        "A: most tokens of an answer, end of sequence counted; longer ones are cut",
+        low=1,
+        high=MOST_TOKENS,
     )
     cut: str = setting(
         "middle",
@@ -312,9 +373,12 @@ class PosttrainConfig(Section):
         choices=("sft", "grpo"),
     )
     mini_batch_size: int | None = setting(
-        None, "prompts of an update on answers; None: train.batch_size, as officially", low=1
+        None,
+        "prompts of an update on answers; None: train.batch_size, as officially",
+        low=1,
+        high=MOST_ROWS,
     )
-    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", low=2)
+    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", low=2, high=2**12)
     metric: str = setting(
         "ruler_qa_refine", "score of answers in evaluations, and the reward of `grpo`"
     )
@@ -326,24 +390,25 @@ class GenerationConfig(Section):
 
     section: ClassVar[str] = "generation"
 
-    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0)
+    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0, high=1e6)
     top_k: int | None = setting(
-        None, "draw among the k most likely tokens only; None: among all", low=1
+        None, "draw among the k most likely tokens only; None: among all", low=1, high=MOST_STEPS
     )
     top_p: float | None = setting(
         None,
         "draw among the fewest most likely tokens of this total probability; None: among all",
-        above=0,
+        low=LEAST,
         high=1,
     )
     max_new_tokens: int | None = setting(
-        None, "most tokens of an answer; None: as many as its task allows", low=1
+        None, "most tokens of an answer; None: as many as its task allows", low=1, high=MOST_TOKENS
     )
     prefill_tokens: int = setting(
         32768,
         "most tokens, padding included, of one forward pass over prompts; what is longer is read "
         "in pieces",
         low=1,
+        high=MOST_TOKENS,
     )
 
 
@@ -354,7 +419,9 @@ class TestTimeConfig(Section):
     section: ClassVar[str] = "testtime"
     __test__: ClassVar[bool] = False  # not a test case, whatever its name
 
-    steps: int = setting(1, "passes over a prompt, or over a batch of prompts", low=1)
+    steps: int = setting(
+        1, "passes over a prompt, or over a batch of prompts", low=1, high=MOST_ROWS
+    )
     reset: str = setting(
         "example",
         "when the trained parameters come back: for each prompt, which then adapts a copy of its "
@@ -362,14 +429,20 @@ class TestTimeConfig(Section):
         choices=("example", "batch", "never"),
     )
     copies: int = setting(
-        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", low=1
+        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", low=1, high=2**10
     )
     batch_size: int = setting(
-        8, "`batch` and `never`: prompts adapted together and answered with one result", low=1
+        8,
+        "`batch` and `never`: prompts adapted together and answered with one result",
+        low=1,
+        high=MOST_ROWS,
     )
-    mini_batch_size: int = setting(4, "prompts an optimizer update", low=1)
+    mini_batch_size: int = setting(4, "prompts an optimizer update", low=1, high=MOST_ROWS)
     micro_batch_size: int | None = setting(
-        None, "prompts of one forward and backward pass; None: mini_batch_size", low=1
+        None,
+        "prompts of one forward and backward pass; None: mini_batch_size",
+        low=1,
+        high=MOST_ROWS,
     )
 
     @property
@@ -393,15 +466,21 @@ class EvaluateConfig(Section):
         "each; '': all that the files hold (LongBench always)",
     )
     samples: int | None = setting(
-        None, "examples of a task and length; None: all of a file; needed by what is made", low=1
+        None,
+        "examples of a task and length; None: all of a file; needed by what is made",
+        low=1,
+        high=MOST_ITEMS,
     )
     data: str = setting(
         "",
         "of LongBench and RULER's question answering: parquet or JSON files, or SQuAD's or "
         "HotpotQA's .json; a file, folder or glob",
+        path=True,
     )
     essays: str = setting(
-        "", "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed"
+        "",
+        "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed",
+        path=True,
     )
     ruler_qa: str = setting(
         "refine",
@@ -409,14 +488,23 @@ class EvaluateConfig(Section):
         choices=("refine", "nvidia", "lm_eval"),
     )
     max_tokens: int | None = setting(
-        None, "most tokens of prompt and answer; longer prompts are cut; None: as they are", low=2
+        None,
+        "most tokens of prompt and answer; longer prompts are cut; None: as they are",
+        low=2,
+        high=MOST_TOKENS,
     )
     cut: str = setting("middle", "where they are cut", choices=("middle", "left"))
-    batch_size: int = setting(8, "prompts answered at once, where parameters are shared", low=1)
-    seed: int = setting(0, "of the examples that are made or chosen", low=0)
-    order_seed: int | None = setting(
-        None, "shuffles the order of evaluation; None: as the tasks come", low=0
+    batch_size: int = setting(
+        8, "prompts answered at once, where parameters are shared", low=1, high=MOST_ROWS
     )
+    seed: int = setting(0, "of the examples that are made or chosen", low=0, high=LAST_SEED)
+    order_seed: int | None = setting(
+        None, "shuffles the order of evaluation; None: as the tasks come", low=0, high=LAST_SEED
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.token_lengths
 
     @property
     def task_names(self) -> list[str]:
@@ -431,10 +519,12 @@ class EvaluateConfig(Section):
           ConfigError: One is no positive whole number.
         """
         words = _listed(self.lengths)
-        if not all(word.isdecimal() and len(word) < 10 and int(word) > 0 for word in words):
+        if not all(word.isdecimal() and 0 < len(word) < 10 for word in words) or not all(
+            0 < int(word) <= MOST_TOKENS for word in words
+        ):
             raise ConfigError(
-                "config.evaluate.lengths must be positive whole numbers joined by commas. "
-                f"Got: {self.lengths!r}."
+                f"config.evaluate.lengths must be whole numbers from 1 to {MOST_TOKENS:,}, without "
+                f"signs in them, joined by commas. Got: {short(self.lengths)}."
             )
         return list(dict.fromkeys(map(int, words))) or [None]
 
@@ -467,26 +557,11 @@ class Config:
     def __post_init__(self):
         if self.phase not in PHASES:
             raise ConfigError(
-                f"config.phase must be one of {', '.join(map(repr, PHASES))}. Got: {self.phase!r}."
+                f"config.phase must be one of {', '.join(map(repr, PHASES))}. "
+                f"Got: {short(self.phase)}."
                 f"{suggestion(self.phase, PHASES)}"
             )
-        _check_model(self.model)
-        _check_batches(self.train)
-        _check_steps(self.train, self.optimizer)
-        _check_lengths(self.data, self.refine)
-        if self.train.best_metric and not self.data.holdout:
-            raise ConfigError(
-                "config.train.best_metric needs held-out documents: set config.data.holdout. "
-                f"Got: best_metric={self.train.best_metric!r}, holdout=0."
-            )
-        _check_testtime(self.testtime)
-        if self.phase == "posttrain":
-            _check_posttrain(self)
-        elif self.train.best_metric == "score":
-            raise ConfigError(
-                "config.train.best_metric='score' is the score of answers: it needs phase "
-                f"'posttrain'. Got: {self.phase!r}."
-            )
+        config_checks.check(self)
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Config":
@@ -544,149 +619,3 @@ def defaults() -> ConfigDict:
     values.lock()
     values.model.fresh.unlock()
     return values
-
-
-def check_flag_names(arguments: Iterable[str]) -> None:
-    """Raise ConfigError for a `--config.section.field=value` that names no section or field.
-
-    Fields of `config.model.fresh` depend on the model and are not checked here.
-    """
-    for argument in arguments:
-        name = argument.lstrip("-").partition("=")[0]
-        prefix, _, rest = name.partition(".")
-        if not argument.startswith("-") or prefix != "config" or not rest:
-            continue
-        section, _, field = rest.partition(".")
-        if section == "phase":
-            continue
-        check_names([section], SECTIONS, "config")
-        fields = [f.name for f in dataclasses.fields(SECTIONS[section])]
-        check_names([field.partition(".")[0]], fields, f"config.{section}")
-
-
-def _check_model(model: ModelConfig) -> None:
-    if model.checkpoint is None and "model_type" not in (model.fresh or {}):
-        raise ConfigError(
-            "config.model needs `checkpoint` (a folder made by refine_jax.convert) or `fresh` with "
-            f"a `model_type` and the fields of the model. Got: checkpoint=None, "
-            f"fresh={model.fresh}."
-        )
-
-
-def _check_batches(train: TrainConfig) -> None:
-    for large, small in (("batch", "mini_batch"), ("mini_batch", "micro_batch")):
-        whole = train.batch_size if large == "batch" else train.mini_batch
-        part = getattr(train, small)
-        if whole % part:
-            raise ConfigError(
-                f"config.train.{small}_size must divide config.train.{large}_size. "
-                f"Got: {small}_size={part}, {large}_size={whole}."
-            )
-
-
-def _check_testtime(options: TestTimeConfig) -> None:
-    if options.copies > 1 and options.reset != "example":
-        raise ConfigError(
-            "config.testtime.copies is for reset='example', where each prompt adapts a copy of its "
-            f"own. Got: copies={options.copies}, reset={options.reset!r}."
-        )
-    for name, whole, part in (
-        ("mini_batch_size", options.batch_size, options.mini_batch_size),
-        ("micro_batch_size", options.mini_batch_size, options.micro_batch),
-    ):
-        if whole % part:
-            larger = "batch_size" if name == "mini_batch_size" else "mini_batch_size"
-            raise ConfigError(
-                f"config.testtime.{name} must divide config.testtime.{larger}. "
-                f"Got: {name}={part}, {larger}={whole}."
-            )
-
-
-def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
-    if train.warmup_ntp_steps > train.steps:
-        raise ConfigError(
-            "config.train.warmup_ntp_steps must be at most config.train.steps. "
-            f"Got: warmup_ntp_steps={train.warmup_ntp_steps}, steps={train.steps}."
-        )
-    if optimizer.warmup_steps > train.steps:
-        raise ConfigError(
-            "config.optimizer.warmup_steps must be at most config.train.steps. "
-            f"Got: warmup_steps={optimizer.warmup_steps}, steps={train.steps}."
-        )
-    if train.best_metric and not train.eval_every:
-        raise ConfigError(
-            "config.train.best_metric needs evaluations during the run: set "
-            f"config.train.eval_every. Got: best_metric={train.best_metric!r}, eval_every=0."
-        )
-
-
-def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
-    """Every rollout, and the truth it is compared with, must lie between the margins."""
-    length, margin = data.sequence_length, refine.edge_margin
-    shortest = length if data.min_tokens is None else data.min_tokens
-    k, c = refine.rollout_length, refine.num_positions
-    if k + 2 > length:
-        raise ConfigError(
-            "config.refine.rollout_length must leave two tokens of config.data.sequence_length "
-            f"(evaluation rolls out for every objective). Got: rollout_length={k}, "
-            f"sequence_length={length}."
-        )
-    if refine.objective == "ntp":
-        return
-    if k > margin:
-        raise ConfigError(
-            "config.refine.rollout_length must be at most config.refine.edge_margin, or a rollout "
-            f"could pass the end of its sequence. Got: rollout_length={k}, edge_margin={margin}."
-        )
-    for name, tokens in (("sequence_length", length), ("min_tokens", shortest)):
-        if refine.tokens_needed > tokens:
-            room = max(tokens - 2 * margin, 0)
-            raise ConfigError(
-                f"config.refine: {c} positions (num_positions) with rollouts of {k} tokens "
-                f"(rollout_length) do not fit config.data.{name}={tokens}: {refine.tokens_needed} "
-                f"tokens are needed, {margin} of them at both ends (edge_margin). Allowed at this "
-                f"length: num_positions * rollout_length <= {room}."
-            )
-
-
-# How documents become rows; prompts do so in another way.
-_FOR_DOCUMENTS = (
-    *("text_field", "tfds_split", "tfds_data_dir", "add_eos", "min_tokens", "max_tokens"),
-    *("chunking", "min_remainder", "pack", "max_documents", "cache_dir"),
-)
-
-
-def _check_posttrain(config: Config) -> None:
-    """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
-    data, train, posttrain = config.data, config.train, config.posttrain
-    for name in _FOR_DOCUMENTS:
-        if getattr(data, name) != getattr(DataConfig(), name):
-            raise ConfigError(
-                f"config.data.{name} is for documents; config.prompts says how prompts become rows "
-                f"(phase 'posttrain'). Got: {getattr(data, name)!r}."
-            )
-    if train.warmup_ntp_steps:
-        raise ConfigError(
-            "config.train.warmup_ntp_steps is for mid-training. Got: "
-            f"{train.warmup_ntp_steps} in phase 'posttrain'."
-        )
-    if config.refine.kl_coef and not posttrain.nested:
-        raise ConfigError(
-            "config.refine.kl_coef belongs to the training on prompts (config.posttrain.nested). "
-            f"Got: kl_coef={config.refine.kl_coef}, nested=False."
-        )
-    mini_batch = posttrain.mini_batch_size or train.batch_size
-    if train.batch_size % mini_batch or mini_batch % train.micro_batch:
-        raise ConfigError(
-            "config.posttrain.mini_batch_size must divide config.train.batch_size and be a "
-            f"multiple of config.train.micro_batch_size. Got: mini_batch_size={mini_batch}, "
-            f"batch_size={train.batch_size}, micro_batch_size={train.micro_batch}."
-        )
-    room = data.sequence_length - config.prompts.max_answer_tokens
-    needed = config.refine.tokens_needed if config.refine.objective == "refine" else 2
-    if room < needed:
-        raise ConfigError(
-            f"config.data.sequence_length must hold {needed} tokens of a prompt (for the rollouts "
-            "of config.refine) beside config.prompts.max_answer_tokens. Got: sequence_length="
-            f"{data.sequence_length}, max_answer_tokens={config.prompts.max_answer_tokens}."
-        )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from refine_jax.base.errors import USER_ERRORS, CheckpointError, complain, escape_output
+from refine_jax.base.errors import CheckpointError, run_command
 from refine_jax.base.files import local_path, short
 from refine_jax.checkpoint import (
     load_model,
@@ -86,19 +86,18 @@ def to_hf(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = vars(_parser().parse_args(arguments))
     # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.FATAL)  # Orbax logs what its errors say
     convert = options.pop("convert")
-    try:
+
+    def work() -> None:
         with np.errstate(over="ignore"):  # of a cast, whose infinite values are named
             print(convert(**options))
-    except USER_ERRORS as error:
-        return complain(error)
-    return 0
+
+    return run_command(work)
 
 
 def _parser() -> argparse.ArgumentParser:

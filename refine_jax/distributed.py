@@ -11,18 +11,24 @@ in the same order. Process 0 writes, prints and draws. With one process nothing 
 
 import atexit
 import contextlib
+import ctypes
+import functools
 import glob
 import hashlib
+import ipaddress
 import itertools
 import json
 import os
+import re
 import secrets
+import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +39,17 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from refine_jax.base import lock
-from refine_jax.base.errors import ConfigError, ProcessError, complain
+from refine_jax.base.errors import (
+    INTERRUPTED,
+    OUTPUT_CLOSED,
+    ConfigError,
+    ProcessError,
+    complain,
+    describe,
+    output_is_closed,
+)
+from refine_jax.base.files import short
 
-MODES = ("auto", "on", "off")
 TIMEOUT = 300
 """Seconds that processes wait for each other at the start."""
 
@@ -44,9 +58,11 @@ _METADATA = (
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
     "worker-network-endpoints"
 )
+MOST_PROCESSES = 1 << 16
 _FAILURE = "refine_jax/failure"
 _POLL = 2.0  # seconds between looks for failures of other processes
 _connections = itertools.count()
+_ADDRESS = re.compile(r"(?:(?P<host>[\w.-]+)|\[(?P<ip6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{1,5})")
 
 
 def start(
@@ -69,17 +85,25 @@ def start(
       ConfigError: A part of the three is missing or wrong, or there is nothing to find.
     """
     told = check_address(mode, coordinator, num_processes, process_id)
+    bind = None
     if not told and (mode == "off" or (mode == "auto" and find_cluster(os.environ) is None)):
         return
     # The service would take SIGTERM for itself; `Interrupt.agreed` does its work.
     jax.config.update("jax_enable_preemption_service", False)
     where = f"process {process_id} of {num_processes} at {coordinator}" if told else "this process"
+    if told:
+        addresses = resolve(coordinator)
+        if is_local(coordinator):
+            _stay_local(addresses[0])
+        if process_id == 0:
+            bind = bind_address(coordinator, addresses)
     with _time_limit(timeout, where):
         try:
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
+                coordinator_bind_address=bind,
                 # jax aborts when its own time is up; ours ends first, with a message.
                 initialization_timeout=timeout + 60,
             )
@@ -113,15 +137,120 @@ def check_address(
         )
     if mode == "off":
         raise ConfigError(f"--distributed=off excludes {', '.join(named)}. Got: {got}.")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--coordinator must be HOST:PORT of process 0. Got: {coordinator!r}.")
-    if num_processes < 1 or not 0 <= process_id < num_processes:
+    split_address(coordinator)
+    if not (1 <= num_processes <= MOST_PROCESSES and 0 <= process_id < num_processes):
         raise ConfigError(
-            "--process_id must be one of 0 .. num_processes - 1, another one for each process. "
-            f"Got: {got}."
+            "--process_id must be one of 0 .. num_processes - 1, another one for each process, and "
+            f"--num_processes at most {MOST_PROCESSES:,}. Got: {got}."
         )
     return True
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT, where an address of IPv6 is in brackets, [::1]:8476.
+
+    Raises:
+      ConfigError: It is none.
+    """
+    found = _ADDRESS.fullmatch(address)
+    if not found or not 0 < int(found["port"]) < 1 << 16:
+        raise ConfigError(
+            f"--coordinator must be HOST:PORT of process 0. Got: {short(address)}. Ports are 1 to "
+            "65535; an IPv6 address is in brackets, as [::1]:8476."
+        )
+    return found["ip6"] or found["host"], int(found["port"])
+
+
+def resolve(address: str) -> list[str]:
+    """The IP addresses of the host of HOST:PORT.
+
+    Raises:
+      ConfigError: There is no such host.
+    """
+    host, port = split_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--coordinator={address}: the host {host!r} of process 0 is not known here ({said}). "
+            "Name it as this machine can find it, or by its IP address."
+        ) from None
+    return list(dict.fromkeys(each[4][0].partition("%")[0] for each in found))
+
+
+def is_local(coordinator: str) -> bool:
+    """Whether HOST:PORT names the loopback interface, whatever the machine.
+
+    The name of a machine may mean that to the machine itself and to no other.
+    """
+    host, _ = split_address(coordinator)
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
+    """Where process 0 listens: on the named address, if it is one of this machine, and no other.
+
+    None: jax's default, all addresses of this machine, or what JAX_COORDINATOR_BIND_ADDRESS says.
+    So it must be where others know the machine by a name that is not its own (NAT), or that means
+    the machine itself to it, as Debian's 127.0.1.1 does.
+
+    Raises:
+      ConfigError: Another program listens there.
+    """
+    if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return None
+    host, port = split_address(coordinator)
+    loopback = any(ipaddress.ip_address(each).is_loopback for each in addresses)
+    mine = all(_can_bind(address, 0) for address in addresses)
+    if mine and (is_local(coordinator) or not loopback):
+        # Other processes may be told another of the addresses of a name.
+        chosen = addresses[0] if len(addresses) == 1 else host
+        taken = [address for address in addresses if not _can_bind(address, port)]
+    else:
+        chosen = None
+        taken = [] if _can_bind("0.0.0.0", port) else [host]
+        print(
+            f"note: {host} may mean another address to other machines: process 0 listens on port "
+            f"{port} of all its addresses. Anyone who can reach that port can control the run.",
+            file=sys.stderr,
+            flush=True,
+        )
+    if taken:
+        raise ConfigError(
+            f"--coordinator={coordinator}: process 0 cannot listen on port {port} of {taken[0]}: "
+            "another program does, or this user may not. Choose another port, on all processes."
+        )
+    if chosen is None:
+        return None
+    return f"[{chosen}]:{port}" if ":" in chosen else f"{chosen}:{port}"
+
+
+def _can_bind(address: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            # As gRPC does: a port whose last connections are being closed is free.
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((address, port))
+    except OSError:
+        return False
+    return True
+
+
+def _stay_local(address: str) -> None:
+    """Let the CPU devices' own connections (gloo) listen on a loopback address, too.
+
+    They take the address of the machine's name, of which jax has no setting.
+    """
+    from jax._src.lib import _jax
+
+    make = getattr(_jax, "make_gloo_tcp_collectives", None)
+    if make is not None:
+        _jax.make_gloo_tcp_collectives = functools.partial(make, hostname=address)
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
@@ -211,7 +340,32 @@ def connect(mesh: Mesh) -> None:
     zero = np.float32(0)
     compiled = jax.jit(add).lower(zero).compile()
     _client().wait_at_barrier(f"refine_jax/connect/{next(_connections)}", 1000 * TIMEOUT)
-    jax.block_until_ready(compiled(zero))
+    with _without_gloo_lines():
+        jax.block_until_ready(compiled(zero))
+
+
+@contextlib.contextmanager
+def _without_gloo_lines() -> Iterator[None]:
+    """Leave out of standard output the lines in which gloo says that it is connected.
+
+    It writes them past Python, while commands promise JSON as their last line.
+    """
+    flush = ctypes.CDLL(None).fflush
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    with tempfile.TemporaryFile() as caught:
+        kept = os.dup(1)
+        try:
+            os.dup2(caught.fileno(), 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"[Gloo]"):
+                    os.write(kept, line)
+            os.close(kept)
 
 
 def is_writer() -> bool:
@@ -348,10 +502,10 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def report_failure(message: object) -> None:
+def report_failure(error: BaseException) -> None:
     """Tell the other processes why this one is about to end; they end with the message."""
     if _watcher.running:
-        _watcher.report(str(message))
+        _watcher.report(describe(error))
 
 
 @contextlib.contextmanager
@@ -369,9 +523,17 @@ def ending_together() -> Iterator[None]:
         code = 1
         if isinstance(error, SystemExit):
             code = error.code if isinstance(error.code, int) else 1
+        elif isinstance(error, KeyboardInterrupt):
+            code = INTERRUPTED
+            _watcher.report("interrupted")
+            print("interrupted", file=sys.stderr)
+        elif output_is_closed(error):
+            code = OUTPUT_CLOSED
+            _watcher.report("nobody reads its output any more")
         else:
             _explain(error)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
             time.sleep(2 * _POLL)  # the others learn of failures from this process
@@ -389,7 +551,7 @@ def _explain(error: BaseException) -> None:
     if failure is not None:
         complain(failure)
         return
-    report_failure(f"{type(error).__name__}: {error}")
+    _watcher.report(f"{type(error).__name__}: {error}")
     traceback.print_exception(error)
     if shared:
         complain(

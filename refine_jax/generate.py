@@ -27,6 +27,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -34,12 +35,10 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import (
-    USER_ERRORS,
     ConfigError,
     DataError,
-    complain,
-    escape_output,
     print_json,
+    run_command,
 )
 from refine_jax.base.files import clean_text, decode_text, local_path, read_text
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
@@ -50,6 +49,7 @@ from refine_jax.generation.states import check_state_path, load_prefix, save_pre
 from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.settings import expand_flags
 
 _MOST_STEPS = 1_000_000  # of training on one prompt
 
@@ -64,6 +64,7 @@ class Adaptation(NamedTuple):
 
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for; prints the texts."""
+    expand_flags(vars(options), "checkpoint", "tokenizer", "load_state", "save_state")
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -230,7 +231,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
             name = "standard input"
             text = decode_text(sys.stdin.buffer.read(), name, DataError)
         else:
-            text = read_text(local_path(name, "--prompt_file", DataError), DataError)
+            text = read_text(_prompt_file(name), DataError)
         if not text:
             raise DataError(f"{name} is empty: no prompt. For a text out of nothing: --prompt ''.")
         if "\0" in text:
@@ -239,6 +240,14 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
             )
         texts.append(text)
     return texts
+
+
+def _prompt_file(name: str) -> Path:
+    path = local_path(name, "--prompt_file", DataError)
+    # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
+    if path.is_fifo() and path.parent != Path("/dev/fd"):
+        raise DataError(f"--prompt_file={name!r} is a pipe: give its text to standard input.")
+    return path
 
 
 def show_json(
@@ -282,19 +291,11 @@ def _check_stream(options: argparse.Namespace, prompts: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = _parser().parse_args(arguments)
     if not (options.prompt or options.prompt_file or options.load_state):
         options.prompt_file = ["-"]
     logging.set_verbosity(logging.WARNING)
-    try:
-        run(options)
-    except USER_ERRORS as error:
-        return complain(error)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

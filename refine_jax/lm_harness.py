@@ -23,9 +23,10 @@ from pathlib import Path
 
 from absl import logging
 
-from refine_jax.base.errors import USER_ERRORS, DataError, UserError, complain, escape_output
-from refine_jax.base.files import check_folder, write_text
+from refine_jax.base.errors import DataError, UserError, complain, run_command
+from refine_jax.base.files import check_output, local_path, write_text
 from refine_jax.convert import step_argument
+from refine_jax.settings import expand_flags
 
 
 def evaluate(
@@ -62,8 +63,10 @@ def evaluate(
         )
     if num_fewshot is not None and not 0 <= num_fewshot <= 10_000:
         raise DataError(f"num_fewshot must be from 0 to 10,000. Got: {num_fewshot}.")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise DataError(f"include_path is no folder: {include_path}")
+    if include_path is not None:
+        include_path = str(local_path(include_path, "include_path", DataError))
+        if not Path(include_path).is_dir():
+            raise DataError(f"include_path is no folder: {include_path}")
     loaded = _load_tasks(tasks, include_path)
     _check_generation(loaded, gen_kwargs)
     lm = harness.RefineLM.from_checkpoint(
@@ -219,22 +222,28 @@ def _skipped_files(lines: list[str]) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     options = vars(_parser().parse_args(arguments))
     logging.set_verbosity(logging.WARNING)
-    output = options.pop("output")
-    try:
-        _check_output(output)
-        results = evaluate(**options)
-        _print(results)
-        if output is not None:
-            from lm_eval.utils import handle_non_serializable
+    return run_command(lambda: _run(options))
 
-            text = json.dumps(results, indent=2, default=handle_non_serializable)
-            write_text(output, text + "\n")
-    except (*USER_ERRORS, ImportError) as error:
+
+def _run(options: dict) -> int | None:
+    expand_flags(options, "checkpoint", "tokenizer", "include_path", "output")
+    output = options.pop("output")
+    if output is not None:
+        output = Path(output)
+        _check_output(output)
+    try:
+        results = evaluate(**options)
+    except ImportError as error:
         return complain(error)
-    return 0
+    _print(results)
+    if output is not None:
+        from lm_eval.utils import handle_non_serializable
+
+        text = json.dumps(results, indent=2, default=handle_non_serializable)
+        write_text(output, text + "\n")
+    return None
 
 
 def _print(results: dict) -> None:
@@ -248,15 +257,11 @@ def _print(results: dict) -> None:
     print(json.dumps(summary, default=handle_non_serializable), flush=True)
 
 
-def _check_output(path: Path | None) -> None:
+def _check_output(path: Path) -> None:
     """Say what is wrong with the file before hours of work."""
-    if path is None:
-        return
+    check_output(path, "--output", DataError)
     if path.exists():
         raise DataError(f"{path} exists: choose another --output.")
-    if not path.parent.is_dir():
-        raise DataError(f"{path.parent}, the folder of --output, does not exist.")
-    check_folder(path.parent, DataError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -293,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_length", type=int, help="most tokens of a request; longer ones are cut on the left"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampled generations")
-    parser.add_argument("--output", type=Path, help="JSON file for lm-eval's results")
+    parser.add_argument("--output", help="JSON file for lm-eval's results")
     parser.add_argument(
         "--log_samples", action="store_true", help="with every document and response"
     )

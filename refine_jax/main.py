@@ -1,15 +1,18 @@
 """Run a configuration from the command line:
 
     python -m refine_jax.main --config=configs/demo.py --workdir=runs/demo
-    python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \
+    python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \\
         --config.train.steps=20 --config.refine.reward=binary
 
-    python -m refine_jax.main --config=configs/midtrain_lact_760m.py --compile_only \
+    python -m refine_jax.main --config=configs/midtrain_lact_760m.py --compile_only \\
         --topology=v5p:4x4x4 --config.mesh.sequence=2
 
 compiles the programs of the run for that TPU slice on a machine without TPUs, prints what they need
 of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit, 2 if one does not,
 3 if one does not compile.
+
+Every setting is a flag, --config.SECTION.FIELD=VALUE; README.md lists them. Fields of a model that
+starts from random weights are --config.model.fresh.FIELD=VALUE.
 
 On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
 their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
@@ -19,6 +22,8 @@ continues it). Exit code 1: bad input or a failed run, with one message on stand
 line on standard output is a JSON object with the figures of the run.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 import json
@@ -26,52 +31,28 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from refine_jax.base.errors import (
+    USER_ERRORS,
+    ConfigError,
+    RunError,
+    allow_interrupts,
+    complain,
+    run_command,
+)
+from refine_jax.base.files import check_writable, local_path
 
-from refine_jax import distributed
-from refine_jax.base.errors import USER_ERRORS, ConfigError, complain, escape_output
-from refine_jax.config import Config, check_flag_names
+if TYPE_CHECKING:
+    from refine_jax.config import Config
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="Configuration file, with its form after a colon: configs/demo.py:short"
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
-_COMPILE_ONLY = flags.DEFINE_bool(
-    "compile_only", False, "Compile the run for --topology and say whether it fits; run nothing."
-)
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "With --compile_only: a TPU slice, as v5e:4x4 or v5p:4x4x4."
-)
-_PLAN = flags.DEFINE_bool(
-    "plan",
-    False,
-    "With --compile_only: stop before code is made. Far sooner done; memory and transfers are the "
-    "same to a few percent, times are rougher, and kernels are not compiled.",
-)
-_JSON = flags.DEFINE_string(
-    "json", None, "With --compile_only: a file for all figures; default WORKDIR/compile_only.json."
-)
-_DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
-_DISTRIBUTED = flags.DEFINE_enum(
-    "distributed",
-    "auto",
-    distributed.MODES,
-    "Several processes, as the cluster's environment names them. auto: on a TPU pod, and where "
-    "SLURM or Open MPI started several; on: always; off: never.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT where process 0 listens; with num_processes and process_id."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+# What takes long to import, jax above all, is imported where it is used: help and messages about
+# flags come at once, and Ctrl-C is understood from the start.
 
 
 def execute(
     values: Mapping | None,
-    workdir: str | None,
+    workdir: str | os.PathLike | None,
     *,
     debug: bool = False,
     join: Callable[[], None] = lambda: None,
@@ -84,23 +65,50 @@ def execute(
       debug: Let errors of the user's input through, with their traceback.
       join: Called before anything computes; joins the other processes.
     """
+    from refine_jax import distributed
+    from refine_jax.config import Config
+
     try:
         if values is None or not workdir:
             raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
+        workdir = local_path(workdir, "--workdir")
         config = Config.from_dict(values)
         join()
         distributed.check_same("configuration", json.dumps(config.to_dict(), sort_keys=True))
+        if distributed.is_writer():
+            check_writable(workdir, "--workdir")
         distributed.check_shared(workdir)
         keep_programs(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
         results = phase.run(config, workdir)
-    except USER_ERRORS as error:
+        distributed.say(json.dumps(results))
+    except (*USER_ERRORS, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        if not isinstance(error, USER_ERRORS):
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            error = _out_of_memory(error, config)
+        distributed.report_failure(error)
         if debug:
             raise
-        distributed.report_failure(error)
         return complain(error)
-    distributed.say(json.dumps(results))
     return 0
+
+
+def _out_of_memory(error: RuntimeError, config: Config) -> RunError:
+    """What to do where a device has no room for a program's arrays."""
+    said = str(error).strip().splitlines()[0]
+    smaller = {
+        "midtrain": "config.train.micro_batch_size",
+        "posttrain": "config.train.micro_batch_size",
+        "testtime": "config.testtime.micro_batch_size or config.testtime.copies",
+        "evaluate": "config.evaluate.batch_size or config.generation.prefill_tokens",
+    }[config.phase]
+    return RunError(
+        f"The memory of a device is not enough ({said}). Lower {smaller}, or use more devices "
+        "(config.mesh); --compile_only says what a run needs of TPUs, and what would help."
+    )
 
 
 def keep_programs(workdir: str | os.PathLike) -> None:
@@ -109,6 +117,8 @@ def keep_programs(workdir: str | os.PathLike) -> None:
     JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false none.
     Programs for a CPU are kept on demand only: they fit one model of processor.
     """
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
         folder = Path(workdir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -133,81 +143,116 @@ def compile_for(
       plan: Stop before code is made.
       debug: Let errors of the user's input through, with their traceback.
     """
+    from refine_jax.config import Config
+
     try:
         if values is None:
             raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
-        out = Path(file).expanduser() if file else None
+        config = Config.from_dict(values)
+        out = local_path(file, "--json") if file else None
         if out is None and workdir:
-            Path(workdir).expanduser().mkdir(parents=True, exist_ok=True)
-            out = Path(workdir).expanduser() / "compile_only.json"
+            folder = local_path(workdir, "--workdir")
+            check_writable(folder, "--workdir")
+            folder.mkdir(parents=True, exist_ok=True)
+            out = folder / "compile_only.json"
         command = importlib.import_module("refine_jax.compile_only.command")
-        return command.run(Config.from_dict(values), topology, out, plan=plan, debug=debug)
+        return command.run(config, topology, out, plan=plan, debug=debug)
     except USER_ERRORS as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
         return complain(error)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the configuration of the flags, and exit."""
-    escape_output()
-    if len(argv) > 1:
-        got = " ".join(argv[1:])
-        sys.exit(complain(f"Arguments must be flags, --name=value. Got: {got}."))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. arguments: None: those of the process."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = bool({"--debug", "--debug=true"} & {*arguments})
+    return run_command(lambda: _run(arguments), debug=debug, imports=True)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from absl import logging
+
+    from refine_jax import commands
+    from refine_jax.config import PHASES
+
+    own = _flags()
+    line = commands.parse(own, arguments, __doc__, kind_of=commands.kind_of_setting)
+    given = {name: own[name].value for name in own}
+    values = None
+    if given["config"] is not None:
+        values = commands.load_config(given["config"])
+        commands.override(values, line.settings)
+    elif line.settings:
+        name = next(iter(line.settings))
+        raise ConfigError(f"--{name} changes a configuration: name its --config=FILE.")
+    line.say()
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    if _COMPILE_ONLY.value:
-        sys.exit(
-            compile_for(
-                _CONFIG.value,
-                _TOPOLOGY.value,
-                _WORKDIR.value,
-                _JSON.value,
-                plan=_PLAN.value,
-                debug=_DEBUG.value,
-            )
-        )
+    logging.set_verbosity(logging.WARNING)
+    workdir, debug = given["workdir"], given["debug"]
+    if given["compile_only"]:
+        topology, plan = given["topology"], given["plan"]
+        return compile_for(values, topology, workdir, given["json"], plan=plan, debug=debug)
+    for name in ("topology", "json", "plan"):
+        if given[name]:
+            raise ConfigError(f"--{name} goes with --compile_only.")
+    from refine_jax import distributed
+
+    if values is not None and values.phase in PHASES:
+        importlib.import_module(f"refine_jax.phases.{values.phase}")
+    allow_interrupts()
     join = functools.partial(
         distributed.start,
-        _DISTRIBUTED.value,
-        coordinator=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
+        given["distributed"],
+        coordinator=given["coordinator"],
+        num_processes=given["num_processes"],
+        process_id=given["process_id"],
     )
-    with distributed.ending_together():
-        sys.exit(execute(_CONFIG.value, _WORKDIR.value, debug=_DEBUG.value, join=join))
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """The arguments that are no flags; exits with 1 and a message for flags that are wrong."""
     try:
-        check_flag_names(argv)
-        _check_file(argv)
-        rest = flags.FLAGS(list(argv))
-        # A file that cannot be loaded is noticed only where its values are used.
-        if _CONFIG.value is not None:
-            _ = _CONFIG.value.train
-        return rest
-    except (KeyError, AttributeError) as error:
-        message = (
-            f"The configuration file sets no field {error.args[0]}, which a --config. flag names. "
-            "Fields of a fresh model are set in the file before flags can change them."
-        )
-    except (flags.Error, ConfigError, OSError) as error:
-        message = str(error).strip()
-        if "Traceback" in message:  # of the configuration file; its last line says it all
-            message = f"The configuration file failed: {message.splitlines()[-1]}"
-    sys.exit(complain(message))
+        with distributed.ending_together():
+            sys.exit(execute(values, workdir, debug=debug, join=join))
+    except SystemExit as ended:
+        return ended.code
 
 
-def _check_file(argv: Sequence[str]) -> None:
-    for argument in argv:
-        name, _, value = argument.lstrip("-").partition("=")
-        path = value.partition(":")[0]
-        if name == "config" and path and not Path(path).is_file():
-            raise ConfigError(f"There is no configuration file {path!r}.")
+def _flags():
+    """The flags of the command."""
+    from absl import flags
+
+    own = flags.FlagValues()
+    text = functools.partial(flags.DEFINE_string, flag_values=own)
+    number = functools.partial(flags.DEFINE_integer, flag_values=own)
+    switch = functools.partial(flags.DEFINE_boolean, flag_values=own)
+    text("config", None, "configuration file, with its form after a colon: configs/demo.py:short")
+    text("workdir", None, "folder of the run; made if it is not there")
+    switch("compile_only", False, "compile the run for --topology, say whether it fits; no run")
+    text("topology", None, "with --compile_only: a TPU slice, as v5e:4x4 or v5p:4x4x4")
+    switch(
+        "plan",
+        False,
+        "with --compile_only: stop before code is made. Far sooner done; memory and transfers are "
+        "the same to a few percent, times are rougher, and kernels are not compiled",
+    )
+    text("json", None, "with --compile_only: a file for all figures, else in the --workdir")
+    switch("debug", False, "show where an error came from")
+    flags.DEFINE_enum(
+        "distributed",
+        "auto",
+        ("auto", "on", "off"),
+        "several processes, as the cluster's environment names them. auto: on a TPU pod, and where "
+        "SLURM or Open MPI started several; on: always; off: never",
+        flag_values=own,
+    )
+    text("coordinator", None, "HOST:PORT where process 0 listens; needs the next two as well")
+    number("num_processes", None, "how many processes there are")
+    number("process_id", None, "which of them this is, from 0")
+    return own
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    code = main()
+    if code:
+        # Threads of libraries may wait for minutes for what will not come any more.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

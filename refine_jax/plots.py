@@ -44,8 +44,8 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     _points(accuracy, history, "eval/exact", BLUE, "whole answers, held-out", scale=100)
     finish(accuracy, "Next-token accuracy", "tokens predicted right (%)")
 
-    _band(reward, training, "reward/mean", "reward/std", GREEN)
-    _curve(reward, training, "reward/mean", GREEN, "training (band: deviation)")
+    band = _band(reward, training, "reward/mean", "reward/std", GREEN)
+    _curve(reward, training, "reward/mean", GREEN, f"training{' (band: deviation)' * band}")
     _points(reward, history, "eval/reward", ORANGE, "held-out")
     _curve(reward, training, "answer/score", GREY, "score of sampled answers")
     _points(reward, history, "eval/score", BLUE, "score of answers, held-out")
@@ -198,11 +198,14 @@ def _curve(axis, records, name: str, colour: str, label: str) -> None:
         axis.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{label}, running mean")
 
 
-def _band(axis, records, mean: str, deviation: str, colour: str) -> None:
+def _band(axis, records, mean: str, deviation: str, colour: str) -> bool:
+    """A band around a curve; returns whether there is one."""
     steps, centre = _series(records, mean)
     same, spread = _series(records, deviation)
-    if len(steps) and np.array_equal(steps, same):
+    drawn = len(steps) > 0 and np.array_equal(steps, same)
+    if drawn:
         axis.fill_between(steps, centre - spread, centre + spread, color=colour, alpha=0.12, lw=0)
+    return drawn
 
 
 def _points(axis, records, name: str, colour: str, label: str, scale: float = 1) -> None:
@@ -236,23 +239,23 @@ def _stack_times(axis, training) -> None:
         "answers": ("time/answers", ORANGE),
         "sample answers": ("time/sample", "#c9a227"),
     }
-    seen = {name for record in training for name in record}
-    parts = {label: part for label, part in parts.items() if part[0] in seen}
     values = {
         label: np.asarray([record.get(name) or 0.0 for record in training])
         for label, (name, _) in parts.items()
     }
+    totals = np.sum(list(values.values()), axis=0)
+    # What takes no time that could be seen, as where nothing is collected, is no part.
+    values = {label: each for label, each in values.items() if each.max() > 1e-3 * totals.max()}
     axis.stackplot(
         steps,
         list(values.values()),
         labels=list(values),
-        colors=[colour for _, colour in parts.values()],
+        colors=[parts[label][1] for label in values],
         alpha=0.75,
     )
-    totals = np.sum(list(values.values()), axis=0)
     refine = np.asarray(["reward/mean" in record for record in training])
     kinds = [totals[kind] for kind in (refine, ~refine) if kind.any()]
-    axis.set_ylim(0, 1.8 * max(np.median(kind) for kind in kinds))
+    axis.set_ylim(0, 1.8 * max(np.median(kind) for kind in kinds) or 1)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

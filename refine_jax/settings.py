@@ -4,20 +4,43 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from refine_jax.base.errors import ConfigError
+from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.files import local_path, short
+
+# Upper ends of settings: far above what any machine runs, and low enough that nothing overflows.
+MOST_STEPS = 2**31 - 1
+"""Of what int32 counters count: steps of training, updates."""
+MOST_ROWS = 2**20
+"""Of what is in memory at once: rows of a batch, prompts, devices."""
+MOST_TOKENS = 2**26
+"""Of a row, a prompt or an answer."""
+MOST_ITEMS = 2**40
+"""Of what is counted and not kept: documents, examples."""
+MOST_AT_ONCE = 2**32
+"""Tokens of all rows of a batch together; as 4 bytes each, 16 GiB."""
+MOST_WORKERS = 256
+LAST_SEED = 2**32 - 1
+LEAST = 1e-6
+"""Of what others are divided by, so that float32 keeps the quotients."""
 
 
-def setting(default, doc: str, *, choices=None, low=None, high=None, above=None):
-    """A field with its meaning and what it allows: `low` <= x <= `high`, x > `above`."""
+def setting(
+    default, doc: str, *, choices=None, low=None, high=None, above=None, path: bool = False
+):
+    """A field with its meaning and what it allows: `low` <= x <= `high`, x > `above`.
+
+    path: it may name a file or folder: `~` is expanded, URLs are refused.
+    """
     allowed = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata=allowed)
+    return dataclasses.field(default=default, metadata=allowed | {"path": path})
 
 
 class Section:
@@ -29,9 +52,35 @@ class Section:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             path = f"config.{self.section}.{field.name}"
-            value = _converted(getattr(self, field.name), hints[field.name], path)
+            value = getattr(self, field.name)
+            if field.metadata["path"]:
+                value = expanded(value, path, empty=field.default == "")
+            value = _converted(value, hints[field.name], path)
             _check_allowed(value, field.metadata, path)
             object.__setattr__(self, field.name, value)
+
+
+def expanded(
+    value: Any, setting: str, *, empty: bool = True, error: type[UserError] = ConfigError
+) -> Any:
+    """A setting that may be a path, with `~` expanded; all else is the text that was given.
+
+    empty: whether "" is allowed. Raises `error` for a URL.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or (not value and empty):
+        return value
+    # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
+    kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
+    path = local_path(name, setting, error)
+    return f"{kind}{path}" if name.startswith("~") else value
+
+
+def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
+    """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
+    for name in names:
+        values[name] = expanded(values[name], f"--{name}", empty=False)
 
 
 def plain(values):
@@ -77,11 +126,37 @@ def _converted(value, hint, path: str):
         names = {bool: "True or False", int: "a whole number", float: "a number"}
         names |= {str: "a string", Mapping: "a dictionary"}
         none = " or None" if type(None) in kinds else ""
-        raise ConfigError(f"{path} must be {names[kind]}{none}. Got: {value!r}.")
-    value = dict(value) if kind is Mapping else kind(value)
+        raise ConfigError(f"{path} must be {names[kind]}{none}. Got: {short(value)}.")
+    if kind is Mapping:
+        return _json_object(value, path)
+    try:
+        value = kind(value)
+    except OverflowError:  # a whole number beyond all floats
+        raise ConfigError(f"{path} must be finite. Got: {short(value)}.") from None
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path} must be finite. Got: {value!r}.")
-    return value
+    return value + 0.0 if kind is float else value  # no negative zero
+
+
+def _json_object(value: Mapping, path: str) -> dict[str, Any]:
+    """Fields as JSON values, numbers of numpy as Python's; raises ConfigError for others."""
+    fields = {}
+    for name, each in value.items():
+        where = f"{path}.{name}"
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: names of fields must be strings. Got: {short(name)}.")
+        if isinstance(each, Mapping):
+            each = _json_object(each, where)
+        elif isinstance(each, list | tuple):
+            each = list(_json_object({str(n): x for n, x in enumerate(each)}, where).values())
+        elif isinstance(each, numbers.Integral) and not isinstance(each, bool):
+            each = int(each)
+        elif isinstance(each, numbers.Real) and not isinstance(each, int):
+            each = _converted(each, float, where)
+        elif not (each is None or isinstance(each, str | bool)):
+            raise ConfigError(f"{where} must be a JSON value. Got: {short(each)}.")
+        fields[name] = each
+    return fields
 
 
 def _check_allowed(value, allowed: Mapping, path: str) -> None:
@@ -91,7 +166,7 @@ def _check_allowed(value, allowed: Mapping, path: str) -> None:
     if choices and value not in choices:
         names = ", ".join(repr(choice) for choice in choices)
         raise ConfigError(
-            f"{path} must be one of {names}. Got: {value!r}.{suggestion(value, choices)}"
+            f"{path} must be one of {names}. Got: {short(value)}.{suggestion(value, choices)}"
         )
     for key, holds, words in (
         ("low", lambda bound: value >= bound, "at least"),
@@ -100,4 +175,5 @@ def _check_allowed(value, allowed: Mapping, path: str) -> None:
     ):
         bound = allowed[key]
         if bound is not None and not holds(bound):
-            raise ConfigError(f"{path} must be {words} {bound}. Got: {value}.")
+            limit = f"{bound:,}" if isinstance(bound, int) and bound > 9999 else bound
+            raise ConfigError(f"{path} must be {words} {limit}. Got: {short(value)}.")

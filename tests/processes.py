@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-from absl import app
 
 from refine_jax import distributed, main, parallel
 from refine_jax.config import MeshConfig
@@ -54,7 +53,7 @@ def run(process: int, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Monitor.record, midtrain._Loop.place = record_and_signal, place_and_note
-    app.run(main.main, flags_parser=main.parse_flags)
+    sys.exit(main.main())
 
 
 def exchange(folder: str, coordinator: str, num_processes: int, process_id: int) -> None:

@@ -242,10 +242,24 @@ def test_a_run_that_does_not_fit(compiler, capsys, tmp_path):
         "a larger slice",
     ]
     assert "16.25 GiB more" in advice[-1]
-    # What is only compared with may not fit.
-    compiler["update"] = figures("update", runs=4)
-    compiler["ntp_update"] |= {"fits": False}
+
+
+def test_what_is_only_compared_with_may_not_fit(compiler, capsys):
+    """The run fits, and only that is said of it."""
+    compiler["prefill"] = figures("prefill", compared=True) | {"fits": False}
     assert main.compile_for(config(), "v5e:4x4", None, None) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("NOT FIT" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("prefill ") and "GiB of" in line]
+    assert "(too large)" in line and "not a part of the run" in line
+    assert lines[-2] == "fits v5e:4x4"
+    assert lines[-1].startswith("not a part of the run, and too large for this slice: prefill; ")
+    assert "config.generation.prefill_tokens=16384" in lines[-1]
+    # Where the phase generates, it is the run's.
+    compiler["prefill"] |= {"compared": False}
+    assert main.compile_for(config(), "v5e:4x4", None, None) == command.NOT_FITTING
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "does not fit v5e:4x4: prefill" in out
 
 
 def test_a_program_that_does_not_compile(compiler, capsys):
@@ -254,7 +268,7 @@ def test_a_program_that_does_not_compile(compiler, capsys):
     assert "collect         does not compile: ended by SIGABRT" in capsys.readouterr().out
 
 
-def test_bad_input_is_one_message(compiler, capsys, monkeypatch):
+def test_bad_input_is_one_message(compiler, capsys, monkeypatch, tmp_path):
     def complaint(values, topology, file=None):
         assert main.compile_for(values, topology, None, file) == 1
         captured = capsys.readouterr()
@@ -264,6 +278,18 @@ def test_bad_input_is_one_message(compiler, capsys, monkeypatch):
     assert "--topology must be GENERATION:SIZES" in complaint(config(), "h100:8")
     assert "--config=FILE" in complaint(None, "v5e:4x4")
     assert "There is no folder" in complaint(config(), "v5e:4x4", "/no/such/folder/x.json")
+    os.mkfifo(tmp_path / "pipe")
+    for file, words in (
+        (tmp_path, "It is a folder"),
+        (tmp_path / "pipe", "It is no regular file"),
+        ("/dev/null", "It is no regular file"),
+        (tmp_path / ("x" * 300), "the name is too long"),
+        ("gs://bucket/x.json", "--json must be a path of a file system"),
+    ):
+        assert words in complaint(config(), "v5e:4x4", str(file))
+    for name in ("v5q:4x4", "V5E:4x4", "v5e:4x4x4", "v5e:0x4", "v5e:99999x4", "v5e:٤x٤", "v5e"):
+        assert "--topology" in complaint(config(), name)
+    assert "Did you mean 'v5e'?" in complaint(config(), "V5E:4x4")
     monkeypatch.setattr(command, "in_child", lambda _: {"error": "input", "message": "3 heads"})
     assert "error: 3 heads" in complaint(config(), "v5e:4x4")
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/no/libtpu.so")

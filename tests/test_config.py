@@ -2,12 +2,16 @@
 
 import dataclasses
 import importlib.util
+import time
+import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from refine_jax.base.errors import ConfigError
 from refine_jax.config import (
+    SECTIONS,
     Config,
     ModelConfig,
     RefineConfig,
@@ -226,3 +230,126 @@ def test_scores_of_answers_are_of_post_training():
         Config.from_dict(config)
     config.phase = "posttrain"
     assert Config.from_dict(config).train.best_metric == "score"
+
+
+def numbers_of(kind):
+    """(section, field) of every setting of a type."""
+    return [
+        (name, field.name)
+        for name, section in SECTIONS.items()
+        for field in dataclasses.fields(section)
+        if kind
+        in (
+            typing.get_type_hints(section)[field.name],
+            *typing.get_args(typing.get_type_hints(section)[field.name]),
+        )
+    ]
+
+
+def refused(section, field, value):
+    """The message for a value; it names the setting."""
+    with pytest.raises(ConfigError) as error:
+        SECTIONS[section](**{field: value})
+    assert f"config.{section}.{field}" in str(error.value) and len(str(error.value)) < 500
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("section", "field"), numbers_of(int))
+def test_whole_numbers_have_both_ends(section, field):
+    allowed = SECTIONS[section].__dataclass_fields__[field].metadata
+    low, high = allowed["low"], allowed["high"]
+    assert low is not None and high is not None and low < high < 2**53
+    for value in (low, high, np.int64(high), np.uint8(2)):
+        if section != "mesh" or value != low:
+            got = getattr(SECTIONS[section](**{field: value}), field)
+            assert got == value and type(got) is int
+    for value in (low - 1, high + 1, -(2**63), 2**63, 10**30, 10**5000, -(10**5000)):
+        assert "must be at " in refused(section, field, value)
+    for value in (True, np.True_, 2.0, float("inf"), "3", b"3", [3], np.array([3]), 3 + 0j):
+        assert "must be a whole number" in refused(section, field, value)
+
+
+@pytest.mark.parametrize(("section", "field"), numbers_of(float))
+def test_numbers_are_finite_and_have_both_ends(section, field):
+    allowed = SECTIONS[section].__dataclass_fields__[field].metadata
+    low = allowed["above"] if allowed["low"] is None else allowed["low"]
+    high = allowed["high"]
+    assert low is not None and high is not None
+    # As float32, on which everything is computed.
+    assert np.isfinite(np.float32(high)) and (low == 0 or np.float32(low) > 0)
+    for value in (high, np.float32(high / 2), np.float64(high)):
+        assert type(getattr(SECTIONS[section](**{field: value}), field)) is float
+    for value in (np.nextafter(low, -1), 1.01 * high, 10**400, -(10**400), 1e308, -1e308):
+        refused(section, field, value)
+    for value in (float("nan"), float("inf"), -float("inf"), np.float32("nan")):
+        assert "must be finite" in refused(section, field, value)
+    for value in (True, "0.5", None if allowed["low"] == 0 else "nan", [0.5]):
+        assert "must be a number" in refused(section, field, value)
+
+
+def test_there_is_no_negative_zero():
+    rate = SECTIONS["optimizer"](learning_rate=-0.0).learning_rate
+    assert str(rate) == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.batch_size": 2**20}, "train.batch_size=1048576, data.sequence_length=16384"),
+        (
+            {"data.sequence_length": 2**26},
+            "train.batch_size * data.sequence_length must be at most",
+        ),
+        (
+            {
+                "train.batch_size": 2**20,
+                "data.sequence_length": 4096,
+                "refine.num_positions": 512,
+                "refine.rollouts_per_position": 4096,
+            },
+            "refine.num_positions=512, refine.rollouts_per_position=4096",
+        ),
+        ({"mesh.data": 2**20, "mesh.tensor": 2**20}, "devices in all. Got: 1,099,511,627,776"),
+        ({"evaluate.lengths": "4096,1" + "0" * 30}, "config.evaluate.lengths must be whole"),
+        ({"evaluate.lengths": "\u00b2"}, "config.evaluate.lengths must be whole"),
+        ({"generation.temperature": 1e-30}, "config.generation.temperature must be 0"),
+        ({"data.pack": True, "data.max_documents": 16385}, "config.data.max_documents must be at"),
+        (
+            {
+                "phase": "posttrain",
+                "posttrain.answers": "grpo",
+                "posttrain.samples": 4096,
+                "train.batch_size": 128,
+            },
+            "posttrain.samples=4096",
+        ),
+    ],
+)
+def test_what_no_memory_holds_is_refused(changes, words):
+    values = valid().to_dict()
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        if field:
+            values[section][field] = value
+        else:
+            values[section] = value
+    begin = time.monotonic()
+    with pytest.raises(ConfigError) as error:
+        Config.from_dict(values)
+    assert words in str(error.value) and time.monotonic() - begin < 1
+
+
+def test_fields_of_a_fresh_model_are_json_values():
+    fresh = {"model_type": "delta_net", "hidden_size": np.int64(16), "norm_eps": np.float32(0.5)}
+    got = ModelConfig(fresh=fresh | {"attn": {"layers": (0, np.int32(1))}}).fresh
+    assert got == {**fresh, "attn": {"layers": [0, 1]}}
+    assert type(got["hidden_size"]) is int and type(got["norm_eps"]) is float
+    for value, words in (
+        (float("nan"), "config.model.fresh.x must be finite"),
+        ({1: 2}, "config.model.fresh.x: names of fields must be strings. Got: 1."),
+        ([{"a": {3}}], "config.model.fresh.x.0.a must be a JSON value"),
+        (len, "config.model.fresh.x must be a JSON value"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            ModelConfig(fresh={"x": value})
+        assert words in str(error.value)

@@ -332,6 +332,30 @@ def test_a_corrupt_run_is_one_message_and_nothing_is_lost(whole, corpus, tmp_pat
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_rows_that_no_memory_holds_are_refused_before_anything_starts(corpus, tmp_path, capsys):
+    train = {"batch_size": 2**20, "micro_batch_size": 2**20}
+    data = {"sequence_length": 2048, "source": "/no/such/corpus"}
+    wide = {"fresh": {"hidden_size": 2**16, "num_heads": 2**10, "num_hidden_layers": 100}}
+    assert execute(tiny(corpus, train=train, data=data, model=wide), str(tmp_path / "run")) == 1
+    message = capsys.readouterr().err
+    # Float32: 100 layers x 2^20 rows x 2^11 tokens x 2^16 numbers x 4 bytes / 2^30.
+    assert "take 52,428,800.0 GiB" in message and "config.train.micro_batch_size" in message
+    assert message.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_device_out_of_memory_is_one_message(corpus, tmp_path, capsys, monkeypatch):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nx")
+
+    monkeypatch.setattr(midtrain, "run", fail)
+    assert execute(tiny(corpus), str(tmp_path / "run")) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "error: The memory of a device is not enough (RESOURCE_EXHAUSTED: Out"
+    )
+    assert "Lower config.train.micro_batch_size" in message and message.count("\n") == 1
+
+
 def command(*arguments, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "refine_jax.main", *map(str, arguments)],

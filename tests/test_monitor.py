@@ -181,6 +181,40 @@ def test_training_plot_draws_each_kind_of_run(tmp_path):
     assert not (tmp_path / "plot.png").exists()
 
 
+def legends(monkeypatch, tmp_path, records):
+    """{title: the entries of the legend} of the training plot."""
+    from refine_jax import plots
+
+    found = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: found.append(figure))
+    plot_training(tmp_path / "plot.png", records, clip_norm=None)
+    return {
+        axis.get_title(loc="left"): [text.get_text() for text in axis.get_legend().get_texts()]
+        for axis in found[0].axes
+        if axis.get_legend() is not None
+    }
+
+
+def test_legends_name_what_is_there_alone(monkeypatch, tmp_path):
+    plain = history(warmup=12)
+    for record in plain:
+        record.pop("eval/reward", None)
+    shown = legends(monkeypatch, tmp_path, plain)
+    assert shown["Time of a step"] == ["update"]  # and no time for data
+    assert "Reward of the rollouts" not in shown
+    # Versions before this one recorded the microseconds that collecting nothing took.
+    old = [record | {"time/collect": 2e-6} for record in history() if record["step"]]
+    assert legends(monkeypatch, tmp_path, old)["Time of a step"] == ["update"]
+    assert legends(monkeypatch, tmp_path, history())["Time of a step"] == [
+        *("collect rollouts", "update"),
+    ]
+    alone = [
+        {name: value for name, value in record.items() if name != "reward/std"}
+        for record in history()
+    ]
+    assert legends(monkeypatch, tmp_path, alone)["Reward of the rollouts"][0] == "training"
+
+
 def test_rollout_plot_marks_the_positions_where_they_are(tmp_path):
     """The orange of a position stands over its tokens, and nowhere else."""
     from refine_jax.plots import ORANGE

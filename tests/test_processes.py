@@ -137,7 +137,7 @@ def test_runs_of_one_two_and_four_processes_are_the_same(corpus, tmp_path):
     )
     assert_codes(ended, 0, 0, 0, 0)
     assert json.loads(ended[0][1].splitlines()[-1]) == {"interrupted": "SIGTERM", "step": STOP}
-    printed = [[x for x in out.splitlines() if not x.startswith("[Gloo]")] for _, out, _ in ended]
+    printed = [out.splitlines() for _, out, _ in ended]
     assert f"SIGTERM: saved step {STOP} of {STEPS}" in printed[0][-2]
     assert printed[1:] == [[]] * 3
     assert_same_metrics(read_metrics(four / "metrics.jsonl"), records[: STOP + 1])
@@ -255,6 +255,83 @@ def test_a_killed_process_ends_the_other_with_a_message(victim):
         assert "another process was killed or its host is gone" in err.splitlines()[-1]
 
 
+_LISTENING = """
+import os, socket, sys
+from refine_jax import distributed
+
+index = int(sys.argv[2])
+distributed.start(coordinator=sys.argv[1], num_processes=2, process_id=index, timeout=100)
+mine = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+        if os.path.islink(f"/proc/self/fd/{fd}")}
+assert distributed.gather(index) == [0, 1]
+for kind, size in (("tcp", 8), ("tcp6", 32)):
+    for line in open(f"/proc/net/{kind}").readlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine:
+            host, port = fields[1].split(":")
+            packed = b"".join(bytes.fromhex(host[i : i + 8])[::-1] for i in range(0, size, 8))
+            family = socket.AF_INET if size == 8 else socket.AF_INET6
+            print(socket.inet_ntop(family, packed), int(port, 16), flush=True)
+distributed.gather(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_local_processes_listen_on_the_loopback_interface_alone(host):
+    """The coordinator, which obeys everyone, and the connections of gloo; nothing else is said."""
+    port = free_port()
+    commands = [["-c", _LISTENING, f"{host}:{port}", index] for index in range(2)]
+    ended = finish(commands, timeout=200)
+    assert_codes(ended, 0, 0)
+    found = [[line.rsplit(" ", 1) for line in out.splitlines()] for _, out, _ in ended]
+    loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    for listening in found:
+        assert listening and {address for address, _ in listening} <= loopback, found
+    assert str(port) in [number for _, number in found[0]]
+    assert [err for _, _, err in ended] == ["", ""]
+
+
+def test_a_coordinator_listens_where_it_is_told(monkeypatch, capsys):
+    """On all interfaces only where the host may be another machine to others, with a word."""
+    monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS", raising=False)
+    for address, addresses, expected in (
+        ("127.0.0.1:8476", ["127.0.0.1"], "127.0.0.1:8476"),
+        ("[::1]:8476", ["::1"], "[::1]:8476"),
+        ("10.0.0.7:8476", ["10.0.0.7"], "10.0.0.7:8476"),
+        ("this-host:8476", ["10.0.0.7"], "10.0.0.7:8476"),
+        ("this-host:8476", ["10.0.0.7", "10.0.1.7"], "this-host:8476"),
+    ):
+        monkeypatch.setattr(distributed, "_can_bind", lambda host, port: True)
+        assert distributed.bind_address(address, addresses) == expected
+        assert capsys.readouterr().err == ""
+    # Debian names the machine 127.0.1.1 in its own /etc/hosts; a load balancer is elsewhere.
+    for addresses, mine in ((["127.0.1.1"], True), (["8.8.8.8"], False)):
+        monkeypatch.setattr(
+            distributed, "_can_bind", lambda host, port, mine=mine: mine or host == "0.0.0.0"
+        )
+        assert distributed.bind_address("some-host:8476", addresses) is None
+        assert "listens on port 8476 of all its addresses" in capsys.readouterr().err
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "10.1.1.1:8476")
+    assert distributed.bind_address("some-host:8476", ["8.8.8.8"]) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_port_in_use_and_an_unknown_host_are_told():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        for address, words in (
+            (f"127.0.0.1:{taken}", f"cannot listen on port {taken} of 127.0.0.1"),
+            ("no-such-host.invalid:8476", "the host 'no-such-host.invalid' of process 0 is not"),
+            ("256.256.256.256:8476", "is not known here"),
+        ):
+            with pytest.raises(ConfigError) as error:
+                distributed.start(coordinator=address, num_processes=2, process_id=0)
+            assert words in str(error.value) and address in str(error.value)
+
+
 def test_a_process_without_the_others_says_so(tmp_path):
     start = (
         "from refine_jax import distributed; distributed.start("
@@ -273,6 +350,16 @@ def test_a_process_without_the_others_says_so(tmp_path):
         ("auto", ("h:1", None, None), "Missing: --num_processes, --process_id. Got: --coord"),
         ("auto", ("host", 2, 0), "must be HOST:PORT of process 0. Got: 'host'"),
         ("auto", ("host:many", 2, 0), "must be HOST:PORT"),
+        *(
+            ("auto", (address, 2, 0), "must be HOST:PORT")
+            for address in ("::1:80", "[::1]", "[host]:80", "h:0", "h:65536", ":80", "h:-1")
+        ),
+        *(
+            ("auto", (address, 2, 0), "must be HOST:PORT")
+            for address in ("http://h:80", "a b:80", "h:８０", "h:80 ", "", "h:" + "9" * 5000)
+        ),
+        ("auto", ("host:1", 10**9, 0), "--num_processes at most 65,536"),
+        ("auto", ("host:1", 2, -1), "must be one of 0 .. num_processes - 1"),
         ("auto", ("host:1", 2, 2), "must be one of 0 .. num_processes - 1"),
         ("auto", ("host:1", 0, 0), "must be one of 0 .. num_processes - 1"),
         ("off", ("host:1", 2, 0), "--distributed=off excludes --coordinator"),

@@ -19,6 +19,7 @@ import small
 from ml_collections import ConfigDict
 
 from refine_jax.config import Config
+from refine_jax.settings import expand_flags
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TITLES = {"lact": "LaCT-760M", "deltanet": "DeltaNet-1.3B"}
@@ -159,9 +160,10 @@ class Paper:
     """Makes runs; `options` are those of the command line (`add_options`)."""
 
     def __init__(self, options: argparse.Namespace):
+        expand_flags(vars(options), *_PATHS)
         self.options = options
         self.small = options.small
-        self.workdir = Path(options.workdir).expanduser().absolute()
+        self.workdir = Path(options.workdir).absolute()
         self.models: tuple[str, ...] = tuple(options.models)
         self.lengths = small.LENGTHS if options.small else LENGTHS
         self.longbench_tasks = small.LONGBENCH if options.small else LONGBENCH
@@ -409,6 +411,9 @@ def _load(path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+_PATHS = ("workdir", "lact", "deltanet", "documents", "booksum", "essays", "ruler_qa", "longbench")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -185,7 +185,7 @@ class Lab:
             for name, train_step in train_steps.items():
                 states[name], metrics = train_step(states[name], batch)
                 if number > 0:  # the first one compiles
-                    seconds[name].append(metrics["time/update"] + metrics["time/collect"])
+                    seconds[name].append(metrics["time/update"] + metrics.get("time/collect", 0.0))
         return {name: statistics.median(times) for name, times in seconds.items()}
 
     @functools.cache  # noqa: B019 - a Lab lives as long as the study

@@ -30,7 +30,7 @@ from typing import Any
 
 from sizes import MODELS, SIZES, Plan
 
-from refine_jax.base.files import write_bytes, write_text
+from refine_jax.base.files import path_flag, write_bytes, write_text
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reward=binary": {"reward": "binary"},
@@ -210,7 +210,7 @@ def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", type=Path, help="default: runs/study, or runs/study-small")
+    flags.add_argument("--workdir", type=path_flag, help="default: runs/study, or runs/study-small")
     flags.add_argument("--model", choices=MODELS, help="only the runs of this model, and no report")
     flags.add_argument("--small", action="store_true", help="tiny models, a few steps")
     flags.add_argument("--report", action="store_true", help="only the tables and curves")

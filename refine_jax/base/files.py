@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
+import errno
 import json
 import os
 import re
 import reprlib
 import secrets
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.errors import ConfigError, UserError, reason
 
 _T = TypeVar("_T")
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Also file:/x, and what a path made of gs://x: one slash. Drives of Windows are one letter.
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*[A-Za-z]://")
+_LONGEST = 3500
+"""Bytes of a folder's path that leave room, of the 4096 of Linux, for the files in it."""
 MARK = "\ufeff"
 """The byte order mark, which some editors put before a text; it is never part of one."""
 
@@ -30,6 +34,8 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
     Raises `error` for a URL: buckets and hubs are not read or written by this version.
     """
     text = os.fspath(path)
+    if not text:
+        raise error(f"{setting} must not be empty. Got: ''.")
     if _SCHEME.match(text):
         raise error(
             f"{setting} must be a path of a file system: buckets and other URLs are not supported. "
@@ -39,8 +45,62 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
         raise error(f"{setting} must be a path. Got: {text!r}, with a null character.")
     try:
         return Path(text).expanduser()
-    except RuntimeError as reason:  # "~name" of a user that is not there
-        raise error(f"{setting}={text!r}: {reason}") from None
+    except RuntimeError:
+        user = text.partition("/")[0]
+        raise error(
+            f"{setting}={text!r}: there is no home folder {user} on this machine. A folder of that "
+            f"name is ./{text}."
+        ) from None
+
+
+def path_flag(text: str) -> Path:
+    """The type of a flag of argparse that is a path: `~` is expanded, URLs are refused."""
+    return local_path(text, "it", argparse.ArgumentTypeError)
+
+
+def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigError) -> None:
+    """Raise `error` unless files can be made in a folder, which need not be there.
+
+    It is tried out, since rights alone do not say it, and what that made is removed.
+    """
+    made: list[Path] = []
+    try:
+        if len(os.fsencode(folder.absolute())) > _LONGEST:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if folder.is_symlink() and not folder.exists():
+            raise error(f"{setting}={str(folder)!r} is a link to a folder that is not there.")
+        if folder.exists() and not folder.is_dir():
+            raise error(f"{setting}={str(folder)!r} must be a folder. It is a file.")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{secrets.token_hex(8)}.new"
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        trial.unlink()
+    except OSError as problem:
+        text = short(str(folder), 200)
+        raise error(f"{setting}={text}: nothing can be written there: {reason(problem)}.") from None
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # another process is using it already
+                path.rmdir()
+
+
+def check_output(path: Path, setting: str, error: type[UserError] = ConfigError) -> None:
+    """Raise `error` unless a file can be written in full or not at all (`replacing`)."""
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise error(f"{setting}={str(path)!r} must name a file. It is {kind}.")
+        if not path.parent.is_dir():
+            raise error(
+                f"There is no folder {str(path.parent)!r}: {setting}={str(path)!r} is in one that "
+                "does not exist."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # says so where the name is too long
+    except OSError as problem:
+        raise error(f"{setting}={short(str(path), 200)}: {reason(problem)}.") from None
+    check_writable(path.parent, setting, error)
 
 
 def valid_unicode(text: str) -> str:
@@ -60,8 +120,8 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as reason:
-        raise error(f"cannot read {path}: {reason.strerror or reason}.") from None
+    except OSError as problem:
+        raise error(f"cannot read {path}: {reason(problem)}.") from None
     return decode_text(content, path, error)
 
 
@@ -69,10 +129,10 @@ def decode_text(content: bytes, where: Any, error: type[UserError]) -> str:
     """The text of UTF-8 bytes, without a byte order mark; raises `error` if they are none."""
     try:
         return content.decode("utf-8").removeprefix(MARK)
-    except UnicodeDecodeError as reason:
+    except UnicodeDecodeError as problem:
         marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         hint = " It begins with the mark of UTF-16: save it as UTF-8." if marked else ""
-        raise error(f"{where} is not UTF-8 text: {reason}.{hint}") from None
+        raise error(f"{where} is not UTF-8 text: {problem}.{hint}") from None
 
 
 def parse_json(
@@ -94,8 +154,8 @@ def parse_json(
         return json.loads(text, parse_constant=refuse if strict else None)
     except RecursionError:
         raise error(f"{where} is not valid JSON: it is nested too deeply.") from None
-    except ValueError as reason:
-        raise error(f"{where} is not valid JSON: {reason}.") from None
+    except ValueError as problem:
+        raise error(f"{where} is not valid JSON: {problem}.") from None
 
 
 def read_json(path: str | os.PathLike, error: type[UserError]) -> dict[str, Any]:
@@ -274,15 +334,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def check_folder(path: str | os.PathLike, error: type[UserError]) -> None:
-    """Raise `error` unless a file can be made in a folder; to be asked before hours of work."""
-    try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as reason:
-        raise error(f"cannot write to the folder {path}: {reason.strerror or reason}.") from None
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

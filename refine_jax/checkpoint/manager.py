@@ -30,7 +30,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import parse_object, read_json, read_text, write_text
+from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
 from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
@@ -127,7 +127,9 @@ class CheckpointManager:
         """
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
-        self.directory = epath.Path(directory).expanduser().resolve()
+        self.directory = epath.Path(
+            local_path(directory, "the folder of checkpoints", CheckpointError)
+        ).resolve()
         self._save_every = save_every
         self._best_metric, self._best_mode = best_metric, best_mode
         steps = find_steps(self.directory)
@@ -383,7 +385,7 @@ def load_model(
       CheckpointError: Not a checkpoint, a corrupt one, or one whose arrays are not those of its
         config.json.
     """
-    folder = epath.Path(path).expanduser().resolve()
+    folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
     if (folder / "checkpoints" / CONFIG).exists():
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():

@@ -28,7 +28,7 @@ def advise(report: Report) -> list[str]:
     training = [p for p in failing if p["name"] not in ("prefill", "decode")]
     if training:
         found += _fewer_activations(report, training)
-    found += _smaller_generation(report, failing)
+    found += smaller_generation(report, failing)
     found.sort(key=lambda each: -each[0])
     over = (worst["memory"]["peak"] - report.topology.chip.hbm) / GIB
     end = f"a larger slice: {worst['name']} needs {over:.2f} GiB more a chip than there is"
@@ -153,7 +153,7 @@ def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def _smaller_generation(report: Report, failing: list[dict]) -> list[tuple[float, str]]:
+def smaller_generation(report: Report, failing: list[dict]) -> list[tuple[float, str]]:
     """About reading prompts and generating."""
     found, config = [], report.config
     for program in failing:

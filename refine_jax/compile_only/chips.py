@@ -10,6 +10,8 @@ import math
 import re
 
 from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import short
+from refine_jax.settings import suggestion
 
 GIB = 1 << 30
 
@@ -86,12 +88,13 @@ def parse_topology(name: str | None) -> Topology:
     Raises:
       ConfigError: No such generation, or sizes that it does not have.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", name or "")
+    match = re.fullmatch(r"(\w+):([0-9]{1,4}(?:x[0-9]{1,4})+)", name or "")
     generation = match[1] if match else ""
     if generation not in CHIPS:
+        near = suggestion((name or "").partition(":")[0].lower(), CHIPS)
         raise ConfigError(
             f"--topology must be GENERATION:SIZES with one of {', '.join(CHIPS)}, for example "
-            f"{EXAMPLES}. Got: {name!r}."
+            f"{EXAMPLES}. Got: {short(name)}.{near}"
         )
     sizes = tuple(map(int, match[2].split("x")))
     if len(sizes) != CHIPS[generation].axes or 0 in sizes:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import check_output, write_text
 from refine_jax.compile_only.chips import parse_topology
 from refine_jax.compile_only.report import Report, line, text
 from refine_jax.config import Config
@@ -61,9 +62,9 @@ def run(
       ConfigError: No such slice, no libtpu, or a mesh that the run does not fit.
     """
     slice_ = parse_topology(topology)
+    if out is not None:
+        check_output(out, "--json")
     check_libtpu()
-    if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"There is no folder for the results: {out.parent}.")
     task = {"config": config.to_dict(), "topology": slice_.name, "plan": plan, "debug": debug}
     run_facts = in_child(task | {"program": None})
     if "error" in run_facts:
@@ -77,7 +78,7 @@ def run(
         print(line(found, slice_), flush=True)
     print(text(report), flush=True)
     if out is not None:
-        out.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(report.to_json(), indent=1) + "\n")
     if any("error" in program for program in report.run_programs):
         return FAILED
     return 0 if report.fits else NOT_FITTING
@@ -86,7 +87,7 @@ def run(
 def check_libtpu() -> None:
     """Raise ConfigError where there is no TPU compiler."""
     named = os.environ.get("TPU_LIBRARY_PATH")
-    if named is not None and not Path(named).is_file():
+    if named is not None and not Path(named).expanduser().is_file():
         raise ConfigError(f"TPU_LIBRARY_PATH must name a libtpu.so. Got: {named}.")
     if named is None and importlib.util.find_spec("libtpu") is None:
         raise ConfigError(

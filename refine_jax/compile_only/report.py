@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from refine_jax.compile_only.advice import advise
+from refine_jax.compile_only.advice import advise, smaller_generation
 from refine_jax.compile_only.chips import GIB, Topology
 from refine_jax.config import Config
 
 _SHOWN_BUFFERS = 5
+_BESIDE = " (to compare with, not a part of the run)"
 _MEMORY = ("arguments", "outputs", "aliased", "temporaries", "code", "resident", "peak")
 
 
@@ -126,6 +127,8 @@ def line(program: dict, topology: Topology) -> str:
         return f"{program['name']:15s} does not compile: {program['message']}"
     chip, peak = topology.chip, program["memory"]["peak"]
     verdict = "fits" if program["fits"] else "DOES NOT FIT"
+    if program["compared"] and not program["fits"]:
+        verdict = "(too large)"  # the run itself does without it
     seconds = program["seconds"]
     used = program["model_flops"] / seconds / chip.flops if seconds else None
     share = f"{used:.0%} of peak" if used is not None else "-"
@@ -134,6 +137,7 @@ def line(program: dict, topology: Topology) -> str:
         f"{program['name']:15s} {verdict:12s} {size(peak):>10s} of {size(chip.hbm)}   "
         f"{duration(seconds):>10s}  {share:>12s}   {done} in "
         f"{program['compile_seconds']:.0f} s   {program['meaning']}"
+        f"{_BESIDE if program['compared'] else ''}"
     )
 
 
@@ -163,14 +167,24 @@ def text(report: Report) -> str:
         parts.append(
             f"does not fit {report.topology.name}: {', '.join(names)}. What would help:\n{advice}"
         )
-    return "\n".join(["", *parts])
+    return "\n".join(["", *parts, *_too_large_beside(report)])
+
+
+def _too_large_beside(report: Report) -> list[str]:
+    """A line about what would not fit, though the run does not need it; none if all does."""
+    failing = [p for p in report.programs if p.get("compared") and not p["fits"]]
+    if not failing:
+        return []
+    names = ", ".join(program["name"] for program in failing)
+    hints = [text for _, text in smaller_generation(report, failing)]
+    return ["; ".join([f"not a part of the run, and too large for this slice: {names}", *hints])]
 
 
 def _details(program: dict) -> str:
     memory = program["memory"]
     held = ", ".join(f"{name} {size(memory[name])}" for name in _MEMORY if memory[name])
     runs = f", {program['runs']} a step" if program["runs"] else ""
-    note = " (to compare with, not a part of the run)" if program["compared"] else ""
+    note = _BESIDE if program["compared"] else ""
     sent = program["collectives"]
     transfers = ", ".join(
         f"{kind} {each['count']:,} x, {amount(each['bytes'], 'B')}" for kind, each in sent.items()

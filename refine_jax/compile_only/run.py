@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from refine_jax.base.errors import ConfigError
+from refine_jax.base.errors import CheckpointError, ConfigError
+from refine_jax.base.files import parse_object, read_text
 from refine_jax.compile_only.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
@@ -58,18 +58,19 @@ def describe_model(config: Config) -> Start:
       ConfigError, ModelConfigError: Neither describes a model.
     """
     if config.model.checkpoint is not None:
-        folder = epath.Path(config.model.checkpoint).expanduser()
+        folder = Path(config.model.checkpoint)
         for found in (folder / "checkpoints" / CONFIG, folder / CONFIG):
             if found.is_file():
-                text = found.read_text()
-                return Start(json.loads(text), text, None, {}, None)
+                text = read_text(found, CheckpointError)
+                fields = parse_object(text, found, CheckpointError)
+                return Start(fields, text, None, {}, None)
         if "model_type" not in (config.model.fresh or {}):
             raise ConfigError(
                 f"config.model.checkpoint has no {CONFIG}, and there is no config.model.fresh to "
                 f"describe the model instead. Got: {folder}."
             )
     # No run has this name: what is compiled does not depend on what a work folder holds.
-    return load_start(dataclasses.replace(config.model, checkpoint=None), epath.Path("/dev/null"))
+    return load_start(dataclasses.replace(config.model, checkpoint=None), Path("/dev/null"))
 
 
 class Shapes:

@@ -10,21 +10,28 @@ from typing import Any, ClassVar
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import short
+from refine_jax.settings import (
+    LAST_SEED,
+    MOST_ITEMS,
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_WORKERS,
+    expanded,
+)
 
 CHUNKINGS = ("all", "first")
 SPLITS = ("train", "validation")
-LARGEST = 2**31 - 1  # of counts and lengths: rows count their slots in int32
 LIMITS = {
-    "limit_documents": (1, 2**40),
-    "sequence_length": (2, LARGEST),
-    "min_tokens": (1, LARGEST),
-    "max_tokens": (1, LARGEST),
-    "min_remainder": (1, LARGEST),
-    "max_documents": (1, LARGEST),
-    "validation_rows": (1, 2**62),
-    "epochs": (1, LARGEST),
-    "seed": (0, 2**32 - 1),
-    "workers": (0, 256),
+    "limit_documents": (1, MOST_ITEMS),
+    "sequence_length": (2, MOST_TOKENS),
+    "min_tokens": (1, MOST_ITEMS),
+    "max_tokens": (1, MOST_ITEMS),
+    "min_remainder": (1, MOST_TOKENS),
+    "max_documents": (1, MOST_ROWS),
+    "validation_rows": (1, MOST_ITEMS),
+    "epochs": (1, MOST_ROWS),
+    "seed": (0, LAST_SEED),
+    "workers": (0, MOST_WORKERS),
 }
 """The least and the largest value of each whole number; None is allowed where it is the default."""
 
@@ -95,6 +102,9 @@ class DataOptions:
         """Raise DataError, naming the field, for a value that cannot work."""
         for field in fields(self):
             _check(self.setting(field.name), field, getattr(self, field.name))
+        for name in ("source", "tokenizer", "tfds_data_dir", "cache_dir"):
+            path = expanded(getattr(self, name), self.setting(name), error=DataError)
+            object.__setattr__(self, name, path)
         if not self.source:
             raise DataError(
                 f"{self.setting('source')} must be stdlib, tfds:NAME or a path. Got: ''."

@@ -9,6 +9,8 @@ folder appears when it is complete; preparing the same documents again finds it 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
 import tempfile
@@ -16,10 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax import commands
+from refine_jax.base.errors import DataError, run_command
+from refine_jax.base.files import check_writable, local_path
 from refine_jax.data.options import DataOptions, FlagOptions
+from refine_jax.settings import MOST_ITEMS
 
 
 def prepare(options: DataOptions, out: str) -> dict[str, Any]:
@@ -41,53 +46,69 @@ def prepare(options: DataOptions, out: str) -> dict[str, Any]:
     from refine_jax.data.tokenizer import load_tokenizer
     from refine_jax.data.tokens import damage, is_token_folder, read_metadata
 
+    folder = local_path(out, "--out", DataError)
+    check_writable(folder, "--out", DataError)
     if is_token_folder(options.source):
         raise DataError(f"{options.setting('source')}={options.source!r} is tokenised already")
     tokenizer = load_tokenizer(options.tokenizer)
     source = open_source(options)
     # The builder reads the folder where it was prepared before.
-    with damage("tokenised records", Path(out) / "tokenized_text", "of this source"):
-        builder = module.Builder(source=source, tokenizer=tokenizer, options=options, data_dir=out)
+    with damage("tokenised records", folder / "tokenized_text", "of this source"):
+        builder = module.Builder(
+            source=source, tokenizer=tokenizer, options=options, data_dir=str(folder)
+        )
     try:
-        # tfds always makes a download folder, though this builder downloads nothing.
-        with tempfile.TemporaryDirectory() as unused:
+        # tfds always makes a download folder, though this builder downloads nothing, and tells of
+        # its progress where this command prints its result.
+        with tempfile.TemporaryDirectory() as unused, contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
-        raise DataError(f"cannot write the records to {out}: {error}") from error
-    folder = Path(builder.data_dir).resolve()
-    with damage("tokenised records", folder, "and prepare them again"):
-        made = read_metadata(folder)
-        return {"folder": str(folder)} | {
+        raise DataError(f"cannot write the records to {folder}: {error}") from error
+    made_in = Path(builder.data_dir).resolve()
+    with damage("tokenised records", made_in, "and prepare them again"):
+        made = read_metadata(made_in)
+        return {"folder": str(made_in)} | {
             name: made[name] for name in ("documents", "tokens", "dropped")
         }
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the command."""
-    escape_output()
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    values = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(argv[0])}
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> None:
+    own = _flags()
+    commands.parse(own, arguments, __doc__).say()
+    values = {name: own[name].value for name in own}
     out = values.pop("out")
-    try:
-        print(json.dumps(prepare(FlagOptions(**values), out)))
-    except USER_ERRORS as error:
-        sys.exit(complain(error))
+    print(json.dumps(prepare(FlagOptions(**values), out)))
 
 
-def _define_flags() -> None:
-    flags.DEFINE_string("source", "stdlib", "stdlib, tfds:NAME, a file, a folder or a glob pattern")
-    flags.DEFINE_string("text_field", "text", "column, JSON field or feature that holds the text")
-    flags.DEFINE_string("files", "", "file name pattern within folders, e.g. *.py")
-    flags.DEFINE_string("tfds_split", "train", "split of a tfds data set")
-    flags.DEFINE_string("tfds_data_dir", "", "where tensorflow-datasets keeps its data")
-    flags.DEFINE_integer("limit_documents", None, "only the first so many documents")
-    flags.DEFINE_string("tokenizer", "mistral-v1", "mistral-v1, bytes, or a path")
-    flags.DEFINE_boolean("add_bos", True, "begin each document with the bos token")
-    flags.DEFINE_boolean("add_eos", False, "end each document with the eos token")
-    flags.DEFINE_string("out", None, "folder to write to", required=True)
+def _flags() -> flags.FlagValues:
+    own = flags.FlagValues()
+    text = functools.partial(flags.DEFINE_string, flag_values=own)
+    switch = functools.partial(flags.DEFINE_boolean, flag_values=own)
+    text("source", "stdlib", "stdlib, tfds:NAME, a file, a folder or a glob pattern")
+    text("out", None, "folder to write to")
+    text("text_field", "text", "column, JSON field or feature that holds the text")
+    text("files", "", "file name pattern within folders, e.g. *.py")
+    text("tfds_split", "train", "split of a tfds data set")
+    text("tfds_data_dir", "", "where tensorflow-datasets keeps its data")
+    flags.DEFINE_integer(
+        "limit_documents",
+        None,
+        "only the first so many documents",
+        1,
+        MOST_ITEMS,
+        flag_values=own,
+    )
+    text("tokenizer", "mistral-v1", "mistral-v1, bytes, or a path")
+    switch("add_bos", True, "begin each document with the bos token")
+    switch("add_eos", False, "end each document with the eos token")
+    commands.need(own, "out")
+    return own
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit(main())

@@ -28,14 +28,15 @@ import numpy as np
 from absl import logging
 from scipy.special import stdtrit
 
-from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
-from refine_jax.base.files import check_folder, write_text
+from refine_jax.base.errors import DataError, run_command
+from refine_jax.base.files import check_writable, write_text
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.method import run_trunk
+from refine_jax.settings import expand_flags
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
 WHOLE_TOKENS = 65536
@@ -271,31 +272,31 @@ def evaluate(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    escape_output()
     given = vars(_parser().parse_args(arguments))
     logging.set_verbosity(logging.WARNING)
+    return run_command(lambda: _run(given))
+
+
+def _run(given: dict) -> None:
+    expand_flags(given, "checkpoint", "source", "tokenizer", "output")
     output = given.pop("output")
     names = ("checkpoint", "step", "spacing", "buckets", "batch_size")
     chosen = {name: given.pop(name) for name in names}
-    try:
-        if output is not None and (output / "position.json").exists():
+    if output is not None:
+        output = Path(output)
+        check_writable(output, "--output", DataError)
+        if (output / "position.json").exists():
             raise DataError(f"{output} has a position.json: choose another --output.")
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            check_folder(output, DataError)
-        # One pass over the first tokens of each document.
-        options = FlagOptions(**given, chunking="first", epochs=1)
-        results = evaluate(options=options, **chosen)
-        print(json.dumps(results), flush=True)
-        if output is not None:
-            from refine_jax.evaluation.plots import plot_positions
+    # One pass over the first tokens of each document.
+    options = FlagOptions(**given, chunking="first", epochs=1)
+    results = evaluate(options=options, **chosen)
+    print(json.dumps(results), flush=True)
+    if output is not None:
+        from refine_jax.evaluation.plots import plot_positions
 
-            plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
-            text = json.dumps(results, indent=2) + "\n"
-            write_text(output / "position.json", text)
-    except USER_ERRORS as error:
-        return complain(error)
-    return 0
+        output.mkdir(parents=True, exist_ok=True)
+        plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
+        write_text(output / "position.json", json.dumps(results, indent=2) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -335,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--spacing", choices=("log", "linear"), default="log", help="of the buckets (default log)")
     add("--buckets", type=int, help="how many (default: one an octave, or 16 linear ones)")
     add("--batch_size", type=int, default=4, help="documents at a time (default 4)")
-    add("--output", type=Path, help="folder for position.json and position.png")
+    add("--output", help="folder for position.json and position.png")
     return parser
 
 

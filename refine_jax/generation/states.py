@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import json_field, local_path, read_json, short, write_text
+from refine_jax.base.files import (
+    check_writable,
+    json_field,
+    local_path,
+    read_json,
+    short,
+    write_text,
+)
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import check_free, new_folder
 from refine_jax.checkpoint.tree import (
@@ -41,11 +48,7 @@ def check_state_path(path: str | os.PathLike) -> Path:
     """
     folder = local_path(path, "the saved state", CheckpointError).absolute()
     check_free(folder)
-    parent = next(parent for parent in folder.parents if os.path.lexists(parent))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(
-            f"cannot write the saved state {folder}: {parent} is no folder that may be written to."
-        )
+    check_writable(folder.parent, "the folder of the saved state", CheckpointError)
     return folder
 
 

@@ -321,7 +321,7 @@ def model_config(fields: Mapping[str, Any]) -> ModelConfig:
     Raises ModelConfigError, which names the field, for an unknown `model_type`, a value of another
     type or out of range, and whatever asks for a function that is not supported.
     """
-    return _family(fields).from_hf(fields)
+    return family_of(fields.get("model_type")).from_hf(fields)
 
 
 def unused_fields(fields: Mapping[str, Any]) -> list[str]:
@@ -329,7 +329,7 @@ def unused_fields(fields: Mapping[str, Any]) -> list[str]:
 
     Those that are known to change no function, such as `use_cache`, are not among them.
     """
-    family = _family(fields)
+    family = family_of(fields.get("model_type"))
     read = _kinds(family).keys() | family.unsupported.keys()
     if "rope_theta" in read:
         read |= {*_POSITION_TABLES, *_POSITIONS}
@@ -343,8 +343,12 @@ def unused_fields(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _family(fields: Mapping[str, Any]) -> type[ModelConfig]:
-    model_type = fields.get("model_type")
+def family_of(model_type: Any) -> type[ModelConfig]:
+    """The family of that name, whose fields are those of its `config.json`.
+
+    Raises:
+      ModelConfigError: There is none.
+    """
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise ModelConfigError(
             f"model_type must be one of {sorted(_FAMILIES)}. Got: model_type={short(model_type)}."

@@ -17,7 +17,7 @@ import jax
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import read_json, short, write_text
+from refine_jax.base.files import local_path, read_json, short, write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
 from refine_jax.data.tasks import TASKS
@@ -181,7 +181,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
         return run_parts(parts, workdir, make_answerer(parts), check)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from refine_jax import distributed
+from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
     check_mesh,
+    check_room,
     check_same_run,
     data_options,
     only_run_in,
@@ -56,6 +58,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_same_run(config, workdir)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
+    check_room(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
@@ -78,7 +81,7 @@ def run(config: Config, workdir: str | Path) -> dict:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
       RunError: Training cannot go on.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
         return _Loop(prepare(config, workdir), workdir).run(interrupt, check)
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import (
@@ -53,6 +54,7 @@ from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
     check_mesh,
+    check_room,
     check_same_run,
     data_options,
     only_run_in,
@@ -100,6 +102,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     check_same_run(config, workdir)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
+    check_room(config, model)
     options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(
         data_options(config, tokenizer),
@@ -120,7 +123,7 @@ def run(config: Config, workdir: str | Path) -> dict:
       workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
         the run continues from the latest.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
         return _Loop(prepare(config, workdir), workdir).run(interrupt, check)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -234,6 +235,36 @@ def check_mesh(config: Config, model: Model) -> None:
     check_fits(sizes, tokens=config.data.sequence_length, model=model.config)
 
 
+def check_room(config: Config, model: Model) -> None:
+    """Refuse rows that all memory of the run's machines cannot hold, whatever else is there.
+
+    The backward pass needs the input of each layer, and a host its share of a batch.
+
+    Raises:
+      ConfigError: With the bytes that are needed at least, and those that there are.
+    """
+    length, rows = config.data.sequence_length, rows_at_once(config)
+    fields = model.config
+    width = jnp.dtype(model.policy.compute_dtype).itemsize
+    inputs = fields.num_hidden_layers * rows * length * fields.hidden_size * width
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    devices = host
+    if jax.default_backend() != "cpu":
+        known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        devices = known * jax.device_count() if known else math.inf
+    for what, needed, there, name in (
+        (f"inputs of the layers for {rows} rows at once", inputs, devices, "micro_batch_size"),
+        ("tokens of a batch", 4 * config.train.batch_size * length, host, "batch_size"),
+    ):
+        if needed > there:
+            raise ConfigError(
+                f"config.train.{name}: the {what} ({length} tokens each) alone take "
+                f"{needed / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB in all. Lower "
+                f"config.train.{name}"
+                f"{' or config.train.mini_batch_size' if name[0] == 'm' else ''}."
+            )
+
+
 def rows_at_once(config: Config) -> int:
     """Rows of one forward and backward pass of all devices together; at most a mini-batch."""
     sizes, train = axis_sizes(), config.train
@@ -275,6 +306,10 @@ def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
     return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
 
 
+def _field(section: str, name: str) -> dataclasses.Field:
+    return SECTIONS[section].__dataclass_fields__[name]
+
+
 def check_same_run(config: Config, workdir: Path) -> None:
     """Refuse to continue a run under a configuration that computes something else.
 
@@ -299,6 +334,8 @@ def check_same_run(config: Config, workdir: Path) -> None:
         for name, value in fields.items():
             # A run of a version without the setting had what is now its default.
             before = old.get(section, {}).get(name, getattr(SECTIONS[section](), name))
+            if isinstance(before, str) and _field(section, name).metadata["path"]:
+                before = os.path.expanduser(before)  # versions before this one recorded the "~"
             if f"{section}.{name}" not in _MAY_CHANGE and value != before:
                 changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
     if changed:

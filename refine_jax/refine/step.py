@@ -275,8 +275,9 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """One step; it gives the state's buffers away.
 
-        Metrics are scalars (means over the updates of the step), "time/collect" and "time/update"
-        seconds on the host. Raises ValueError where mini_batch does not divide the batch.
+        Metrics are scalars (means over the updates of the step), "time/update" and, where rollouts
+        are collected before, "time/collect" seconds on the host. Raises ValueError where mini_batch
+        does not divide the batch.
         """
         rows, mini_batch = batch["tokens"].shape[0], self.mini_batch
         if rows % mini_batch:
@@ -292,10 +293,9 @@ class TrainStep:
             state, metrics = self.update(state, batch, experience, index, updates)
             each.append(metrics)
         metrics = jax.block_until_ready(mean_metrics(each))
-        times = {
-            "time/collect": collected - begin,
-            "time/update": time.perf_counter() - collected,
-        }
+        times = {"time/update": time.perf_counter() - collected}
+        if experience is not None:
+            times["time/collect"] = collected - begin
         return state, metrics | times
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import short
+from refine_jax.base.files import local_path, short
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Task
@@ -152,6 +152,7 @@ def load_examples(
     """
     task = check_request(name, length=length, samples=samples, data=data, essays=essays)
     task = dataclasses.replace(task, metric=metric or task.metric)
+    data = str(local_path(data, "data", DataError)) if data else data
     build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
     if not is_built(name, data):
         return files.read_examples(task, data, report=report, **build)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import clean_text, replacing, short
+from refine_jax.base.files import clean_text, local_path, replacing, short
 from refine_jax.data.formats import record_files
 from refine_jax.data.records import Records
 from refine_jax.data.references import (
@@ -130,7 +130,7 @@ def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None
     Raises:
         DataError: the file cannot be written, or has another suffix.
     """
-    path = Path(path)
+    path = local_path(path, "the file", DataError)
     if path.suffix not in SUFFIXES:
         raise DataError(f"examples are written to .parquet or .jsonl. Got: {path}.")
     rows = [

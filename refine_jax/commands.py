@@ -1,0 +1,378 @@
+"""Command lines: our flags alone, a page of help, settings as flags, configuration files.
+
+A command has flags of its own (`absl.flags.FlagValues`), so that neither its help nor its
+suggestions speak of those that libraries define. What is wrong is a ConfigError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.machinery
+import importlib.util
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.files import local_path, parse_object, short
+from refine_jax.config import SECTIONS, defaults
+from refine_jax.settings import check_names, suggestion
+
+_HELP = ("help", "h", "helpshort", "helpfull")
+_SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+class Given(NamedTuple):
+    """What a command line says besides the command's own flags.
+
+    settings: {name: text} of the flags that `kind_of` knows; True or False for switches without a
+    value. notes: what the user should know of flags that are given twice.
+    """
+
+    settings: dict[str, str | bool]
+    notes: list[str]
+
+    def say(self) -> None:
+        """Print the notes on standard error."""
+        for note in self.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def parse(
+    own: flags.FlagValues,
+    arguments: Sequence[str],
+    doc: str,
+    *,
+    kind_of: Callable[[str], Any] = lambda name: None,
+) -> Given:
+    """Set the flags of a command; for --help print the page and exit.
+
+    Args:
+      own: The flags.
+      arguments: As after the name of the program.
+      doc: The command's docstring, the first part of the page.
+      kind_of: The type of a flag that is not among `own`, such as one of a setting; None: there is
+        no such flag.
+
+    Raises:
+      ConfigError: A flag is unknown, has no value or a wrong one.
+    """
+    given: dict[str, str | bool] = {}
+    notes = []
+    try:
+        left = list(own.read_flags_from_files(list(arguments), force_gnu=False))
+        while left:
+            name, value = _next_flag(own, left, kind_of)
+            if name in _HELP:
+                print(help_page(own, doc))
+                raise SystemExit(0)
+            if given.get(name, value) != value:
+                notes.append(
+                    f"--{name} is given twice, {short(given[name])} and {short(value)}: the last "
+                    "one counts."
+                )
+            given[name] = value
+        ours = {name: value for name, value in given.items() if name in own}
+        own(["", *(f"--{name}={value}" for name, value in ours.items())])
+    except flags.Error as error:
+        raise ConfigError(str(error).strip()) from None
+    for name in list(own):
+        flag = own[name]
+        if flag.value is None and getattr(flag, "needed", False):
+            raise ConfigError(f"--{name} is needed: {flag.help}.")
+    return Given({name: value for name, value in given.items() if name not in own}, notes)
+
+
+def _next_flag(
+    own: flags.FlagValues, left: list[str], kind_of: Callable[[str], Any]
+) -> tuple[str, str | bool]:
+    """Take the next flag off the arguments; returns its name and its value."""
+    argument = left.pop(0)
+    if not argument.startswith("-") or not argument.strip("-"):
+        raise ConfigError(f"Arguments must be flags, --name=value. Got: {short(argument)}.")
+    name, sign, value = argument.lstrip("-").partition("=")
+    kind = _kind(own, name, kind_of)
+    if kind is bool:
+        return name, value if sign else True
+    if (
+        kind is None
+        and name.startswith("no")
+        and _kind(own, name[2:], kind_of) is bool
+        and not sign
+    ):
+        return name[2:], False
+    if name in _HELP:
+        return name, True
+    if kind is None:
+        known = [f"--{each}" for each in own]
+        raise ConfigError(
+            f"There is no flag --{short_name(name)}.{suggestion(f'--{name}', known)} "
+            "--help lists the flags."
+        )
+    if not sign:
+        if not left or left[0].startswith("--"):
+            raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
+        value = left.pop(0)
+    return name, value
+
+
+def short_name(name: str) -> str:
+    """A name of a flag for a message, cut where it is long."""
+    return short(name)[1:-1]
+
+
+def _kind(own: flags.FlagValues, name: str, kind_of: Callable[[str], Any]) -> Any:
+    if name in own:
+        return bool if own[name].boolean else str
+    return kind_of(name)
+
+
+def need(own: flags.FlagValues, name: str) -> None:
+    """Declare that a command cannot do without a flag."""
+    own[name].needed = True
+
+
+def help_page(own: flags.FlagValues, doc: str) -> str:
+    """The docstring of a command, and its flags with their meaning and default."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [doc.strip(), "", "Flags:"]
+    for name in own:
+        flag = own[name]
+        form = f"  --[no]{name}" if flag.boolean else f"  --{name}={_value_of(flag)}"
+        text = flag.help.strip().split(">: ")[-1]  # absl says <a|b>: before what an enum means
+        if flag.default not in (None, "", False):
+            default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+            text += f" (default: {default})"
+        if getattr(flag, "needed", False):
+            text += " (needed)"
+        lines.append(form)
+        lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _value_of(flag: flags.Flag) -> str:
+    values = getattr(flag.parser, "enum_values", None)
+    if values:
+        return "|".join(values)
+    return {"int": "N", "comma separated list of strings": "A,B"}.get(flag.flag_type(), "TEXT")
+
+
+def kind_of_setting(name: str) -> Any:
+    """The type of a flag --config.SECTION.FIELD; None for other names.
+
+    Fields of `config.model.fresh` depend on the model: str stands for theirs, which
+    `override` knows.
+
+    Raises:
+      ConfigError: There is no such section or field.
+    """
+    plain = name.removeprefix("no") if name.startswith("noconfig.") else name
+    prefix, _, rest = plain.partition(".")
+    if prefix != "config" or not rest or (plain != name and rest == "phase"):
+        return None
+    if rest == "phase":
+        return str
+    section, _, field = rest.partition(".")
+    check_names([section], ["phase", *SECTIONS], "config")
+    if not field:
+        raise ConfigError(f"--{name}: config.{section} holds fields; name one of them.")
+    field, _, inner = field.partition(".")
+    check_names([field], _fields(SECTIONS[section]), f"config.{section}")
+    if inner and (section, field) != ("model", "fresh"):
+        raise ConfigError(f"--{short_name(name)}: config.{section}.{field} has no fields.")
+    if plain != name:
+        return None  # --noconfig.x.y is looked up once more, without its "no"
+    return str if inner else _inner(typing.get_type_hints(SECTIONS[section])[field])
+
+
+def _fields(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _inner(hint: Any) -> Any:
+    """The type of a field that may be None, too."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if kinds and type(None) in typing.get_args(hint) else hint
+
+
+def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
+    """Set the settings that flags name (`kind_of_setting`), in the order of the flags.
+
+    A field of `model.fresh` is one of the family that `model_type` names, whether or not the
+    configuration sets it.
+
+    Raises:
+      ConfigError: A value that is none of its type; a field that the family has not.
+    """
+    # The family decides which fields there are.
+    order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
+    order.sort(key=lambda name: name != "config.model.fresh")
+    for name in order:
+        section, _, field = name.removeprefix("config.").partition(".")
+        if section == "phase":
+            values.phase = given[name]
+            continue
+        field, _, inner = field.partition(".")
+        if inner:
+            fresh = values.model.fresh
+            hint = _fresh_hint(fresh, inner)
+            _put(fresh, inner, _parsed(given[name], hint, name))
+        else:
+            hint = typing.get_type_hints(SECTIONS[section])[field]
+            _put(values[section], field, _parsed(given[name], hint, name))
+
+
+def _put(section: ConfigDict, name: str, value: Any) -> None:
+    # The file may have set a whole number where any is allowed.
+    with section.unlocked(), section.ignore_type():
+        section[name] = value
+
+
+def _fresh_hint(fresh: ConfigDict, name: str) -> Any:
+    """The type of a field of a fresh model."""
+    from refine_jax.models.config import family_of
+
+    if name == "model_type":
+        return str
+    if "model_type" not in fresh:
+        raise ConfigError(
+            f"--config.model.fresh.{short_name(name)}: which fields a fresh model has depends on "
+            "its family: set --config.model.fresh.model_type, too."
+        )
+    family = family_of(fresh["model_type"])
+    check_names(
+        [name], ["model_type", *_fields(family)], f"config.model.fresh ({family.model_type})"
+    )
+    return typing.get_type_hints(family)[name]
+
+
+def _parsed(text: str | bool, hint: Any, name: str) -> Any:
+    """The value that a flag gives a field of this type."""
+    kind = _inner(hint)
+    optional = kind is not hint
+    if isinstance(text, bool):
+        if kind is not bool:
+            raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
+        return text
+    if optional and text in ("None", "none"):
+        return None
+    words = {bool: "true or false", int: "a whole number", float: "a number"}
+    try:
+        if kind is bool:
+            return _SWITCHES[text.lower()]
+        if kind is int:
+            return int(text, 0) if text[:2].lower() == "0x" else int(text)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError):
+        none = " or None" if optional else ""
+        raise ConfigError(f"--{name}={short_name(text)} must be {words[kind]}{none}.") from None
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return text
+    if kind in (Mapping, dict):
+        return ConfigDict(parse_object(text, f"--{name}", ConfigError))
+    raise ConfigError(f"--{name} cannot be set by a flag: set it in the configuration file.")
+
+
+def load_config(name: str) -> ConfigDict:
+    """The configuration of a file `FILE` or `FILE:FORM`, whole: what it leaves out has its default.
+
+    Raises:
+      ConfigError: There is no such file, or it makes no configuration; the message says where.
+    """
+    text, _, form = name.partition(":")
+    path = local_path(name if form.startswith("/") else text, "--config")
+    if path.is_dir():
+        raise ConfigError(f"--config must name a file. {text!r} is a folder.")
+    if not path.exists():
+        raise ConfigError(f"There is no configuration file {text!r}.")
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(
+            "--config must name a Python file that defines get_config(), as configs/demo.py does. "
+            f"Got: {text!r}."
+        )
+    # What a file prints is not the command's output.
+    with contextlib.redirect_stdout(sys.stderr):
+        values = _call(str(path), text, [form] if form else [])
+    if not isinstance(values, ConfigDict):
+        got = "None: is a return missing?" if values is None else f"{type(values).__name__}."
+        raise ConfigError(
+            f"get_config() of {text} must return the ConfigDict that refine_jax.config.defaults() "
+            f"makes. Got: {got}"
+        )
+    return _complete(values, text)
+
+
+def _call(path: str, shown: str, arguments: list[str]) -> Any:
+    """What get_config() of a file returns."""
+    try:
+        loader = importlib.machinery.SourceFileLoader("config_file", path)
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader("config_file", loader)
+        )
+        sys.modules["config_file"] = module  # dataclasses look themselves up there
+        loader.exec_module(module)
+        function = getattr(module, "get_config", None)
+        if not callable(function):
+            raise ConfigError(f"The configuration file {shown} defines no function get_config().")
+        _check_form(function, shown, arguments)
+        return function(*arguments)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        place = f", line {error.lineno}" if error.filename == path and error.lineno else ""
+        raise ConfigError(
+            f"The configuration file {shown}{place} is not valid Python: {error.msg}."
+        ) from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        place = f" in line {lines[-1]}" if lines else ""
+        text = error
+        while isinstance(text, AttributeError | KeyError) and len(text.args) == 1:
+            (text,) = text.args  # the text itself, not its repr
+        # ml_collections lists all values of a section that lacks a field.
+        text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", str(text), flags=re.S)
+        said = " ".join(text.split())
+        said = said if len(said) <= 500 else f"{said[:500]} ..."
+        message = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise ConfigError(f"The configuration file {shown} failed{place}: {message}") from error
+
+
+def _check_form(function: Callable, shown: str, arguments: list[str]) -> None:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        got = f"{shown}:{arguments[0]}" if arguments else shown
+        wanted = "takes no form" if arguments else "needs a form, FILE:FORM"
+        raise ConfigError(
+            f"The configuration file {shown} {wanted}. Got: --config={got}."
+        ) from None
+
+
+def _complete(values: ConfigDict, shown: str) -> ConfigDict:
+    """The configuration with defaults for sections and fields that it does not have."""
+    for name, default in defaults().items():
+        with values.unlocked():
+            if name not in values:
+                values[name] = default
+            elif isinstance(default, ConfigDict):
+                if not isinstance(values[name], ConfigDict):
+                    got = short(values[name])
+                    raise ConfigError(f"{shown}: config.{name} must hold fields. Got: {got}.")
+                for field, value in default.items():
+                    if field not in values[name] or (
+                        isinstance(value, ConfigDict) and values[name][field] is None
+                    ):
+                        _put(values[name], field, value)
+    return values

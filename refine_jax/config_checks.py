@@ -1,0 +1,218 @@
+"""What settings must be together: the checks of a `Config`; an error names the fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from refine_jax.base.errors import ConfigError
+from refine_jax.base.files import short
+from refine_jax.settings import LEAST, MOST_AT_ONCE, MOST_ROWS
+
+if TYPE_CHECKING:
+    from refine_jax.config import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        RefineConfig,
+        TestTimeConfig,
+        TrainConfig,
+    )
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that do not fit each other."""
+    _check_model(config.model)
+    _check_batches(config.train)
+    _check_sizes(config)
+    _check_steps(config.train, config.optimizer)
+    _check_lengths(config.data, config.refine)
+    if config.train.best_metric and not config.data.holdout:
+        raise ConfigError(
+            "config.train.best_metric needs held-out documents: set config.data.holdout. "
+            f"Got: best_metric={config.train.best_metric!r}, holdout=0."
+        )
+    _check_testtime(config.testtime)
+    _check_temperature(config.generation.temperature)
+    if config.phase == "posttrain":
+        _check_posttrain(config)
+    elif config.train.best_metric == "score":
+        raise ConfigError(
+            "config.train.best_metric='score' is the score of answers: it needs phase "
+            f"'posttrain'. Got: {config.phase!r}."
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.checkpoint is None and "model_type" not in (model.fresh or {}):
+        raise ConfigError(
+            "config.model needs `checkpoint` (a folder made by refine_jax.convert) or `fresh` with "
+            f"a `model_type` and the fields of the model. Got: checkpoint=None, "
+            f"fresh={short(model.fresh)}."
+        )
+
+
+def _check_batches(train: TrainConfig) -> None:
+    for large, small in (("batch", "mini_batch"), ("mini_batch", "micro_batch")):
+        whole = train.batch_size if large == "batch" else train.mini_batch
+        part = getattr(train, small)
+        if whole % part:
+            raise ConfigError(
+                f"config.train.{small}_size must divide config.train.{large}_size. "
+                f"Got: {small}_size={part}, {large}_size={whole}."
+            )
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuse what no memory holds, before anything makes arrays of it."""
+    train, data, refine = config.train, config.data, config.refine
+    mesh = math.prod(max(size, 1) for size in dataclasses.asdict(config.mesh).values())
+    if mesh > MOST_ROWS:
+        raise ConfigError(
+            f"config.mesh: its sizes are of at most {MOST_ROWS:,} devices in all. Got: {mesh:,}."
+        )
+    rollouts = {
+        "refine.num_positions": refine.num_positions,
+        "refine.rollouts_per_position": refine.rollouts_per_position,
+        "refine.rollout_length": refine.rollout_length,
+    }
+    row, batch = (
+        {"data.sequence_length": data.sequence_length},
+        {"train.batch_size": train.batch_size},
+    )
+    products = [batch | row, batch | rollouts]
+    if config.phase == "posttrain" and config.posttrain.answers == "grpo":
+        samples = {"posttrain.samples": config.posttrain.samples}
+        products.append(batch | samples | row)
+    for sizes in products:
+        tokens = math.prod(sizes.values())
+        if tokens > MOST_AT_ONCE:
+            got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"config: {' * '.join(sizes)} must be at most {MOST_AT_ONCE:,} tokens, which are "
+                f"in memory together: 4 bytes each are {tokens * 4 / 2**30:,.0f} GiB. Got: {got}."
+            )
+    if data.pack and data.max_documents > data.sequence_length:
+        raise ConfigError(
+            "config.data.max_documents must be at most config.data.sequence_length: a document has "
+            f"a token. Got: max_documents={data.max_documents}, "
+            f"sequence_length={data.sequence_length}."
+        )
+
+
+def _check_temperature(temperature: float) -> None:
+    if 0 < temperature < LEAST:
+        raise ConfigError(
+            f"config.generation.temperature must be 0, for greedy, or at least {LEAST}. "
+            f"Got: {temperature}."
+        )
+
+
+def _check_testtime(options: TestTimeConfig) -> None:
+    if options.copies > 1 and options.reset != "example":
+        raise ConfigError(
+            "config.testtime.copies is for reset='example', where each prompt adapts a copy of its "
+            f"own. Got: copies={options.copies}, reset={options.reset!r}."
+        )
+    for name, whole, part in (
+        ("mini_batch_size", options.batch_size, options.mini_batch_size),
+        ("micro_batch_size", options.mini_batch_size, options.micro_batch),
+    ):
+        if whole % part:
+            larger = "batch_size" if name == "mini_batch_size" else "mini_batch_size"
+            raise ConfigError(
+                f"config.testtime.{name} must divide config.testtime.{larger}. "
+                f"Got: {name}={part}, {larger}={whole}."
+            )
+
+
+def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
+    if train.warmup_ntp_steps > train.steps:
+        raise ConfigError(
+            "config.train.warmup_ntp_steps must be at most config.train.steps. "
+            f"Got: warmup_ntp_steps={train.warmup_ntp_steps}, steps={train.steps}."
+        )
+    if optimizer.warmup_steps > train.steps:
+        raise ConfigError(
+            "config.optimizer.warmup_steps must be at most config.train.steps. "
+            f"Got: warmup_steps={optimizer.warmup_steps}, steps={train.steps}."
+        )
+    if train.best_metric and not train.eval_every:
+        raise ConfigError(
+            "config.train.best_metric needs evaluations during the run: set "
+            f"config.train.eval_every. Got: best_metric={train.best_metric!r}, eval_every=0."
+        )
+
+
+def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
+    """Every rollout, and the truth it is compared with, must lie between the margins."""
+    length, margin = data.sequence_length, refine.edge_margin
+    shortest = length if data.min_tokens is None else data.min_tokens
+    k, c = refine.rollout_length, refine.num_positions
+    if k + 2 > length:
+        raise ConfigError(
+            "config.refine.rollout_length must leave two tokens of config.data.sequence_length "
+            f"(evaluation rolls out for every objective). Got: rollout_length={k}, "
+            f"sequence_length={length}."
+        )
+    if refine.objective == "ntp":
+        return
+    if k > margin:
+        raise ConfigError(
+            "config.refine.rollout_length must be at most config.refine.edge_margin, or a rollout "
+            f"could pass the end of its sequence. Got: rollout_length={k}, edge_margin={margin}."
+        )
+    for name, tokens in (("sequence_length", length), ("min_tokens", shortest)):
+        if refine.tokens_needed > tokens:
+            room = max(tokens - 2 * margin, 0)
+            raise ConfigError(
+                f"config.refine: {c} positions (num_positions) with rollouts of {k} tokens "
+                f"(rollout_length) do not fit config.data.{name}={tokens}: {refine.tokens_needed} "
+                f"tokens are needed, {margin} of them at both ends (edge_margin). Allowed at this "
+                f"length: num_positions * rollout_length <= {room}."
+            )
+
+
+# How documents become rows; prompts do so in another way.
+_FOR_DOCUMENTS = (
+    *("text_field", "tfds_split", "tfds_data_dir", "add_eos", "min_tokens", "max_tokens"),
+    *("chunking", "min_remainder", "pack", "max_documents", "cache_dir"),
+)
+
+
+def _check_posttrain(config: Config) -> None:
+    """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
+    data, train, posttrain = config.data, config.train, config.posttrain
+    for name in _FOR_DOCUMENTS:
+        if getattr(data, name) != getattr(type(data)(), name):
+            raise ConfigError(
+                f"config.data.{name} is for documents; config.prompts says how prompts become rows "
+                f"(phase 'posttrain'). Got: {getattr(data, name)!r}."
+            )
+    if train.warmup_ntp_steps:
+        raise ConfigError(
+            "config.train.warmup_ntp_steps is for mid-training. Got: "
+            f"{train.warmup_ntp_steps} in phase 'posttrain'."
+        )
+    if config.refine.kl_coef and not posttrain.nested:
+        raise ConfigError(
+            "config.refine.kl_coef belongs to the training on prompts (config.posttrain.nested). "
+            f"Got: kl_coef={config.refine.kl_coef}, nested=False."
+        )
+    mini_batch = posttrain.mini_batch_size or train.batch_size
+    if train.batch_size % mini_batch or mini_batch % train.micro_batch:
+        raise ConfigError(
+            "config.posttrain.mini_batch_size must divide config.train.batch_size and be a "
+            f"multiple of config.train.micro_batch_size. Got: mini_batch_size={mini_batch}, "
+            f"batch_size={train.batch_size}, micro_batch_size={train.micro_batch}."
+        )
+    room = data.sequence_length - config.prompts.max_answer_tokens
+    needed = config.refine.tokens_needed if config.refine.objective == "refine" else 2
+    if room < needed:
+        raise ConfigError(
+            f"config.data.sequence_length must hold {needed} tokens of a prompt (for the rollouts "
+            "of config.refine) beside config.prompts.max_answer_tokens. Got: sequence_length="
+            f"{data.sequence_length}, max_answer_tokens={config.prompts.max_answer_tokens}."
+        )
