@@ -11,6 +11,9 @@ compiles the programs of the run for that TPU slice on a machine without TPUs, p
 of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit, 2 if one does not,
 3 if one does not compile.
 
+A run is continued by its own command. To change a setting on purpose from there on:
+--allow_change=optimizer.learning_rate (README.md says what may change).
+
 On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
 their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
 
@@ -54,6 +57,12 @@ _PLAN = flags.DEFINE_bool(
 _JSON = flags.DEFINE_string(
     "json", None, "With --compile_only: a file for all figures; default WORKDIR/compile_only.json."
 )
+_ALLOW_CHANGE = flags.DEFINE_multi_string(
+    "allow_change",
+    [],
+    "Settings of an interrupted run to change on purpose, joined by commas: "
+    "optimizer.learning_rate,train.steps. They are kept in checkpoints/run.json.",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show where an error came from.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -75,6 +84,7 @@ def execute(
     *,
     debug: bool = False,
     join: Callable[[], None] = lambda: None,
+    allow_change: Sequence[str] = (),
 ) -> int:
     """Run a configuration and print its figures; returns the exit code.
 
@@ -83,6 +93,7 @@ def execute(
       workdir: Folder of the run.
       debug: Let errors of the user's input through, with their traceback.
       join: Called before anything computes; joins the other processes.
+      allow_change: Settings that a run which is continued may change.
     """
     try:
         if values is None or not workdir:
@@ -93,7 +104,7 @@ def execute(
         distributed.check_shared(workdir)
         keep_programs(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
-        results = phase.run(config, workdir)
+        results = phase.run(config, workdir, **_permission(config, allow_change))
     except USER_ERRORS as error:
         if debug:
             raise
@@ -101,6 +112,22 @@ def execute(
         return complain(error)
     distributed.say(json.dumps(results))
     return 0
+
+
+def _permission(config: Config, allow_change: Sequence[str]) -> dict[str, Sequence[str]]:
+    """What training phases are told of settings that may change; others cannot continue with any.
+
+    Raises:
+      ConfigError: The phase keeps no state to go on with under other settings.
+    """
+    if not allow_change:
+        return {}
+    if config.phase not in ("midtrain", "posttrain"):
+        raise ConfigError(
+            "--allow_change is for runs that train: answers of one evaluation come from the same "
+            f"settings. Got: config.phase={config.phase!r}. Choose another --workdir."
+        )
+    return {"allow_change": allow_change}
 
 
 def keep_programs(workdir: str | os.PathLike) -> None:
@@ -176,7 +203,15 @@ def main(argv: Sequence[str]) -> None:
         process_id=_PROCESS_ID.value,
     )
     with distributed.ending_together():
-        sys.exit(execute(_CONFIG.value, _WORKDIR.value, debug=_DEBUG.value, join=join))
+        sys.exit(
+            execute(
+                _CONFIG.value,
+                _WORKDIR.value,
+                debug=_DEBUG.value,
+                join=join,
+                allow_change=_ALLOW_CHANGE.value,
+            )
+        )
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -27,7 +27,8 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import midtrain
-from refine_jax.phases.setup import check_same_run, data_options
+from refine_jax.phases.changes import check_same_run
+from refine_jax.phases.setup import data_options
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -27,6 +27,7 @@ from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
 from refine_jax.parallel import place_rows, state_shardings
+from refine_jax.phases.changes import Changes
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, Start, initial_params
 from refine_jax.plots import plot_training
@@ -44,6 +45,7 @@ class Parts(Protocol):
     start: Start
     model: Model
     training: Dataset
+    changes: Changes
 
 
 class Loop(abc.ABC):
@@ -56,11 +58,13 @@ class Loop(abc.ABC):
       train_key, eval_key: Where the random numbers of steps and of evaluations come from.
     """
 
-    def __init__(self, parts: Parts, workdir: Path, *, updates_per_step: int):
+    def __init__(self, parts: Parts, workdir: Path):
         self.parts, self.config, self.workdir = parts, parts.config, workdir
         train = self.config.train
         self.optimizer = make_optimizer(
-            self.config.optimizer, steps=train.steps, updates_per_step=updates_per_step
+            self.config.optimizer,
+            steps=train.steps,
+            updates_per_step=self.config.updates_per_step,
         )
         self.schedule = make_schedule(self.config.optimizer, train.steps)
         key = jax.random.key(train.seed)
@@ -136,6 +140,7 @@ class Loop(abc.ABC):
             best_mode="min" if train.best_metric == "loss" else "max",
             config_json=start.config_json,
             run_config=self.config.to_dict(),
+            run_record=self.parts.changes.record(),
             files=start.files,
         )
 
@@ -171,7 +176,12 @@ class Loop(abc.ABC):
         if not manager.steps():
             return 0, self.initial_state(), batches
         restored = manager.restore_latest(self.abstract_state())
-        batches.set_state(restored.data_state)
+        training = self.parts.training
+        moved = restored.data_state.get("fingerprint") != training.fingerprint
+        if moved and self.parts.changes.other_rows(restored.step):
+            distributed.say("The rows are others than before: they are read from the first one on.")
+        else:
+            batches.set_state(restored.data_state)
         return restored.step, restored.state, batches
 
     def introduce(self, step: int) -> None:
@@ -179,11 +189,17 @@ class Loop(abc.ABC):
         config, model = self.config, self.parts.model
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
         device = jax.devices()[0]
+        if step == config.train.steps:
+            plan = f"all {step} steps are done"
+        elif step:
+            plan = f"continuing after step {step} of {config.train.steps}"
+        else:
+            plan = f"{config.train.steps} steps"
+        plan += self.parts.changes.describe()
         distributed.say(
             f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
-            f"{config.train.batch_size} a step; "
-            + (f"continuing after step {step}" if step else f"{config.train.steps} steps")
+            f"{config.train.batch_size} a step; {plan}"
         )
 
     def train(

@@ -5,7 +5,7 @@ one (`refine_jax.phases.loop`). Beside what the loop writes: WORKDIR/rollouts.pn
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import use_mesh
+from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
     Start,
     check_enough_batches,
     check_mesh,
-    check_same_run,
     data_options,
     prepare_model,
     rows_at_once,
@@ -44,30 +44,36 @@ class Parts:
     tokenizer: Tokenizer
     training: Dataset
     held_out: Dataset
+    changes: Changes
 
 
-def prepare(config: Config, workdir: Path) -> Parts:
+def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> Parts:
     """Build and check all that a run needs; read files, write none.
+
+    allow_change: settings that may be others than the run in `workdir` was started with.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
     """
-    check_same_run(config, workdir)
+    changes = check_same_run(config, workdir, allow_change)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
-    return Parts(config, start, model, tokenizer, training, held_out)
+    changes = changes.check_data(training.fingerprint, config)
+    return Parts(config, start, model, tokenizer, training, held_out, changes)
 
 
-def run(config: Config, workdir: str | Path) -> dict:
+def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
     """Train, or go on training, and report.
 
     Args:
       config: The run.
       workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
         the run continues from the latest.
+      allow_change: Settings that may be others than those the run was started with, such as
+        "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
     Returns:
       The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
@@ -79,7 +85,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     """
     workdir = Path(workdir).expanduser().absolute()
     with use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir), workdir).run(interrupt)
+        return _Loop(prepare(config, workdir, allow_change), workdir).run(interrupt)
 
 
 class _Loop(Loop):
@@ -87,7 +93,7 @@ class _Loop(Loop):
 
     def __init__(self, parts: Parts, workdir: Path):
         train, refine = parts.config.train, parts.config.refine
-        super().__init__(parts, workdir, updates_per_step=train.updates_per_step)
+        super().__init__(parts, workdir)
         rows = {
             "eos_id": parts.tokenizer.eos_id,
             "max_documents": self.config.data.max_documents if self.config.data.pack else 1,

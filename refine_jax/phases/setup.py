@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_json, read_text
+from refine_jax.base.files import parse_object, read_text
 from refine_jax.checkpoint.folders import CONFIG
 from refine_jax.checkpoint.manager import load_model
-from refine_jax.config import SECTIONS, Config, ModelConfig
+from refine_jax.config import Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
@@ -24,25 +24,6 @@ from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, 
 from refine_jax.settings import suggestion
 
 CHECKPOINTS = "checkpoints"
-
-# Settings that may change when a run is continued: they do not change what it computes.
-_MAY_CHANGE = {
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.sequence",
-    "model.checkpoint",
-    "model.remat",
-    "data.workers",
-    "data.cache_dir",
-    "train.steps",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_nonfinite_updates",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +42,17 @@ class Start:
     tokenizer: Any
 
 
-def has_checkpoints(workdir: Path) -> bool:
-    """Whether a run in `workdir` has saved a step: a step's folder appears when it is complete."""
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps that a run in `workdir` has saved: a step's folder appears when it is complete."""
     folder = Path(workdir) / CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether a run in `workdir` has saved a step."""
+    return bool(saved_steps(workdir))
 
 
 def load_start(config: ModelConfig, workdir: Path) -> Start:
@@ -235,31 +223,3 @@ def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
         fields["min_remainder"] = needed
     rows = config.train.eval_batches * config.train.micro_batch
     return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
-
-
-def check_same_run(config: Config, workdir: Path) -> None:
-    """Refuse to continue a run under a configuration that computes something else.
-
-    Raises:
-      ConfigError: Fields differ from those that the saved run was started with.
-    """
-    record = Path(workdir) / CHECKPOINTS / "run.json"
-    if not (has_checkpoints(workdir) and record.is_file()):
-        return
-    old = read_json(record, CheckpointError)["config"]
-    changed = []
-    new = json.loads(json.dumps(config.to_dict()))
-    phase = new.pop("phase")
-    if phase != old.get("phase", phase):
-        changed.append(f"  config.phase: was {old['phase']!r}, got {phase!r}")
-    for section, fields in new.items():
-        for name, value in fields.items():
-            # A run of a version without the setting had what is now its default.
-            before = old.get(section, {}).get(name, getattr(SECTIONS[section](), name))
-            if f"{section}.{name}" not in _MAY_CHANGE and value != before:
-                changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
-    if changed:
-        raise ConfigError(
-            f"{workdir} holds a run with another configuration. Choose another --workdir, or the "
-            "configuration it was started with:\n" + "\n".join(changed)
-        )
