@@ -11,15 +11,28 @@ from tiny_runs import comparable, tiny_run, write_documents
 from refine_jax.base.errors import CheckpointError, ConfigError, DataError
 from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config
+from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute
 from refine_jax.monitor import read_metrics
-from refine_jax.phases import midtrain, posttrain
+from refine_jax.phases import loop, midtrain, posttrain
 from refine_jax.phases.changes import _matches, allowed_names, check_same_run
 from refine_jax.refine.optimizer import make_schedule
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def training_alone():
+    """Runs are compared by what they train: evaluations would take most of the time."""
+    figures = {"eval/loss": 1.0, "eval/accuracy": 0.0, "eval/entropy": 1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_training", lambda *_, **__: None)
+        for phase in (midtrain, posttrain):
+            patch.setattr(phase._Loop, "evaluate", lambda *_: dict(figures))
+            patch.setattr(phase._Loop, "show_examples", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +75,12 @@ def record(workdir):
 
 def rates(workdir):
     return {r["step"]: r["learning_rate"] for r in read_metrics(workdir / "metrics.jsonl")[1:]}
+
+
+def next_row(run):
+    """The row that a run goes on with."""
+    with run.open_checkpoints() as manager:
+        return manager.restore_latest(run.abstract_state()).data_state["next_row"]
 
 
 def refuses(config, workdir, *words, allow_change=()):
@@ -238,11 +257,7 @@ def test_the_schedule_counts_updates(corpus, tmp_path, done, train, schedule, al
 def test_a_larger_batch_goes_on_at_the_same_row(corpus, workdir):
     changed = config(corpus, train={"batch_size": 8, "steps": STEPS + 1})
     midtrain.run(changed, workdir, ["train.batch_size,train.steps"])
-    parts = midtrain.prepare(changed, workdir)
-    loop = midtrain._Loop(parts, workdir)
-    with loop.open_checkpoints() as manager:
-        restored = manager.restore_latest(loop.abstract_state())
-    assert restored.data_state["next_row"] == 4 * STEPS + 8
+    assert next_row(midtrain._Loop(midtrain.prepare(changed, workdir), workdir)) == 4 * STEPS + 8
 
 
 def test_other_documents_are_refused_before_anything_is_written(corpus, workdir, tmp_path):
@@ -265,15 +280,12 @@ def test_other_documents_by_permission_are_read_from_their_first_row(
     changes = {change["setting"]: change for change in record(workdir)["changes"]}
     assert changes["data.source"]["from"] == str(corpus)
     assert changes["data.source"]["to"] == str(other)
-    first = next(iter(midtrain.prepare(longer, tmp_path / "new").training))
-    loop = midtrain._Loop(midtrain.prepare(longer, workdir), workdir)
-    with loop.open_checkpoints() as manager:
-        # A restart from the checkpoint before the change reads them from the first on, too.
-        assert loop.parts.changes.other_rows(STEPS)
-        restored = manager.restore_latest(loop.abstract_state())
-    assert restored.data_state["next_row"] == len(first["tokens"])
-    # From there on it continues like any run.
-    assert not loop.parts.changes.other_rows(STEPS + 1)
+    again = midtrain._Loop(midtrain.prepare(longer, workdir), workdir)
+    assert next_row(again) == longer.train.batch_size
+    # A restart from the checkpoint before the change reads them from the first one on, too; one
+    # from a later checkpoint goes on where it was.
+    assert again.parts.changes.other_rows(STEPS)
+    assert not again.parts.changes.other_rows(STEPS + 1)
 
 
 def test_settings_that_decide_the_rows_start_them_anew(corpus, workdir):
@@ -283,24 +295,18 @@ def test_settings_that_decide_the_rows_start_them_anew(corpus, workdir):
     assert len(read_metrics(workdir / "metrics.jsonl")) == STEPS + 2
 
 
-def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(corpus, tmp_path):
-    import refine_jax.data.tokenizer as tokenizers
-
-    model = {"vocab_size": 32000}
-    base = settings(
-        corpus, data={"tokenizer": "mistral-v1", "sequence_length": 40, "min_tokens": 2}
-    )
-    base.model.fresh.update(model)
-    base.data.min_remainder = None
-    base.train.steps = 1
-    workdir = tmp_path / "run"
-    midtrain.run(Config.from_dict(base), workdir)
-    (name,) = tokenizers.load_tokenizer("mistral-v1").files
-    base.data.tokenizer = str(workdir / "checkpoints" / name)
-    base.train.steps = 2
-    midtrain.run(Config.from_dict(base), workdir, ["train.steps"])
-    base.data.tokenizer = "bytes"
-    refuses(Config.from_dict(base), workdir, "config.data", "tokenizer='bytes'")
+def test_the_tokenizer_may_lie_elsewhere_but_not_be_another(corpus, workdir):
+    """The fingerprint of the rows decides: it knows the tokenizer, not where it lies."""
+    values = settings(corpus, data={"sequence_length": 40, "min_tokens": 2})
+    values.model.fresh.vocab_size = 32000
+    found = []
+    for name in ("mistral-v1", load_tokenizer("mistral-v1").files["tokenizer.model"], "bytes"):
+        values.data.tokenizer = str(name)
+        parts = midtrain.prepare(Config.from_dict(values), workdir.parent / "new")
+        found.append(parts.changes.data)
+    assert found[0] == found[1] != found[2]
+    moved = config(corpus, data={"tokenizer": "somewhere/tokenizer.model"})
+    assert check_same_run(moved, workdir).made == ()
 
 
 def test_names_are_checked():
@@ -371,7 +377,7 @@ def test_post_training_changes_alike(tmp_path):
     values = tiny_run(
         "posttrain",
         {
-            "data": {"source": "recall", "sequence_length": 160, "limit_documents": 16},
+            "data": {"source": "recall", "sequence_length": 200, "limit_documents": 16},
             "refine": {"objective": "ntp"},
             "train": {"steps": 1, "batch_size": 2, "eval_batches": 1},
             "posttrain": {"nested": False},
@@ -382,8 +388,8 @@ def test_post_training_changes_alike(tmp_path):
     values.prompts.max_answer_tokens = 30
     values.evaluate.tasks = "vt"
     with pytest.raises(ConfigError, match=r"=prompts\.max_answer_tokens"):
-        posttrain.run(Config.from_dict(values), tmp_path / "run")
-    posttrain.run(Config.from_dict(values), tmp_path / "run", ["prompts.max_answer_tokens"])
-    assert [c["setting"] for c in record(tmp_path / "run")["changes"]] == [
-        "prompts.max_answer_tokens"
-    ]
+        posttrain.prepare(Config.from_dict(values), tmp_path / "run")
+    allowed = ["prompts.max_answer_tokens"]
+    parts = posttrain.prepare(Config.from_dict(values), tmp_path / "run", allowed)
+    assert [change["setting"] for change in parts.changes.made] == allowed
+    assert parts.changes.other_rows(1)  # rows of prompts are cut for their answers

@@ -157,7 +157,8 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
-        _, seen = self.eval_step(state.params, batch, self.eval_key)
+        # With the first row's number, as evaluations call it: without, it would compile again.
+        _, seen = self.eval_step(state.params, batch, self.eval_key, 0)
         seen = distributed.fetch(seen)
         if not distributed.is_writer():
             return
