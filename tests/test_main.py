@@ -111,6 +111,8 @@ def test_metrics_have_one_record_a_step_with_all_names(whole):
         ):
             assert [name in record for name in names] == [expected] * len(names), (step, names)
     assert "time/collect" in records[-1]
+    # Each kind of step is one program, compiled when it first runs.
+    assert [r["step"] for r in records if "time/compile" in r] == [1, WARMUP + 1]
 
 
 def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):

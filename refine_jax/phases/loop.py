@@ -22,6 +22,7 @@ import numpy as np
 from refine_jax import distributed
 from refine_jax.base.errors import RunError
 from refine_jax.checkpoint.manager import CheckpointManager
+from refine_jax.compiling import Compilations
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
@@ -70,6 +71,7 @@ class Loop(abc.ABC):
         key = jax.random.key(train.seed)
         self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
         self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
+        self.compilations = Compilations()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
         """A batch as steps take it: spread over the mesh where there is one.
@@ -83,6 +85,10 @@ class Loop(abc.ABC):
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
         """Training step number `step` (from 0); gives the state's buffers away."""
+
+    @abc.abstractmethod
+    def describe_step(self, step: int) -> str:
+        """What training step number `step` (from 0) is, for words about its compilation."""
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -113,14 +119,17 @@ class Loop(abc.ABC):
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
+            writes = distributed.is_writer()
             with Monitor(
                 self.workdir,
                 steps=train.steps,
                 start=step,
                 log_every=train.log_every,
-                write=distributed.is_writer(),
+                write=writes,
             ) as monitor:
-                state = self.train(step, state, batches, manager, monitor, interrupt)
+                say = monitor.say if writes and train.log_every else None
+                with Compilations(say) as self.compilations:
+                    state = self.train(step, state, batches, manager, monitor, interrupt)
         if interrupt and int(state.step) < train.steps:
             distributed.say(
                 f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
@@ -241,10 +250,13 @@ class Loop(abc.ABC):
         begin = time.perf_counter()
         batch = self.place(next(batches), self.parts.training)
         tokens = _count_tokens(batch)
-        loaded = time.perf_counter()
-        state, metrics = self.train_step(step, state, batch)
-        metrics = jax.device_get(metrics)
+        loaded, compiled = time.perf_counter(), self.compilations.seconds
+        with self.compilations.of(self.describe_step(step)):
+            state, metrics = self.train_step(step, state, batch)
+            metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
+        if compiled := self.compilations.seconds - compiled:
+            metrics["time/compile"] = compiled
         return state, metrics | {
             "learning_rate": float(self.schedule(step)),
             "tokens_per_second": tokens / seconds,
@@ -254,7 +266,8 @@ class Loop(abc.ABC):
 
     def _timed_evaluation(self, state: TrainState) -> dict[str, float]:
         begin = time.perf_counter()
-        figures = self.evaluate(state)
+        with self.compilations.of("the evaluation"):
+            figures = self.evaluate(state)
         return figures | {"time/eval": time.perf_counter() - begin}
 
     def _save(

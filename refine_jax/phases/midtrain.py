@@ -33,6 +33,8 @@ from refine_jax.phases.setup import (
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 
+OBJECTIVES = {"ntp": "next token", "refine": "ReFINE"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -126,13 +128,20 @@ class _Loop(Loop):
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
         """Training step number `step` (from 0)."""
-        warmup = self.config.train.warmup_ntp_steps
-        objective = "ntp" if step < warmup else self.config.refine.objective
+        warmup, objective = self.config.train.warmup_ntp_steps, self.objective(step)
         if state.reference_params is not None and step == warmup > 0:
             # The divergence is from the policy that ReFINE starts with, not from random weights.
             copy = jax.tree.map(lambda x: x.copy(), state.params)
             state = dataclasses.replace(state, reference_params=copy)
         return self.train_steps[objective](state, batch)
+
+    def objective(self, step: int) -> str:
+        """The objective of step number `step`."""
+        return "ntp" if step < self.config.train.warmup_ntp_steps else self.config.refine.objective
+
+    def describe_step(self, step: int) -> str:
+        """The step and its objective."""
+        return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out figures; the same documents and random keys every time.

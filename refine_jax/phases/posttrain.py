@@ -191,6 +191,10 @@ class _Loop(Loop):
             on_answers["answer/grad_norm"] = on_answers.pop("grad/norm")
         return state, metrics | on_answers
 
+    def describe_step(self, step: int) -> str:
+        """The step; prompts of another width make it another program."""
+        return "the training step"
+
     def rewards(self, examples: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Scores [B, n] of answers [B, n, A]; 0 in rows of padding (example -1)."""
         scores = np.zeros(tokens.shape[:2], np.float32)
