@@ -1,5 +1,8 @@
 """Settings that must stand before jax starts."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from importlib import metadata
 
@@ -18,7 +21,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 # With it, simulated devices came to wait for each other in different all-gathers (jaxlib 0.10.2).
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # After 40 s, its default, a busy machine may be slow only.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER, _PATIENCE]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
@@ -34,6 +37,16 @@ def one_device_by_default():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("refine_jax.parallel.default_devices", lambda: jax.devices()[:1])
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """What a module's tests compiled is let go after it: that of all modules is gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # where the C library is another
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(scope="module")
