@@ -1,6 +1,7 @@
 """Compilation: said when it takes long, and counted, as nothing else happens while it lasts."""
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,29 +24,30 @@ class Compilations:
       say: Prints a line; None: nothing is said. Called from another thread.
 
     Attributes:
+      what: Name of what is compiled next, such as "the training step"; "": it is not announced.
       seconds: Of tracing, lowering and compilation so far, without what is under way.
     """
 
     def __init__(self, say: Callable[[str], None] | None = None):
-        self.seconds = 0.0
+        self.what, self.seconds = "", 0.0
         self._say = say
         self._thread: int | None = None
         self._depth, self._begin = 0, 0.0  # of what is under way: an inner program is traced within
         self._timers: list[threading.Timer] = []
-        self._what, self._spent, self._announced = "", 0.0, False  # `spent`: before this program
+        self._before, self._announced = 0.0, False  # seconds before what is named now
         self._lock = threading.Lock()
         self._banner = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def of(self, what: str) -> Iterator[None]:
-        """Name what is compiled inside, such as "the training step", for the words about it."""
-        self._what, self._spent, self._announced = what, self.seconds, False
+        """Name what is compiled inside; if that was announced, say how long it took."""
+        self.what, self._before, self._announced = what, self.seconds, False
         try:
             yield
         finally:
-            self._what = ""
+            self.what = ""
         if self._announced:
-            self._say(f"compiled in {self.seconds - self._spent:.0f} s")
+            self._say(f"compiled in {self.seconds - self._before:.0f} s")
 
     def __enter__(self) -> "Compilations":
         self._thread = threading.get_ident()
@@ -65,7 +67,7 @@ class Compilations:
         if self._depth > 1:
             return
         self._begin = time.perf_counter()
-        left = max(PATIENCE - (self.seconds - self._spent), 0.0)
+        left = max(PATIENCE - (self.seconds - self._before), 0.0)
         self._timers = [
             threading.Timer(left, self._announce),
             threading.Timer(_ALARM, self._catch_banner),
@@ -87,9 +89,9 @@ class Compilations:
 
     def _announce(self) -> None:
         with self._lock:
-            if self._say and self._what and self._depth and not self._announced:
+            if self._say and self.what and self._depth and not self._announced:
                 self._announced = True
-                self._say(f"compiling {self._what}; this may take minutes")
+                self._say(f"compiling {self.what}; this may take minutes")
 
     def _catch_banner(self) -> None:
         with self._lock:
@@ -101,3 +103,15 @@ class Compilations:
             timer.cancel()
         with self._lock:
             self._banner.close()
+
+
+@contextlib.contextmanager
+def announced(what: str = "the model's programs") -> Iterator[None]:
+    """Say on standard error, once, when what a command compiles takes long; catch the banner."""
+
+    def say(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    with Compilations(say) as compilations:
+        compilations.what = what
+        yield

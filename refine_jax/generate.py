@@ -41,6 +41,7 @@ from refine_jax.base.errors import (
     print_json,
 )
 from refine_jax.checkpoint.folders import check_free
+from refine_jax.compiling import announced
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
 from refine_jax.data.tokenizer import encode_continuations
@@ -279,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.prompt_file = ["-"]
     logging.set_verbosity(logging.ERROR)
     try:
-        run(options)
+        with announced():
+            run(options)
     except USER_ERRORS as error:
         return complain(error)
     except KeyboardInterrupt:

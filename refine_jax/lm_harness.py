@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import logging
 
 from refine_jax.base.errors import USER_ERRORS, DataError, complain, escape_output
+from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 
 
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.pop("output")
     try:
         _check_output(output)
-        results = evaluate(**options)
+        with announced():
+            results = evaluate(**options)
         _print(results)
         if output is not None:
             from lm_eval.utils import handle_non_serializable

@@ -39,6 +39,14 @@ def one_device_by_default():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_words_on_compilation():
+    """Whether compilation takes long enough for a line depends on how busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refine_jax.compiling.PATIENCE", 3600.0)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """What a module's tests compiled is let go after it: that of all modules is gigabytes."""

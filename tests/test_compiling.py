@@ -1,6 +1,7 @@
 """What is said while programs compile, what is counted, and XLA's banner, which is not shown."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -10,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import monitoring
+from tiny_runs import tiny_run, write_documents
 
 from refine_jax import compiling
 from refine_jax.base.banner import split
-from refine_jax.compiling import Compilations
+from refine_jax.compiling import Compilations, announced
+from refine_jax.config import Config
+from refine_jax.phases import midtrain
 
 # As jaxlib 0.10.2 wrote them while it compiled for more than two minutes.
 STARS = "*" * 32
@@ -191,3 +195,28 @@ def test_the_banner_is_caught_in_long_compilations_only(monkeypatch):
         monitoring.record_event_duration_secs(EVENT, 0.1)
         assert entered == ["in", "out"]
     assert os.fstat(2)
+
+
+def test_a_command_says_it_once_on_standard_error(said, capsys):
+    with announced():
+        pretend(0.1)
+        pretend(0.1)
+        time.sleep(0.05)
+    output = capsys.readouterr()
+    assert (
+        output.err == "compiling the model's programs; this may take minutes\n" and not output.out
+    )
+
+
+def test_a_run_says_what_it_compiles_and_how_long_it_took(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "PATIENCE", 0.0)
+    (tmp_path / "corpus").mkdir()
+    source = str(write_documents(tmp_path / "corpus"))
+    data = {"source": source, "sequence_length": 52, "holdout": 0.2}
+    train = {"steps": 1, "batch_size": 4, "eval_batches": 1}
+    values = tiny_run("midtrain", {"train": train, "data": data, "refine": {"objective": "ntp"}})
+    midtrain.run(Config.from_dict(values), tmp_path / "run")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compil")]
+    programs = ("the evaluation", "the training step (next token)")
+    assert said[::2] == [f"compiling {what}; this may take minutes" for what in programs]
+    assert all(re.fullmatch(r"compiled in \d+ s", line) for line in said[1::2]) and len(said) == 4
