@@ -359,6 +359,12 @@ def test_a_damaged_record_is_one_message(corpus, workdir, broken):
         check_same_run(config(corpus), workdir)
 
 
+def test_a_lost_record_is_one_message(corpus, workdir):
+    (workdir / "checkpoints/run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no run\.json"):
+        check_same_run(config(corpus), workdir)
+
+
 def test_a_run_of_a_version_without_changes_continues(corpus, workdir, tmp_path):
     path = workdir / "checkpoints/run.json"
     saved = record(workdir)

@@ -198,8 +198,13 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
     allowed = allowed_names(allow_change)
     path = Path(workdir) / CHECKPOINTS / RUN
     steps = saved_steps(workdir)
-    if not (steps and path.is_file()):
+    if not steps:
         return Changes(allowed=allowed)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path.parent} holds saved steps but no {RUN}, which says with what settings. Put it "
+            "back from a copy, or choose another --workdir."
+        )
     before, made, data = _read(path)
     changes = Changes(steps[-1], before, allowed, made, data=data)
     if config.train.steps < changes.step:

@@ -185,12 +185,12 @@ class Loop(abc.ABC):
         if not manager.steps():
             return 0, self.initial_state(), batches
         restored = manager.restore_latest(self.abstract_state())
-        training = self.parts.training
-        moved = restored.data_state.get("fingerprint") != training.fingerprint
-        if moved and self.parts.changes.other_rows(restored.step):
+        saved, fingerprint = restored.data_state, self.parts.training.fingerprint
+        other = isinstance(saved, Mapping) and saved.get("fingerprint") != fingerprint
+        if other and self.parts.changes.other_rows(restored.step):
             distributed.say("The rows are others than before: they are read from the first one on.")
         else:
-            batches.set_state(restored.data_state)
+            batches.set_state(saved)
         return restored.step, restored.state, batches
 
     def introduce(self, step: int) -> None:
