@@ -47,14 +47,26 @@ def no_words_on_compilation():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """What a module's tests compiled is let go after it: that of all modules is gigabytes."""
-    yield
+    """Let go of what was compiled so far, and give its memory back."""
     jax.clear_caches()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # where the C library is another
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """A module's programs are let go after it: those of all modules take gigabytes."""
+    yield
+    forget_programs()
+
+
+@pytest.fixture
+def programs_of_a_test():
+    """For tests whose programs are large and their own: these are let go after each."""
+    yield
+    forget_programs()
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from refine_jax.refine.answers import AnswerMethod
 from refine_jax.refine.method import Method
 from refine_jax.refine.step import row_keys
 
+pytestmark = pytest.mark.usefixtures("programs_of_a_test")
+
 ROWS = 8
 # 8 heads and a vocabulary that 8 devices can share.
 SIZES = {"vocab_size": 56, "hidden_size": 32}
