@@ -581,6 +581,15 @@ class Config:
             sections[name] = kind(**part)
         return cls(**sections)
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates in a training step, in post-training on prompts and on answers."""
+        updates = self.train.updates_per_step
+        if self.phase != "posttrain":
+            return updates
+        on_answers = self.posttrain.mini_batch_size or self.train.batch_size
+        return updates * self.posttrain.nested + self.train.batch_size // on_answers
+
     def to_dict(self) -> dict:
         """Nested dict of JSON values; `from_dict` of it gives the same configuration."""
         return dataclasses.asdict(self)

@@ -41,6 +41,7 @@ from refine_jax.base.errors import (
     run_command,
 )
 from refine_jax.base.files import clean_text, decode_text, local_path, read_text
+from refine_jax.compiling import announced
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
 from refine_jax.data.tokenizer import encode_continuations
@@ -295,7 +296,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not (options.prompt or options.prompt_file or options.load_state):
         options.prompt_file = ["-"]
     logging.set_verbosity(logging.WARNING)
-    return run_command(lambda: run(options))
+
+    def work() -> None:
+        with announced():
+            run(options)
+
+    return run_command(work)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from absl import logging
 
 from refine_jax.base.errors import DataError, UserError, complain, run_command
 from refine_jax.base.files import check_output, local_path, write_text
+from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.settings import expand_flags
 
@@ -234,7 +235,8 @@ def _run(options: dict) -> int | None:
         output = Path(output)
         _check_output(output)
     try:
-        results = evaluate(**options)
+        with announced():
+            results = evaluate(**options)
     except ImportError as error:
         return complain(error)
     _print(results)

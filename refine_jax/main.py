@@ -14,6 +14,9 @@ of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit,
 Every setting is a flag, --config.SECTION.FIELD=VALUE; README.md lists them. Fields of a model that
 starts from random weights are --config.model.fresh.FIELD=VALUE.
 
+A run is continued by its own command. To change a setting on purpose from there on:
+--allow_change=optimizer.learning_rate (README.md says what may change).
+
 On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
 their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
 
@@ -56,6 +59,7 @@ def execute(
     *,
     debug: bool = False,
     join: Callable[[], None] = lambda: None,
+    allow_change: Sequence[str] = (),
 ) -> int:
     """Run a configuration and print its figures; returns the exit code.
 
@@ -64,6 +68,7 @@ def execute(
       workdir: Folder of the run.
       debug: Let errors of the user's input through, with their traceback.
       join: Called before anything computes; joins the other processes.
+      allow_change: Settings that a run which is continued may change.
     """
     from refine_jax import distributed
     from refine_jax.config import Config
@@ -80,7 +85,7 @@ def execute(
         distributed.check_shared(workdir)
         keep_programs(workdir)
         phase = importlib.import_module(f"refine_jax.phases.{config.phase}")
-        results = phase.run(config, workdir)
+        results = phase.run(config, workdir, **_permission(config, allow_change))
         distributed.say(json.dumps(results))
     except (*USER_ERRORS, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
@@ -109,6 +114,22 @@ def _out_of_memory(error: RuntimeError, config: Config) -> RunError:
         f"The memory of a device is not enough ({said}). Lower {smaller}, or use more devices "
         "(config.mesh); --compile_only says what a run needs of TPUs, and what would help."
     )
+
+
+def _permission(config: Config, allow_change: Sequence[str]) -> dict[str, Sequence[str]]:
+    """What training phases are told of settings that may change; others cannot continue with any.
+
+    Raises:
+      ConfigError: The phase keeps no state to go on with under other settings.
+    """
+    if not allow_change:
+        return {}
+    if config.phase not in ("midtrain", "posttrain"):
+        raise ConfigError(
+            "--allow_change is for runs that train: answers of one evaluation come from the same "
+            f"settings. Got: config.phase={config.phase!r}. Choose another --workdir."
+        )
+    return {"allow_change": allow_change}
 
 
 def keep_programs(workdir: str | os.PathLike) -> None:
@@ -210,7 +231,8 @@ def _run(arguments: Sequence[str]) -> int:
     )
     try:
         with distributed.ending_together():
-            sys.exit(execute(values, workdir, debug=debug, join=join))
+            allowed = given["allow_change"]
+            sys.exit(execute(values, workdir, debug=debug, join=join, allow_change=allowed))
     except SystemExit as ended:
         return ended.code
 
@@ -234,6 +256,13 @@ def _flags():
         "the same to a few percent, times are rougher, and kernels are not compiled",
     )
     text("json", None, "with --compile_only: a file for all figures, else in the --workdir")
+    flags.DEFINE_list(
+        "allow_change",
+        [],
+        "settings of an interrupted run to change on purpose, with commas: "
+        "optimizer.learning_rate,train.steps. They are kept in checkpoints/run.json",
+        flag_values=own,
+    )
     switch("debug", False, "show where an error came from")
     flags.DEFINE_enum(
         "distributed",

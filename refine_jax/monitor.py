@@ -136,8 +136,12 @@ class Monitor:
         self.close()
 
     def _time_left(self, step: int) -> str:
-        """Estimate from the last steps; the median leaves a compilation among them out."""
-        recent = [record["time/step"] for record in self.history[-EDGE:] if "time/step" in record]
+        """Estimate from the last steps, without the time in which they were compiled."""
+        recent = [
+            record["time/step"] - record.get("time/compile", 0.0)
+            for record in self.history[-EDGE:]
+            if "time/step" in record
+        ]
         if not recent or step == self._steps:
             return ""
         return f"  {duration(statistics.median(recent) * (self._steps - step))} left"

@@ -1,5 +1,8 @@
 """Settings that must stand before jax starts."""
 
+import contextlib
+import ctypes
+import gc
 import os
 from importlib import metadata
 
@@ -18,7 +21,7 @@ if metadata.version("jaxlib").startswith("0.10."):
 # With it, simulated devices came to wait for each other in different all-gathers (jaxlib 0.10.2).
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # After 40 s, its default, a busy machine may be slow only.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
 _FLAGS = [os.environ.get("XLA_FLAGS", ""), *_FAST_COMPILATION, _IN_ORDER, _PATIENCE]
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
@@ -43,6 +46,36 @@ def one_device_by_default():
 def warnings_are_logged():
     """Commands that a test of this process ran have chosen how much absl logs: start anew."""
     logging.set_verbosity(_VERBOSITY)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_words_on_compilation():
+    """Whether compilation takes long enough for a line depends on how busy the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refine_jax.compiling.PATIENCE", 3600.0)
+        yield
+
+
+def forget_programs():
+    """Let go of what was compiled so far, and give its memory back."""
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # where the C library is another
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """A module's programs are let go after it: those of all modules take gigabytes."""
+    yield
+    forget_programs()
+
+
+@pytest.fixture
+def programs_of_a_test():
+    """For tests whose programs are large and their own: these are let go after each."""
+    yield
+    forget_programs()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import midtrain
-from refine_jax.phases.setup import check_same_run, data_options
+from refine_jax.phases.changes import check_same_run
+from refine_jax.phases.setup import data_options
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -110,6 +111,8 @@ def test_metrics_have_one_record_a_step_with_all_names(whole):
         ):
             assert [name in record for name in names] == [expected] * len(names), (step, names)
     assert "time/collect" in records[-1]
+    # Each kind of step is one program, compiled when it first runs.
+    assert [r["step"] for r in records if "time/compile" in r] == [1, WARMUP + 1]
 
 
 def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):

@@ -16,6 +16,8 @@ from refine_jax.refine.answers import AnswerMethod
 from refine_jax.refine.method import Method
 from refine_jax.refine.step import row_keys
 
+pytestmark = pytest.mark.usefixtures("programs_of_a_test")
+
 ROWS = 8
 # 8 heads and a vocabulary that 8 devices can share.
 SIZES = {"vocab_size": 56, "hidden_size": 32}
@@ -33,15 +35,19 @@ COVERING = {
     ("lact", "fsdp=2,tensor=2,sequence=2"),
     ("deltanet", "data=2,fsdp=2,tensor=2"),
 }
+# Each a program of its own: all in one compile for minutes on a busy machine.
+OBJECTIVES = ("ntp", "refine", "answers", "policy")
 CASES = [
     pytest.param(
         family,
         mesh,
+        objective,
         marks=() if (family, mesh) in COVERING else pytest.mark.slow,
-        id=f"{family}-{mesh}",
+        id=f"{family}-{mesh}-{objective}",
     )
     for family in FAMILIES
     for mesh in MESHES
+    for objective in OBJECTIVES
 ]
 CONFIG = RefineConfig(
     reward="hybrid",
@@ -84,72 +90,66 @@ def questions(length: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def program(family: str):
-    """All objectives of a family in one jitted function of parameters and rows."""
+def program(family: str, objective: str):
+    """Loss, gradient and what was sampled, in one jitted function of parameters and rows."""
     model, params = tiny.tiny(family, **SIZES, **FAMILIES[family])
     # As they are, 6e-8 of each parameter, a rounding, is 3e-5 of the gradient: more than is tested.
     params = jax.tree.map(lambda x: 0.4 * x, params)
-    methods = {
-        objective: Method(
-            model,
-            dataclasses.replace(CONFIG, objective=objective),
-            eos_id=2,
-            max_documents=2,
-        )
-        for objective in ("ntp", "refine")
-    }
+    config = dataclasses.replace(CONFIG, objective="ntp" if objective == "ntp" else "refine")
+    method = Method(model, config, eos_id=2, max_documents=2)
     reference = jax.tree.map(lambda x: 0.98 * x, params)
     answers = AnswerMethod(model, CONFIG, max_answer_tokens=4, eos_id=2, pad_id=0)
 
-    def losses(params, rows, asked):
+    def sample(params, rows, asked):
+        """What the loss is given as it is: rollouts, or sampled answers with their advantages."""
         keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
+        if objective == "refine":
+            return method.collect(params, reference, rows, keys)[0], None
+        if objective == "policy":
+            sampled = answers.sample(params, asked, keys, samples=2, temperature=1.0)
+            return sampled, answers.advantages(jnp.mean(sampled.tokens % 7, axis=-1), sampled)
+        return None, None
+
+    def loss(params, rows, asked, sampled, graded):
+        if objective == "answers":
+            return answers.nll(params, asked)[0] / ROWS
+        if objective == "policy":
+            rest = {"mini_batch_mask": sampled.mask}
+            return answers.policy_loss(params, asked, sampled, graded, **rest)[0]
         token_count = jnp.float32(rows["tokens"].size)
-        experience, _ = methods["refine"].collect(params, reference, rows, keys)
-        sampled = answers.sample(params, asked, keys, samples=2, temperature=1.0)
-        graded = answers.advantages(jnp.mean(sampled.tokens % 7, axis=-1), sampled)
-        experience, sampled, graded = jax.lax.stop_gradient((experience, sampled, graded))
+        return method.loss(params, rows, sampled, token_count=token_count)[0]
 
-        def objective(params, name):
-            if name == "answers":
-                return answers.nll(params, asked)[0] / ROWS
-            if name == "policy":
-                rest = {"mini_batch_mask": sampled.mask}
-                return answers.policy_loss(params, asked, sampled, graded, **rest)[0]
-            given = experience if name == "refine" else None
-            return methods[name].loss(params, rows, given, token_count=token_count)[0]
+    def run(params, rows, asked):
+        sampled, graded = jax.lax.stop_gradient(sample(params, rows, asked))
+        return jax.value_and_grad(loss)(params, rows, asked, sampled, graded), sampled
 
-        names = ("ntp", "refine", "answers", "policy")
-        found = {name: jax.value_and_grad(objective)(params, name) for name in names}
-        return found, (experience, sampled)
-
-    return jax.jit(losses), params
+    return jax.jit(run), params
 
 
 @functools.cache
-def on_one_device(family: str, length: int):
-    run, params = program(family)
+def on_one_device(family: str, objective: str, length: int):
+    run, params = program(family, objective)
     return jax.device_get(run(params, documents(length), questions(length)))
 
 
-@pytest.mark.parametrize(("family", "sizes"), CASES)
-def test_losses_and_gradients_do_not_depend_on_the_mesh(family, sizes):
+@pytest.mark.parametrize(("family", "sizes", "objective"), CASES)
+def test_losses_and_gradients_do_not_depend_on_the_mesh(family, sizes, objective):
     mesh = mesh_of(sizes)
     length = 64 * max(2, mesh.shape["sequence"])  # a device holds whole blocks of saved states
-    expected, (rollouts, answers) = on_one_device(family, length)
-    run, params = program(family)
+    (loss, gradients), sampled = on_one_device(family, objective, length)
+    run, params = program(family, objective)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, state_shardings(params))
         rows, asked = place_rows(documents(length)), place_rows(questions(length))
-        found, (sampled, answered) = jax.device_get(run(params, rows, asked))
-    for name in ("starts", "valid", "tokens"):
-        np.testing.assert_array_equal(getattr(sampled, name), getattr(rollouts, name))
-    np.testing.assert_array_equal(answered.tokens, answers.tokens)
-    for objective, (loss, gradients) in expected.items():
-        np.testing.assert_allclose(found[objective][0], loss, rtol=1e-5)
-        for (path, one), many in zip(
-            jax.tree_util.tree_leaves_with_path(gradients),
-            jax.tree.leaves(found[objective][1]),
-            strict=True,
-        ):
-            error = np.linalg.norm(many - one) / np.linalg.norm(one)
-            assert error < 1e-5, (objective, jax.tree_util.keystr(path), error)
+        (found, found_gradients), again = jax.device_get(run(params, rows, asked))
+    names = {"refine": ("starts", "valid", "tokens"), "policy": ("tokens",)}
+    for name in names.get(objective, ()):
+        np.testing.assert_array_equal(getattr(again, name), getattr(sampled, name))
+    np.testing.assert_allclose(found, loss, rtol=1e-5)
+    for (path, one), many in zip(
+        jax.tree_util.tree_leaves_with_path(gradients),
+        jax.tree.leaves(found_gradients),
+        strict=True,
+    ):
+        error = np.linalg.norm(many - one) / np.linalg.norm(one)
+        assert error < 1e-5, (objective, jax.tree_util.keystr(path), error)

@@ -68,6 +68,14 @@ def test_lines_come_every_log_every_steps_at_evaluations_and_at_the_end(tmp_path
     assert "val loss 2.000" in lines[1]
 
 
+def test_the_time_left_is_without_compilation(tmp_path, capsys):
+    with Monitor(tmp_path, steps=11, log_every=1) as monitor:
+        monitor.record(1, {"time/step": 62.0, "time/compile": 60.0})
+        monitor.record(2, {"time/step": 2.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  20 s left") and second.endswith("  18 s left")
+
+
 def test_tensorboard_gets_the_finite_scalars_if_it_is_installed(tmp_path, monkeypatch):
     written = []
 

@@ -110,6 +110,7 @@ class CheckpointManager:
         last_step: int | None = None,
         config_json: str,
         run_config: Mapping[str, Any] | None = None,
+        run_record: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
     ):
         """Open or make a run's checkpoint folder.
@@ -119,6 +120,7 @@ class CheckpointManager:
         best_metric: also keep the checkpoint with the best value of this metric ("min" or "max").
         last_step: the last one that will be saved; None: not known.
         config_json: text of the model's config.json. run_config: JSON values, for the record.
+        run_record: more fields of run.json, JSON values.
         files: {name: path} of the tokenizer's files.
 
         Raises:
@@ -139,7 +141,12 @@ class CheckpointManager:
         if distributed.is_writer():
             self._write_description(
                 config_json,
-                {"best_metric": best_metric, "best_mode": best_mode, "config": run_config},
+                {
+                    "best_metric": best_metric,
+                    "best_mode": best_mode,
+                    "config": run_config,
+                    **(run_record or {}),
+                },
                 files or {},
                 steps.saved,
             )

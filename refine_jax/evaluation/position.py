@@ -30,6 +30,7 @@ from scipy.special import stdtrit
 
 from refine_jax.base.errors import DataError, run_command
 from refine_jax.base.files import check_writable, write_text
+from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
@@ -289,7 +290,8 @@ def _run(given: dict) -> None:
             raise DataError(f"{output} has a position.json: choose another --output.")
     # One pass over the first tokens of each document.
     options = FlagOptions(**given, chunking="first", epochs=1)
-    results = evaluate(options=options, **chosen)
+    with announced():
+        results = evaluate(options=options, **chosen)
     print(json.dumps(results), flush=True)
     if output is not None:
         from refine_jax.evaluation.plots import plot_positions

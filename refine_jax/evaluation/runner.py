@@ -26,6 +26,7 @@ from tqdm import tqdm
 from refine_jax import distributed
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import json_field, parse_object, recover_lines, replacing, short
+from refine_jax.compiling import Compilations
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
 from refine_jax.generation import Generated, Generator, Sampling
@@ -201,17 +202,22 @@ def evaluate(
     index, count = jax.process_index(), jax.process_count()
     # disable=None: no bar where standard error is not a terminal.
     hidden = None if distributed.is_writer() else True
-    with tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar:
+    with (
+        tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar,
+        Compilations(_say) as compilations,
+    ):
         for first in range(0, len(groups), count):
             if stop():
                 return False
             turn = groups[first : first + count]
             mine: list[dict] = []
             for group in turn[index : index + 1]:
-                if any(q.name not in predictions.records for q in group):
-                    mine = answerer.answer(group)
-                elif carries:
-                    answerer.prepare(group)
+                longest = max(len(question.tokens) for question in group)
+                with compilations.of(f"what answers prompts of {longest:,} tokens"):
+                    if any(q.name not in predictions.records for q in group):
+                        mine = answerer.answer(group)
+                    elif carries:
+                        answerer.prepare(group)
             for records in distributed.gather_json(mine):
                 predictions.add(records)
             for question in _all(turn):

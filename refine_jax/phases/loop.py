@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import distributed
-from refine_jax.base.errors import CheckpointError, RunError, UserError
+from refine_jax.base.errors import RunError
 from refine_jax.checkpoint.manager import CheckpointManager
+from refine_jax.compiling import Compilations
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import Monitor, summarize, table, write_results
 from refine_jax.parallel import place_rows, state_shardings
+from refine_jax.phases.changes import Changes
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, Start, initial_params
 from refine_jax.plots import plot_training
@@ -45,6 +47,7 @@ class Parts(Protocol):
     model: Model
     training: Dataset
     held_out: Dataset | None
+    changes: Changes
 
 
 class Loop(abc.ABC):
@@ -57,16 +60,19 @@ class Loop(abc.ABC):
       train_key, eval_key: Where the random numbers of steps and of evaluations come from.
     """
 
-    def __init__(self, parts: Parts, workdir: Path, *, updates_per_step: int):
+    def __init__(self, parts: Parts, workdir: Path):
         self.parts, self.config, self.workdir = parts, parts.config, workdir
         train = self.config.train
         self.optimizer = make_optimizer(
-            self.config.optimizer, steps=train.steps, updates_per_step=updates_per_step
+            self.config.optimizer,
+            steps=train.steps,
+            updates_per_step=self.config.updates_per_step,
         )
         self.schedule = make_schedule(self.config.optimizer, train.steps)
         key = jax.random.key(train.seed)
         self.train_key = jax.random.fold_in(key, _TRAIN_STREAM)
         self.eval_key = jax.random.fold_in(key, _EVAL_STREAM)
+        self.compilations = Compilations()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
         """A batch as steps take it: spread over the mesh where there is one.
@@ -80,6 +86,10 @@ class Loop(abc.ABC):
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
         """Training step number `step` (from 0); gives the state's buffers away."""
+
+    @abc.abstractmethod
+    def describe_step(self, step: int) -> str:
+        """What training step number `step` (from 0) is, for words about its compilation."""
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -116,14 +126,17 @@ class Loop(abc.ABC):
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
+            writes = distributed.is_writer()
             with Monitor(
                 self.workdir,
                 steps=train.steps,
                 start=step,
                 log_every=train.log_every,
-                write=distributed.is_writer(),
+                write=writes,
             ) as monitor:
-                state = self.train(step, state, batches, manager, monitor, interrupt, check)
+                say = monitor.say if writes and train.log_every else None
+                with Compilations(say) as self.compilations:
+                    state = self.train(step, state, batches, manager, monitor, interrupt, check)
         if interrupt and int(state.step) < train.steps:
             distributed.say(
                 f"{interrupt.signal}: saved step {int(state.step)} of {train.steps} and stopped. "
@@ -144,6 +157,7 @@ class Loop(abc.ABC):
             last_step=train.steps,
             config_json=start.config_json,
             run_config=self.config.to_dict(),
+            run_record=self.parts.changes.record(),
             files=start.files,
         )
 
@@ -179,16 +193,12 @@ class Loop(abc.ABC):
         restored = manager.restore_latest(self.abstract_state())
         if restored is None:
             return 0, self.initial_state(), batches
-        try:
-            batches.set_state(restored.data_state)
-        except UserError:
-            raise
-        except Exception as error:  # of a damaged one: whatever the pipeline makes of it
-            raise CheckpointError(
-                f"The place in the data that step {restored.step} of {manager.directory} was saved "
-                f"with is not one of this data ({type(error).__name__}: {error}). Delete the step "
-                "to continue from the one before."
-            ) from error
+        saved, fingerprint = restored.data_state, self.parts.training.fingerprint
+        other = isinstance(saved, Mapping) and saved.get("fingerprint") != fingerprint
+        if other and self.parts.changes.other_rows(restored.step):
+            distributed.say("The rows are others than before: they are read from the first one on.")
+        else:
+            batches.set_state(saved)
         return restored.step, restored.state, batches
 
     def introduce(self, step: int) -> None:
@@ -196,11 +206,17 @@ class Loop(abc.ABC):
         config, model = self.config, self.parts.model
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
         device = jax.devices()[0]
+        if step == config.train.steps:
+            plan = f"all {step} steps are done"
+        elif step:
+            plan = f"continuing after step {step} of {config.train.steps}"
+        else:
+            plan = f"{config.train.steps} steps"
+        plan += self.parts.changes.describe()
         distributed.say(
             f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
-            f"{config.train.batch_size} a step; "
-            + (f"continuing after step {step}" if step else f"{config.train.steps} steps")
+            f"{config.train.batch_size} a step; {plan}"
         )
         for line in (
             self.describe_left_out(),
@@ -254,10 +270,13 @@ class Loop(abc.ABC):
         begin = time.perf_counter()
         batch = self.place(next(batches), self.parts.training)
         tokens = _count_tokens(batch)
-        loaded = time.perf_counter()
-        state, metrics = self.train_step(step, state, batch)
-        metrics = jax.device_get(metrics)
+        loaded, compiled = time.perf_counter(), self.compilations.seconds
+        with self.compilations.of(self.describe_step(step)):
+            state, metrics = self.train_step(step, state, batch)
+            metrics = jax.device_get(metrics)
         seconds = time.perf_counter() - begin
+        if compiled := self.compilations.seconds - compiled:
+            metrics["time/compile"] = compiled
         return state, metrics | {
             "learning_rate": float(self.schedule(step)),
             "tokens_per_second": tokens / seconds,
@@ -269,7 +288,8 @@ class Loop(abc.ABC):
         if not self.parts.held_out:
             return {}
         begin = time.perf_counter()
-        figures = self.evaluate(state)
+        with self.compilations.of("the evaluation"):
+            figures = self.evaluate(state)
         return figures | {"time/eval": time.perf_counter() - begin}
 
     def _save(

@@ -5,7 +5,7 @@ one (`refine_jax.phases.loop`). Beside what the loop writes: WORKDIR/rollouts.pn
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from refine_jax.data.pipeline import Batch, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import use_mesh
+from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
@@ -26,7 +27,6 @@ from refine_jax.phases.setup import (
     check_enough_batches,
     check_mesh,
     check_room,
-    check_same_run,
     data_options,
     only_run_in,
     prepare_model,
@@ -35,6 +35,8 @@ from refine_jax.phases.setup import (
 )
 from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+
+OBJECTIVES = {"ntp": "next token", "refine": "ReFINE"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,31 +49,37 @@ class Parts:
     tokenizer: Tokenizer
     training: Dataset
     held_out: Dataset | None
+    changes: Changes
 
 
-def prepare(config: Config, workdir: Path) -> Parts:
+def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> Parts:
     """Build and check all that a run needs; read files, write none.
+
+    allow_change: settings that may be others than the run in `workdir` was started with.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
     """
-    check_same_run(config, workdir)
+    changes = check_same_run(config, workdir, allow_change)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     check_room(config, model)
     corpus = load_corpus(data_options(config, tokenizer), tokenizer)
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
-    return Parts(config, start, model, tokenizer, training, held_out)
+    changes = changes.check_data(training.fingerprint, config)
+    return Parts(config, start, model, tokenizer, training, held_out, changes)
 
 
-def run(config: Config, workdir: str | Path) -> dict:
+def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
     """Train, or go on training, and report.
 
     Args:
       config: The run.
       workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
         the run continues from the latest.
+      allow_change: Settings that may be others than those the run was started with, such as
+        "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
     Returns:
       The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
@@ -83,7 +91,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     """
     workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir), workdir).run(interrupt, check)
+        return _Loop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 
 class _Loop(Loop):
@@ -91,7 +99,7 @@ class _Loop(Loop):
 
     def __init__(self, parts: Parts, workdir: Path):
         train, refine = parts.config.train, parts.config.refine
-        super().__init__(parts, workdir, updates_per_step=train.updates_per_step)
+        super().__init__(parts, workdir)
         rows = {
             "eos_id": parts.tokenizer.end_ids,
             "max_documents": self.config.data.max_documents if self.config.data.pack else 1,
@@ -128,13 +136,20 @@ class _Loop(Loop):
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
         """Training step number `step` (from 0)."""
-        warmup = self.config.train.warmup_ntp_steps
-        objective = "ntp" if step < warmup else self.config.refine.objective
+        warmup, objective = self.config.train.warmup_ntp_steps, self.objective(step)
         if state.reference_params is not None and step == warmup > 0:
             # The divergence is from the policy that ReFINE starts with, not from random weights.
             copy = jax.tree.map(lambda x: x.copy(), state.params)
             state = dataclasses.replace(state, reference_params=copy)
         return self.train_steps[objective](state, batch)
+
+    def objective(self, step: int) -> str:
+        """The objective of step number `step`."""
+        return "ntp" if step < self.config.train.warmup_ntp_steps else self.config.refine.objective
+
+    def describe_step(self, step: int) -> str:
+        """The step and its objective."""
+        return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Held-out figures; the same documents and random keys every time.
@@ -159,7 +174,8 @@ class _Loop(Loop):
     def show_examples(self, state: TrainState) -> None:
         """Draw the first held-out row that rollouts fit in."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
-        _, seen = self.eval_step(state.params, batch, self.eval_key)
+        # With the first row's number, as evaluations call it: without, it would compile again.
+        _, seen = self.eval_step(state.params, batch, self.eval_key, 0)
         seen = distributed.fetch(seen)
         if not distributed.is_writer():
             return

@@ -24,6 +24,7 @@ final model to some held-out prompts.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import use_mesh
+from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop
 from refine_jax.phases.setup import (
@@ -55,7 +57,6 @@ from refine_jax.phases.setup import (
     check_enough_batches,
     check_mesh,
     check_room,
-    check_same_run,
     data_options,
     only_run_in,
     prepare_model,
@@ -86,10 +87,13 @@ class Parts:
     corpus: PromptCorpus
     training: Dataset
     held_out: Dataset | None
+    changes: Changes
 
 
-def prepare(config: Config, workdir: Path) -> Parts:
+def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> Parts:
     """Build and check all that a run needs; read files, write none.
+
+    allow_change: settings that may be others than the run in `workdir` was started with.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
@@ -99,7 +103,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
             f"config.posttrain.metric must be one of {', '.join(METRICS)}. "
             f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
         )
-    check_same_run(config, workdir)
+    changes = check_same_run(config, workdir, allow_change)
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     check_room(config, model)
@@ -112,20 +116,23 @@ def prepare(config: Config, workdir: Path) -> Parts:
     )
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
-    return Parts(config, start, model, tokenizer, corpus, training, held_out)
+    changes = changes.check_data(training.fingerprint, config)
+    return Parts(config, start, model, tokenizer, corpus, training, held_out, changes)
 
 
-def run(config: Config, workdir: str | Path) -> dict:
+def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
     """Train, or go on training, and report; see `refine_jax.phases.loop.Loop.run`.
 
     Args:
       config: The run.
       workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
         the run continues from the latest.
+      allow_change: Settings that may be others than those the run was started with, such as
+        "optimizer.learning_rate" (`refine_jax.phases.changes`).
     """
     workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir), workdir).run(interrupt, check)
+        return _Loop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 
 class _Loop(Loop):
@@ -135,10 +142,7 @@ class _Loop(Loop):
         config, tokenizer = parts.config, parts.tokenizer
         train, posttrain = config.train, config.posttrain
         mini_batch = posttrain.mini_batch_size or train.batch_size
-        on_prompts = train.updates_per_step if posttrain.nested else 0
-        super().__init__(
-            parts, workdir, updates_per_step=on_prompts + train.batch_size // mini_batch
-        )
+        super().__init__(parts, workdir)
         self.prompt_step = make_train_step(
             parts.model,
             self.optimizer,
@@ -196,6 +200,10 @@ class _Loop(Loop):
         if self.config.posttrain.nested:
             on_answers["answer/grad_norm"] = on_answers.pop("grad/norm")
         return state, metrics | on_answers
+
+    def describe_step(self, step: int) -> str:
+        """The step; prompts of another width make it another program."""
+        return "the training step"
 
     def rewards(self, examples: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Scores [B, n] of answers [B, n, A]; 0 in rows of padding (example -1)."""

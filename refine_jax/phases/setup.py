@@ -16,11 +16,10 @@ from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
 from refine_jax.base.lock import Lock
-from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
+from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
 from refine_jax.checkpoint.manager import load_model
-from refine_jax.checkpoint.record import read_config
 from refine_jax.checkpoint.steps import find_steps
-from refine_jax.config import SECTIONS, Config, ModelConfig
+from refine_jax.config import Config, ModelConfig
 from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
@@ -32,25 +31,6 @@ from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, 
 from refine_jax.settings import suggestion
 
 CHECKPOINTS = "checkpoints"
-
-# Settings that may change when a run is continued: they do not change what it computes.
-_MAY_CHANGE = {
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-    "mesh.sequence",
-    "model.checkpoint",
-    "model.remat",
-    "data.workers",
-    "data.cache_dir",
-    "train.steps",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_nonfinite_updates",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,42 +284,3 @@ def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
         fields["min_remainder"] = needed
     rows = config.train.eval_batches * config.train.micro_batch
     return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
-
-
-def _field(section: str, name: str) -> dataclasses.Field:
-    return SECTIONS[section].__dataclass_fields__[name]
-
-
-def check_same_run(config: Config, workdir: Path) -> None:
-    """Refuse to continue a run under a configuration that computes something else.
-
-    Raises:
-      ConfigError: Fields differ from those that the saved run was started with.
-    """
-    if not has_checkpoints(workdir):
-        return
-    folder = Path(workdir) / CHECKPOINTS
-    if not (folder / RUN).exists():
-        raise CheckpointError(
-            f"{folder} holds saved steps but no {RUN}, which says with what settings. Put it back "
-            "from a copy, or choose another --workdir."
-        )
-    old = read_config(folder)
-    changed = []
-    new = json.loads(json.dumps(config.to_dict()))
-    phase = new.pop("phase")
-    if phase != old.get("phase", phase):
-        changed.append(f"  config.phase: was {old['phase']!r}, got {phase!r}")
-    for section, fields in new.items():
-        for name, value in fields.items():
-            # A run of a version without the setting had what is now its default.
-            before = old.get(section, {}).get(name, getattr(SECTIONS[section](), name))
-            if isinstance(before, str) and _field(section, name).metadata["path"]:
-                before = os.path.expanduser(before)  # versions before this one recorded the "~"
-            if f"{section}.{name}" not in _MAY_CHANGE and value != before:
-                changed.append(f"  config.{section}.{name}: was {before!r}, got {value!r}")
-    if changed:
-        raise ConfigError(
-            f"{workdir} holds a run with another configuration. Choose another --workdir, or the "
-            "configuration it was started with:\n" + "\n".join(changed)
-        )
