@@ -11,7 +11,6 @@ in the same order. Process 0 writes, prints and draws. With one process nothing 
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import glob
 import hashlib
@@ -23,7 +22,6 @@ import re
 import secrets
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -114,6 +112,8 @@ def start(
             ) from error
     if jax.process_count() > 1:
         _watcher.start()
+        if jax.devices()[0].platform == "cpu":
+            _leave_out_gloo_lines()
         connect(Mesh(jax.devices(), ("all",)))
 
 
@@ -340,32 +340,35 @@ def connect(mesh: Mesh) -> None:
     zero = np.float32(0)
     compiled = jax.jit(add).lower(zero).compile()
     _client().wait_at_barrier(f"refine_jax/connect/{next(_connections)}", 1000 * TIMEOUT)
-    with _without_gloo_lines():
-        jax.block_until_ready(compiled(zero))
+    jax.block_until_ready(compiled(zero))
 
 
-@contextlib.contextmanager
-def _without_gloo_lines() -> Iterator[None]:
-    """Leave out of standard output the lines in which gloo says that it is connected.
+def _leave_out_gloo_lines() -> None:
+    """From here on, keep off standard output the lines in which gloo says that it is connected.
 
-    It writes them past Python, while commands promise JSON as their last line.
+    It writes them past Python, at any time, while commands promise JSON as their last line. Python
+    goes on with a copy of the output; what else is written past it is passed on.
     """
-    flush = ctypes.CDLL(None).fflush
-    if sys.stdout is not None:
-        sys.stdout.flush()
-    with tempfile.TemporaryFile() as caught:
-        kept = os.dup(1)
-        try:
-            os.dup2(caught.fileno(), 1)
-            yield
-        finally:
-            flush(None)
-            os.dup2(kept, 1)
-            caught.seek(0)
-            for line in caught:
+    try:
+        if sys.stdout.fileno() != 1:
+            return
+    except (AttributeError, OSError, ValueError):  # there is none, or no file, as in a notebook
+        return
+    sys.stdout.flush()
+    output, python = os.dup(1), sys.stdout
+    buffering = 1 if python.line_buffering else -1
+    sys.stdout = open(output, "w", buffering, python.encoding, python.errors)  # noqa: SIM115
+    read, write = os.pipe()
+    os.dup2(write, 1)
+    os.close(write)
+
+    def pass_on() -> None:
+        with open(read, "rb") as lines:
+            for line in lines:
                 if not line.startswith(b"[Gloo]"):
-                    os.write(kept, line)
-            os.close(kept)
+                    os.write(output, line)
+
+    threading.Thread(target=pass_on, daemon=True).start()
 
 
 def is_writer() -> bool:
