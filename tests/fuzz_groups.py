@@ -37,8 +37,8 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 from refine_jax.monitor import read_metrics, summarize
 from refine_jax.monitor import table as closing_table
+from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.evaluate import check_same_evaluation
-from refine_jax.phases.setup import check_same_run
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {i}, the quick brown fox jumps over the lazy dog" for i in range(6)]
