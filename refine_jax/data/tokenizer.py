@@ -169,8 +169,9 @@ class SentencePieceTokenizer:
         return [_with_ends(self, ids, bos, eos) for ids in batch]
 
     def decode(self, ids: Ids) -> str:
-        """Return the text of `ids`."""
-        return self._model.decode([int(i) for i in ids if i < self._pieces])
+        """Return the text of `ids`; special tokens have none."""
+        known = [int(i) for i in ids if i < self._pieces and i not in self._reserved]
+        return self._model.decode(known)
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if len(texts) == 1:  # starting threads takes longer than a short text

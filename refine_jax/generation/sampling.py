@@ -130,20 +130,22 @@ def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
 
     NOT_FINITE where a logit is NaN or infinite (-inf of some tokens excludes them).
     """
-    largest = z.max(axis=-1)  # NaN, if any of them is
 
     def draw(z):
         # Shifted first: a tiny temperature must not overflow the largest logit.
-        z = (z - largest[:, None]) / sampler.temperature
+        largest = z.max(axis=-1, keepdims=True)
+        z = (z - largest) / sampler.temperature
         some = (sampler.top_k < z.shape[-1]) | (sampler.top_p < 1)
         z = lax.cond(some, lambda z: keep_likeliest(z, sampler), lambda z: z, z)
-        return jax.vmap(jax.random.categorical)(keys, z)
+        return jax.vmap(jax.random.categorical)(keys, z), largest[:, 0]
 
     def take_best(z):
-        return jnp.argmax(z, axis=-1)
+        best = jnp.argmax(z, axis=-1)
+        return best, jnp.take_along_axis(z, best[:, None], axis=-1)[:, 0]
 
-    tokens = lax.cond(sampler.temperature > 0, draw, take_best, z).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(largest), tokens, NOT_FINITE)
+    # The largest logit is NaN if any of them is.
+    tokens, largest = lax.cond(sampler.temperature > 0, draw, take_best, z)
+    return jnp.where(jnp.isfinite(largest), tokens.astype(jnp.int32), NOT_FINITE)
 
 
 def keep_likeliest(z: jax.Array, sampler: Sampler) -> jax.Array:
