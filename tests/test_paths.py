@@ -19,7 +19,7 @@ from refine_jax.data.tasks import generate as tasks
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.evaluation import position
-from refine_jax.phases.setup import check_same_run
+from refine_jax.phases.changes import check_same_run
 
 URLS = ("gs://bucket/x", "s3://bucket/x", "hf://org/x", "https://host/x", "file:///x", "gs:/b/x")
 
