@@ -8,6 +8,7 @@ from the files with other readers (json, gzip, pyarrow), not with ours.
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,9 +66,11 @@ def test_saved_truncation_and_padding_cut_and_pad_nothing():
     tokenizer = load_tokenizer(given("tok_truncation_padding"))
     vocabulary = json.loads((INPUTS / "tok_truncation_padding/tokenizer.json").read_text())
     vocabulary = vocabulary["model"]["vocab"]
-    expected = [[vocabulary[word] for word in t.split()] for t in lines(given("bom.jsonl"))]
+    # What the saved pre-tokenizer, Whitespace, is documented to match; unknown words are <unk>.
+    words = [re.findall(r"\w+|[^\w\s]+", text) for text in lines(given("bom.jsonl"))]
+    expected = [[1, *(vocabulary.get(word, 0) for word in of_one)] for of_one in words]
     assert len(expected) == 24 and {len(ids) for ids in expected} == {64}
-    found = tokenizer.encode_batch(texts(INPUTS / "bom.jsonl"), bos=False)
+    found = tokenizer.encode_batch(texts(INPUTS / "bom.jsonl"))
     assert [ids.tolist() for ids in found] == expected
     assert tokenizer.encode("the quick " * 50, bos=False).tolist() == [3, 4] * 50
 
@@ -193,7 +196,7 @@ def test_several_frames_of_zstd():
 
 def training(source: Path | str, **data):
     changes = {
-        "data": {"source": str(source), "sequence_length": 48, "min_tokens": 1} | data,
+        "data": {"source": str(source), "sequence_length": 48} | data,
         "train": {"steps": 1, "batch_size": 2, "eval_batches": 1, "checkpoint_every": 1},
     }
     return tiny_run("midtrain", changes)
@@ -209,13 +212,16 @@ def test_few_documents_are_split_by_rows(tmp_path, twins):
             shutil.copy(given(name), source)
     config = Config.from_dict(training(source))
     parts = midtrain.prepare(config, tmp_path / "run")
-    rows = [
-        {tuple(row) for batch in dataset for row in batch["tokens"].tolist() if any(row)}
+    text = b"\x00" + (given("twins_a.txt") if twins else source).read_bytes()
+    pieces = [tuple(text[at : at + 48]) for at in range(0, len(text), 48)]
+    seen = [
+        [tuple(row) for batch in dataset for row in batch["tokens"].tolist() if max(row) < 258]
         for dataset in (_one_epoch(parts.training), parts.held_out)
     ]
-    assert rows[0] and rows[1]
-    if not twins:  # the text of the twins repeats itself
-        assert not rows[0] & rows[1]
+    seen = [[(row if row[0] != 256 else (0, *row[1:])) for row in rows] for rows in seen]
+    count = parts.training.rows
+    assert 0 < count < len(pieces) and sorted(seen[0][:count]) == sorted(pieces[:count])
+    assert seen[1] and all(row in pieces[count:] for row in seen[1])
 
 
 def _one_epoch(dataset):
@@ -306,7 +312,7 @@ def test_model_folders_convert(tmp_path, capsys, name):
     found = params["layers"]["attn"]["A_log"][0]
     np.testing.assert_array_equal(found, tensors["model.layers.0.attn.A_log"])
     if name == "gdn_with_D":
-        assert "model.layers.0.attn.D" in capsys.readouterr().out
+        assert "attn.D (" in capsys.readouterr().out
 
 
 def test_compiled_models_convert_or_say_why():
