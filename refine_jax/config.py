@@ -319,7 +319,7 @@ class DataConfig(Section):
         high=0.5,
     )
     epochs: int | None = setting(
-        None, "passes over the training rows; None: no end", low=1, high=MOST_ROWS
+        None, "passes over the training rows; None: no end", low=1, high=MOST_STEPS
     )
     workers: int = setting(
         0, "processes that read ahead; 0: threads of this one", low=0, high=MOST_WORKERS

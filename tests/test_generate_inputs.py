@@ -284,7 +284,7 @@ def test_prompts_are_cleaned_where_they_enter(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=message):
             read("--prompt_file", tmp_path / name)
     for name, message in (
-        (tmp_path, "Is a directory"),
+        (tmp_path, "it is a folder, no file"),
         (tmp_path / "none", "No such file"),
         ("gs://bucket/a.txt", "URLs are not supported"),
         ("x" * 5000, "too long"),
@@ -298,7 +298,8 @@ def test_a_prompt_that_is_not_utf8_and_an_output_that_takes_ascii_only(plain):
     command += ["--tokenizer", "bytes", "--json", "--max_new_tokens", "30", "--prompt", b"caf\xe9"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    said = [line for line in done.stderr.splitlines() if not line.startswith(b"compiling ")]
+    assert (done.returncode, said) == (0, [])
     line = json.loads(done.stdout.decode("ascii"))
     assert line["tokens_read"] == len("caf?") + 1
     assert line["text"] == BYTES.decode(line["tokens"]) and not line["text"].isascii()
@@ -471,7 +472,7 @@ def test_states_that_are_none_and_a_link_to_one(state, tmp_path, run, plain):
     for path in (tmp_path / "file" / "state", tmp_path / "link", "/proc/state"):
         arguments = ["--checkpoint", plain, "--tokenizer", "bytes", "--prompt", "fox"]
         code, out, err = run(*arguments, "--save_state", path)
-        assert (code, out) == (1, "") and err.count("\n") == 1 and str(path) in err
+        assert (code, out) == (1, "") and err.count("\n") == 1 and str(path.parent) in err
     # Parents that are not there are made.
     save_prefix(tmp_path / "a" / "b", prefix, made, params, BYTES)
     assert load_prefix(tmp_path / "a" / "b", made, params, BYTES).length.tolist() == [3, 7]

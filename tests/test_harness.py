@@ -547,7 +547,7 @@ def test_tasks_that_lm_eval_cannot_use_are_one_message(task, message, checkpoint
         ("--seed=9223372036854775808", "seed must be at least 0"),
         ("--batch_size=-3", "batch_size must be a number"),
         ("--max_length=0", "max_length must be at least 2"),
-        ("--output=/proc/results.json", "cannot write to the folder /proc"),
+        ("--output=/proc/results.json", "--output='/proc': nothing can be written there"),
         ("--gen_kwargs=repetition_penalty=2", "not supported. Got: {'repetition_penalty': 2}"),
         ("--gen_kwargs=temperature", "temperature must be a number. Got: ''"),
     ],

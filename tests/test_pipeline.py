@@ -403,7 +403,7 @@ def test_rows_follow_however_long_a_run_is() -> None:
         ({"workers": 2**31}, r"data\.workers must be below 257"),
         ({"epochs": 10**30}, r"data\.epochs must be below"),
         ({"limit_documents": 10**30}, r"data\.limit_documents must be below"),
-        ({"sequence_length": 2**31}, r"data\.sequence_length must be below 2147483648"),
+        ({"sequence_length": 2**31}, r"data\.sequence_length must be below 67108865"),
         ({"min_tokens": 10**5000}, r"data\.min_tokens must be below .* very large int"),
         ({"max_documents": "8"}, r"data\.max_documents must be an integer"),
         ({"sequence_length": 8.0}, r"data\.sequence_length must be an integer"),

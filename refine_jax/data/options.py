@@ -14,6 +14,7 @@ from refine_jax.settings import (
     LAST_SEED,
     MOST_ITEMS,
     MOST_ROWS,
+    MOST_STEPS,
     MOST_TOKENS,
     MOST_WORKERS,
     expanded,
@@ -29,7 +30,7 @@ LIMITS = {
     "min_remainder": (1, MOST_TOKENS),
     "max_documents": (1, MOST_ROWS),
     "validation_rows": (1, MOST_ITEMS),
-    "epochs": (1, MOST_ROWS),
+    "epochs": (1, MOST_STEPS),
     "seed": (0, LAST_SEED),
     "workers": (0, MOST_WORKERS),
 }
