@@ -22,6 +22,7 @@ Exit code 1: bad input, with one message on standard error.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
@@ -245,9 +246,10 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 def _prompt_file(name: str) -> Path:
     path = local_path(name, "--prompt_file", DataError)
-    # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
-    if path.is_fifo() and path.parent != Path("/dev/fd"):
-        raise DataError(f"--prompt_file={name!r} is a pipe: give its text to standard input.")
+    with contextlib.suppress(OSError):  # such as a name that is too long: reading it says so
+        # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
+        if path.is_fifo() and path.parent != Path("/dev/fd"):
+            raise DataError(f"--prompt_file={name!r} is a pipe: give its text to standard input.")
     return path
 
 
