@@ -177,18 +177,18 @@ def test_rows_without_a_prompt_or_an_answer_are_left_out_and_counted(tmp_path):
 
 
 BAD_ROWS = {
-    "prompt": ([3, ["a"], {"a": 1}, True], "row 0 of .*'prompt' must be a string"),
-    "answers": ([{"value": "x"}, [{"a": 1}]], "row 0 of .*'answers' must be a string"),
+    "prompt": ([3, ["a"], {"a": 1}, True], "rows.jsonl, line 1 .*'prompt' must be a string"),
+    "answers": ([{"value": "x"}, [{"a": 1}]], "rows.jsonl, line 1 .*'answers' must be a string"),
     "max_gen_tokens": (
         [0, -5, 10**18, 2.5, "32", True, [], {}],
-        "'max_gen_tokens' in row 0 of .* must be a whole number from 1 to 1,048,576. Got: ",
+        "'max_gen_tokens' in .*rows.jsonl, line 1 must be a whole number from 1 to 1,048,576. Got: ",
     ),
     "max_seq_length": (
         [0, -5, 10**18, 2.5, "4096", True, [1], {}],
-        "'max_seq_length' in row .* of .* must be a whole number from 1 to 16,777,216. Got: ",
+        "'max_seq_length' in .*rows.jsonl, line 1 must be a whole number from 1 to 16,777,216. Got: ",
     ),
-    "task": ([3, ["hotpotqa"], {"a": 1}], "'task' in row 1 of .* must be a string. Got: "),
-    "dataset": ([3, ["hotpotqa"]], "'dataset' in row 1 of .* must be a string. Got: "),
+    "task": ([3, ["hotpotqa"], {"a": 1}], "'task' in .*rows.jsonl, line 1 must be a string. Got: "),
+    "dataset": ([3, ["hotpotqa"]], "'dataset' in .*rows.jsonl, line 1 must be a string. Got: "),
 }
 
 
@@ -266,7 +266,7 @@ def test_names_of_one_answer_need_a_score_of_the_best(tmp_path):
         ("niah_single_1", None),
         ("ruler_squadqa", "ruler_qa_lm_eval"),
     ):
-        with pytest.raises(DataError, match=r"row 0 of .* list in a list.*fraction of all answers"):
+        with pytest.raises(DataError, match=r"line 1 .* list in a list.*fraction of all answers"):
             read(path, name, metric=metric)
     assert read(path, "ruler_squadqa")[0][0].answers == ("fox", "the fox")
 

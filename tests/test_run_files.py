@@ -134,7 +134,6 @@ def prediction(name, **changes):
         prediction("b", score=7),
         prediction("b", set=4),
         prediction("b", metadata=[1]),
-        prediction("b", metadata={"depths": ["deep"]}),
         prediction("b", adapt=3),
         prediction("b", adapt={"seconds": "long"}),
         prediction("a", score=1.0),
