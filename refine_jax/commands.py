@@ -76,7 +76,9 @@ def parse(
             if name in _HELP:
                 print(help_page(own, doc))
                 raise SystemExit(0)
-            if given.get(name, value) != value:
+            if name in given and name in own and isinstance(own[name].default, list):
+                value = f"{given[name]},{value}"  # a list: all that is named counts
+            elif given.get(name, value) != value:
                 notes.append(
                     f"--{name} is given twice, {short(given[name])} and {short(value)}: the last "
                     "one counts."

@@ -248,8 +248,11 @@ def _prompt_file(name: str) -> Path:
     path = local_path(name, "--prompt_file", DataError)
     with contextlib.suppress(OSError):  # such as a name that is too long: reading it says so
         # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
-        if path.is_fifo() and path.parent != Path("/dev/fd"):
-            raise DataError(f"--prompt_file={name!r} is a pipe: give its text to standard input.")
+        endless = path.is_char_device() or (path.is_fifo() and path.parent != Path("/dev/fd"))
+        if endless:
+            raise DataError(
+                f"--prompt_file={name!r} is a pipe or a device: give its text to standard input."
+            )
     return path
 
 

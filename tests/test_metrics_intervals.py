@@ -85,3 +85,10 @@ def test_bad_scores_are_named() -> None:
         interval([0, 2])
     with pytest.raises(ValueError, match="Got: 1 and 2 scores"):
         compare([1], [1, 0])
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_the_interval_of_equal_scores_holds_their_mean(score):
+    for count in range(1, 1001):
+        found = interval([score] * count)
+        assert 0 <= found.low <= found.mean <= found.high <= 1

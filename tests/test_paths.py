@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import config_file, tiny_run, write_documents
 
 from refine_jax import convert, generate, lm_harness, main
-from refine_jax.base.errors import USER_ERRORS, ConfigError, UserError
+from refine_jax.base.errors import USER_ERRORS, CheckpointError, ConfigError, UserError
 from refine_jax.base.files import check_output, check_writable, local_path
 from refine_jax.checkpoint import load_model, read_hf, save_model
 from refine_jax.config import SECTIONS, Config
@@ -212,3 +212,12 @@ def test_what_may_be_written_leaves_nothing_behind(tmp_path):
         check_output(tmp_path / "no" / "file.json", "--x")
     with pytest.raises(ConfigError, match="--x must not be empty"):
         local_path("", "--x")
+
+
+def test_no_array_is_written_to_a_path_with_a_backslash(tmp_path):
+    """The library that stores arrays takes it for a slash."""
+    with pytest.raises(ConfigError, match=r"--workdir=.* must not hold a backslash"):
+        check_writable(tmp_path / "a\\b", "--workdir")
+    with pytest.raises(CheckpointError, match="must not hold a backslash"):
+        save_model(tmp_path / "a\\b", {}, "{}")
+    assert not list(tmp_path.glob("a*"))

@@ -181,11 +181,11 @@ BAD_ROWS = {
     "answers": ([{"value": "x"}, [{"a": 1}]], "rows.jsonl, line 1 .*'answers' must be a string"),
     "max_gen_tokens": (
         [0, -5, 10**18, 2.5, "32", True, [], {}],
-        "'max_gen_tokens' in .*rows.jsonl, line 1 must be a whole number from 1 to 1,048,576. Got: ",
+        "'max_gen_tokens' in .*rows.jsonl, line 1 must be .* number from 1 to 1,048,576. Got: ",
     ),
     "max_seq_length": (
         [0, -5, 10**18, 2.5, "4096", True, [1], {}],
-        "'max_seq_length' in .*rows.jsonl, line 1 must be a whole number from 1 to 16,777,216. Got: ",
+        "'max_seq_length' in .*rows.jsonl, line 1 must be .* number from 1 to 16,777,216. Got: ",
     ),
     "task": ([3, ["hotpotqa"], {"a": 1}], "'task' in .*rows.jsonl, line 1 must be a string. Got: "),
     "dataset": ([3, ["hotpotqa"]], "'dataset' in .*rows.jsonl, line 1 must be a string. Got: "),

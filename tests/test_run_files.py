@@ -7,8 +7,9 @@ import tracemalloc
 import pytest
 from tiny_runs import tiny_run
 
-from refine_jax.base.errors import CheckpointError, DataError
+from refine_jax.base.errors import CheckpointError, ConfigError, DataError
 from refine_jax.base.files import parse_object, read_lines, recover_lines, spans
+from refine_jax.checkpoint.record import read_config, write_run
 from refine_jax.config import Config
 from refine_jax.evaluation.runner import FIELDS, Predictions
 from refine_jax.monitor import METRICS_FILE, Monitor, read_metrics, summarize
@@ -185,3 +186,22 @@ def test_steps_without_the_description_of_their_model_are_one_message(tmp_path):
     config = Config.from_dict(tiny_run("midtrain"))
     with pytest.raises(CheckpointError, match=r"holds saved steps but no config\.json.*Put it"):
         load_start(dataclasses.replace(config.model), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "evaluation.json"])
+def test_a_run_is_not_started_in_the_folder_of_an_evaluation(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"holds an evaluation .{name}"):
+        check_same_run(Config.from_dict(tiny_run("midtrain")), tmp_path)
+
+
+def test_what_the_message_about_run_json_advises_works(tmp_path):
+    """The line of the digest is removed, as a person does it."""
+    write_run(tmp_path, {"best_mode": "min", "config": {"train": {"seed": 1}}})
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(CheckpointError, match='remove the line "digest"'):
+        read_config(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if '"digest"' not in line))
+    assert read_config(tmp_path) == {"train": {"seed": 2}}

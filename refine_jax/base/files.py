@@ -58,12 +58,22 @@ def path_flag(text: str) -> Path:
     return local_path(text, "it", argparse.ArgumentTypeError)
 
 
+def check_no_backslash(path: Path, setting: str, error: type[UserError] = ConfigError) -> None:
+    """Raise `error` for a path to write arrays to that holds a backslash.
+
+    The library that stores them reads it as a slash, and would write them elsewhere.
+    """
+    if "\\" in str(path):
+        raise error(f"{setting}={str(path)!r} must not hold a backslash. Choose another name.")
+
+
 def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigError) -> None:
     """Raise `error` unless files can be made in a folder, which need not be there.
 
     It is tried out, since rights alone do not say it, and what that made is removed.
     """
     made: list[Path] = []
+    check_no_backslash(folder, setting, error)
     try:
         if len(os.fsencode(folder.absolute())) > _LONGEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))

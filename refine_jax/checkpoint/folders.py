@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from refine_jax.base.errors import CheckpointError, UserError, describe
-from refine_jax.base.files import local_path, read_json, short, valid_unicode, write_bytes
+from refine_jax.base.files import (
+    check_no_backslash,
+    local_path,
+    read_json,
+    short,
+    valid_unicode,
+    write_bytes,
+)
 
 CONFIG = "config.json"
 RUN = "run.json"
@@ -210,6 +217,7 @@ def _is_weights(entry: Path) -> bool:
 def _target(path: str | os.PathLike) -> Path:
     """The absolute path of a folder to write; only its own name may be a link."""
     path = local_path(path, "the folder to write", CheckpointError).absolute()
+    check_no_backslash(path, "the folder to write", CheckpointError)
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent)) / path.name

@@ -33,7 +33,7 @@ class Run(NamedTuple):
 def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
     """Write run.json: JSON values, and their digest."""
     fields = json.loads(json.dumps(fields))
-    text = json.dumps(fields | {_DIGEST: digest(fields)}, indent=2) + "\n"
+    text = json.dumps({_DIGEST: digest(fields)} | fields, indent=2) + "\n"
     write_text(Path(folder) / RUN, text)
 
 
@@ -66,9 +66,10 @@ def read_run(folder: Path, *, verify: bool = False) -> Run:
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration in run.json, {section: {field: value}}, and its phase.
 
-    Raises CheckpointError as `read_run` does, and for a section that is no object.
+    Raises CheckpointError as `read_run` does, also where run.json is not as it was written, and for
+    a section that is no object.
     """
-    config = read_run(folder).config
+    config = read_run(folder, verify=True).config
     for section, values in config.items():
         wanted = str if section == "phase" else dict
         if not isinstance(values, wanted):

@@ -77,7 +77,9 @@ def interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
         centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
         spread = math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) * z
         half = spread / (1 + z**2 / count)
-        return Interval(mean, max(0.0, centre - half), min(1.0, centre + half), count, "wilson")
+        # At 0 and 1 a bound is the mean itself, which rounding may miss.
+        low, high = min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
+        return Interval(mean, low, high, count, "wilson")
     low, high = _student(values, level)
     return Interval(mean, max(0.0, low), min(1.0, high), count, "t")
 

@@ -28,7 +28,7 @@ import numpy as np
 from absl import logging
 from scipy.special import stdtrit
 
-from refine_jax.base.errors import DataError, run_command
+from refine_jax.base.errors import DataError, RunError, run_command
 from refine_jax.base.files import check_writable, write_text
 from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
@@ -240,6 +240,7 @@ def evaluate(
     Raises:
       CheckpointError, ModelConfigError: No checkpoint of a model.
       DataError: No documents, or options that cannot work.
+      RunError: The model's predictions are not finite.
     """
     from refine_jax.data.pipeline import load_corpus  # grain takes seconds to import
 
@@ -258,6 +259,11 @@ def evaluate(
     dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
     started = time.perf_counter()
     whole, parts = measure(model, params, dataset, edges)
+    if not math.isfinite(whole.loss.mean):
+        raise RunError(
+            f"the predictions of {checkpoint} are not finite (NaN or infinite): its parameters are "
+            "damaged, or training has diverged. Choose another checkpoint or step."
+        )
     return {
         "checkpoint": str(checkpoint),
         "source": options.source,
@@ -297,8 +303,8 @@ def _run(given: dict) -> None:
         from refine_jax.evaluation.plots import plot_positions
 
         output.mkdir(parents=True, exist_ok=True)
-        plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
         write_text(output / "position.json", json.dumps(results, indent=2) + "\n")
+        plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
 
 
 def _parser() -> argparse.ArgumentParser:

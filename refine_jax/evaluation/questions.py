@@ -80,6 +80,11 @@ def load_questions(
         # LongBench has no sets of a length; its rows are taken, and cut, as they are.
         for length in ([None] if TASKS[name].group == "longbench" else lengths)
     ]
+    made = [task.name for task, _, sources in requests if is_built(task.name, None)]
+    made = [name for name in dict.fromkeys(made) if TASKS[name].group in ("niah", "ruler")]
+    if config.data and made:
+        names = ", ".join(made)
+        report(f"config.evaluate.data is not read for {names}: they are made from the seed")
     for task, length, sources in requests:  # before minutes go into making the first sets
         check_request(task.name, length=length, **sources)
         if is_built(task.name, sources["data"]):

@@ -200,6 +200,12 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
     allowed = allowed_names(allow_change)
     path = Path(workdir) / CHECKPOINTS / RUN
     if not has_checkpoints(workdir):
+        for name in ("predictions.jsonl", "evaluation.json"):
+            if (Path(workdir) / name).exists():
+                raise ConfigError(
+                    f"{workdir} holds an evaluation ({name}), which a training run would mix with "
+                    "its own files. Choose another --workdir."
+                )
         return Changes(allowed=allowed)
     step = max(find_steps(path.parent).saved, default=0)  # 0: all are damaged, which is said later
     if not path.exists():

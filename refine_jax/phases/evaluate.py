@@ -289,9 +289,9 @@ def report(records: Sequence[dict], workdir: Path) -> dict:
             task: dataclasses.asdict(recall) for task, recall in recalls.items()
         }
     if distributed.is_writer():
+        write_results(workdir, results)  # first: no picture is worth the figures
         plot_scores(workdir / "scores.png", results["sets"])
         if recalls:
             plot_recall(workdir / "recall.png", recalls)
-        write_results(workdir, results)
     distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
     return results

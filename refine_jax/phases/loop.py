@@ -212,7 +212,8 @@ class Loop(abc.ABC):
             plan = f"continuing after step {step} of {config.train.steps}"
         else:
             plan = f"{config.train.steps} steps"
-        plan += self.parts.changes.describe()
+        if step < config.train.steps:
+            plan += self.parts.changes.describe()
         distributed.say(
             f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
