@@ -178,19 +178,28 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def run_group(
-    group: Group, tally: Tally, *, seconds: float, number: int = 0, stop_at_failure: bool = False
+    group: Group,
+    tally: Tally,
+    *,
+    seconds: float,
+    number: int = 0,
+    limit: float = SECONDS,
+    stop_at_failure: bool = False,
 ) -> Tally:
     """Try inputs of a group until the time is up.
 
-    number: the seed. stop_at_failure: raise the first one, as small as hypothesis can make it.
+    number: the seed. limit: most seconds of processor time of an input; those of the first batch,
+    which import what they need, may take any. stop_at_failure: raise the first failure, as small as
+    hypothesis can make it.
     """
     with tempfile.TemporaryDirectory() as made:
         base = group.prepare(Path(made) / "base")
         end = time.monotonic() + seconds
 
         def trial(data: st.DataObject) -> None:
+            most = limit if batch else math.inf
             with tempfile.TemporaryDirectory(dir=made) as folder:
-                problem = _try(group, Draw(data), base, Path(folder), tally)
+                problem = _try(group, Draw(data), base, Path(folder), tally, most)
             if problem:
                 tally.failures.append(problem)
                 if stop_at_failure:
@@ -210,7 +219,9 @@ def run_group(
                 return tally
 
 
-def _try(group: Group, draw: Draw, base: Any, folder: Path, tally: Tally) -> str | None:
+def _try(
+    group: Group, draw: Draw, base: Any, folder: Path, tally: Tally, limit: float
+) -> str | None:
     """Try one input; returns what was wrong with how it was taken."""
     problem = None
     with _time_limit(), _peak_memory() as memory, contextlib.redirect_stdout(io.StringIO()):
@@ -230,12 +241,13 @@ def _try(group: Group, draw: Draw, base: Any, folder: Path, tally: Tally) -> str
             outcome, problem = "traceback", traceback.format_exc()
         seconds = time.process_time() - begin
     tally.outcomes[outcome] += 1
-    tally.seconds = max(tally.seconds, seconds)
+    if limit < math.inf:
+        tally.seconds = max(tally.seconds, seconds)
     tally.megabytes = max(tally.megabytes, memory())
-    if problem is None and seconds > SECONDS:
+    if problem is None and seconds > limit:
         tally.outcomes["slow"] += 1
         problem = f"{outcome} after {seconds:.1f} s"
-    if problem is None and memory() > MEGABYTES:
+    if problem is None and memory() > MEGABYTES and limit < math.inf:
         tally.outcomes["large"] += 1
         problem = f"{outcome} with {memory():.0f} MB"
     return problem and f"{problem}\n{_show(folder)}"

