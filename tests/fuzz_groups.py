@@ -307,6 +307,15 @@ def _same(found: Any, wanted: Any, where: Path, allow: str = "") -> None:
 # ---- What we wrote ourselves ----
 
 
+def _damage(draw: Draw, path: Path) -> None:
+    """Change a file: what a JSON file says, or the bytes of any."""
+    content = path.read_bytes()
+    if path.suffix == ".json" and draw.number(0, 2):
+        path.write_bytes(dump(draw.json(json.loads(content))))
+    else:
+        path.write_bytes(draw.bytes(content))
+
+
 def make_run(folder: Path) -> tuple[Path, dict]:
     """The work folder of a run with two steps, and its parameters."""
     fields = model_config(COMMON | {"model_type": "delta_net", "num_heads": 2}).to_hf()
@@ -336,11 +345,7 @@ def run_folders(draw: Draw, base: tuple[Path, dict], folder: Path) -> None:
     shutil.copytree(source, work, symlinks=True)
     files = sorted(path for path in (work / "checkpoints").rglob("*") if path.is_file())
     path = draw.one_of(*files)
-    content = path.read_bytes()
-    if path.suffix == ".json" and draw.number(0, 2):
-        path.write_bytes(dump(draw.json(json.loads(content))))
-    else:
-        path.write_bytes(draw.bytes(content))
+    _damage(draw, path)
     check_same_run(Config.from_dict(tiny_runs.tiny_run("midtrain")), work)
     _same(load_model(work, step=draw.one_of("latest", 1)).params, params, path)
 
@@ -384,11 +389,7 @@ def token_caches(draw: Draw, base: Path, folder: Path) -> None:
     options = _options(base / "corpus.jsonl", cache_dir=str(folder / "cache"))
     shutil.copytree(base / "cache", folder / "cache")
     path = draw.one_of(*sorted(p for p in (folder / "cache").rglob("*") if p.is_file()))
-    content = path.read_bytes()
-    if path.suffix == ".json" and draw.number(0, 2):
-        path.write_bytes(dump(draw.json(json.loads(content))))
-    else:
-        path.write_bytes(draw.bytes(content))
+    _damage(draw, path)
     tokens = open_tokens(options, BYTES)
     for number, text in enumerate(TEXTS):
         found = tokens.read(number, 0, int(tokens.lengths[number]))
@@ -434,11 +435,7 @@ def states(draw: Draw, base: tuple[Any, ...], folder: Path) -> None:
     source, prefix, model, params = base
     shutil.copytree(source, folder / "state")
     path = draw.one_of(*sorted(p for p in (folder / "state").rglob("*") if p.is_file()))
-    content = path.read_bytes()
-    if path.name == "state.json" and draw.number(0, 2):
-        path.write_bytes(dump(draw.json(json.loads(content))))
-    else:
-        path.write_bytes(draw.bytes(content))
+    _damage(draw, path)
     _same(load_prefix(folder / "state", model, params, BYTES), prefix, path)
 
 

@@ -250,7 +250,7 @@ def test_tokenised_records_import_nothing(tmp_path: Path, planted: Path) -> None
         f"{PLANTED}/config",
         f"{PLANTED}:1.0.0",
         f"./{PLANTED}",
-        f"../work/{PLANTED}.py",
+        f"../elsewhere/{PLANTED}.py",
         "huggingface:squad",
         "kubric:movi",
         "letters/a=1",

@@ -35,6 +35,7 @@ from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorte
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
+    PARAMS,
     RUN,
     companions,
     copy_files,
@@ -62,8 +63,6 @@ from refine_jax.checkpoint.tree import (
     typed_leaf,
     unflatten,
 )
-
-_PARAMS = "params"
 
 
 class Restored(NamedTuple):
@@ -369,7 +368,7 @@ def save_model(
     named = flatten(params)
     size = sum(leaf.nbytes for leaf in named.values())
     with new_folder(path, overwrite=overwrite, size=size) as folder:
-        write_arrays(folder / _PARAMS, named)
+        write_arrays(folder / PARAMS, named)
         copy_files(files or {}, folder)
         write_text(folder / CONFIG, config_json)
 
@@ -399,17 +398,17 @@ def load_model(
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
-    if (folder / _PARAMS).exists():
-        step, source, part, digests = None, folder / _PARAMS, "", None
+    if (folder / PARAMS).exists():
+        step, source, part, digests = None, folder / PARAMS, "", None
         fix = "Convert or copy it again."
     elif (folder / RUN).exists():
         step, others = _choose_step(folder, step)
-        source, part = folder / str(step) / STATE, f"{_PARAMS}."
+        source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
         digests = {folder / name: found for name, found in file_digests(folder).items()}
     else:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this package: it has no {_PARAMS} and no {RUN}. A "
+            f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "
             "Hugging Face folder is converted by `python -m refine_jax.convert from_hf SRC DST`."
         )
     abstract = abstract_params(config)
