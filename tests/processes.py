@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,8 @@ def _check_batches(share: tuple[int, ...]) -> None:
 def _check_evaluation(folder: str, process_id: int) -> None:
     """Groups of questions are answered in turns, and every process has all answers."""
     names = [["a", "b"], ["c", "d"], ["e"], ["f", "g"], ["h", "i"]]
-    groups = [[SimpleNamespace(name=name, set_name="set") for name in group] for group in names]
+    question = partial(SimpleNamespace, set_name="set", tokens=(1, 2))
+    groups = [[question(name=name) for name in group] for group in names]
     answered = []
 
     def answer(group):
