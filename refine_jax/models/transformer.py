@@ -91,6 +91,23 @@ class Trace:
     plan: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A forward pass over rows that forks can still join, as `Model.backward` takes it.
+
+    hidden: [B, T, D], of the final norm. last: [B, T, D], its input. tokens: [B, T] int32. saved:
+    by layer, what the backward pass begins with: the layer's input where it is computed again, else
+    its pullback.
+    """
+
+    hidden: jax.Array
+    last: jax.Array
+    trace: Trace
+    tokens: jax.Array
+    saved: Any
+
+
 class Block(nnx.Module):
     """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
 
@@ -170,10 +187,15 @@ class Model:
         """Shapes and dtypes of the parameters."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
+    def head_params(self, params: Params) -> Params:
+        """Those of the parameters that `head` reads."""
+        name = "embeddings" if self.config.tie_word_embeddings else "lm_head"
+        return {name: params[name]}
+
     def head(self, params: Params) -> jax.Array:
         """The output embedding [V, D]."""
-        name = "embeddings" if self.config.tie_word_embeddings else "lm_head"
-        return gather_parameters({name: params[name]})[name]["weight"]
+        ((_, gathered),) = gather_parameters(self.head_params(params)).items()
+        return gathered["weight"]
 
     def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         table = gather_parameters({"embeddings": params["embeddings"]})["embeddings"]["weight"]
@@ -308,6 +330,127 @@ class Model:
         forks = constrain(self._embed(params, continuations), "batch")
         (x, forks), _ = lax.scan(layer, (x, forks), params["layers"])
         return self._final_norm(params, x), self._final_norm(params, forks)
+
+    # One forward pass that forks join: their tokens are known when it has ended only
+
+    @_exact_float32
+    def run_rows(self, params: Params, tokens: jax.Array, layout: Layout | None) -> Rows:
+        """Run whole rows `tokens` [B, T], for forks and a `backward` pass.
+
+        Nothing here is for autodiff.
+        """
+        plan = self._mixer.plan(self.config, layout, tokens.shape)
+        recompute = self.policy.remat == "full"
+
+        def run(layer_params, x):
+            block = self._block(layer_params)
+            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+            return constrain(block.add_mlp(x + y), "batch", "tokens"), trace
+
+        if self.policy.remat == "dots":
+            run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
+
+        def layer(x, layer_params):
+            if recompute:
+                new, trace = run(layer_params, x)
+                return new, (trace, x)
+            (new, trace), pullback = jax.vjp(run, layer_params, x)
+            # The parameters are there in the backward pass: no copies of them.
+            pullback.args_res[0] = None
+            return new, (trace, pullback)
+
+        x = constrain(self._embed(params, tokens), "batch", "tokens")
+        x, (layers, saved) = lax.scan(layer, x, params["layers"])
+        return Rows(self._final_norm(params, x), x, Trace(layers, layout, plan), tokens, saved)
+
+    @_exact_float32
+    def run_forks(
+        self, params: Params, tokens: jax.Array, state: State
+    ) -> tuple[jax.Array, jax.Array]:
+        """Continue decode states by `tokens` [B, R, S], for a `backward` pass.
+
+        Returns the final norm's output [B, R, S, D], and the inputs [L + 1, B, R, S, D] of all
+        layers and of that norm.
+        """
+
+        def layer(x, inputs):
+            layer_params, layer_state = inputs
+            block = self._block(layer_params)
+            y, _ = block.attn.extend(block.attn_norm(x), layer_state)
+            return block.add_mlp(x + y), x
+
+        x = constrain(self._embed(params, tokens), "batch")
+        x, inputs = lax.scan(layer, x, (params["layers"], state))
+        return self._final_norm(params, x), jnp.concatenate([inputs, x[None]])
+
+    @_exact_float32
+    def backward(
+        self,
+        params: Params,
+        rows: Rows,
+        positions: jax.Array,
+        continuations: jax.Array,
+        fork_inputs: jax.Array,
+        cotangents: tuple[jax.Array, jax.Array],
+    ) -> Params:
+        """Gradient of rows and of forks that continue them, layer by layer in reverse.
+
+        Equal to the pullback of `run_with_forks`, without a second forward pass: with remat "full"
+        each layer is computed again, once, with its forks; else its forks are, from its trace.
+
+        Args:
+          rows: As `run_rows` gives them.
+          positions: [B, R] int32, slots before the forks.
+          continuations: [B, R, S] int32, tokens of the forks.
+          fork_inputs: [L + 1, B, R, S, D], as `run_forks` gives them.
+          cotangents: Of the hidden states of the rows [B, T, D] and of the forks [B, R, S, D].
+
+        Returns the gradient with respect to all parameters but those of the head alone.
+        """
+        layout, plan = rows.trace.layout, rows.trace.plan
+        recompute = self.policy.remat == "full"
+
+        def both(layer_params, x, forks):
+            block = self._block(layer_params)
+            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+            forks = _extend_forks(block, forks, trace, positions, layout, plan)
+            return constrain(block.add_mlp(x + y), "batch", "tokens"), forks
+
+        def extend(layer_params, forks, trace):
+            return _extend_forks(
+                self._block(layer_params), forks, trace, positions, layout, plan
+            )
+
+        def layer(cotangents, inputs):
+            layer_params, saved, forks, trace = inputs
+            if recompute:
+                _, pullback = jax.vjp(both, layer_params, saved, forks)
+                gradient, *cotangents = pullback(cotangents)
+                return tuple(cotangents), gradient
+            of_x, of_forks = cotangents
+            _, pullback = jax.vjp(extend, layer_params, forks, trace)
+            from_forks, of_forks, of_trace = pullback(of_forks)
+            saved.args_res[0] = layer_params
+            gradient, of_x = saved((of_x, of_trace))
+            return (of_x, of_forks), jax.tree.map(jnp.add, gradient, from_forks)
+
+        def norm(weight, *inputs):
+            return tuple(self._final_norm({"norm": weight}, x) for x in inputs)
+
+        _, pullback = jax.vjp(norm, params["norm"], rows.last, fork_inputs[-1])
+        norm_gradient, *cotangents = pullback(cotangents)
+        cotangents = tuple(cotangents)
+        trace = None if recompute else rows.trace.layers
+        inputs = (params["layers"], rows.saved, fork_inputs[:-1], trace)
+        cotangents, layers = lax.scan(layer, cotangents, inputs, reverse=True)
+
+        def embed(table):
+            embedded = {"embeddings": table}
+            return self._embed(embedded, rows.tokens), self._embed(embedded, continuations)
+
+        _, pullback = jax.vjp(embed, params["embeddings"])
+        (embeddings,) = pullback(cotangents)
+        return {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
 
     def init_state(self, params: Params, batch: tuple[int, int]) -> State:
         """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""
