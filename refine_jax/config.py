@@ -108,6 +108,12 @@ class RefineConfig(Section):
     objective: str = setting(
         "refine", "`ntp`: next-token loss alone (the paper's SFT)", choices=("refine", "ntp")
     )
+    rollouts: str = setting(
+        "update",
+        "which parameters roll out: those that the same pass updates, or, as published, those at "
+        "the start of the step",
+        choices=("update", "batch"),
+    )
     selection: str = setting(
         "entropy",
         "how a position is picked in each span",

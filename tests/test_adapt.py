@@ -12,7 +12,7 @@ from tiny import tiny, tokens
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key
-from refine_jax.refine.method import Method
+from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.selection import select_positions
 from refine_jax.refine.step import TrainState, make_train_step
@@ -99,12 +99,18 @@ def hand_rolled_step(model, params, prompt, starts, rollouts, config):
 
 def find_rollouts(model, params, config):
     """A prompt whose rollouts get different rewards, and its starts and rollouts."""
-    collect = jax.jit(Method(model, config, eos_id=2, max_documents=1).collect)
+    objective = Objective(model, config, eos_id=2, max_documents=1)
+
+    @jax.jit
+    def collect(params, batch, keys):
+        reading = objective.read(params, batch)
+        return objective.roll_out(params, reading, batch, keys, None)[0]
+
     key = jax.random.fold_in(jax.random.fold_in(prompt_key(KEY, "example-0"), 0), 0)
     for seed in range(300):
         prompt = tokens(seed, 30) % 11
         batch = pad_rows([prompt], rows=1, length=64, pad_id=PAD)
-        experience, _ = collect(params, None, batch, key[None])
+        experience = collect(params, batch, key[None])
         starts, rollouts = np.asarray(experience.starts[0]), np.asarray(experience.tokens[0])
         truth = [prompt[s : s + config.rollout_length] for s in starts]
         if np.ptp([np.sum(a == b) for a, b in zip(rollouts, truth, strict=True)]):

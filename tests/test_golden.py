@@ -27,10 +27,17 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import group_advantages, policy_loss
-from refine_jax.refine.method import Experience, Method, run_trunk
+from refine_jax.refine.objective import (
+    Experience,
+    MiniBatch,
+    Objective,
+    fork_rollouts,
+    read_rows,
+    score_rollouts,
+    scores_of,
+)
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.rewards import REWARDS
-from refine_jax.refine.rollout import fork_rollouts, score_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -91,7 +98,7 @@ def lengths(expected) -> list[int]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(model, params, tokens):
-    trunk = run_trunk(model, params, {"tokens": tokens}, with_trace=False)
+    trunk = read_rows(model, params, {"tokens": tokens}, with_trace=False)
     z = logits(trunk.hidden, model.head(params))
     return {
         "hidden": trunk.hidden,
@@ -181,7 +188,7 @@ def test_gradients(folder):
     tokens = expected[f"L{max(lengths(expected))}/input_ids"]
 
     def loss(params):
-        trunk = run_trunk(model, params, {"tokens": tokens}, with_trace=False)
+        trunk = read_rows(model, params, {"tokens": tokens}, with_trace=False)
         return trunk.nll_sum / trunk.weights.sum()
 
     assert_gradients(to_tensors(jax.jit(jax.grad(loss))(params)), want, 1e-4)
@@ -298,7 +305,7 @@ class StepCase:
         self.tokens = self.rollouts("rollouts")
         _, self.c, self.k = self.tokens.shape
         self.config = RefineConfig(num_positions=self.c, rollout_length=self.k)
-        self.method = Method(self.model, self.config, eos_id=None, max_documents=1)
+        self.objective = Objective(self.model, self.config, eos_id=None, max_documents=1)
         self.experience = Experience(
             starts=self.starts,
             valid=jnp.ones(self.starts.shape, bool),
@@ -308,27 +315,31 @@ class StepCase:
             old_log_probs=self.rollouts("old_log_probs"),
             ref_log_probs=None,
         )
-        self.token_count = jnp.float32(self.batch["tokens"][:, 1:].size)
+        token_count = jnp.float32(self.batch["tokens"][:, 1:].size)
+        self.whole = MiniBatch(token_count, self.experience.valid)
         self.observe = jax.jit(self._observe)
-        self.gradient = jax.jit(jax.grad(self._loss, has_aux=True))
+        self.gradient = jax.jit(self._gradient)
 
     def _observe(self, params):
         """What a step sees: entropies, scores, and the true continuations."""
-        trunk = self.method.trunk(params, self.batch)
+        trunk = self.objective.read(params, self.batch)
         last, state = fork_rollouts(
             self.model, params, trunk.hidden, trunk.trace, self.starts, self.k
         )
         hidden, _ = self.model.extend(params, self.tokens, state)
         collected = scores_of(self.model, params, last, hidden, self.tokens)
-        rollouts = self.starts, self.tokens
-        trained = self.method.trunk_with_rollouts(params, self.batch, *rollouts)[1]
+        rows, forks = self.model.forward_with_forks(
+            params, self.batch["tokens"], None, self.starts, self.tokens
+        )
+        before = take_tokens(rows, self.starts - 1)
+        trained = scores_of(self.model, params, before, forks, self.tokens)
         slots = rollout_slots(self.starts, self.k)
         truth = take_tokens(self.batch["tokens"], slots)
         true_hidden = take_tokens(trunk.hidden, slots)
         return trunk.stats.entropy, (trained, collected), truth, true_hidden
 
-    def _loss(self, params):
-        return self.method.loss(params, self.batch, self.experience, token_count=self.token_count)
+    def _gradient(self, params):
+        return self.objective.gradient(params, self.batch, self.whole, experience=self.experience)
 
     def rollouts(self, name: str):
         array = self.arrays[name]

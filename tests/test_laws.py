@@ -22,8 +22,7 @@ from refine_jax.models.config import model_config
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model
 from refine_jax.refine import rollout
-from refine_jax.refine.method import run_trunk
-from refine_jax.refine.rollout import score_rollouts
+from refine_jax.refine.objective import read_rows, score_rollouts
 
 # Tokens of the rows and of what continues them: few, so that few programs are compiled; positions
 # vary freely.
@@ -361,7 +360,7 @@ def test_depth_adds_no_code(name):
         new = jax.ShapeDtypeStruct((2, 3, 5), jnp.int32)
 
         def loss(params, ids, positions, new):
-            trunk = run_trunk(model, params, {"tokens": ids}, with_trace=True)
+            trunk = read_rows(model, params, {"tokens": ids}, with_trace=True)
             scores = score_rollouts(model, params, trunk.hidden, trunk.trace, positions, new)
             return trunk.nll_sum + scores.log_probs.sum()
 

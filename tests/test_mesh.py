@@ -13,7 +13,7 @@ import tiny
 from refine_jax.config import MeshConfig, RefineConfig
 from refine_jax.parallel import AXES, make_mesh, place_rows, state_shardings
 from refine_jax.refine.answers import AnswerMethod
-from refine_jax.refine.method import Method
+from refine_jax.refine.objective import Objective
 from refine_jax.refine.step import row_keys
 
 pytestmark = pytest.mark.usefixtures("programs_of_a_test")
@@ -36,7 +36,7 @@ COVERING = {
     ("deltanet", "data=2,fsdp=2,tensor=2"),
 }
 # Each a program of its own: all in one compile for minutes on a busy machine.
-OBJECTIVES = ("ntp", "refine", "answers", "policy")
+OBJECTIVES = ("ntp", "refine", "batch", "answers", "policy")
 CASES = [
     pytest.param(
         family,
@@ -96,32 +96,41 @@ def program(family: str, objective: str):
     # As they are, 6e-8 of each parameter, a rounding, is 3e-5 of the gradient: more than is tested.
     params = jax.tree.map(lambda x: 0.4 * x, params)
     config = dataclasses.replace(CONFIG, objective="ntp" if objective == "ntp" else "refine")
-    method = Method(model, config, eos_id=2, max_documents=2)
+    rows_objective = Objective(model, config, eos_id=2, max_documents=2)
     reference = jax.tree.map(lambda x: 0.98 * x, params)
     answers = AnswerMethod(model, CONFIG, max_answer_tokens=4, eos_id=2, pad_id=0)
 
+    keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
+
     def sample(params, rows, asked):
         """What the loss is given as it is: rollouts, or sampled answers with their advantages."""
-        keys = row_keys(jax.random.key(7), jnp.int32(3), ROWS)
-        if objective == "refine":
-            return method.collect(params, reference, rows, keys)[0], None
+        if objective == "batch":
+            reading = rows_objective.read(params, rows)
+            return rows_objective.roll_out(params, reading, rows, keys, reference)[0], None
         if objective == "policy":
             sampled = answers.sample(params, asked, keys, samples=2, temperature=1.0)
             return sampled, answers.advantages(jnp.mean(sampled.tokens % 7, axis=-1), sampled)
         return None, None
 
-    def loss(params, rows, asked, sampled, graded):
+    def loss(params, asked, sampled, graded):
         if objective == "answers":
             return answers.nll(params, asked)[0] / ROWS
-        if objective == "policy":
-            rest = {"mini_batch_mask": sampled.mask}
-            return answers.policy_loss(params, asked, sampled, graded, **rest)[0]
-        token_count = jnp.float32(rows["tokens"].size)
-        return method.loss(params, rows, sampled, token_count=token_count)[0]
+        rest = {"mini_batch_mask": sampled.mask}
+        return answers.policy_loss(params, asked, sampled, graded, **rest)[0]
 
     def run(params, rows, asked):
         sampled, graded = jax.lax.stop_gradient(sample(params, rows, asked))
-        return jax.value_and_grad(loss)(params, rows, asked, sampled, graded), sampled
+        if objective in ("answers", "policy"):
+            return jax.value_and_grad(loss)(params, asked, sampled, graded), sampled
+        gradient, metrics = rows_objective.gradient(
+            params,
+            rows,
+            rows_objective.mini_batch(rows),
+            keys=keys,
+            experience=sampled,
+            reference_params=reference,
+        )
+        return (metrics["loss/total"], gradient), sampled
 
     return jax.jit(run), params
 
@@ -142,7 +151,7 @@ def test_losses_and_gradients_do_not_depend_on_the_mesh(family, sizes, objective
         params = jax.device_put(params, state_shardings(params))
         rows, asked = place_rows(documents(length)), place_rows(questions(length))
         (found, found_gradients), again = jax.device_get(run(params, rows, asked))
-    names = {"refine": ("starts", "valid", "tokens"), "policy": ("tokens",)}
+    names = {"batch": ("starts", "valid", "tokens"), "policy": ("tokens",)}
     for name in names.get(objective, ()):
         np.testing.assert_array_equal(getattr(again, name), getattr(sampled, name))
     np.testing.assert_allclose(found, loss, rtol=1e-5)

@@ -19,8 +19,14 @@ from refine_jax.main import execute
 from refine_jax.models.layout import Layout
 from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import posttrain
-from refine_jax.refine.answer_step import make_policy_step, make_supervised_step
-from refine_jax.refine.answers import AnswerMethod, answer_nll, answer_slots, prompts_of
+from refine_jax.refine.answers import (
+    AnswerMethod,
+    answer_nll,
+    answer_slots,
+    make_policy_step,
+    make_supervised_step,
+    prompts_of,
+)
 from refine_jax.refine.step import TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_once")

@@ -11,14 +11,14 @@ from refine_jax.evaluation import position, scoring
 from refine_jax.evaluation.position import measure, position_edges
 from refine_jax.evaluation.scoring import Request, Scorer
 from refine_jax.evaluation.stream import Reader
-from refine_jax.refine.method import run_trunk
+from refine_jax.refine.objective import read_rows
 
 BLOCK = 16  # two of LaCT's chunks
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, tokens):
-    stats = run_trunk(model, params, {"tokens": tokens}, with_trace=False).stats
+    stats = read_rows(model, params, {"tokens": tokens}, with_trace=False).stats
     return stats.nll[:, :-1], stats.correct[:, :-1]
 
 

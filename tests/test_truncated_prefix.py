@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny, tokens
 
 from refine_jax.config import RefineConfig
-from refine_jax.refine.method import Method
+from refine_jax.refine.objective import Objective
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 
@@ -45,20 +45,16 @@ def test_the_step_is_that_of_truncated_prefixes(name):
     assert experience.valid.all()
     assert not (experience.tokens == EOS).any()
 
-    method = Method(model, CONFIG, eos_id=EOS, max_documents=1)
-    count = jnp.float32(ids.size - len(ids))
-    by_fork = jax.jit(
-        jax.value_and_grad(
-            lambda p: method.loss(p, {"tokens": ids}, None, keys=keys, token_count=count),
-            has_aux=True,
-        )
-    )
-    (loss, metrics), got = by_fork(params)
+    objective = Objective(model, CONFIG, eos_id=EOS, max_documents=1)
+    batch = {"tokens": ids}
+    got, metrics = jax.jit(
+        lambda p: objective.gradient(p, batch, objective.mini_batch(batch), keys=keys)
+    )(params)
 
     for quantity, values in (("reward", experience.rewards), ("advantage", experience.advantages)):
         for moment, value in moments(values).items():
             np.testing.assert_allclose(metrics[f"{quantity}/{moment}"], value, atol=1e-5)
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/total"], want_loss, rtol=1e-5)
     total = optax.tree.norm(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         norm = jnp.linalg.norm(b)

@@ -192,7 +192,7 @@ def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
     """Entropies of the first document that is long enough."""
     from refine_jax.data.pipeline import load_corpus
     from refine_jax.generate import load
-    from refine_jax.refine.method import run_trunk
+    from refine_jax.refine.objective import read_rows
 
     found = load(start_folder(run, workdir), step="latest", tokenizer=None, compute_dtype=None)
     model, params, tokenizer = found
@@ -209,7 +209,7 @@ def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
 
     @jax.jit
     def entropies(params, tokens):
-        return run_trunk(model, params, {"tokens": tokens}, with_trace=False).stats.entropy
+        return read_rows(model, params, {"tokens": tokens}, with_trace=False).stats.entropy
 
     values = np.asarray(entropies(params, batch["tokens"]))[0]
     results = {"entropy": [float(value) for value in values]}

@@ -22,9 +22,8 @@ from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.adapt import Adapter
-from refine_jax.refine.answer_step import make_supervised_step
-from refine_jax.refine.answers import AnswerMethod, prompts_of
-from refine_jax.refine.method import Method, run_trunk
+from refine_jax.refine.answers import AnswerMethod, make_supervised_step, prompts_of
+from refine_jax.refine.objective import Objective, read_rows
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 
@@ -315,8 +314,8 @@ class Lab:
         both root mean squares, "cosine": of the two mean gradients}
         """
         stage = dataclasses.replace(self.sizes.midtrain, steps=batches)
-        methods = [
-            Method(
+        objectives = [
+            Objective(
                 self.model,
                 dataclasses.replace(config, lambda_sft=ntp, lambda_rl=1.0 - ntp),
                 eos_id=self.corpus.eos,
@@ -327,14 +326,14 @@ class Lab:
 
         @jax.jit
         def gradients(params, batch, key):
-            rows = batch["tokens"].shape[0]
-            options = {"keys": jax.random.split(key, rows), "token_count": batch["tokens"].size}
+            keys = jax.random.split(key, batch["tokens"].shape[0])
 
-            def flat(method):
-                grad = jax.grad(lambda p: method.loss(p, batch, None, **options)[0])(params)
-                return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grad)])
+            def flat(objective):
+                whole = objective.mini_batch(batch)
+                gradient, _ = objective.gradient(params, batch, whole, keys=keys)
+                return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
 
-            return [flat(method) for method in methods]
+            return [flat(objective) for objective in objectives]
 
         found = [
             gradients(params, batch, jax.random.key(number))
@@ -371,7 +370,7 @@ class Lab:
     def _correct(self):
         @jax.jit
         def read(params, tokens):
-            trunk = run_trunk(self.model, params, {"tokens": tokens}, with_trace=False)
+            trunk = read_rows(self.model, params, {"tokens": tokens}, with_trace=False)
             return trunk.stats.correct, trunk.nll_sum, jnp.sum(trunk.weights)
 
         return read

@@ -17,8 +17,8 @@ from refine_jax.generation.generator import BLOCK, programs_of
 from refine_jax.generation.sampling import Sampler
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.adapt import update_copies
-from refine_jax.refine.method import Method
-from refine_jax.refine.step import TrainStep, make_train_step, update_rows
+from refine_jax.refine.objective import Objective
+from refine_jax.refine.step import make_train_step, update_rows
 
 _TRAINING = ("midtrain", "posttrain")
 
@@ -30,12 +30,7 @@ def generation_programs(run: Run) -> dict[str, Callable[[], Program]]:
 
 def adaptation_programs(run: Run) -> dict[str, Callable[[], Program]]:
     """Training on prompts before they are answered."""
-    options, refine = run.config.testtime, run.config.refine
-    found = {"adaptation": lambda: _adaptation(run)}
-    several = options.batch_size != options.micro_batch
-    if options.reset != "example" and refine.objective == "refine" and several:
-        found = {"adaptation_collect": lambda: _adaptation_collect(run)} | found
-    return found
+    return {"adaptation": lambda: _adaptation(run)}
 
 
 def _copies(run: Run) -> int:
@@ -74,55 +69,31 @@ def _prompts(run: Run) -> int:
     return config.evaluate.batch_size
 
 
-def _adaptation_step(run: Run) -> TrainStep:
-    options = run.config.testtime
-    return make_train_step(
-        run.model,
-        run.optimizer,
-        run.config.refine,
-        mini_batch=options.mini_batch_size,
-        micro_batch=options.micro_batch,
-        eos_id=EOS,
-    )
-
-
 def _prompt_rows(run: Run, *rows: int) -> dict[str, Any]:
     length = round_length(_longest(run))
     return {name: run.shapes.integers(*rows, length) for name in ("tokens", "segments")}
 
 
-def _adaptation_collect(run: Run) -> Program:
-    options = run.config.testtime
-    rows, batch = options.batch_size, _prompt_rows(run, options.batch_size)
-    tokens = rows * round_length(_longest(run))
-    return Program(
-        "adaptation_collect",
-        f"forward, selection and rollouts of {rows} prompts",
-        _adaptation_step(run).collect,
-        (run.state, batch),
-        resident=(run.params,),
-        states=run.rollout_states(batch, rows // options.micro_batch),
-        model_flops=tokens * forward_flops(run.model.config, _longest(run)),
-    )
-
-
 def _adaptation(run: Run) -> Program:
     options, copies = run.config.testtime, _copies(run)
     if options.reset == "example":
-        method = Method(run.model, run.config.refine, eos_id=EOS, max_documents=1)
+        objective = Objective(run.model, run.config.refine, eos_id=EOS, max_documents=1)
         update = update_rows if copies == 1 else update_copies
-        function = jax.jit(functools.partial(update, method, run.optimizer), donate_argnums=0)
+        function = jax.jit(functools.partial(update, objective, run.optimizer), donate_argnums=0)
         state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
         rows, shape = copies, (1,) if copies == 1 else (copies, 1)
         args = (state, _prompt_rows(run, *shape))
     else:
-        step, rows = _adaptation_step(run), options.mini_batch_size
-        batch, experience = _prompt_rows(run, options.batch_size), None
-        if "adaptation_collect" in adaptation_programs(run):
-            experience = run.shapes.rows(jax.eval_shape(step.collect, run.state, batch))
-        function = step.update
-        updates = options.batch_size // rows
-        args = (run.state, batch, experience, run.shapes.scalar(), updates)
+        rows = options.batch_size
+        step = make_train_step(
+            run.model,
+            run.optimizer,
+            run.config.refine,
+            mini_batch=options.mini_batch_size,
+            micro_batch=options.micro_batch,
+            eos_id=EOS,
+        )
+        function, args = step.run, (run.state, _prompt_rows(run, rows))
     tokens = rows * round_length(_longest(run))
     return Program(
         "adaptation",

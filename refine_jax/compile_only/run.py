@@ -18,7 +18,7 @@ from refine_jax.compile_only.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
 from refine_jax.phases.setup import Start, load_start, make_model
-from refine_jax.refine.method import Method
+from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
 
@@ -186,17 +186,22 @@ class Run:
         return batch
 
     def rollout_states(
-        self, batch: dict[str, Any], parts: int = 1, max_documents: int = 1
+        self,
+        batch: dict[str, Any],
+        parts: int = 1,
+        max_documents: int = 1,
+        *,
+        together: bool = True,
     ) -> tuple:
         """The decode states that are there at once where the rows of a batch roll out.
 
-        parts: of the batch that forward passes read one by one.
+        parts: of the batch that forward passes read one by one. together: as many of them roll out
+        at once as `states_together` says; else each for itself.
         """
         config = dataclasses.replace(self.config.refine, objective="refine")
-        method = Method(self.model, config, eos_id=EOS, max_documents=max_documents)
-        keys = self.keys(batch["tokens"].shape[0])
-        together, states = states_together(method, self.params, batch, keys, parts)
-        return (self.shapes.states(states),) * together
+        objective = Objective(self.model, config, eos_id=EOS, max_documents=max_documents)
+        count, states = states_together(objective, self.params, batch, parts)
+        return (self.shapes.states(states),) * (count if together else 1)
 
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
         """Of rows whose tokens, and those of their rollouts, go through so many forward passes."""

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from refine_jax.compile_only.flops import forward_flops
 from refine_jax.compile_only.run import EOS, PAD, Program, Run
 from refine_jax.phases.setup import rows_at_once
-from refine_jax.refine.answer_step import (
+from refine_jax.refine.answers import (
+    AnswerMethod,
     PolicyStep,
     make_answer_eval,
     make_policy_step,
     make_supervised_step,
 )
-from refine_jax.refine.answers import AnswerMethod
-from refine_jax.refine.step import TrainStep, make_eval_step, make_train_step
+from refine_jax.refine.step import make_eval_step, make_train_step
 
 
 def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
@@ -27,11 +27,11 @@ def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
     train = run.config.train
     if run.config.refine.objective == "ntp":
         return {"update": lambda: _update(run, "ntp", compared=False)}
-    found = {"update": lambda: _update(run, "refine", compared=False)}
-    if train.batch_size != rows_at_once(run.config):
-        found = {"collect": lambda: _collect(run), **found}
     compared = not (run.config.phase == "midtrain" and train.warmup_ntp_steps)
-    return found | {"ntp_update": lambda: _update(run, "ntp", compared=compared)}
+    return {
+        "update": lambda: _update(run, "refine", compared=False),
+        "ntp_update": lambda: _update(run, "ntp", compared=compared),
+    }
 
 
 def answer_programs(run: Run) -> dict[str, Callable[[], Program]]:
@@ -59,50 +59,34 @@ def evaluation(run: Run) -> Program:
     )
 
 
-def _train_step(run: Run, objective: str) -> TrainStep:
-    return make_train_step(
+def _update(run: Run, objective: str, *, compared: bool) -> Program:
+    train, at_once = run.config.train, rows_at_once(run.config)
+    config = dataclasses.replace(run.config.refine, objective=objective)
+    train_step = make_train_step(
         run.model,
         run.optimizer,
-        dataclasses.replace(run.config.refine, objective=objective),
-        mini_batch=run.config.train.mini_batch,
-        micro_batch=rows_at_once(run.config),
+        config,
+        mini_batch=train.mini_batch,
+        micro_batch=at_once,
         eos_id=EOS,
         max_documents=run.max_documents,
     )
-
-
-def _collect(run: Run) -> Program:
-    rows = run.config.train.batch_size
-    batch, parts = run.batch(rows), rows // rows_at_once(run.config)
-    return Program(
-        "collect",
-        f"forward, selection and rollouts of {rows} rows",
-        _train_step(run, "refine").collect,
-        (run.state, batch),
-        runs=1,
-        states=run.rollout_states(batch, parts, run.max_documents),
-        model_flops=run.flops(rows, trunk=1, rollouts=2),
-    )
-
-
-def _update(run: Run, objective: str, *, compared: bool) -> Program:
-    train, at_once = run.config.train, rows_at_once(run.config)
-    train_step = _train_step(run, objective)
-    batch, experience, rollouts = run.batch(train.batch_size), None, 0
+    rows, trunk, rollouts, states = train.batch_size, 3, 0, ()
+    batch, wording = run.batch(rows), "next-token"
     if objective == "refine":
-        collected = train.batch_size != at_once
-        rollouts = 3 if collected else 4
-        if collected:
-            experience = run.shapes.rows(jax.eval_shape(train_step.collect, run.state, batch))
-    wording = "ReFINE" if objective == "refine" else "next-token"
-    rows, updates = train.mini_batch, train.updates_per_step
+        wording, rollouts = "ReFINE", 4
+        collects = config.rollouts == "batch"
+        trunk += collects
+        parts = rows // at_once
+        states = run.rollout_states(batch, parts, run.max_documents, together=collects)
     return Program(
         "update" if objective == run.config.refine.objective else "ntp_update",
-        f"{wording} update by {rows} rows, {at_once} at a time",
-        train_step.update,
-        (run.state, batch, experience, run.shapes.scalar(), updates),
-        runs=0 if compared else updates,
-        model_flops=run.flops(rows, trunk=3, rollouts=rollouts),
+        f"{wording} step on {rows} rows, {at_once} at a time, {train.updates_per_step} updates",
+        train_step.run,
+        (run.state, batch),
+        runs=0 if compared else 1,
+        states=states,
+        model_flops=run.flops(rows, trunk=trunk, rollouts=rollouts),
         compared=compared,
     )
 
@@ -121,14 +105,14 @@ def _answer_sizes(run: Run) -> dict[str, int]:
 
 def _answer_update(run: Run, update: Callable, inputs: Any, sampled: int) -> Program:
     """sampled: tokens of the answers that a prompt has besides its own row."""
-    rows, length = _answer_sizes(run)["mini_batch"], run.config.data.sequence_length
-    updates = run.config.train.batch_size // rows
+    rows, length = run.config.train.batch_size, run.config.data.sequence_length
+    updates = rows // _answer_sizes(run)["mini_batch"]
     return Program(
         "answer_update",
-        f"update on the answers of {rows} rows",
+        f"step on the answers of {rows} rows, {updates} updates",
         update,
-        (run.state, inputs, run.shapes.scalar(), updates),
-        runs=updates,
+        (run.state, inputs),
+        runs=1,
         model_flops=3 * rows * (length + sampled) * forward_flops(run.model.config, length),
     )
 

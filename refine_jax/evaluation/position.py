@@ -36,7 +36,7 @@ from refine_jax.data.options import DataOptions, FlagOptions
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.method import run_trunk
+from refine_jax.refine.objective import read_rows
 from refine_jax.settings import expand_flags
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
@@ -143,7 +143,7 @@ def measure(
 @functools.partial(jax.jit, static_argnames=("model", "max_documents"))
 def _predict(model: Model, params: Params, rows: Mapping[str, jax.Array], max_documents: int):
     """[B, T] each: losses, hits, weights (1 where a token is predicted), tokens of context."""
-    trunk = run_trunk(model, params, rows, with_trace=False, max_documents=max_documents)
+    trunk = read_rows(model, params, rows, with_trace=False, max_documents=max_documents)
     return trunk.stats.nll, trunk.stats.correct, trunk.weights, trunk.layout.position + 1
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from refine_jax.generation.sampling import not_finite
 from refine_jax.models.head import next_token_loss
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.refine.method import head_implementation
+from refine_jax.refine.objective import head_implementation
 
 BLOCK = 4096  # tokens
 

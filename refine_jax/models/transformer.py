@@ -417,9 +417,7 @@ class Model:
             return constrain(block.add_mlp(x + y), "batch", "tokens"), forks
 
         def extend(layer_params, forks, trace):
-            return _extend_forks(
-                self._block(layer_params), forks, trace, positions, layout, plan
-            )
+            return _extend_forks(self._block(layer_params), forks, trace, positions, layout, plan)
 
         def layer(cotangents, inputs):
             layer_params, saved, forks, trace = inputs

@@ -63,12 +63,13 @@ from refine_jax.phases.setup import (
     rows_at_once,
     training_data,
 )
-from refine_jax.refine.answer_step import (
+from refine_jax.refine.answers import (
+    AnswerMethod,
     make_answer_eval,
     make_policy_step,
     make_supervised_step,
+    prompts_of,
 )
-from refine_jax.refine.answers import AnswerMethod, prompts_of
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 from refine_jax.settings import suggestion
 

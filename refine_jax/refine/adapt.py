@@ -31,7 +31,7 @@ import optax
 from refine_jax.config import RefineConfig, TestTimeConfig
 from refine_jax.generation.engine import round_length
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.method import Batch, Method, Metrics
+from refine_jax.refine.objective import Batch, Metrics, Objective
 from refine_jax.refine.step import TrainState, make_train_step, update_rows
 
 
@@ -95,13 +95,13 @@ def prompt_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def update_copies(
-    method: Method, optimizer: optax.GradientTransformation, states: TrainState, batch: Batch
+    objective: Objective, optimizer: optax.GradientTransformation, states: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One step of each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
 
     Pure. Returns states and metrics with leaves [n, ...].
     """
-    return jax.vmap(functools.partial(update_rows, method, optimizer))(states, batch)
+    return jax.vmap(functools.partial(update_rows, objective, optimizer))(states, batch)
 
 
 class Adapter:
@@ -141,9 +141,9 @@ class Adapter:
             return TrainState.create(params, optimizer, key, config)
 
         self._fresh = jax.jit(fresh if self.copies == 1 else jax.vmap(fresh, (None, 0)))
-        method = Method(model, config, eos_id=eos_id, max_documents=1)
+        objective = Objective(model, config, eos_id=eos_id, max_documents=1)
         update = update_rows if self.copies == 1 else update_copies
-        self._update = jax.jit(functools.partial(update, method, optimizer), donate_argnums=0)
+        self._update = jax.jit(functools.partial(update, objective, optimizer), donate_argnums=0)
         self._train_step = make_train_step(
             model,
             optimizer,

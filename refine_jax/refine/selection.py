@@ -125,6 +125,32 @@ def has_truth(
     return jnp.all(ok, axis=-1)
 
 
+def selectable(
+    mask: jax.Array,
+    *,
+    num_positions: int,
+    rollout_length: int,
+    edge_margin: int = 20,
+    document: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Which slots may be chosen, and which spans have a position whose rollout has a truth.
+
+    Slots are chosen among those of their span whose rollout, from where `response_starts` puts it,
+    has k true tokens of one document; in a span without such, among all. So which rollouts are
+    valid depends on nothing that a model computes.
+
+    mask: [B, T] bool, True at real tokens. document: [B, T] int32, for packed rows.
+    Returns [B, c, T] bool, of each span its slots, and [B, c] bool.
+    """
+    slots = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
+    starts = response_starts(slots, mask, rollout_length, edge_margin)
+    span = assign_spans(mask, num_positions)
+    in_span = span[:, None, :] == jnp.arange(num_positions, dtype=jnp.int32)[:, None]
+    has = in_span & has_truth(starts, mask, rollout_length, document)[:, None]
+    valid = jnp.any(has, axis=-1)
+    return jnp.where(valid[..., None], has, in_span), valid
+
+
 def select_positions(
     keys: jax.Array,
     entropy: jax.Array,
@@ -146,8 +172,9 @@ def select_positions(
     method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` with equal
         probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy.
     edge_margin: least distance of a start from either end of the text.
-    document: [B, T] int32, for packed rows: positions whose rollout would leave the document of
-        the token before it are not valid.
+    document: [B, T] int32, for packed rows: a rollout has a truth only in the document of the token
+        before it. Slots whose rollout has none are chosen only where the whole span has no other
+        (`selectable`); such a position is not valid.
 
     Different spans can end up with one start, as in the published code. Raises ValueError for an
     unknown method.
@@ -157,12 +184,15 @@ def select_positions(
     if method in ("entropy", "uniform"):
         # The Gumbel trick: the spans are disjoint, so one noise vector serves all their draws.
         scores += jax.vmap(lambda key: jax.random.gumbel(key, (num_tokens,)))(keys)
-    span = assign_spans(mask, num_positions)
-    in_span = span[:, None, :] == jnp.arange(num_positions, dtype=jnp.int32)[:, None]
-    chosen = jnp.argmax(jnp.where(in_span, scores[:, None, :], -jnp.inf), axis=-1)
-    filled = jnp.any(in_span, axis=-1)
-    chosen = jnp.where(filled, chosen.astype(jnp.int32), -1)
+    allowed, valid = selectable(
+        mask,
+        num_positions=num_positions,
+        rollout_length=rollout_length,
+        edge_margin=edge_margin,
+        document=document,
+    )
+    chosen = jnp.argmax(jnp.where(allowed, scores[:, None, :], -jnp.inf), axis=-1)
+    chosen = jnp.where(jnp.any(allowed, axis=-1), chosen.astype(jnp.int32), -1)
     starts = response_starts(chosen, mask, rollout_length, edge_margin)
-    valid = filled & has_truth(starts, mask, rollout_length, document)
     starts = jnp.clip(starts, 1, max(num_tokens - rollout_length, 1))
     return Selection(starts, chosen, valid)

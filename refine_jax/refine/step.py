@@ -1,10 +1,11 @@
 """Training and evaluation steps: batches, mini-batches, micro-batches, updates.
 
-A batch of B rows is one *step*. Its rollouts are collected with the parameters at its start; then
-each of its mini-batches makes one optimizer update, whose gradient is accumulated over
-micro-batches. Where a batch is a single micro-batch, rollouts and gradient share one forward pass:
-the policy that rolls out is then the one that is updated. What happens to the rows is in
-`method.py`.
+A batch of B rows is one *step*. Each of its mini-batches makes one optimizer update, whose gradient
+is accumulated over micro-batches. With `refine.rollouts` "update" a micro-batch rolls out in the
+forward pass that its gradient goes back through: the policy that rolls out is the one that is
+updated, the ratio of the two is exactly 1, and clipping never acts. With "batch", the published
+algorithm, the rollouts of all rows come from the parameters at the start of the step. The two are
+equal where a batch is one mini-batch. What happens to the rows is in `objective.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +23,8 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.parallel import axis_size, constrain_state, take_tokens
-from refine_jax.refine.method import (
-    Batch,
-    Experience,
-    Forks,
-    Method,
-    Metrics,
-    layout_of,
-    target_weights,
-)
-from refine_jax.refine.selection import rollout_slots
+from refine_jax.parallel import axis_size, constrain_state
+from refine_jax.refine.objective import Batch, Experience, Metrics, Objective
 
 
 @jax.tree_util.register_dataclass
@@ -71,16 +63,6 @@ class TrainState:
         )
 
 
-def _finish_moments(metrics: Metrics) -> Metrics:
-    """Second moments become standard deviations."""
-    metrics = dict(metrics)
-    for name in ("reward", "advantage"):
-        if f"{name}/square" in metrics:
-            square, mean = metrics.pop(f"{name}/square"), metrics[f"{name}/mean"]
-            metrics[f"{name}/std"] = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
-    return metrics
-
-
 def split_rows(tree: Any, parts: int) -> Any:
     """Leaves [B, ...] -> [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
 
@@ -96,19 +78,6 @@ def merge_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def mini_batches(like: jax.Array, count: int) -> list[jax.Array]:
-    """0 .. count - 1, int32, made where the int32 scalar `like` is: nothing comes from the host."""
-    return [0 * like + index for index in range(count)]
-
-
-@jax.jit
-def mean_metrics(each: list[Metrics]) -> Metrics:
-    """Metrics of several updates: means, and the counts ("update/...") after the last."""
-    metrics = jax.tree.map(lambda *x: sum(x) / len(x), *each)
-    return metrics | {name: each[-1][name] for name in metrics if name.startswith("update/")}
-
-
 def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array = 0) -> jax.Array:
     """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed.
 
@@ -116,6 +85,27 @@ def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array 
     """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(first + jnp.arange(rows))
+
+
+def accumulate(
+    gradient: Callable[..., tuple[Params, Metrics]], params: Params, rows: Any, parts: int
+) -> tuple[Params, Metrics]:
+    """`gradient(params, rows)` and metrics, summed over `parts` micro-batches of the rows.
+
+    The gradients of the micro-batches, and their metrics, must add up to those of all rows.
+    """
+    if parts == 1:
+        return gradient(params, rows)
+
+    def micro_batch(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    inputs = split_rows(rows, parts)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
+    )
+    return lax.scan(micro_batch, zeros, inputs)[0]
 
 
 def apply_update(
@@ -143,73 +133,129 @@ def apply_update(
     return state, metrics
 
 
-def accumulate_gradient(
-    loss: Callable[..., tuple[jax.Array, Metrics]], params: Params, rows: Any, parts: int
-) -> tuple[Params, Metrics]:
-    """Gradient and metrics of `loss(params, rows)`, summed over `parts` micro-batches of the rows.
+def update_in_turn(
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    rows: Any,
+    mini_batch: int,
+) -> tuple[TrainState, Metrics]:
+    """`update(state, rows)` of every mini-batch of some rows [B, ...], one after the other.
 
-    The losses of the micro-batches, and their metrics, must add up to those of all rows.
+    Metrics are means over the updates; counts ("update/...") are those after the last.
+    Raises ValueError where mini_batch does not divide B.
     """
-    gradient = jax.grad(loss, has_aux=True)
-    if parts == 1:
-        return gradient(params, rows)
-
-    def micro_batch(total, part):
-        return jax.tree.map(jnp.add, total, gradient(params, part)), None
-
-    inputs = split_rows(rows, parts)
-    first = jax.tree.map(lambda x: x[0], inputs)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, first)
-    )
-    return lax.scan(micro_batch, zeros, inputs)[0]
+    total = jax.tree.leaves(rows)[0].shape[0]
+    if total % mini_batch:
+        raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={total}.")
+    state, metrics = lax.scan(update, state, split_rows(rows, total // mini_batch))
+    return state, {
+        name: values[-1] if name.startswith("update/") else jnp.mean(values, axis=0)
+        for name, values in metrics.items()
+    }
 
 
-def collect_in_parts(
-    method: Method, state: TrainState, batch: Batch, keys: jax.Array, parts: int
-) -> Experience:
-    """`method.collect` of many rows, with forward passes over `1 / parts` of them at a time.
+def _finish_moments(metrics: Metrics) -> Metrics:
+    """Second moments become standard deviations."""
+    metrics = dict(metrics)
+    for name in ("reward", "advantage"):
+        if f"{name}/square" in metrics:
+            square, mean = metrics.pop(f"{name}/square"), metrics[f"{name}/mean"]
+            metrics[f"{name}/std"] = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
+    return metrics
+
+
+def _update(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    parts: int,
+    state: TrainState,
+    inputs: tuple[Batch, jax.Array, Experience | None],
+) -> tuple[TrainState, Metrics]:
+    """The update of one mini-batch, over `parts` micro-batches.
+
+    inputs: rows, their keys [M], and their rollouts; None: they roll out here.
+    """
+    whole = objective.mini_batch(inputs[0])
+
+    def gradient(params, rows):
+        batch, keys, experience = rows
+        return objective.gradient(
+            params,
+            batch,
+            whole,
+            keys=keys,
+            experience=experience,
+            reference_params=state.reference_params,
+        )
+
+    gradients, metrics = accumulate(gradient, state.params, inputs, parts)
+    state, update_metrics = apply_update(optimizer, state, gradients)
+    return state, _finish_moments(metrics) | update_metrics
+
+
+def update_rows(
+    objective: Objective, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step on rows that are a single mini-batch and micro-batch.
+
+    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller.
+    """
+    keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
+    state, metrics = _update(objective, optimizer, 1, state, (batch, keys, None))
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+
+def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: int) -> Experience:
+    """The rollouts of a batch from the parameters at hand, by forward passes over micro-batches.
 
     Rollouts are few tokens, for which reading the parameters is all the time there is. So the rows
-    of several parts roll out together: as many as have states no larger than a quarter of the trace
-    of one part.
+    of several micro-batches roll out together: as many as have states no larger than a quarter of
+    the trace of one.
     """
-    params, reference_params = state.params, state.reference_params
+    params, rows = state.params, batch["tokens"].shape[0]
+    keys, parts = row_keys(state.key, state.step, rows), rows // micro_batch
+    group = states_together(objective, params, batch, parts)[0]
 
     def fork(inputs):
         batch, keys = inputs
-        return method.fork(params, method.trunk(params, batch), batch, keys)
+        reading = objective.read(params, batch)
+        starts, valid, last_hidden, forks = objective.fork(params, reading, keys)
+        # The rows of states come second; `merge_rows` takes them first.
+        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), forks)
+        return starts, valid, last_hidden, forks, objective.truth(batch, reading.hidden, starts)
 
     def together(inputs):
         batch, keys = inputs
-        forks = _merge_forks(lax.map(fork, split_rows(inputs, group)))
-        tokens = method.sample(params, forks, keys)
+        forked = merge_rows(lax.map(fork, split_rows(inputs, group)))
+        starts, valid, last_hidden, forks, truth = forked
+        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks)
+        tokens = objective.sample(params, last_hidden, forks, keys)
+        scores, _ = objective.score(params, tokens, last_hidden, forks)
 
         def reference(inputs):
-            return method.reference_log_probs(reference_params, *inputs)
+            return objective.reference_log_probs(state.reference_params, *inputs)
 
-        rollouts = split_rows((batch, forks.starts, tokens), group)
-        ref_log_probs = merge_rows(lax.map(reference, rollouts))
-        return method.experience(params, forks, tokens, ref_log_probs)
+        of_reference = merge_rows(lax.map(reference, split_rows((batch, starts, tokens), group)))
+        return objective.judge(starts, valid, tokens, scores, truth, of_reference)
 
-    group = states_together(method, params, batch, keys, parts)[0]
     return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
 
 
 def states_together(
-    method: Method, params: Params, batch: Batch, keys: jax.Array, parts: int
+    objective: Objective, params: Params, batch: Batch, parts: int
 ) -> tuple[int, State]:
     """How many of the `parts` of a batch roll out together, and the shapes of one part's states.
 
     Computes nothing; leaves may be shapes. The number divides `parts`.
     """
 
-    def sizes(params, batch, keys):
-        batch, keys = jax.tree.map(lambda x: x[0], split_rows((batch, keys), parts))
-        trunk = method.trunk(params, batch)
-        return trunk.trace.layers, method.fork(params, trunk, batch, keys).state
+    def sizes(params, batch):
+        batch = jax.tree.map(lambda x: x[0], split_rows(batch, parts))
+        keys = jax.random.split(jax.random.key(0), batch["tokens"].shape[0])
+        reading = objective.read(params, batch)
+        return reading.trace.layers, objective.fork(params, reading, keys)[-1]
 
-    layers, states = jax.eval_shape(sizes, params, batch, keys)
+    layers, states = jax.eval_shape(sizes, params, batch)
     trace, state = (
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (layers, states)
     )
@@ -219,84 +265,33 @@ def states_together(
     return group, states
 
 
-def _merge_forks(forks: Forks) -> Forks:
-    """`merge_rows`, also of the states, whose rows come second."""
-    state = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), forks.state
-    )
-    return merge_rows(forks._replace(state=None))._replace(state=state)
-
-
-def _method_gradient(method: Method, state: TrainState, batch, experience, keys, parts: int):
-    """Gradient and metrics of a mini-batch, over `parts` micro-batches."""
-    layout = layout_of(batch, method.max_documents)
-    token_count = jnp.maximum(jnp.sum(target_weights(batch["tokens"], layout)), 1.0)
-    options = {"token_count": token_count, "reference_params": state.reference_params}
-    if parts == 1:
-        options["keys"] = keys
-    else:
-        options["valid"] = None if experience is None else experience.valid
-
-    def loss(params, rows):
-        return method.loss(params, *rows, **options)
-
-    return accumulate_gradient(loss, state.params, (batch, experience), parts)
-
-
-def update_rows(
-    method: Method, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
-) -> tuple[TrainState, Metrics]:
-    """One step on rows that are a single mini-batch and micro-batch.
-
-    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller.
-    """
-    keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
-    gradients, metrics = _method_gradient(method, state, batch, None, keys, 1)
-    state, update_metrics = apply_update(optimizer, state, gradients)
-    state = dataclasses.replace(state, step=state.step + 1)
-    return state, _finish_moments(metrics) | update_metrics
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A training step, `train_step(state, batch)` -> state, metrics, made of compiled functions.
+    """A training step, `train_step(state, batch)` -> state, metrics.
 
-    collect(state, batch) -> experience. update(state, batch, experience, index, updates) -> state,
-    metrics: the update of mini-batch `index` of `updates`; it gives the state's buffers away.
-    experience None: roll out in the update, where the method does.
+    run(state, batch, experience) -> state, metrics: the compiled step; it gives the state's buffers
+    away. collect(state, batch) -> experience: the compiled rollouts of a batch where they are to be
+    timed apart; None: they are a part of `run`.
     """
 
-    collect: Callable
-    update: Callable
-    objective: str
-    mini_batch: int
-    micro_batch: int
+    run: Callable
+    collect: Callable | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         """One step; it gives the state's buffers away.
 
-        Metrics are scalars (means over the updates of the step), "time/update" and, where rollouts
-        are collected before, "time/collect" seconds on the host. Raises ValueError where mini_batch
-        does not divide the batch.
+        Metrics are scalars (means over the updates of the step) and "time/update" seconds on the
+        host; "time/collect" where that is timed apart. Raises ValueError where mini_batch does not
+        divide the batch.
         """
-        rows, mini_batch = batch["tokens"].shape[0], self.mini_batch
-        if rows % mini_batch:
-            raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={rows}.")
         begin = time.perf_counter()
-        experience = None
-        if self.objective == "refine" and rows != self.micro_batch:
+        experience, times = None, {}
+        if self.collect is not None:
             experience = jax.block_until_ready(self.collect(state, batch))
-        collected = time.perf_counter()
-        updates = rows // mini_batch
-        each = []
-        for index in mini_batches(state.step, updates):
-            state, metrics = self.update(state, batch, experience, index, updates)
-            each.append(metrics)
-        metrics = jax.block_until_ready(mean_metrics(each))
-        times = {"time/update": time.perf_counter() - collected}
-        if experience is not None:
-            times["time/collect"] = collected - begin
-        return state, metrics | times
+            times["time/collect"] = time.perf_counter() - begin
+        state, metrics = jax.block_until_ready(self.run(state, batch, experience))
+        total = time.perf_counter() - begin
+        return state, metrics | times | {"time/update": total - times.get("time/collect", 0.0)}
 
 
 def make_train_step(
@@ -308,36 +303,32 @@ def make_train_step(
     micro_batch: int,
     eos_id: int | Sequence[int] | None = None,
     max_documents: int = 1,
+    time_rollouts: bool = False,
 ) -> TrainStep:
-    """The training step of a configuration.
+    """The training step of a configuration, one compiled program.
 
     mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
     and backward pass; divides mini_batch, else ValueError. eos_id: the token, or tokens, that
     rollouts never sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
+    time_rollouts: with `config.rollouts` "batch", collect them in a program of their own, so that
+    its time is known.
     """
     if mini_batch % micro_batch:
         raise ValueError(f"micro_batch must divide mini_batch. Got: {micro_batch=}, {mini_batch=}.")
-    method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
+    objective = Objective(model, config, eos_id=eos_id, max_documents=max_documents)
+    collects = objective.rolls_out and config.rollouts == "batch"
+    roll_out = functools.partial(collect, objective, micro_batch=micro_batch)
+    update = functools.partial(_update, objective, optimizer, mini_batch // micro_batch)
 
-    @jax.jit
-    def collect(state: TrainState, batch: Batch) -> Experience:
-        rows = batch["tokens"].shape[0]
-        keys = row_keys(state.key, state.step, rows)
-        return collect_in_parts(method, state, batch, keys, rows // micro_batch)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: TrainState, batch: Batch, experience: Experience | None = None):
+        if collects and experience is None:
+            experience = roll_out(state, batch)
+        keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
+        state, metrics = update_in_turn(update, state, (batch, keys, experience), mini_batch)
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
-    def update(state: TrainState, batch: Batch, experience, index, updates: int):
-        rows = batch["tokens"].shape[0]
-        keys = row_keys(state.key, state.step, rows) if experience is None else None
-        part = jax.tree.map(lambda x: x[index], split_rows((batch, experience, keys), updates))
-        parts = mini_batch // micro_batch
-        gradients, metrics = _method_gradient(method, state, *part, parts)
-        state, update_metrics = apply_update(optimizer, state, gradients)
-        done = (index == updates - 1).astype(jnp.int32)
-        state = dataclasses.replace(state, step=state.step + done)
-        return state, _finish_moments(metrics) | update_metrics
-
-    return TrainStep(collect, update, config.objective, mini_batch, micro_batch)
+    return TrainStep(run, jax.jit(roll_out) if collects and time_rollouts else None)
 
 
 def make_eval_step(
@@ -359,33 +350,32 @@ def make_eval_step(
     compiling it takes far longer than copying them.
     """
     config = dataclasses.replace(config, objective="refine", kl_coef=0.0)
-    method = Method(model, config, eos_id=eos_id, max_documents=max_documents)
+    objective = Objective(model, config, eos_id=eos_id, max_documents=max_documents)
 
     @jax.jit
     def eval_step(params: Params, batch: Batch, key: jax.Array, first: int | jax.Array = 0):
         keys = row_keys(key, jnp.int32(0), batch["tokens"].shape[0], first)
-        experience, trunk = method.collect(params, None, batch, keys)
+        reading = objective.read(params, batch)
+        experience, *_ = objective.roll_out(params, reading, batch, keys, None)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
         sums = {
-            "nll_sum": trunk.nll_sum,
-            "correct_sum": jnp.sum(trunk.stats.correct * trunk.weights),
-            "entropy_sum": jnp.sum(trunk.stats.entropy * trunk.weights),
-            "token_count": jnp.sum(trunk.weights),
+            "nll_sum": reading.nll_sum,
+            "correct_sum": jnp.sum(reading.stats.correct * reading.weights),
+            "entropy_sum": jnp.sum(reading.stats.entropy * reading.weights),
+            "token_count": jnp.sum(reading.weights),
             "reward_sum": jnp.sum(rewards),
             "reward_square_sum": jnp.sum(rewards**2),
             "rollout_count": jnp.sum(experience.valid),
         }
-        layout = trunk.layout
+        layout = reading.layout
         seen = {
-            "entropy": trunk.stats.entropy,
-            "mask": jnp.ones(trunk.weights.shape, bool) if layout is None else layout.mask,
+            "entropy": reading.stats.entropy,
+            "mask": jnp.ones(reading.weights.shape, bool) if layout is None else layout.mask,
             "starts": experience.starts,
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": take_tokens(
-                batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
-            ),
+            "truth": objective.truth(batch, reading.hidden, experience.starts)[0],
         }
         return sums, seen
 
