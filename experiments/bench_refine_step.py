@@ -1,13 +1,16 @@
 """Time and memory of a ReFINE step beside a next-token step and the truncated-prefix algorithm.
 
-    python experiments/bench_refine_step.py --model=lact --tokens=4096 --json
+    python experiments/bench_refine_step.py --model=lact --tokens=4096 --rows=4 --micro_batch=1 --json
 
-One row of full length is a batch. A ReFINE step selects c = 8 positions, rolls out k = 5 tokens
-from each and updates the parameters once (AdamW). All three train the same small random model in
-one process; they run in turns and medians are reported. The truncated-prefix algorithm
-(`truncated_prefix.py`) gets its best case: prefixes are not padded and generation is cached. Its
-programs have the lengths of its prefixes; the learning rate is 0, so that positions stay and no
-compilation is counted, which in training would come with every step.
+A batch of rows of full length is one update of the parameters (AdamW), whose gradient is made of
+micro-batches. A ReFINE step selects c = 8 positions of each row and rolls out n times k = 5 tokens
+from each. All steps train the same small random model in one process; they run in turns, and
+medians are reported, with the quartiles of the ratio turn by turn.
+
+--truncated adds the truncated-prefix algorithm (`truncated_prefix.py`), which takes minutes. It
+gets its best case: prefixes are not padded and generation is cached. Its programs have the lengths
+of its prefixes; the learning rate is 0, so that positions stay and no compilation is counted, which
+in training would come with every step.
 
 Memory is XLA's plan of the largest program of a step (`harness.program_bytes`), plus the optimizer
 state where that program does not take it.
@@ -15,8 +18,10 @@ state where that program does not take it.
 
 from __future__ import annotations
 
+import statistics
+
 import jax
-from harness import medians, parser, program_bytes, report, seconds, small_model, tree_bytes
+from harness import parser, program_bytes, report, seconds, small_model, timings, tree_bytes
 from truncated_prefix import TruncatedPrefixStep
 
 from refine_jax.config import OptimizerConfig, RefineConfig
@@ -29,16 +34,22 @@ MIB = 2**20
 
 
 class PackageStep:
-    """A training step of the package for one objective, with its state."""
+    """A training step of the package, with its state."""
 
-    def __init__(self, model: Model, optimizer, objective: str, tokens: jax.Array):
-        config = RefineConfig(objective=objective)
+    def __init__(
+        self,
+        model: Model,
+        optimizer,
+        config: RefineConfig,
+        tokens: jax.Array,
+        micro_batch: int,
+    ):
         rows = tokens.shape[0]
         params = model.init(jax.random.key(0))
         self.batch = {"tokens": tokens}
         self.state = TrainState.create(params, optimizer, jax.random.key(1), config)
         self.train_step = make_train_step(
-            model, optimizer, config, mini_batch=rows, micro_batch=rows, eos_id=EOS
+            model, optimizer, config, mini_batch=rows, micro_batch=micro_batch, eos_id=EOS
         )
 
     def run(self):
@@ -47,9 +58,8 @@ class PackageStep:
         return metrics
 
     def peak_bytes(self) -> int:
-        """Memory of the step: one program, as the batch is a single micro-batch."""
-        program = jax.jit(self.train_step, donate_argnums=0)
-        return program_bytes(program, self.state, self.batch)
+        """Memory of the step, which is one program."""
+        return program_bytes(self.train_step.run, self.state, self.batch)
 
 
 class TruncatedStep:
@@ -108,49 +118,58 @@ class TruncatedStep:
 
 def main():
     """Measure and print."""
-    flags = parser(__doc__, repeats=5)
-    flags.add_argument("--tokens", type=int, default=4096, help="tokens of the row")
+    flags = parser(__doc__, repeats=7)
+    flags.add_argument("--tokens", type=int, default=4096, help="tokens of a row")
+    flags.add_argument("--rows", type=int, default=1, help="rows of the batch")
+    flags.add_argument("--micro_batch", type=int, default=1, help="rows at a time")
+    flags.add_argument("--rollouts", type=int, default=1, help="n: rollouts a position")
+    flags.add_argument("--truncated", action="store_true", help="add truncated prefixes (minutes)")
     args = flags.parse_args()
     model = small_model(args.model)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.0), steps=1)
-    tokens = jax.random.randint(jax.random.key(2), (1, args.tokens), 3, model.config.vocab_size)
+    shape = args.rows, args.tokens
+    tokens = jax.random.randint(jax.random.key(2), shape, 3, model.config.vocab_size)
 
-    ntp = PackageStep(model, optimizer, "ntp", tokens)
-    refine = PackageStep(model, optimizer, "refine", tokens)
-    truncated = TruncatedStep(model, optimizer, tokens)
-    peaks = {
-        "ntp": ntp.peak_bytes(),
-        "refine": refine.peak_bytes(),
-        "truncated": truncated.peak_bytes(),
+    config = RefineConfig(rollouts_per_position=args.rollouts)
+    ntp = RefineConfig(objective="ntp")
+    steps = {
+        "ntp": PackageStep(model, optimizer, ntp, tokens, args.micro_batch),
+        "refine": PackageStep(model, optimizer, config, tokens, args.micro_batch),
     }
-    steps = {"ntp": ntp.run, "refine": refine.run, "truncated": truncated.run}
-    times = medians(steps, args.repeats)
-    log_probs = truncated.log_prob_seconds()
+    if args.truncated:
+        steps["truncated"] = TruncatedStep(model, optimizer, tokens)
+    peaks = {name: step.peak_bytes() for name, step in steps.items()}
+    turns = timings({name: step.run for name, step in steps.items()}, args.repeats)
+    times = {name: statistics.median(values) for name, values in turns.items()}
+    ratios = [b / a for a, b in zip(turns["ntp"], turns["refine"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
 
     result = {
         "model": args.model,
         "tokens": args.tokens,
-        "ntp_s": times["ntp"],
-        "refine_s": times["refine"],
-        "truncated_s": times["truncated"],
+        "rows": args.rows,
+        "micro_batch": args.micro_batch,
+        "forks": config.num_positions * args.rollouts,
+        **{f"{name}_s": value for name, value in times.items()},
         "ratio_to_ntp": times["refine"] / times["ntp"],
-        "speedup_over_truncated": times["truncated"] / times["refine"],
-        "peak_bytes_ntp": peaks["ntp"],
-        "peak_bytes_refine": peaks["refine"],
-        "peak_bytes_truncated": peaks["truncated"],
+        "ratio_quartiles": [low, high],
+        **{f"peak_bytes_{name}": value for name, value in peaks.items()},
     }
     lines = [
         f"{name:>9}: {times[name]:7.3f} s a step, {peaks[name] / MIB:7.0f} MiB" for name in steps
     ]
     lines.append(
-        f"ReFINE / next-token: {result['ratio_to_ntp']:.2f} x the time, "
-        f"{peaks['refine'] / peaks['ntp']:.2f} x the memory"
+        f"ReFINE / next-token: {result['ratio_to_ntp']:.2f} x the time (quartiles {low:.2f} to "
+        f"{high:.2f}), {peaks['refine'] / peaks['ntp']:.2f} x the memory"
     )
-    lines.append(
-        f"truncated / ReFINE: {result['speedup_over_truncated']:.1f} x; "
-        f"{(times['truncated'] - log_probs) / times['refine']:.1f} x if the old log-probabilities "
-        f"came with the generation ({log_probs:.3f} s less)"
-    )
+    if args.truncated:
+        log_probs = steps["truncated"].log_prob_seconds()
+        result["speedup_over_truncated"] = times["truncated"] / times["refine"]
+        lines.append(
+            f"truncated / ReFINE: {result['speedup_over_truncated']:.1f} x; "
+            f"{(times['truncated'] - log_probs) / times['refine']:.1f} x if the old "
+            f"log-probabilities came with the generation ({log_probs:.3f} s less)"
+        )
     report(result, lines, args.json)
 
 

@@ -57,15 +57,20 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns after one warm-up: what disturbs one disturbs all."""
+def timings(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, run in turns after one warm-up: what disturbs one disturbs all."""
     times = {name: [] for name in runs}
     for index in range(repeats + 1):
         for name, run in runs.items():
             elapsed = seconds(run)
             if index:
                 times[name].append(elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, of its `timings`."""
+    return {name: statistics.median(values) for name, values in timings(runs, repeats).items()}
 
 
 def tree_bytes(tree) -> int:

@@ -31,7 +31,7 @@ from refine_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"deltanet_1_3b": "DeltaNet-1.3B", "lact_760m": "LaCT-760M"}
-PROGRAMS = ("collect", "update", "ntp_update")
+PROGRAMS = ("update", "ntp_update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,7 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
 HEADING = (
     "case",
     "mesh",
-    "GiB a chip: rollouts / update / NTP",
+    "GiB a chip: ReFINE / NTP",
     "of HBM",
     "compiled, s",
     "step, s",

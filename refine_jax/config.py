@@ -230,6 +230,9 @@ class TrainConfig(Section):
     eval_batches: int = setting(
         8, "held-out batches of micro_batch_size an evaluation", low=1, high=MOST_ROWS
     )
+    time_rollouts: bool = setting(
+        False, "with `refine.rollouts` `batch`, time the rollouts, in a program of their own"
+    )
     log_every: int = setting(
         10, "steps between lines on the terminal; 0: none", low=0, high=MOST_STEPS
     )

@@ -36,6 +36,7 @@ LONGBENCH = (
 _TTT = {
     "phase": "testtime",
     "model.remat": "full",
+    "refine.rollouts": "batch",
     "refine.reward": "binary",
     "refine.lambda_rl": 0.4,
     "testtime.batch_size": 8,
@@ -190,6 +191,7 @@ class Paper:
         label += f"-seed={seed}" if seed else ""
         settings = {
             "refine.objective": method,
+            "refine.rollouts": "batch",
             **{f"refine.{name}": value for name, value in changes.items()},
             "data.source": self.options.documents,
             "data.cache_dir": str(self.workdir / "tokens"),

@@ -56,8 +56,7 @@ class Report:
             operations = sum(program["runs"] * program["model_flops"] for program in steps)
             found["tokens_per_second"] = self.tokens / seconds
             found["mfu"] = operations / seconds / self.topology.chip.flops
-        updates = self.config.train.updates_per_step
-        ntp = [p | {"runs": updates} for p in self.programs if p["name"] == "ntp_update"]
+        ntp = [p | {"runs": 1} for p in self.programs if p["name"] == "ntp_update"]
         found["ntp_seconds"] = _total(ntp, "seconds")
         known = seconds and found["ntp_seconds"] and self.config.phase == "midtrain"
         found["ratio"] = seconds / found["ntp_seconds"] if known else None

@@ -41,6 +41,7 @@ _FREELY = (
     "train.eval_every",
     "train.eval_batches",
     "train.log_every",
+    "train.time_rollouts",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.max_nonfinite_updates",
@@ -255,7 +256,8 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
 def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None]:
     """The configuration in a run's record, the changes by name before it, the data's fingerprint.
 
-    A run of a version without a setting had what is now its default.
+    A run of a version without a setting had what is now its default, but for `refine.rollouts`:
+    there the rollouts of a step came from the parameters at its start.
     """
     where = {"where": path, "error": CheckpointError}
     record = read_json(path, CheckpointError)
@@ -268,6 +270,7 @@ def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None
             for field in dataclasses.fields(kind)
             if field.name in given
         }
+    sections["refine"].setdefault("rollouts", "batch")
     phase = json_field(saved, "phase", str, default=Config.phase, **where)
     try:
         before = Config.from_dict({"phase": phase, **sections})
