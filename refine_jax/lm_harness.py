@@ -10,7 +10,6 @@ cache, or from local files that the tasks name. The last line on standard output
 with the results; a table comes before it.
 """
 
-import argparse
 import contextlib
 import glob
 import json
@@ -25,6 +24,7 @@ from absl import logging
 
 from refine_jax.base.errors import DataError, UserError, complain, run_command
 from refine_jax.base.files import check_output, local_path, write_text
+from refine_jax.commands import ArgumentParser
 from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.settings import expand_flags
@@ -266,12 +266,8 @@ def _check_output(path: Path) -> None:
         raise DataError(f"{path} exists: choose another --output.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.lm_harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m refine_jax.lm_harness", description=__doc__)
     parser.add_argument(
         "--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder"
     )

@@ -12,7 +12,6 @@ position.json and position.png; the last line on standard output is the JSON too
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -30,6 +29,7 @@ from scipy.special import stdtrit
 
 from refine_jax.base.errors import DataError, RunError, run_command
 from refine_jax.base.files import check_writable, write_text
+from refine_jax.commands import ArgumentParser
 from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
@@ -307,13 +307,9 @@ def _run(given: dict) -> None:
         plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     defaults = DataOptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.evaluation.position",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog="python -m refine_jax.evaluation.position", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder")
     add(
