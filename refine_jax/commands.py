@@ -97,6 +97,17 @@ def parse(
     return Given({name: value for name, value in given.items() if name not in own}, notes)
 
 
+def parse_values(
+    own: flags.FlagValues, arguments: Sequence[str] | None, doc: str
+) -> dict[str, Any]:
+    """`parse` a command line without settings, say its notes, and return {name: value}.
+
+    arguments: None: those of the process.
+    """
+    parse(own, sys.argv[1:] if arguments is None else arguments, doc).say()
+    return {name: own[name].value for name in own}
+
+
 def _next_flag(
     own: flags.FlagValues, left: list[str], kind_of: Callable[[str], Any]
 ) -> tuple[str, str | bool]:

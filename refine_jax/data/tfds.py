@@ -91,9 +91,12 @@ def open_tfds(
         elif found := _NAME.fullmatch(source):
             builder = _from_name(found, _data_dir(data_dir), setting)
         elif folder.is_dir():
+            names = (INFO_FILE, FEATURES_FILE)
+            lacks = " and ".join(name for name in names if not (folder / name).is_file())
             raise DataError(
                 f"{setting}={source!r} is no folder that tensorflow-datasets has prepared: it "
-                f"lacks {INFO_FILE}. Name the folder of a version, e.g. {source}/1.0.0."
+                f"lacks {lacks}. Name the folder of a version, e.g. {source}/1.0.0, or other data "
+                f"as {setting}={str(folder)!r}."
             )
         else:
             raise DataError(

@@ -254,7 +254,8 @@ def evaluate(
             f"the tokenizer {tokenizer.name} has more tokens than the model's vocabulary. "
             f"Got: {tokenizer.vocab_size}, vocab_size={model.config.vocab_size}."
         )
-    options = dataclasses.replace(options, tokenizer=tokenizer.name)
+    bos = options.add_bos and tokenizer.bos_id is not None  # no flag says it
+    options = dataclasses.replace(options, tokenizer=tokenizer.name, add_bos=bos)
     split = "validation" if options.holdout else "train"
     dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
     started = time.perf_counter()
