@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -291,8 +291,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def numbered(noun: str, numbers: Sequence[int], most: int = 8) -> str:
-    """A noun with ascending numbers: "step 3", "steps 3, 5 to 9"; at most `most` spans of them."""
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """A noun with ascending numbers: "step 3", "steps 3, 5 to 9" (`spans`)."""
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {spans(numbers)}"
+
+
+def spans(numbers: Sequence[int], most: int = 8) -> str:
+    """Ascending numbers in words: "3, 5 to 9"; no more than `most` spans of them."""
     found: list[list[int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
@@ -300,14 +305,12 @@ def numbered(noun: str, numbers: Sequence[int], most: int = 8) -> str:
         else:
             found.append([number, number])
     texts = [str(a) if a == b else f"{a} to {b}" for a, b in found[:most]]
-    more = f" and others up to {numbers[-1]}" if len(found) > most else ""
-    return f"{noun}{'' if len(numbers) == 1 else 's'} {', '.join(texts)}{more}"
+    return ", ".join(texts) + (f" and others up to {numbers[-1]}" if len(found) > most else "")
 
 
-def names_of(fields: Mapping[str, Any], limit: int = 200) -> str:
+def names_of(fields: Iterable[str]) -> str:
     """The names of the fields of an object, for a message."""
-    text = ", ".join(fields)
-    return f"{text:.{limit}}" if fields else "an object without fields"
+    return f"{', '.join(fields):.200}" or "an object without fields"
 
 
 def kind_of(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import fnmatch
+import functools
 import os
 import re
 import stat
@@ -172,7 +173,8 @@ def _without_companions(by_kind: dict[str, list[Path]]) -> dict[str, list[Path]]
     plain = {path for path in records if path.name.lower().endswith(".json")}
     if plain and plain != records:
         names = ", ".join(path.name for path in sorted(plain)[:5])
-        logging.warning("passed over %d .json files beside others: %s", len(plain), names)
+        folder = os.path.commonpath([path.parent for path in data])
+        _warn(f"{folder}: passed over {len(plain)} .json files beside others: {names}")
         data -= plain
     kept = {kind: [path for path in group if path in data] for kind, group in by_kind.items()}
     return {kind: group for kind, group in kept.items() if group}
@@ -212,8 +214,14 @@ def find_files(
     unread = [file.name for file in others if Path(stem_name(file)).suffix in REFUSED]
     if unread and not pattern:
         names = ", ".join(sorted(unread)[:5])
-        logging.warning("%s: left out %d files that are not read: %s", path, len(unread), names)
+        _warn(f"{path}: left out {len(unread)} files that are not read: {names}")
     return [_regular(file) for file in found]
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    """Say something once, however often the same files are looked for."""
+    logging.warning("%s", message)
 
 
 def _is_companion(path: Path) -> bool:

@@ -197,7 +197,8 @@ class _JsonFile:
         raw = self._read(start, end - start, line=self._is_lines)
         record = _parse(raw, place, whole=self._is_lines)
         if not isinstance(record, dict):
-            raise DataError(f"{place} must be a JSON object. Got: {type(record).__name__}.")
+            got = "null" if record is None else type(record).__name__
+            raise DataError(f"{place} must be a JSON object. Got: {got}.")
         for field, setting in (self._fields or {}).items():
             if field not in record:
                 what = f"set {setting}" if setting else "its texts must have this name"

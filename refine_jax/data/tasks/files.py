@@ -234,7 +234,7 @@ def _example(
     name = next((name for name in ("answers", "answer") if row.get(name) is not None), None)
     fields = ("prompt", "context") if task.name in longbench.PROMPTS else ("prompt",)
     if not any(field in row for field in fields) or not {"answers", "answer"} & row.keys():
-        raise DataError(f"{place} needs a prompt and answers. Got: {names_of(row)}.")
+        raise DataError(f"{place} needs a prompt and answers. Got: {names_of(sorted(row))}.")
     prompt = read_prompt(row.get("prompt"), where("prompt"))
     if prompt is None and "context" in fields:
         context = read_prompt(row.get("context"), where("context"))
