@@ -26,10 +26,10 @@ from refine_jax.data.tasks import (
     load_essays,
     load_examples,
     needs_essays,
-    no_task,
     settings_of,
 )
 from refine_jax.data.tokenizer import Tokenizer, check_ends
+from refine_jax.settings import suggestion
 
 _setting = settings_of("config.evaluate.")
 
@@ -75,7 +75,10 @@ def load_questions(
         raise ConfigError("config.evaluate.tasks names no task.")
     for name in config.task_names:
         if name not in TASKS:
-            raise ConfigError(no_task(name, _setting("task")))
+            raise ConfigError(
+                f"config.evaluate.tasks: there is no task {name!r}.{suggestion(name, TASKS)} "
+                f"Tasks: {', '.join(TASKS)}."
+            )
     check_ends(tokenizer, bos=bos, setting="config.data.{}".format)
     lengths = config.token_lengths
     with_essays = any(map(needs_essays, config.task_names))

@@ -43,7 +43,6 @@ __all__ = [
     "load_essays",
     "load_examples",
     "needs_essays",
-    "no_task",
     "settings_of",
 ]
 
@@ -66,15 +65,6 @@ def needs_essays(name: str) -> bool:
     return name in niah.NEEDLES and niah.NEEDLES[name].haystack == "essay"
 
 
-def no_task(name: str, setting: str) -> str:
-    """Return what to say of a name that is no task's."""
-    near = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    if any(sign in name for sign in "*?["):
-        hint = " Patterns are not read: write the names, with commas."
-    return f"{setting} must be one of {', '.join(TASKS)}. Got: {short(name)}.{hint}"
-
-
 def check_request(
     name: str,
     *,
@@ -92,7 +82,10 @@ def check_request(
         DataError: there is no such task, or something it needs is missing.
     """
     if name not in TASKS:
-        raise DataError(no_task(name, setting("task")))
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        names = ", ".join(TASKS)
+        raise DataError(f"{setting('task')} must be one of {names}. Got: {short(name)}.{hint}")
     built = is_built(name, data)
     for argument, value, high in (
         ("length", length, MAX_LENGTH),
