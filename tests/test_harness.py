@@ -567,6 +567,40 @@ def test_a_sampled_group_and_too_many_examples(checkpoint, named, capsys):
     assert "error: lm-eval cannot evaluate my_one: ValueError" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("own_tasks_alone")
+@pytest.mark.parametrize("named_output", [True, False])
+def test_responses_are_kept_when_a_metric_fails(
+    named_output, checkpoint, named, tmp_path, monkeypatch, capsys
+):
+    """The metric is Python of the task; two tasks, the other one could be scored."""
+    (named / "metric.py").write_text(
+        "def fail(doc, results):\n    raise ZeroDivisionError('no words in ' + doc['q'])\n"
+    )
+    text = "task: my_fail\n" + (named / "one.yaml").read_text().partition("\n")[2]
+    text = text.replace("multiple_choice", "generate_until").replace("tag: my_tag\n", "")
+    text += "process_results: !function metric.fail\ngeneration_kwargs: {max_gen_toks: 3}\n"
+    (named / "fail.yaml").write_text(text)
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    options = ["--tasks=my_one,my_fail"]
+    options += [f"--output={folder / 'results.json'}"] if named_output else []
+    for attempt in (1, 2):
+        assert command(checkpoint, named, *options) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "my_fail: ZeroDivisionError: no words in a. The model's responses to" in last
+        number, path = re.search(r"to (\d+) requests are kept in (.*)\.$", last).groups()
+        with open(path, encoding="utf-8") as file:
+            kept = [json.loads(line) for line in file]
+        assert len(list(folder.iterdir())) == attempt
+        assert len(kept) == int(number) == 2 * 2 + 2  # two choices, or a text, a document
+        assert {record["task"] for record in kept} == {"my_one", "my_fail"}
+        assert all(len(record["resps"]) == 1 for record in kept)
+        texts = [each for each in kept if each["request_type"] == "generate_until"]
+        assert [(each["doc_id"], each["arguments"][0]) for each in texts] == [(0, "a"), (1, "a")]
+        assert all(isinstance(each["resps"][0], str) for each in texts)
+
+
 LMTASKS = ROOT.parent / "shared" / "inputs" / "lmtasks"
 
 
@@ -587,6 +621,11 @@ def test_the_tasks_of_bug_reports(pattern, tasks, message, checkpoint, monkeypat
     output = capsys.readouterr()
     if message:
         assert re.search(message, output.err.splitlines()[-1])
+        if pattern == "local_roll*":  # found while loading: no bars, no lines of the libraries
+            assert str(LMTASKS / "roll.jsonl") in output.err.replace(
+                f"{ROOT}/../", f"{ROOT.parent}/"
+            )
+            assert re.fullmatch("error: .*\n", output.err)
     else:
         results = json.loads(output.out.splitlines()[-1])["results"]
         assert set(results) == {f"local_{name}" for name in tasks.split()}
