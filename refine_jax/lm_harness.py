@@ -6,9 +6,9 @@
 Tasks are lm-eval's own, and those of the folder --include_path: names, groups, tags, patterns of
 these ('local_*'), YAML files and folders of them. A task file can name Python functions, which run.
 Their data comes from where they say, usually the Hugging Face hub; with HF_HUB_OFFLINE=1 from its
-cache, or from local files that the tasks name. If lm-eval fails after the model has answered, as a
-metric may, the responses are kept in a file beside --output. The last line on standard output is a JSON object
-with the results; a table comes before it.
+cache, or from local files that the tasks name. The last line on standard output is a JSON object
+with the results; a table comes before it. If lm-eval fails after the model has answered, as a
+metric may, the responses are kept in a file beside --output.
 """
 
 import argparse
