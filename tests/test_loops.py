@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def test_commands_say_one_message_of_a_damaged_checkpoint(tmp_path):
     for run in runs:
         out, err = run.communicate(timeout=120)
         assert (run.returncode, out) == (1, "")
-        assert err.startswith(f"error: {tmp_path / 'model' / 'params'} is corrupt or incomplete")
-        assert err.count("\n") == 1
+        # A busy machine may be told that it compiles; then there is one message.
+        (message,) = [line for line in err.splitlines() if not line.startswith("compiling ")]
+        assert message.startswith(f"error: {tmp_path / 'model/params'} is corrupt or incomplete")
 
 
 def test_a_restore_that_fails_leaves_no_task_behind(tmp_path, capfd, monkeypatch):
@@ -125,6 +127,26 @@ def test_a_loop_does_not_wait_for_ever_nor_after_an_interrupt(monkeypatch, caplo
         del loop
         gc.collect()
     assert caplog.records == []  # "Task was destroyed but it is pending"
+
+
+def test_what_orbax_logs_of_waits_and_failures_is_not_shown():
+    """It is raised; and a second's wait on a busy machine is nothing to act on."""
+    loops.quiet_orbax()
+    theirs = Path("/site-packages/orbax/checkpoint/_src/futures/future.py")
+    ours = Path("/refine_jax/checkpoint/manager.py")
+    fault = (OSError, OSError("full"), None)
+    shown = []
+    for path, level, error in (
+        (theirs, logging.WARNING, None),
+        (theirs, logging.ERROR, fault),
+        (theirs, logging.ERROR, None),
+        (ours, logging.WARNING, None),
+        (ours, logging.ERROR, fault),
+    ):
+        record = logging.LogRecord("absl", level, str(path), 1, "waited", (), error)
+        if logging.getLogger("absl").filter(record):
+            shown.append((path, level))
+    assert shown == [(theirs, logging.ERROR), (ours, logging.WARNING), (ours, logging.ERROR)]
 
 
 def test_loops_are_made_as_before_only_once():

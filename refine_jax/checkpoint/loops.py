@@ -17,7 +17,7 @@ SECONDS = 30.0  # within which the tasks that are left when a loop closes have t
 
 
 def quiet_orbax() -> None:
-    """Let event loops finish their tasks before they close; hide Orbax's logs of failures.
+    """Let event loops finish their tasks before they close; hide Orbax's warnings and failures.
 
     Call it before Orbax saves or restores; more than once is as good as once.
     """
@@ -52,4 +52,6 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+    # Its warnings are advice on how this package uses it, such as after a second's wait.
+    unwanted = record.exc_info or record.levelno == logging.WARNING
+    return not (unwanted and f"{os.sep}orbax{os.sep}" in record.pathname)
