@@ -136,8 +136,8 @@ def _keep_responses(loaded: Sequence, folder: str | Path | None) -> str:
 
 
 _LOADING = (
-    ". Look at the task's YAML, its templates and its data. Neither a missing field nor an empty "
-    "choice or data set can be loaded, nor half of a surrogate pair (\\ud83d alone) in JSON."
+    ". Look at the task's YAML, its templates and its data. A field that is missing, a choice or a "
+    "data set that is empty, and half of a surrogate pair (\\ud83d alone) in JSON cannot be loaded."
 )
 
 
