@@ -6,24 +6,26 @@ suggestions speak of those that libraries define. What is wrong is a ConfigError
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import re
 import shutil
 import sys
 import textwrap
 import traceback
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.errors import ConfigError, UserError, complain
 from refine_jax.base.files import local_path, parse_object, short
 from refine_jax.config import SECTIONS, defaults
 from refine_jax.settings import check_names, suggestion
@@ -95,6 +97,17 @@ def parse(
     return Given({name: value for name, value in given.items() if name not in own}, notes)
 
 
+def parse_values(
+    own: flags.FlagValues, arguments: Sequence[str] | None, doc: str
+) -> dict[str, Any]:
+    """`parse` a command line without settings, say its notes, and return {name: value}.
+
+    arguments: None: those of the process.
+    """
+    parse(own, sys.argv[1:] if arguments is None else arguments, doc).say()
+    return {name: own[name].value for name in own}
+
+
 def _next_flag(
     own: flags.FlagValues, left: list[str], kind_of: Callable[[str], Any]
 ) -> tuple[str, str | bool]:
@@ -116,16 +129,16 @@ def _next_flag(
     if name in _HELP:
         return name, True
     if kind is None:
-        known = [f"--{each}" for each in own]
-        raise ConfigError(
-            f"There is no flag --{short_name(name)}.{suggestion(f'--{name}', known)} "
-            "--help lists the flags."
-        )
+        raise ConfigError(_no_flag(f"--{name}", [f"--{each}" for each in own]))
     if not sign:
         if not left or left[0].startswith("--"):
             raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
         value = left.pop(0)
     return name, value
+
+
+def _no_flag(flag: str, known: Iterable[str]) -> str:
+    return f"There is no flag {short_name(flag)}.{suggestion(flag, known)} --help lists the flags."
 
 
 def short_name(name: str) -> str:
@@ -137,6 +150,45 @@ def _kind(own: flags.FlagValues, name: str, kind_of: Callable[[str], Any]) -> An
     if name in own:
         return bool if own[name].boolean else str
     return kind_of(name)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """The parser of commands with arguments in groups, or with commands of their own.
+
+    Flags are not abbreviated. What is wrong is one message and exit code 1, as where `parse` raises
+    ConfigError, instead of a page of usage and 2. A flag that does not exist is said first: what is
+    missing may be what it should have been.
+    """
+
+    def __init__(self, **options: Any):
+        """Take the options of argparse; the lines of a docstring stay as they are."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse all arguments; none is left over."""
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # else the flags are those of a command that is named in them
+            for word in itertools.takewhile(lambda word: word != "--", args):
+                if word.startswith("--") and " " not in word:  # as argparse tells flags from texts
+                    self._check_flag(word)
+        found, left = super().parse_known_args(args, namespace)
+        for word in left:
+            if word.startswith("-"):
+                self._check_flag(word)
+            self.error(f"More is given than the command takes: {short(word)}. --help says what.")
+        return found, left
+
+    def _check_flag(self, word: str) -> None:
+        name = word.partition("=")[0]
+        known = self._option_string_actions
+        if name not in known:
+            self.error(_no_flag(name, [each for each in known if each.startswith("--")]))
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with a message."""
+        limit = 500
+        raise SystemExit(complain(message if len(message) <= limit else f"{message[:limit]} ..."))
 
 
 def need(own: flags.FlagValues, name: str) -> None:

@@ -33,6 +33,7 @@ from refine_jax.checkpoint import (
     write_hf,
 )
 from refine_jax.checkpoint.folders import CONFIG, check_free
+from refine_jax.commands import ArgumentParser
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -100,12 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(work)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m refine_jax.convert", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="from_hf | to_hf")
     for function, title in ((from_hf, "PyTorch -> JAX"), (to_hf, "JAX -> PyTorch")):
         command = commands.add_parser(function.__name__, help=title, description=title)

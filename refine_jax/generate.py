@@ -42,6 +42,7 @@ from refine_jax.base.errors import (
     run_command,
 )
 from refine_jax.base.files import clean_text, decode_text, local_path, read_text
+from refine_jax.commands import ArgumentParser
 from refine_jax.compiling import announced
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.convert import step_argument
@@ -309,12 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(work)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m refine_jax.generate", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="model to load")
     add(

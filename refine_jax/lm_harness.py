@@ -7,24 +7,26 @@ Tasks are lm-eval's own, and those of the folder --include_path: names, groups, 
 these ('local_*'), YAML files and folders of them. A task file can name Python functions, which run.
 Their data comes from where they say, usually the Hugging Face hub; with HF_HUB_OFFLINE=1 from its
 cache, or from local files that the tasks name. The last line on standard output is a JSON object
-with the results; a table comes before it.
+with the results; a table comes before it. If lm-eval fails after the model has answered, as a
+metric may, the responses are kept in a file beside --output.
 """
 
-import argparse
 import contextlib
 import glob
 import json
 import logging as python_logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import logging
 
-from refine_jax.base.errors import DataError, UserError, complain, run_command
+from refine_jax.base.errors import DataError, UserError, complain, describe, run_command
 from refine_jax.base.files import check_output, local_path, write_text
+from refine_jax.commands import ArgumentParser
 from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.settings import expand_flags
@@ -44,10 +46,12 @@ def evaluate(
     max_length: int | None = None,
     seed: int = 0,
     log_samples: bool = False,
+    keep_in: str | Path | None = None,
 ) -> dict:
     """lm-eval's results of a checkpoint on tasks, as `lm_eval.simple_evaluate` returns them.
 
-    The arguments are those of the command line (`--help`).
+    The arguments are those of the command line (`--help`). keep_in: the folder for the model's
+    responses if lm-eval fails after them, such as in a metric; None: that for temporary files.
 
     Raises:
       CheckpointError, DataError: No checkpoint; no such task; options that cannot work.
@@ -81,22 +85,59 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    with _explained(f"evaluate {', '.join(tasks)}", ours=harness.__name__):
-        return simple_evaluate(
-            model=lm,
-            tasks=loaded,
-            task_manager=TaskManager(include_defaults=False),  # all tasks are there
-            num_fewshot=num_fewshot,
-            limit=limit,
-            gen_kwargs=gen_kwargs,
-            batch_size=batch_size,
-            log_samples=log_samples,
+    try:
+        with _explained(f"evaluate {', '.join(tasks)}", ours=harness.__name__):
+            return simple_evaluate(
+                model=lm,
+                tasks=loaded,
+                task_manager=TaskManager(include_defaults=False),  # all tasks are there
+                num_fewshot=num_fewshot,
+                limit=limit,
+                gen_kwargs=gen_kwargs,
+                batch_size=batch_size,
+                log_samples=log_samples,
+            )
+    except DataError as error:
+        kept = _keep_responses(loaded, keep_in)
+        if not kept:
+            raise
+        raise DataError(f"{str(error).removesuffix('.')}. {kept}") from error.__cause__
+
+
+def _keep_responses(loaded: Sequence, folder: str | Path | None) -> str:
+    """Write what the model answered to a new file; returns a sentence on it, "" without answers."""
+    from lm_eval.utils import handle_non_serializable
+
+    lines = [
+        json.dumps(
+            {
+                "task": request.task_name,
+                "doc_id": request.doc_id,
+                "request_type": request.request_type,
+                "arguments": request.args,
+                "resps": request.resps,
+            },
+            default=handle_non_serializable,
         )
+        for item in loaded
+        for task in _leaves(item)
+        for request in getattr(task, "instances", ())  # which it may not have come to
+        if request.resps
+    ]
+    if not lines:
+        return ""
+    try:
+        number, path = tempfile.mkstemp(prefix="responses-", suffix=".jsonl", dir=folder)
+        with open(number, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+    except OSError as error:
+        return f"The model's responses could not be kept: {describe(error)}"
+    return f"The model's responses to {len(lines):,} requests are kept in {path}."
 
 
 _LOADING = (
-    ". Look at the task's YAML, its templates and its data: fields that are missing, a choice or a "
-    "data set that is empty end it, too."
+    ". Look at the task's YAML, its templates and its data. A field that is missing, a choice or a "
+    "data set that is empty, and half of a surrogate pair (\\ud83d alone) in JSON cannot be loaded."
 )
 
 
@@ -113,8 +154,8 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
 
     # lm-eval takes up to a minute to index its own tasks: only where one of them, a group that may
     # hold them, or a pattern that may fit them, is meant.
-    skipped: list[str] = []
-    with _skipped_files(skipped), _explained("index its tasks"):
+    index = _held_back("lm_eval.tasks._index", level=python_logging.DEBUG)
+    with index as said, _explained("index its tasks"):
         manager = TaskManager(include_path=include_path, include_defaults=False)
         known = {*manager.all_subtasks}
         if not all(name in known or Path(name).exists() for name in names):
@@ -122,7 +163,8 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
         found = find(manager)
     missing = [name for name, matches in found.items() if not matches]
     if missing or not names:
-        mine = [" ".join(line.split()) for line in skipped if f" {include_path}" in line]
+        lines = [" ".join(record.getMessage().split()) for record in said]
+        mine = [line for line in lines if line.startswith("Skip ") and f" {include_path}" in line]
         raise DataError(
             f"lm-eval has no task {', '.join(missing) or '(none was named)'}. `lm_eval ls tasks` "
             "lists those it has; --include_path names a folder with others."
@@ -130,7 +172,8 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
         )
     loaded = []
     for name in dict.fromkeys(match for matches in found.values() for match in matches):
-        with _explained(f"load the task {name}", hint=_LOADING):
+        held = _held_back("datasets", "lm_eval")
+        with held as said, _no_bars(), _explained(f"load the task {name}", _LOADING, said=said):
             one = manager.load(name)
             inner = {child for children in one["group_map"].values() for child in children}
             groups = [group for key, group in one["groups"].items() if key not in inner]
@@ -177,11 +220,18 @@ def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
 
 
 @contextlib.contextmanager
-def _explained(what: str, *, hint: str = "", ours: str = "") -> Iterator[None]:
+def _explained(
+    what: str,
+    hint: str = "",
+    *,
+    ours: str = "",
+    said: Sequence[python_logging.LogRecord] = (),
+) -> Iterator[None]:
     """Turn what lm-eval and its libraries raise about tasks and their data into one message.
 
     what: what lm-eval was to do. hint: what the user can do. ours: the module of ours that it
-    calls; what is raised in there is let through.
+    calls; what is raised in there is let through. said: what they have logged; the last error
+    among it may name the file.
     """
     try:
         yield
@@ -194,31 +244,62 @@ def _explained(what: str, *, hint: str = "", ours: str = "") -> Iterator[None]:
         reasons = []
         reason: BaseException | None = error
         while reason is not None and len(reasons) < 4:
-            message = str(reason).strip()
-            message = message if len(message) <= 500 else f"{message[:500]}..."
-            reasons.append(f"{type(reason).__name__}: {message}")
+            reasons.append((f"{type(reason).__name__}: ", _cut(str(reason))))
             reason = reason.__cause__
-        raise DataError(f"lm-eval cannot {what}: {'; '.join(reasons)}{hint}") from error
+        errors = [record.getMessage() for record in said if record.levelno >= python_logging.ERROR]
+        for line in errors[-1:]:
+            # It repeats the reasons, and says of what file they are.
+            reasons = [each for each in reasons if each[1] not in line] + [("", _cut(line))]
+        text = "; ".join(kind + message for kind, message in reasons)
+        raise DataError(f"lm-eval cannot {what}: {text}{hint}") from error
+
+
+def _cut(message: str) -> str:
+    message = message.strip()
+    return message if len(message) <= 500 else f"{message[:500]}..."
 
 
 @contextlib.contextmanager
-def _skipped_files(lines: list[str]) -> Iterator[None]:
-    """Collect what lm-eval says, to its debug log alone, about files that it does not index."""
-    logger = python_logging.getLogger("lm_eval.tasks._index")
+def _held_back(
+    *names: str, level: int = python_logging.NOTSET
+) -> Iterator[list[python_logging.LogRecord]]:
+    """Collect what loggers of these names and below them say; after an error it is not shown.
+
+    level: from which on they say it here; NOTSET: as everywhere.
+    """
+    said: list[python_logging.LogRecord] = []
     handler = python_logging.Handler()
-    handler.emit = lambda record: (
-        lines.append(record.getMessage()) if record.msg.startswith("Skip") else None
-    )
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(python_logging.DEBUG)
-    logger.propagate = False
+    handler.emit = said.append
+    loggers = [python_logging.getLogger(name) for name in names]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level or logger.level)
+    try:
+        yield said
+    finally:
+        for logger, (handlers, own_level, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(own_level)
+    for record in said:
+        logger = python_logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the library `datasets` from drawing bars where no terminal shows them as such."""
+    import datasets
+
+    if datasets.are_progress_bars_disabled() or (sys.stderr and sys.stderr.isatty()):
+        yield
+        return
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        datasets.enable_progress_bars()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -236,7 +317,7 @@ def _run(options: dict) -> int | None:
         _check_output(output)
     try:
         with announced():
-            results = evaluate(**options)
+            results = evaluate(**options, keep_in=output and output.parent)
     except ImportError as error:
         return complain(error)
     _print(results)
@@ -266,12 +347,8 @@ def _check_output(path: Path) -> None:
         raise DataError(f"{path} exists: choose another --output.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.lm_harness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m refine_jax.lm_harness", description=__doc__)
     parser.add_argument(
         "--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder"
     )

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import (
     json_field,
+    numbered,
     parse_object,
     read_lines,
     recover_lines,
     replacing,
     short,
-    spans,
     write_text,
 )
 
@@ -76,7 +76,7 @@ class Monitor:
             there = {record["step"] for record in self.history}
             missing = [step for step in range(1, start + 1) if step not in there]
             if missing:
-                self.say(f"{path} lacks steps {spans(missing)} of the {start} done before.")
+                self.say(f"{path} lacks {numbered('step', missing)} of the {start} done before.")
             with replacing(path) as part, part.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in self.history)
             self._file = path.open("a", encoding="utf-8")

@@ -27,6 +27,7 @@ os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
 from absl import logging  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 _VERBOSITY = logging.get_verbosity()
 
@@ -78,16 +79,36 @@ def programs_of_a_test():
     forget_programs()
 
 
+@contextlib.contextmanager
+def settings_of_programs_kept():
+    """Where jax keeps compiled programs is afterwards as before; jax itself keeps the folder."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def programs_kept_elsewhere():
+    """For tests that say where compiled programs are kept, as scripts of experiments do."""
+    with settings_of_programs_kept():
+        yield
+
+
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
     """The tests of a module share their compiled programs, also between runs and new objects."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], before[names[0]] or str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with settings_of_programs_kept():
+        if jax.config.jax_compilation_cache_dir is None:
+            folder = str(tmp_path_factory.mktemp("compiled"))
+            jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield
 
 
 @pytest.fixture

@@ -388,7 +388,7 @@ def test_what_is_not_a_checkpoint_is_said(tmp_path, capsys):
 def test_wrong_usage(arguments, words, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert exit_.value.code == 2 and words in capsys.readouterr().err
+    assert exit_.value.code == 1 and words in capsys.readouterr().err
 
 
 def test_the_command_fails_with_one_line(tmp_path):

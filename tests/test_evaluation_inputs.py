@@ -167,6 +167,19 @@ def test_another_record_is_another_evaluation(value, copied, capsys):
     assert "holds another evaluation" in refused(settings(data), workdir, capsys)
 
 
+def test_an_evaluation_of_an_earlier_version_is_one_message(copied, capsys):
+    """Its record does not say which questions were asked."""
+    workdir, data = copied
+    record = json.loads((workdir / "evaluation.json").read_text())
+    del record["questions"]
+    (workdir / "evaluation.json").write_text(json.dumps(record))
+    answers = (workdir / "predictions.jsonl").read_bytes()
+    message = refused(settings(data), workdir, capsys)
+    assert f"{workdir} holds an evaluation that an earlier version began" in message
+    assert "Choose another --workdir" in message and "None" not in message
+    assert (workdir / "predictions.jsonl").read_bytes() == answers
+
+
 DAMAGE = {
     "no score": lambda record: record.pop("score"),
     "score of text": lambda record: record.update(score="1"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from goldens import INPUTS, require_input
 from safetensors.numpy import load_file
 from tiny_runs import comparable, tiny_run
 
@@ -31,15 +32,7 @@ from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.main import execute
 from refine_jax.phases import evaluate, midtrain
 
-INPUTS = Path(os.environ.get("REFINE_INPUTS") or Path(__file__).parents[2] / "shared" / "inputs")
 BYTES = load_tokenizer("bytes")
-
-
-def given(name: str) -> Path:
-    path = INPUTS / name
-    if not path.exists():
-        pytest.skip(f"input not found: {path} (set REFINE_INPUTS)")
-    return path
 
 
 def texts(path: Path | str) -> list[str]:
@@ -63,11 +56,11 @@ def examples(path: Path, task: str = "hotpotqa"):
 
 def test_saved_truncation_and_padding_cut_and_pad_nothing():
     pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(given("tok_truncation_padding"))
+    tokenizer = load_tokenizer(require_input("tok_truncation_padding"))
     vocabulary = json.loads((INPUTS / "tok_truncation_padding/tokenizer.json").read_text())
     vocabulary = vocabulary["model"]["vocab"]
     # What the saved pre-tokenizer, Whitespace, is documented to match; unknown words are <unk>.
-    words = [re.findall(r"\w+|[^\w\s]+", text) for text in lines(given("bom.jsonl"))]
+    words = [re.findall(r"\w+|[^\w\s]+", text) for text in lines(require_input("bom.jsonl"))]
     expected = [[1, *(vocabulary.get(word, 0) for word in of_one)] for of_one in words]
     assert len(expected) == 24 and {len(ids) for ids in expected} == {64}
     found = tokenizer.encode_batch(texts(INPUTS / "bom.jsonl"))
@@ -77,18 +70,18 @@ def test_saved_truncation_and_padding_cut_and_pad_nothing():
 
 @pytest.mark.parametrize("name", ["train.json", "train.ndjson", "crlf.jsonl", "bom.jsonl"])
 def test_json_lines_of_any_name(name):
-    assert texts(given(name)) == lines(INPUTS / name)
+    assert texts(require_input(name)) == lines(INPUTS / name)
 
 
 def test_a_json_array():
-    expected = [record["text"] for record in json.loads(given("array.json").read_text())]
+    expected = [record["text"] for record in json.loads(require_input("array.json").read_text())]
     assert texts(INPUTS / "array.json") == expected
 
 
 def test_csv_is_read_or_refused():
     import csv
 
-    path = given("train.csv")
+    path = require_input("train.csv")
     with path.open(newline="") as file:
         expected = [row["text"] for row in csv.DictReader(file)]
     try:
@@ -100,39 +93,39 @@ def test_csv_is_read_or_refused():
 
 
 def test_compressed_json_of_c4():
-    folder = given("c4")
+    folder = require_input("c4")
     (packed,) = folder.glob("*.gz")
     content = gzip.decompress(packed.read_bytes()).decode().splitlines()
     assert texts(folder) == [json.loads(line)["text"] for line in content]
 
 
 def test_garbage_after_the_last_member_is_left_out():
-    path = given("members_garbage.jsonl.gz")
+    path = require_input("members_garbage.jsonl.gz")
     members = subprocess.run(["gzip", "-dc", path], capture_output=True, check=False).stdout
     assert texts(path) == [json.loads(line)["text"] for line in members.decode().splitlines()]
 
 
 def test_zeros_after_the_last_member():
-    content = gzip.decompress(given("members_zeros.jsonl.gz").read_bytes()).decode()
+    content = gzip.decompress(require_input("members_zeros.jsonl.gz").read_bytes()).decode()
     assert texts(INPUTS / "members_zeros.jsonl.gz") == [
         json.loads(line)["text"] for line in content.splitlines()
     ]
 
 
 def test_nulls_are_left_out_of_every_format_and_counted():
-    expected = lines(given("null_text.jsonl"))
+    expected = lines(require_input("null_text.jsonl"))
     assert texts(INPUTS / "null_text.jsonl") == expected
     pairs = []
     for name in ("null_text.jsonl", "null_text.parquet"):
-        source = open_source(DataOptions(source=str(given(name))))
+        source = open_source(DataOptions(source=str(require_input(name))))
         assert "" not in [source[i] for i in range(len(source))]
         pairs.append(sum(source.dropped.values()))
     assert pairs[0] == 1 and pairs[1] >= 1
 
 
 def test_a_byte_order_mark_is_no_text():
-    assert texts(given("bom.txt")) == [given("bom.txt").read_text("utf-8-sig")]
-    plain, marked = given("prompt_plain.txt"), given("prompt_bom.txt")
+    assert texts(require_input("bom.txt")) == [require_input("bom.txt").read_text("utf-8-sig")]
+    plain, marked = require_input("prompt_plain.txt"), require_input("prompt_bom.txt")
     options = generate._parser().parse_args(["--checkpoint=x", f"--prompt_file={marked}"])
     assert generate.read_prompts(options) == [plain.read_text()]
 
@@ -141,7 +134,7 @@ def test_a_byte_order_mark_is_no_text():
 def test_parquet(name):
     import pyarrow.parquet as pq
 
-    path = given(name)
+    path = require_input(name)
     file = path if path.is_file() else next(path.rglob("*.parquet"))
     assert texts(path) == pq.read_table(file).column("text").to_pylist()
 
@@ -149,7 +142,7 @@ def test_parquet(name):
 def test_binary_columns_are_read_as_utf8_or_refused():
     import pyarrow.parquet as pq
 
-    path = given("binary.parquet")
+    path = require_input("binary.parquet")
     expected = [value.decode() for value in pq.read_table(path).column("text").to_pylist()]
     try:
         assert texts(path) == expected
@@ -159,8 +152,8 @@ def test_binary_columns_are_read_as_utf8_or_refused():
 
 def test_lines_and_bytes_that_cannot_be_read_are_named():
     with pytest.raises(DataError, match="line 1"):
-        texts(given("two_on_a_line.jsonl"))
-    wrong = given("bad_utf8.jsonl").read_bytes().splitlines()
+        texts(require_input("two_on_a_line.jsonl"))
+    wrong = require_input("bad_utf8.jsonl").read_bytes().splitlines()
     (at,) = [i for i, line in enumerate(wrong, 1) if not _decodes(line)]
     with pytest.raises(DataError, match=f"line {at}"):
         texts(INPUTS / "bad_utf8.jsonl")
@@ -175,19 +168,23 @@ def _decodes(line: bytes) -> bool:
 
 
 def test_unicode_line_separators_end_no_line():
-    expected = [json.loads(x)["text"] for x in given("u2028.jsonl").read_text().split("\n") if x]
+    expected = [
+        json.loads(x)["text"] for x in require_input("u2028.jsonl").read_text().split("\n") if x
+    ]
     assert texts(INPUTS / "u2028.jsonl") == expected and "\u2028" in expected[0]
-    prompts = [json.loads(x) for x in given("eval_u2028.jsonl").read_text().split("\n") if x]
+    prompts = [
+        json.loads(x) for x in require_input("eval_u2028.jsonl").read_text().split("\n") if x
+    ]
     found = examples(INPUTS / "eval_u2028.jsonl")
     assert [example.prompt for example in found] == [row["prompt"] for row in prompts]
 
 
 def test_several_frames_of_zstd():
     zstandard = pytest.importorskip("zstandard")
-    with zstandard.open(given("pzstd.jsonl.zst"), "rb") as file:  # reads all frames
+    with zstandard.open(require_input("pzstd.jsonl.zst"), "rb") as file:  # reads all frames
         content = file.read()
     reader = zstandard.ZstdDecompressor().stream_reader(
-        given("pzstd.jsonl.zst").open("rb"), read_across_frames=True
+        require_input("pzstd.jsonl.zst").open("rb"), read_across_frames=True
     )
     content = reader.read()
     expected = [json.loads(line)["text"] for line in content.decode().splitlines()]
@@ -204,15 +201,15 @@ def training(source: Path | str, **data):
 
 @pytest.mark.parametrize("twins", [False, True])
 def test_few_documents_are_split_by_rows(tmp_path, twins):
-    source = given("tinyshakespeare.txt")
+    source = require_input("tinyshakespeare.txt")
     if twins:
         source = tmp_path / "twins"
         source.mkdir()
         for name in ("twins_a.txt", "twins_b.txt"):
-            shutil.copy(given(name), source)
+            shutil.copy(require_input(name), source)
     config = Config.from_dict(training(source))
     parts = midtrain.prepare(config, tmp_path / "run")
-    text = b"\x00" + (given("twins_a.txt") if twins else source).read_bytes()
+    text = b"\x00" + (require_input("twins_a.txt") if twins else source).read_bytes()
     pieces = [tuple(text[at : at + 48]) for at in range(0, len(text), 48)]
     seen = [
         [tuple(row) for batch in dataset for row in batch["tokens"].tolist() if max(row) < 258]
@@ -232,7 +229,7 @@ def _one_epoch(dataset):
 
 
 def test_no_holdout_is_no_evaluation(tmp_path, capsys):
-    values = training(given("tinyshakespeare.txt"), holdout=0.0, limit_documents=1)
+    values = training(require_input("tinyshakespeare.txt"), holdout=0.0, limit_documents=1)
     assert execute(values, str(tmp_path / "run")) == 0
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert results["steps"] == 1 and results["validation_loss_after"] is None
@@ -240,13 +237,13 @@ def test_no_holdout_is_no_evaluation(tmp_path, capsys):
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(given("corpus"), tmp_path / "corpus")
+    shutil.copytree(require_input("corpus"), tmp_path / "corpus")
     config = Config.from_dict(training("~/corpus"))
     assert midtrain.prepare(config, tmp_path / "run").training.rows > 0
 
 
 def test_a_moved_corpus_goes_on_bit_for_bit(tmp_path):
-    shutil.copytree(given("corpus"), tmp_path / "old")
+    shutil.copytree(require_input("corpus"), tmp_path / "old")
     values = training(tmp_path / "old")
     values.train.update(steps=4, checkpoint_every=2)
     assert execute(values, str(tmp_path / "whole")) == 0
@@ -270,7 +267,7 @@ def test_a_moved_corpus_goes_on_bit_for_bit(tmp_path):
 
 def test_special_tokens_in_a_text_are_text():
     pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(given("tok_plain"))
+    tokenizer = load_tokenizer(require_input("tok_plain"))
     ids = tokenizer.encode("the fox </s> dog", bos=False).tolist()
     assert tokenizer.eos_id == 2 and 2 not in ids and 1 not in ids
     assert ids[:2] == [3, 6]
@@ -280,7 +277,7 @@ def test_special_tokens_in_a_text_are_text():
 
 def test_every_end_of_a_list_ends_a_generation():
     pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(given("tok_eos_list"))
+    tokenizer = load_tokenizer(require_input("tok_eos_list"))
     vocabulary = json.loads((INPUTS / "tok_eos_list/tokenizer.json").read_text())["model"]["vocab"]
     assert set(tokenizer.end_ids) == {vocabulary["</s>"], vocabulary["dog"]}
     assert tokenizer.eos_id == vocabulary["</s>"]
@@ -288,15 +285,15 @@ def test_every_end_of_a_list_ends_a_generation():
 
 def test_a_mark_in_the_files_of_a_tokenizer():
     pytest.importorskip("tokenizers")
-    tokenizer = load_tokenizer(given("tok_bom"))
+    tokenizer = load_tokenizer(require_input("tok_bom"))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
 def test_tokenizers_that_are_not_there_yet_are_called_what_they_are():
     with pytest.raises(UserError, match=r"git.lfs"):
-        load_tokenizer(given("tok_lfs"))
+        load_tokenizer(require_input("tok_lfs"))
     with pytest.raises(UserError, match=r"tekken\.json"):
-        load_tokenizer(given("tok_tekken"))
+        load_tokenizer(require_input("tok_tekken"))
 
 
 # ---- Models ----
@@ -304,7 +301,7 @@ def test_tokenizers_that_are_not_there_yet_are_called_what_they_are():
 
 @pytest.mark.parametrize("name", ["gdn_plain", "gdn_bom", "gdn_with_D", "gdn_index_sub"])
 def test_model_folders_convert(tmp_path, capsys, name):
-    source = given(name)
+    source = require_input(name)
     assert convert(["from_hf", str(source), str(tmp_path / "out")]) == 0
     weights = next(source.rglob("*.safetensors"))
     tensors = load_file(weights)
@@ -317,18 +314,18 @@ def test_model_folders_convert(tmp_path, capsys, name):
 
 def test_compiled_models_convert_or_say_why():
     try:
-        read_hf(given("gdn_orig_mod"))
+        read_hf(require_input("gdn_orig_mod"))
     except CheckpointError as error:
         assert "_orig_mod" in str(error) and str(error).count("\n") <= 2
 
 
 def test_models_that_cannot_be_read_are_called_what_they_are(tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"git.lfs"):
-        read_hf(given("gdn_lfs"))
-    assert convert(["from_hf", str(given("gdn_tekken")), str(tmp_path / "out")]) == 0
+        read_hf(require_input("gdn_lfs"))
+    assert convert(["from_hf", str(require_input("gdn_tekken")), str(tmp_path / "out")]) == 0
     output = capsys.readouterr()
     assert "tekken.json" in output.out + output.err
-    shutil.copytree(given("gdn_nan_json"), tmp_path / "nan")
+    shutil.copytree(require_input("gdn_nan_json"), tmp_path / "nan")
     config = tmp_path / "nan" / "config.json"
     config.write_text(config.read_text().replace("{", '{"norm_eps": NaN,', 1))
     assert convert(["from_hf", str(tmp_path / "nan"), str(tmp_path / "not")]) == 1
@@ -338,7 +335,7 @@ def test_models_that_cannot_be_read_are_called_what_they_are(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["gdn_tied_missing", "gdn_tied_flag_lost"])
 def test_tied_embeddings(name):
-    source = given(name)
+    source = require_input(name)
     tied = json.loads((source / "config.json").read_text()).get("tie_word_embeddings")
     if tied:
         assert "lm_head" not in read_hf(source).params
@@ -358,18 +355,18 @@ def test_an_empty_reference_is_never_matched(metric):
 
 @pytest.mark.parametrize("name", ["eval_bom.jsonl", "eval_ok.jsonl", "eval_ok.jsonl.gz"])
 def test_evaluation_sets_in_every_form(name):
-    found = examples(given(name))
+    found = examples(require_input(name))
     expected = [json.loads(line) for line in (INPUTS / "eval_ok.jsonl").read_text().splitlines()]
     assert [example.prompt for example in found] == [row["prompt"] for row in expected]
     assert {example.answers for example in found} == {("fox",)}
 
 
 def test_answers_of_every_type():
-    assert {e.answers for e in examples(given("eval_int_answers.jsonl"))} == {("42",)}
-    null = examples(given("eval_answers_null_answer_set.jsonl"))
+    assert {e.answers for e in examples(require_input("eval_int_answers.jsonl"))} == {("42",)}
+    null = examples(require_input("eval_answers_null_answer_set.jsonl"))
     assert {e.answers for e in null} == {("fox",)}
     try:
-        nested = {e.answers for e in examples(given("eval_nested_answers.jsonl"))}
+        nested = {e.answers for e in examples(require_input("eval_nested_answers.jsonl"))}
     except DataError as error:
         assert "eval_nested_answers.jsonl" in str(error) and "answers" in str(error)
     else:
@@ -379,7 +376,7 @@ def test_answers_of_every_type():
 @pytest.mark.parametrize("name", ["eval_metadata_dict.jsonl", "eval_metadata_text.jsonl"])
 def test_metadata_is_read_or_refused(name):
     try:
-        found = examples(given(name))
+        found = examples(require_input(name))
     except DataError as error:
         assert "metadata" in str(error) and name in str(error)
     else:
@@ -389,11 +386,11 @@ def test_metadata_is_read_or_refused(name):
 
 def test_a_line_that_is_no_object_is_named():
     with pytest.raises(DataError, match=r"eval_list_line\.jsonl.*line 1|line 1"):
-        examples(given("eval_list_line.jsonl"))
+        examples(require_input("eval_list_line.jsonl"))
 
 
 def test_half_an_emoji(tmp_path):
-    (example,) = examples(given("eval_surrogate.jsonl"))
+    (example,) = examples(require_input("eval_surrogate.jsonl"))
     assert example.prompt == "emoji ? cut in half. Answer:"
     changes = {
         "evaluate": {"tasks": "hotpotqa", "data": str(INPUTS / "eval_surrogate.jsonl")},
@@ -404,12 +401,15 @@ def test_half_an_emoji(tmp_path):
 
 
 def prompts(name: str):
-    options = DataOptions(source=str(given(name)), sequence_length=64, holdout=0.2)
+    options = DataOptions(source=str(require_input(name)), sequence_length=64, holdout=0.2)
     return load_prompts(options, PromptOptions(max_answer_tokens=8), BYTES)
 
 
 def test_answers_of_prompts():
-    rows = [json.loads(line) for line in given("prompts_int_answer.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in require_input("prompts_int_answer.jsonl").read_text().splitlines()
+    ]
     assert prompts("prompts_int_answer.jsonl").answers == [(str(row["answer"]),) for row in rows]
     try:
         found = prompts("prompts_squad_answer.jsonl").answers
@@ -428,7 +428,7 @@ def test_answers_of_prompts():
 def checkpoint(tmp_path_factory):
     """A model of bytes, converted."""
     folder = tmp_path_factory.mktemp("model") / "gdn"
-    assert convert(["from_hf", str(given("gdn_plain")), str(folder)]) == 0
+    assert convert(["from_hf", str(require_input("gdn_plain")), str(folder)]) == 0
     return folder
 
 
@@ -446,7 +446,7 @@ def test_tasks_of_lm_eval(checkpoint, capsys):
     pytest.importorskip("lm_eval")
     from refine_jax.lm_harness import main
 
-    folder = given("lmtasks")
+    folder = require_input("lmtasks")
     where = Path(__file__).parents[1]
     if not (where.parent / "shared" / "inputs" / "lmtasks").exists():
         pytest.skip("the tasks name their data as ../shared/inputs")

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
 from refine_jax.base.errors import ConfigError
@@ -414,22 +413,15 @@ def test_wrong_flags_are_one_message(endless, tmp_path, arguments, words):
     assert not workdir.exists()
 
 
+@pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_programs_for_accelerators_are_kept_with_the_run(tmp_path, monkeypatch):
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        jax.config.update(names[0], None)
-        keep_programs(tmp_path)
-        assert jax.config.jax_compilation_cache_dir is None  # this is a CPU
-        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-        keep_programs(tmp_path / "run")
-        keep_programs(tmp_path / "named already")
-        compilation_cache.reset_cache()
-        jax.config.update(names[1], 0.0)
-        jax.jit(lambda x: 3 * x + 1)(np.arange(5.0))
-        assert any((tmp_path / "run" / "compiled").iterdir())
-        assert not (tmp_path / "named already").exists()
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_programs(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None  # this is a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    keep_programs(tmp_path / "run")
+    keep_programs(tmp_path / "named already")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(lambda x: 3 * x + 1)(np.arange(5.0))
+    assert any((tmp_path / "run" / "compiled").iterdir())
+    assert not (tmp_path / "named already").exists()

@@ -413,6 +413,27 @@ BROKEN = {
 }
 
 
+@pytest.mark.parametrize("damage", ["empty", "no mark", "no arrays", "no data"])
+def test_an_older_step_of_which_a_part_is_there_does_not_count_and_stays(two_steps, damage):
+    """As a crash or a copy leaves it: it is none of the `keep` newest, and nobody deletes it."""
+    folder, state = two_steps
+    BROKEN[damage](folder / "1")
+    left = files_of(folder / "1")
+    with open_manager(folder, keep=2) as manager:
+        assert manager.steps() == [2] and manager.restore_latest(abstract(state)).step == 2
+        for step in (3, 4):
+            manager.save(step, state, {"at": step}, force=True)
+        assert manager.steps() == [3, 4]
+    assert (folder / "1").is_dir() and files_of(folder / "1") == left
+    for step in ("3", "4"):
+        shutil.rmtree(folder / step)
+    with open_manager(folder, keep=2) as manager:
+        message = f"{folder / '1'} is corrupt or incomplete.*Delete {folder / '1'} to start over"
+        with pytest.raises(CheckpointError, match=message):
+            manager.restore_latest(abstract(state))
+    assert files_of(folder / "1") == left
+
+
 @pytest.mark.parametrize("damage", BROKEN)
 def test_every_damage_of_the_newest_step_names_the_older_one(two_steps, damage):
     folder, state = two_steps

@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments" / "paper"))
@@ -25,14 +24,9 @@ def paper(*arguments):
 
 
 @pytest.fixture(autouse=True)
-def restore_settings(monkeypatch):
+def restore_settings(monkeypatch, programs_kept_elsewhere):
     """A script sets flags of XLA, and a folder for compiled programs."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def test_there_is_a_script_for_every_table_and_figure_of_the_paper():

@@ -12,6 +12,7 @@ from goldens import load_arrays, require
 from plain_deltanet import PlainDeltaNet
 from pyarrow import parquet
 from scipy import stats
+from test_tokenizer import write_tokenizer_json
 from tiny import tiny
 
 from refine_jax.base.errors import DataError
@@ -187,3 +188,16 @@ def test_errors_of_the_command_name_its_flags(tmp_path, capsys):
     assert "Lower --min_tokens" in message(lines, "--text_field=body")
     assert "no such file or folder: --source='nowhere'" in message("nowhere")
     assert "--sequence_length must be an integer >= 2" in message(lines, "--sequence_length=1")
+
+
+def test_a_tokenizer_without_bos_reads_texts_as_they_are(tmp_path, capsys):
+    tokenizer = write_tokenizer_json(tmp_path)
+    (tokenizer / "tokenizer_config.json").write_text("{}")
+    model, params = tiny("deltanet", vocab_size=259, num_hidden_layers=1)
+    save_model(tmp_path / "model", params, json.dumps(model.config.to_hf()), {})
+    (tmp_path / "a.txt").write_text("the dog and the fox")
+    given = [f"--checkpoint={tmp_path / 'model'}", f"--source={tmp_path / 'a.txt'}"]
+    given += [f"--tokenizer={tokenizer}", "--sequence_length=16", "--min_tokens=1"]
+    assert position.main(given) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert results["all"]["tokens"] == 5 - 1  # all words but the first are predicted

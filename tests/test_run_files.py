@@ -57,7 +57,7 @@ def test_a_line_that_is_no_record_is_kept_aside_and_said_and_the_others_stay(
     assert (tmp_path / f"{METRICS_FILE}.dropped").read_bytes() == bad + b"\n"
     out = capsys.readouterr().out
     assert "left out line 4 (" in out and f"kept in {METRICS_FILE}.dropped" in out
-    assert "lacks steps 3 of the 5 done before" in out and len(out) < 700
+    assert "lacks step 3 of the 5 done before" in out and len(out) < 700
     # What is not a run's own file is read the same way, and stays as it is.
     path.write_bytes(bad + b"\n" + line(1))
     if name != "twice":

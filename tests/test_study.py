@@ -183,18 +183,15 @@ class CountingLab:
         return self._trained(f"testtime {objective} {rate:g} {seed}", rate, recall=rate)[1]
 
 
+@pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.Lab", CountingLab)
     monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
     (tmp_path / "vocabulary.model").touch()
     plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        study("lact", plan, tmp_path)
-        calls = CountingLab.last.calls
-        study("lact", plan, tmp_path)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    study("lact", plan, tmp_path)
+    calls = CountingLab.last.calls
+    study("lact", plan, tmp_path)
     assert CountingLab.last.calls == []
     assert len(set(calls)) == len(calls) - 1  # the one ablation has ReFINE's name, rate and seed
     tried = {call for call in calls if call.endswith(" 1000")}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -17,6 +18,8 @@ from refine_jax.base.errors import DataError
 from refine_jax.data import DataOptions, load_corpus, open_source
 from refine_jax.data.prepare import prepare
 from refine_jax.data.tfds import open_tfds
+from refine_jax.data.tokenizer import load_tokenizer
+from refine_jax.data.tokens import open_tokens
 
 TEXTS = ["alpha", "", "gämma", *("x" * n for n in range(1, 40))]
 OWN = "tensorflow_datasets.core.features"
@@ -239,6 +242,23 @@ def test_tokenised_records_import_nothing(tmp_path: Path, planted: Path) -> None
     with pytest.raises(DataError, match="tokenised already"):
         prepare(options_of(folder), str(tmp_path / "again"))
     assert not planted.exists()
+
+
+def test_reader_processes_import_nothing(letters: Path, tmp_path: Path, planted: Path) -> None:
+    """They open the folder again; it may have been exchanged since this process looked at it."""
+    texts = open_source(options_of(letters))
+    prepared = Path(prepare(options_of(letters), str(tmp_path / "out"))["folder"])
+    options = options_of(prepared)
+    tokens = open_tokens(options, load_tokenizer(options.tokenizer))
+    sent = {letters: pickle.dumps(texts), prepared: pickle.dumps(tokens)}
+    assert pickle.loads(sent[letters])[0] == texts[0] == TEXTS[0]
+    np.testing.assert_array_equal(pickle.loads(sent[prepared]).read(0, 0, 9), tokens.read(0, 0, 9))
+    wrong = FORMS["at the top"](CLASSES["pythonClassName"])
+    for folder, message in sent.items():
+        (folder / "features.json").write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=r"features\.json names a class .* own; data is"):
+            pickle.loads(message)
+        assert not planted.exists()
 
 
 @pytest.mark.parametrize(

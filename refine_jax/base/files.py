@@ -11,7 +11,7 @@ import os
 import re
 import reprlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -280,9 +280,20 @@ def recover_lines(
                     copy.write(b"\n")
         said = [f"line {line.number} ({short(line.reason, 120)[1:-1]})" for line in bad[:3]]
         if len(bad) > 3:
-            said.append(f"lines {spans([line.number for line in bad[3:]])}")
-        say(f"{path}: left out {', '.join(said)}, no records. They are kept in {aside.name}.")
+            said.append(numbered("line", [line.number for line in bad[3:]]))
+        what = "no record. It is" if len(bad) == 1 else "no records. They are"
+        say(f"{path}: left out {', '.join(said)}, {what} kept in {aside.name}.")
     return records
+
+
+def counted(count: int, noun: str) -> str:
+    """How many there are of a noun: "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """A noun with ascending numbers: "step 3", "steps 3, 5 to 9" (`spans`)."""
+    return f"{noun}{'' if len(numbers) == 1 else 's'} {spans(numbers)}"
 
 
 def spans(numbers: Sequence[int], most: int = 8) -> str:
@@ -295,6 +306,11 @@ def spans(numbers: Sequence[int], most: int = 8) -> str:
             found.append([number, number])
     texts = [str(a) if a == b else f"{a} to {b}" for a, b in found[:most]]
     return ", ".join(texts) + (f" and others up to {numbers[-1]}" if len(found) > most else "")
+
+
+def names_of(fields: Iterable[str]) -> str:
+    """The names of the fields of an object, for a message."""
+    return f"{', '.join(fields):.200}" or "an object without fields"
 
 
 def kind_of(value: Any) -> str:
@@ -319,10 +335,25 @@ _POINTERS = (
 )
 
 
-def is_lfs_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is a pointer of git-lfs in place of the content, which was not fetched."""
-    with Path(path).open("rb") as file:
-        return file.read(len(_POINTERS[0])).startswith(_POINTERS)
+def is_lfs_pointer(file: bytes | str | os.PathLike) -> bool:
+    """Whether a file is a pointer of git-lfs in place of the content, which was not fetched.
+
+    file: its path, or its first bytes.
+    """
+    if not isinstance(file, bytes):
+        with Path(file).open("rb") as stream:
+            file = stream.read(len(_POINTERS[0]))
+    return file.startswith(_POINTERS)
+
+
+def not_fetched(files: str, *, several: bool = False) -> str:
+    """What to say of a pointer of git-lfs that `files` names, or of several."""
+    what = (
+        ": pointers of git-lfs, not the files themselves"
+        if several
+        else " is a pointer of git-lfs, not the file itself"
+    )
+    return f"{files}{what}: run git lfs pull where it was cloned, or copy what is missing."
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from refine_jax.base.errors import CheckpointError, UserError
+from refine_jax.checkpoint.loops import quiet_orbax
 from refine_jax.checkpoint.tree import differences, fingerprints
 
 _FINGERPRINTS, _DIGESTS = "fingerprints", "digests"
@@ -27,6 +28,7 @@ def save_args(
 
 def write_arrays(folder: epath.PathLike, named: Mapping[str, Any]) -> None:
     """Write arrays by name to a new Orbax folder."""
+    quiet_orbax()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save(epath.Path(folder), args=save_args(named))
 
@@ -53,6 +55,7 @@ def read_arrays(
         saved beside other files.
     """
     folder = epath.Path(folder)
+    quiet_orbax()
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(folder)
         stored = {name: leaf for name, leaf in metadata.tree.items() if name.startswith(part)}

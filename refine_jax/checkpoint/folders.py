@@ -45,6 +45,10 @@ _WEIGHTS = (
 )
 
 
+# What is in the work folder of a run, from its first step on, or in its checkpoints.
+_OF_RUN = (RUN, f"checkpoints/{RUN}", f"checkpoints/{CONFIG}", "metrics.jsonl")
+
+
 def companions(folder) -> dict:
     """The files of `folder` (a path) that travel with its weights: {name: path}.
 
@@ -172,8 +176,12 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
             raise CheckpointError(f"{path} is {what}, or holds it: it is not overwritten.")
     if path.is_mount():
         raise CheckpointError(f"{path} is a mount point: it is not overwritten.")
-    if (path / RUN).exists():
-        raise CheckpointError(f"{path} holds a training run: it is not overwritten.")
+    found = [name for name in _OF_RUN if os.path.lexists(path / name)]
+    if found:
+        raise CheckpointError(
+            f"{path} holds a training run ({', '.join(found)}): it is not overwritten. Choose "
+            "another name."
+        )
     entries = sorted(path.iterdir())
     if entries and not (path / CONFIG).is_file():
         raise CheckpointError(

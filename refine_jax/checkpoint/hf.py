@@ -24,7 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import is_lfs_pointer, local_path, parse_object, read_text, write_text
+from refine_jax.base.files import (
+    is_lfs_pointer,
+    local_path,
+    not_fetched,
+    parse_object,
+    read_text,
+    write_text,
+)
 from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -131,10 +138,7 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
     files = companions(folder)
     pointers = [name for name, path in files.items() if is_lfs_pointer(path)]
     if pointers:
-        raise CheckpointError(
-            f"{folder}: {_brief(pointers)}: pointers of git-lfs, not the files themselves. Fetch "
-            "them: git lfs pull."
-        )
+        raise CheckpointError(not_fetched(f"{folder}: {_brief(pointers)}", several=True))
     stored, unused, wrong = _describe(weights, folder, config)
     tied = config.tie_word_embeddings and _HEAD in stored
     expected = {name: slot.shape for name, slot in slots.items()}
@@ -175,7 +179,7 @@ def _read_config(folder: Path) -> str:
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no {CONFIG}.")
     path = contained(folder, CONFIG)
     if is_lfs_pointer(path):
-        raise CheckpointError(f"{path} is a pointer of git-lfs. Fetch the file: git lfs pull.")
+        raise CheckpointError(not_fetched(str(path)))
     return read_text(path, CheckpointError)
 
 

@@ -11,13 +11,11 @@ so that whatever reads a model (training, evaluation, conversion to PyTorch) tak
 """
 
 import contextlib
-import functools
 import json
-import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +40,7 @@ from refine_jax.checkpoint.folders import (
     has_tokenizer,
     new_folder,
 )
+from refine_jax.checkpoint.loops import quiet_orbax
 from refine_jax.checkpoint.record import digest, file_digests, read_run, write_run
 from refine_jax.checkpoint.steps import (
     DATA,
@@ -190,7 +189,7 @@ class CheckpointManager:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        _hide_failures()
+        quiet_orbax()
         return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -460,24 +459,6 @@ def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
         return data
     except (OSError, CheckpointError) as error:
         raise damaged(folder, error, fix) from None
-
-
-def _hide_failures() -> None:
-    """Keep the failures of saves from being printed, dozens of lines each: they are raised."""
-    logging.getLogger("absl").addFilter(_is_wanted)
-    if getattr(sys.excepthook, "func", None) is not _print_exception:
-        sys.excepthook = functools.partial(_print_exception, sys.excepthook)
-
-
-def _print_exception(before: Callable, kind: type, error: BaseException, trace: Any) -> None:
-    # Storage drivers want to tell the loop that waited for them, from threads of their own.
-    late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-    if not late or threading.current_thread() is threading.main_thread():
-        before(kind, error, trace)
-
-
-def _is_wanted(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import is_lfs_pointer, kind_of, read_json, short
+from refine_jax.base.files import is_lfs_pointer, kind_of, not_fetched, read_json, short
 from refine_jax.checkpoint.folders import contained
 
 SAFETENSORS = "model.safetensors"
@@ -94,10 +94,7 @@ def _check_fetched(folder: Path, files: list[Path]) -> None:
     """Raise CheckpointError for files whose content was never fetched."""
     pointers = [file.name for file in files if is_lfs_pointer(file)]
     if pointers:
-        raise CheckpointError(
-            f"{folder}: {short(pointers, 300)}: pointers of git-lfs, not the files themselves. "
-            "Fetch them: git lfs pull."
-        )
+        raise CheckpointError(not_fetched(f"{folder}: {short(pointers, 300)}", several=True))
 
 
 class _SafetensorsFile:

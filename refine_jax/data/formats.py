@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import fnmatch
+import functools
 import os
 import re
 import stat
@@ -18,7 +19,7 @@ from pathlib import Path
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import MARK, local_path
+from refine_jax.base.files import MARK, counted, is_lfs_pointer, local_path, not_fetched
 from refine_jax.data.unpack import read_head, stem_name
 
 KINDS = {
@@ -36,8 +37,8 @@ _PANDAS = (
     "lines=True)"
 )
 _ARROW = (
-    'a folder that datasets.save_to_disk wrote is turned by datasets.load_from_disk("FOLDER")'
-    '.to_parquet("OUT.parquet"), a split at a time'
+    "what datasets.save_to_disk wrote, a split at a time, by "
+    'datasets.load_from_disk("FOLDER").to_parquet("OUT.parquet") or .to_json("OUT.jsonl")'
 )
 # Formats in which data sets come and that are not read here: {suffix: what to do}.
 REFUSED = {
@@ -57,13 +58,13 @@ _MAGIC = {
     b"\xfd7zXZ": "compressed by xz",
     b"SQLite format 3": "an SQLite data base",
     b"%PDF": "a PDF",
-    b"version https://git-lfs": "a pointer of git-lfs, not the file itself: run `git lfs pull`",
 }
 _UTF16 = "UTF-16 or of no text at all: convert it with `iconv -f UTF-16 -t UTF-8`"
 _OBJECT = re.compile(r'\s*(?:\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 # What accompanies data in a folder and is none.
 _COMPANIONS = ("readme*", "license*", "licence*", "notice*", "citation*", "dataset_info*.json")
-_COMPANIONS += ("dataset_dict.json", "state.json", "config.json", "generation_config.json")
+_SAVED = ("dataset_dict.json", "state.json")  # of datasets.save_to_disk
+_COMPANIONS += (*_SAVED, "config.json", "generation_config.json")
 _COMPANIONS += ("tokenizer*.json", "special_tokens_map.json", "package.json", "package-lock.json")
 
 
@@ -102,6 +103,8 @@ def check_format(head: bytes, path: Path) -> None:
     Raises:
         DataError: it is one of them, or a pointer of git-lfs.
     """
+    if is_lfs_pointer(head):
+        raise DataError(not_fetched(str(path)))
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{path} is {what}.")
@@ -170,7 +173,8 @@ def _without_companions(by_kind: dict[str, list[Path]]) -> dict[str, list[Path]]
     plain = {path for path in records if path.name.lower().endswith(".json")}
     if plain and plain != records:
         names = ", ".join(path.name for path in sorted(plain)[:5])
-        logging.warning("passed over %d .json files beside others: %s", len(plain), names)
+        folder = os.path.commonpath([path.parent for path in data])
+        _warn(f"{folder}: passed over {len(plain)} .json files beside others: {names}")
         data -= plain
     kept = {kind: [path for path in group if path in data] for kind, group in by_kind.items()}
     return {kind: group for kind, group in kept.items() if group}
@@ -210,8 +214,14 @@ def find_files(
     unread = [file.name for file in others if Path(stem_name(file)).suffix in REFUSED]
     if unread and not pattern:
         names = ", ".join(sorted(unread)[:5])
-        logging.warning("%s: left out %d files that are not read: %s", path, len(unread), names)
+        _warn(f"{path}: left out {len(unread)} files that are not read: {names}")
     return [_regular(file) for file in found]
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    """Say something once, however often the same files are looked for."""
+    logging.warning("%s", message)
 
 
 def _is_companion(path: Path) -> bool:
@@ -233,9 +243,15 @@ def _nothing_chosen(
     counts = collections.Counter(Path(stem_name(file)).suffix or "no suffix" for file in there)
     holds = ", ".join(f"{count} of {suffix}" for suffix, count in counts.most_common(6))
     wanted = pattern or f"of a known suffix ({KNOWN})"
-    message = f"no file {wanted} in {setting}={path!r}. It holds {len(there)} files: {holds}"
+    holds = f"It holds {counted(len(there), 'file')}: {holds}"
+    message = f"no file {wanted} in {setting}={path!r}. {holds}"
     if pattern:
         return f"{message}. Set {pattern_setting or 'a pattern'} to what is there."
+    if ".arrow" in counts and not {file.name for file in there}.isdisjoint(_SAVED):
+        return (
+            f"{setting}={path!r} was written by datasets.save_to_disk, and arrow files are not "
+            f"read. {holds}. {REFUSED['.arrow']}."
+        )
     for suffix, _ in counts.most_common():
         if suffix in REFUSED:
             return f"{message}. {suffix} files are not read. {REFUSED[suffix]}."

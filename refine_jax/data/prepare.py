@@ -74,13 +74,10 @@ def prepare(options: DataOptions, out: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    return run_command(lambda: _run(commands.parse_values(_flags(), arguments, __doc__)))
 
 
-def _run(arguments: Sequence[str]) -> None:
-    own = _flags()
-    commands.parse(own, arguments, __doc__).say()
-    values = {name: own[name].value for name in own}
+def _run(values: dict[str, Any]) -> None:
     out = values.pop("out")
     print(json.dumps(prepare(FlagOptions(**values), out)))
 

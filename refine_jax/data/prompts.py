@@ -228,8 +228,8 @@ class PromptCorpus:
         self._prompts, self._tokenizer = prompts, tokenizer
         if tokenizer.eos_id is None:
             raise DataError(
-                f"the tokenizer {tokenizer.name} has no eos token, which ends every answer: use "
-                "another one"
+                f"the tokenizer {tokenizer.name} has no eos token, which ends every answer: set "
+                f"{options.setting('tokenizer')} to another one."
             )
         if self.max_prompt_tokens < 2:
             raise DataError(

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import MARK, clean_text
+from refine_jax.base.files import MARK, clean_text, names_of
 from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import check_format, check_head, kind_of
 from refine_jax.data.unpack import (
@@ -81,7 +81,8 @@ class Records:
 
         Args:
             files: the files, in order; see `refine_jax.data.formats.files_of`.
-            fields: {name of a field or column: the setting that names it}; None reads all.
+            fields: {name of a field or column: the setting that names it, "" where none does};
+                None reads all.
             text_field: one of `fields` that must hold text; records where it is null are left out.
 
         Raises:
@@ -195,12 +196,13 @@ class _JsonFile:
             end = int(self._offsets[index + 1])
         raw = self._read(start, end - start, line=self._is_lines)
         record = _parse(raw, place, whole=self._is_lines)
-        if not isinstance(record, dict) and self._fields is None:
-            raise DataError(f"{place} must be a JSON object. Got: {type(record).__name__}.")
+        if not isinstance(record, dict):
+            got = "null" if record is None else type(record).__name__
+            raise DataError(f"{place} must be a JSON object. Got: {got}.")
         for field, setting in (self._fields or {}).items():
-            if not isinstance(record, dict) or field not in record:
-                got = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(f"no field {field!r} in {place}: set {setting}. Got: {got:.200}.")
+            if field not in record:
+                what = f"set {setting}" if setting else "its texts must have this name"
+                raise DataError(f"no field {field!r} in {place}: {what}. Got: {names_of(record)}.")
         if self._fields is not None:
             record = {field: record[field] for field in self._fields}
         try:  # surrogates are spelled \u in UTF-8
@@ -426,10 +428,9 @@ class _ParquetFile:
             names = file.schema_arrow.names
             for name in names if fields is None else fields:
                 if name not in names:
-                    raise DataError(
-                        f"no column {name!r} in {path}: set {fields[name]} to one of "
-                        f"{', '.join(names):.500}"
-                    )
+                    setting, there = fields[name], ", ".join(names) or "no column"
+                    what = f"set {setting} to one of" if setting else "its texts must have it. Got:"
+                    raise DataError(f"no column {name!r} in {path}: {what} {there:.500}")
                 if names.count(name) > 1:
                     raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
             self._columns = list(names if fields is None else fields)

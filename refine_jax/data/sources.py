@@ -172,7 +172,7 @@ def open_texts(
     pattern: str = "",
     setting: str = "data.source",
     pattern_setting: str = "",
-    field_setting: str = "the field",
+    field_setting: str = "",
 ) -> TextSource:
     """Return the texts of files: whole text files, or a field of records; it is never empty.
 
@@ -181,7 +181,8 @@ def open_texts(
         field: parquet column or JSON field that holds the text.
         pattern: file name pattern for a folder; "" is every known suffix.
         setting: what the path was given as, for errors; `pattern_setting` and `field_setting`
-            likewise.
+            likewise,
+            "" where there is nothing to set it with.
 
     Raises:
         DataError: nothing is there, it cannot be read, or there is no text in it.

@@ -91,9 +91,12 @@ def open_tfds(
         elif found := _NAME.fullmatch(source):
             builder = _from_name(found, _data_dir(data_dir), setting)
         elif folder.is_dir():
+            names = (INFO_FILE, FEATURES_FILE)
+            lacks = " and ".join(name for name in names if not (folder / name).is_file())
             raise DataError(
                 f"{setting}={source!r} is no folder that tensorflow-datasets has prepared: it "
-                f"lacks {INFO_FILE}. Name the folder of a version, e.g. {source}/1.0.0."
+                f"lacks {lacks}. Name the folder of a version, e.g. {source}/1.0.0, or other data "
+                f"as {setting}={str(folder)!r}."
             )
         else:
             raise DataError(
@@ -101,7 +104,33 @@ def open_tfds(
                 "NAME/CONFIG or NAME/CONFIG:1.0.0. Community data sets and arguments of builders "
                 "are not supported."
             )
-        return Opened(builder, builder.as_data_source(split=split))
+        return Opened(builder, Records(builder, split))
+
+
+class Records(Sequence[Mapping[str, Any]]):
+    """The examples of a split. Another process opens the folder again, and checks it again."""
+
+    def __init__(self, builder: Any, split: str) -> None:
+        """Open the split of tensorflow-datasets' builder."""
+        self._folder, self._split = str(builder.data_path), split
+        self._source = builder.as_data_source(split=split)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Return an example, {feature: value}."""
+        return self._source[index]
+
+    def __reduce__(self) -> tuple:
+        """Pickle the name of the folder: what tensorflow-datasets pickles reads it unchecked."""
+        return _open_records, (self._folder, self._split)
+
+
+def _open_records(folder: str, split: str) -> Records:
+    with _one_message(folder, split):
+        return Records(_from_folder(Path(folder)), split)
 
 
 @contextlib.contextmanager

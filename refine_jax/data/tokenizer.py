@@ -392,12 +392,23 @@ def _id_or_none(index: int) -> int | None:
     return index if index >= 0 else None
 
 
-def _with_ends(tokenizer: Tokenizer, ids: np.ndarray, bos: bool, eos: bool) -> np.ndarray:
+def check_ends(
+    tokenizer: Tokenizer, *, bos: bool, eos: bool = False, setting: Callable[[str], str] = str
+) -> None:
+    """Raise DataError unless the tokenizer has the tokens that are wanted around a text.
+
+    setting: from add_bos and add_eos to what the user sets them with.
+    """
     for wanted, index, name in ((bos, tokenizer.bos_id, "bos"), (eos, tokenizer.eos_id, "eos")):
         if wanted and index is None:
             raise DataError(
-                f"the tokenizer {tokenizer.name} has no {name} token: set add_{name}=False"
+                f"the tokenizer {tokenizer.name} has no {name} token: set "
+                f"{setting(f'add_{name}')}=False."
             )
+
+
+def _with_ends(tokenizer: Tokenizer, ids: np.ndarray, bos: bool, eos: bool) -> np.ndarray:
+    check_ends(tokenizer, bos=bos, eos=eos)
     head = [tokenizer.bos_id] if bos else []
     tail = [tokenizer.eos_id] if eos else []
     return np.concatenate([np.array(head, np.int32), ids, np.array(tail, np.int32)])

@@ -13,6 +13,7 @@ from refine_jax.base.files import (
     is_lfs_pointer,
     json_field,
     kind_of,
+    not_fetched,
     parse_object,
     read_json,
     short,
@@ -70,11 +71,8 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"cannot read the tokenizer file {path}: {error.strerror}.") from None
     if not content:
         raise DataError(f"{path} is empty. Copy the tokenizer again.")
-    if is_lfs_pointer(path):
-        raise DataError(
-            f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull where it was "
-            "cloned, or copy the file itself."
-        )
+    if is_lfs_pointer(content):
+        raise DataError(not_fetched(str(path)))
     return content
 
 
@@ -193,7 +191,7 @@ def read_named(folder: Path) -> Named:
         fields[name] = {}
         if (folder / name).is_file():
             if is_lfs_pointer(folder / name):
-                read_bytes(folder / name)  # raises
+                raise DataError(not_fetched(str(folder / name)))
             fields[name] = read_json(folder / name, DataError)
             files[name] = folder / name
     special = {}

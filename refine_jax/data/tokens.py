@@ -27,7 +27,7 @@ from refine_jax.base.files import json_field, local_path, read_json
 from refine_jax.data.options import DataOptions
 from refine_jax.data.sources import TextSource, open_source
 from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
-from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.tokenizer import Tokenizer, check_ends
 
 FORMAT = 1  # of the cache folders and of the iterator fingerprints; raise it when they change
 BATCH_CHARACTERS = 4_000_000  # text tokenised at a time: enough to keep all threads busy
@@ -352,6 +352,7 @@ def tokenize(
     source: TextSource, tokenizer: Tokenizer, options: DataOptions
 ) -> Iterator[np.ndarray]:
     """Yield each document's tokens [T] int32, in order."""
+    check_ends(tokenizer, bos=options.add_bos, eos=options.add_eos, setting=options.setting)
     count = min(len(source), options.limit_documents or len(source))
     texts: list[str] = []
     characters = done = 0

@@ -35,7 +35,7 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import short, valid_unicode
 from refine_jax.data.references import whole_number
 from refine_jax.data.tasks.files import MAX_ANSWER
-from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.tokenizer import Tokenizer, check_ends
 from refine_jax.evaluation.scoring import Request, Score, Scorer
 from refine_jax.generation import Generator, Sampling, load, take_rows
 from refine_jax.models.transformer import Model, Params
@@ -112,8 +112,7 @@ class RefineLM(TemplateLM):
                 f"the tokenizer {tokenizer.name} has neither a bos nor an eos token: a text "
                 "without a context would have nothing to follow."
             )
-        if add_bos and tokenizer.bos_id is None:
-            raise DataError(f"the tokenizer {tokenizer.name} has no bos token: add_bos=False.")
+        check_ends(tokenizer, bos=bool(add_bos))
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos

@@ -12,7 +12,6 @@ position.json and position.png; the last line on standard output is the JSON too
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -30,6 +29,7 @@ from scipy.special import stdtrit
 
 from refine_jax.base.errors import DataError, RunError, run_command
 from refine_jax.base.files import check_writable, write_text
+from refine_jax.commands import ArgumentParser
 from refine_jax.compiling import announced
 from refine_jax.convert import step_argument
 from refine_jax.data.options import DataOptions, FlagOptions
@@ -254,7 +254,8 @@ def evaluate(
             f"the tokenizer {tokenizer.name} has more tokens than the model's vocabulary. "
             f"Got: {tokenizer.vocab_size}, vocab_size={model.config.vocab_size}."
         )
-    options = dataclasses.replace(options, tokenizer=tokenizer.name)
+    bos = options.add_bos and tokenizer.bos_id is not None  # no flag says it
+    options = dataclasses.replace(options, tokenizer=tokenizer.name, add_bos=bos)
     split = "validation" if options.holdout else "train"
     dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
     started = time.perf_counter()
@@ -307,13 +308,9 @@ def _run(given: dict) -> None:
         plot_positions(output / "position.png", {Path(chosen["checkpoint"]).name: results})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> ArgumentParser:
     defaults = DataOptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m refine_jax.evaluation.position",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog="python -m refine_jax.evaluation.position", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder")
     add(

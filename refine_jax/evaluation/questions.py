@@ -17,15 +17,21 @@ from refine_jax.config import EvaluateConfig
 from refine_jax.data.prompts import cut_prompt
 from refine_jax.data.tasks import (
     TASKS,
+    Essays,
     Example,
     NoExamplesError,
     Task,
     check_request,
     is_built,
+    load_essays,
     load_examples,
+    needs_essays,
+    settings_of,
 )
-from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.data.tokenizer import Tokenizer, check_ends
 from refine_jax.settings import suggestion
+
+_setting = settings_of("config.evaluate.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +79,12 @@ def load_questions(
                 f"config.evaluate.tasks: there is no task {name!r}.{suggestion(name, TASKS)} "
                 f"Tasks: {', '.join(TASKS)}."
             )
+    check_ends(tokenizer, bos=bos, setting="config.data.{}".format)
     lengths = config.token_lengths
+    with_essays = any(map(needs_essays, config.task_names))
+    essays = load_essays(config.essays, _setting) if with_essays else None
     requests = [
-        (TASKS[name], length, _sources(config, TASKS[name]))
+        (TASKS[name], length, _sources(config, TASKS[name], essays))
         for name in config.task_names
         # LongBench has no sets of a length; its rows are taken, and cut, as they are.
         for length in ([None] if TASKS[name].group == "longbench" else lengths)
@@ -86,7 +95,7 @@ def load_questions(
         names = ", ".join(made)
         report(f"config.evaluate.data is not read for {names}: they are made from the seed")
     for task, length, sources in requests:  # before minutes go into making the first sets
-        check_request(task.name, length=length, **sources)
+        check_request(task.name, length=length, setting=_setting, **sources)
         if is_built(task.name, sources["data"]):
             _room(config, max_new_tokens or task.max_new_tokens, task.name)
     # What is read comes before what is made, for the same reason.
@@ -106,6 +115,7 @@ def load_questions(
                 seed=config.seed,
                 metric=metric,
                 report=report,
+                setting=_setting,
                 **sources,
             )
         except NoExamplesError as reason:
@@ -144,11 +154,11 @@ def digest(questions: Sequence[Question]) -> str:
     return found.hexdigest()
 
 
-def _sources(config: EvaluateConfig, task: Task) -> dict[str, Any]:
+def _sources(config: EvaluateConfig, task: Task, essays: Essays | None) -> dict[str, Any]:
     """What the examples of a task are made or read from, as `load_examples` takes it."""
     # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
     data = config.data if task.group in ("ruler_qa", "longbench") else ""
-    return {"samples": config.samples, "data": data or None, "essays": config.essays or None}
+    return {"samples": config.samples, "data": data or None, "essays": essays}
 
 
 def shuffled(questions: Sequence[Question], seed: int | None) -> list[Question]:

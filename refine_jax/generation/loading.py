@@ -83,13 +83,7 @@ def trained_with(checkpoint: Path) -> str | None:
             return None
         record, where = read_json(folder / RUN, CheckpointError), folder / RUN
         config = _object(record, "config", where)
-        name = json_field(
-            _object(config, "data", where),
-            "tokenizer",
-            str,
-            where=f"{where}: config.data",
-            error=CheckpointError,
-        )
+        name = _setting(config, "data", "tokenizer", where)
         if name is None or name in ("bytes", "mistral-v1"):
             return name
         if name != "checkpoint":
@@ -99,19 +93,18 @@ def trained_with(checkpoint: Path) -> str | None:
                     "--tokenizer PATH."
                 )
             return name
-        start = json_field(
-            _object(config, "model", where),
-            "checkpoint",
-            str,
-            where=f"{where}: config.model",
-            error=CheckpointError,
-        )
+        start = _setting(config, "model", "checkpoint", where)
         if start is None:
             return None
         folder = local_path(start, f"{where}: config.model.checkpoint", CheckpointError)
         if has_tokenizer(folder):
             return str(folder)
     return None
+
+
+def _setting(config: Mapping[str, Any], section: str, name: str, where: Path) -> str | None:
+    fields, place = _object(config, section, where), f"{where}: config.{section}"
+    return json_field(fields, name, str, where=place, error=CheckpointError)
 
 
 def _object(fields: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]:

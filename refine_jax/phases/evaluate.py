@@ -144,6 +144,12 @@ def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
         raise ConfigError(
             f"{reason} {advice} remove it with the {PREDICTIONS} beside it."
         ) from None
+    if "questions" not in before:
+        raise ConfigError(
+            f"{workdir} holds an evaluation that an earlier version began: its {RECORD} does not "
+            "say which questions were asked, so it cannot be continued. Choose another --workdir "
+            f"to begin again and keep its answers, or remove {PREDICTIONS} and {RECORD} there."
+        )
     after = _flat(mine)
     changed = [
         f"  {name}: was {short(before.get(name))}, got {short(after.get(name))}"

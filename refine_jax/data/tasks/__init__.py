@@ -24,9 +24,9 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import local_path, short
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
-from refine_jax.data.tasks.example import Example, Task
+from refine_jax.data.tasks.example import Example, Naming, Task, settings_of
 from refine_jax.data.tasks.files import MAX_LENGTH, NoExamplesError
-from refine_jax.data.tasks.haystack import load_essays
+from refine_jax.data.tasks.haystack import Essays, load_essays
 from refine_jax.data.tasks.longbench import LONGBENCH
 from refine_jax.data.tasks.ruler_qa import RULER_QA
 from refine_jax.data.tokenizer import Tokenizer
@@ -34,13 +34,16 @@ from refine_jax.data.unpack import stem_name
 
 __all__ = [
     "TASKS",
+    "Essays",
     "Example",
     "NoExamplesError",
     "Task",
     "check_request",
     "is_built",
+    "load_essays",
     "load_examples",
     "needs_essays",
+    "settings_of",
 ]
 
 MAX_SAMPLES = 1_000_000
@@ -68,9 +71,12 @@ def check_request(
     length: int | None = None,
     samples: int | None = None,
     data: str | None = None,
-    essays: str | None = None,
+    essays: str | Essays | None = None,
+    setting: Naming = str,
 ) -> Task:
     """Return the task if `load_examples` has what it needs for it, without building anything.
+
+    The arguments are those of `load_examples`.
 
     Raises:
         DataError: there is no such task, or something it needs is missing.
@@ -78,9 +84,10 @@ def check_request(
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"task must be one of {', '.join(TASKS)}. Got: {name!r}.{hint}")
+        names = ", ".join(TASKS)
+        raise DataError(f"{setting('task')} must be one of {names}. Got: {short(name)}.{hint}")
     built = is_built(name, data)
-    for setting, value, high in (
+    for argument, value, high in (
         ("length", length, MAX_LENGTH),
         ("samples", samples, MAX_SAMPLES if built else None),
     ):
@@ -88,27 +95,29 @@ def check_request(
         if value is not None and not (fits and (high is None or value <= high)):
             most = f", at most {high:,}" if high else ""
             raise DataError(
-                f"{setting} of {name} must be a whole number, at least 1{most}. "
+                f"{setting(argument)} of {name} must be a whole number, at least 1{most}. "
                 f"Got: {short(value)}."
             )
     if data:
-        find_files(data, setting="data")
+        find_files(data, setting=setting("data"))
     elif name in RULER_QA:
         raise DataError(
-            f"{name} needs `data`: parquet or jsonl files of the set, or the .json file of SQuAD "
-            "or HotpotQA to build it from"
+            f"{name} needs `{setting('data')}`: parquet or jsonl files of the set, or the .json "
+            "file of SQuAD or HotpotQA to build it from"
         )
     elif name in LONGBENCH:
         raise DataError(
-            f"{name} needs `data`: LongBench's jsonl files, or parquet files with its prompts"
+            f"{name} needs `{setting('data')}`: LongBench's jsonl files, or parquet files with its "
+            "prompts"
         )
     if built:
         if length is None or samples is None:
             raise DataError(
-                f"{name} is built: set length and samples. Got: length={length}, samples={samples}."
+                f"{name} is built: set {setting('length')} and {setting('samples')}. "
+                f"Got: length={length}, samples={samples}."
             )
         if needs_essays(name):
-            load_essays(essays)
+            load_essays(essays, setting)
     return TASKS[name]
 
 
@@ -120,9 +129,10 @@ def load_examples(
     tokenizer: Tokenizer,
     seed: int = 0,
     data: str | None = None,
-    essays: str | None = None,
+    essays: str | Essays | None = None,
     metric: str | None = None,
     report: Callable[[str], None] = logging.warning,
+    setting: Naming = str,
 ) -> list[Example]:
     """Return the examples of a task.
 
@@ -141,26 +151,31 @@ def load_examples(
         data: a .json file of SQuAD or HotpotQA, or parquet and jsonl files: a file, a folder or a
             glob pattern.
         essays: the text of the tasks that hide needles in essays: a text file, a folder, a glob
-            pattern or "stdlib"; see `load_essays`.
+            pattern or "stdlib"; see `load_essays`, which reads it once for several calls.
         metric: what scores the answers, if not the task's own: where every reference counts,
             alternatives of one reference are refused.
         report: takes a sentence for each kind of rows of a file that were left out.
+        setting: names the arguments for errors.
 
     Raises:
         NoExamplesError: the files have no rows of this task and length.
         DataError: there is no such task, something it needs is missing, or nothing fits.
     """
-    task = check_request(name, length=length, samples=samples, data=data, essays=essays)
+    if needs_essays(name) and is_built(name, data):
+        essays = load_essays(essays, setting)
+    task = check_request(
+        name, length=length, samples=samples, data=data, essays=essays, setting=setting
+    )
     task = dataclasses.replace(task, metric=metric or task.metric)
-    data = str(local_path(data, "data", DataError)) if data else data
+    data = str(local_path(data, setting("data"), DataError)) if data else data
     build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
     if not is_built(name, data):
-        return files.read_examples(task, data, report=report, **build)
+        return files.read_examples(task, data, report=report, setting=setting, **build)
     if name in RULER_QA:
-        return ruler_qa.build_examples(task, data, **build)
+        return ruler_qa.build_examples(task, data, setting=setting, **build)
     del build["samples"]
     if name in niah.NEEDLES:
-        text = load_essays(essays) if needs_essays(name) else None
+        text = essays if needs_essays(name) else None
         return [niah.make_example(name, i, essays=text, **build) for i in range(samples)]
     return [synthetic.make_example(name, i, **build) for i in range(samples)]
 

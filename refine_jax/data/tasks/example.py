@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+Naming = Callable[[str], str]
+"""From the name of an argument of `load_examples` to what the user sets it with, for messages."""
+
+
+def settings_of(prefix: str) -> Naming:
+    """Return how arguments are called where they are flags or settings: `prefix` and their name.
+
+    Those that take several, such as lengths, are in the plural there.
+    """
+    several = {"task": "tasks", "length": "lengths"}
+    return lambda name: prefix + several.get(name, name)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import clean_text, local_path, replacing, short
+from refine_jax.base.files import clean_text, counted, local_path, names_of, replacing, short
 from refine_jax.data.formats import record_files
 from refine_jax.data.records import Records
 from refine_jax.data.references import (
@@ -38,7 +38,7 @@ from refine_jax.data.references import (
 )
 from refine_jax.data.tasks import longbench
 from refine_jax.data.tasks.draw import Draw
-from refine_jax.data.tasks.example import Example, Task
+from refine_jax.data.tasks.example import Example, Naming, Task
 from refine_jax.data.tasks.haystack import count_tokens
 from refine_jax.data.tokenizer import Tokenizer
 
@@ -56,8 +56,8 @@ class NoExamplesError(DataError):
     wanted: the task and the length. data: the files, as they were named.
     """
 
-    def __init__(self, wanted: str, data: str, there: str):
-        super().__init__(f"no examples of {wanted} in data={data!r}. It holds: {there}.")
+    def __init__(self, wanted: str, data: str, there: str, setting: str = "data"):
+        super().__init__(f"no examples of {wanted} in {setting}={data!r}. It holds: {there}.")
         self.wanted, self.data = wanted, data
 
 
@@ -70,6 +70,7 @@ def read_examples(
     tokenizer: Tokenizer,
     seed: int,
     report: Callable[[str], None],
+    setting: Naming = str,
 ) -> list[Example]:
     """Return the examples of a task that a file holds, in its order.
 
@@ -84,12 +85,13 @@ def read_examples(
         tokenizer: counts the tokens.
         seed: of the choice.
         report: takes a sentence for each kind of rows that were left out.
+        setting: names the arguments for errors.
 
     Raises:
         NoExamplesError: there are no such rows.
         DataError: several files have some, none can be used, or a field holds something else.
     """
-    path, rows = _select(task, data, length)  # with the place of each
+    path, rows = _select(task, data, length, setting)  # with the place of each
     order: Sequence[int] = range(len(rows))
     if samples is not None:
         order = Draw("rows", seed, task.name).shuffled(order)
@@ -108,17 +110,20 @@ def read_examples(
             examples.append(example)
     if not examples:
         if set(left_out) == {_TOO_LONG}:
-            raise DataError(f"none of the {len(rows)} rows of {path} fits into length={length}")
+            raise DataError(
+                f"none of the {counted(len(rows), 'row')} of {path} fits into "
+                f"{setting('length')}={length}"
+            )
         why = ", ".join(f"{count} {what}" for what, count in left_out.items())
         raise DataError(
-            f"none of the {len(rows)} rows of {path} can be used: {why}. An example needs a prompt "
-            "and a reference answer that is not empty."
+            f"none of the {counted(len(rows), 'row')} of {path} can be used: {why}. An example "
+            "needs a prompt and a reference answer that is not empty."
         )
     empty = left_out.pop(_EMPTY, 0)
     seen = len(examples) + left_out.total()
     for what, count in left_out.items():
         what = f"that need more than {length} tokens" if what == _TOO_LONG else what
-        report(f"{path}: left out {count} of {seen} rows {what}")
+        report(f"{path}: left out {count} of {counted(seen, 'row')} {what}")
     if empty:
         report(f"{path}: left out {empty} empty answers beside others")
     return sorted(examples, key=lambda example: example.index)
@@ -168,11 +173,13 @@ def digest(examples: Iterable[Example]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[tuple[str, Row]]]:
+def _select(
+    task: Task, data: str, length: int | None, setting: Naming
+) -> tuple[Path, list[tuple[str, Row]]]:
     """Return the one file with rows of the task, and these rows, each with where it stands."""
     found: dict[Path, list[tuple[str, Row]]] = {}
     seen: set[str] = set()
-    for path in record_files(data, "data"):
+    for path in record_files(data, setting("data")):
         records = Records([path])
         for index in range(len(records)):
             row = records[index]
@@ -182,15 +189,18 @@ def _select(task: Task, data: str, length: int | None) -> tuple[Path, list[tuple
                 found.setdefault(path, []).append((records.place(index), row))
     if not found:
         wanted = task.name if length is None else f"{task.name} of length {length}"
-        raise NoExamplesError(wanted, data, ", ".join(sorted(seen)) or "no rows")
+        there = ", ".join(sorted(seen)) or "no rows"
+        raise NoExamplesError(wanted, data, there, setting("data"))
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
-        raise DataError(f"several files hold examples of {task.name}: set data to one of {names}")
+        raise DataError(
+            f"several files hold examples of {task.name}: set {setting('data')} to one of {names}"
+        )
     ((path, rows),) = found.items()
     lengths = {_set_of(row, task, functools.partial(str, place))[1] for place, row in rows}
     if len(lengths) > 1:
         named = ", ".join("without one" if n is None else str(n) for n in sorted(lengths, key=str))
-        raise DataError(f"{path} holds sets of several lengths ({named}): set the length")
+        raise DataError(f"{path} holds sets of several lengths ({named}): set {setting('length')}")
     return path, rows
 
 
@@ -224,7 +234,7 @@ def _example(
     name = next((name for name in ("answers", "answer") if row.get(name) is not None), None)
     fields = ("prompt", "context") if task.name in longbench.PROMPTS else ("prompt",)
     if not any(field in row for field in fields) or not {"answers", "answer"} & row.keys():
-        raise DataError(f"{place} needs a prompt and answers. Got: {', '.join(sorted(row))}.")
+        raise DataError(f"{place} needs a prompt and answers. Got: {names_of(sorted(row))}.")
     prompt = read_prompt(row.get("prompt"), where("prompt"))
     if prompt is None and "context" in fields:
         context = read_prompt(row.get("context"), where("context"))

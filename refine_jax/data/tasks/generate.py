@@ -14,13 +14,21 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from refine_jax import commands
 from refine_jax.base.errors import DataError, run_command
 from refine_jax.base.files import check_writable, short
-from refine_jax.data.tasks import check_request, load_examples
+from refine_jax.data.tasks import (
+    check_request,
+    is_built,
+    load_essays,
+    load_examples,
+    needs_essays,
+    settings_of,
+)
 from refine_jax.data.tasks.files import MAX_LENGTH, SUFFIXES, digest, write_examples
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.settings import LAST_SEED, MOST_ITEMS, expand_flags, expanded
@@ -28,23 +36,23 @@ from refine_jax.settings import LAST_SEED, MOST_ITEMS, expand_flags, expanded
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    return run_command(lambda: _run(commands.parse_values(_flags(), arguments, __doc__)))
 
 
-def _run(arguments: Sequence[str]) -> None:
-    own = _flags()
-    commands.parse(own, arguments, __doc__).say()
-    values = {name: own[name].value for name in own}
+def _run(values: dict[str, Any]) -> None:
     expand_flags(values, "out", "tokenizer")
     for name in ("data", "essays"):
         values[name] = expanded(values[name], f"--{name}")
     folder = Path(values["out"])
-    sources = {name: values[name] for name in ("samples", "data", "essays")}
     tokenizer = load_tokenizer(values["tokenizer"])
     lengths = [_length(text) for text in values["lengths"]]
     wanted = [(task, length) for task in values["tasks"] for length in lengths]
     if not wanted or not values["out"]:
         raise DataError("--tasks, --lengths and --out must name something, and one is empty.")
+    sources = {name: values[name] for name in ("samples", "data", "essays")}
+    sources["setting"] = settings_of("--")
+    if any(needs_essays(task) and is_built(task, values["data"]) for task in values["tasks"]):
+        sources["essays"] = load_essays(values["essays"], sources["setting"])
     for task, length in wanted:  # before anything is written
         check_request(task, length=length, **sources)
     check_writable(folder, "--out", DataError)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from refine_jax.base.errors import DataError
 from refine_jax.data.sources import open_texts
+from refine_jax.data.tasks.example import Naming
 from refine_jax.data.tokenizer import Tokenizer
 
 # One line of RULER's noise.
@@ -56,33 +57,36 @@ class Essays:
         return tuple(dict.fromkeys([*ends, len(self.words)]))
 
 
-def load_essays(essays: str | None) -> Essays:
-    """Return the text of the essay haystack.
+def load_essays(essays: str | Essays | None, setting: Naming = str) -> Essays:
+    """Return the text of the essay haystack, read once where it is given on.
 
     Args:
         essays: a text file, a folder of text files or a glob pattern; of JSON, such as RULER's
             own {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the
             Python language that comes with every Python: English prose about one subject, and
             another text in every version of Python. That is good for a trial, not for figures to
-            publish.
+            publish. `Essays` come back as they are.
+        setting: names the argument for errors.
 
     Raises:
         DataError: nothing is given, or there is no text in it.
     """
+    if isinstance(essays, Essays):
+        return essays
     if not essays:
         raise DataError(
-            "this task hides its needles in essays: set `essays` to a text file, a folder of text "
-            'files or a glob pattern, or to "stdlib" for a trial'
+            f"this task hides its needles in essays: set `{setting('essays')}` to a text file, a "
+            'folder of text files or a glob pattern, or to "stdlib" for a trial'
         )
     if essays == STDLIB:
         from pydoc_data.topics import topics
 
         words = " ".join(topics[name] for name in sorted(topics)).split()
     else:
-        texts = open_texts(essays, setting="essays")
+        texts = open_texts(essays, setting=setting("essays"))
         words = [word for index in range(len(texts)) for word in texts[index].split()]
     if not words:
-        raise DataError(f"no text in essays={essays!r}")
+        raise DataError(f"no text in {setting('essays')}={essays!r}")
     return Essays(tuple(words))
 
 

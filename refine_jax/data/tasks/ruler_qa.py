@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import clean_text
+from refine_jax.base.files import counted
 from refine_jax.data.formats import record_files
 from refine_jax.data.records import Records
 from refine_jax.data.references import read_references
 from refine_jax.data.tasks.draw import Draw
-from refine_jax.data.tasks.example import Example, Task
+from refine_jax.data.tasks.example import Example, Naming, Task
 from refine_jax.data.tasks.haystack import count_tokens, fit
 from refine_jax.data.tasks.longbench import PROMPTS
 from refine_jax.data.tokenizer import Tokenizer
@@ -49,7 +49,14 @@ class Question:
 
 
 def build_examples(
-    task: Task, path: str, *, length: int, samples: int, tokenizer: Tokenizer, seed: int
+    task: Task,
+    path: str,
+    *,
+    length: int,
+    samples: int,
+    tokenizer: Tokenizer,
+    seed: int,
+    setting: Naming = str,
 ) -> list[Example]:
     """Return samples of a length.
 
@@ -62,11 +69,12 @@ def build_examples(
         samples: how many.
         tokenizer: counts the tokens.
         seed: of the choice of questions and passages.
+        setting: names the arguments for errors.
 
     Raises:
         DataError: the file is not what the task needs, or too few questions fit.
     """
-    questions, passages = _read(task, path)
+    questions, passages = _read(task, path, setting("data"))
     budget = length - task.max_new_tokens
     examples: list[Example] = []
     for number in Draw("ruler_qa", seed, task.name).shuffled(range(len(questions))):
@@ -80,8 +88,9 @@ def build_examples(
             )
     if len(examples) < samples:
         raise DataError(
-            f"only {len(examples)} of the {len(questions)} questions of {path} fit into "
-            f"length={length}: choose fewer samples or a larger length. Got: samples={samples}."
+            f"only {len(examples)} of the {counted(len(questions), 'question')} of {path} fit into "
+            f"{setting('length')}={length}: choose fewer samples or a larger length. "
+            f"Got: {setting('samples')}={samples}."
         )
     return examples
 
@@ -136,9 +145,9 @@ def _prompt(question: Question, numbers: Sequence[int], passages: Sequence[str])
     return PROMPTS["hotpotqa"].format(context=context, input=question.text)
 
 
-def _read(task: Task, path: str) -> tuple[list[Question], list[str]]:
+def _read(task: Task, path: str, setting: str) -> tuple[list[Question], list[str]]:
     """Return the questions and all passages of a file, each passage once."""
-    records = Records(record_files(path, "data"))
+    records = Records(record_files(path, setting))
     content: Any = [records[index] for index in range(len(records))]
     if task.name == "ruler_squadqa" and len(content) == 1:
         (content,) = content
@@ -162,12 +171,17 @@ def _answers(value: Any, path: str) -> tuple[str, ...]:
     return tuple(answer for answer in found if answer)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("no text")  # `_read` says so of the file
+    return value
+
+
 def _read_squad(content: Any, path: str) -> tuple[list[Question], list[str]]:
     numbers: dict[str, int] = {}
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
-            paragraph["context"] = clean_text(paragraph["context"])
-            numbers.setdefault(paragraph["context"], len(numbers))
+            numbers.setdefault(_text(paragraph["context"]), len(numbers))
     questions = []
     for article in content["data"]:
         siblings = dict.fromkeys(numbers[p["context"]] for p in article["paragraphs"])
@@ -175,7 +189,7 @@ def _read_squad(content: Any, path: str) -> tuple[list[Question], list[str]]:
             own = numbers[paragraph["context"]]
             related = tuple(i for i in siblings if i != own)
             for entry in paragraph["qas"]:
-                text, answers = clean_text(entry["question"]), _answers(entry["answers"], path)
+                text, answers = _text(entry["question"]), _answers(entry["answers"], path)
                 if answers and not entry.get("is_impossible"):
                     questions.append(Question(text, answers, (own,), frozenset((own,)), related))
     return questions, list(numbers)
@@ -189,12 +203,12 @@ def _read_hotpotqa(content: Any, path: str) -> tuple[list[Question], list[str]]:
         own: dict[int, None] = {}
         gold = set()
         for title, sentences in entry["context"]:
-            passage = clean_text(f"{title}\n{''.join(sentences)}")
+            passage = f"{title}\n{''.join(sentences)}"
             number = numbers.setdefault(passage, len(numbers))
             own[number] = None
             if title in supporting:
                 gold.add(number)
-        text, answers = clean_text(entry["question"]), _answers(entry["answer"], path)
+        text, answers = _text(entry["question"]), _answers(entry["answer"], path)
         if answers:
             questions.append(Question(text, answers, tuple(own), frozenset(gold)))
     return questions, list(numbers)
