@@ -28,8 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "credit": "sequence",
         "baseline": "group",
     },
-    # No rollouts: the probability that one of three tokens is right as a whole, at every position.
-    # Rewards longer than what can be predicted say little.
+    # No rollouts: the probability that one of three tokens would be right as a whole, at every
+    # position. Windows that are longer than what can be predicted say little.
     "exact": {
         "estimator": "exact",
         "selection": "all",
