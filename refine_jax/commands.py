@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from refine_jax.base.errors import ConfigError, UserError, complain
 from refine_jax.base.files import local_path, parse_object, short
 from refine_jax.config import SECTIONS, defaults
+from refine_jax.presets import PRESETS, GivenFields
 from refine_jax.settings import check_names, suggestion
 
 _HELP = ("help", "h", "helpshort", "helpfull")
@@ -271,6 +272,9 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
     # The family decides which fields there are.
     order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
     order.sort(key=lambda name: name != "config.model.fresh")
+    # A preset comes before the values beside it, which win, and counts as a flag for each of its
+    # own, so that it wins over the file.
+    order.sort(key=lambda name: name != "config.refine.preset")
     for name in order:
         section, _, field = name.removeprefix("config.").partition(".")
         if section == "phase":
@@ -283,7 +287,11 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
             _put(fresh, inner, _parsed(given[name], hint, name))
         else:
             hint = typing.get_type_hints(SECTIONS[section])[field]
-            _put(values[section], field, _parsed(given[name], hint, name))
+            value = _parsed(given[name], hint, name)
+            _put(values[section], field, value)
+            if (section, field) == ("refine", "preset"):
+                for each, preset_value in PRESETS.get(value, {}).items():
+                    _put(values.refine, each, preset_value)
 
 
 def _put(section: ConfigDict, name: str, value: Any) -> None:
@@ -416,6 +424,7 @@ def _check_form(function: Callable, shown: str, arguments: list[str]) -> None:
 
 def _complete(values: ConfigDict, shown: str) -> ConfigDict:
     """The configuration with defaults for sections and fields that it does not have."""
+    given = set(values.get("refine") or ())
     for name, default in defaults().items():
         with values.unlocked():
             if name not in values:
@@ -429,4 +438,7 @@ def _complete(values: ConfigDict, shown: str) -> ConfigDict:
                         isinstance(value, ConfigDict) and values[name][field] is None
                     ):
                         _put(values[name], field, value)
+    if not isinstance(values.refine, GivenFields):
+        with values.unlocked(), values.ignore_type():
+            values.refine = GivenFields(values.refine, given)
     return values

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_dict
 from refine_jax import config_checks
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
+from refine_jax.presets import PRESETS, GivenFields, expand
 from refine_jax.settings import (
     LAST_SEED,
     LEAST,
@@ -105,8 +106,19 @@ class RefineConfig(Section):
 
     section: ClassVar[str] = "refine"
 
+    preset: str | None = setting(
+        None,
+        "several of these together: the published estimator, no sampling, or rollouts that are "
+        "unbiased and of low noise; what is set beside it wins",
+        choices=tuple(PRESETS),
+    )
     objective: str = setting(
         "refine", "`ntp`: next-token loss alone (the paper's SFT)", choices=("refine", "ntp")
+    )
+    estimator: str = setting(
+        "rollouts",
+        "sampled rollouts, or the exact probabilities that they would be right, without sampling",
+        choices=("rollouts", "exact"),
     )
     rollouts: str = setting(
         "update",
@@ -116,24 +128,40 @@ class RefineConfig(Section):
     )
     selection: str = setting(
         "entropy",
-        "how a position is picked in each span",
-        choices=("entropy", "uniform", "argmax", "argmin"),
+        "how a position is picked in each span; variance: of the whole-match reward; all: every "
+        "position counts, for `exact` alone",
+        choices=("entropy", "uniform", "argmax", "argmin", "variance", "all"),
     )
     reward: str = setting(
         "cosine",
-        "similarity to the true continuation: of hidden states, of tokens, or the sum",
-        choices=("cosine", "binary", "hybrid"),
+        "similarity to the true continuation: of hidden states, of tokens, or the sum; whether all "
+        "tokens match, the share before the first mistake, or the probability of the true tokens",
+        choices=("cosine", "binary", "hybrid", "whole", "prefix", "expected"),
     )
     grouping: str = setting(
         "sequence",
         "rollouts whose rewards are compared: all of a sequence, or those of one position",
         choices=("sequence", "position"),
     )
+    credit: str = setting(
+        "sequence",
+        "what a token is credited with: the reward of its rollout, or the part from it on",
+        choices=("sequence", "reward_to_go"),
+    )
+    baseline: str = setting(
+        "group",
+        "what a reward is compared with: the mean of its group, of the others in it, or the mean "
+        "weighted by the energy of gradients (arXiv 2602.07078)",
+        choices=("group", "leave_one_out", "optimal_token"),
+    )
     rollout_length: int = setting(5, "k: tokens a rollout", low=1, high=2**16)
     num_positions: int = setting(8, "c: positions a sequence", low=1, high=2**16)
     rollouts_per_position: int = setting(1, "n: rollouts a position", low=1, high=2**12)
     selection_temperature: float = setting(
-        1.0, "tau: of the entropies when picking", low=LEAST, high=1e6
+        1.0,
+        "tau: of the entropies, or of the variances' logarithms, when picking",
+        low=LEAST,
+        high=1e6,
     )
     sampling_temperature: float = setting(
         1.0, "of the policy when rolling out", low=LEAST, high=1e6
@@ -154,7 +182,18 @@ class RefineConfig(Section):
         ),
     )
     lambda_sft: float = setting(1.0, "weight of the next-token loss", low=0, high=1e6)
-    lambda_rl: float = setting(0.2, "weight of the policy loss", low=0, high=1e6)
+    lambda_rl: float = setting(
+        0.2, "weight of the policy loss, or of the expected reward", low=0, high=1e6
+    )
+    lambda_rl_schedule: str = setting(
+        "constant", "of lambda_rl over the run", choices=("constant", "linear", "cosine")
+    )
+    lambda_rl_until: float = setting(
+        1.0,
+        "part of the training steps after which lambda_rl is 0, and where its schedule ends",
+        above=0,
+        high=1,
+    )
     kl_coef: float = setting(
         0.0, "weight of the divergence from the initial policy", low=0, high=1e6
     )
@@ -164,6 +203,14 @@ class RefineConfig(Section):
     edge_margin: int = setting(
         20, "tokens kept free of rollouts at both ends", low=1, high=MOST_TOKENS
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.preset is not None:
+            raise ConfigError(
+                "config.refine.preset is replaced by its values in Config.from_dict; "
+                f"RefineConfig takes PRESETS[{self.preset!r}] of refine_jax.presets instead."
+            )
 
     @property
     def tokens_needed(self) -> int:
@@ -576,10 +623,15 @@ class Config:
     def from_dict(cls, values: Mapping) -> "Config":
         """From a ConfigDict or nested mappings of fields.
 
+        A preset of `refine` is replaced by its values (`refine_jax.presets`).
+
         Raises:
           ConfigError: A field is unknown, of a wrong type or value, or does not fit the others.
         """
+        refine = values.get("refine")
         values = plain(values)
+        if isinstance(refine, Mapping | ConfigDict):
+            values["refine"] = expand(refine)
         check_names(values, ["phase", *SECTIONS], "config")
         sections = {"phase": values["phase"]} if "phase" in values else {}
         for name, kind in SECTIONS.items():
@@ -624,7 +676,7 @@ def defaults() -> ConfigDict:
     values = ConfigDict({"phase": "midtrain"})
     for name, kind in SECTIONS.items():
         hints = typing.get_type_hints(kind)
-        section = ConfigDict()
+        section = GivenFields() if name == "refine" else ConfigDict()
         for field in dataclasses.fields(kind):
             default = getattr(kind(), field.name)
             if default is None:
@@ -632,6 +684,8 @@ def defaults() -> ConfigDict:
                 (inner,) = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
                 default = ConfigDict() if inner is Mapping else config_dict.placeholder(inner)
             section[field.name] = default
+        if name == "refine":
+            section.given.clear()
         values[name] = section
     # Which fields a fresh model has depends on its type: the config file sets them.
     values.lock()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
-from refine_jax.settings import LEAST, MOST_AT_ONCE, MOST_ROWS
+from refine_jax.settings import LEAST, MOST_AT_ONCE, MOST_MATCHED, MOST_ROWS
 
 if TYPE_CHECKING:
     from refine_jax.config import (
@@ -29,6 +29,7 @@ def check(config: Config) -> None:
     _check_sizes(config)
     _check_steps(config.train, config.optimizer)
     _check_lengths(config.data, config.refine)
+    _check_estimator(config.refine)
     if config.train.best_metric and not config.data.holdout:
         raise ConfigError(
             "config.train.best_metric needs held-out documents: set config.data.holdout. "
@@ -173,6 +174,32 @@ def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
                 f"tokens are needed, {margin} of them at both ends (edge_margin). Allowed at this "
                 f"length: num_positions * rollout_length <= {room}."
             )
+
+
+def _check_estimator(refine: RefineConfig) -> None:
+    """What an exact expectation is known of, and what it leaves no room for."""
+    k, exact = refine.rollout_length, refine.estimator == "exact"
+    if exact and refine.reward not in ("whole", "prefix"):
+        raise ConfigError(
+            "config.refine.estimator='exact' needs config.refine.reward='whole' or 'prefix': of "
+            f"other rewards only rollouts tell the expectation. Got: reward={refine.reward!r}."
+        )
+    if exact and refine.kl_coef:
+        raise ConfigError(
+            "config.refine.kl_coef is a divergence on rollouts, of which "
+            f"config.refine.estimator='exact' makes none. Got: kl_coef={refine.kl_coef}."
+        )
+    if refine.selection == "all" and not exact:
+        raise ConfigError(
+            "config.refine.selection='all' is for config.refine.estimator='exact': rollouts start "
+            "at a position of each span. Got: estimator='rollouts'."
+        )
+    if (exact or refine.selection == "variance") and k > MOST_MATCHED:
+        raise ConfigError(
+            f"config.refine.rollout_length must be at most {MOST_MATCHED} with "
+            "config.refine.estimator='exact' and config.refine.selection='variance', which keep a "
+            f"probability for each of its tokens at every position. Got: rollout_length={k}."
+        )
 
 
 # How documents become rows; prompts do so in another way.

@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     from absl import logging
 
-    from refine_jax import commands
+    from refine_jax import commands, presets
     from refine_jax.config import PHASES
 
     own = _flags()
@@ -204,6 +204,7 @@ def _run(arguments: Sequence[str]) -> int:
     if given["config"] is not None:
         values = commands.load_config(given["config"])
         commands.override(values, line.settings)
+        line.notes.extend(presets.notes(values.refine))
     elif line.settings:
         name = next(iter(line.settings))
         raise ConfigError(f"--{name} changes a configuration: name its --config=FILE.")

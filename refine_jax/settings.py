@@ -26,6 +26,8 @@ MOST_ITEMS = 2**40
 """Of what is counted and not kept: documents, examples."""
 MOST_AT_ONCE = 2**32
 """Tokens of all rows of a batch together; as 4 bytes each, 16 GiB."""
+MOST_MATCHED = 64
+"""Of a window whose probabilities are computed at every position of a row."""
 MOST_WORKERS = 256
 LAST_SEED = 2**32 - 1
 LEAST = 1e-6

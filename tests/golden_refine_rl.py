@@ -215,7 +215,7 @@ def golden_rewards():
     return arrays, [jnp.asarray(arrays[name]) for name in (*inputs, "ground_truth_ids")]
 
 
-@pytest.mark.parametrize("kind", list(rewards.REWARDS))
+@pytest.mark.parametrize("kind", ["cosine", "binary", "hybrid"])  # the published ones
 def test_rewards_match_golden(golden_rewards, kind):
     arrays, inputs = golden_rewards
     per_token = rewards.REWARDS[kind](*inputs)

@@ -126,6 +126,34 @@ def test_more_steps_of_a_constant_schedule_are_as_if_there_had_always_been_so_ma
     assert record(tmp_path / "run")["changes"] == []
 
 
+def test_more_steps_bend_a_schedule_of_weights_and_need_permission(corpus, tmp_path):
+    steady = {"optimizer": {"schedule": "constant"}, "refine": {"lambda_rl_until": 0.5}}
+    midtrain.run(config(corpus, **steady), tmp_path / "run")
+    longer = config(corpus, **steady, train={"steps": STEPS + 2})
+    words = ("config.train.steps: was 4, got 6", "lambda_rl_schedule='constant'", "weights")
+    refuses(longer, tmp_path / "run", *words)
+
+
+def test_runs_of_versions_without_the_setting_rolled_out_from_the_start_of_a_step(corpus, workdir):
+    path = workdir / "checkpoints/run.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["refine"]["rollouts"], saved["digest"]
+    saved["config"]["refine"]["objective"] = "refine"
+    saved["config"]["data"]["sequence_length"] = 80
+    saved["config"]["train"]["mini_batch_size"] = 2
+    path.write_text(json.dumps(saved))
+    now = settings(corpus, refine={"objective": "refine"}, data={"sequence_length": 80})
+    now.train.mini_batch_size = 2
+    refuses(Config.from_dict(now), workdir, "config.refine.rollouts: was 'batch', got 'update'")
+    now.refine.rollouts = "batch"
+    assert check_same_run(Config.from_dict(now), workdir).made == ()
+    # With one update a step, as with next-token training, both are the same.
+    saved["config"]["train"]["mini_batch_size"] = None
+    path.write_text(json.dumps(saved))
+    now.train.mini_batch_size, now.refine.rollouts = None, "update"
+    assert check_same_run(Config.from_dict(now), workdir).made == ()
+
+
 def test_fewer_steps_than_are_done_is_an_error(corpus, workdir):
     for allow_change in ((), ["train.steps"]):
         refuses(

@@ -83,10 +83,14 @@ def test_every_valid_position_has_its_truth(segments, method, seed):
     c, k, margin = 4, 5, 8
     mask = segments != 0
     entropy = rng.uniform(0, 5, segments.shape).astype(np.float32)
+    known = {}
+    if method == "variance":
+        known = {"probabilities": entropy / 5, "counted": rng.random(segments.shape) < 0.5}
     got = select(
         jax.random.split(jax.random.key(seed), batch),
         entropy,
         mask,
+        **known,
         num_positions=c,
         rollout_length=k,
         method=method,

@@ -3,7 +3,8 @@
 | may change | settings |
 |---|---|
 | freely | where things are computed, how often they are reported (`_FREELY`); what the phase does
-not use; `train.steps` where no learning rate depends on it |
+not use; `train.steps` where no learning rate or weight depends on it; `refine.rollouts` where a
+step has one update |
 | while the content is the same | where documents and tokenizer lie (`_BY_CONTENT`) |
 | by `--allow_change=NAME` | all others: what is computed from here on |
 | never | what saved arrays are and random numbers come from (`_NEVER`) |
@@ -74,6 +75,9 @@ _OF_DATA = (
     "refine.num_positions",
     "refine.rollout_length",
 )
+
+# What runs of versions without a setting did, where that is not its default.
+_BEFORE = {("refine", "rollouts"): "batch"}
 
 # Settings that decide how many optimizer updates a step has.
 _OF_UPDATES = (
@@ -232,10 +236,7 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
         if why:
             line += f" (cannot change within a run: {why})"
         elif name == "train.steps":
-            line += (
-                f" (config.optimizer.schedule={config.optimizer.schedule!r} ends with the last "
-                "step: the learning rates of all steps to come change)"
-            )
+            line += f" ({_steps_decide(config)})"
         if not why:
             offered.append(name)
         refused.append(line)
@@ -256,8 +257,7 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
 def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None]:
     """The configuration in a run's record, the changes by name before it, the data's fingerprint.
 
-    A run of a version without a setting had what is now its default, but for `refine.rollouts`:
-    there the rollouts of a step came from the parameters at its start.
+    A run of a version without a setting had what is now its default, or what `_BEFORE` says.
     """
     where = {"where": path, "error": CheckpointError}
     record = read_json(path, CheckpointError)
@@ -270,7 +270,8 @@ def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None
             for field in dataclasses.fields(kind)
             if field.name in given
         }
-    sections["refine"].setdefault("rollouts", "batch")
+    for (name, field), value in _BEFORE.items():
+        sections[name].setdefault(field, value)
     phase = json_field(saved, "phase", str, default=Config.phase, **where)
     try:
         before = Config.from_dict({"phase": phase, **sections})
@@ -297,11 +298,29 @@ def _differences(before: Config, config: Config) -> Iterator[tuple[str, Any, Any
         for field in sections[section]:
             name = f"{section}.{field}"
             was, now = _value(before, name), _value(config, name)
-            free = _matches(name, (*_FREELY, *_BY_CONTENT)) or (
-                name == "train.steps" and config.optimizer.schedule == "constant"
-            )
+            free = _matches(name, (*_FREELY, *_BY_CONTENT))
+            if name == "train.steps":
+                free = _steps_decide(config) is None
+            elif name == "refine.rollouts":  # with one update, both have the same parameters
+                free = config.refine.objective == "ntp" or config.train.updates_per_step == 1
             if was != now and not free:
                 yield name, was, now
+
+
+def _steps_decide(config: Config) -> str | None:
+    """What depends on the number of steps of the run, so that it cannot change freely."""
+    optimizer, refine = config.optimizer, config.refine
+    if optimizer.schedule != "constant":
+        return (
+            f"config.optimizer.schedule={optimizer.schedule!r} ends with the last step: the "
+            "learning rates of all steps to come change"
+        )
+    if refine.lambda_rl_schedule != "constant" or refine.lambda_rl_until < 1:
+        return (
+            f"config.refine.lambda_rl_schedule={refine.lambda_rl_schedule!r} ends at a part of "
+            "the steps: the weights of all steps to come change"
+        )
+    return None
 
 
 def _why_never(name: str, before: Config, config: Config) -> str | None:

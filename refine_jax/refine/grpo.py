@@ -1,16 +1,39 @@
 """GRPO: group-relative advantages and the clipped policy loss.
 
-Source: ReFINE (arXiv 2602.16704), section 3, GRPO (arXiv 2402.03300) and dual clipping
-(arXiv 1912.09729). The letters: B sequences, c positions, n rollouts a position, k tokens a
+Source: ReFINE (arXiv 2602.16704), section 3, GRPO (arXiv 2402.03300), dual clipping
+(arXiv 1912.09729), leave-one-out baselines (RLOO, arXiv 2402.14740) and the optimal token baseline
+(arXiv 2602.07078). The letters: B sequences, c positions, n rollouts a position, k tokens a
 rollout; N rollouts in any order where the grouping no longer matters.
+
+What is unbiased, of the gradient of the expected reward of the policy that rolled out, where the
+ratio is 1, sampling is at temperature 1 and no token is forbidden:
+
+| choice | expectation of the gradient |
+|---|---|
+| baseline `leave_one_out` | the true one, with either credit and grouping, for groups of any size |
+| baseline `group` | (M - 1) / M of it, in groups of M > 1: a rollout's own reward is in its mean |
+| baseline `optimal_token` | near `group`: a rollout's own return and energy are in its baseline |
+| credit `reward_to_go` | the same as `sequence`: rewards before a token do not depend on it |
+| `normalize_std` | none of these: a group's weight depends on its rewards |
+
+The aggregation `seq-mean-token-sum` has this scale; `token-mean` and `seq-mean-token-mean` give
+1 / k of it.
 """
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
+if TYPE_CHECKING:
+    from refine_jax.config import RefineConfig
+
 GROUPINGS = ("sequence", "position")
+CREDITS = ("sequence", "reward_to_go")
+BASELINES = ("group", "leave_one_out", "optimal_token")
 AGGREGATIONS = (
     "token-mean",
     "seq-mean-token-sum",
@@ -20,20 +43,37 @@ AGGREGATIONS = (
 KL_PENALTIES = ("kl", "abs", "mse", "low_var_kl")
 
 _STD_EPS = 1e-6
+# Added to gradient energies: where a group has none, each rollout weighs the same.
+_ENERGY_EPS = 1e-8
 # Bound of log ratios before they are exponentiated.
 _MAX_LOG_RATIO = 20.0
 
 
 def normalize_groups(
-    rewards: jax.Array, valid: jax.Array, *, normalize_std: bool = True
+    rewards: jax.Array,
+    valid: jax.Array,
+    *,
+    normalize_std: bool = True,
+    baseline: str = "group",
+    energy: jax.Array | None = None,
 ) -> jax.Array:
     """Advantages [..., M] float32 of groups of M rewards [..., M]; `valid` [..., M] bool.
 
-    (r - mean) / (std + 1e-6) with the unbiased std of the group's valid rewards; without
-    `normalize_std` only the mean is subtracted. A group with a single valid reward has mean 0 and
-    std 1. Rewards that are not valid do not enter the statistics and get advantage 0, whatever
-    their value.
+    (r - b) / (std + 1e-6) with the unbiased std of the group's valid rewards; without
+    `normalize_std` only the baseline b is subtracted:
+
+    baseline: `group`: the mean of the group's valid rewards. `leave_one_out`: the mean of the
+        others. `optimal_token`: the mean weighted by `energy` [..., M], at least 0; the plain mean
+        where that is 0 throughout.
+
+    A group with a single valid reward has baseline 0 and std 1, whatever the baseline. Rewards
+    that are not valid do not enter the statistics and get advantage 0, whatever their value.
+    Raises ValueError for an unknown baseline, and for `optimal_token` without energies.
     """
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {BASELINES}. Got: {baseline!r}.")
+    if baseline == "optimal_token" and energy is None:
+        raise ValueError("baseline 'optimal_token' needs gradient energies. Got: energy=None.")
     rewards = rewards.astype(jnp.float32)
     count = jnp.sum(valid, axis=-1, keepdims=True, dtype=jnp.float32)
     # Deviations are taken from the group's largest reward first: where all are equal they are
@@ -46,6 +86,12 @@ def normalize_groups(
     squares = jnp.sum(centred * centred, axis=-1, keepdims=True)
     std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
     alone = count <= 1.0
+    if baseline == "leave_one_out":
+        centred *= count / jnp.maximum(count - 1.0, 1.0)
+    elif baseline == "optimal_token":
+        weights = jnp.where(valid, energy + _ENERGY_EPS, 0.0)
+        total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), _ENERGY_EPS)
+        centred = shifted - jnp.sum(weights * shifted, axis=-1, keepdims=True) / total
     deviation = jnp.where(alone, rewards, centred)
     if normalize_std:
         deviation = deviation / (jnp.where(alone, 1.0, std) + _STD_EPS)
@@ -58,12 +104,15 @@ def group_advantages(
     *,
     grouping: str = "sequence",
     normalize_std: bool = True,
+    baseline: str = "group",
+    energy: jax.Array | None = None,
 ) -> jax.Array:
     """Advantages [B, c, n] float32 of the rollouts with `rewards` [B, c, n].
 
     valid: [B, c, n] bool (or broadcasting to it, as [B, c, 1]).
     grouping: `sequence` compares all c * n rollouts of a sequence (the paper, n = 1), `position`
         the n rollouts of each position.
+    energy: [B, c, n], of the baseline `optimal_token`.
     See `normalize_groups` for the formula. Raises ValueError for an unknown grouping.
     """
     if grouping not in GROUPINGS:
@@ -72,9 +121,101 @@ def group_advantages(
     batch, positions, repeats = rewards.shape
     groups = (batch, positions * repeats) if grouping == "sequence" else rewards.shape
     advantages = normalize_groups(
-        rewards.reshape(groups), valid.reshape(groups), normalize_std=normalize_std
+        rewards.reshape(groups),
+        valid.reshape(groups),
+        normalize_std=normalize_std,
+        baseline=baseline,
+        energy=None if energy is None else energy.reshape(groups),
     )
     return advantages.reshape(rewards.shape)
+
+
+def token_returns(
+    rewards: jax.Array, *, credit: str = "sequence", own_reward: bool = True
+) -> jax.Array:
+    """What each token of a rollout is credited with, G [..., k] float32, of `rewards` [..., k].
+
+    credit: `sequence`: the mean of all rewards, for every token. `reward_to_go`: the sum of the
+        rewards of this token and of later ones, divided by k, which leaves out what a token
+        cannot influence.
+    own_reward: False where the reward of a token does not depend on the token itself (`expected`):
+        `reward_to_go` then begins with the next token's.
+
+    Raises ValueError for an unknown credit.
+    """
+    rewards = rewards.astype(jnp.float32)
+    if credit == "sequence":
+        return jnp.broadcast_to(jnp.mean(rewards, axis=-1, keepdims=True), rewards.shape)
+    if credit != "reward_to_go":
+        raise ValueError(f"credit must be one of {CREDITS}. Got: {credit!r}.")
+    # Summed from the end on: the sum of all minus those before would leave rounding errors where
+    # all later rewards are equal.
+    sums = jnp.flip(jnp.cumsum(jnp.flip(rewards, axis=-1), axis=-1), axis=-1)
+    if not own_reward:
+        sums = jnp.concatenate([sums[..., 1:], jnp.zeros_like(sums[..., :1])], axis=-1)
+    return sums / rewards.shape[-1]
+
+
+def gradient_energy(log_probs: jax.Array, squared_probs: jax.Array) -> jax.Array:
+    """Gradient energy W [..., k] float32 accumulated up to each token of a rollout.
+
+    log_probs: [..., k], of the sampled tokens. squared_probs: [..., k], the sum over the vocabulary
+    of the squares of the probabilities at that place (`sum_squared_probs`).
+
+    W_j = sum over i <= j of 1 - 2 p_i + sum_v p_i(v)^2: the squared norm of the gradient of log p_i
+    by the logits, which stands for that by the parameters (arXiv 2602.07078, section 4).
+    """
+    norms = 1.0 - 2.0 * jnp.exp(log_probs.astype(jnp.float32)) + squared_probs
+    # Of a token with probability 1 nothing but rounding is left.
+    return jnp.cumsum(jnp.maximum(norms, 0.0), axis=-1)
+
+
+def sum_squared_probs(logits: jax.Array) -> jax.Array:
+    """Sum of the squares of the probabilities, [...] float32 in 0..1, from `logits` [..., V]."""
+    logits = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.exp(jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * total)
+
+
+def token_advantages(
+    rewards: jax.Array,
+    valid: jax.Array,
+    *,
+    credit: str = "sequence",
+    baseline: str = "group",
+    grouping: str = "sequence",
+    normalize_std: bool = True,
+    own_reward: bool = True,
+    energy: jax.Array | None = None,
+) -> jax.Array:
+    """Advantages [B, c, n, k] float32 of the tokens with `rewards` [B, c, n, k]; constants.
+
+    Each token's return (`token_returns`) is compared with those of the same place in the other
+    rollouts of the group (`group_advantages`, `normalize_groups`).
+
+    valid: [B, c, n] bool (or broadcasting to it), of rollouts.
+    energy: [B, c, n, k], `gradient_energy`, for the baseline `optimal_token`.
+
+    The docstring of this module says which choices are unbiased. Raises ValueError for unknown
+    names.
+    """
+    returns = token_returns(rewards, credit=credit, own_reward=own_reward)
+
+    def compare(returns, energy):
+        return group_advantages(
+            returns,
+            valid,
+            grouping=grouping,
+            normalize_std=normalize_std,
+            baseline=baseline,
+            energy=energy,
+        )
+
+    if baseline == "optimal_token" and energy is not None:
+        return jax.vmap(compare, in_axes=-1, out_axes=-1)(returns, energy)
+    if credit == "sequence":  # all tokens have one return
+        return jnp.broadcast_to(compare(returns[..., 0], None)[..., None], returns.shape)
+    return jax.vmap(lambda returns: compare(returns, None), in_axes=-1, out_axes=-1)(returns)
 
 
 def loss_sum(values: jax.Array, mask: jax.Array, aggregation: str) -> jax.Array:
@@ -178,6 +319,64 @@ def policy_loss(
         for name, value in per_token.items()
     }
     return aggregate(losses, mask, aggregation, mini_batch_mask), metrics
+
+
+def expected_reward_loss(
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    true_log_probs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    aggregation: str = "token-mean",
+    mini_batch_mask: jax.Array | None = None,
+    **clipping: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of rollouts whose reward is `expected` (`rewards.token_rewards`), and its metrics.
+
+    true_log_probs: [N, k], of the true token at each place, given the rollout's tokens before it;
+        differentiated. advantages: [N, k], constants, of `token_advantages` with `own_reward`
+        False. The other arguments and the metrics are those of `policy_loss`.
+
+    The expected reward J = E[(r_1 + ... + r_k) / k], r_j = p(true token j | rollout before j), is
+    that of `binary`. Its gradient has two parts: the rewards' own, and a score term for what
+    token j does to the rewards after it:
+
+        grad J = E[sum_j (grad r_j / k + G_j grad log p(token j))],  G_j = (r_{j+1} + ... + r_k) / k
+
+    So -(r_j / k) is added to the policy loss of every token; the gradient of the sum is unbiased
+    where that of `policy_loss` is (the docstring of this module says where, and with what scale).
+    """
+    loss, metrics = policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        aggregation=aggregation,
+        mini_batch_mask=mini_batch_mask,
+        **clipping,
+    )
+    rewards = jnp.exp(jnp.where(mask != 0, true_log_probs, -jnp.inf)) / mask.shape[-1]
+    return loss - aggregate(rewards, mask, aggregation, mini_batch_mask), metrics
+
+
+def policy_weight(config: RefineConfig, step: jax.Array | int, steps: int) -> jax.Array:
+    """Weight of the policy loss, or of the expected reward, in a training step: scalar float32.
+
+    step: from 0, of `steps` training steps in all; may be traced.
+
+    `lambda_rl` times 1 (`lambda_rl_schedule` constant), 1 - x (linear) or (1 + cos(pi x)) / 2
+    (cosine), with x = step / (lambda_rl_until * steps); 0 from x = 1 on.
+    """
+    # Rounded first: 0.7 * 10 is a little more than 7 in floating point.
+    end = math.ceil(round(config.lambda_rl_until * steps, 6))
+    x = jnp.minimum(jnp.asarray(step, jnp.float32) / (config.lambda_rl_until * steps), 1.0)
+    shape = {
+        "constant": jnp.ones_like(x),
+        "linear": 1.0 - x,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
+    }[config.lambda_rl_schedule]
+    return jnp.where(step < end, config.lambda_rl * shape, 0.0)
 
 
 def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, kind: str) -> jax.Array:

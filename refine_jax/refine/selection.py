@@ -1,8 +1,13 @@
-"""Where rollouts start: one position a span, drawn by the entropy of the next-token prediction.
+"""Where rollouts start: one position a span, drawn by what the forward pass says of each slot.
 
-Source: ReFINE (arXiv 2602.16704), section 3, and its published code. The entropy at slot t belongs
-to the prediction of token t+1, so choosing slot p means that the rollout replaces the tokens from
-p+1 on.
+Source: ReFINE (arXiv 2602.16704), section 3, and its published code, which draws by the entropy of
+the next-token prediction. The entropy at slot t belongs to the prediction of token t+1, so choosing
+slot p means that the rollout replaces the tokens from p+1 on; so it is with P_k at slot t, the
+probability that a rollout of the tokens from t+1 on is right as a whole (`exact.py`).
+
+Entropy sends rollouts to what cannot be known. P_k (1 - P_k), the variance of the whole-match
+reward, sends them to what is sometimes right: only there a reward says something (VIP,
+arXiv 2602.01601).
 """
 
 from __future__ import annotations
@@ -13,7 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-SELECTIONS = ("entropy", "uniform", "argmax", "argmin")
+SELECTIONS = ("entropy", "uniform", "argmax", "argmin", "variance", "all")
+
+# Variances below are taken for it, so that spans without any are drawn from uniformly. It is well
+# above the rounding of 1 - P in float32, and 10,000 slots of it weigh little beside a single 0.25.
+_LEAST_VARIANCE = 1e-6
 
 
 class Selection(NamedTuple):
@@ -60,20 +69,31 @@ def assign_spans(mask: jax.Array, num_positions: int) -> jax.Array:
 
 
 def selection_scores(
-    entropy: jax.Array, rollout_length: int, method: str, temperature: float = 1.0
+    entropy: jax.Array,
+    rollout_length: int,
+    method: str,
+    temperature: float = 1.0,
+    probabilities: jax.Array | None = None,
 ) -> jax.Array:
     """What selection compares inside a span, [B, T] float32, from `entropy` [B, T] (nats).
 
-    For `entropy` and `uniform` the unnormalised log probabilities that slots are drawn with; for
-    `argmax` and `argmin` the score whose largest value wins, from the entropies as they are (the
-    published code smooths them for drawing only).
+    For `entropy`, `uniform` and `variance` the unnormalised log probabilities that slots are drawn
+    with; for `argmax` and `argmin` the score whose largest value wins, from the entropies as they
+    are (the published code smooths them for drawing only). `variance` reads `probabilities` [B, T],
+    P_k of each slot. `all` is for objectives that need no positions; rollouts that are made all the
+    same, as in evaluations, start anywhere (`uniform`).
     """
     entropy = entropy.astype(jnp.float32)
     match method:
         case "entropy":
             return smooth_entropy(entropy, rollout_length) / temperature
-        case "uniform":
+        case "uniform" | "all":
             return jnp.zeros_like(entropy)
+        case "variance":
+            if probabilities is None:
+                raise ValueError("selection 'variance' needs probabilities. Got: None.")
+            variance = probabilities * (1.0 - probabilities)
+            return jnp.log(jnp.maximum(variance, _LEAST_VARIANCE)) / temperature
         case "argmax":
             return entropy
         case "argmin":
@@ -162,6 +182,8 @@ def select_positions(
     temperature: float = 1.0,
     edge_margin: int = 20,
     document: jax.Array | None = None,
+    probabilities: jax.Array | None = None,
+    counted: jax.Array | None = None,
 ) -> Selection:
     """Choose c rollout positions a row, one in each of c equal spans of its real tokens.
 
@@ -169,19 +191,24 @@ def select_positions(
         (derive them from the row's index in the whole batch); unused by argmax and argmin.
     entropy: [B, T], nats, of the prediction of the next token.
     mask: [B, T] bool, True at real tokens.
-    method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` with equal
-        probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy.
+    method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` and `all` with
+        equal probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy;
+        `variance` draws in proportion to (P_k (1 - P_k)) ** (1 / temperature).
     edge_margin: least distance of a start from either end of the text.
     document: [B, T] int32, for packed rows: a rollout has a truth only in the document of the token
         before it. Slots whose rollout has none are chosen only where the whole span has no other
         (`selectable`); such a position is not valid.
+    probabilities, counted: [B, T], needed by `variance`: P_k of each slot, and whether its window
+        lies in one document (the last of `exact.match_probabilities`, and its second result). Slots
+        that do not count, and those whose start the margins would move, are chosen only where
+        their span has no others.
 
     Different spans can end up with one start, as in the published code. Raises ValueError for an
     unknown method.
     """
     num_tokens = entropy.shape[1]
-    scores = selection_scores(entropy, rollout_length, method, temperature)
-    if method in ("entropy", "uniform"):
+    scores = selection_scores(entropy, rollout_length, method, temperature, probabilities)
+    if method not in ("argmax", "argmin"):
         # The Gumbel trick: the spans are disjoint, so one noise vector serves all their draws.
         scores += jax.vmap(lambda key: jax.random.gumbel(key, (num_tokens,)))(keys)
     allowed, valid = selectable(
@@ -191,6 +218,11 @@ def select_positions(
         edge_margin=edge_margin,
         document=document,
     )
+    if method == "variance":
+        slots = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+        starts = response_starts(slots, mask, rollout_length, edge_margin)
+        usable = allowed & (counted & (starts == slots + 1))[:, None, :]
+        allowed = jnp.where(jnp.any(usable, axis=-1, keepdims=True), usable, allowed)
     chosen = jnp.argmax(jnp.where(allowed, scores[:, None, :], -jnp.inf), axis=-1)
     chosen = jnp.where(jnp.any(allowed, axis=-1), chosen.astype(jnp.int32), -1)
     starts = response_starts(chosen, mask, rollout_length, edge_margin)
