@@ -1,6 +1,6 @@
 """Time and memory of a ReFINE step beside a next-token step and the truncated-prefix algorithm.
 
-    python experiments/bench_refine_step.py --model=lact --tokens=4096 --rows=4 --micro_batch=1 --json
+    python experiments/bench_refine_step.py --model=lact --tokens=4096 --rows=4 --json
 
 A batch of rows of full length is one update of the parameters (AdamW), whose gradient is made of
 micro-batches. A ReFINE step selects c = 8 positions of each row and rolls out n times k = 5 tokens
@@ -26,6 +26,7 @@ from truncated_prefix import TruncatedPrefixStep
 
 from refine_jax.config import OptimizerConfig, RefineConfig
 from refine_jax.models.transformer import Model
+from refine_jax.presets import PRESETS
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, make_train_step
 
@@ -123,6 +124,7 @@ def main():
     flags.add_argument("--rows", type=int, default=1, help="rows of the batch")
     flags.add_argument("--micro_batch", type=int, default=1, help="rows at a time")
     flags.add_argument("--rollouts", type=int, default=1, help="n: rollouts a position")
+    flags.add_argument("--estimator", choices=("rollouts", "exact"), default="rollouts")
     flags.add_argument("--truncated", action="store_true", help="add truncated prefixes (minutes)")
     args = flags.parse_args()
     model = small_model(args.model)
@@ -131,6 +133,8 @@ def main():
     tokens = jax.random.randint(jax.random.key(2), shape, 3, model.config.vocab_size)
 
     config = RefineConfig(rollouts_per_position=args.rollouts)
+    if args.estimator == "exact":
+        config = RefineConfig(**PRESETS["exact"])
     ntp = RefineConfig(objective="ntp")
     steps = {
         "ntp": PackageStep(model, optimizer, ntp, tokens, args.micro_batch),
@@ -149,7 +153,8 @@ def main():
         "tokens": args.tokens,
         "rows": args.rows,
         "micro_batch": args.micro_batch,
-        "forks": config.num_positions * args.rollouts,
+        "estimator": config.estimator,
+        "forks": config.num_positions * args.rollouts if config.estimator == "rollouts" else 0,
         **{f"{name}_s": value for name, value in times.items()},
         "ratio_to_ntp": times["refine"] / times["ntp"],
         "ratio_quartiles": [low, high],

@@ -214,7 +214,12 @@ class RefineConfig(Section):
 
     @property
     def tokens_needed(self) -> int:
-        """Shortest document, in tokens, that holds c rollouts of k tokens between the margins."""
+        """Shortest document, in tokens, that holds c rollouts of k tokens between the margins.
+
+        One that holds k tokens to predict, where every position counts.
+        """
+        if self.selection == "all":
+            return self.rollout_length + 1
         return 2 * self.edge_margin + self.num_positions * self.rollout_length
 
 

@@ -36,6 +36,13 @@ def check(config: Config) -> None:
             f"Got: best_metric={config.train.best_metric!r}, holdout=0."
         )
     _check_testtime(config.testtime)
+    scheduled = config.refine.lambda_rl_schedule != "constant" or config.refine.lambda_rl_until < 1
+    if config.phase == "testtime" and config.testtime.reset == "never" and scheduled:
+        raise ConfigError(
+            "config.refine.lambda_rl_schedule and lambda_rl_until run over the steps on a prompt, "
+            "which config.testtime.reset='never' does not begin again. Got: "
+            f"{config.refine.lambda_rl_schedule!r}, {config.refine.lambda_rl_until}."
+        )
     _check_temperature(config.generation.temperature)
     if config.phase == "posttrain":
         _check_posttrain(config)

@@ -207,8 +207,8 @@ def summarize(history: list[dict]) -> dict:
     rewarded = [record for record in training if "reward/mean" in record]
     answers = [record for record in training if "time/answers" in record]
     others = [record for record in training if "time/answers" not in record]
-    refine = [record for record in others if "reward/mean" in record]
-    plain = [record for record in others if "reward/mean" not in record]
+    refine = [record for record in others if is_refine(record)]
+    plain = [record for record in others if not is_refine(record)]
     results: dict = {"steps": history[-1]["step"] if history else 0}
     results["seconds_total"] = _total(history)
     named = {name for record in evaluations for name in record}
@@ -229,6 +229,11 @@ def summarize(history: list[dict]) -> dict:
     results["tokens_per_second"] = _median(answers or refine or plain, "tokens_per_second")
     results["skipped_updates"] = training[-1].get("update/skipped", 0) if training else 0
     return results
+
+
+def is_refine(record: Mapping) -> bool:
+    """Whether the record of a training step is one of ReFINE, with rollouts or without."""
+    return "reward/mean" in record or "policy/expected_match" in record
 
 
 def write_results(workdir: Path, results: Mapping) -> None:
@@ -289,6 +294,7 @@ def _brief(record: Mapping) -> str:
     for label, name, form in (
         ("prompt loss" if "time/answers" in record else "loss", "loss/ntp", ".3f"),
         ("reward", "reward/mean", ".3f"),
+        ("match", "policy/expected_match", ".3f"),
         ("answer loss", "answer/loss", ".3f"),
         ("score", "answer/score", ".3f"),
         ("grad", "grad/norm", ".2f"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.base.files import replacing
+from refine_jax.monitor import is_refine
 
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
 
@@ -46,6 +47,7 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
 
     band = _band(reward, training, "reward/mean", "reward/std", GREEN)
     _curve(reward, training, "reward/mean", GREEN, f"training{' (band: deviation)' * band}")
+    _curve(reward, training, "policy/expected_match", GREEN, "expected, of the training rows")
     _points(reward, history, "eval/reward", ORANGE, "held-out")
     _curve(reward, training, "answer/score", GREY, "score of sampled answers")
     _points(reward, history, "eval/score", BLUE, "score of answers, held-out")
@@ -216,7 +218,7 @@ def _points(axis, records, name: str, colour: str, label: str, scale: float = 1)
 
 def _shade_warmup(axis, training) -> None:
     """Mark the next-token warm-up of a run that has ReFINE steps after it."""
-    first = next((r["step"] for r in training if "reward/mean" in r), None)
+    first = next((r["step"] for r in training if is_refine(r)), None)
     if first is not None and first > training[0]["step"]:
         axis.axvspan(training[0]["step"], first, color=GREY, alpha=0.12, lw=0)
         axis.text(
@@ -253,7 +255,7 @@ def _stack_times(axis, training) -> None:
         colors=[parts[label][1] for label in values],
         alpha=0.75,
     )
-    refine = np.asarray(["reward/mean" in record for record in training])
+    refine = np.asarray([is_refine(record) for record in training])
     kinds = [totals[kind] for kind in (refine, ~refine) if kind.any()]
     axis.set_ylim(0, 1.8 * max(np.median(kind) for kind in kinds) or 1)
 

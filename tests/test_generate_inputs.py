@@ -33,7 +33,7 @@ from refine_jax.generation import (
 )
 from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.refine.answers import AnswerMethod
-from refine_jax.refine.objective import fork_rollouts, sample_rollouts
+from refine_jax.refine.rollout import fork_rollouts, sample_rollouts
 
 BYTES = load_tokenizer("bytes")
 DRAWN = Sampling(temperature=1.0, max_new_tokens=24, seed=5)

@@ -27,17 +27,10 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import group_advantages, policy_loss
-from refine_jax.refine.objective import (
-    Experience,
-    MiniBatch,
-    Objective,
-    fork_rollouts,
-    read_rows,
-    score_rollouts,
-    scores_of,
-)
+from refine_jax.refine.objective import Experience, MiniBatch, Objective, read_rows
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.rewards import REWARDS
+from refine_jax.refine.rollout import fork_rollouts, score_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots
 
 
@@ -311,12 +304,12 @@ class StepCase:
             valid=jnp.ones(self.starts.shape, bool),
             tokens=self.tokens,
             rewards=self.rollouts("rewards"),
-            advantages=self.rollouts("advantages")[..., 0],
+            advantages=self.rollouts("advantages"),
             old_log_probs=self.rollouts("old_log_probs"),
             ref_log_probs=None,
         )
         token_count = jnp.float32(self.batch["tokens"][:, 1:].size)
-        self.whole = MiniBatch(token_count, self.experience.valid)
+        self.whole = MiniBatch(token_count, self.config.lambda_rl, self.experience.valid)
         self.observe = jax.jit(self._observe)
         self.gradient = jax.jit(self._gradient)
 

@@ -3,6 +3,7 @@
 from refine_jax.kernels.cross_entropy.api import (
     IMPLEMENTATIONS,
     next_token_loss,
+    reweighted_loss,
     token_log_probs,
 )
 from refine_jax.kernels.cross_entropy.reference import TokenStats
@@ -15,5 +16,6 @@ __all__ = [
     "log_prob",
     "logits",
     "next_token_loss",
+    "reweighted_loss",
     "token_log_probs",
 ]

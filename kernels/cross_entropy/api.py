@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
+from jax import lax
 from refine_jax.kernels.cross_entropy.pallas_tpu import (
     is_faster,
     next_token_loss_pallas_tpu,
     unsupported,
 )
 from refine_jax.kernels.cross_entropy.reference import TokenStats, next_token_loss_reference
-from refine_jax.kernels.cross_entropy.xla import next_token_loss_xla, token_log_probs_xla
+from refine_jax.kernels.cross_entropy.xla import (
+    next_token_loss_xla,
+    reweighted_loss_xla,
+    token_log_probs_xla,
+)
 
 IMPLEMENTATIONS = {
     "reference": next_token_loss_reference,
@@ -67,6 +74,41 @@ def next_token_loss(
     if implementation == "pallas_tpu" and (reason := unsupported(hidden, head, block_tokens)):
         raise ValueError(f"next_token_loss has no 'pallas_tpu' form for this call: {reason}")
     return IMPLEMENTATIONS[implementation](hidden, head, targets, weights, block_tokens)
+
+
+def reweighted_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    scales: jax.Array,
+    weigh: Callable[[jax.Array, jax.Array], jax.Array],
+    reach: int,
+    block_tokens: int | None = None,
+    *,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, TokenStats]:
+    """`next_token_loss` whose weights depend on the losses of tokens near each other.
+
+    weigh: of nll and weights [B, S] of consecutive tokens to more weights [B, S], which are
+        constants for the gradient. What it says of a token may depend on tokens at most `reach`
+        (>= 1) away, and where it lacks some of these on anything. It must be hashable.
+    scales: [2] float32. The weights are `scales[0] * weights + scales[1] * weigh(nll, weights)`.
+
+    Other arguments, results and errors are those of `next_token_loss`. In "xla" the logits are
+    computed once; the other implementations run twice, for the losses first.
+    """
+    arguments = hidden, head, targets, weights
+    on_tpu = jax.default_backend() == "tpu"
+    if implementation == "xla" or axis_name is not None or (implementation is None and not on_tpu):
+        _check(*arguments)
+        return reweighted_loss_xla(*arguments, scales, weigh, reach, block_tokens, axis_name)
+    options = {"block_tokens": block_tokens, "implementation": implementation}
+    stats = lax.stop_gradient(next_token_loss(*arguments, **options)[1])
+    token_weights = scales[0] * weights + scales[1] * weigh(stats.nll, weights)
+    loss, _ = next_token_loss(hidden, head, targets, token_weights, **options)
+    return loss, stats
 
 
 def token_log_probs(

@@ -106,6 +106,20 @@ def _block_stats(hidden, head, targets, axis_name):
     return stats, weights, total, targets
 
 
+def _block_gradient(h, operand, weight, exponentials, total, target):
+    """Gradients of sum(weight * nll) by h [N, D] and operand [V, D], of what `_block_stats` gives
+    beside the stats.
+    """
+    is_target = lax.broadcasted_iota(jnp.int32, exponentials.shape, 1) == target[..., None]
+    scale = weight / total
+    dz = exponentials * scale[..., None] - jnp.where(is_target, weight[..., None], 0.0)
+    dz = dz.astype(h.dtype)
+    einsum = functools.partial(
+        jnp.einsum, precision=_precision(h), preferred_element_type=jnp.float32
+    )
+    return einsum("nv,vd->nd", dz, operand).astype(h.dtype), einsum("nv,nd->vd", dz, h)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def next_token_loss_xla(hidden, head, targets, weights, block_tokens=None, axis_name=None):
     """`next_token_loss` of api.py.
@@ -130,17 +144,9 @@ def _next_token_loss_forward(hidden, head, targets, weights, block_tokens, axis_
 
     def block(head_gradient, inputs):
         h, target, weight = inputs
-        stats, exponentials, total, target = _block_stats(h, operand, target, axis_name)
-        is_target = lax.broadcasted_iota(jnp.int32, exponentials.shape, 1) == target[..., None]
-        scale = weight / total
-        dz = exponentials * scale[..., None] - jnp.where(is_target, weight[..., None], 0.0)
-        dz = dz.astype(h.dtype)
-        einsum = functools.partial(
-            jnp.einsum, precision=_precision(h), preferred_element_type=jnp.float32
-        )
-        dh = einsum("nv,vd->nd", dz, operand).astype(h.dtype)
-        head_gradient += einsum("nv,nd->vd", dz, h)
-        return head_gradient, (stats, dh)
+        stats, *softmax = _block_stats(h, operand, target, axis_name)
+        dh, dw = _block_gradient(h, operand, weight, *softmax)
+        return head_gradient + dw, (stats, dh)
 
     blocks = jax.tree.map(lambda x: _token_blocks(x, size), (hidden, targets, weights))
     head_gradient, (stats, dh) = lax.scan(block, jnp.zeros(head.shape, jnp.float32), blocks)
@@ -166,6 +172,78 @@ def _next_token_loss_backward(block_tokens, axis_name, residuals, cotangents):
 
 
 next_token_loss_xla.defvjp(_next_token_loss_forward, _next_token_loss_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def reweighted_loss_xla(
+    hidden, head, targets, weights, scales, weigh, reach, block_tokens=None, axis_name=None
+):
+    """`reweighted_loss` of api.py.
+
+    As in `next_token_loss_xla` the gradient is formed while a block's logits exist. The weights of
+    a block's tokens wait for the losses of the `reach` tokens after it, whose logits are computed
+    twice.
+    """
+    _, stats = next_token_loss_xla(hidden, head, targets, weights, block_tokens, axis_name)
+    return jnp.sum(stats.nll * (scales[0] * weights + scales[1] * weigh(stats.nll, weights))), stats
+
+
+def _reweighted_loss_forward(
+    hidden, head, targets, weights, scales, weigh, reach, block_tokens, axis_name
+):
+    rows, length = targets.shape
+    size = max(_block_size(rows, length, block_tokens), reach)
+    operand = head.astype(hidden.dtype)
+
+    def block(carry, inputs):
+        head_gradient, *before = carry
+        (h, target, weight), ahead = inputs
+        both = [jnp.concatenate(pair) for pair in zip((h, target), ahead, strict=False)]
+        stats, *softmax = _block_stats(both[0], operand, both[1], axis_name)
+        # [rows, reach + size + reach]: the tokens before the block, of it, and after it.
+        near = [
+            jnp.concatenate([x, mine.reshape(rows, -1), after.reshape(rows, -1)], axis=1)
+            for x, mine, after in zip(
+                before,
+                (stats.nll[: len(h)], weight),
+                (stats.nll[len(h) :], ahead[2]),
+                strict=True,
+            )
+        ]
+        more = weigh(*near)[:, reach : reach + size].reshape(-1)
+        token_weight = scales[0] * weight + scales[1] * more
+        dh, dw = _block_gradient(h, operand, token_weight, *(x[: len(h)] for x in softmax))
+        last = [x[:, size : size + reach] for x in near]
+        stats = jax.tree.map(lambda x: x[: len(h)], stats)
+        return (head_gradient + dw, *last), (stats, dh, token_weight)
+
+    arrays = hidden, targets, weights
+    blocks = jax.tree.map(lambda x: _token_blocks(x, size), arrays)
+    ahead = jax.tree.map(lambda x: _first_of_next(x, rows, reach), blocks)
+    none = jnp.zeros((rows, reach), jnp.float32)
+    carry = jnp.zeros(head.shape, jnp.float32), none, none
+    (head_gradient, *_), found = lax.scan(block, carry, (blocks, ahead))
+    stats, dh, token_weights = jax.tree.map(lambda x: _join_blocks(x, rows, length), found)
+    loss = jnp.sum(stats.nll * token_weights)
+    return (loss, stats), (dh, head_gradient.astype(head.dtype))
+
+
+def _first_of_next(blocks: jax.Array, rows: int, reach: int) -> jax.Array:
+    """Of blocks [n, rows * size, ...] the first `reach` tokens of the one after each: zeros after
+    the last. [n, rows * reach, ...]
+    """
+    following = jnp.concatenate([blocks[1:], jnp.zeros_like(blocks[:1])])
+    of_rows = following.reshape(len(blocks), rows, -1, *blocks.shape[2:])[:, :, :reach]
+    return of_rows.reshape(len(blocks), rows * reach, *blocks.shape[2:])
+
+
+def _reweighted_loss_backward(weigh, reach, block_tokens, axis_name, residuals, cotangents):
+    del weigh, reach
+    gradients = _next_token_loss_backward(block_tokens, axis_name, residuals, cotangents)
+    return (*gradients, None)
+
+
+reweighted_loss_xla.defvjp(_reweighted_loss_forward, _reweighted_loss_backward)
 
 
 def token_log_probs_xla(hidden, head, tokens, block_tokens=None):

@@ -79,7 +79,10 @@ def _adaptation(run: Run) -> Program:
     if options.reset == "example":
         objective = Objective(run.model, run.config.refine, eos_id=EOS, max_documents=1)
         update = update_rows if copies == 1 else update_copies
-        function = jax.jit(functools.partial(update, objective, run.optimizer), donate_argnums=0)
+        function = jax.jit(
+            functools.partial(update, objective, run.optimizer, steps=options.steps),
+            donate_argnums=0,
+        )
         state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
         rows, shape = copies, (1,) if copies == 1 else (copies, 1)
         args = (state, _prompt_rows(run, *shape))
@@ -92,6 +95,7 @@ def _adaptation(run: Run) -> Program:
             mini_batch=options.mini_batch_size,
             micro_batch=options.micro_batch,
             eos_id=EOS,
+            steps=options.steps,
         )
         function, args = step.run, (run.state, _prompt_rows(run, rows))
     tokens = rows * round_length(_longest(run))

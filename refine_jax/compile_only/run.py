@@ -198,7 +198,8 @@ class Run:
         parts: of the batch that forward passes read one by one. together: as many of them roll out
         at once as `states_together` says; else each for itself.
         """
-        config = dataclasses.replace(self.config.refine, objective="refine")
+        changes = {"objective": "refine", "estimator": "rollouts"}
+        config = dataclasses.replace(self.config.refine, **changes)
         objective = Objective(self.model, config, eos_id=EOS, max_documents=max_documents)
         count, states = states_together(objective, self.params, batch, parts)
         return (self.shapes.states(states),) * (count if together else 1)

@@ -70,11 +70,14 @@ def _update(run: Run, objective: str, *, compared: bool) -> Program:
         micro_batch=at_once,
         eos_id=EOS,
         max_documents=run.max_documents,
+        steps=train.steps,
     )
     rows, trunk, rollouts, states = train.batch_size, 3, 0, ()
     batch, wording = run.batch(rows), "next-token"
     if objective == "refine":
-        wording, rollouts = "ReFINE", 4
+        wording = "ReFINE"
+    if objective == "refine" and config.estimator == "rollouts":
+        rollouts = 4
         collects = config.rollouts == "batch"
         trunk += collects
         parts = rows // at_once

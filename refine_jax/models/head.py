@@ -5,8 +5,11 @@ Logits are [tokens, V] only for one block of tokens at a time; the op is `kernel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from refine_jax.kernels import cross_entropy
 from refine_jax.kernels.cross_entropy import (
@@ -18,7 +21,15 @@ from refine_jax.kernels.cross_entropy import (
 )
 from refine_jax.parallel import axis_size, over_shards
 
-__all__ = ["TokenStats", "entropy", "log_prob", "logits", "next_token_loss", "token_log_probs"]
+__all__ = [
+    "TokenStats",
+    "entropy",
+    "log_prob",
+    "logits",
+    "next_token_loss",
+    "reweighted_loss",
+    "token_log_probs",
+]
 
 
 def next_token_loss(
@@ -30,18 +41,57 @@ def next_token_loss(
     implementation: str | None = None,
 ) -> tuple[jax.Array, TokenStats]:
     """`next_token_loss` of the kernels, each device on its rows, tokens and words."""
-    shared = axis_size("tensor") > 1 and head.shape[0] % axis_size("tensor") == 0
-    tokens = ("batch", "tokens" if targets.shape[1] % axis_size("sequence") == 0 else None)
 
-    def loss(hidden, head, targets, weights):
-        axis_name = "tensor" if shared else None
-        total, stats = cross_entropy.next_token_loss(
-            hidden, head, targets, weights, axis_name=axis_name, implementation=implementation
+    def loss(*arrays, **options):
+        return cross_entropy.next_token_loss(*arrays, implementation=implementation, **options)
+
+    return _over_devices(loss, hidden, head, targets, weights)
+
+
+def reweighted_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    scales: jax.Array,
+    weigh: Callable[[jax.Array, jax.Array], jax.Array],
+    reach: int,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, TokenStats]:
+    """`reweighted_loss` of the kernels, each device on its rows, tokens and words."""
+    if _shares_tokens(targets):
+        # What is near a token may be on another device: the losses of all come first.
+        options = {"implementation": implementation}
+        stats = lax.stop_gradient(next_token_loss(hidden, head, targets, weights, **options)[1])
+        token_weights = scales[0] * weights + scales[1] * weigh(stats.nll, weights)
+        loss, _ = next_token_loss(hidden, head, targets, token_weights, **options)
+        return loss, stats
+
+    def loss(*arrays, **options):
+        return cross_entropy.reweighted_loss(
+            *arrays, scales, weigh, reach, implementation=implementation, **options
         )
+
+    return _over_devices(loss, hidden, head, targets, weights)
+
+
+def _shares_tokens(targets: jax.Array) -> bool:
+    """Whether devices of the axis `sequence` share the tokens of rows [B, T]."""
+    return axis_size("sequence") > 1 and targets.shape[1] % axis_size("sequence") == 0
+
+
+def _over_devices(loss: Callable, hidden, head, targets, weights):
+    """A loss, summed over all devices, and its statistics [B, T]."""
+    shared = axis_size("tensor") > 1 and head.shape[0] % axis_size("tensor") == 0
+    tokens = ("batch", "tokens" if _shares_tokens(targets) else None)
+
+    def of_device(*arrays):
+        total, stats = loss(*arrays, axis_name="tensor" if shared else None)
         return total[None, None], stats
 
-    loss = over_shards(
-        loss, (tokens, ("vocab" if shared else None,), tokens, tokens), (tokens, tokens)
+    of_device = over_shards(
+        of_device, (tokens, ("vocab" if shared else None,), tokens, tokens), (tokens, tokens)
     )
-    totals, stats = loss(hidden, head, targets, weights)
+    totals, stats = of_device(hidden, head, targets, weights)
     return jnp.sum(totals), stats

@@ -111,6 +111,7 @@ class _Loop(Loop):
                 dataclasses.replace(refine, objective=objective),
                 mini_batch=train.mini_batch,
                 micro_batch=rows_at_once(parts.config),
+                steps=train.steps,
                 time_rollouts=train.time_rollouts,
                 **rows,
             )

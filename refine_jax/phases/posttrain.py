@@ -151,6 +151,7 @@ class _Loop(Loop):
             mini_batch=train.mini_batch,
             micro_batch=rows_at_once(config),
             eos_id=tokenizer.end_ids,
+            steps=train.steps,
             time_rollouts=train.time_rollouts,
         )
         method = AnswerMethod(

@@ -71,6 +71,8 @@ def has_rollouts(tokens: int, config: RefineConfig) -> bool:
 
     Between this and `config.tokens_needed` they fit, but overlap.
     """
+    if config.selection == "all":
+        return config.objective == "refine" and tokens > config.rollout_length
     margin = max(config.edge_margin, config.rollout_length)
     return config.objective == "refine" and tokens >= max(config.num_positions, margin + 1)
 
@@ -95,13 +97,19 @@ def prompt_key(key: jax.Array, name: str) -> jax.Array:
 
 
 def update_copies(
-    objective: Objective, optimizer: optax.GradientTransformation, states: TrainState, batch: Batch
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    states: TrainState,
+    batch: Batch,
+    *,
+    steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
 
     Pure. Returns states and metrics with leaves [n, ...].
     """
-    return jax.vmap(functools.partial(update_rows, objective, optimizer))(states, batch)
+    update = functools.partial(update_rows, objective, optimizer, steps=steps)
+    return jax.vmap(update)(states, batch)
 
 
 class Adapter:
@@ -143,7 +151,9 @@ class Adapter:
         self._fresh = jax.jit(fresh if self.copies == 1 else jax.vmap(fresh, (None, 0)))
         objective = Objective(model, config, eos_id=eos_id, max_documents=1)
         update = update_rows if self.copies == 1 else update_copies
-        self._update = jax.jit(functools.partial(update, objective, optimizer), donate_argnums=0)
+        self._update = jax.jit(
+            functools.partial(update, objective, optimizer, steps=options.steps), donate_argnums=0
+        )
         self._train_step = make_train_step(
             model,
             optimizer,
@@ -151,6 +161,7 @@ class Adapter:
             mini_batch=options.mini_batch_size,
             micro_batch=options.micro_batch,
             eos_id=eos_id,
+            steps=options.steps,
         )
 
     @property
@@ -200,7 +211,8 @@ class Adapter:
     def _cost(self, tokens: int, seconds: float, skipped: int, compiled: bool, loss: float) -> Cost:
         config = self._config
         steps = self._options.steps if tokens > 1 else 0
-        rollouts = config.num_positions * config.rollouts_per_position
+        sampled = config.estimator == "rollouts"
+        rollouts = config.num_positions * config.rollouts_per_position * sampled
         rollout_tokens = rollouts * config.rollout_length * has_rollouts(tokens, config)
         return Cost(seconds, steps, steps * tokens, steps * rollout_tokens, skipped, compiled, loss)
 

@@ -30,14 +30,8 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, policy_loss
-from refine_jax.refine.objective import (
-    Batch,
-    Metrics,
-    fork_rollouts,
-    head_implementation,
-    sample_rollouts,
-    score_rollouts,
-)
+from refine_jax.refine.objective import Batch, Metrics, head_implementation
+from refine_jax.refine.rollout import fork_rollouts, sample_rollouts, score_rollouts
 from refine_jax.refine.step import (
     TrainState,
     accumulate,

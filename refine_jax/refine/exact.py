@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from refine_jax.parallel import take_tokens
 
@@ -67,6 +68,24 @@ def expected_match(probabilities: jax.Array, reward: str) -> jax.Array:
     if reward not in MATCH_REWARDS:
         raise ValueError(f"exact rewards are {MATCH_REWARDS}. Got: {reward!r}.")
     return probabilities[..., -1] if reward == "whole" else jnp.mean(probabilities, axis=-1)
+
+
+def match_weights(
+    nll: jax.Array, weights: jax.Array, *, rollout_length: int, reward: str
+) -> jax.Array:
+    """What the sum of the expected rewards adds to the weight of each token: [B, T] float32.
+
+    The sum over the windows that count and hold the token of P_k (`whole`), or of the mean of those
+    of P_1 .. P_k whose tokens hold it (`prefix`); constants for the gradient.
+
+    nll: [B, T], nats, of the true token t + 1. weights: as `match_probabilities` takes them.
+    """
+
+    def total(log_probs):
+        probabilities, counted = match_probabilities(log_probs, weights, rollout_length)
+        return jnp.sum(jnp.where(counted, expected_match(probabilities, reward), 0.0))
+
+    return lax.stop_gradient(jax.grad(total)(-nll))
 
 
 def match_count(counted: jax.Array) -> jax.Array:

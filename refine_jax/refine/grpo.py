@@ -360,14 +360,21 @@ def expected_reward_loss(
     return loss - aggregate(rewards, mask, aggregation, mini_batch_mask), metrics
 
 
-def policy_weight(config: RefineConfig, step: jax.Array | int, steps: int) -> jax.Array:
+def policy_weight(
+    config: RefineConfig, step: jax.Array | int, steps: int | None
+) -> jax.Array | float:
     """Weight of the policy loss, or of the expected reward, in a training step: scalar float32.
 
-    step: from 0, of `steps` training steps in all; may be traced.
+    step: from 0, of `steps` training steps in all; may be traced. steps may be None where the
+        weight stays as it is, else ValueError.
 
     `lambda_rl` times 1 (`lambda_rl_schedule` constant), 1 - x (linear) or (1 + cos(pi x)) / 2
     (cosine), with x = step / (lambda_rl_until * steps); 0 from x = 1 on.
     """
+    if config.lambda_rl_schedule == "constant" and config.lambda_rl_until == 1:
+        return jnp.float32(config.lambda_rl)
+    if steps is None:
+        raise ValueError("The schedule of lambda_rl needs the number of steps. Got: steps=None.")
     # Rounded first: 0.7 * 10 is a little more than 7 in floating point.
     end = math.ceil(round(config.lambda_rl_until * steps, 6))
     x = jnp.minimum(jnp.asarray(step, jnp.float32) / (config.lambda_rl_until * steps), 1.0)

@@ -1,5 +1,8 @@
 """The method on some rows: one forward pass, select, roll out, reward, advantage, gradient.
 
+With `refine.estimator` "exact" nothing is rolled out: the expected reward is a function of the true
+tokens' probabilities (`exact.py`).
+
 Pure functions of parameters and rows; `step.py` makes training steps of them. Rows come as
 {"tokens": [B, T] int32, "segments": [B, T] int32}; segment 0 is padding, each other number a
 document. Without "segments" every row is one document that fills it.
@@ -19,20 +22,38 @@ import jax.numpy as jnp
 from jax import lax
 
 from refine_jax.config import RefineConfig
-from refine_jax.generation.sampling import as_ends
-from refine_jax.models.head import TokenStats, logits, next_token_loss, token_log_probs
+from refine_jax.models.head import (
+    TokenStats,
+    logits,
+    next_token_loss,
+    reweighted_loss,
+    token_log_probs,
+)
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params, State, Trace
 from refine_jax.parallel import constrain, over_shards, take_tokens
-from refine_jax.refine.grpo import aggregate, group_advantages, kl_penalty, policy_loss
-from refine_jax.refine.rewards import rollout_rewards
+from refine_jax.refine.exact import (
+    expected_match,
+    expected_match_loss,
+    match_count,
+    match_probabilities,
+    match_weights,
+)
+from refine_jax.refine.grpo import (
+    aggregate,
+    expected_reward_loss,
+    gradient_energy,
+    kl_penalty,
+    policy_loss,
+    sum_squared_probs,
+    token_advantages,
+)
+from refine_jax.refine.rewards import EXPECTED, token_rewards
+from refine_jax.refine.rollout import Scores, fork_rollouts, sample_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots, select_positions, selectable
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-# Longest rollouts of which every step reads all tokens so far once more.
-_READ_AGAIN = 16
 
 
 class Reading(NamedTuple):
@@ -46,14 +67,6 @@ class Reading(NamedTuple):
     weights: jax.Array  # [B, T] float32, 1 where the next token is predicted
 
 
-class Scores(NamedTuple):
-    """What the policy makes of given rollouts."""
-
-    log_probs: jax.Array  # [B, R, k] float32, nats
-    entropies: jax.Array  # [B, R, k] float32, nats, of the distributions that predict the tokens
-    hidden: jax.Array  # [B, R, k, D], final-norm states after reading each rollout token
-
-
 class Experience(NamedTuple):
     """Rollouts with their rewards; constants for the gradient."""
 
@@ -61,19 +74,21 @@ class Experience(NamedTuple):
     valid: jax.Array  # [B, R] bool, whether there is a truth to compare with
     tokens: jax.Array  # [B, R, k] int32
     rewards: jax.Array  # [B, R]
-    advantages: jax.Array  # [B, R]
+    advantages: jax.Array  # [B, R, k], or [B, R, 1] where all tokens of a rollout have one
     old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
     ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
 
 
 class MiniBatch(NamedTuple):
-    """What the losses of a mini-batch's M rows are means over."""
+    """What the losses of a mini-batch's M rows are means over, and the weight of the policy's.
+
+    The latter is that of the expected reward where nothing is rolled out.
+    """
 
     token_count: jax.Array  # scalar float32, predicted tokens, at least 1
-    valid: jax.Array | None  # [M, R] bool, of the rollouts; None where there are none
-
-
-# Rows
+    policy_weight: jax.Array | float = 0.0  # scalar
+    valid: jax.Array | None = None  # [M, R] bool, of the rollouts; None where none are chosen
+    windows: jax.Array | None = None  # scalar float32, of which the exact estimator takes the mean
 
 
 def layout_of(batch: Batch, max_documents: int) -> Layout | None:
@@ -128,129 +143,6 @@ def read_rows(
     return Reading(hidden, trace, layout, nll_sum, stats, weights)
 
 
-# Rollouts
-
-
-def fork_rollouts(
-    model: Model,
-    params: Params,
-    hidden: jax.Array,
-    trace: Trace,
-    starts: jax.Array,
-    rollout_length: int,
-) -> tuple[jax.Array, State]:
-    """Where rollouts of k tokens begin: the hidden state [B, R, D] that predicts the first token at
-    every start, and the decode state there.
-
-    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token.
-    """
-    state = model.fork(params, trace, starts, horizon=rollout_length)
-    return take_tokens(hidden, starts - 1), state
-
-
-def sample_rollouts(
-    model: Model,
-    params: Params,
-    last_hidden: jax.Array,
-    state: State,
-    keys: jax.Array,
-    *,
-    rollout_length: int,
-    temperature: float = 1.0,
-    forbidden_token: int | Sequence[int] | None = None,
-) -> jax.Array:
-    """Sample k tokens from the policy at every fork.
-
-    last_hidden [B, R, D], state: as `fork_rollouts` gives them. keys: [B] random keys, one a row.
-    temperature: 0 takes the likeliest token. forbidden_token: one or several that are never
-    sampled (the published code forbids the end of sequence, so that all rollouts have k tokens).
-
-    Returns tokens [B, R, k] int32.
-    """
-    head = model.head(params)
-    forks = jnp.arange(last_hidden.shape[1])
-    fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
-
-    def sample(last_hidden, index):
-        z = constrain(logits(last_hidden, head), "batch")
-        for token in as_ends(forbidden_token):
-            z = z.at[..., token].set(-jnp.inf)
-        if temperature == 0:
-            return jnp.argmax(z, axis=-1).astype(jnp.int32)
-        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(fork_keys)
-        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, z / temperature).astype(
-            jnp.int32
-        )
-
-    if _reads_again(model, rollout_length):
-        return _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
-
-    def step(carry, index):
-        last_hidden, state = carry
-        tokens = sample(last_hidden, index)
-        new_hidden, state = model.extend(params, tokens[..., None], state)
-        return (new_hidden[:, :, 0], state), tokens
-
-    carry = last_hidden, state
-    (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
-    final = sample(last_hidden, rollout_length - 1)
-    return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
-
-
-def _reads_again(model: Model, rollout_length: int) -> bool:
-    """Whether states stay as they are while tokens are sampled: neither written nor copied.
-
-    An accelerator waits for states and parameters to be read, for one token or for some; a CPU
-    computes.
-    """
-    in_place = jax.default_backend() == "cpu" or not model.writes_much
-    return not in_place and rollout_length <= _READ_AGAIN
-
-
-def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length):
-    """Each step continues the fork by all tokens of a rollout; of those to come nothing is used."""
-
-    def step(carry, index):
-        last_hidden, tokens = carry
-        tokens = tokens.at[:, :, index].set(sample(last_hidden, index))
-        hidden, _ = model.extend(params, tokens[:, :, :-1], state)
-        return (lax.dynamic_index_in_dim(hidden, index, axis=2, keepdims=False), tokens), None
-
-    tokens = jnp.zeros((*last_hidden.shape[:2], rollout_length), jnp.int32)
-    carry = last_hidden, tokens
-    (last_hidden, tokens), _ = lax.scan(step, carry, jnp.arange(rollout_length - 1))
-    return tokens.at[:, :, -1].set(sample(last_hidden, rollout_length - 1))
-
-
-def scores_of(
-    model: Model, params: Params, last_hidden: jax.Array, hidden: jax.Array, tokens: jax.Array
-) -> Scores:
-    """Scores of rollouts `tokens` [B, R, k], given the hidden states before them [B, R, D] and of
-    their tokens [B, R, k, D].
-    """
-    predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
-    log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
-    return Scores(log_probs, entropies, hidden)
-
-
-def score_rollouts(
-    model: Model,
-    params: Params,
-    hidden: jax.Array,
-    trace: Trace,
-    starts: jax.Array,
-    tokens: jax.Array,
-) -> Scores:
-    """Scores of rollouts `tokens` [B, R, k] from `starts` [B, R].
-
-    Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
-    pass, the gradient is that of running every prefix with its rollout on its own.
-    """
-    fork_hidden = model.forward_forks(params, trace, starts, tokens)
-    return scores_of(model, params, take_tokens(hidden, starts - 1), fork_hidden, tokens)
-
-
 class Objective:
     """The losses of one configuration, and their gradients, as pure functions of parameters and
     rows.
@@ -275,15 +167,28 @@ class Objective:
     @property
     def rolls_out(self) -> bool:
         """Whether the loss is one of rollouts, besides that of the next tokens."""
-        return self.config.objective == "refine"
+        return self.config.objective == "refine" and self.config.estimator == "rollouts"
 
-    def mini_batch(self, batch: Batch) -> MiniBatch:
-        """What the losses of a mini-batch are means over: known before any forward pass."""
+    @property
+    def chooses(self) -> bool:
+        """Whether positions are chosen; else there are none, or every position counts."""
+        return self.config.objective == "refine" and self.config.selection != "all"
+
+    def mini_batch(self, batch: Batch, policy_weight: jax.Array | float | None = None) -> MiniBatch:
+        """What the losses of a mini-batch are means over: known before any forward pass.
+
+        policy_weight: None: `config.lambda_rl`.
+        """
         config, tokens = self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)
-        token_count = jnp.maximum(jnp.sum(target_weights(tokens, layout)), 1.0)
-        if not self.rolls_out:
-            return MiniBatch(token_count, None)
+        weights = target_weights(tokens, layout)
+        token_count = jnp.maximum(jnp.sum(weights), 1.0)
+        if config.objective == "ntp":
+            return MiniBatch(token_count)
+        policy_weight = config.lambda_rl if policy_weight is None else policy_weight
+        if not self.chooses:
+            _, counted = match_probabilities(weights, weights, config.rollout_length)
+            return MiniBatch(token_count, policy_weight, windows=match_count(counted))
         valid = selectable(
             jnp.ones(tokens.shape, bool) if layout is None else layout.mask,
             num_positions=config.num_positions,
@@ -291,7 +196,13 @@ class Objective:
             edge_margin=config.edge_margin,
             document=None if layout is None else layout.document,
         )[1]
-        return MiniBatch(token_count, jnp.repeat(valid, config.rollouts_per_position, axis=1))
+        valid = jnp.repeat(valid, self._repeats, axis=1)
+        return MiniBatch(token_count, policy_weight, valid, match_count(valid))
+
+    @property
+    def _repeats(self) -> int:
+        """Rollouts from each chosen position; the exact estimator needs one."""
+        return self.config.rollouts_per_position if self.rolls_out else 1
 
     def gradient(
         self,
@@ -305,11 +216,16 @@ class Objective:
     ) -> tuple[Params, Metrics]:
         """Gradient and metrics of a micro-batch: its share of the mini-batch's, which add up.
 
-        whole: of the mini-batch. experience: rollouts of these rows; None: roll out in the very
-        forward pass that the gradient goes back through, with `keys` [B].
+        whole: of the mini-batch. keys: [B], of the rows, where positions are chosen here.
+        experience: rollouts of these rows; None: roll out in the very forward pass that the
+        gradient goes back through.
         """
-        if not self.rolls_out:
-            return jax.grad(self._next_token_loss, has_aux=True)(params, batch, whole)
+        if self.rolls_out:
+            return self._rollout_gradient(params, batch, whole, keys, experience, reference_params)
+        loss = self._next_token_loss if self.config.objective == "ntp" else self._exact_loss
+        return jax.grad(loss, has_aux=True)(params, batch, whole, keys)
+
+    def _rollout_gradient(self, params, batch, whole, keys, experience, reference_params):
         model, config, tokens = self.model, self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)
         if experience is None:
@@ -321,55 +237,90 @@ class Objective:
                 lambda p: model.forward_with_forks(p, tokens, layout, starts, rollouts), params
             )
 
-        def next_tokens(head, hidden):
-            return read_hidden(model, head, batch, layout, hidden)
-
         head = model.head_params(params)
         nll_sum, pull_next_tokens, (stats, weights) = jax.vjp(
-            next_tokens, head, hidden, has_aux=True
+            lambda head, hidden: read_hidden(model, head, batch, layout, hidden),
+            head,
+            hidden,
+            has_aux=True,
         )
         if experience is None:
             reading = Reading(hidden, rows.trace, layout, nll_sum, stats, weights)
             experience, fork_hidden, fork_inputs = self.roll_out(
                 params, reading, batch, keys, reference_params
             )
+            starts, rollouts = experience.starts, experience.tokens
 
             def pull_layers(cotangents):
-                return (
-                    model.backward(
-                        params,
-                        rows,
-                        experience.starts,
-                        experience.tokens,
-                        fork_inputs,
-                        cotangents,
-                    ),
-                )
+                return (model.backward(params, rows, starts, rollouts, fork_inputs, cotangents),)
 
-        last_hidden, pull_last = jax.vjp(lambda x: take_tokens(x, experience.starts - 1), hidden)
+        true_tokens, _ = self.truth(batch, hidden, starts)
 
         def policy(head, last_hidden, fork_hidden):
-            scores = scores_of(model, head, last_hidden, fork_hidden, experience.tokens)
+            scores = self.scores(head, last_hidden, fork_hidden, rollouts, true_tokens)
             return self._policy_loss(experience, scores, whole)
 
+        last_hidden, pull_last = jax.vjp(lambda x: take_tokens(x, starts - 1), hidden)
         policy_loss, pull_policy, metrics = jax.vjp(
             policy, head, last_hidden, fork_hidden, has_aux=True
         )
-        lambda_sft = jnp.float32(config.lambda_sft)
-        head_gradient, of_hidden = pull_next_tokens(lambda_sft / whole.token_count)
-        from_policy, of_last, of_forks = pull_policy(jnp.float32(config.lambda_rl))
-        (more,) = pull_last(of_last)
-        (gradient,) = pull_layers((of_hidden + more, of_forks))
-        for part in (head_gradient, from_policy):
-            ((name, values),) = part.items()
-            if name in gradient:
-                values = jax.tree.map(jnp.add, gradient[name], values)
-            gradient = gradient | {name: values}
+        from_tokens, of_hidden = pull_next_tokens(config.lambda_sft / whole.token_count)
+        policy_weight = jnp.asarray(whole.policy_weight, jnp.float32)
+        from_policy, of_last, of_forks = pull_policy(policy_weight)
+        (gradient,) = pull_layers((of_hidden + pull_last(of_last)[0], of_forks))
+        gradient = _add_parts(gradient, _add_parts(from_tokens, from_policy))
         ntp, ntp_metrics = self._next_token_metrics(nll_sum, stats, weights, whole)
-        total = config.lambda_sft * ntp + config.lambda_rl * policy_loss
+        total = config.lambda_sft * ntp + policy_weight * policy_loss
         return gradient, ntp_metrics | metrics | {"loss/total": total}
 
-    def _next_token_loss(self, params, batch, whole):
+    def _exact_loss(self, params, batch, whole, keys):
+        """Next-token loss and minus the expected reward; the gradient of the returned number is
+        theirs.
+        """
+        model, config = self.model, self.config
+        layout = layout_of(batch, self.max_documents)
+        hidden, _ = model.forward(params, batch["tokens"], layout)
+        if self.chooses:
+            nll_sum, (stats, weights) = read_hidden(model, params, batch, layout, hidden)
+            reading = Reading(hidden, None, layout, nll_sum, stats, weights)
+            starts, valid = self.select(lax.stop_gradient(reading), keys)
+            slots = rollout_slots(starts, config.rollout_length)
+            log_probs, _ = token_log_probs(
+                take_tokens(hidden, slots - 1),
+                model.head(params),
+                take_tokens(batch["tokens"], slots),
+            )
+            probabilities = jnp.exp(jnp.cumsum(log_probs, axis=-1))
+            expected = expected_match(probabilities, config.reward)
+            loss = -jnp.sum(jnp.where(valid, expected, 0.0)) / whole.windows
+            total = config.lambda_sft * nll_sum / whole.token_count + whole.policy_weight * loss
+        else:
+            weights = target_weights(batch["tokens"], layout)
+            k, reward = config.rollout_length, config.reward
+            total, stats = reweighted_loss(
+                hidden,
+                model.head(params),
+                jnp.roll(batch["tokens"], -1, axis=1),
+                weights,
+                jnp.stack(
+                    [config.lambda_sft / whole.token_count, whole.policy_weight / whole.windows]
+                ),
+                functools.partial(match_weights, rollout_length=k, reward=reward),
+                max(k - 1, 1),
+                implementation=head_implementation(model),
+            )
+            nll_sum = jnp.sum(stats.nll * weights)
+            probabilities, counted = match_probabilities(-stats.nll, weights, k)
+            loss = expected_match_loss(
+                probabilities, counted, reward=reward, denominator=whole.windows
+            )
+        ntp, metrics = self._next_token_metrics(nll_sum, stats, weights, whole)
+        metrics |= {"loss/policy": loss, "policy/expected_match": -loss}
+        metrics["loss/total"] = config.lambda_sft * ntp + whole.policy_weight * loss
+        return total, metrics
+
+    def _next_token_loss(self, params, batch, whole, keys):
+        del keys
         reading = read_rows(
             self.model, params, batch, with_trace=False, max_documents=self.max_documents
         )
@@ -390,10 +341,18 @@ class Objective:
         """Policy loss and KL term of a micro-batch's rollouts, as their share of the mini-batch."""
         config, k = self.config, self.config.rollout_length
         mask, whole_mask = (_token_mask(valid, k) for valid in (experience.valid, whole.valid))
-        policy, policy_metrics = policy_loss(
-            scores.log_probs.reshape(-1, k),
-            experience.old_log_probs.reshape(-1, k),
-            experience.advantages.reshape(-1, 1),
+
+        def tokens(x):  # [B, R, k] -> [B R, k]
+            return jnp.broadcast_to(x, experience.tokens.shape).reshape(-1, k)
+
+        arrays = [tokens(scores.log_probs), tokens(experience.old_log_probs)]
+        loss_of = policy_loss
+        if config.reward == EXPECTED:
+            loss_of = expected_reward_loss
+            arrays.append(tokens(scores.true_log_probs))
+        loss, metrics = loss_of(
+            *arrays,
+            tokens(experience.advantages),
             mask,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
@@ -401,19 +360,16 @@ class Objective:
             aggregation=config.loss_aggregation,
             mini_batch_mask=whole_mask,
         )
-        metrics = {f"policy/{name}": value for name, value in policy_metrics.items()}
-        entropies = scores.entropies.reshape(-1, k)
-        metrics["policy/entropy"] = aggregate(entropies, mask, "token-mean", whole_mask)
-        metrics["loss/policy"] = policy
+        metrics = {f"policy/{name}": value for name, value in metrics.items()}
+        metrics["policy/entropy"] = aggregate(
+            tokens(scores.entropies), mask, "token-mean", whole_mask
+        )
+        metrics["loss/policy"] = loss
         if config.kl_coef > 0:
-            penalty = kl_penalty(
-                scores.log_probs.reshape(-1, k),
-                experience.ref_log_probs.reshape(-1, k),
-                config.kl_type,
-            )
+            penalty = kl_penalty(arrays[0], tokens(experience.ref_log_probs), config.kl_type)
             metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole_mask)
-            policy += config.kl_coef * metrics["loss/kl"]
-        return policy, metrics | _reward_shares(experience, mask, whole_mask)
+            loss += config.kl_coef * metrics["loss/kl"]
+        return loss, metrics | _reward_shares(experience, mask, whole_mask)
 
     # Selection, sampling, rewards: nothing here is differentiated
 
@@ -423,15 +379,18 @@ class Objective:
             self.model, params, batch, with_trace=True, max_documents=self.max_documents
         )
 
-    def fork(
-        self, params: Params, reading: Reading, keys: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, State]:
-        """Select positions of rows, with their keys [B], and fork there.
-
-        Returns starts and valid [B, R] of the rollouts, the hidden states [B, R, D] that predict
-        their first tokens, and decode states with leaves [L, B, R, ...].
-        """
+    def select(self, reading: Reading, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Positions of rows, with their keys [B]: starts and valid [B, R] of the rollouts."""
         config, layout = self.config, reading.layout
+        match = {}
+        if config.selection == "variance":
+            probabilities, counted = match_probabilities(
+                -reading.stats.nll, reading.weights, config.rollout_length
+            )
+            match = {
+                "probabilities": constrain(probabilities[..., -1], "batch"),
+                "counted": constrain(counted, "batch"),
+            }
         selection = select_positions(
             jax.vmap(jax.random.split)(keys)[:, 0],
             constrain(reading.stats.entropy, "batch"),
@@ -442,11 +401,27 @@ class Objective:
             temperature=config.selection_temperature,
             edge_margin=config.edge_margin,
             document=None if layout is None else layout.document,
+            **match,
         )
-        repeat = functools.partial(jnp.repeat, repeats=config.rollouts_per_position, axis=1)
-        starts, valid = repeat(selection.starts), repeat(selection.valid)
+        repeat = functools.partial(jnp.repeat, repeats=self._repeats, axis=1)
+        return repeat(selection.starts), repeat(selection.valid)
+
+    def fork(
+        self, params: Params, reading: Reading, keys: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, State]:
+        """Select positions of rows, with their keys [B], and fork there.
+
+        Returns starts and valid [B, R] of the rollouts, the hidden states [B, R, D] that predict
+        their first tokens, and decode states with leaves [L, B, R, ...].
+        """
+        starts, valid = self.select(reading, keys)
         last_hidden, state = fork_rollouts(
-            self.model, params, reading.hidden, reading.trace, starts, config.rollout_length
+            self.model,
+            params,
+            reading.hidden,
+            reading.trace,
+            starts,
+            self.config.rollout_length,
         )
         return starts, valid, last_hidden, state
 
@@ -463,12 +438,24 @@ class Objective:
             forbidden_token=self.eos_id if self.config.forbid_eos else None,
         )
 
-    def score(
-        self, params: Params, tokens: jax.Array, last_hidden: jax.Array, state: State
-    ) -> tuple[Scores, jax.Array]:
-        """Scores of rollouts [B, R, k], and what `Model.backward` takes of their pass."""
-        hidden, inputs = self.model.run_forks(params, tokens, state)
-        return scores_of(self.model, params, last_hidden, hidden, tokens), inputs
+    def scores(
+        self, params: Params, last_hidden, hidden, tokens: jax.Array, true_tokens: jax.Array
+    ) -> Scores:
+        """`scores_of`, with all that the configuration asks for; differentiable.
+
+        true_tokens: [B, R, k] int32.
+        """
+        model, config = self.model, self.config
+        scores = scores_of(model, params, last_hidden, hidden, tokens)
+        predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+        if config.reward == EXPECTED:
+            of_truth, _ = token_log_probs(predictors, model.head(params), true_tokens)
+            scores = scores._replace(true_log_probs=of_truth)
+        if config.baseline == "optimal_token":
+            squares = sum_squared_probs(logits(predictors, model.head(params)))
+            energy = gradient_energy(scores.log_probs, squares)
+            scores = scores._replace(energy=lax.stop_gradient(energy))
+        return scores
 
     def judge(
         self,
@@ -484,17 +471,41 @@ class Objective:
         """
         config = self.config
         true_tokens, true_hidden = truth
-        rewards = rollout_rewards(config.reward, scores.hidden, true_hidden, tokens, true_tokens)
+        rewards = token_rewards(
+            config.reward,
+            scores.hidden,
+            true_hidden,
+            tokens,
+            true_tokens,
+            true_log_probs=scores.true_log_probs,
+        )
         group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
+        compare = functools.partial(
+            token_advantages,
+            credit=config.credit,
+            baseline=config.baseline,
+            grouping=config.grouping,
+            normalize_std=config.normalize_std,
+            own_reward=config.reward != EXPECTED,
+        )
+        energy = scores.energy
         advantages = over_shards(
-            functools.partial(
-                group_advantages, grouping=config.grouping, normalize_std=config.normalize_std
-            ),
-            (("batch",), ("batch",)),
+            lambda rewards, valid, energy: compare(rewards, valid, energy=energy),
+            (("batch",),) * 3,
             ("batch",),
-        )(rewards.reshape(group), valid.reshape(group)).reshape(starts.shape)
+        )(
+            rewards.reshape(*group, -1),
+            valid.reshape(group),
+            None if energy is None else energy.reshape(*group, -1),
+        ).reshape(rewards.shape)
         return Experience(
-            starts, valid, tokens, rewards, advantages, scores.log_probs, ref_log_probs
+            starts,
+            valid,
+            tokens,
+            jnp.mean(rewards, axis=-1),
+            advantages,
+            scores.log_probs,
+            ref_log_probs,
         )
 
     def truth(self, batch: Batch, hidden: jax.Array, starts: jax.Array):
@@ -530,10 +541,19 @@ class Objective:
         """
         starts, valid, last_hidden, state = self.fork(params, reading, keys)
         tokens = self.sample(params, last_hidden, state, keys)
-        scores, inputs = self.score(params, tokens, last_hidden, state)
+        hidden, inputs = self.model.run_forks(params, tokens, state)
         truth = self.truth(batch, reading.hidden, starts)
+        scores = self.scores(params, last_hidden, hidden, tokens, truth[0])
         reference = self.reference_log_probs(reference_params, batch, starts, tokens)
-        return self.judge(starts, valid, tokens, scores, truth, reference), scores.hidden, inputs
+        return self.judge(starts, valid, tokens, scores, truth, reference), hidden, inputs
+
+
+def _add_parts(gradient: Params, more: Params) -> Params:
+    """The sum of two gradients, each with respect to some of the parameters' parts."""
+    return gradient | {
+        name: jax.tree.map(jnp.add, gradient[name], values) if name in gradient else values
+        for name, values in more.items()
+    }
 
 
 def _token_mask(valid: jax.Array, rollout_length: int) -> jax.Array:
@@ -545,7 +565,8 @@ def _reward_shares(experience: Experience, mask: jax.Array, whole: jax.Array) ->
     """First and second moments of rewards and advantages, which add up over micro-batches."""
 
     def mean(x):
-        return aggregate(jnp.broadcast_to(x.reshape(-1, 1), mask.shape), mask, "token-mean", whole)
+        x = jnp.broadcast_to(x.reshape(len(mask), -1), mask.shape)
+        return aggregate(x, mask, "token-mean", whole)
 
     return {
         "reward/mean": mean(experience.rewards),

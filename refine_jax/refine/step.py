@@ -24,6 +24,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state
+from refine_jax.refine.grpo import policy_weight
 from refine_jax.refine.objective import Batch, Experience, Metrics, Objective
 
 
@@ -170,12 +171,15 @@ def _update(
     parts: int,
     state: TrainState,
     inputs: tuple[Batch, jax.Array, Experience | None],
+    *,
+    steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """The update of one mini-batch, over `parts` micro-batches.
 
-    inputs: rows, their keys [M], and their rollouts; None: they roll out here.
+    inputs: rows, their keys [M], and their rollouts; None: they roll out here. steps: of the run.
     """
-    whole = objective.mini_batch(inputs[0])
+    weight = policy_weight(objective.config, state.step, steps)
+    whole = objective.mini_batch(inputs[0], weight)
 
     def gradient(params, rows):
         batch, keys, experience = rows
@@ -194,14 +198,20 @@ def _update(
 
 
 def update_rows(
-    objective: Objective, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    *,
+    steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step on rows that are a single mini-batch and micro-batch.
 
-    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller.
+    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller. steps: see
+    `make_train_step`.
     """
     keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
-    state, metrics = _update(objective, optimizer, 1, state, (batch, keys, None))
+    state, metrics = _update(objective, optimizer, 1, state, (batch, keys, None), steps=steps)
     return dataclasses.replace(state, step=state.step + 1), metrics
 
 
@@ -230,7 +240,8 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
         starts, valid, last_hidden, forks, truth = forked
         forks = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks)
         tokens = objective.sample(params, last_hidden, forks, keys)
-        scores, _ = objective.score(params, tokens, last_hidden, forks)
+        hidden, _ = objective.model.run_forks(params, tokens, forks)
+        scores = objective.scores(params, last_hidden, hidden, tokens, truth[0])
 
         def reference(inputs):
             return objective.reference_log_probs(state.reference_params, *inputs)
@@ -303,6 +314,7 @@ def make_train_step(
     micro_batch: int,
     eos_id: int | Sequence[int] | None = None,
     max_documents: int = 1,
+    steps: int | None = None,
     time_rollouts: bool = False,
 ) -> TrainStep:
     """The training step of a configuration, one compiled program.
@@ -310,7 +322,8 @@ def make_train_step(
     mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
     and backward pass; divides mini_batch, else ValueError. eos_id: the token, or tokens, that
     rollouts never sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
-    time_rollouts: with `config.rollouts` "batch", collect them in a program of their own, so that
+    steps: training steps of the run, needed where `lambda_rl` follows a schedule. time_rollouts:
+    with `config.rollouts` "batch", collect them in a program of their own, so that
     its time is known.
     """
     if mini_batch % micro_batch:
@@ -318,7 +331,8 @@ def make_train_step(
     objective = Objective(model, config, eos_id=eos_id, max_documents=max_documents)
     collects = objective.rolls_out and config.rollouts == "batch"
     roll_out = functools.partial(collect, objective, micro_batch=micro_batch)
-    update = functools.partial(_update, objective, optimizer, mini_batch // micro_batch)
+    parts = mini_batch // micro_batch
+    update = functools.partial(_update, objective, optimizer, parts, steps=steps)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state: TrainState, batch: Batch, experience: Experience | None = None):
@@ -349,7 +363,8 @@ def make_eval_step(
     rewards [B, R], tokens [B, R, k] of the rollouts and truth [B, R, k]. One program gives both, as
     compiling it takes far longer than copying them.
     """
-    config = dataclasses.replace(config, objective="refine", kl_coef=0.0)
+    changes = {"objective": "refine", "estimator": "rollouts", "kl_coef": 0.0}
+    config = dataclasses.replace(config, **changes)
     objective = Objective(model, config, eos_id=eos_id, max_documents=max_documents)
 
     @jax.jit

@@ -1,0 +1,154 @@
+"""Rollouts from many positions of a row, forked from one forward pass over it.
+
+Letters: B rows, T tokens, R = c * n forks of a row, k tokens a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.generation.sampling import as_ends
+from refine_jax.models.head import logits, token_log_probs
+from refine_jax.models.transformer import Model, Params, State, Trace
+from refine_jax.parallel import constrain, take_tokens
+
+# Longest rollouts of which every step reads all tokens so far once more.
+_READ_AGAIN = 16
+
+
+class Scores(NamedTuple):
+    """What the policy makes of given rollouts; None where the configuration asks for no such.
+
+    hidden is differentiated for nothing but what follows from it.
+    """
+
+    log_probs: jax.Array  # [B, R, k] float32, nats
+    entropies: jax.Array  # [B, R, k] float32, nats, of the distributions that predict the tokens
+    hidden: jax.Array  # [B, R, k, D], final-norm states after reading each rollout token
+    true_log_probs: jax.Array | None = None  # [B, R, k], of the true tokens at the same places
+    energy: jax.Array | None = None  # [B, R, k], of the gradient up to each token
+
+
+def fork_rollouts(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    trace: Trace,
+    starts: jax.Array,
+    rollout_length: int,
+) -> tuple[jax.Array, State]:
+    """Where rollouts of k tokens begin: the hidden state [B, R, D] that predicts the first token at
+    every start, and the decode state there.
+
+    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
+    each rollout's first token.
+    """
+    state = model.fork(params, trace, starts, horizon=rollout_length)
+    return take_tokens(hidden, starts - 1), state
+
+
+def sample_rollouts(
+    model: Model,
+    params: Params,
+    last_hidden: jax.Array,
+    state: State,
+    keys: jax.Array,
+    *,
+    rollout_length: int,
+    temperature: float = 1.0,
+    forbidden_token: int | Sequence[int] | None = None,
+) -> jax.Array:
+    """Sample k tokens from the policy at every fork.
+
+    last_hidden [B, R, D], state: as `fork_rollouts` gives them. keys: [B] random keys, one a row.
+    temperature: 0 takes the likeliest token. forbidden_token: one or several that are never
+    sampled (the published code forbids the end of sequence, so that all rollouts have k tokens).
+
+    Returns tokens [B, R, k] int32.
+    """
+    head = model.head(params)
+    forks = jnp.arange(last_hidden.shape[1])
+    fork_keys = jax.vmap(lambda key: jax.vmap(lambda r: jax.random.fold_in(key, r))(forks))(keys)
+
+    def sample(last_hidden, index):
+        z = constrain(logits(last_hidden, head), "batch")
+        for token in as_ends(forbidden_token):
+            z = z.at[..., token].set(-jnp.inf)
+        if temperature == 0:
+            return jnp.argmax(z, axis=-1).astype(jnp.int32)
+        step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(fork_keys)
+        return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, z / temperature).astype(
+            jnp.int32
+        )
+
+    if _reads_again(model, rollout_length):
+        return _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
+
+    def step(carry, index):
+        last_hidden, state = carry
+        tokens = sample(last_hidden, index)
+        new_hidden, state = model.extend(params, tokens[..., None], state)
+        return (new_hidden[:, :, 0], state), tokens
+
+    carry = last_hidden, state
+    (last_hidden, _), tokens = lax.scan(step, carry, jnp.arange(rollout_length - 1))
+    final = sample(last_hidden, rollout_length - 1)
+    return jnp.concatenate([jnp.moveaxis(tokens, 0, -1), final[..., None]], axis=-1)
+
+
+def _reads_again(model: Model, rollout_length: int) -> bool:
+    """Whether states stay as they are while tokens are sampled: neither written nor copied.
+
+    An accelerator waits for states and parameters to be read, for one token or for some; a CPU
+    computes.
+    """
+    in_place = jax.default_backend() == "cpu" or not model.writes_much
+    return not in_place and rollout_length <= _READ_AGAIN
+
+
+def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length):
+    """Each step continues the fork by all tokens of a rollout; of those to come nothing is used."""
+
+    def step(carry, index):
+        last_hidden, tokens = carry
+        tokens = tokens.at[:, :, index].set(sample(last_hidden, index))
+        hidden, _ = model.extend(params, tokens[:, :, :-1], state)
+        return (lax.dynamic_index_in_dim(hidden, index, axis=2, keepdims=False), tokens), None
+
+    tokens = jnp.zeros((*last_hidden.shape[:2], rollout_length), jnp.int32)
+    carry = last_hidden, tokens
+    (last_hidden, tokens), _ = lax.scan(step, carry, jnp.arange(rollout_length - 1))
+    return tokens.at[:, :, -1].set(sample(last_hidden, rollout_length - 1))
+
+
+def score_rollouts(
+    model: Model,
+    params: Params,
+    hidden: jax.Array,
+    trace: Trace,
+    starts: jax.Array,
+    tokens: jax.Array,
+) -> Scores:
+    """Log-probabilities and hidden states of rollouts `tokens` [B, R, k] from `starts` [B, R].
+
+    Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
+    pass, the gradient is that of running every prefix with its rollout on its own.
+    """
+    fork_hidden = model.forward_forks(params, trace, starts, tokens)
+    return scores_of(model, params, take_tokens(hidden, starts - 1), fork_hidden, tokens)
+
+
+def scores_of(
+    model: Model, params: Params, last_hidden: jax.Array, hidden: jax.Array, tokens: jax.Array
+) -> Scores:
+    """`score_rollouts`, given the hidden states before the rollouts [B, R, D] and of their tokens
+    [B, R, k, D].
+    """
+    predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+    log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
+    return Scores(log_probs, entropies, hidden)
