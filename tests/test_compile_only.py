@@ -174,9 +174,8 @@ def config(**train):
 def compiler(monkeypatch, tmp_path):
     """Stands in for the child processes; gives {program: figures} to fill, and a libtpu.so."""
     programs = {
-        "collect": figures("collect", runs=1),
-        "update": figures("update", runs=4, seconds=4.0, model_flops=2 * 197e12),
-        "ntp_update": figures("ntp_update", seconds=3.0, compared=True),
+        "update": figures("update", runs=1, seconds=18.0, model_flops=9 * 197e12),
+        "ntp_update": figures("ntp_update", seconds=12.0, compared=True),
     }
 
     def in_child(task):
@@ -199,8 +198,7 @@ def test_a_run_that_fits(compiler, capsys, tmp_path):
     assert written["fits"] is True
     assert written["advice"] == []
     step = written["step"]
-    # A collection of 2 s, four updates of 4 s; 128 rows of 16,384 tokens; 1 + 4 x 2 times the
-    # operations of a second at the chip's peak.
+    # 128 rows of 16,384 tokens; 9 times the operations of a second at the chip's peak.
     assert step["seconds"] == 18
     assert step["tokens_per_second"] == 128 * 16384 / 18
     assert step["mfu"] == pytest.approx(9 / 18)
@@ -263,9 +261,9 @@ def test_what_is_only_compared_with_may_not_fit(compiler, capsys):
 
 
 def test_a_program_that_does_not_compile(compiler, capsys):
-    compiler["collect"] = {"error": "compile", "message": "ended by SIGABRT: libtpu has a fault"}
+    compiler["update"] = {"error": "compile", "message": "ended by SIGABRT: libtpu has a fault"}
     assert main.compile_for(config(), "v5e:4x4", None, None) == command.FAILED == 3
-    assert "collect         does not compile: ended by SIGABRT" in capsys.readouterr().out
+    assert "update          does not compile: ended by SIGABRT" in capsys.readouterr().out
 
 
 def test_bad_input_is_one_message(compiler, capsys, monkeypatch, tmp_path):
@@ -326,8 +324,8 @@ def rollouts_of_lact(compiler, monkeypatch):
     values.model.fresh = dict(LACT_760M)
     values.train.micro_batch_size = 1
     facts = FACTS | {"model_type": "lact_swiglu", "model": LACT_760M, "mesh": dict(FACTS["mesh"])}
-    memory = compiler["collect"]["memory"] | {"temporaries": 15 * GIB, "peak": 17 * GIB}
-    compiler["collect"] |= {"fits": False, "memory": memory, "states": 6 * GIB}
+    memory = compiler["update"]["memory"] | {"temporaries": 15 * GIB, "peak": 17 * GIB}
+    compiler["update"] |= {"fits": False, "memory": memory, "states": 6 * GIB}
 
     def in_child(task):
         if task["program"] is None:
@@ -347,8 +345,6 @@ def test_decode_states_are_divided_by_heads(rollouts_of_lact, tmp_path):
     # Half of the 6 GiB of states.
     assert "with fsdp=8" in tensor and "at least 3.00 GiB less a chip" in tensor
     assert "all of the decode states" in sequence
-    # Rollouts have no backward pass.
-    assert "config.model.remat='full'" not in advice
     # Updates of 16 rows leave one to each of 16 chips, and two to each of 8.
     values.train.update(mini_batch_size=16, micro_batch_size=2)
     tensor = advice_of(tmp_path, values)["config.mesh.tensor=2"]
@@ -357,7 +353,7 @@ def test_decode_states_are_divided_by_heads(rollouts_of_lact, tmp_path):
 
 def test_traces_are_divided_by_tokens(rollouts_of_lact, compiler, tmp_path):
     _, values = rollouts_of_lact
-    compiler["collect"]["states"] = GIB
+    compiler["update"]["states"] = GIB
     order = list(advice_of(tmp_path, values))
     assert order.index("config.mesh.sequence=2") < order.index("config.mesh.tensor=2")
 
@@ -392,7 +388,7 @@ def test_states_on_a_chip_are_those_of_its_rows_and_heads():
         run = Run(checked, jax.devices()[0])
         mesh = make_mesh(checked.mesh, jax.devices()[:count])
         with jax.set_mesh(mesh) if count > 1 else contextlib.nullcontext():
-            return {child.bytes_of(part) for part in programs_of_run(run)["collect"]().states}
+            return {child.bytes_of(part) for part in programs_of_run(run)["update"]().states}
 
     model = Model(model_config(dict(CONFIGS["lact"])), ComputePolicy())
     state = jax.eval_shape(lambda p: model.init_state(p, (1, forks)), model.abstract_params())

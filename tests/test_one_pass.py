@@ -1,0 +1,410 @@
+"""Rollouts in the pass that makes the gradient, and estimators, against programs that share none
+of it.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny, tokens
+
+from refine_jax.config import RefineConfig
+from refine_jax.models.layout import Layout
+from refine_jax.models.transformer import Model
+from refine_jax.presets import PRESETS
+from refine_jax.refine import grpo
+from refine_jax.refine.objective import Objective
+from refine_jax.refine.step import TrainState, collect, make_train_step, row_keys
+
+pytestmark = pytest.mark.usefixtures("programs_of_a_test")
+
+ROWS, LENGTH = 4, 40
+CONFIG = RefineConfig(
+    num_positions=2,
+    rollouts_per_position=2,
+    rollout_length=3,
+    edge_margin=3,
+    reward="hybrid",
+    lambda_rl=0.7,
+)
+
+
+def rows(packed: bool) -> dict[str, jax.Array]:
+    """Rows of one document, or of one or two, with padding on either side."""
+    batch = {"tokens": jnp.asarray(tokens(21, ROWS, LENGTH))}
+    if packed:
+        segments = np.ones((ROWS, LENGTH), np.int32)
+        segments[1, 17:] = 2
+        segments[2, 31:] = 0
+        segments[3, :5] = 0
+        segments[3, 24:] = 2
+        batch["segments"] = jnp.asarray(segments)
+    return batch
+
+
+def quiet(name: str):
+    """A model whose roundings are far smaller than what is compared."""
+    model, params = tiny(name)
+    return model, jax.tree.map(lambda x: 0.4 * x, params)
+
+
+def assert_close(got, want, tolerance):
+    """Every array to a tolerance relative to its norm, or to that of the whole where it is tiny."""
+    total = optax.tree.norm(want)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        error = jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(b), 1e-2 * total)
+        assert error <= tolerance, (jax.tree_util.keystr(path), float(error))
+
+
+# The models
+
+
+@pytest.mark.parametrize(
+    ("name", "remat", "packed"),
+    [
+        ("lact", "none", True),
+        ("lact", "full", False),
+        ("deltanet", "full", True),
+        ("deltanet", "none", False),
+        ("gated_deltanet", "dots", True),
+    ],
+)
+def test_the_backward_pass_is_that_of_rows_and_forks_together(name, remat, packed):
+    """`run_rows`, `run_forks` and `backward` against autodiff of `forward_with_forks`."""
+    model, params = quiet(name)
+    remade = Model(model.config, dataclasses.replace(model.policy, remat=remat))
+    batch, new = rows(packed), tokens(22, ROWS, 3, 4)
+    positions = jnp.asarray([[5, 20, 33], [8, 16, 30], [9, 10, 28], [7, 23, 35]])
+    layout = Layout.from_segments(batch["segments"], 2) if packed else None
+    noise = [
+        jnp.asarray(np.random.default_rng(i).standard_normal((ROWS, n, 16)), jnp.float32)
+        for i, n in enumerate((LENGTH, 12))
+    ]
+    if packed:  # what stands at padding is not defined
+        noise[0] = jnp.where(layout.mask[..., None], noise[0], 0)
+    noise[1] = noise[1].reshape(ROWS, 3, 4, 16)
+
+    @jax.jit
+    def by_autodiff(params):
+        _, pullback = jax.vjp(
+            lambda p: model.forward_with_forks(p, batch["tokens"], layout, positions, new), params
+        )
+        return pullback(tuple(noise))[0]
+
+    @jax.jit
+    def in_one_pass(params):
+        passed = remade.run_rows(params, batch["tokens"], layout)
+        state = remade.fork(params, passed.trace, positions, horizon=4)
+        forks, inputs = remade.run_forks(params, new, state)
+        return remade.backward(params, passed, positions, new, inputs, tuple(noise)), forks
+
+    want, (got, forks) = by_autodiff(params), in_one_pass(params)
+    assert not jnp.any(want.pop("lm_head")["weight"])
+    assert_close(got, want, 1e-5)
+    hidden = model.forward_with_forks(params, batch["tokens"], layout, positions, new)[1]
+    np.testing.assert_allclose(forks, hidden, atol=1e-5)
+
+
+# Rollouts in the update, and from the start of the step
+
+
+def one_step(name, config, *, packed, mini_batch=ROWS, micro_batch=1):
+    """Parameters after a step, and its metrics."""
+    model, params = quiet(name)
+    optimizer = optax.sgd(0.1)
+    config = dataclasses.replace(CONFIG, **config)
+    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(3), config)
+    if config.kl_coef:
+        state = dataclasses.replace(
+            state, reference_params=jax.tree.map(lambda x: 0.98 * x, params)
+        )
+    step = make_train_step(
+        model,
+        optimizer,
+        config,
+        mini_batch=mini_batch,
+        micro_batch=micro_batch,
+        eos_id=2,
+        max_documents=2,
+        steps=1,
+    )
+    state, metrics = step(state, rows(packed))
+    times = {name for name in metrics if name.startswith("time/")}
+    return state.params, {name: metrics[name] for name in metrics if name not in times}
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "kl"), [("deltanet", True, 0.1), ("deltanet", False, 0.0), ("lact", True, 0)]
+)
+def test_in_a_batch_of_one_mini_batch_both_rollouts_are_equal(name, packed, kl):
+    """Tokens, rewards, losses and parameters, over several micro-batches and over one."""
+    found = [
+        one_step(
+            name, {"rollouts": rollouts, "kl_coef": kl}, packed=packed, micro_batch=micro_batch
+        )
+        for rollouts, micro_batch in (("update", 1), ("batch", 1), ("update", ROWS), ("batch", 2))
+    ]
+    (want, figures), *others = found
+    assert figures["policy/clip_fraction"] == 0 and abs(figures["policy/ppo_kl"]) < 1e-6
+    for got, also in others:
+        assert_close(got, want, 1e-5)
+        assert also.keys() == figures.keys()
+        for name in figures:
+            np.testing.assert_allclose(also[name], figures[name], rtol=1e-4, atol=1e-5)
+
+
+def test_later_mini_batches_roll_out_with_the_updated_parameters():
+    """With `update` the second mini-batch is that of a step of its own; with `batch` it is not."""
+    options = {"packed": False, "mini_batch": 2}
+    updated, figures = one_step("deltanet", {"rollouts": "update"}, **options)
+    assert abs(figures["policy/ppo_kl"]) < 1e-6
+    published, figures = one_step("deltanet", {"rollouts": "batch"}, **options)
+    assert abs(figures["policy/ppo_kl"]) > 1e-5
+    different = jax.tree.map(jnp.subtract, updated, published)
+    assert optax.tree.norm(different) > 1e-4
+
+    model, params = quiet("deltanet")
+    config = dataclasses.replace(CONFIG, rollouts="update")
+    objective = Objective(model, config, eos_id=2, max_documents=2)
+    keys = row_keys(jax.random.key(3), jnp.int32(0), ROWS)
+    for part in range(2):  # mini-batch i holds the rows i, i + 2
+        batch = jax.tree.map(lambda x: x[part::2], rows(False))  # noqa: B023
+        whole = objective.mini_batch(batch)
+        gradient, _ = jax.jit(objective.gradient)(params, batch, whole, keys=keys[part::2])
+        params = jax.tree.map(lambda w, g: w - 0.1 * g, params, gradient)
+    assert_close(updated, params, 1e-5)
+
+
+def test_rollouts_are_timed_on_demand():
+    model, params = quiet("deltanet")
+    optimizer, config = optax.sgd(0.1), dataclasses.replace(CONFIG, rollouts="batch")
+    found = []
+    for time_rollouts in (False, True):
+        state = TrainState.create(
+            jax.tree.map(jnp.copy, params), optimizer, jax.random.key(3), config
+        )
+        step = make_train_step(
+            model, optimizer, config, mini_batch=2, micro_batch=1, time_rollouts=time_rollouts
+        )
+        state, metrics = step(state, rows(False))
+        assert ("time/collect" in metrics) == time_rollouts and metrics["time/update"] > 0
+        found.append(state.params)
+    assert_close(found[1], found[0], 1e-6)
+
+
+def test_a_batch_that_mini_batches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="Got: mini_batch=3, rows=4"):
+        one_step("deltanet", {}, packed=False, mini_batch=3)
+
+
+@pytest.mark.parametrize("name", ["deltanet", "lact"])
+def test_which_rollouts_are_valid_is_known_before(name):
+    model, params = quiet(name)
+    objective = Objective(model, CONFIG, eos_id=2, max_documents=2)
+    batch = rows(True)
+    state = TrainState.create(params, optax.sgd(0.1), jax.random.key(0), CONFIG)
+    experience = jax.jit(functools.partial(collect, objective, micro_batch=2))(state, batch)
+    whole = objective.mini_batch(batch)
+    np.testing.assert_array_equal(experience.valid, whole.valid)
+    assert whole.valid.any()
+
+
+# Estimators of rollouts, with every prefix run on its own
+
+ESTIMATORS = {
+    "low_noise": PRESETS["low_noise"] | {"rollouts_per_position": 2},
+    "expected": {"reward": "expected", "credit": "reward_to_go", "baseline": "leave_one_out"},
+    "optimal_token": {"reward": "prefix", "credit": "reward_to_go", "baseline": "optimal_token"},
+    "whole": {"reward": "whole", "normalize_std": False},
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
+    model, params = quiet("deltanet")
+    # A model that is sometimes right: else all rewards of a match are 0.
+    params = params | {"lm_head": {"weight": 0.1 * params["lm_head"]["weight"]}}
+    config = dataclasses.replace(CONFIG, **ESTIMATORS[estimator], lambda_sft=0.0)
+    batch = {"tokens": jnp.asarray(tokens(23, 2, LENGTH) % 2 + 4)}
+    params["lm_head"]["weight"] = params["lm_head"]["weight"].at[4:6].add(0.2)
+    objective = Objective(model, config, eos_id=2, max_documents=1)
+    keys = jax.random.split(jax.random.key(5), 2)
+
+    @jax.jit
+    def ours(params):
+        whole = objective.mini_batch(batch)
+        reading = objective.read(params, batch)
+        experience, *_ = objective.roll_out(params, reading, batch, keys, None)
+        return objective.gradient(params, batch, whole, keys=keys), experience
+
+    (got, metrics), experience = ours(params)
+    starts, rollouts = np.asarray(experience.starts), np.asarray(experience.tokens)
+    k, forks = config.rollout_length, starts.shape[1]
+
+    def scores(params):
+        """Logits [B, R, k, V] that predict each rollout's tokens, from its own prefix."""
+        found = []
+        for row in range(2):
+            for fork in range(forks):
+                prefix = np.asarray(batch["tokens"])[row, : starts[row, fork]]
+                text = np.concatenate([prefix, rollouts[row, fork]])[None]
+                hidden = model.forward(params, jnp.asarray(text))[0]
+                found.append(hidden[0, len(prefix) - 1 : -1] @ model.head(params).T)
+        return jnp.stack(found).reshape(2, forks, k, -1)
+
+    truth = np.stack(
+        [[np.asarray(batch["tokens"])[b, s : s + k] for s in starts[b]] for b in range(2)]
+    )
+
+    def log_probs_of(logits, ids):
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)[..., 0]
+
+    logits = np.asarray(scores(params), np.float64)
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    match = rollouts == truth
+    if config.reward == "whole":
+        rewards = np.zeros(match.shape)
+        rewards[..., -1] = k * match.all(-1)
+    elif config.reward == "prefix":
+        rewards = np.cumprod(match, axis=-1).astype(np.float64)
+    else:
+        rewards = np.take_along_axis(probabilities, truth[..., None], axis=-1)[..., 0]
+    assert rewards.std() > 0
+    own = np.take_along_axis(probabilities, rollouts[..., None], axis=-1)[..., 0]
+    energy = np.cumsum(1 - 2 * own + np.sum(probabilities**2, axis=-1), axis=-1)
+    shape = (2, config.num_positions, config.rollouts_per_position, k)
+    advantages = grpo.token_advantages(
+        jnp.asarray(rewards.reshape(shape), jnp.float32),
+        jnp.ones(shape[:-1], bool),
+        credit=config.credit,
+        baseline=config.baseline,
+        grouping=config.grouping,
+        normalize_std=config.normalize_std,
+        own_reward=config.reward != "expected",
+        energy=jnp.asarray(energy.reshape(shape), jnp.float32),
+    ).reshape(2, forks, k)
+    np.testing.assert_allclose(experience.rewards, rewards.mean(-1), atol=1e-5)
+    np.testing.assert_allclose(experience.advantages, advantages, atol=1e-4)
+
+    def surrogate(params):
+        logits = scores(params)
+        loss = -jnp.mean(advantages * log_probs_of(logits, rollouts))
+        if config.reward == "expected":
+            loss -= jnp.mean(jnp.exp(log_probs_of(logits, truth))) / k
+        return config.lambda_rl * loss
+
+    want = jax.jit(jax.grad(surrogate))(params)
+    assert optax.tree.norm(want) > 1e-3
+    assert_close(got, want, 1e-3 if config.normalize_std else 2e-4)
+    assert float(metrics["loss/ntp"]) > 0
+
+
+# The exact estimator
+
+
+def expected_match_by_hand(model, params, batch, config, starts=None):
+    """(next-token loss, mean expected reward), from the log-probabilities of `model.forward`."""
+    ids = batch["tokens"]
+    layout = None
+    segments = jnp.ones(ids.shape, jnp.int32)
+    if "segments" in batch:
+        segments, layout = batch["segments"], Layout.from_segments(batch["segments"], 2)
+    hidden = model.forward(params, ids, layout)[0]
+    log_probs = jax.nn.log_softmax(hidden @ model.head(params).T)[:, :-1]
+    log_probs = jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1)[..., 0]
+    segments, k = np.asarray(segments), config.rollout_length
+    nll, tokens_seen, values = 0.0, 0, []
+    for row in range(ids.shape[0]):
+        for slot in range(ids.shape[1] - 1):
+            document = segments[row, slot]
+            if document == 0 or segments[row, slot + 1] != document:
+                continue
+            nll, tokens_seen = nll - log_probs[row, slot], tokens_seen + 1
+            of_window = segments[row, slot : slot + k + 1]
+            if len(of_window) < k + 1 or (of_window != document).any():
+                continue
+            if starts is not None and not (starts[row] == slot + 1).any():
+                continue
+            products = [jnp.exp(jnp.sum(log_probs[row, slot : slot + n])) for n in range(1, k + 1)]
+            value = products[-1] if config.reward == "whole" else sum(products) / k
+            times = 1 if starts is None else int((starts[row] == slot + 1).sum())
+            values += [value] * times
+    return nll / tokens_seen, sum(values) / len(values)
+
+
+@pytest.mark.parametrize(("reward", "packed"), [("whole", True), ("prefix", False)])
+def test_the_exact_objective_is_the_mean_of_products(reward, packed):
+    """Loss, metric and gradient, as one micro-batch and as four."""
+    model, params = quiet("deltanet")
+    batch, weight = rows(packed), 3.0
+    exact = PRESETS["exact"] | {"reward": reward, "lambda_rl": weight}
+    config = dataclasses.replace(CONFIG, **exact)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def by_hand(params):
+        ntp, match = expected_match_by_hand(model, params, batch, config)
+        return config.lambda_sft * ntp - weight * match, match
+
+    (_, match), want = by_hand(params)
+    objective = Objective(model, config, eos_id=2, max_documents=2)
+    got, metrics = jax.jit(objective.gradient)(params, batch, objective.mini_batch(batch))
+    assert_close(got, want, 1e-5)
+    np.testing.assert_allclose(metrics["policy/expected_match"], match, rtol=1e-5)
+    moved = jax.tree.map(lambda w, g: w - 0.1 * g, params, want)
+    for micro_batch in (1, 4):
+        after, figures = one_step("deltanet", exact, packed=packed, micro_batch=micro_batch)
+        assert_close(after, moved, 1e-5)
+        np.testing.assert_allclose(figures["policy/expected_match"], match, rtol=1e-5)
+
+
+def test_the_exact_objective_at_chosen_positions():
+    model, params = quiet("deltanet")
+    exact = PRESETS["exact"] | {"selection": "variance", "reward": "prefix"}
+    config = dataclasses.replace(CONFIG, **exact)
+    objective, batch = Objective(model, config, eos_id=2, max_documents=2), rows(True)
+    keys = jax.random.split(jax.random.key(1), ROWS)
+    got, metrics = jax.jit(objective.gradient)(
+        params, batch, objective.mini_batch(batch), keys=keys
+    )
+    starts, valid = objective.select(objective.read(params, batch), keys)
+    assert starts.shape == (ROWS, config.num_positions)  # one of each, whatever n is
+    starts = np.where(valid, starts, -1)
+
+    def by_hand(params):
+        ntp, match = expected_match_by_hand(model, params, batch, config, starts)
+        return ntp - config.lambda_rl * match, match
+
+    (_, match), want = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    np.testing.assert_allclose(metrics["policy/expected_match"], match, rtol=1e-5)
+    assert_close(got, want, 1e-5)
+
+
+def test_the_weight_of_the_policy_follows_its_schedule():
+    """From `lambda_rl_until` on a step is one of next tokens."""
+    model, params = quiet("deltanet")
+    optimizer = optax.sgd(0.1)
+    config = dataclasses.replace(
+        CONFIG, **PRESETS["exact"], lambda_rl_schedule="linear", lambda_rl_until=0.5
+    )
+
+    def after(config, at):
+        state = TrainState.create(
+            jax.tree.map(jnp.copy, params), optimizer, jax.random.key(3), config
+        )
+        state = dataclasses.replace(state, step=jnp.int32(at))
+        step = make_train_step(model, optimizer, config, mini_batch=ROWS, micro_batch=ROWS, steps=8)
+        return step(state, rows(False))[0].params
+
+    constant = {"lambda_rl_schedule": "constant", "lambda_rl_until": 1.0}
+    half = dataclasses.replace(config, **constant, lambda_rl=config.lambda_rl / 2)
+    ntp = dataclasses.replace(CONFIG, objective="ntp")
+    assert_close(after(config, 2), after(half, 2), 1e-6)
+    assert_close(after(config, 4), after(ntp, 4), 1e-6)
