@@ -263,9 +263,7 @@ class TrainConfig(Section):
     warmup_ntp_steps: int = setting(
         0, "steps of plain next-token training at the start", low=0, high=MOST_STEPS
     )
-    batch_size: int = setting(
-        128, "sequences a step; rollouts of all are collected at once", low=1, high=MOST_ROWS
-    )
+    batch_size: int = setting(128, "sequences a step", low=1, high=MOST_ROWS)
     mini_batch_size: int | None = setting(
         None, "sequences an optimizer update; None: batch_size", low=1, high=MOST_ROWS
     )
