@@ -6,9 +6,7 @@ R forks of a sequence.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +98,25 @@ def tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
     return jnp.where(seen > 0, (seen - 1) % chunk + 1, 0)
 
 
+def last_and_seen(positions: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
+    """The slot of a fork's last token, and how many tokens its document has up to there.
+
+    positions: [B, R], the number of slots before a fork. Returns [B, R] each; -1 and 0 before any
+    token.
+    """
+    if layout is None:
+        return positions - 1, positions
+    return layout.last_real(positions), layout.tokens_before(positions)
+
+
+def chunk_of(last, seen, plan: ChunkPlan | None, chunk: int) -> jax.Array:
+    """Number of the chunk [B, R] that slot `last` lies in, or of any document's first."""
+    if plan is None:
+        return jnp.maximum(last, 0) // chunk
+    slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
+    return jnp.where(seen > 0, slot // chunk, 0)
+
+
 def first_rows(last: jax.Array, size: int) -> jax.Array:
     """Where slabs of `size` rows up to row `last` [B, R] begin; the first `size` rows if fewer."""
     return jnp.maximum(last - size + 1, 0)
@@ -142,143 +159,6 @@ def _cut(x, start, size):
 
     slabs = lax.map(slab, jnp.arange(start.size))
     return slabs.reshape(*start.shape, *slabs.shape[1:])
-
-
-class ForkPlace(NamedTuple):
-    """Where forks of rows stand: int32 or bool [B, R].
-
-    chunk: whose weights a fork reads. start: where the slab of tokens up to the fork's last begins.
-    before: that last token's place in the slab. seen: tokens of the document so far. count: of
-    these, those whose update is pending. crosses: whether the fork's tokens leave the chunk.
-    """
-
-    chunk: jax.Array
-    start: jax.Array
-    before: jax.Array
-    seen: jax.Array
-    count: jax.Array
-    crosses: jax.Array
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def of_crossing(
-    function: Callable, size: int, shared: Any, own: Any, tokens: Any, chunks: Any, place: ForkPlace
-) -> tuple[jax.Array, Any, Any]:
-    """`function(shared, own, slab, chunk, place)` of the forks that cross a chunk's end.
-
-    For one fork: `own` of arrays [B, R, ...]; `slab`, the `size` tokens up to its last, of `tokens`
-    [B, heads, T, ...]; `chunk` of `chunks` [B, N, ...]. Nothing is cut out for other forks, which
-    are most: the loop has as many turns as there are forks that cross.
-
-    Returns the results [B, R, ...], 0 for forks that do not cross, and `tokens` and `chunks` as
-    they are. What else differentiates through these must take them from here: their gradient then
-    comes to the backward pass of this function, which adds slabs to it in place.
-    """
-    return _of_crossing_forward(function, size, shared, own, tokens, chunks, place)[0]
-
-
-class _Fork(NamedTuple):
-    """What `of_crossing` reads of one fork; arrays keep the axes along which they are cut."""
-
-    own: Any
-    slab: Any
-    chunk: Any
-
-
-def _crossing_forks(crosses: jax.Array):
-    """How many forks cross; and of a turn of the loop over them, the fork's (row, number)."""
-    order = jnp.argsort(jnp.logical_not(crosses).reshape(-1))
-    return crosses.sum(), lambda turn: divmod(order[turn], crosses.shape[1])
-
-
-def _read(tree: Any, begin: tuple, sizes: Callable[[jax.Array], tuple[int, ...]]) -> Any:
-    """A part of each array: `sizes(x)` long along its first axes, the other axes whole."""
-
-    def read(x):
-        shape = sizes(x)
-        at = (*begin, *[0] * (x.ndim - len(shape)))
-        return lax.dynamic_slice(x, at, (*shape, *x.shape[len(shape) :]))
-
-    return jax.tree.map(read, tree)
-
-
-def _add(tree: Any, parts: Any, begin: tuple) -> Any:
-    """Arrays with parts added to them where `_read` found them."""
-
-    def add(x, part):
-        at = (*begin, *[0] * (x.ndim - len(begin)))
-        total = lax.dynamic_slice(x, at, part.shape) + part.astype(x.dtype)
-        return lax.dynamic_update_slice(x, total, at)
-
-    return jax.tree.map(add, tree, parts)
-
-
-def _one(x: jax.Array) -> tuple[int, ...]:
-    del x
-    return 1, 1
-
-
-def _fork_reader(size: int, own, tokens, chunks, place: ForkPlace):
-    """A function of (row, fork): the fork's place, where its arrays begin, and what they hold."""
-
-    def read(row, fork):
-        here = jax.tree.map(lambda x: x[0, 0], _read(place, (row, fork), _one))
-        begins = _Fork((row, fork), (row, 0, here.start), (row, here.chunk))
-        found = _Fork(
-            _read(own, begins.own, _one),
-            _read(tokens, begins.slab, lambda x: (1, x.shape[1], size)),
-            _read(chunks, begins.chunk, _one),
-        )
-        return here, begins, found
-
-    return read
-
-
-def _call(function: Callable, here: ForkPlace, shared: Any, found: _Fork) -> jax.Array:
-    """`function` of one fork, [1, 1, ...]."""
-    own, chunk = (jax.tree.map(lambda x: x[0, 0], tree) for tree in (found.own, found.chunk))
-    slab = jax.tree.map(lambda x: x[0], found.slab)
-    return function(shared, own, slab, chunk, here)[None, None]
-
-
-def _of_crossing_forward(function, size, shared, own, tokens, chunks, place):
-    read = _fork_reader(size, own, tokens, chunks, place)
-    number, fork_of = _crossing_forks(place.crosses)
-
-    def result(row, fork):
-        here, _, found = read(row, fork)
-        return _call(function, here, shared, found)
-
-    def write(turn, out):
-        begin = fork_of(turn)
-        return _add(out, result(*begin), begin)
-
-    one = jax.eval_shape(result, 0, 0)
-    out = jnp.zeros((*place.crosses.shape, *one.shape[2:]), one.dtype)
-    out = lax.fori_loop(0, number, write, out)
-    return (out, tokens, chunks), (shared, own, tokens, chunks, place)
-
-
-def _of_crossing_backward(function, size, residuals, cotangents):
-    shared, own, tokens, chunks, place = residuals
-    d_out, d_tokens, d_chunks = cotangents
-    read = _fork_reader(size, own, tokens, chunks, place)
-    number, fork_of = _crossing_forks(place.crosses)
-
-    def add(turn, totals):
-        d_shared, d_forks = totals
-        here, begins, found = read(*fork_of(turn))
-        _, pullback = jax.vjp(functools.partial(_call, function, here), shared, found)
-        more, parts = pullback(_read(d_out, begins.own, _one))
-        return jax.tree.map(jnp.add, d_shared, more), _Fork(*map(_add, d_forks, parts, begins))
-
-    zeros = functools.partial(jax.tree.map, jnp.zeros_like)
-    totals = zeros(shared), _Fork(zeros(own), d_tokens, d_chunks)
-    d_shared, (d_own, d_tokens, d_chunks) = lax.fori_loop(0, number, add, totals)
-    return d_shared, d_own, d_tokens, d_chunks, None
-
-
-of_crossing.defvjp(_of_crossing_forward, _of_crossing_backward)
 
 
 @jax.custom_vjp

@@ -40,10 +40,10 @@ from refine_jax.models.attention import (
 )
 from refine_jax.models.chunks import (
     ChunkPlan,
-    ForkPlace,
+    chunk_of,
     cut_slabs,
     first_rows,
-    of_crossing,
+    last_and_seen,
     plan_chunks,
     to_slots,
     to_tokens,
@@ -51,10 +51,10 @@ from refine_jax.models.chunks import (
 )
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.fork_attention import fork_attention
+from refine_jax.models.lact_forks import fast_input, fast_value, fork_place, read_forks
 from refine_jax.models.layers import (
     Linear,
     RMSNorm,
-    l2_norm_lact,
     normal_param,
     rope,
 )
@@ -197,31 +197,15 @@ class LaCTMixer(nnx.Module):
     def _fast_inputs(self, q, k, v, positions: jax.Array) -> tuple[jax.Array, ...]:
         """What the fast weights take, of [..., H, T, d]; positions broadcast to [..., 1, T]."""
         q, k = self._fast_input(q, 0, positions), self._fast_input(k, 1, positions)
-        return q, k, self._fast_value(v)
+        return q, k, fast_value(self.config, v)
 
     def _fast_input(self, x: jax.Array, column: int, positions: jax.Array) -> jax.Array:
         """Query (column 0) or key (1)."""
-        return self._scaled_input(x, self._scales(column), positions)
+        return fast_input(self.config, x, self._scales(column), positions)
 
     def _scales(self, column: int) -> tuple[jax.Array, jax.Array]:
         """Scale and offset [D] of the fast weights' queries (column 0) or keys (1)."""
         return self.qk_scale[...][:, column], self.qk_offset[...][:, column]
-
-    def _scaled_input(self, x: jax.Array, scales, positions: jax.Array) -> jax.Array:
-        """`_fast_input` of all heads, or of those that a device has."""
-        config, heads = self.config, x.shape[-3]
-        scale, offset = (p.astype(x.dtype).reshape(heads, 1, -1) for p in scales)
-        x = x * scale + offset
-        y = l2_norm_lact(jax.nn.silu(x) if config.qkv_silu else x)
-        if config.ttt_nope:
-            return y
-        if config.lact_head_dim % config.attn_head_dim == 0:
-            return self._rope(y, positions)
-        attn_heads = heads * config.lact_head_dim // config.attn_head_dim
-        return regroup(self._rope(regroup(y, attn_heads), positions), heads)
-
-    def _fast_value(self, v: jax.Array) -> jax.Array:
-        return jax.nn.silu(v) if self.config.qkv_silu and not self.config.no_v_silu else v
 
     def _to_heads(self, *groups: jax.Array) -> list[jax.Array]:
         """Arrays [..., G, T, L] to [..., H, T, d]."""
@@ -287,8 +271,8 @@ class LaCTMixer(nnx.Module):
     ) -> LaCTPick:
         """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
         chunk, tokens = config.lact_chunk_size, trace.k.shape[2]
-        last, seen = _last_and_seen(positions, layout)
-        index = _chunk_of(last, seen, plan, chunk)
+        last, seen = last_and_seen(positions, layout)
+        index = chunk_of(last, seen, plan, chunk)
 
         def cut(x, size):
             size = min(size, tokens)
@@ -313,7 +297,7 @@ class LaCTMixer(nnx.Module):
     ) -> tuple[jax.Array, Weights, jax.Array | None]:
         """What is computed of decode states: keys [B, R, G, W, L], sums and momentum_sum."""
         del plan
-        last, seen = _last_and_seen(positions, layout)
+        last, seen = last_and_seen(positions, layout)
         size = picked.k.shape[3]
         # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
         ahead = (first_rows(last, size) - last)[..., None] + jnp.arange(size)
@@ -330,7 +314,7 @@ class LaCTMixer(nnx.Module):
     ) -> LaCTState:
         """Decode states of what was picked and what was computed."""
         window = config.window_size
-        last, seen = _last_and_seen(positions, layout)
+        last, seen = last_and_seen(positions, layout)
         keys, sums, momentum_sum = resumed
         size = keys.shape[3]
         keys, values = (
@@ -422,38 +406,41 @@ class LaCTMixer(nnx.Module):
     ) -> jax.Array:
         """`extend` of x [B, R, S, D] from `fork` of a trace at `positions`: y [B, R, S, D].
 
-        For gradients: no state is made. Forks read the window's keys and values, and the weights
-        of their chunk, in the trace, and only those that leave their chunk copy what is pending.
+        For gradients: no state is made. Forks read the window's keys and values and the weights
+        of their chunk in the trace; what is pending is cut out for those alone that leave it.
         """
-        num_tokens, num_new = trace.k.shape[2], x.shape[2]
-        most = min(self.config.lact_chunk_size, _EXTEND_BLOCK)
-        if num_new > most or self._token_axis(num_tokens) is not None:
+        config, num_tokens, num_new = self.config, trace.k.shape[2], x.shape[2]
+        if num_new > min(config.lact_chunk_size, _EXTEND_BLOCK):
             return self.extend(x, self.fork(trace, positions, layout, plan, num_new))[0]
-        last, seen = _last_and_seen(positions, layout)
-        place = self._fork_place(last, seen, plan, num_tokens, num_new)
+        last, seen = last_and_seen(positions, layout)
+        axis_name = self._token_axis(num_tokens)
         at = (seen[..., None] + jnp.arange(num_new))[:, :, None]
         q, k, v = self._qkv(x)
+
         inputs = self._fast_inputs(*self._to_heads(q, k, v), at)
-        fast, trace = self._extend_fast_traced(
-            (*inputs, self._rates(x), self._momentum(x)), trace, place
-        )
-        row = jnp.arange(num_tokens)[None] if layout is None else layout.position
+        place = fork_place(config, last, seen, plan, num_tokens, num_new)
+        read = functools.partial(read_forks, config, self._options, axis_name)
+        forks, batch = ("batch", None, "heads"), ("batch",)
+        rows = ("batch", "heads", axis_name and "tokens")
+        chunks = ("batch", axis_name and "tokens", "heads")
+        in_axes = (forks, rows, chunks, ("heads",), ("heads",), batch)
+        read = over_shards(read, in_axes, (forks, rows, chunks))
+        new = *inputs, self._rates(x), self._momentum(x)
+        norms = row_norms(self._initial_weights())
+        fast, tokens, states = read(new, trace[:4], trace.chunks, self._scales(1), norms, place)
+        trace = LaCTTrace(*tokens, states)
+
         attend = functools.partial(
             fork_attention,
-            window=self.config.window_size,
+            window=config.window_size,
             heads_per_group=self._heads_in_group,
+            axis_name=axis_name,
         )
-        forks, rows = ("batch", None, "heads"), ("batch", "heads")
-        attend = over_shards(attend, (*(forks,) * 3, *(rows,) * 2, *(("batch",),) * 2), forks)
-        attention = attend(
-            self._rope(q, at),
-            self._rope(k, at),
-            v,
-            self._rope(trace.k, row[:, None]),
-            trace.v,
-            last,
-            seen,
-        )
+        attend = over_shards(attend, (forks, forks, forks, rows, rows, batch, batch), forks)
+        row = jnp.arange(num_tokens)[None] if layout is None else layout.position
+        row_keys = self._rope(trace.k, row[:, None])
+        queries, keys = self._rope(q, at), self._rope(k, at)
+        attention = attend(queries, keys, v, row_keys, trace.v, last, seen)
         fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
         return self.o_proj.from_groups(attention + fast)
 
@@ -585,72 +572,6 @@ class LaCTMixer(nnx.Module):
     def _lact(self, *slots, **arrays):
         return lact(*slots, options=self._options, implementation=self.implementation, **arrays)
 
-    def _fork_place(self, last, seen, plan, num_tokens: int, num_new: int) -> ForkPlace:
-        chunk = self.config.lact_chunk_size
-        start, count = first_rows(last, min(chunk, num_tokens)), tokens_in_chunk(seen, chunk)
-        return ForkPlace(
-            chunk=_chunk_of(last, seen, plan, chunk),
-            start=start,
-            before=last - start,
-            seen=seen,
-            count=count,
-            crosses=count + num_new > chunk,
-        )
-
-    def _extend_fast_traced(self, new, trace: LaCTTrace, place: ForkPlace):
-        """Read S <= C tokens of forks with the weights of their chunks, and of the next.
-
-        new: q, k, v [B, R, H, S, d], rates [B, R, H, S, 3, E] and momentum [B, R, H, S]. Returns
-        the output [B, R, H, S, d] and the trace, as `of_crossing` does.
-        """
-        chunk = self.config.lact_chunk_size
-
-        def run(new, tokens, chunks, scales, norms, place):
-            shared, size = (scales, norms), min(chunk, tokens[0].shape[2])
-            later, tokens, chunks = of_crossing(
-                self._read_next_chunk, size, shared, new, tokens, chunks, place
-            )
-            out = read_in_chunks(chunks.weights, new[0], place.chunk)
-            inside = place.count[..., None] + jnp.arange(out.shape[3]) < chunk  # [B, R, S]
-            return jnp.where(inside[:, :, None, :, None], out, later), tokens, chunks
-
-        forks, rows, heads = ("batch", None, "heads"), ("batch", "heads"), ("heads",)
-        run = over_shards(run, (forks, rows, forks, heads, heads, ("batch",)), (forks, rows, forks))
-        tokens = trace.k, trace.v, trace.rates, trace.momentum
-        norms = row_norms(self._initial_weights())
-        out, tokens, chunks = run(new, tokens, trace.chunks, self._scales(1), norms, place)
-        return out, LaCTTrace(*tokens, chunks)
-
-    def _read_next_chunk(self, shared, new, slab, fast: FastState, place: ForkPlace) -> jax.Array:
-        """Outputs [H, S, d] of a fork's tokens with the weights after the chunk that they leave.
-
-        shared: scales of keys, and `row_norms`. new: as `_extend_fast_traced` has it, of one fork.
-        slab: k, v [G, C, L], rates [H, C, 3, E] and momentum [H, C] of the row's last tokens.
-        """
-        scales, norms = shared
-        q, k, v, rates, momentum = new
-        slab_k, slab_v, slab_rates, slab_momentum = slab
-        chunk, heads = self.config.lact_chunk_size, q.shape[0]
-        ahead = jnp.arange(slab_k.shape[1]) - place.before  # 0 at the fork's last token
-        pending = (ahead <= 0) & (ahead > -place.count)
-        ends = place.count + jnp.arange(q.shape[1]) < chunk
-
-        slab_k, slab_v = (regroup(x, heads) for x in (slab_k, slab_v))
-        slab_k = self._scaled_input(slab_k, scales, (place.seen - 1 + ahead)[None])
-        slab_v = self._fast_value(slab_v)
-        slab_rates = jnp.where(pending[:, None, None], slab_rates, 0.0)
-        sums = jax.tree.map(
-            jnp.add,
-            update_sums(fast.weights, slab_k, slab_v, slab_rates),
-            update_sums(fast.weights, k, v, jnp.where(ends[:, None, None], rates, 0.0)),
-        )
-        mean = None
-        if momentum is not None:
-            mean = jnp.where(pending, slab_momentum, 0.0).sum(-1)
-            mean = (mean + jnp.where(ends, momentum, 0.0).sum(-1)) / chunk
-        fast = apply_update(fast, sums, mean, norms, self._options)
-        return apply_fast_weights(fast.weights, q)
-
     def _pending(self, picked: LaCTPick, last, seen, horizon):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""
         chunk = self.config.lact_chunk_size
@@ -666,7 +587,7 @@ class LaCTMixer(nnx.Module):
             k, v = self._to_heads(k, v)
             k = self._fast_input(k, 1, positions[:, None])
             rates = jnp.where(live[:, None, :, None, None], rates, 0.0)
-            sums = update_sums(weights, k, self._fast_value(v), rates)
+            sums = update_sums(weights, k, fast_value(self.config, v), rates)
             if momentum is None:
                 return sums, None
             return sums, jnp.where(live[:, None], momentum, 0.0).sum(-1)
@@ -777,43 +698,6 @@ class LaCTMixer(nnx.Module):
             return out, (fast, *add(fast, *begun, ~inside))
 
         return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), *state)
-
-
-def read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array) -> jax.Array:
-    """`apply_fast_weights` of forks' q [B, R, H, S, d], each with the weights of its chunk [B, R].
-
-    weights: [B, N, H, ...]. Every chunk is given all forks, those of other chunks as zeros, whose
-    outputs and gradients are 0: for R S tokens of operations a chunk no weights are copied, and
-    their gradient is written as the scan's, without a scatter. Returns [B, R, H, S, d].
-    """
-    queries = jnp.swapaxes(q, 1, 2)  # [B, H, R, S, d]
-
-    @jax.checkpoint
-    def read(out, inputs):
-        number, weights = inputs
-        here = jnp.where((chunk == number)[:, None, :, None, None], queries, 0)
-        here = here.reshape(*here.shape[:2], -1, here.shape[-1])
-        return out + apply_fast_weights(weights, here), None
-
-    by_chunk = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), weights)
-    out = jnp.zeros_like(queries.reshape(*queries.shape[:2], -1, q.shape[-1]))
-    out, _ = lax.scan(read, out, (jnp.arange(len(by_chunk.w0)), by_chunk))
-    return jnp.swapaxes(out.reshape(queries.shape), 1, 2)
-
-
-def _last_and_seen(positions: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
-    """Of prefixes of `positions` [B, R] slots the last token's slot, and its document's tokens."""
-    if layout is None:
-        return positions - 1, positions
-    return layout.last_real(positions), layout.tokens_before(positions)
-
-
-def _chunk_of(last, seen, plan: ChunkPlan | None, chunk: int) -> jax.Array:
-    """Number of the chunk [B, R] that slot `last` lies in, or of any document's first."""
-    if plan is None:
-        return jnp.maximum(last, 0) // chunk
-    slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
-    return jnp.where(seen > 0, slot // chunk, 0)
 
 
 def _advance_layer(state: LaCTState, change: LaCTState) -> LaCTState:
