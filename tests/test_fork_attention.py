@@ -30,11 +30,15 @@ def visible(window):
     return seen
 
 
-@pytest.mark.parametrize(("window", "blocks"), [(1, False), (64, True), (120, False), (500, True)])
-def test_matches_dense_masks(monkeypatch, window, blocks):
-    """Values and gradients; also where the keys go by blocks, the last of which is cut."""
-    if blocks:
+@pytest.mark.parametrize(
+    ("window", "key_blocks", "forks"),
+    [(1, False, 8), (64, True, 8), (500, True, 8), (120, False, 8), (1, True, 1), (64, False, 3)],
+)
+def test_matches_dense_masks(monkeypatch, window, key_blocks, forks):
+    """Values and gradients; also where keys go by blocks, the last of which is cut, and forks."""
+    if key_blocks:
         monkeypatch.setattr(module, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(module, "_FORKS", forks)
     inputs, seen = arrays(2, 4, LAST.shape[1]), visible(window)
 
     def plain(q, k, v, row_k, row_v):
