@@ -110,7 +110,10 @@ def _fork_blocks(forks: int, num_tokens: int, window: int) -> int:
 
 
 def _block_size(q: jax.Array, num_tokens: int, window: int) -> int:
-    """Keys of a block: as many as have `_SCORE_BYTES` of scores; for many forks a window at most."""
+    """Keys of a block: as many as have `_SCORE_BYTES` of scores; a window at most for many forks.
+
+    q: [J, B, G, M, L].
+    """
     per_key = 4 * q[0, ..., 0].size
     block = max(_SCORE_BYTES // per_key // _LANES, 1) * _LANES
     if len(q) > 1:
