@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from jax import lax
 from refine_jax.kernels import sequence
 from refine_jax.kernels.heads import from_chunks, regroup, to_chunks
 from refine_jax.kernels.lact import (
-    FastState,
     Options,
     Weights,
     apply_fast_weights,
@@ -52,6 +50,7 @@ from refine_jax.models.chunks import (
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.lact_forks import fast_input, fast_value, fork_place, read_forks
+from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -64,57 +63,6 @@ from refine_jax.parallel import axis_size, constrain, over_shards, take_tokens, 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
-
-
-class LaCTTrace(NamedTuple):
-    """What forks need of a forward pass.
-
-    k, v: [B, G, T, L], without rope. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
-    chunks: FastState [B, N, H, ...], read by each chunk.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    rates: jax.Array
-    momentum: jax.Array | None
-    chunks: FastState
-
-
-class LaCTPick(NamedTuple):
-    """What forks need of a trace, cut out.
-
-    fast: FastState [B, R, H, ...], with which the fork's chunk is read. k, v: [B, R, G, W, L], the
-    last W tokens, or the first; W is here at most T. pending: k and v [B, R, G, C, L], rates
-    [B, R, H, C, 3, E] and momentum [B, R, H, C] of the last C tokens.
-    """
-
-    fast: FastState
-    k: jax.Array
-    v: jax.Array
-    pending: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
-
-
-class LaCTState(NamedTuple):
-    """A decode state; its size does not depend on the tokens seen.
-
-    A chunk's update is made when the first token after it arrives.
-
-    fast: FastState [B, R, H, ...] of the current chunk. sums: its pending update [B, R, H, ...].
-    momentum_sum: [B, R, H], over the tokens in `sums`; None without momentum.
-    keys, values: [B, R, G, W, L], the last W tokens in ring order, keys with rope.
-    cursor: [B, R] int32, the slot that the next token takes.
-    position: [B, R] int32, tokens of the document so far.
-
-    `extend` gives such states with new tokens' keys and values alone, which `advance` adds.
-    """
-
-    fast: FastState
-    sums: Weights
-    momentum_sum: jax.Array | None
-    keys: jax.Array
-    values: jax.Array
-    cursor: jax.Array
-    position: jax.Array
 
 
 class LowRank(nnx.Module):
