@@ -27,7 +27,7 @@ from refine_jax.kernels.sequence import halo
 from refine_jax.models.layout import Layout
 from refine_jax.parallel import axis_size, over_shards
 
-_MASKED = -1e30  # finite: a row that sees nothing must not become NaN
+MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 _QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest on CPU at window 512
 _SPLASH_BLOCK = 1024  # and no larger than the window, as whole blocks are computed
 _SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with the square
@@ -222,7 +222,7 @@ def _blocked(q, k, v, ids, past, window):
 IMPLEMENTATIONS = {"xla": _blocked, "splash": _splash, "cudnn": _cudnn}
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum in the dtype of `b`, accumulated in float32."""
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
@@ -282,11 +282,11 @@ def _attend_forward(q, k, v, ids, past, window, block):
     def attend_block(start, queries):
         slab = [lax.dynamic_slice_in_dim(x, start, block + before, axis=2) for x in (keys, values)]
         seen = _visible(start, block, window, padded_ids)
-        scores = jnp.where(seen, scale * _product("baqh,bakh->baqk", queries, slab[0]), _MASKED)
+        scores = jnp.where(seen, scale * product("baqh,bakh->baqk", queries, slab[0]), MASKED)
         top = scores.max(-1, keepdims=True)
         weights = jnp.where(seen, jnp.exp(scores - top), 0.0)
         total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-        out = _product("baqk,bakh->baqh", weights, slab[1]) / total
+        out = product("baqk,bakh->baqh", weights, slab[1]) / total
         return start + block, (out.astype(q.dtype), (top + jnp.log(total))[..., 0])
 
     _, (out, log_total) = lax.scan(attend_block, 0, _to_blocks(q, block))
@@ -314,13 +314,13 @@ def _attend_backward(window, block, residuals, cotangent):
             lax.dynamic_slice_in_dim(x, start, block + before, axis=2) for x in (keys, values)
         )
         seen = _visible(start, block, window, padded_ids)
-        scores = scale * _product("baqh,bakh->baqk", queries, slab_k)
+        scores = scale * product("baqh,bakh->baqk", queries, slab_k)
         weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
-        d_weights = _product("baqh,bakh->baqk", d_out, slab_v)
+        d_weights = product("baqh,bakh->baqk", d_out, slab_v)
         d_scores = scale * weights * (d_weights - delta[..., None])
-        dq = _product("baqk,bakh->baqh", d_scores, slab_k)
-        dk = add_slab(dk, _product("baqk,baqh->bakh", d_scores, queries), start)
-        dv = add_slab(dv, _product("baqk,baqh->bakh", weights, d_out), start)
+        dq = product("baqk,bakh->baqh", d_scores, slab_k)
+        dk = add_slab(dk, product("baqk,baqh->bakh", d_scores, queries), start)
+        dv = add_slab(dv, product("baqk,baqh->bakh", weights, d_out), start)
         return (start + block, dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(keys.shape, jnp.float32)
@@ -367,15 +367,15 @@ def ring_attention(
     scores = jnp.concatenate(
         [
             jnp.where(
-                in_ring[:, :, None], _product("brash,brawh->brasw", q, ring_k) * scale, _MASKED
+                in_ring[:, :, None], product("brash,brawh->brasw", q, ring_k) * scale, MASKED
             ),
-            jnp.where(in_new, _product("brash,brath->brast", q, k) * scale, _MASKED),
+            jnp.where(in_new, product("brash,brath->brast", q, k) * scale, MASKED),
         ],
         axis=-1,
     )
     weights = jax.nn.softmax(scores, axis=-1)
-    out = _product("brasw,brawh->brash", weights[..., :window], ring_v)
-    out = (out + _product("brast,brath->brash", weights[..., window:], v)).astype(k.dtype)
+    out = product("brasw,brawh->brash", weights[..., :window], ring_v)
+    out = (out + product("brast,brath->brash", weights[..., window:], v)).astype(k.dtype)
     if heads_per_group > 1:
         out = heads.together(out.reshape(*shape[:2], -1, *shape[3:]), heads_per_group)
     return out

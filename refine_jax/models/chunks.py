@@ -98,6 +98,25 @@ def tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
     return jnp.where(seen > 0, (seen - 1) % chunk + 1, 0)
 
 
+def last_and_seen(positions: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
+    """The slot of a fork's last token, and how many tokens its document has up to there.
+
+    positions: [B, R], the number of slots before a fork. Returns [B, R] each; -1 and 0 before any
+    token.
+    """
+    if layout is None:
+        return positions - 1, positions
+    return layout.last_real(positions), layout.tokens_before(positions)
+
+
+def chunk_of(last, seen, plan: ChunkPlan | None, chunk: int) -> jax.Array:
+    """Number of the chunk [B, R] that slot `last` lies in, or of any document's first."""
+    if plan is None:
+        return jnp.maximum(last, 0) // chunk
+    slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
+    return jnp.where(seen > 0, slot // chunk, 0)
+
+
 def first_rows(last: jax.Array, size: int) -> jax.Array:
     """Where slabs of `size` rows up to row `last` [B, R] begin; the first `size` rows if fewer."""
     return jnp.maximum(last - size + 1, 0)

@@ -351,6 +351,17 @@ class DeltaNetMixer(nnx.Module):
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
         return self._output(x, out), DeltaState(memory, tails)
 
+    def extend_traced(
+        self,
+        x: jax.Array,
+        trace: DeltaTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+    ) -> jax.Array:
+        """`extend` of x [B, R, S, D] from `fork` of a trace at `positions`: y [B, R, S, D]."""
+        return self.extend(x, self.fork(trace, positions, layout, plan, x.shape[2]))[0]
+
     @staticmethod
     def advance(state: DeltaState, change: DeltaState) -> DeltaState:
         """States and what `extend` returns: the new states, which are the latter."""

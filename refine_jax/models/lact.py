@@ -10,8 +10,8 @@ channels, R forks of a sequence, S new tokens, W attention window.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from jax import lax
 from refine_jax.kernels import sequence
 from refine_jax.kernels.heads import from_chunks, regroup, to_chunks
 from refine_jax.kernels.lact import (
-    FastState,
     Options,
     Weights,
     apply_fast_weights,
@@ -39,18 +38,22 @@ from refine_jax.models.attention import (
 )
 from refine_jax.models.chunks import (
     ChunkPlan,
+    chunk_of,
     cut_slabs,
     first_rows,
+    last_and_seen,
     plan_chunks,
     to_slots,
     to_tokens,
     tokens_in_chunk,
 )
 from refine_jax.models.config import LaCTConfig
+from refine_jax.models.fork_attention import fork_attention
+from refine_jax.models.lact_forks import fast_input, fast_value, fork_place, read_forks
+from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layers import (
     Linear,
     RMSNorm,
-    l2_norm_lact,
     normal_param,
     rope,
 )
@@ -60,57 +63,6 @@ from refine_jax.parallel import axis_size, constrain, over_shards, take_tokens, 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
 _RATE_SHIFT = math.log(math.expm1(0.001))  # softplus of it is a rate of 0.001
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
-
-
-class LaCTTrace(NamedTuple):
-    """What forks need of a forward pass.
-
-    k, v: [B, G, T, L], without rope. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
-    chunks: FastState [B, N, H, ...], read by each chunk.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    rates: jax.Array
-    momentum: jax.Array | None
-    chunks: FastState
-
-
-class LaCTPick(NamedTuple):
-    """What forks need of a trace, cut out.
-
-    fast: FastState [B, R, H, ...], with which the fork's chunk is read. k, v: [B, R, G, W, L], the
-    last W tokens, or the first; W is here at most T. pending: k and v [B, R, G, C, L], rates
-    [B, R, H, C, 3, E] and momentum [B, R, H, C] of the last C tokens.
-    """
-
-    fast: FastState
-    k: jax.Array
-    v: jax.Array
-    pending: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
-
-
-class LaCTState(NamedTuple):
-    """A decode state; its size does not depend on the tokens seen.
-
-    A chunk's update is made when the first token after it arrives.
-
-    fast: FastState [B, R, H, ...] of the current chunk. sums: its pending update [B, R, H, ...].
-    momentum_sum: [B, R, H], over the tokens in `sums`; None without momentum.
-    keys, values: [B, R, G, W, L], the last W tokens in ring order, keys with rope.
-    cursor: [B, R] int32, the slot that the next token takes.
-    position: [B, R] int32, tokens of the document so far.
-
-    `extend` gives such states with new tokens' keys and values alone, which `advance` adds.
-    """
-
-    fast: FastState
-    sums: Weights
-    momentum_sum: jax.Array | None
-    keys: jax.Array
-    values: jax.Array
-    cursor: jax.Array
-    position: jax.Array
 
 
 class LowRank(nnx.Module):
@@ -193,25 +145,15 @@ class LaCTMixer(nnx.Module):
     def _fast_inputs(self, q, k, v, positions: jax.Array) -> tuple[jax.Array, ...]:
         """What the fast weights take, of [..., H, T, d]; positions broadcast to [..., 1, T]."""
         q, k = self._fast_input(q, 0, positions), self._fast_input(k, 1, positions)
-        return q, k, self._fast_value(v)
+        return q, k, fast_value(self.config, v)
 
     def _fast_input(self, x: jax.Array, column: int, positions: jax.Array) -> jax.Array:
         """Query (column 0) or key (1)."""
-        config, heads = self.config, self.config.num_lact_heads
-        scale, offset = (
-            p[...][:, column].astype(x.dtype).reshape(heads, 1, -1)
-            for p in (self.qk_scale, self.qk_offset)
-        )
-        x = x * scale + offset
-        y = l2_norm_lact(jax.nn.silu(x) if config.qkv_silu else x)
-        if config.ttt_nope:
-            return y
-        if config.lact_head_dim % config.attn_head_dim == 0:
-            return self._rope(y, positions)
-        return regroup(self._rope(regroup(y, config.num_attn_heads), positions), heads)
+        return fast_input(self.config, x, self._scales(column), positions)
 
-    def _fast_value(self, v: jax.Array) -> jax.Array:
-        return jax.nn.silu(v) if self.config.qkv_silu and not self.config.no_v_silu else v
+    def _scales(self, column: int) -> tuple[jax.Array, jax.Array]:
+        """Scale and offset [D] of the fast weights' queries (column 0) or keys (1)."""
+        return self.qk_scale[...][:, column], self.qk_offset[...][:, column]
 
     def _to_heads(self, *groups: jax.Array) -> list[jax.Array]:
         """Arrays [..., G, T, L] to [..., H, T, d]."""
@@ -277,12 +219,8 @@ class LaCTMixer(nnx.Module):
     ) -> LaCTPick:
         """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
         chunk, tokens = config.lact_chunk_size, trace.k.shape[2]
-        last, seen = _last_and_seen(positions, layout)
-        if layout is None:
-            index = jnp.maximum(last, 0) // chunk
-        else:
-            slot = jnp.take_along_axis(plan.slot, jnp.maximum(last, 0), axis=1)
-            index = jnp.where(seen > 0, slot // chunk, 0)
+        last, seen = last_and_seen(positions, layout)
+        index = chunk_of(last, seen, plan, chunk)
 
         def cut(x, size):
             size = min(size, tokens)
@@ -307,7 +245,7 @@ class LaCTMixer(nnx.Module):
     ) -> tuple[jax.Array, Weights, jax.Array | None]:
         """What is computed of decode states: keys [B, R, G, W, L], sums and momentum_sum."""
         del plan
-        last, seen = _last_and_seen(positions, layout)
+        last, seen = last_and_seen(positions, layout)
         size = picked.k.shape[3]
         # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
         ahead = (first_rows(last, size) - last)[..., None] + jnp.arange(size)
@@ -324,7 +262,7 @@ class LaCTMixer(nnx.Module):
     ) -> LaCTState:
         """Decode states of what was picked and what was computed."""
         window = config.window_size
-        last, seen = _last_and_seen(positions, layout)
+        last, seen = last_and_seen(positions, layout)
         keys, sums, momentum_sum = resumed
         size = keys.shape[3]
         keys, values = (
@@ -405,6 +343,54 @@ class LaCTMixer(nnx.Module):
             values = jnp.concatenate([values, state.values], axis=3)
         kept = -self.config.window_size
         return y, state._replace(keys=keys[..., kept:, :], values=values[..., kept:, :])
+
+    def extend_traced(
+        self,
+        x: jax.Array,
+        trace: LaCTTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: ChunkPlan | None,
+    ) -> jax.Array:
+        """`extend` of x [B, R, S, D] from `fork` of a trace at `positions`: y [B, R, S, D].
+
+        For gradients: no state is made. Forks read the window's keys and values and the weights
+        of their chunk in the trace; what is pending is cut out for those alone that leave it.
+        """
+        config, num_tokens, num_new = self.config, trace.k.shape[2], x.shape[2]
+        if num_new > min(config.lact_chunk_size, _EXTEND_BLOCK):
+            return self.extend(x, self.fork(trace, positions, layout, plan, num_new))[0]
+        last, seen = last_and_seen(positions, layout)
+        axis_name = self._token_axis(num_tokens)
+        at = (seen[..., None] + jnp.arange(num_new))[:, :, None]
+        q, k, v = self._qkv(x)
+
+        inputs = self._fast_inputs(*self._to_heads(q, k, v), at)
+        place = fork_place(config, last, seen, plan, num_tokens, num_new)
+        read = functools.partial(read_forks, config, self._options, axis_name)
+        forks, batch = ("batch", None, "heads"), ("batch",)
+        rows = ("batch", "heads", axis_name and "tokens")
+        chunks = ("batch", axis_name and "tokens", "heads")
+        in_axes = (forks, rows, chunks, ("heads",), ("heads",), batch)
+        read = over_shards(read, in_axes, (forks, rows, chunks))
+        new = *inputs, self._rates(x), self._momentum(x)
+        norms = row_norms(self._initial_weights())
+        fast, tokens, states = read(new, trace[:4], trace.chunks, self._scales(1), norms, place)
+        trace = LaCTTrace(*tokens, states)
+
+        attend = functools.partial(
+            fork_attention,
+            window=config.window_size,
+            heads_per_group=self._heads_in_group,
+            axis_name=axis_name,
+        )
+        attend = over_shards(attend, (forks, forks, forks, rows, rows, batch, batch), forks)
+        row = jnp.arange(num_tokens)[None] if layout is None else layout.position
+        row_keys = self._rope(trace.k, row[:, None])
+        queries, keys = self._rope(q, at), self._rope(k, at)
+        attention = attend(queries, keys, v, row_keys, trace.v, last, seen)
+        fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
+        return self.o_proj.from_groups(attention + fast)
 
     @staticmethod
     def advance(state: LaCTState, change: LaCTState) -> LaCTState:
@@ -549,7 +535,7 @@ class LaCTMixer(nnx.Module):
             k, v = self._to_heads(k, v)
             k = self._fast_input(k, 1, positions[:, None])
             rates = jnp.where(live[:, None, :, None, None], rates, 0.0)
-            sums = update_sums(weights, k, self._fast_value(v), rates)
+            sums = update_sums(weights, k, fast_value(self.config, v), rates)
             if momentum is None:
                 return sums, None
             return sums, jnp.where(live[:, None], momentum, 0.0).sum(-1)
@@ -660,13 +646,6 @@ class LaCTMixer(nnx.Module):
             return out, (fast, *add(fast, *begun, ~inside))
 
         return lax.cond(jnp.any(crosses), jax.checkpoint(cross), jax.checkpoint(stay), *state)
-
-
-def _last_and_seen(positions: jax.Array, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
-    """Of prefixes of `positions` [B, R] slots the last token's slot, and its document's tokens."""
-    if layout is None:
-        return positions - 1, positions
-    return layout.last_real(positions), layout.tokens_before(positions)
 
 
 def _advance_layer(state: LaCTState, change: LaCTState) -> LaCTState:

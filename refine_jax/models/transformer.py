@@ -461,8 +461,7 @@ class Model:
 
 def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:
     """A layer's output for tokens x [B, R, S, D] that continue its traced rows at `positions`."""
-    state = block.attn.fork(trace, positions, layout, plan, x.shape[2])
-    y, _ = block.attn.extend(block.attn_norm(x), state)
+    y = block.attn.extend_traced(block.attn_norm(x), trace, positions, layout, plan)
     return block.add_mlp(x + y)
 
 

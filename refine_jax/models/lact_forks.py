@@ -1,0 +1,168 @@
+"""LaCT's fast weights for forks in a gradient pass: read in the trace, without decode states.
+
+A decode state has copies of its chunk's weights and momentum, and sums over up to C tokens. Here
+all chunks are given all forks (`_read_in_chunks`), and a fork that leaves its chunk, which few do,
+gets the update that is pending by itself (`crossing.py`).
+
+Letters: B batch, T tokens, G groups of L numbers that hold the attention heads, H fast-weight heads
+of width d with hidden F, N chunks of C tokens, E rate channels, R forks of a sequence, S <= C new
+tokens of each.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from refine_jax.kernels.heads import regroup
+from refine_jax.kernels.lact import (
+    FastState,
+    Options,
+    Weights,
+    apply_fast_weights,
+    apply_update,
+    update_sums,
+)
+from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
+from refine_jax.models.config import LaCTConfig
+from refine_jax.models.crossing import ForkPlace, of_crossing
+from refine_jax.models.layers import l2_norm_lact, rope
+
+
+def fast_input(
+    config: LaCTConfig, x: jax.Array, scales: tuple[jax.Array, jax.Array], positions: jax.Array
+) -> jax.Array:
+    """Queries or keys x [..., H, T, d] as the fast weights take them.
+
+    scales: scale and offset, [H d] each. positions broadcast to [..., 1, T]. H may be the heads
+    that a device has.
+    """
+    heads, size = x.shape[-3], config.attn_head_dim
+    scale, offset = (p.astype(x.dtype).reshape(heads, 1, -1) for p in scales)
+    x = x * scale + offset
+    y = l2_norm_lact(jax.nn.silu(x) if config.qkv_silu else x)
+    if config.ttt_nope:
+        return y
+    if config.lact_head_dim % size == 0:
+        return rope(y, positions, config.rope_theta, size)
+    attn_heads = heads * config.lact_head_dim // size
+    return regroup(rope(regroup(y, attn_heads), positions, config.rope_theta, size), heads)
+
+
+def fast_value(config: LaCTConfig, v: jax.Array) -> jax.Array:
+    """Values as the fast weights take them."""
+    return jax.nn.silu(v) if config.qkv_silu and not config.no_v_silu else v
+
+
+def fork_place(
+    config: LaCTConfig,
+    last: jax.Array,
+    seen: jax.Array,
+    plan: ChunkPlan | None,
+    num_tokens: int,
+    num_new: int,
+) -> ForkPlace:
+    """Where forks of `num_new` tokens stand; last, seen: of `last_and_seen`."""
+    chunk = config.lact_chunk_size
+    start, count = first_rows(last, min(chunk, num_tokens)), tokens_in_chunk(seen, chunk)
+    return ForkPlace(
+        chunk=chunk_of(last, seen, plan, chunk),
+        start=start,
+        before=last - start,
+        seen=seen,
+        count=count,
+        crosses=count + num_new > chunk,
+    )
+
+
+def read_forks(
+    config: LaCTConfig,
+    options: Options,
+    axis_name: str | None,
+    new: tuple[jax.Array, ...],
+    tokens: tuple[jax.Array, ...],
+    chunks: FastState,
+    scales: tuple[jax.Array, jax.Array],
+    norms: Weights,
+    place: ForkPlace,
+) -> tuple[jax.Array, tuple[jax.Array, ...], FastState]:
+    """Read the tokens of forks with the weights of their chunks, and of the next.
+
+    new: q, k, v [B, R, H, S, d], rates [B, R, H, S, 3, E], momentum [B, R, H, S] or None. tokens: k
+    and v [B, G, T, L], rates and momentum [B, H, T, ...] of the rows. chunks: [B, N, H, ...].
+    scales: of `fast_input` for keys. norms: `row_norms`. axis_name: inside `jax.shard_map`, the
+    mesh axis over which T and N are spread.
+    Returns the output [B, R, H, S, d], and tokens and chunks as `of_crossing` does.
+    """
+    size = config.lact_chunk_size
+    if axis_name is None:
+        size = min(size, tokens[0].shape[2])
+    function = functools.partial(_read_next_chunk, config, options)
+    later, tokens, chunks = of_crossing(
+        function, size, axis_name, (scales, norms), new, tokens, chunks, place
+    )
+    out = _read_in_chunks(chunks.weights, new[0], place.chunk, axis_name)
+    inside = place.count[..., None] + jnp.arange(out.shape[3]) < config.lact_chunk_size  # [B, R, S]
+    return jnp.where(inside[:, :, None, :, None], out, later), tokens, chunks
+
+
+def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name: str | None):
+    """`apply_fast_weights` of q [B, R, H, S, d], each fork with the weights of its chunk [B, R].
+
+    weights: [B, N, H, ...]. Every chunk is given all forks, those of other chunks as zeros, whose
+    outputs and gradients are 0: N R S tokens are few beside T, no weights are copied, and their
+    gradient comes out by chunk, without a scatter.
+    """
+    queries = jnp.swapaxes(q, 1, 2)  # [B, H, R, S, d]
+    by_chunk = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), weights)
+    number = jnp.arange(len(by_chunk.w0))
+    if axis_name is not None:
+        number += lax.axis_index(axis_name) * len(number)
+
+    @jax.checkpoint
+    def read(out, inputs):
+        number, weights = inputs
+        here = jnp.where((chunk == number)[:, None, :, None, None], queries, 0)
+        return out + apply_fast_weights(weights, here.reshape(out.shape)), None
+
+    out = jnp.zeros((*queries.shape[:2], queries[0, 0, ..., 0].size, q.shape[-1]), q.dtype)
+    out, _ = lax.scan(read, out, (number, by_chunk))
+    if axis_name is not None:
+        out = lax.psum(out, axis_name)
+    return jnp.swapaxes(out.reshape(queries.shape), 1, 2)
+
+
+def _read_next_chunk(
+    config: LaCTConfig, options: Options, shared, new, slab, fast: FastState, place: ForkPlace
+) -> jax.Array:
+    """Outputs [H, S, d] of one fork's tokens with the weights after the chunk that they leave.
+
+    shared, new: as in `read_forks`. slab: k, v [G, C, L], rates [H, C, 3, E] and momentum [H, C] of
+    the row's last tokens, of which `place.count` are in the chunk; or the row's first tokens.
+    """
+    scales, norms = shared
+    q, k, v, rates, momentum = new
+    row_k, row_v, row_rates, row_momentum = slab
+    chunk, heads = config.lact_chunk_size, q.shape[0]
+    ahead = jnp.arange(row_k.shape[1]) - place.before  # 0 at the fork's last token
+    pending = (ahead <= 0) & (ahead > -place.count)
+    inside = place.count + jnp.arange(q.shape[1]) < chunk
+
+    row_k, row_v = regroup(row_k, heads), fast_value(config, regroup(row_v, heads))
+    row_k = fast_input(config, row_k, scales, (place.seen - 1 + ahead)[None])
+    row_rates = jnp.where(pending[:, None, None], row_rates, 0.0)
+    rates = jnp.where(inside[:, None, None], rates, 0.0)
+    sums = jax.tree.map(
+        jnp.add,
+        update_sums(fast.weights, row_k, row_v, row_rates),
+        update_sums(fast.weights, k, v, rates),
+    )
+    mean = None
+    if momentum is not None:
+        total = jnp.where(pending, row_momentum, 0.0).sum(-1)
+        mean = (total + jnp.where(inside, momentum, 0.0).sum(-1)) / chunk
+    fast = apply_update(fast, sums, mean, norms, options)
+    return apply_fast_weights(fast.weights, q)
