@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refine_jax.kernels.cross_entropy import reweighted_loss
 
 from refine_jax.refine.exact import (
     expected_match,
     expected_match_loss,
     match_count,
     match_probabilities,
+    match_weights,
 )
 
 VOCABULARY = 4
@@ -187,3 +189,57 @@ def test_rows_without_windows_give_zero():
 def test_rewards_without_an_exact_expectation_are_refused():
     with pytest.raises(ValueError, match="Got: 'cosine'"):
         expected_match(jnp.zeros((2, 5, 3)), "cosine")
+
+
+# With the vocabulary head: the losses of tokens weigh tokens near them
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    ("shape", "k", "block_tokens", "reward"),
+    [
+        ((3, 37), 3, 30, "whole"),
+        ((2, 64), 5, 16, "prefix"),
+        ((1, 9), 4, 512, "whole"),
+        ((2, 3), 5, 512, "whole"),  # no window fits
+        ((4, 50), 1, 20, "whole"),
+    ],
+)
+def test_reweighted_losses_have_the_gradient_of_the_expected_match(
+    shape, k, block_tokens, reward, implementation
+):
+    """Against autodiff through all logits at once, whatever the blocks."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((*shape, 8)), rng.standard_normal((17, 8))
+    targets = jnp.asarray(rng.integers(0, 17, shape))
+    weights = jnp.asarray(rng.random(shape) > 0.1, jnp.float32).at[:, -1].set(0)
+    scales = jnp.asarray([0.3, 0.7])
+
+    def by_logits(hidden, head):
+        log_probs = jax.nn.log_softmax(jnp.matmul(hidden, head.T, precision="highest"))
+        log_probs = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        probabilities, counted = match_probabilities(log_probs, weights, k)
+        match = jnp.where(counted, expected_match(probabilities, reward), 0.0)
+        return -scales[0] * jnp.sum(log_probs * weights) - scales[1] * jnp.sum(match), -log_probs
+
+    def in_blocks(hidden, head):
+        weigh = functools.partial(match_weights, rollout_length=k, reward=reward)
+        loss, stats = reweighted_loss(
+            hidden,
+            head,
+            targets,
+            weights,
+            scales,
+            weigh,
+            max(k - 1, 1),
+            block_tokens,
+            implementation=implementation,
+        )
+        return loss, stats.nll
+
+    arguments = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
+    want, nll = jax.grad(by_logits, argnums=(0, 1), has_aux=True)(*arguments)
+    got, found = jax.jit(jax.grad(in_blocks, argnums=(0, 1), has_aux=True))(*arguments)
+    np.testing.assert_allclose(found, nll, atol=1e-5)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)

@@ -12,6 +12,7 @@ import tiny
 
 from refine_jax.config import MeshConfig, RefineConfig
 from refine_jax.parallel import AXES, make_mesh, place_rows, state_shardings
+from refine_jax.presets import PRESETS
 from refine_jax.refine.answers import AnswerMethod
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.step import row_keys
@@ -36,7 +37,7 @@ COVERING = {
     ("deltanet", "data=2,fsdp=2,tensor=2"),
 }
 # Each a program of its own: all in one compile for minutes on a busy machine.
-OBJECTIVES = ("ntp", "refine", "batch", "answers", "policy")
+OBJECTIVES = ("ntp", "refine", "batch", "exact", "answers", "policy")
 CASES = [
     pytest.param(
         family,
@@ -96,6 +97,8 @@ def program(family: str, objective: str):
     # As they are, 6e-8 of each parameter, a rounding, is 3e-5 of the gradient: more than is tested.
     params = jax.tree.map(lambda x: 0.4 * x, params)
     config = dataclasses.replace(CONFIG, objective="ntp" if objective == "ntp" else "refine")
+    if objective == "exact":
+        config = dataclasses.replace(config, kl_coef=0.0, **PRESETS["exact"])
     rows_objective = Objective(model, config, eos_id=2, max_documents=2)
     reference = jax.tree.map(lambda x: 0.98 * x, params)
     answers = AnswerMethod(model, CONFIG, max_answer_tokens=4, eos_id=2, pad_id=0)
