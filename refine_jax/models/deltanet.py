@@ -25,17 +25,11 @@ from refine_jax.parallel import over_shards, take_tokens, token_axis
 class DeltaTrace(NamedTuple):
     """What forks need of a forward pass.
 
-    x: [B, T, D], the mixer's input, for the last inputs of the convolutions. k: [B, T, H, K] and
-    v: [B, T, Hv, V] as the delta rule takes them (k before the l2 norm); beta, log_decay:
-    [B, T, Hv] (log_decay None in DeltaNet), 0 at padding. states: [B, ceil(T / N), Hv, K, V]
-    float32, before every N-th token.
+    x: [B, T, D], the mixer's input: a fork needs the keys and values of at most N tokens, which it
+    computes again. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
     """
 
     x: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    log_decay: jax.Array | None
     states: jax.Array
 
 
@@ -43,15 +37,13 @@ class DeltaPick(NamedTuple):
     """What R forks of a row need of a trace.
 
     memory: [B, R, Hv, K, V] float32, the states saved before the blocks of N tokens that the forks
-    lie in. k, v, beta, log_decay: [B, R, N, ...], of those blocks. tails: [B, R, W - 1, D], the
-    mixer's last inputs; None without convolutions.
+    lie in. x: [B, R, N, D], the mixer's inputs in those blocks. before, tails: [B, R, W - 1, D],
+    its inputs before the blocks, and before the forks; None without convolutions.
     """
 
     memory: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    log_decay: jax.Array | None
+    x: jax.Array
+    before: jax.Array | None
     tails: jax.Array | None
 
 
@@ -244,7 +236,7 @@ class DeltaNetMixer(nnx.Module):
             save_every=self.config.token_multiple,
             axis_name=axis_name,
         )
-        return self._output(x, out), DeltaTrace(x, k, v, beta, log_decay, states)
+        return self._output(x, out), DeltaTrace(x, states)
 
     @staticmethod
     def pick(
@@ -259,21 +251,18 @@ class DeltaNetMixer(nnx.Module):
         block_size = config.token_multiple
         block = _fork_block(positions, block_size)
 
-        def blocks(x):
-            """Blocks of x [B, T, ...] at the forks: [B, R, N, ...]."""
-            if x is None:
-                return None
-            missing = -x.shape[1] % block_size
-            x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
-            return take_tokens(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), block)
-
-        tails = None
+        batch, tokens, size = trace.x.shape
+        x = jnp.pad(trace.x, ((0, 0), (0, -tokens % block_size), (0, 0)))
+        x = take_tokens(x.reshape(batch, -1, block_size, size), block)
+        before = tails = None
         if config.use_short_conv:
             last = positions - 1 if layout is None else layout.last_real(positions)
             back = jnp.arange(config.conv_size - 2, -1, -1)
-            tails = take_tokens(trace.x, jnp.maximum(last[..., None] - back, 0))
-        arrays = (blocks(x) for x in (trace.k, trace.v, trace.beta, trace.log_decay))
-        return DeltaPick(take_tokens(trace.states, block), *arrays, tails)
+            before, tails = (
+                take_tokens(trace.x, jnp.maximum(end[..., None] - back, 0))
+                for end in (block * block_size - 1, last)
+            )
+        return DeltaPick(take_tokens(trace.states, block), x, before, tails)
 
     def resume(
         self,
@@ -292,17 +281,34 @@ class DeltaNetMixer(nnx.Module):
         block_size, memory = self.config.token_multiple, picked.memory
         slot = _fork_block(positions, block_size)[..., None] * block_size + jnp.arange(block_size)
         replayed = slot < positions[..., None]
-        count = positions
+        count, position = positions, slot
         if layout is not None:
             tokens = layout.document.shape[1]
             document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
-            of_slot = take_tokens(layout.document, jnp.minimum(slot, tokens - 1))
-            replayed &= of_slot == document[..., None]
+            inside = jnp.minimum(slot, tokens - 1)
+            of_slot = take_tokens(layout.document, inside)
+            replayed &= (of_slot == document[..., None]) & take_tokens(layout.mask, inside)
             of_memory = take_tokens(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
             memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
             count = layout.tokens_before(positions)
-        k, beta, log_decay = _keep(replayed, picked.k, picked.beta, picked.log_decay)
-        _, memory = self._delta_rule(None, k, picked.v, beta, log_decay, memory)
+            position = take_tokens(layout.position, inside)
+        k, v = self.k_proj(picked.x), self.v_proj(picked.x)
+        if self.config.use_short_conv:
+            k, v = (
+                _short_conv(
+                    jnp.concatenate([projection(picked.before), x], axis=2),
+                    convolution.weight[...],
+                    position,
+                )
+                for x, projection, convolution in (
+                    (k, self.k_proj, self.k_conv1d),
+                    (v, self.v_proj, self.v_conv1d),
+                )
+            )
+        _, k, v = self._heads(k, k, v)
+        beta, log_decay = self._beta(picked.x), self._log_decay(picked.x)
+        k, beta, log_decay = _keep(replayed, k, beta, log_decay)
+        _, memory = self._delta_rule(None, k, v, beta, log_decay, memory)
         if picked.tails is None:
             return DeltaState(memory, None)
         back = jnp.arange(self.config.conv_size - 2, -1, -1)
