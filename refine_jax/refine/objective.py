@@ -226,8 +226,12 @@ class Objective:
         return jax.grad(loss, has_aux=True)(params, batch, whole, keys)
 
     def _rollout_gradient(self, params, batch, whole, keys, experience, reference_params):
+        """Written out rather than left to autodiff of a loss: rollouts are sampled between the
+        forward pass and the backward pass of the rows, which then takes them along.
+        """
         model, config, tokens = self.model, self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)
+        # The one forward pass; rollouts that are known already go through it with their rows.
         if experience is None:
             rows = model.run_rows(params, tokens, layout)
             hidden = rows.hidden
@@ -237,6 +241,7 @@ class Objective:
                 lambda p: model.forward_with_forks(p, tokens, layout, starts, rollouts), params
             )
 
+        # Next tokens, whose entropies say where to roll out.
         head = model.head_params(params)
         nll_sum, pull_next_tokens, (stats, weights) = jax.vjp(
             lambda head, hidden: read_hidden(model, head, batch, layout, hidden),
@@ -254,6 +259,7 @@ class Objective:
             def pull_layers(cotangents):
                 return (model.backward(params, rows, starts, rollouts, fork_inputs, cotangents),)
 
+        # The policy loss: of the rollouts, and of the hidden states before them.
         true_tokens, _ = self.truth(batch, hidden, starts)
 
         def policy(head, last_hidden, fork_hidden):
@@ -264,6 +270,7 @@ class Objective:
         policy_loss, pull_policy, metrics = jax.vjp(
             policy, head, last_hidden, fork_hidden, has_aux=True
         )
+        # Back through head, rows and rollouts.
         from_tokens, of_hidden = pull_next_tokens(config.lambda_sft / whole.token_count)
         policy_weight = jnp.asarray(whole.policy_weight, jnp.float32)
         from_policy, of_last, of_forks = pull_policy(policy_weight)
