@@ -197,6 +197,12 @@ class Model:
         ((_, gathered),) = gather_parameters(self.head_params(params)).items()
         return gathered["weight"]
 
+    def gather(self, params: Params) -> Params:
+        """The parameters whole on every device, as the layers take them: sent once, for many passes
+        over few tokens. Not for the gradient.
+        """
+        return {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
+
     def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         table = gather_parameters({"embeddings": params["embeddings"]})["embeddings"]["weight"]
         return table[tokens].astype(self.dtype)

@@ -546,6 +546,7 @@ class Objective:
         Beside the experience the hidden states [B, R, k, D] of the rollouts' tokens and what
         `Model.backward` takes of them.
         """
+        params = self.model.gather(params)
         starts, valid, last_hidden, state = self.fork(params, reading, keys)
         tokens = self.sample(params, last_hidden, state, keys)
         hidden, inputs = self.model.run_forks(params, tokens, state)

@@ -239,9 +239,10 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
         forked = merge_rows(lax.map(fork, split_rows(inputs, group)))
         starts, valid, last_hidden, forks, truth = forked
         forks = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks)
-        tokens = objective.sample(params, last_hidden, forks, keys)
-        hidden, _ = objective.model.run_forks(params, tokens, forks)
-        scores = objective.scores(params, last_hidden, hidden, tokens, truth[0])
+        gathered = objective.model.gather(params)
+        tokens = objective.sample(gathered, last_hidden, forks, keys)
+        hidden, _ = objective.model.run_forks(gathered, tokens, forks)
+        scores = objective.scores(gathered, last_hidden, hidden, tokens, truth[0])
 
         def reference(inputs):
             return objective.reference_log_probs(state.reference_params, *inputs)
