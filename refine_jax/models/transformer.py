@@ -228,9 +228,7 @@ class Model:
         plan = self._mixer.plan(self.config, layout, tokens.shape)
 
         def layer(x, layer_params):
-            block = self._block(layer_params)
-            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
-            x = constrain(block.add_mlp(x + y), "batch", "tokens")
+            x, trace = _run_rows(self._block(layer_params), x, layout, plan)
             return x, trace if with_trace else None
 
         if self.policy.remat != "none":
@@ -326,9 +324,8 @@ class Model:
         def layer(carry, layer_params):
             x, forks = carry
             block = self._block(layer_params)
-            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
-            forks = extend(block, forks, trace, positions, layout, plan)
-            return (constrain(block.add_mlp(x + y), "batch", "tokens"), forks), None
+            x, trace = _run_rows(block, x, layout, plan)
+            return (x, extend(block, forks, trace, positions, layout, plan)), None
 
         if whole != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[whole])
@@ -349,9 +346,7 @@ class Model:
         recompute = self.policy.remat == "full"
 
         def run(layer_params, x):
-            block = self._block(layer_params)
-            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
-            return constrain(block.add_mlp(x + y), "batch", "tokens"), trace
+            return _run_rows(self._block(layer_params), x, layout, plan)
 
         if self.policy.remat == "dots":
             run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
@@ -418,9 +413,8 @@ class Model:
 
         def both(layer_params, x, forks):
             block = self._block(layer_params)
-            y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
-            forks = _extend_forks(block, forks, trace, positions, layout, plan)
-            return constrain(block.add_mlp(x + y), "batch", "tokens"), forks
+            x, trace = _run_rows(block, x, layout, plan)
+            return x, _extend_forks(block, forks, trace, positions, layout, plan)
 
         def extend(layer_params, forks, trace):
             return _extend_forks(self._block(layer_params), forks, trace, positions, layout, plan)
@@ -463,6 +457,12 @@ class Model:
             return None, self._block(layer_params).attn.init_state(batch, self.dtype)
 
         return lax.scan(layer, None, params["layers"])[1]
+
+
+def _run_rows(block: Block, x: jax.Array, layout: Layout | None, plan) -> tuple[jax.Array, Any]:
+    """A layer's output for whole rows x [B, T, D], and its trace."""
+    y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+    return constrain(block.add_mlp(x + y), "batch", "tokens"), trace
 
 
 def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,13 @@ from refine_jax.refine.grpo import (
     token_advantages,
 )
 from refine_jax.refine.rewards import EXPECTED, token_rewards
-from refine_jax.refine.rollout import Scores, fork_rollouts, sample_rollouts, scores_of
+from refine_jax.refine.rollout import (
+    Scores,
+    fork_rollouts,
+    predictors_of,
+    sample_rollouts,
+    scores_of,
+)
 from refine_jax.refine.selection import rollout_slots, select_positions, selectable
 
 Batch = dict[str, jax.Array]
@@ -189,13 +195,7 @@ class Objective:
         if not self.chooses:
             _, counted = match_probabilities(weights, weights, config.rollout_length)
             return MiniBatch(token_count, policy_weight, windows=match_count(counted))
-        valid = selectable(
-            jnp.ones(tokens.shape, bool) if layout is None else layout.mask,
-            num_positions=config.num_positions,
-            rollout_length=config.rollout_length,
-            edge_margin=config.edge_margin,
-            document=None if layout is None else layout.document,
-        )[1]
+        valid = selectable(**self._spans(layout, tokens.shape))[1]
         valid = jnp.repeat(valid, self._repeats, axis=1)
         return MiniBatch(token_count, policy_weight, valid, match_count(valid))
 
@@ -203,6 +203,17 @@ class Objective:
     def _repeats(self) -> int:
         """Rollouts from each chosen position; the exact estimator needs one."""
         return self.config.rollouts_per_position if self.rolls_out else 1
+
+    def _spans(self, layout: Layout | None, shape: tuple[int, int]) -> dict[str, Any]:
+        """Where positions of rows of that shape [B, T] may be, as `selection` takes it."""
+        config = self.config
+        return {
+            "mask": jnp.ones(shape, bool) if layout is None else layout.mask,
+            "document": None if layout is None else layout.document,
+            "num_positions": config.num_positions,
+            "rollout_length": config.rollout_length,
+            "edge_margin": config.edge_margin,
+        }
 
     def gradient(
         self,
@@ -401,13 +412,9 @@ class Objective:
         selection = select_positions(
             jax.vmap(jax.random.split)(keys)[:, 0],
             constrain(reading.stats.entropy, "batch"),
-            jnp.ones(reading.weights.shape, bool) if layout is None else layout.mask,
-            num_positions=config.num_positions,
-            rollout_length=config.rollout_length,
             method=config.selection,
             temperature=config.selection_temperature,
-            edge_margin=config.edge_margin,
-            document=None if layout is None else layout.document,
+            **self._spans(layout, reading.weights.shape),
             **match,
         )
         repeat = functools.partial(jnp.repeat, repeats=self._repeats, axis=1)
@@ -454,7 +461,7 @@ class Objective:
         """
         model, config = self.model, self.config
         scores = scores_of(model, params, last_hidden, hidden, tokens)
-        predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+        predictors = predictors_of(last_hidden, hidden)
         if config.reward == EXPECTED:
             of_truth, _ = token_log_probs(predictors, model.head(params), true_tokens)
             scores = scores._replace(true_log_probs=of_truth)

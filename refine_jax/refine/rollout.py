@@ -149,6 +149,13 @@ def scores_of(
     """`score_rollouts`, given the hidden states before the rollouts [B, R, D] and of their tokens
     [B, R, k, D].
     """
-    predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+    predictors = predictors_of(last_hidden, hidden)
     log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
     return Scores(log_probs, entropies, hidden)
+
+
+def predictors_of(last_hidden: jax.Array, hidden: jax.Array) -> jax.Array:
+    """The hidden states [B, R, k, D] that predict a rollout's tokens: those before the rollouts
+    [B, R, D], and of all their tokens [B, R, k, D] but the last.
+    """
+    return jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
