@@ -193,6 +193,14 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, spec)
 
 
+def gather_rows(x: jax.Array) -> jax.Array:
+    """`x` [B, ...] with all rows on every device; its other axes stay spread as they are."""
+    if not is_spread():
+        return x
+    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return lax.with_sharding_constraint(x, PartitionSpec(None, *rest))
+
+
 def over_shards(
     function: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Any
 ) -> Callable:

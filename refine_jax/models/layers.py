@@ -6,6 +6,7 @@ Activations come in float32 or bfloat16; parameters are cast to the dtype of the
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, einsum, safe_norm
-from refine_jax.parallel import constrain
+from refine_jax.parallel import axis_size, constrain, gather_rows
 
 INIT_STD = 0.02
 
@@ -23,6 +24,45 @@ INIT_STD = 0.02
 def normal_param(key: jax.Array, shape: tuple[int, ...], std: float = INIT_STD) -> nnx.Param:
     """A float32 parameter drawn from N(0, std^2)."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
+
+
+def _product(x: jax.Array, weight: jax.Array, axes: tuple[tuple, tuple]) -> jax.Array:
+    """`lax.dot_general` of tokens x [B, ...] and a weight over these axes of both.
+
+    The weight's gradient is summed over the devices that share a batch. Where the tokens are few,
+    as those of forks are, it is cheaper to send these, and their cotangents, to all devices, each
+    of which makes its part of the gradient of all of them.
+    """
+    contracted = math.prod(weight.shape[axis] for axis in axes[1])
+    kept, tokens = weight.size // contracted, x.size // contracted
+    shared = axis_size("data") * axis_size("fsdp") > 1
+    # A sum over devices sends every number twice.
+    if shared and tokens * (contracted + kept) < 2 * weight.size:
+        return _product_of_few(x, weight, axes)
+    return lax.dot_general(x, weight, (axes, ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_of_few(x, weight, axes):
+    return lax.dot_general(x, weight, (axes, ((), ())))
+
+
+def _product_of_few_forward(x, weight, axes):
+    return _product_of_few(x, weight, axes), (x, weight)
+
+
+def _product_of_few_backward(axes, residuals, cotangent):
+    x, weight = residuals
+
+    def pull(x, weight, cotangent, index):
+        product = functools.partial(lax.dot_general, dimension_numbers=(axes, ((), ())))
+        return jax.vjp(product, x, weight)[1](cotangent)[index]
+
+    of_x = pull(x, weight, cotangent, 0)
+    return of_x, pull(gather_rows(x), weight, gather_rows(cotangent), 1)
+
+
+_product_of_few.defvjp(_product_of_few_forward, _product_of_few_backward)
 
 
 class Linear(nnx.Module):
@@ -38,7 +78,7 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
 
         def rows(x):
-            y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+            y = _product(x, weight, ((x.ndim - 1,), (1,)))
             return y if bias is None else y + bias
 
         return by_rows(rows, x)
@@ -55,7 +95,7 @@ class Linear(nnx.Module):
         rows = drop_unit_axes(x, 2)
         found = []
         for i in range(count):
-            y = lax.dot_general(rows, weight[i], (((rows.ndim - 1,), (2,)), ((), ())))
+            y = _product(rows, weight[i], ((rows.ndim - 1,), (2,)))
             if self.bias is not None:
                 y = y + self.bias[...].astype(x.dtype).reshape(count, groups, -1)[i]
             y = jnp.moveaxis(y, -2, -3)
@@ -67,8 +107,7 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(x.dtype)
         weight = weight.reshape(weight.shape[0], x.shape[-3], x.shape[-1])
         rows = drop_unit_axes(x, 3)
-        axes = ((rows.ndim - 3, rows.ndim - 1), (1, 2))
-        y = lax.dot_general(rows, weight, (axes, ((), ())))
+        y = _product(rows, weight, ((rows.ndim - 3, rows.ndim - 1), (1, 2)))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*x.shape[:-3], *y.shape[-2:])
