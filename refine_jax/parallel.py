@@ -396,3 +396,91 @@ def take_tokens(x: jax.Array, index: jax.Array, *rest: str | None) -> jax.Array:
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)
+
+
+def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> jax.Array:
+    """Tokens start [B, R] ... start + size - 1 of x [B, T, ...]: [B, R, size, ...].
+
+    rest: as of `take_tokens`. Slabs must lie inside the rows.
+    """
+    name = _slab_axis(x, size)
+
+    def take(x, start):
+        begin, behind = _slab_here(x, start, size, name)
+
+        def slab(index):
+            row, fork = index // start.shape[1], index % start.shape[1]
+            origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
+            found = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
+            return found if name is None else _moved(found, -behind[row, fork])
+
+        # One by one: all at once would be a gather, whose result XLA fills with zeros first.
+        slabs = lax.map(slab, jnp.arange(start.size)).reshape(*start.shape, size, *x.shape[2:])
+        return slabs if name is None else lax.psum(slabs, name)
+
+    tokens = ("batch", name and "tokens", *rest)
+    return over_shards(take, (tokens, ("batch",)), ("batch", None, None, *rest))(x, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def tap_slabs(
+    x: jax.Array, start: jax.Array, size: int, rest: tuple[str | None, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """`x` itself and `take_slabs` of it.
+
+    What goes on with the x that is returned has the gradient of the slabs added to its own in
+    place. That of `take_slabs` is an array of zeros as large as x, to be added to the other.
+    """
+    return x, take_slabs(x, start, size, *rest)
+
+
+def _tap_forward(x, start, size, rest):
+    return tap_slabs(x, start, size, rest), start
+
+
+def _tap_backward(size, rest, start, cotangents):
+    name = _slab_axis(cotangents[0], size)
+
+    def add(x, slabs, start):
+        begin, behind = _slab_here(x, start, size, name)
+
+        def one(index, x):
+            row, fork = index // start.shape[1], index % start.shape[1]
+            slab = slabs[row, fork] if name is None else _moved(slabs[row, fork], behind[row, fork])
+            origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
+            old = lax.dynamic_slice(x, origin, (1, *slab.shape))
+            return lax.dynamic_update_slice(x, old + slab.astype(x.dtype), origin)
+
+        return lax.fori_loop(0, start.size, one, x)
+
+    tokens = ("batch", name and "tokens", *rest)
+    add = over_shards(add, (tokens, ("batch", None, None, *rest), ("batch",)), tokens)
+    return add(*cotangents, start), None
+
+
+tap_slabs.defvjp(_tap_forward, _tap_backward)
+
+
+def _slab_axis(x: jax.Array, size: int) -> str | None:
+    """The mesh axis over which tokens of x [B, T, ...] are spread and slabs are cut there."""
+    name = token_axis(x.shape[1], 1)
+    return None if name is None or x.shape[1] // axis_size(name) < size else name
+
+
+def _slab_here(x, start, size: int, name: str | None) -> tuple[jax.Array, jax.Array]:
+    """The slab of this device that begins where the wanted one does, or nearest: [B, R] each.
+
+    Where it begins, and by how many tokens the wanted one begins behind it.
+    """
+    if name is None:
+        return start, jnp.zeros_like(start)
+    start = start - lax.axis_index(name) * x.shape[1]
+    begin = jnp.clip(start, 0, x.shape[1] - size)
+    return begin, jnp.clip(start - begin, -size, size)
+
+
+def _moved(slab: jax.Array, by: jax.Array) -> jax.Array:
+    """Tokens of a slab [size, ...] moved up by as many places; zeros come after them."""
+    size = slab.shape[0]
+    beside = jnp.pad(slab, ((size, size), *[(0, 0)] * (slab.ndim - 1)))
+    return lax.dynamic_slice_in_dim(beside, size - by, size)

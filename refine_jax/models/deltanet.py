@@ -19,7 +19,9 @@ from refine_jax.kernels.sequence import halo
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import over_shards, take_tokens, token_axis
+from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
+
+_HEADS = ("heads",)
 
 
 class DeltaTrace(NamedTuple):
@@ -37,14 +39,33 @@ class DeltaPick(NamedTuple):
     """What R forks of a row need of a trace.
 
     memory: [B, R, Hv, K, V] float32, the states saved before the blocks of N tokens that the forks
-    lie in. x: [B, R, N, D], the mixer's inputs in those blocks. before, tails: [B, R, W - 1, D],
-    its inputs before the blocks, and before the forks; None without convolutions.
+    lie in. start: [B, R] int32, where N tokens begin that hold what of the block the row has. x:
+    [B, R, N, D], the mixer's inputs there. before, tails: [B, R, W - 1, D], its inputs before
+    these, and before the forks; None without convolutions.
     """
 
     memory: jax.Array
+    start: jax.Array
     x: jax.Array
     before: jax.Array | None
     tails: jax.Array | None
+
+
+class DeltaTaps(NamedTuple):
+    """What R forks need of a forward pass that knows where they are.
+
+    memory, start: as of `DeltaPick`. k, v: [B, R, N, channels], the outputs of the convolutions
+    there. beta, log_decay: [B, R, N, Hv] float32. tails: [B, R, W - 1, channels], the convolutions'
+    inputs of q, k and v before the forks; None without convolutions.
+    """
+
+    memory: jax.Array
+    start: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    log_decay: jax.Array | None
+    tails: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 class DeltaState(NamedTuple):
@@ -209,20 +230,40 @@ class DeltaNetMixer(nnx.Module):
         del config, layout, shape
 
     def forward(
-        self, x: jax.Array, layout: Layout | None, plan: None
-    ) -> tuple[jax.Array, DeltaTrace]:
-        """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace."""
+        self,
+        x: jax.Array,
+        layout: Layout | None,
+        plan: None,
+        forks: jax.Array | None = None,
+    ) -> tuple[jax.Array, DeltaTrace | DeltaTaps]:
+        """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace.
+
+        forks: [B, R] int32, slots before forks, where these are known: what they need instead of
+        the trace, whose gradient then costs no more than it is large.
+        """
         del plan
-        axis_name = token_axis(x.shape[1], self.config.token_multiple)
-        projected = self._project(x)
+        tokens, block_size = x.shape[1], self.config.token_multiple
+        axis_name = token_axis(tokens, block_size)
+        projected, tails = self._project(x), None
+        if forks is not None:
+            start, size = _block_start(forks, block_size, tokens)
         if self.config.use_short_conv:
+            if forks is not None:
+                projected, tails = self._tap_tails(projected, forks, layout)
             position = None if layout is None else layout.position
             projected = [
                 convolution.rows(p, position, axis_name)
                 for convolution, p in zip(self._convolutions, projected, strict=True)
             ]
-        q, k, v = self._heads(*projected)
+        q, k, v = projected
         beta, log_decay = self._beta(x), self._log_decay(x)
+        if forks is not None:
+            arrays = k, v, beta, log_decay
+            (k, v, beta, log_decay), blocks = zip(
+                *((None, None) if x is None else tap_slabs(x, start, size, _HEADS) for x in arrays),
+                strict=True,
+            )
+        q, k, v = self._heads(q, k, v)
         if layout is not None:
             k, beta, log_decay = _keep(layout.mask, k, beta, log_decay)
         document = None if layout is None else layout.document
@@ -233,10 +274,32 @@ class DeltaNetMixer(nnx.Module):
             beta,
             log_decay,
             document=document,
-            save_every=self.config.token_multiple,
+            save_every=block_size,
             axis_name=axis_name,
         )
-        return self._output(x, out), DeltaTrace(x, states)
+        y = self._output(x, out)
+        if forks is None:
+            return y, DeltaTrace(x, states)
+        memory = take_tokens(states, _fork_block(forks, block_size), "heads")
+        return y, DeltaTaps(memory, start, *blocks, tails)
+
+    def _tap_tails(self, projected, forks: jax.Array, layout: Layout | None):
+        """The convolutions' inputs of rows, tapped, and those of forks after them (`DeltaTaps`)."""
+        tokens, reach = projected[0].shape[1], self.config.conv_size - 1
+        last, count = forks - 1, forks
+        if layout is not None:
+            last, count = layout.last_real(forks), layout.tokens_before(forks)
+        size = min(reach, tokens)
+        start = jnp.clip(last - size + 1, 0, tokens - size)
+        back = jnp.arange(reach - 1, -1, -1)
+        index = jnp.clip(last[..., None] - back - start[..., None], 0, size - 1)
+        inside = (back < count[..., None])[..., None]
+
+        def tap(x):
+            x, slabs = tap_slabs(x, start, size, _HEADS)
+            return x, jnp.where(inside, jnp.take_along_axis(slabs, index[..., None], axis=2), 0)
+
+        return zip(*map(tap, projected), strict=True)
 
     @staticmethod
     def pick(
@@ -248,21 +311,17 @@ class DeltaNetMixer(nnx.Module):
     ) -> DeltaPick:
         """What `resume` needs of a trace for forks after the first `positions` [B, R] slots."""
         del plan
-        block_size = config.token_multiple
-        block = _fork_block(positions, block_size)
-
-        batch, tokens, size = trace.x.shape
-        x = jnp.pad(trace.x, ((0, 0), (0, -tokens % block_size), (0, 0)))
-        x = take_tokens(x.reshape(batch, -1, block_size, size), block)
+        start, size = _block_start(positions, config.token_multiple, trace.x.shape[1])
         before = tails = None
         if config.use_short_conv:
             last = positions - 1 if layout is None else layout.last_real(positions)
             back = jnp.arange(config.conv_size - 2, -1, -1)
             before, tails = (
                 take_tokens(trace.x, jnp.maximum(end[..., None] - back, 0))
-                for end in (block * block_size - 1, last)
+                for end in (start - 1, last)
             )
-        return DeltaPick(take_tokens(trace.states, block), x, before, tails)
+        memory = take_tokens(trace.states, _fork_block(positions, config.token_multiple))
+        return DeltaPick(memory, start, take_slabs(trace.x, start, size), before, tails)
 
     def resume(
         self,
@@ -272,28 +331,17 @@ class DeltaNetMixer(nnx.Module):
         plan: None,
         horizon: int | None = None,
     ) -> DeltaState:
-        """Decode states after the first `positions` [B, R] slots of the rows.
-
-        Takes the state saved before the block of N tokens that a position lies in, and replays the
-        tokens of that block that belong to the position's document, for all forks at once.
-        """
+        """Decode states after the first `positions` [B, R] slots of the rows."""
         del plan, horizon
-        block_size, memory = self.config.token_multiple, picked.memory
-        slot = _fork_block(positions, block_size)[..., None] * block_size + jnp.arange(block_size)
-        replayed = slot < positions[..., None]
-        count, position = positions, slot
-        if layout is not None:
-            tokens = layout.document.shape[1]
-            document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
-            inside = jnp.minimum(slot, tokens - 1)
-            of_slot = take_tokens(layout.document, inside)
-            replayed &= (of_slot == document[..., None]) & take_tokens(layout.mask, inside)
-            of_memory = take_tokens(layout.document, jnp.maximum(slot[..., 0] - 1, 0))
-            memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
-            count = layout.tokens_before(positions)
-            position = take_tokens(layout.position, inside)
+        beta, log_decay = self._beta(picked.x), self._log_decay(picked.x)
         k, v = self.k_proj(picked.x), self.v_proj(picked.x)
+        tails = None
         if self.config.use_short_conv:
+            position = slot = _slots(picked.start, k)
+            count = positions
+            if layout is not None:
+                count = layout.tokens_before(positions)
+                position = take_tokens(layout.position, slot)
             k, v = (
                 _short_conv(
                     jnp.concatenate([projection(picked.before), x], axis=2),
@@ -305,15 +353,32 @@ class DeltaNetMixer(nnx.Module):
                     (v, self.v_proj, self.v_conv1d),
                 )
             )
-        _, k, v = self._heads(k, k, v)
-        beta, log_decay = self._beta(picked.x), self._log_decay(picked.x)
-        k, beta, log_decay = _keep(replayed, k, beta, log_decay)
+            back = jnp.arange(self.config.conv_size - 2, -1, -1)
+            tails = jnp.where((back < count[..., None])[..., None], picked.tails, 0)
+            tails = self._project(tails)
+        taps = DeltaTaps(picked.memory, picked.start, k, v, beta, log_decay, tails)
+        return self._replay(taps, positions, layout)
+
+    def _replay(self, taps: DeltaTaps, positions: jax.Array, layout: Layout | None) -> DeltaState:
+        """Decode states after the first `positions` [B, R] slots of the rows.
+
+        Takes the state saved before the block of N tokens that a position lies in, and replays the
+        tokens of that block that belong to the position's document, for all forks at once.
+        """
+        memory = taps.memory
+        slot = _slots(taps.start, taps.k)
+        first = _fork_block(positions, self.config.token_multiple) * self.config.token_multiple
+        replayed = (slot >= first[..., None]) & (slot < positions[..., None])
+        if layout is not None:
+            document = take_tokens(layout.document, jnp.maximum(positions - 1, 0))
+            of_slot = take_tokens(layout.document, slot)
+            replayed &= (of_slot == document[..., None]) & take_tokens(layout.mask, slot)
+            of_memory = take_tokens(layout.document, jnp.maximum(first - 1, 0))
+            memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
+        _, k, v = self._heads(taps.k, taps.k, taps.v)
+        k, beta, log_decay = _keep(replayed, k, taps.beta, taps.log_decay)
         _, memory = self._delta_rule(None, k, v, beta, log_decay, memory)
-        if picked.tails is None:
-            return DeltaState(memory, None)
-        back = jnp.arange(self.config.conv_size - 2, -1, -1)
-        tails = jnp.where((back < count[..., None])[..., None], picked.tails, 0)
-        return DeltaState(memory, self._project(tails))
+        return DeltaState(memory, taps.tails)
 
     def fork(
         self,
@@ -360,13 +425,20 @@ class DeltaNetMixer(nnx.Module):
     def extend_traced(
         self,
         x: jax.Array,
-        trace: DeltaTrace,
+        trace: DeltaTrace | DeltaTaps,
         positions: jax.Array,
         layout: Layout | None,
         plan: None,
     ) -> jax.Array:
-        """`extend` of x [B, R, S, D] from `fork` of a trace at `positions`: y [B, R, S, D]."""
-        return self.extend(x, self.fork(trace, positions, layout, plan, x.shape[2]))[0]
+        """`extend` of x [B, R, S, D] from forks of rows at `positions`: y [B, R, S, D].
+
+        trace: What `forward` gave, with or without the forks.
+        """
+        if isinstance(trace, DeltaTaps):
+            state = self._replay(trace, positions, layout)
+        else:
+            state = self.fork(trace, positions, layout, plan, x.shape[2])
+        return self.extend(x, state)[0]
 
     @staticmethod
     def advance(state: DeltaState, change: DeltaState) -> DeltaState:
@@ -479,6 +551,17 @@ def _sum_norm(x):
 def _fork_block(positions: jax.Array, block_size: int) -> jax.Array:
     """The block of `block_size` tokens that the last of the first `positions` tokens lies in."""
     return (jnp.maximum(positions, 1) - 1) // block_size
+
+
+def _block_start(positions: jax.Array, block_size: int, tokens: int) -> tuple[jax.Array, int]:
+    """Where as many tokens begin as a block has, or the row, that hold the fork's block."""
+    size = min(block_size, tokens)
+    return jnp.minimum(_fork_block(positions, block_size) * block_size, tokens - size), size
+
+
+def _slots(start: jax.Array, x: jax.Array) -> jax.Array:
+    """Slots [B, R, N] of tokens x [B, R, N, ...] that begin at `start` [B, R]."""
+    return start[..., None] + jnp.arange(x.shape[2])
 
 
 def _keep(mask, k, beta, log_decay):

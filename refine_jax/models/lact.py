@@ -187,9 +187,17 @@ class LaCTMixer(nnx.Module):
     plan = staticmethod(plan_chunks)
 
     def forward(
-        self, x: jax.Array, layout: Layout | None, plan: ChunkPlan | None
+        self,
+        x: jax.Array,
+        layout: Layout | None,
+        plan: ChunkPlan | None,
+        forks: jax.Array | None = None,
     ) -> tuple[jax.Array, LaCTTrace]:
-        """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks."""
+        """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks.
+
+        forks: where these are known; it makes no difference, as they read the trace in place.
+        """
+        del forks
         num_tokens = x.shape[1]
         positions = jnp.arange(num_tokens)[None] if layout is None else layout.position
         positions = positions[:, None]

@@ -324,7 +324,7 @@ class Model:
         def layer(carry, layer_params):
             x, forks = carry
             block = self._block(layer_params)
-            x, trace = _run_rows(block, x, layout, plan)
+            x, trace = _run_rows(block, x, layout, plan, positions)
             return (x, extend(block, forks, trace, positions, layout, plan)), None
 
         if whole != "none":
@@ -413,7 +413,7 @@ class Model:
 
         def both(layer_params, x, forks):
             block = self._block(layer_params)
-            x, trace = _run_rows(block, x, layout, plan)
+            x, trace = _run_rows(block, x, layout, plan, positions)
             return x, _extend_forks(block, forks, trace, positions, layout, plan)
 
         def extend(layer_params, forks, trace):
@@ -459,9 +459,11 @@ class Model:
         return lax.scan(layer, None, params["layers"])[1]
 
 
-def _run_rows(block: Block, x: jax.Array, layout: Layout | None, plan) -> tuple[jax.Array, Any]:
-    """A layer's output for whole rows x [B, T, D], and its trace."""
-    y, trace = block.attn.forward(block.attn_norm(x), layout, plan)
+def _run_rows(
+    block: Block, x: jax.Array, layout: Layout | None, plan, forks: jax.Array | None = None
+) -> tuple[jax.Array, Any]:
+    """A layer's output for whole rows x [B, T, D], and its trace, or what `forks` need of it."""
+    y, trace = block.attn.forward(block.attn_norm(x), layout, plan, forks)
     return constrain(block.add_mlp(x + y), "batch", "tokens"), trace
 
 
