@@ -39,6 +39,8 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 RULES = {
     "batch": ("data", "fsdp"),
     "tokens": ("sequence",),
+    # Continuations of a row, which the devices that share it share out.
+    "forks": ("sequence",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
     "vocab": ("tensor",),
@@ -193,12 +195,12 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, spec)
 
 
-def gather_rows(x: jax.Array) -> jax.Array:
-    """`x` [B, ...] with all rows on every device; its other axes stay spread as they are."""
+def gather_axes(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """`x` whole along some axes on every device; the other axes stay spread as they are."""
     if not is_spread():
         return x
-    rest = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return lax.with_sharding_constraint(x, PartitionSpec(None, *rest))
+    spec = [None if axis in axes else PartitionSpec.UNCONSTRAINED for axis in range(x.ndim)]
+    return lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def over_shards(
@@ -208,7 +210,8 @@ def over_shards(
 
     in_axes: for each argument the logical names of the first axes of its arrays (an argument may
     be None or a tree of arrays). out_axes: such names, or a tuple of them for several results.
-    A named axis must divide evenly, but for the batch: rows that do not are held by every device.
+    A named axis must divide evenly, but for the batch and forks: of those that do not every device
+    holds all.
     """
 
     @functools.wraps(function)
@@ -218,9 +221,10 @@ def over_shards(
         mesh = jax.sharding.get_abstract_mesh()
         rules = dict(RULES)
         for axes, argument in zip(in_axes, arguments, strict=True):
-            if "batch" in axes and jax.tree.leaves(argument):
-                rows = jax.tree.leaves(argument)[0].shape[axes.index("batch")]
-                rules["batch"] = _dividing(RULES["batch"], rows, mesh)
+            for name in {"batch", "forks"}.intersection(axes):
+                if leaves := jax.tree.leaves(argument):
+                    size = leaves[0].shape[axes.index(name)]
+                    rules[name] = _dividing(RULES[name], size, mesh)
 
         def spec(axes):
             return PartitionSpec(*(rules[name] if name else None for name in axes))
@@ -401,7 +405,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> jax.Array:
     """Tokens start [B, R] ... start + size - 1 of x [B, T, ...]: [B, R, size, ...].
 
-    rest: as of `take_tokens`. Slabs must lie inside the rows.
+    rest: as of `take_tokens`. Slabs must lie inside the rows. Devices that share the rows' tokens
+    share out the forks, where their numbers divide.
     """
     name = _slab_axis(x, size)
 
@@ -416,10 +421,15 @@ def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> 
 
         # One by one: all at once would be a gather, whose result XLA fills with zeros first.
         slabs = lax.map(slab, jnp.arange(start.size)).reshape(*start.shape, size, *x.shape[2:])
-        return slabs if name is None else lax.psum(slabs, name)
+        if name is None:
+            return slabs
+        if forks is None:
+            return lax.psum(slabs, name)
+        return lax.psum_scatter(slabs, name, scatter_dimension=1, tiled=True)
 
+    forks = None if name is None or start.shape[1] % axis_size(name) else "forks"
     tokens = ("batch", name and "tokens", *rest)
-    return over_shards(take, (tokens, ("batch",)), ("batch", None, None, *rest))(x, start)
+    return over_shards(take, (tokens, ("batch",)), ("batch", forks, None, *rest))(x, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -1,5 +1,7 @@
 """Forks in LaCT's gradient pass: equal to decode states that are made and extended."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from refine_jax.parallel import AXES
 
 
 def outputs(way, graph, params, x, forks, positions, segments):
-    """Forward's y and the forks' [B, R, S, D], by `extend_traced` or by a state."""
+    """Forward's y and the forks' [B, R, S, D], by a trace (in one of three layers) or a state."""
     layout = None if segments is None else Layout.from_segments(segments, max_documents=2)
     mixer = nnx.merge(graph, params)
     plan = LaCTMixer.plan(mixer.config, layout, x.shape[:2])
@@ -24,6 +26,9 @@ def outputs(way, graph, params, x, forks, positions, segments):
         y = jnp.where(layout.mask[..., None], y, 0)
     if way == "traced":
         return y, mixer.extend_traced(forks, trace, positions, layout, plan)
+    if way == "in place":
+        layers = jax.tree.map(lambda leaf: jnp.stack([leaf + 1, leaf, leaf - 1]), trace)
+        return y, mixer.extend_in_place(forks, layers, jnp.int32(1), positions, layout, plan)
     state = mixer.fork(trace, positions, layout, plan, forks.shape[2])
     return y, mixer.extend(forks, state)[0]
 
@@ -40,6 +45,12 @@ def values_and_gradients(way, graph, params, x, forks, positions, segments=None)
         return found, pullback(tuple(cotangents))
 
     return jax.jit(pull)(params, x, forks)
+
+
+def assert_read_in_place(want, tolerance, *arguments):
+    """Outputs of forks that are read in place against those wanted, of the same arguments."""
+    _, got = jax.jit(functools.partial(outputs, "in place"), static_argnums=0)(*arguments)
+    np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
 
 
 def assert_equal(got, want, tolerance):
@@ -68,7 +79,9 @@ def test_equals_states_extended(monkeypatch, name, in_group):
     got, want = (
         values_and_gradients(way, graph, params, x, forks, positions) for way in ("traced", "state")
     )
-    assert_equal(got, want, 1e-4 if config.use_muon else 1e-5)
+    tolerance = 1e-4 if config.use_muon else 1e-5
+    assert_equal(got, want, tolerance)
+    assert_read_in_place(want[0][1], tolerance, graph, params, x, forks, positions, None)
 
 
 def test_equals_states_extended_of_packed_rows():
@@ -84,6 +97,7 @@ def test_equals_states_extended_of_packed_rows():
         for way in ("traced", "state")
     )
     assert_equal(got, want, 1e-4)  # with Newton-Schulz, which amplifies rounding
+    assert_read_in_place(want[0][1], 1e-4, graph, params, x, forks, positions, segments)
 
 
 def test_forks_that_cross_nothing_and_that_are_long():
@@ -113,6 +127,12 @@ def test_bfloat16_is_as_near_float32_as_states_are():
     assert 1e-5 < error("traced") < 1.5 * error("state")
 
 
+def mesh_of(sizes):
+    """A mesh of four devices."""
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=jax.devices()[:4])
+
+
 # Tokens and heads on several devices; heads exchanged for tokens, or chunks shared (`_run_fast`).
 @pytest.mark.parametrize(("devices", "packed"), [((1, 1, 2, 2), True), ((1, 1, 1, 4), False)])
 def test_equals_one_device(devices, packed):
@@ -129,7 +149,8 @@ def test_equals_one_device(devices, packed):
     arrays = params, draw(2, 32, 32), draw(2, 6, 3, 32, seed=1), positions
     segments = segments if packed else None
     want = values_and_gradients("traced", graph, *arrays, segments)
-    kinds = (AxisType.Auto,) * len(AXES)
-    with jax.set_mesh(jax.make_mesh(devices, AXES, axis_types=kinds, devices=jax.devices()[:4])):
+    with jax.set_mesh(mesh_of(devices)):
         got = values_and_gradients("traced", graph, *arrays, segments)
     assert_equal(jax.device_get(got), want, 1e-5)
+    with jax.set_mesh(mesh_of((1, 2, 2, 1))):  # rows and heads, no tokens
+        assert_read_in_place(want[0][1], 1e-5, graph, *arrays, segments)

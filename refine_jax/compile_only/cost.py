@@ -343,6 +343,8 @@ def _read(computation: Computation, value: Instruction, module: Module) -> float
         index = user.operands.index(value.name)
         if user.opcode in ("dynamic-slice", "slice") or (user.opcode == "gather" and index == 0):
             total += _sizes(user) if index == 0 else _sizes(value)
+        elif user.opcode == "tuple" or _sends(user):
+            continue  # handed on, to a collective that goes on beside
         elif user.opcode == "dynamic-update-slice" and index == 0:
             continue
         elif user.opcode in ("bitcast", "reshape"):
@@ -353,6 +355,12 @@ def _read(computation: Computation, value: Instruction, module: Module) -> float
         else:
             return _sizes(value)
     return min(total, _sizes(value))
+
+
+def _sends(instruction: Instruction) -> bool:
+    """Whether it is a collective, or a part of one that XLA has divided."""
+    opcode = instruction.opcode
+    return opcode in KINDS or "AsyncCollective" in instruction.attributes
 
 
 def _written(instruction: Instruction, computation: Computation, module: Module) -> float:
@@ -372,6 +380,8 @@ def _written(instruction: Instruction, computation: Computation, module: Module)
         while root.opcode in ("bitcast", "reshape"):
             root = inner.instructions[root.operands[0]]
         part = array.bytes if array.space == 0 else 0.0
+        if root.opcode == "parameter" or _sends(root):
+            part = 0.0
         if root.opcode in ("dynamic-update-slice", "fusion") and array.space == 0:
             part = min(part, _written(root, inner, module))
         total += part

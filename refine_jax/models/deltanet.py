@@ -136,6 +136,7 @@ class DeltaNetMixer(nnx.Module):
     """DeltaNet's layer between norm and residual; the mixer protocol of transformer.py."""
 
     WRITES_MUCH = False
+    FORKS = ("batch", "forks")
 
     def __init__(
         self,
@@ -280,8 +281,8 @@ class DeltaNetMixer(nnx.Module):
         y = self._output(x, out)
         if forks is None:
             return y, DeltaTrace(x, states)
-        memory = take_tokens(states, _fork_block(forks, block_size), "heads")
-        return y, DeltaTaps(memory, start, *blocks, tails)
+        _, memory = tap_slabs(states, _fork_block(forks, block_size), 1, _HEADS)
+        return y, DeltaTaps(memory[:, :, 0], start, *blocks, tails)
 
     def _tap_tails(self, projected, forks: jax.Array, layout: Layout | None):
         """The convolutions' inputs of rows, tapped, and those of forks after them (`DeltaTaps`)."""
@@ -320,8 +321,8 @@ class DeltaNetMixer(nnx.Module):
                 take_tokens(trace.x, jnp.maximum(end[..., None] - back, 0))
                 for end in (start - 1, last)
             )
-        memory = take_tokens(trace.states, _fork_block(positions, config.token_multiple))
-        return DeltaPick(memory, start, take_slabs(trace.x, start, size), before, tails)
+        memory = take_slabs(trace.states, _fork_block(positions, config.token_multiple), 1, "heads")
+        return DeltaPick(memory[:, :, 0], start, take_slabs(trace.x, start, size), before, tails)
 
     def resume(
         self,
@@ -441,6 +442,12 @@ class DeltaNetMixer(nnx.Module):
         return self.extend(x, state)[0]
 
     @staticmethod
+    def reads_traces(config, num_new: int) -> bool:
+        """Whether forks are read in traces: no, their states are small."""
+        del config, num_new
+        return False
+
+    @staticmethod
     def advance(state: DeltaState, change: DeltaState) -> DeltaState:
         """States and what `extend` returns: the new states, which are the latter."""
         del state
@@ -448,27 +455,27 @@ class DeltaNetMixer(nnx.Module):
 
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
-        tokens = v.shape[2]
 
-        def merged(x):
-            return None if x is None else x.reshape(-1, *x.shape[2:])
+        def rule(q, k, v, beta, log_decay, memory):
+            def merged(x):
+                return None if x is None else x.reshape(-1, *x.shape[2:])
 
-        arrays = [merged(x) for x in (q, k, v, beta, log_decay)]
-        if q is not None and tokens == 1:
-            arrays = [None if x is None else x[:, 0] for x in arrays]
-            if self._norm == "l2":
-                arrays[:2] = map(l2_norm_fla, arrays[:2])
-            # The step has no form for some names of the sequence: it is chosen by itself then.
-            name = self.implementation if self.implementation in STEP_IMPLEMENTATIONS else None
-            step = over_shards(
-                lambda *a: delta_step(*a[:-1], state=a[-1], implementation=name),
-                (("batch", "heads"),) * 6,
-                (("batch", "heads"),) * 2,
-            )
-            out, new = step(*arrays, merged(memory))
-        else:
-            out, new, _ = self._run_rule(*arrays, initial_state=merged(memory))
-        return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+            arrays = [merged(x) for x in (q, k, v, beta, log_decay)]
+            if q is not None and v.shape[2] == 1:
+                arrays = [None if x is None else x[:, 0] for x in arrays]
+                if self._norm == "l2":
+                    arrays[:2] = map(l2_norm_fla, arrays[:2])
+                # The step has no form for some names of the sequence: it is chosen by itself then.
+                name = self.implementation if self.implementation in STEP_IMPLEMENTATIONS else None
+                out, new = delta_step(*arrays, state=merged(memory), implementation=name)
+            else:
+                out, new, _ = self._run_rule(*arrays, initial_state=merged(memory))
+            return None if out is None else out.reshape(v.shape), new.reshape(memory.shape)
+
+        arrays, state = ("batch", "forks", None, "heads"), ("batch", "forks", "heads")
+        return over_shards(rule, (*(arrays,) * 5, state), (arrays, state))(
+            q, k, v, beta, log_decay, memory
+        )
 
     def _run_rule(
         self,

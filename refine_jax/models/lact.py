@@ -49,7 +49,13 @@ from refine_jax.models.chunks import (
 )
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.fork_attention import fork_attention
-from refine_jax.models.lact_forks import fast_input, fast_value, fork_place, read_forks
+from refine_jax.models.lact_forks import (
+    fast_input,
+    fast_value,
+    fork_place,
+    read_forks,
+    read_traced_fork,
+)
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layers import (
     Linear,
@@ -84,6 +90,7 @@ class LaCTMixer(nnx.Module):
     """LaCT's layer between norm and residual; the mixer protocol of transformer.py."""
 
     WRITES_MUCH = True
+    FORKS = ("batch",)
 
     def __init__(self, config: LaCTConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
         self.config = config
@@ -399,6 +406,56 @@ class LaCTMixer(nnx.Module):
         attention = attend(queries, keys, v, row_keys, trace.v, last, seen)
         fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
         return self.o_proj.from_groups(attention + fast)
+
+    @staticmethod
+    def reads_traces(config: LaCTConfig, num_new: int) -> bool:
+        """Whether `extend_in_place` takes that many tokens: they lie in at most two chunks."""
+        return num_new <= min(config.lact_chunk_size, _EXTEND_BLOCK)
+
+    def extend_in_place(
+        self,
+        x: jax.Array,
+        traces: LaCTTrace,
+        layer: jax.Array,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: ChunkPlan | None,
+    ) -> jax.Array:
+        """`extend_traced` in one of the layers [L, B, ...] of traces. Not for gradients.
+
+        Fork by fork, and each reads its window and its chunk's weights alone: no layer's trace is
+        copied, nor is there a state for each fork of each layer.
+        """
+        config, num_new = self.config, x.shape[2]
+        num_tokens = traces.k.shape[3]
+        last, seen = last_and_seen(positions, layout)
+        at = (seen[..., None] + jnp.arange(num_new))[:, :, None]
+        q, k, v = self._qkv(x)
+        fast = *self._fast_inputs(*self._to_heads(q, k, v), at), self._rates(x), self._momentum(x)
+        window = self._rope(q, at), self._rope(k, at), v
+        place = fork_place(config, last, seen, plan, num_tokens, num_new)
+        read = functools.partial(
+            read_traced_fork, config, self._options, self._heads_in_group, layer
+        )
+
+        def of_forks(window, fast, tokens, chunks, scales, norms, place, last):
+            def one(index):
+                row, fork = index // last.shape[1], index % last.shape[1]
+                mine = jax.tree.map(lambda x: x[row, fork], (window, fast, place, last))
+                return read(row, *mine, tokens, chunks, (scales, norms))
+
+            found = lax.map(one, jnp.arange(last.size))
+            return jax.tree.map(lambda x: x.reshape(*last.shape, *x.shape[1:]), found)
+
+        forks, batch = ("batch", None, "heads"), ("batch",)
+        rows, chunks = (None, "batch", "heads"), (None, "batch", None, "heads")
+        in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch)
+        norms = row_norms(self._initial_weights())
+        attention, out = over_shards(of_forks, in_axes, (forks, forks))(
+            window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last
+        )
+        out = regroup(self._fast_output(out, self._scale(x)), attention.shape[2])
+        return self.o_proj.from_groups(attention + out)
 
     @staticmethod
     def advance(state: LaCTState, change: LaCTState) -> LaCTState:

@@ -29,6 +29,7 @@ from refine_jax.kernels.lact import (
 from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.crossing import ForkPlace, of_crossing
+from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.layers import l2_norm_lact, rope
 
 
@@ -107,6 +108,63 @@ def read_forks(
     out = _read_in_chunks(chunks.weights, new[0], place.chunk, axis_name)
     inside = place.count[..., None] + jnp.arange(out.shape[3]) < config.lact_chunk_size  # [B, R, S]
     return jnp.where(inside[:, :, None, :, None], out, later), tokens, chunks
+
+
+def read_traced_fork(
+    config: LaCTConfig,
+    options: Options,
+    heads_per_group: int,
+    layer: jax.Array,
+    row: jax.Array,
+    window: tuple[jax.Array, ...],
+    fast: tuple[jax.Array, ...],
+    place: ForkPlace,
+    last: jax.Array,
+    tokens: tuple[jax.Array, ...],
+    chunks: FastState,
+    shared: tuple,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention [G, S, L] and fast weights' output [H, S, d] of one fork's S tokens.
+
+    window: q, k, v [G, S, L] with rope. fast: q, k, v, rates, momentum [H, S, ...]. place, last:
+    its place, scalars. tokens: [layers, B, heads, T, ...] as in `read_forks`, and chunks
+    [layers, B, N, ...], of which those of one layer and row are read. shared: scales and norms.
+    """
+
+    def cut(x, axis, start, size):
+        begin = [layer, row, *[0] * (x.ndim - 2)]
+        begin[axis] = start
+        sizes = [1, 1, *x.shape[2:]]
+        sizes[axis] = size
+        return lax.dynamic_slice(x, begin, sizes)[0, 0]
+
+    num_tokens = tokens[0].shape[3]
+    size = min(config.window_size, num_tokens)
+    start = first_rows(last, size)
+    keys, values = (cut(x, 3, start, size) for x in tokens[:2])
+    ahead = start - last + jnp.arange(size)  # 0 at the last token; rows before are not seen
+    keys = rope(keys, (place.seen - 1 + ahead)[None], config.rope_theta, config.attn_head_dim)
+    attention = fork_attention(
+        *(x[None, None] for x in window),
+        keys[None],
+        values[None],
+        (last - start)[None, None],
+        place.seen[None, None],
+        config.window_size,
+        heads_per_group=heads_per_group,
+    )[0, 0]
+
+    mine = jax.tree.map(lambda x: cut(x, 2, place.chunk, 1)[0], chunks)
+    out = apply_fast_weights(mine.weights, fast[0])
+
+    def read_next():
+        slab = min(config.lact_chunk_size, num_tokens)
+        slabs = jax.tree.map(lambda x: cut(x, 3, place.start, slab), tokens)
+        later = _read_next_chunk(config, options, shared, fast, slabs, mine, place)
+        inside = place.count + jnp.arange(out.shape[1]) < config.lact_chunk_size
+        return jnp.where(inside[:, None], out, later)
+
+    return attention, lax.cond(place.crosses, read_next, lambda: out)
 
 
 def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name: str | None):

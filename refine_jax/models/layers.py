@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, einsum, safe_norm
-from refine_jax.parallel import axis_size, constrain, gather_rows
+from refine_jax.parallel import axis_size, constrain, gather_axes
 
 INIT_STD = 0.02
 
@@ -59,7 +59,9 @@ def _product_of_few_backward(axes, residuals, cotangent):
         return jax.vjp(product, x, weight)[1](cotangent)[index]
 
     of_x = pull(x, weight, cotangent, 0)
-    return of_x, pull(gather_rows(x), weight, gather_rows(cotangent), 1)
+    tokens = [axis for axis in range(x.ndim) if axis not in axes[0]]
+    x, cotangent = gather_axes(x, tokens), gather_axes(cotangent, range(len(tokens)))
+    return of_x, pull(x, weight, cotangent, 1)
 
 
 _product_of_few.defvjp(_product_of_few_forward, _product_of_few_backward)

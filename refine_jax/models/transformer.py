@@ -32,7 +32,7 @@ from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import constrain, gather_parameters
+from refine_jax.parallel import axis_size, constrain, gather_parameters
 
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
@@ -89,6 +89,18 @@ class Trace:
     layers: Any
     layout: Layout | None
     plan: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TracedForks:
+    """Forks that are read in the trace of their rows, in place of decode states.
+
+    positions: [B, R] int32, slots before the forks.
+    """
+
+    trace: Trace
+    positions: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -330,7 +342,7 @@ class Model:
         if whole != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[whole])
         x = constrain(self._embed(params, tokens), "batch", "tokens")
-        forks = constrain(self._embed(params, continuations), "batch")
+        forks = constrain(self._embed(params, continuations), *self._mixer.FORKS)
         (x, forks), _ = lax.scan(layer, (x, forks), params["layers"])
         return self._final_norm(params, x), self._final_norm(params, forks)
 
@@ -364,24 +376,38 @@ class Model:
         x, (layers, saved) = lax.scan(layer, x, params["layers"])
         return Rows(self._final_norm(params, x), x, Trace(layers, layout, plan), tokens, saved)
 
+    def reads_traces(self, num_new: int) -> bool:
+        """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
+        decode states need.
+        """
+        return axis_size("sequence") == 1 and self._mixer.reads_traces(self.config, num_new)
+
     @_exact_float32
     def run_forks(
-        self, params: Params, tokens: jax.Array, state: State
+        self, params: Params, tokens: jax.Array, state: State | TracedForks
     ) -> tuple[jax.Array, jax.Array]:
-        """Continue decode states by `tokens` [B, R, S], for a `backward` pass.
+        """Continue decode states, which stay as they are, by `tokens` [B, R, S].
 
         Returns the final norm's output [B, R, S, D], and the inputs [L + 1, B, R, S, D] of all
-        layers and of that norm.
+        layers and of that norm, for a `backward` pass.
         """
+        traced = isinstance(state, TracedForks)
 
         def layer(x, inputs):
             layer_params, layer_state = inputs
             block = self._block(layer_params)
-            y, _ = block.attn.extend(block.attn_norm(x), layer_state)
+            normed = block.attn_norm(x)
+            if traced:
+                trace, positions, number = state.trace, state.positions, layer_state
+                where = trace.layers, number, positions, trace.layout, trace.plan
+                y = block.attn.extend_in_place(normed, *where)
+            else:
+                y, _ = block.attn.extend(normed, layer_state)
             return block.add_mlp(x + y), x
 
-        x = constrain(self._embed(params, tokens), "batch")
-        x, inputs = lax.scan(layer, x, (params["layers"], state))
+        x = constrain(self._embed(params, tokens), *self._mixer.FORKS)
+        states = jnp.arange(self.config.num_hidden_layers) if traced else state
+        x, inputs = lax.scan(layer, x, (params["layers"], states))
         return self._final_norm(params, x), jnp.concatenate([inputs, x[None]])
 
     @_exact_float32

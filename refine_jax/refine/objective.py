@@ -30,7 +30,7 @@ from refine_jax.models.head import (
     token_log_probs,
 )
 from refine_jax.models.layout import Layout
-from refine_jax.models.transformer import Model, Params, State, Trace
+from refine_jax.models.transformer import Model, Params, State, Trace, TracedForks
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.exact import (
     expected_match,
@@ -421,12 +421,13 @@ class Objective:
         return repeat(selection.starts), repeat(selection.valid)
 
     def fork(
-        self, params: Params, reading: Reading, keys: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, State]:
+        self, params: Params, reading: Reading, keys: jax.Array, *, in_place: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array, State | TracedForks]:
         """Select positions of rows, with their keys [B], and fork there.
 
         Returns starts and valid [B, R] of the rollouts, the hidden states [B, R, D] that predict
-        their first tokens, and decode states with leaves [L, B, R, ...].
+        their first tokens, and decode states with leaves [L, B, R, ...]. in_place: see
+        `fork_rollouts`.
         """
         starts, valid = self.select(reading, keys)
         last_hidden, state = fork_rollouts(
@@ -436,10 +437,13 @@ class Objective:
             reading.trace,
             starts,
             self.config.rollout_length,
+            in_place=in_place,
         )
         return starts, valid, last_hidden, state
 
-    def sample(self, params: Params, last_hidden, state: State, keys: jax.Array) -> jax.Array:
+    def sample(
+        self, params: Params, last_hidden, state: State | TracedForks, keys: jax.Array
+    ) -> jax.Array:
         """Rollouts [B, R, k] of rows, with their keys [B]."""
         return sample_rollouts(
             self.model,
@@ -554,7 +558,7 @@ class Objective:
         `Model.backward` takes of them.
         """
         params = self.model.gather(params)
-        starts, valid, last_hidden, state = self.fork(params, reading, keys)
+        starts, valid, last_hidden, state = self.fork(params, reading, keys, in_place=True)
         tokens = self.sample(params, last_hidden, state, keys)
         hidden, inputs = self.model.run_forks(params, tokens, state)
         truth = self.truth(batch, reading.hidden, starts)

@@ -14,7 +14,7 @@ from jax import lax
 
 from refine_jax.generation.sampling import as_ends
 from refine_jax.models.head import logits, token_log_probs
-from refine_jax.models.transformer import Model, Params, State, Trace
+from refine_jax.models.transformer import Model, Params, State, Trace, TracedForks
 from refine_jax.parallel import constrain, take_tokens
 
 # Longest rollouts of which every step reads all tokens so far once more.
@@ -41,13 +41,18 @@ def fork_rollouts(
     trace: Trace,
     starts: jax.Array,
     rollout_length: int,
-) -> tuple[jax.Array, State]:
+    *,
+    in_place: bool = False,
+) -> tuple[jax.Array, State | TracedForks]:
     """Where rollouts of k tokens begin: the hidden state [B, R, D] that predicts the first token at
     every start, and the decode state there.
 
     hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token.
+    each rollout's first token. in_place: whether the trace may stand for the states, where that is
+    cheaper: it then lives as long as they would.
     """
+    if in_place and rollout_length <= _READ_AGAIN and model.reads_traces(rollout_length):
+        return take_tokens(hidden, starts - 1), TracedForks(trace, starts)
     state = model.fork(params, trace, starts, horizon=rollout_length)
     return take_tokens(hidden, starts - 1), state
 
@@ -56,7 +61,7 @@ def sample_rollouts(
     model: Model,
     params: Params,
     last_hidden: jax.Array,
-    state: State,
+    state: State | TracedForks,
     keys: jax.Array,
     *,
     rollout_length: int,
@@ -86,7 +91,7 @@ def sample_rollouts(
             jnp.int32
         )
 
-    if _reads_again(model, rollout_length):
+    if isinstance(state, TracedForks) or _reads_again(model, rollout_length):
         return _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
 
     def step(carry, index):
@@ -117,7 +122,7 @@ def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length)
     def step(carry, index):
         last_hidden, tokens = carry
         tokens = tokens.at[:, :, index].set(sample(last_hidden, index))
-        hidden, _ = model.extend(params, tokens[:, :, :-1], state)
+        hidden, _ = model.run_forks(params, tokens[:, :, :-1], state)
         return (lax.dynamic_index_in_dim(hidden, index, axis=2, keepdims=False), tokens), None
 
     tokens = jnp.zeros((*last_hidden.shape[:2], rollout_length), jnp.int32)
