@@ -303,6 +303,35 @@ def test_a_collective_that_is_divided_among_fusions_counts_once():
     assert cost.waits == pytest.approx(links - 1e-4)
 
 
+HANDED_ON = """HloModule handed_on, is_scheduled=true
+
+%beside (a: f32[400000], g: f32[6400000], x: f32[1000]) -> (f32[1000], f32[400000], f32[6400000]) {
+  %x = f32[1000]{0} parameter(2)
+  %y = f32[1000]{0} negate(%x)
+  %a = f32[400000]{0} parameter(0)
+  %g = f32[6400000]{0} parameter(1)
+  %all = f32[6400000]{0} all-gather(%a), channel_id=3, dimensions={0},
+    replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}, frontend_attributes={chain_id="7"}
+  ROOT %t = (f32[1000]{0}, f32[400000]{0}, f32[6400000]{0}) tuple(%y, %a, %g)
+}
+
+ENTRY %main (w: f32[400000], g: f32[6400000], x: f32[1000]) -> f32[1000] {
+  %w = f32[400000]{0} parameter(0)
+  %g = f32[6400000]{0} parameter(1)
+  %x = f32[1000]{0} parameter(2)
+  %two = (f32[1000]{0}, f32[400000]{0}, f32[6400000]{0}) fusion(%w, %g, %x), kind=kCustom,
+    calls=%beside
+  ROOT %out = f32[1000]{0} get-tuple-element(%two), index=0
+}
+"""
+
+
+def test_what_a_fusion_hands_on_to_a_collective_is_not_its_traffic():
+    cost = estimate(HANDED_ON)
+    assert cost.bytes == 2 * 4000
+    assert cost.xla == pytest.approx(2 * 4000 / (0.38 * 819e9))
+
+
 def test_times_of_kernels():
     chip = CHIPS["v5e"]
     small = Kernel("delta_rule_forward", ((4,),), 1e9)
