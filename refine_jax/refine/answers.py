@@ -29,7 +29,7 @@ from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
-from refine_jax.refine.grpo import aggregate, group_advantages, policy_loss
+from refine_jax.refine.grpo import aggregate, group_advantages, loss_options, policy_loss
 from refine_jax.refine.objective import Batch, Metrics, head_implementation
 from refine_jax.refine.rollout import fork_rollouts, sample_rollouts, score_rollouts
 from refine_jax.refine.step import (
@@ -236,11 +236,8 @@ class AnswerMethod:
             answers.old_log_probs.reshape(-1, width),
             advantages.reshape(-1, 1),
             mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            aggregation=config.loss_aggregation,
             mini_batch_mask=whole,
+            **loss_options(config),
         )
         entropy = aggregate(scores.entropies.reshape(-1, width), mask, "token-mean", whole)
         metrics = {f"answer/{name}": value for name, value in metrics.items()}

@@ -23,7 +23,7 @@ The aggregation `seq-mean-token-sum` has this scale; `token-mean` and `seq-mean-
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +271,16 @@ def aggregate(
     """
     whole = mask if mini_batch_mask is None else mini_batch_mask
     return loss_sum(values, mask, aggregation) / loss_count(whole, aggregation)
+
+
+def loss_options(config: RefineConfig) -> dict[str, Any]:
+    """What a configuration says of `policy_loss`: clipping and aggregation."""
+    return {
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+        "aggregation": config.loss_aggregation,
+    }
 
 
 def policy_loss(

@@ -44,6 +44,7 @@ from refine_jax.refine.grpo import (
     expected_reward_loss,
     gradient_energy,
     kl_penalty,
+    loss_options,
     policy_loss,
     sum_squared_probs,
     token_advantages,
@@ -295,47 +296,55 @@ class Objective:
         """Next-token loss and minus the expected reward; the gradient of the returned number is
         theirs.
         """
-        model, config = self.model, self.config
         layout = layout_of(batch, self.max_documents)
-        hidden, _ = model.forward(params, batch["tokens"], layout)
-        if self.chooses:
-            nll_sum, (stats, weights) = read_hidden(model, params, batch, layout, hidden)
-            reading = Reading(hidden, None, layout, nll_sum, stats, weights)
-            starts, valid = self.select(lax.stop_gradient(reading), keys)
-            slots = rollout_slots(starts, config.rollout_length)
-            log_probs, _ = token_log_probs(
-                take_tokens(hidden, slots - 1),
-                model.head(params),
-                take_tokens(batch["tokens"], slots),
-            )
-            probabilities = jnp.exp(jnp.cumsum(log_probs, axis=-1))
-            expected = expected_match(probabilities, config.reward)
-            loss = -jnp.sum(jnp.where(valid, expected, 0.0)) / whole.windows
-            total = config.lambda_sft * nll_sum / whole.token_count + whole.policy_weight * loss
-        else:
-            weights = target_weights(batch["tokens"], layout)
-            k, reward = config.rollout_length, config.reward
-            total, stats = reweighted_loss(
-                hidden,
-                model.head(params),
-                jnp.roll(batch["tokens"], -1, axis=1),
-                weights,
-                jnp.stack(
-                    [config.lambda_sft / whole.token_count, whole.policy_weight / whole.windows]
-                ),
-                functools.partial(match_weights, rollout_length=k, reward=reward),
-                max(k - 1, 1),
-                implementation=head_implementation(model),
-            )
-            nll_sum = jnp.sum(stats.nll * weights)
-            probabilities, counted = match_probabilities(-stats.nll, weights, k)
-            loss = expected_match_loss(
-                probabilities, counted, reward=reward, denominator=whole.windows
-            )
+        hidden, _ = self.model.forward(params, batch["tokens"], layout)
+        of_rows = self._expected_at_chosen if self.chooses else self._expected_everywhere
+        total, loss, nll_sum, stats, weights = of_rows(params, batch, layout, hidden, whole, keys)
         ntp, metrics = self._next_token_metrics(nll_sum, stats, weights, whole)
         metrics |= {"loss/policy": loss, "policy/expected_match": -loss}
-        metrics["loss/total"] = config.lambda_sft * ntp + whole.policy_weight * loss
+        metrics["loss/total"] = self.config.lambda_sft * ntp + whole.policy_weight * loss
         return total, metrics
+
+    def _expected_at_chosen(self, params, batch, layout, hidden, whole, keys):
+        """`_exact_loss` at positions that are chosen: what is differentiated, minus the expected
+        reward, and what the forward pass says of next tokens.
+        """
+        model, config = self.model, self.config
+        nll_sum, (stats, weights) = read_hidden(model, params, batch, layout, hidden)
+        reading = Reading(hidden, None, layout, nll_sum, stats, weights)
+        starts, valid = self.select(lax.stop_gradient(reading), keys)
+        slots = rollout_slots(starts, config.rollout_length)
+        log_probs, _ = token_log_probs(
+            take_tokens(hidden, slots - 1), model.head(params), take_tokens(batch["tokens"], slots)
+        )
+        probabilities = jnp.exp(jnp.cumsum(log_probs, axis=-1))
+        expected = expected_match(probabilities, config.reward)
+        loss = -jnp.sum(jnp.where(valid, expected, 0.0)) / whole.windows
+        total = config.lambda_sft * nll_sum / whole.token_count + whole.policy_weight * loss
+        return total, loss, nll_sum, stats, weights
+
+    def _expected_everywhere(self, params, batch, layout, hidden, whole, keys):
+        """`_expected_at_chosen` at every position: the next-token loss with other weights, which
+        follow from the probabilities that it computes.
+        """
+        del keys
+        config = self.config
+        weights = target_weights(batch["tokens"], layout)
+        k, reward = config.rollout_length, config.reward
+        scales = [config.lambda_sft / whole.token_count, whole.policy_weight / whole.windows]
+        total, stats = reweighted_loss(
+            hidden,
+            self.model.head(params),
+            jnp.roll(batch["tokens"], -1, axis=1),
+            weights,
+            jnp.stack(scales),
+            functools.partial(match_weights, rollout_length=k, reward=reward),
+            max(k - 1, 1),
+            implementation=head_implementation(self.model),
+        )
+        probabilities, counted = match_probabilities(-stats.nll, weights, k)
+        loss = expected_match_loss(probabilities, counted, reward=reward, denominator=whole.windows)
+        return total, loss, jnp.sum(stats.nll * weights), stats, weights
 
     def _next_token_loss(self, params, batch, whole, keys):
         del keys
@@ -372,11 +381,8 @@ class Objective:
             *arrays,
             tokens(experience.advantages),
             mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            aggregation=config.loss_aggregation,
             mini_batch_mask=whole_mask,
+            **loss_options(config),
         )
         metrics = {f"policy/{name}": value for name, value in metrics.items()}
         metrics["policy/entropy"] = aggregate(
