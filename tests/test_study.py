@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments" / 
 import corpus as text
 import report
 import sizes
-from lab import TUNE, Lab, _recalls
-from study import ABLATIONS, Records, study
+from lab import TUNE, Lab, _jackknife, _recalls
+from study import ABLATIONS, ESTIMATORS, Records, begin, measure_signals, study
 
 from refine_jax.base.errors import DataError
-from refine_jax.config import RefineConfig
+from refine_jax.config import Config, RefineConfig
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,10 @@ def test_refine_without_policy_loss_is_next_token_training(corpus):
         assert np.abs(one - before).max() > 1e-4
 
 
+_FIGURES = ("signal", "same_documents", "norm_ratio", "cosine")
+_FIGURES += ("signal_error", "same_documents_error")
+
+
 class CountingLab:
     """Stands for a Lab; rates of 1e-3 are the best everywhere."""
 
@@ -158,13 +162,16 @@ class CountingLab:
         return {"w": np.full(1, rate)}, figures
 
     def pretrain(self):
-        return self._trained("pretrain", 0.0)
+        return self._trained("pretrain", 0.0, curve=[{"tokens": 0}, {"tokens": 9, "loss": 3.5}])
 
     def measure(self, params):
         return {}
 
-    def signal(self, params, config):
-        return {}
+    def gradients(self, params, config):
+        return self.calls.append("gradients")
+
+    def signal(self, label, policy, next_token):
+        return {name: len(label) / 100 for name in _FIGURES}
 
     def step_seconds(self, params, configs):
         return {"ntp": 1.0, "refine": 1.4}
@@ -191,6 +198,8 @@ def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
     plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
     study("lact", plan, tmp_path)
     calls = CountingLab.last.calls
+    assert calls.count("gradients") == len(ESTIMATORS) + 1
+    calls = [call for call in calls if call != "gradients"]
     study("lact", plan, tmp_path)
     assert CountingLab.last.calls == []
     assert len(set(calls)) == len(calls) - 1  # the one ablation has ReFINE's name, rate and seed
@@ -201,6 +210,73 @@ def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
     assert {seed for *_, seed in seeds} == {"0", "1"}
     chosen = json.loads((tmp_path / "lact" / "chosen.json").read_text())
     assert chosen["rates"]["nested_sft"] == chosen["rates"]["testtime-ntp"] == 1e-3
+
+
+@pytest.mark.usefixtures("programs_kept_elsewhere")
+def test_signals_alone_need_no_more_than_the_base(tmp_path, monkeypatch):
+    monkeypatch.setattr("lab.Lab", CountingLab)
+    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    (tmp_path / "vocabulary.model").touch()
+    plan = sizes.SIZES["small"]
+    with pytest.raises(FileNotFoundError, match="run with --signals first"):
+        report.report_signals(tmp_path, plan, ESTIMATORS)
+    measure_signals(begin("lact", plan, tmp_path))
+    assert CountingLab.last.calls == ["pretrain"] + ["gradients"] * (len(ESTIMATORS) + 1)
+    measure_signals(begin("lact", plan, tmp_path))
+    assert CountingLab.last.calls == []
+    *table, empty, line = report.report_signals(tmp_path, plan, ESTIMATORS).splitlines()
+    assert not empty
+    assert len(table) == len(ESTIMATORS) + 2
+    assert "| published | 9.0 (9.0) | 9.0 (9.0) | 0.09 | +0.090 |" in table
+    figures = json.loads(line)
+    assert list(figures) == ["lact"]
+    assert figures["lact"]["base"] == {"tokens": 9, "loss": 3.5}
+    assert figures["lact"]["signals"]["published"] == dict.fromkeys(_FIGURES, 0.09)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_are_configurations_of_a_run(name):
+    fields = sizes.SIZES["full"].sizes.fields["deltanet"] | {"vocab_size": 64}
+    config = Config.from_dict({"model": {"fresh": fields}, "refine": ESTIMATORS[name]})
+    assert config.refine == RefineConfig(**ESTIMATORS[name])
+
+
+def test_signal_is_what_independent_gradients_have_in_common():
+    """By the law of total variance: a share for the mean, one for documents, one for sampling."""
+    random = np.random.default_rng(0)
+    batches, draws, size = 400, 3, 200
+    mean = np.full(size, 0.5)
+    documents = random.normal(size=(batches, 1, size))
+    sampling = 2 * random.normal(size=(batches, draws, size))
+    gradients = (mean + documents + sampling).reshape(-1, size)
+    products = (gradients @ gradients.T).reshape(batches, draws, batches, draws)
+    shares, errors = _jackknife(products)
+    true = np.array([0.25, 1.25]) / 5.25
+    assert np.all(errors < 0.01)
+    assert np.all(np.abs(shares - true) < 4 * errors)
+    # Without noise all is signal, without gradients nothing is.
+    for products, share in ((np.ones((4, 2, 4, 2)), 1.0), (np.zeros((4, 2, 4, 2)), 0.0)):
+        shares, errors = _jackknife(products)
+        np.testing.assert_allclose(shares, share)
+        np.testing.assert_allclose(errors, 0.0)
+
+
+def test_exact_gradients_depend_on_the_documents_alone(corpus):
+    lab = Lab("deltanet", sizes.SIZES["small"].sizes, corpus)
+    params = lab.model.init(jax.random.key(0))
+    names = ("next-token", "exact, whole, all", "exact, whole, entropy")
+    gradients = {
+        name: lab.gradients(params, RefineConfig(**ESTIMATORS[name]), batches=3) for name in names
+    }
+    found = {
+        name: lab.signal(name, gradient, gradients["next-token"])
+        for name, gradient in gradients.items()
+    }
+    for name in names[:2]:
+        assert found[name]["same_documents"] == pytest.approx(1.0)
+        assert found[name]["signal"] < 0.99
+    assert found["exact, whole, entropy"]["same_documents"] < 0.99
+    assert found["next-token"]["norm_ratio"] == found["next-token"]["cosine"] == pytest.approx(1.0)
 
 
 _ANSWERS = {"none": 0.3, "sft": 0.4, "nested_sft": 0.5, "nested_refine": 0.6}
@@ -256,7 +332,7 @@ def finished(tmp_path):
 
 def test_the_report_compares_seed_by_seed(finished):
     workdir, plan = finished
-    written = report.report(workdir, plan, ABLATIONS)
+    written = report.report(workdir, plan, ABLATIONS, ESTIMATORS)
     content = json.loads((workdir / "study.json").read_text())["deltanet"]
     assert (workdir / "study.md").read_text() == written
     assert (workdir / "study.png").stat().st_size > 10_000
@@ -284,4 +360,4 @@ def test_the_report_compares_seed_by_seed(finished):
 
 def test_the_report_of_nothing_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the study first"):
-        report.report(tmp_path, sizes.SIZES["small"], ABLATIONS)
+        report.report(tmp_path, sizes.SIZES["small"], ABLATIONS, ESTIMATORS)

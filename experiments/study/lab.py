@@ -305,56 +305,62 @@ class Lab:
         self._say(f"test-time {objective} seed {seed} rate {rate:g}", figures)
         return figures | {"seconds": statistics.median(seconds) if seconds else None}
 
-    def signal(self, params: Params, config: RefineConfig, batches: int = 12) -> dict[str, float]:
-        """How much the policy's gradient says, over batches of mid-training.
+    def gradients(
+        self, params: Params, config: RefineConfig, batches: int = 12, draws: int = 2
+    ) -> np.ndarray:
+        """Gradients [batches, draws, P] float32 of batches of mid-training, P parameters in a row.
 
-        {"signal": squared norm of the expected gradient of the policy loss, as a fraction of the
-        expected squared norm (unbiased; 1: no noise), "next_token_signal": the same of the
-        next-token loss, "norm_ratio": of the policy loss' gradient to that of the next-token loss,
-        both root mean squares, "cosine": of the two mean gradients}
+        The draws of a batch have its documents, and positions and rollouts of their own. ReFINE is
+        measured without its next-token loss: the policy loss, or minus the expected reward.
         """
         stage = dataclasses.replace(self.sizes.midtrain, steps=batches)
-        objectives = [
-            Objective(
-                self.model,
-                dataclasses.replace(config, lambda_sft=ntp, lambda_rl=1.0 - ntp),
-                eos_id=self.corpus.eos,
-                max_documents=1,
-            )
-            for ntp in (1.0, 0.0)
-        ]
+        objective = Objective(
+            self.model,
+            dataclasses.replace(config, lambda_sft=0.0, lambda_rl=1.0),
+            eos_id=self.corpus.eos,
+            max_documents=1,
+        )
 
         @jax.jit
-        def gradients(params, batch, key):
+        def gradient(params, batch, key):
             keys = jax.random.split(key, batch["tokens"].shape[0])
+            whole = objective.mini_batch(batch)
+            tree, _ = objective.gradient(params, batch, whole, keys=keys)
+            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
-            def flat(objective):
-                whole = objective.mini_batch(batch)
-                gradient, _ = objective.gradient(params, batch, whole, keys=keys)
-                return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(gradient)])
+        found = []
+        for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
+            keys = jax.random.split(jax.random.key(number), draws)
+            found.append([np.asarray(gradient(params, batch, key)) for key in keys])
+        return np.stack(found)
 
-            return [flat(objective) for objective in objectives]
+    def signal(self, label: str, policy: np.ndarray, next_token: np.ndarray) -> dict[str, float]:
+        """How much the `gradients` of a policy say, and how they compare with the next-token loss'.
 
-        found = [
-            gradients(params, batch, jax.random.key(number))
-            for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE))
+        {"signal": squared norm of the expected gradient, as a fraction of the expected squared norm
+        (unbiased; 1: no noise), "same_documents": the same with the documents given, so that only
+        the draw of positions and rollouts is noise, "signal_error", "same_documents_error":
+        standard errors over batches, "norm_ratio": of the policy's gradients to those of the
+        next-token loss, both root mean squares, "cosine": of the two mean gradients}
+        """
+        flat = [
+            each.reshape(-1, each.shape[-1]).astype(np.float64) for each in (policy, next_token)
         ]
-        ntp, policy = (np.asarray(part, np.float64) for part in zip(*found, strict=True))
-        means = ntp.mean(axis=0), policy.mean(axis=0)
-        squares = [np.mean(np.sum(each**2, axis=1)) for each in (ntp, policy)]
-        norms = [np.sqrt(mean @ mean) for mean in means]
-        if not norms[1]:  # no rollout was rewarded
-            return {"signal": 0.0, "next_token_signal": 0.0, "norm_ratio": 0.0, "cosine": 0.0}
-        signals = [
-            (mean @ mean - square / batches) / (1 - 1 / batches) / square
-            for mean, square in zip(means, squares, strict=True)
-        ]
-        return {
-            "signal": float(signals[1]),
-            "next_token_signal": float(signals[0]),
-            "norm_ratio": float(np.sqrt(squares[1] / squares[0])),
-            "cosine": float(means[0] @ means[1] / (norms[0] * norms[1])),
+        squares = [np.mean(np.sum(each**2, axis=1)) for each in flat]
+        means = [each.mean(axis=0) for each in flat]
+        norms = [np.linalg.norm(mean) for mean in means]
+        shares, errors = _jackknife((flat[0] @ flat[0].T).reshape(2 * policy.shape[:2]))
+        figures = {
+            "signal": float(shares[0]),
+            "signal_error": float(errors[0]),
+            "same_documents": float(shares[1]),
+            "same_documents_error": float(errors[1]),
+            "norm_ratio": float(np.sqrt(squares[0] / squares[1])),
+            # Without any rollout that was rewarded there is no direction.
+            "cosine": float(means[0] @ means[1] / np.prod(norms)) if norms[0] else 0.0,
         }
+        self._say(f"signal of {label}", figures)
+        return figures
 
     def _point(self, params: Params) -> dict[str, float]:
         rows = self._curve_rows()
@@ -433,3 +439,28 @@ def _recalls(correct: np.ndarray, rows: Rows) -> list[float]:
 
 def _spread(steps: int, points: int) -> set[int]:
     return {round(steps * (index + 1) / points) for index in range(points)}
+
+
+def _jackknife(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The shares of signal, and their standard errors by leaving out one batch at a time."""
+    batches = len(products)
+    without = [
+        _signal_shares(np.delete(np.delete(products, batch, axis=0), batch, axis=2))
+        for batch in range(batches)
+    ]
+    return _signal_shares(products), np.sqrt((batches - 1) * np.var(without, axis=0))
+
+
+def _signal_shares(products: np.ndarray) -> np.ndarray:
+    """Shares of gradients' mean square that batches have in common, and draws of one batch.
+
+    products: inner products [b, n, b, n] of the gradients of b batches, n draws of each. Those of
+    two independent gradients have the squared norm of what both expect as their mean.
+    """
+    batches, draws = products.shape[:2]
+    squares, same = np.einsum("bnbn->", products), np.einsum("bnbm->", products)
+    if not squares:  # no rollout was rewarded
+        return np.zeros(2)
+    of_batches = (products.sum() - same) / ((batches - 1) * draws)
+    of_draws = (same - squares) / (draws - 1)
+    return np.array([of_batches, of_draws]) / squares

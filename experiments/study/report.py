@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -28,7 +29,7 @@ _NAMES = {
 }
 
 
-def report(workdir: Path, plan: Plan, ablations: Iterable[str]) -> str:
+def report(workdir: Path, plan: Plan, ablations: Iterable[str], estimators: Iterable[str]) -> str:
     """Write study.md, study.json and study.png of all models that are done; return the text."""
     done = [name for name in MODELS if (workdir / name / "chosen.json").is_file()]
     if not done:
@@ -41,7 +42,7 @@ def report(workdir: Path, plan: Plan, ablations: Iterable[str]) -> str:
             "mid-training": _midtraining(results),
             "tests": _tests(results),
             "ablations": _ablations(results, ablations),
-            "signal": _signal(results),
+            "signal": _signals({TITLES[name]: results.signals(estimators)}),
             "questions": _questions(results),
         }
         content[name] = {"chosen": results.chosen, **sections}
@@ -54,13 +55,35 @@ def report(workdir: Path, plan: Plan, ablations: Iterable[str]) -> str:
     return text
 
 
+def report_signals(workdir: Path, plan: Plan, estimators: Iterable[str]) -> str:
+    """A table of how much of the estimators' gradients is signal, then its figures as JSON.
+
+    The JSON, on one line: {model: {"base": last point of the pre-training's curve, "signals":
+    {estimator: figures of `Lab.signal`}}}.
+    """
+    models = {name: _Results(workdir / name, plan) for name in MODELS}
+    found = {
+        name: {"base": results.read("base")["curve"][-1], "signals": results.signals(estimators)}
+        for name, results in models.items()
+        if results.signals(estimators)
+    }
+    if not found:
+        raise FileNotFoundError(f"no measured signals in {workdir}: run with --signals first.")
+    rows = _signals({TITLES[name]: figures["signals"] for name, figures in found.items()})
+    return f"{_markdown(rows)}\n\n{json.dumps(found)}"
+
+
 class _Results:
     """The records of one model."""
 
     def __init__(self, folder: Path, plan: Plan):
         self.folder, self.plan = folder, plan
-        self.chosen = json.loads((folder / "chosen.json").read_text(encoding="utf-8"))
         self.lengths = [shape.length for shape in plan.sizes.measured]
+
+    @functools.cached_property
+    def chosen(self) -> dict[str, Any]:
+        """Learning rates, and how many steps take how long; of a study that is done."""
+        return json.loads((self.folder / "chosen.json").read_text(encoding="utf-8"))
 
     def read(self, name: str) -> dict[str, Any] | None:
         """What a run gave; None: it is not done."""
@@ -75,6 +98,11 @@ class _Results:
     def measured(self, prefix: str, steps: int) -> list[dict[str, Any]]:
         """Figures after so many steps of mid-training, one a seed."""
         return [run["measured"][str(steps)] for run in self.seeds(prefix)]
+
+    def signals(self, estimators: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Figures of the estimators that were measured, in their order."""
+        found = {name: self.read(f"share-{name}") for name in estimators}
+        return {name: figures for name, figures in found.items() if figures is not None}
 
 
 def _describe(results: _Results) -> str:
@@ -189,24 +217,18 @@ def _ablations(results: _Results, ablations: Iterable[str]) -> list[dict[str, st
     return rows
 
 
-def _signal(results: _Results) -> list[dict[str, str]]:
-    """How much of the policy's gradient is not noise."""
-    rows = []
-    for file in sorted(results.folder.glob("signal-*.json")):
-        name = file.stem.removeprefix("signal-")
-        found = results.read(file.stem)
-        if not rows:
-            share = f"{100 * found['next_token_signal']:.1f}"
-            rows.append({"gradient of a batch, base model": "next-token", "signal, %": share})
-        rows.append(
-            {
-                "gradient of a batch, base model": f"policy, {name}",
-                "signal, %": f"{100 * found['signal']:.1f}",
-                "norm, of next-token's": f"{found['norm_ratio']:.2f}",
-                "cosine with next-token's": f"{found['cosine']:+.3f}",
-            }
-        )
-    return rows
+def _signals(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[dict[str, str]]:
+    """How much of a batch's gradient is not noise: a row an estimator, columns for each model."""
+    rows: dict[str, dict[str, str]] = {}
+    for title, signals in models.items():
+        for name, found in signals.items():
+            row = rows.setdefault(name, {"gradient of a batch, base model": name})
+            for label, share in (("signal", "signal"), ("same documents", "same_documents")):
+                error = found[f"{share}_error"]
+                row[f"{title}: {label}, %"] = f"{100 * found[share]:.1f} ({100 * error:.1f})"
+            row[f"{title}: norm"] = f"{found['norm_ratio']:.3g}"
+            row[f"{title}: cosine"] = f"{found['cosine']:+.3f}"
+    return list(rows.values())
 
 
 def _questions(results: _Results) -> list[dict[str, str]]:

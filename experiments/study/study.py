@@ -3,6 +3,7 @@
     python experiments/study/study.py                      # all; goes on where it was interrupted
     python experiments/study/study.py --small              # a few steps: does everything run?
     python experiments/study/study.py --report             # tables and curves of what is done
+    python experiments/study/study.py --signals            # only how noisy each estimator is
 
 Both models are pre-trained on short documents that are mostly facts, then mid-trained on longer
 ones that are mostly source code (`corpus.py`), by next-token training (NTP) and by ReFINE, with the
@@ -12,6 +13,9 @@ Ablations change one thing of ReFINE. Then the ReFINE models are post-trained on
 adapted to each prompt before they answer it. The models run in processes of their own, each on its
 share of the cores.
 
+`--signals` pre-trains, or reuses, the base models and measures for each of ESTIMATORS how much of
+its gradient is signal: one table, and last its figures as one line of JSON.
+
     WORKDIR/study.md  study.json  study.png    tables, figures, curves
     WORKDIR/MODEL/NAME.json  NAME.msgpack      what each run gave, and its parameters
 """
@@ -20,17 +24,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sizes import MODELS, SIZES, Plan
 
 from refine_jax.base.files import path_flag, write_bytes, write_text
+from refine_jax.presets import PRESETS
+
+if TYPE_CHECKING:
+    from lab import Lab
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "reward=binary": {"reward": "binary"},
@@ -46,11 +55,38 @@ ABLATIONS: dict[str, dict[str, Any]] = {
         "lambda_rl": 1.0,
     },
 }
-# Of these it is measured how much the policy's gradient says (whatever its weight lambda_rl).
-SIGNALS = (
-    *("default", "reward=binary", "reward=hybrid"),
-    *("selection=uniform", "selection=argmax", "n=4 a position, lambda_rl=1"),
-)
+# Of these it is measured how much of the gradient is signal (whatever the weight lambda_rl), by
+# what they change of the published estimator.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "next-token": {"objective": "ntp"},
+    "published": {},
+    "reward=binary": ABLATIONS["reward=binary"],
+    "reward=hybrid": ABLATIONS["reward=hybrid"],
+    "reward=whole": {"reward": "whole"},
+    "reward=prefix": {"reward": "prefix"},
+    "reward=expected": {"reward": "expected"},
+    "selection=uniform": ABLATIONS["selection=uniform"],
+    "selection=argmax": ABLATIONS["selection=argmax"],
+    "selection=variance": {"selection": "variance"},
+    "credit=reward_to_go": {"credit": "reward_to_go"},
+    "baseline=optimal_token": {"baseline": "optimal_token"},
+    "n=4 a position": ABLATIONS["n=4 a position, lambda_rl=1"],
+    "n=8, c=1, baseline=leave_one_out": {
+        "rollouts_per_position": 8,
+        "num_positions": 1,
+        "baseline": "leave_one_out",
+    },
+    "preset=low_noise": PRESETS["low_noise"],
+    "preset=exact": PRESETS["exact"],
+} | {
+    f"exact, {reward}, {selection}": {
+        "estimator": "exact",
+        "reward": reward,
+        "selection": selection,
+    }
+    for reward in ("whole", "prefix")
+    for selection in ("all", "entropy", "variance")
+}
 TUNING_SEED = 1000
 
 
@@ -90,13 +126,24 @@ class Records:
         return self.folder / f"{name}.msgpack"
 
 
-def study(name: str, plan: Plan, workdir: Path) -> None:
-    """All runs of one model, in an order in which each finds what it starts from."""
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the runs of one model start from.
+
+    base: parameters of the pre-trained model. settings: what made it, and the study's sizes.
+    """
+
+    lab: Lab
+    records: Records
+    base: Any
+    settings: dict[str, Any]
+
+
+def begin(name: str, plan: Plan, workdir: Path) -> Start:
+    """Pre-train one model, unless that is done."""
     import jax
     from corpus import Corpus, train_vocabulary
-    from lab import POSTTRAINING, TUNE, Lab
-
-    from refine_jax.config import RefineConfig
+    from lab import Lab
 
     # Programs recur when a study goes on.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -106,7 +153,6 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         train_vocabulary(vocabulary, sizes.vocabulary)
     lab = Lab(name, sizes, Corpus(vocabulary))
     records = Records(workdir / name)
-    like = lab.model.abstract_params()
     made_of = {
         "fields": sizes.fields[name],
         "vocabulary": sizes.vocabulary,
@@ -117,10 +163,37 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
         "jax": jax.__version__,
     }
     records.get("base", made_of, lab.pretrain)
-    base = records.params("base", like)
     own = {"fields": {}, "pretrain": {}, "repeated": {}, "pretrain_rate": {}}  # in `made_of`
-    common = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
+    settings = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
+    return Start(lab, records, records.params("base", lab.model.abstract_params()), settings)
+
+
+def measure_signals(start: Start) -> None:
+    """How much of the gradient of each of ESTIMATORS is signal, in the base model."""
+    from refine_jax.config import RefineConfig
+
+    lab, base = start.lab, start.base
+    configs = {name: RefineConfig(**values) for name, values in ESTIMATORS.items()}
+    next_token = functools.cache(lambda: lab.gradients(base, configs["next-token"]))
+    for name, config in configs.items():
+
+        def measure(name=name, config=config):
+            return None, lab.signal(name, lab.gradients(base, config), next_token())
+
+        start.records.get(f"share-{name}", start.settings | dataclasses.asdict(config), measure)
+
+
+def study(name: str, plan: Plan, workdir: Path) -> None:
+    """All runs of one model, in an order in which each finds what it starts from."""
+    from lab import POSTTRAINING, TUNE
+
+    from refine_jax.config import RefineConfig
+
+    start = begin(name, plan, workdir)
+    lab, records, base, common = start.lab, start.records, start.base, start.settings
+    sizes, like = plan.sizes, lab.model.abstract_params()
     records.get("before", common, lambda: (None, lab.measure(base)))
+    measure_signals(start)
 
     def midtrain(run: str, config: RefineConfig, rate: float, seed: int, keep=False, **options):
         def make():
@@ -132,9 +205,6 @@ def study(name: str, plan: Plan, workdir: Path) -> None:
 
     configs = {name: RefineConfig(objective=name) for name in ("ntp", "refine")}
     ablations = {n: ABLATIONS[n] for n in (ABLATIONS if plan.ablations is None else plan.ablations)}
-    for signal in (name for name in SIGNALS if name == "default" or name in ablations):
-        config = dataclasses.replace(configs["refine"], **ablations.get(signal, {}))
-        records.get(f"signal-{signal}", common, lambda c=config: (None, lab.signal(base, c)))
     steps, rates = sizes.midtrain.steps, {}
     for objective, config in configs.items():
         runs = {
@@ -214,6 +284,11 @@ def main() -> int:
     flags.add_argument("--model", choices=MODELS, help="only the runs of this model, and no report")
     flags.add_argument("--small", action="store_true", help="tiny models, a few steps")
     flags.add_argument("--report", action="store_true", help="only the tables and curves")
+    flags.add_argument(
+        "--signals",
+        action="store_true",
+        help="only how much of each estimator's gradient is signal",
+    )
     args = flags.parse_args()
     form = "small" if args.small else "full"
     workdir = args.workdir or Path("runs/study-small" if args.small else "runs/study")
@@ -223,7 +298,10 @@ def main() -> int:
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     if args.model:
-        study(args.model, SIZES[form], workdir)
+        if args.signals:
+            measure_signals(begin(args.model, SIZES[form], workdir))
+        else:
+            study(args.model, SIZES[form], workdir)
         return 0
     if not args.report:
         from corpus import train_vocabulary
@@ -236,6 +314,7 @@ def main() -> int:
             if len(cores) >= len(MODELS):
                 shares = [set(cores[i :: len(MODELS)]) for i in range(len(MODELS))]
         arguments = [f"--workdir={workdir}"] + ["--small"] * args.small
+        arguments += ["--signals"] * args.signals
         started = [
             _start(name, share, arguments) for name, share in zip(MODELS, shares, strict=True)
         ]
@@ -243,9 +322,12 @@ def main() -> int:
         if failed:
             print(f"error: failed: {failed}", file=sys.stderr)
             return 1
-    from report import report
+    from report import report, report_signals
 
-    print(report(workdir, SIZES[form], ABLATIONS))
+    if args.signals:
+        print(report_signals(workdir, SIZES[form], ESTIMATORS))
+    else:
+        print(report(workdir, SIZES[form], ABLATIONS, ESTIMATORS))
     return 0
 
 
