@@ -35,7 +35,9 @@ from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
-_BLOCK = 512  # most tokens of a block
+_BLOCK = 1024  # most tokens of a block
+_PART = 128
+_AHEAD = 8
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 _LOG2_E = math.log2(math.e)  # the vector unit's own power is that of 2
 
@@ -82,28 +84,52 @@ class _Plan:
         width = self.size // self.heads
         return slice(head * width, (head + 1) * width)
 
-    def queries(self, head: int) -> slice:
-        """A head's queries among those that stand above each other."""
-        return slice(head * self.block, (head + 1) * self.block)
+    @property
+    def part(self) -> int:
+        """Queries of a part: what is computed for them at once stays in registers."""
+        return math.gcd(self.block, _PART)
+
+    def parts(self) -> list[tuple[slice, slice]]:
+        """Parts of a block of queries, and where their heads' queries stand in `apart`."""
+        size = self.part
+        return [
+            (slice(i, i + size), slice(self.heads * i, self.heads * (i + size)))
+            for i in range(0, self.block, size)
+        ]
+
+    def each(self) -> list[tuple[int, slice, slice]]:
+        """Parts head by head: the head, its part, and where its queries stand in `apart`."""
+        return [
+            (head, part, slice(start, start + self.part))
+            for part, stacked in self.parts()
+            for head, start in enumerate(range(stacked.start, stacked.stop, self.part))
+        ]
 
     def apart(self, x: jax.Array) -> jax.Array:
-        """[S, L] to [n S, L]: above each other, each head beside zeros."""
+        """[S, L] to [n S, L]: the heads of each part above each other, each beside zeros."""
         if self.heads == 1:
             return x
-        lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) // (self.size // self.heads)
-        return jnp.concatenate([jnp.where(lane == i, x, 0) for i in range(self.heads)])
+        lane = jax.lax.broadcasted_iota(jnp.int32, (self.part, self.size), 1)
+        lane = lane // (self.size // self.heads)
+        parts = [x[part] for part, _ in self.parts()]
+        return jnp.concatenate([jnp.where(lane == i, y, 0) for y in parts for i in range(self.heads)])
 
-    def seen(self, back: int, first: int, count: int) -> jax.Array | None:
-        """Which of the queries of a block see keys of the one `back` blocks before: [keys, n S].
+    def reach(self, back: int, part: slice) -> slice | None:
+        """Of the keys `back` blocks before, those that a part of the queries may see."""
+        newest = back * self.block + part.stop - 1  # the furthest key's place is `newest - W`
+        first = max(newest - (part.stop - 1 - part.start) - self.window + 1, 0)
+        first, last = first // _LANES * _LANES, min(-(-(newest + 1) // _LANES) * _LANES, self.block)
+        return slice(first, last) if first < last else None
 
-        The keys are `count` from `first` on. None where all do.
-        """
-        nearest, furthest = back * self.block - first - count + 1, (back + 1) * self.block - 1 - first
+    def seen(self, back: int, part: slice, keys: slice) -> jax.Array | None:
+        """Which queries of a part see which keys `back` blocks before; None where all do."""
+        nearest = back * self.block + part.start - (keys.stop - 1)
+        furthest = back * self.block + part.stop - 1 - keys.start
         if nearest >= 0 and furthest < self.window:
             return None
-        shape = count, self.block
+        shape = keys.stop - keys.start, part.stop - part.start
         query, key = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 0))
-        distance = _side_by_side(back * self.block - first + query - key, self.heads)
+        distance = back * self.block + part.start - keys.start + query - key
         seen = distance >= 0 if nearest < 0 else None
         if furthest >= self.window:
             near = distance < self.window
@@ -134,27 +160,35 @@ def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
     def tile(back: int):
         """All heads of a group attend to the block of keys `back` blocks before their own."""
         there = jax.lax.rem(step - back + plan.ring, plan.ring)
-        scores = nt(refs["keys"][there], refs["queries"][...])
-        same = None
-        if plan.by_document:
-            same = refs["key_ids"][there][:, :1] == _side_by_side(refs["ids"][...], plan.heads)
-        seen = _and(plan.seen(back, 0, plan.block), same)
-        if seen is not None:
-            scores = jnp.where(seen, scores, _MASKED)
-        top = jnp.max(scores, 0, keepdims=True)
-        if back > 0:
-            old = refs["top"][...]
-            top = jnp.maximum(old, top)
-            decay = jnp.exp2((old - top) * plan.power)
-        refs["top"][...] = top
-        weights = jnp.exp2((scores - top) * plan.power)
-        total = jnp.sum(weights, 0, keepdims=True)
-        refs["total"][...] = total if back == 0 else refs["total"][...] * decay + total
-        weights = weights.astype(refs["k"].dtype)
-        for head in range(plan.heads):
-            part, here = plan.of_head(head), plan.queries(head)
-            out = nn(refs["values_t"][there, part], weights[:, here])
-            refs["sum"][part] = out if back == 0 else refs["sum"][part] * decay[:, here] + out
+        work = [(*x, plan.reach(back, x[1])) for x in plan.each()]
+        work = [x for x in work if x[-1] is not None]
+
+        def score(head, part, here, keys):
+            return nt(refs["keys"][there, keys], refs["queries"][here])
+
+        ahead = [score(*x) for x in work[:_AHEAD]]
+        for i, (head, part, here, keys) in enumerate(work):
+            if i + _AHEAD < len(work):
+                ahead.append(score(*work[i + _AHEAD]))
+            scores = ahead.pop(0)
+            same = None
+            if plan.by_document:
+                same = refs["key_ids"][there, keys, :1] == refs["ids"][:, part]
+            seen = _and(plan.seen(back, part, keys), same)
+            if seen is not None:
+                scores = jnp.where(seen, scores, _MASKED)
+            top = jnp.max(scores, 0, keepdims=True)
+            if back > 0:
+                old = refs["top"][:, here]
+                top = jnp.maximum(old, top)
+                decay = jnp.exp2((old - top) * plan.power)
+            refs["top"][:, here] = top
+            weights = jnp.exp2((scores - top) * plan.power)
+            total = jnp.sum(weights, 0, keepdims=True)
+            refs["total"][:, here] = total if back == 0 else refs["total"][:, here] * decay + total
+            rows = plan.of_head(head)
+            out = nn(refs["values_t"][there, rows, keys], weights.astype(refs["k"].dtype))
+            refs["sum"][rows, part] = out if back == 0 else refs["sum"][rows, part] * decay + out
 
     @pl.when(step >= plan.past)
     def _attend():
@@ -164,14 +198,12 @@ def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
                 tile(back)
             else:
                 pl.when(step >= back)(functools.partial(tile, back))
-        total = refs["total"][...]
-        for head in range(plan.heads):
-            part, here = plan.of_head(head), plan.queries(head)
-            refs["sum"][part] = refs["sum"][part] / total[:, here]
+        for head, part, here in plan.each():
+            total, rows = refs["total"][:, here], plan.of_head(head)
+            refs["sum"][rows, part] = refs["sum"][rows, part] / total
+            log_total = refs["top"][:, here] * plan.power + jnp.log2(total)
+            refs["log_total"][head : head + 1, part] = log_total
         refs["out"][...] = refs["sum"][...].T.astype(refs["out"].dtype)
-        log_total = refs["top"][...] * plan.power + jnp.log2(total)
-        for head in range(plan.heads):
-            refs["log_total"][head : head + 1] = log_total[:, plan.queries(head)]
 
 
 def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
@@ -187,47 +219,49 @@ def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
         d_out = refs["d_out"][...]
         refs["d_outs"][slot] = plan.apart(d_out)
         product = (d_out.astype(jnp.float32) * refs["out"][...].astype(jnp.float32)).T
-        for head in range(plan.heads):
-            here = plan.queries(head)
-            inner = jnp.sum(product[plan.of_head(head)], 0, keepdims=True)
+        for head, part, here in plan.each():
+            inner = jnp.sum(product[plan.of_head(head), part], 0, keepdims=True)
             refs["inner"][slot, :, here] = inner
-            refs["log_totals"][slot, :, here] = refs["log_total"][head : head + 1]
+            refs["log_totals"][slot, :, here] = refs["log_total"][head : head + 1, part]
         refs["dq_sum"][slot] = jnp.zeros_like(refs["dq_sum"][slot])
 
     if plan.by_document:
 
         @pl.when(step < plan.blocks)
         def _new_ids():
-            refs["query_ids"][slot] = _side_by_side(refs["ids"][...], plan.heads)
+            refs["query_ids"][slot] = refs["ids"][...]
 
     def tile(ahead: int):
         """What the queries `ahead` blocks behind the keys add to all gradients."""
         there = jax.lax.rem(first + ahead, plan.ring)
-        queries, d_outs = refs["queries"][there], refs["d_outs"][there]
-        same = None
-        if plan.by_document:
-            same = refs["key_ids"][...][:, :1] == refs["query_ids"][there]
-        seen = _and(plan.seen(ahead, 0, plan.block), same)
-        scores = nt(refs["k"][...], queries)
-        weights = jnp.exp2(scores * plan.power - refs["log_totals"][there])
-        if seen is not None:
-            weights = jnp.where(seen, weights, 0.0)
-        d_scores = weights * (nt(refs["v"][...], d_outs) - refs["inner"][there])
-        weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
-        refs["dv_sum"][...] += nn(weights, d_outs)
-        refs["dk_sum"][...] += nn(d_scores, queries)
-        for head in range(plan.heads):
-            part = plan.of_head(head)
-            dq = nn(refs["keys_t"][part], d_scores[:, plan.queries(head)])
-            refs["dq_sum"][there, part] += dq
+        for part, here in plan.parts():
+            keys = plan.reach(ahead, part)
+            if keys is None:
+                continue
+            queries, d_outs = refs["queries"][there, here], refs["d_outs"][there, here]
+            same = None
+            if plan.by_document:
+                same = refs["key_ids"][keys, :1] == refs["query_ids"][there, :, part]
+            seen = _and(plan.seen(ahead, part, keys), same)
+            scores = nt(refs["k"][keys], queries)
+            weights = jnp.exp2(scores * plan.power - refs["log_totals"][there, :, here])
+            if seen is not None:
+                weights = jnp.where(_side_by_side(seen, plan.heads), weights, 0.0)
+            d_scores = weights * (nt(refs["v"][keys], d_outs) - refs["inner"][there, :, here])
+            weights, d_scores = weights.astype(dtype), d_scores.astype(dtype)
+            refs["dv_sum"][keys] += nn(weights, d_outs)
+            refs["dk_sum"][keys] += nn(d_scores, queries)
+            for head in range(plan.heads):
+                rows, columns = plan.of_head(head), slice(head * plan.part, (head + 1) * plan.part)
+                dq = nn(refs["keys_t"][rows, keys], d_scores[:, columns])
+                refs["dq_sum"][there, rows, part] += dq
 
     @pl.when(first >= 0)
     def _gradients():
         refs["keys_t"][...] = refs["k"][...].T
         if plan.by_document:
-            refs["key_ids"][...] = refs["query_ids"][
-                jax.lax.rem(first, plan.ring), :, : plan.block
-            ].T
+            ids = refs["query_ids"][jax.lax.rem(first, plan.ring)]
+            refs["key_ids"][...] = jnp.broadcast_to(ids, (_LANES, plan.block)).T
         refs["dk_sum"][...] = jnp.zeros_like(refs["dk_sum"])
         refs["dv_sum"][...] = jnp.zeros_like(refs["dv_sum"])
         for ahead in range(plan.ring):
@@ -344,8 +378,8 @@ def _backward(plan: _Plan, q, k, v, ids, out, log_total, d_out):
     }
     if plan.by_document:
         inputs["ids"] = ids, _id_spec(plan, newest)
-        scratch["query_ids"] = pltpu.VMEM((plan.ring, 1, queries), jnp.float32)
-        scratch["key_ids"] = pltpu.VMEM((plan.block, 1), jnp.float32)
+        scratch["query_ids"] = pltpu.VMEM((plan.ring, 1, plan.block), jnp.float32)
+        scratch["key_ids"] = pltpu.VMEM((plan.block, _LANES), jnp.float32)
     outputs = {
         "dq": (jax.ShapeDtypeStruct(q.shape, q.dtype), _token_spec(plan, oldest_own)),
         "dk": (jax.ShapeDtypeStruct(k.shape, k.dtype), keys),

@@ -22,6 +22,8 @@ _SHARES = {
     "lact_forward": {"v5e": 0.85, "v5p": 0.85, "v6e": 0.41},
     "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
     "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
+    "window_attention_forward": {"v5e": 0.65, "v5p": 0.65, "v6e": 0.3},
+    "window_attention_": {"v5e": 0.9, "v5p": 0.9, "v6e": 0.4},
     "splash_mha_fwd": {"v5e": 0.68, "v5p": 0.66, "v6e": 0.25},
     "splash_": {"v5e": 0.46, "v5p": 0.46, "v6e": 0.17},
 }
