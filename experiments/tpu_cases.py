@@ -30,6 +30,7 @@ from refine_jax.kernels.lact import (
     lact,
     update_sums,
 )
+from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 
 from refine_jax.models.attention import window_attention
 
@@ -303,6 +304,23 @@ def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case
     return _forward_and_backward(name, shape, forward, (row, row, row), flops)
 
 
+def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
+    """What attention and fast weights of LaCT-760M take of a row's queries, keys and values."""
+
+    def forward(implementation):
+        def run(q, k, v, scales):
+            tables = rope_tables(jnp.arange(tokens)[None], 1e6, 64)
+            return lact_inputs(plan, q, k, v, scales, tables)
+
+        return run
+
+    plan = InputsPlan(heads=heads, chunk=chunk, head_dim=64, silu=True, silu_values=True, rope=True)
+    row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
+    scales = _array(heads, 4, groups * 128 // heads)
+    shape = f"B 1, T {tokens}, {groups} groups of 128, {heads} fast-weight heads, bfloat16"
+    return _forward_and_backward(name, shape, forward, (row, row, row, scales), 0)
+
+
 _ALL = (
     *_delta_cases("delta_{}_8k", 8192),
     *_delta_cases("delta_{}_16k", 16384),
@@ -324,5 +342,6 @@ _ALL = (
     _lact_decode("lact_decode", 8),
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
     *_attention_cases("window_attention_{}_16k", 16384),
+    *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

@@ -64,3 +64,11 @@ def nn(a: jax.Array, b: jax.Array) -> jax.Array:
 def nt(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b^T, in float32."""
     return _product(a, b, (1, 1))
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, which XLA must not compute again inside of each product that takes it.
+
+    libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
+    """
+    return lax.optimization_barrier(x) if jax.default_backend() == "tpu" else x

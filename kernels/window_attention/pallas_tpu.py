@@ -112,7 +112,9 @@ class _Plan:
         lane = jax.lax.broadcasted_iota(jnp.int32, (self.part, self.size), 1)
         lane = lane // (self.size // self.heads)
         parts = [x[part] for part, _ in self.parts()]
-        return jnp.concatenate([jnp.where(lane == i, y, 0) for y in parts for i in range(self.heads)])
+        return jnp.concatenate(
+            [jnp.where(lane == i, y, 0) for y in parts for i in range(self.heads)]
+        )
 
     def reach(self, back: int, part: slice) -> slice | None:
         """Of the keys `back` blocks before, those that a part of the queries may see."""
