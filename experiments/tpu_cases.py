@@ -31,6 +31,7 @@ from refine_jax.kernels.lact import (
     update_sums,
 )
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
+from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
 
 from refine_jax.models.attention import window_attention
 
@@ -321,6 +322,20 @@ def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Ca
     return _forward_and_backward(name, shape, forward, (row, row, row, scales), 0)
 
 
+def _lact_outputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
+    """What the fast weights of LaCT-760M read, added to attention's output, of one row."""
+
+    def forward(implementation):
+        return lambda *arrays: lact_outputs(OutputsPlan(1e-5), *arrays)
+
+    width = groups * 128 // heads
+    row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
+    fast = _array(1, tokens // chunk, heads, chunk, width, dtype=jnp.bfloat16)
+    args = fast, _array(1, heads, 1, tokens), _array(1, width), row
+    shape = f"B 1, T {tokens}, {heads} fast-weight heads of {width}, bfloat16"
+    return _forward_and_backward(name, shape, forward, args, 0)
+
+
 _ALL = (
     *_delta_cases("delta_{}_8k", 8192),
     *_delta_cases("delta_{}_16k", 16384),
@@ -343,5 +358,6 @@ _ALL = (
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
     *_attention_cases("window_attention_{}_16k", 16384),
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
+    *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

@@ -32,6 +32,7 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 from refine_jax.kernels.lact.pallas_tpu_inputs import takes as inputs_by_kernel
+from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
 from refine_jax.models.attention import (
     heads_in_group,
     push_to_ring,
@@ -202,14 +203,14 @@ class LaCTMixer(nnx.Module):
         of_attention, inputs = self._inputs(q, k, v, positions, in_chunks, axis_name)
         attention = self._attend(*of_attention, layout, axis_name)
 
-        tokens, scale = (*inputs, self._rates(x), self._momentum(x)), self._scale(x)
-        groups = q.shape[1]
+        rates, momentum = self._rates(x), self._momentum(x)
+        tokens = *inputs, rates, momentum
         if in_chunks:
-            fast, chunks = self._fast_chunks(tokens, scale, groups)
+            fast, chunks = self._fast_chunks(tokens)
         else:
-            fast, chunks = self._fast_tokens(tokens, scale, groups, plan, axis_name)
-        rates, momentum = tokens[3:]
-        y = self.o_proj.from_groups(attention + fast)
+            fast, chunks = self._run_fast(tokens, plan, axis_name)
+        both = self._add_fast(attention, fast, self._scale(x), in_chunks, axis_name)
+        y = self.o_proj.from_groups(both)
         return y, LaCTTrace(k, v, rates, momentum, chunks)
 
     @staticmethod
@@ -500,31 +501,48 @@ class LaCTMixer(nnx.Module):
         of_attention, inputs = lact_inputs(plan, *tokens, scales.astype(jnp.float32), tables)
         return of_attention, inputs if in_chunks else tuple(x[:, 0] for x in inputs)
 
-    def _fast_chunks(self, tokens, scale, groups: int):
+    def _fast_chunks(self, tokens):
         """Fast weights over rows that are whole chunks of one document.
 
         tokens: q, k, v [B, N, H, C, d], and rates and momentum [B, H, T, ...]. Returns their output
-        [B, G, T, L] and the states [B, N, H, ...].
+        [B, N, H, C, d] and the states [B, N, H, ...].
         """
-        chunk, (_, groups) = self.config.lact_chunk_size, self._here(groups)
-        rows, chunks = ("batch", "heads"), ("batch", None, "heads")
-        join = over_shards(lambda x: from_chunks(x, groups), (chunks,), rows)
+        chunks = ("batch", None, "heads")
 
         def run(slots, weights):
             return self._lact(*slots, weights=weights)
 
-        (*slots, scale), *_ = to_slots((*tokens[3:], scale), None, chunk)
+        slots, *_ = to_slots(tokens[3:], None, self.config.lact_chunk_size)
         run = over_shards(run, (chunks, ("heads",)), (chunks, chunks))
-        out, states = run((*tokens[:3], *slots), self._initial_weights())
-        return join(self._fast_output(out, scale)), states
+        return run((*tokens[:3], *slots), self._initial_weights())
 
-    def _fast_tokens(self, tokens, scale, groups: int, plan, axis_name):
-        """`_fast_chunks` of any rows, q, k, v [B, H, T, d], also where devices share a row."""
-        _, groups = self._here(groups)
-        arrays = ("batch", "heads", axis_name and "tokens")
-        join = over_shards(lambda x: regroup(x, groups), (arrays,), arrays)
-        out, states = self._run_fast(tokens, plan, axis_name)
-        return join(self._fast_output(out, scale)), states
+    def _add_fast(self, attention, fast, scale, in_chunks: bool, axis_name: str | None):
+        """`_fast_output` of fast [B, N, H, C, d] or [B, H, T, d], and attention [B, G, T, L]."""
+        tokens = axis_name and "tokens"
+        rows = ("batch", "heads", tokens)
+        layout = ("batch", None, "heads") if in_chunks else rows
+        if self._inputs_by_kernel(attention, in_chunks, axis_name):
+
+            def add(fast, scale, weight, attention):
+                if not in_chunks:
+                    fast = fast[:, None]
+                if scale is None:
+                    scale = jnp.ones((fast.shape[0], fast.shape[2], attention.shape[2]))
+                scale = scale.astype(jnp.float32)[:, :, None]
+                plan = OutputsPlan(self.ttt_norm.eps)
+                return lact_outputs(plan, fast, scale, weight[None], attention)
+
+            add = over_shards(add, (layout, rows, (None,), rows), rows)
+            return add(fast, scale, self.ttt_norm.weight[...].astype(jnp.float32), attention)
+
+        _, groups = self._here(attention.shape[1])
+        if in_chunks:
+            join = over_shards(lambda x: from_chunks(x, groups), (layout,), rows)
+            if scale is not None:
+                ((scale,), *_) = to_slots((scale,), None, self.config.lact_chunk_size)
+        else:
+            join = over_shards(lambda x: regroup(x, groups), (rows,), rows)
+        return attention + join(self._fast_output(fast, scale))
 
     def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
         """Fast weights over rows: tokens' arrays [B, H, T, ...] to [B, H, T, d] and the states.
