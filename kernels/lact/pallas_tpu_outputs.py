@@ -78,7 +78,7 @@ def _backward_kernel(
 
 
 def _call(plan: OutputsPlan, kernel, name: str, fast, scale, weight, groups, outputs):
-    """`pallas_call` over rows, blocks of tokens and fast-weight heads. outputs: kinds of results."""
+    """`pallas_call` over rows, blocks of tokens and heads. outputs: kinds of results."""
     batch, chunks, heads, chunk, width = fast.shape
     joined, block = width // _LANES, math.gcd(chunk, _BLOCK)
     per_chunk, steps = chunk // block, chunks * chunk // block
