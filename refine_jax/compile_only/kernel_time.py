@@ -22,7 +22,7 @@ _SHARES = {
     "lact_forward": {"v5e": 0.85, "v5p": 0.85, "v6e": 0.41},
     "lact_inputs_forward": {"v5e": 0.25, "v5p": 0.28, "v6e": 0.11},
     "lact_inputs_": {"v5e": 0.16, "v5p": 0.18, "v6e": 0.073},
-    "lact_outputs_backward": {"v5e": 0.0034, "v5p": 0.0037, "v6e": 0.0016},
+    "lact_outputs_backward": {"v5e": 0.0037, "v5p": 0.0037, "v6e": 0.0008},
     "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
     "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
     "window_attention_forward": {"v5e": 0.63, "v5p": 0.63, "v6e": 0.25},
