@@ -30,6 +30,8 @@ from refine_jax.kernels.lact import (
     lact,
     update_sums,
 )
+from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
+from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
 
 from refine_jax.models.attention import window_attention
 
@@ -283,24 +285,55 @@ def _cross_entropy(spec: CrossEntropySpec) -> Case:
 
 
 def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case, Case]:
-    """The window attention of LaCT-760M: one full row, bfloat16, in jax's splash attention.
+    """The window attention of LaCT-760M: one full row, bfloat16, heads two and two side by side.
 
     Two products of 2 W hd operations for every query and head that has a whole window before it.
     """
 
     def forward(implementation):
         def run(q, k, v):
-            q, k, v = (jnp.swapaxes(x.reshape(1, tokens, heads, size), 1, 2) for x in (q, k, v))
-            out = window_attention(q, k, v, window, implementation=implementation)
-            return jnp.swapaxes(out, 1, 2).reshape(1, tokens, heads * size)
+            return window_attention(
+                q, k, v, window, heads_per_group=2, implementation=implementation
+            )
 
         return run
 
-    row = _array(1, tokens, heads * size, dtype=jnp.bfloat16)
+    row = _array(1, heads // 2, tokens, 2 * size, dtype=jnp.bfloat16)
     pairs = tokens * window - window * (window - 1) // 2  # queries and the keys that they see
     shape = f"B 1, T {tokens}, {heads} heads of {size}, window {window}, bfloat16"
     flops = 2 * 2 * heads * pairs * size
-    return _forward_and_backward(name, shape, forward, (row, row, row), flops, "splash")
+    return _forward_and_backward(name, shape, forward, (row, row, row), flops)
+
+
+def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
+    """What attention and fast weights of LaCT-760M take of a row's queries, keys and values."""
+
+    def forward(implementation):
+        def run(q, k, v, scales):
+            tables = rope_tables(jnp.arange(tokens)[None], 1e6, 64)
+            return lact_inputs(plan, q, k, v, scales, tables)
+
+        return run
+
+    plan = InputsPlan(heads=heads, chunk=chunk, head_dim=64, silu=True, silu_values=True, rope=True)
+    row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
+    scales = _array(heads, 4, groups * 128 // heads)
+    shape = f"B 1, T {tokens}, {groups} groups of 128, {heads} fast-weight heads, bfloat16"
+    return _forward_and_backward(name, shape, forward, (row, row, row, scales), 0)
+
+
+def _lact_outputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
+    """What the fast weights of LaCT-760M read, added to attention's output, of one row."""
+
+    def forward(implementation):
+        return lambda *arrays: lact_outputs(OutputsPlan(1e-5), *arrays)
+
+    width = groups * 128 // heads
+    row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
+    fast = _array(1, tokens // chunk, heads, chunk, width, dtype=jnp.bfloat16)
+    args = fast, _array(1, heads, 1, tokens), _array(1, width), row
+    shape = f"B 1, T {tokens}, {heads} fast-weight heads of {width}, bfloat16"
+    return _forward_and_backward(name, shape, forward, args, 0)
 
 
 _ALL = (
@@ -324,5 +357,7 @@ _ALL = (
     _lact_decode("lact_decode", 8),
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
     *_attention_cases("window_attention_{}_16k", 16384),
+    *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
+    *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

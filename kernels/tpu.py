@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu_table
 
@@ -41,3 +43,32 @@ def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
     table = table[name if name in table else _DEFAULT]
     larger = [known for known in table if math.prod(known) >= math.prod(sizes)]
     return table[min(larger, key=math.prod) if larger else max(table, key=math.prod)]
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    if jax.default_backend() != "tpu":
+        # As exact, and CPUs lack some products of bfloat16.
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def nn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b, in float32."""
+    return _product(a, b, (1, 0))
+
+
+def nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T, in float32."""
+    return _product(a, b, (1, 1))
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, which XLA must not compute again inside of each product that takes it.
+
+    libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
+    """
+    return lax.optimization_barrier(x) if jax.default_backend() == "tpu" else x

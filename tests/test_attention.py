@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from refine_jax.kernels.window_attention import pallas_tpu
 
 from refine_jax.models import attention
 from refine_jax.models.attention import push_to_ring, ring_attention, window_attention
@@ -75,14 +76,27 @@ def test_packed_and_padded_rows_match_dense_masks(length, window):
 
 
 @pytest.mark.parametrize(
-    ("packed", "tokens", "in_group"),
-    [(False, None, 1), (True, None, 2), (False, 256, 1), (False, 256, 2)],
+    ("name", "packed", "tokens", "in_group"),
+    [
+        ("splash", False, None, 1),
+        ("splash", True, None, 2),
+        ("splash", False, 256, 1),
+        ("splash", False, 256, 2),
+        ("pallas_tpu", False, 128, 1),
+        ("pallas_tpu", True, 128, 2),
+        ("pallas_tpu", False, 256, 2),  # blocks in two parts
+        ("pallas_tpu", True, 512, 1),  # one block
+    ],
 )
-def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens, in_group):
-    """Also where a row is more than one call of its kernel takes, and for heads side by side."""
+def test_kernels_equal_the_blocked_form(monkeypatch, name, packed, tokens, in_group):
+    """Also where a row is more than one call of splash takes, and for heads side by side.
+
+    tokens: of a call, or of a block.
+    """
     length, window = 290, 130  # three blocks of queries, the last one cut; windows over two
     if tokens is not None:
         monkeypatch.setattr(attention, "_SPLASH_TOKENS", tokens)
+        monkeypatch.setattr(pallas_tpu, "_BLOCK", tokens)
     layout = None
     if packed:
         segments = np.zeros((2, length), np.int32)
@@ -102,7 +116,27 @@ def test_splash_equals_the_blocked_form(monkeypatch, packed, tokens, in_group):
             return out, pullback(cotangent)
 
     run = jax.jit(with_gradient, static_argnums=0)
-    got, want = (jax.tree.leaves(run(name)) for name in ("splash", "xla"))
+    got, want = (jax.tree.leaves(run(name)) for name in (name, "xla"))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 100, 129, 256, 300])
+def test_the_kernel_takes_every_window(monkeypatch, window):
+    """Windows of one token, within a block, of whole blocks, and longer than the row."""
+    monkeypatch.setattr(pallas_tpu, "_BLOCK", 128)
+    q, k, v, cotangent = (draw(1, 1, 260, 8, seed=i) for i in range(4))
+
+    def with_gradient(name):
+        def attend(q, k, v):
+            return window_attention(q, k, v, window, implementation=name)
+
+        with jax.default_matmul_precision("highest"):
+            out, pullback = jax.vjp(attend, q, k, v)
+            return out, pullback(cotangent)
+
+    run = jax.jit(with_gradient, static_argnums=0)
+    got, want = (jax.tree.leaves(run(name)) for name in ("pallas_tpu", "xla"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

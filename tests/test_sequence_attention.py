@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refine_jax.kernels.window_attention import pallas_tpu
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
 from refine_jax.models import attention
@@ -37,10 +38,13 @@ def packed(length):
         (4, 48, 100, "xla", True),
         (2, 512, 70, "splash", False),  # in two pieces
         (4, 256, 150, "splash", True),
+        (2, 512, 70, "pallas_tpu", False),
+        (4, 256, 150, "pallas_tpu", True),
     ],
 )
 def test_equals_one_device(monkeypatch, count, length, window, implementation, with_layout):
     monkeypatch.setattr(attention, "_SPLASH_TOKENS", 128)
+    monkeypatch.setattr(pallas_tpu, "_BLOCK", 128)
     segments = packed(length) if with_layout else None
     layout = Layout.from_segments(segments, max_documents=2) if with_layout else None
 

@@ -13,30 +13,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from refine_jax.kernels.tpu import nn, nt
 
 LANES = 128
-
-
-def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    if jax.default_backend() != "tpu":
-        # As exact, and CPUs lack some products of bfloat16.
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def nn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b, in float32."""
-    return _product(a, b, (1, 0))
-
-
-def nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b^T, in float32."""
-    return _product(a, b, (1, 1))
 
 
 def _sigmoid(x):

@@ -14,14 +14,19 @@ from refine_jax.compile_only.chips import Chip
 from refine_jax.compile_only.flops import Kernel
 
 # By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
-# 16,384 tokens; the head's loss, width 2048, 32,000 words; splash attention, window 2048, 24 heads
-# of 64 in groups of 128, as large as which the products are.
+# 16,384 tokens; the head's loss, width 2048, 32,000 words; window attention, window 2048, 24 heads
+# of 64 in groups of 128, as large as which the products of splash attention are.
 _SHARES = {
     "delta_rule_forward": {"v5e": 0.76, "v5p": 0.74, "v6e": 0.23},
     "delta_rule_backward": {"v5e": 0.66, "v5p": 0.64, "v6e": 0.20},
     "lact_forward": {"v5e": 0.85, "v5p": 0.85, "v6e": 0.41},
+    "lact_inputs_forward": {"v5e": 0.25, "v5p": 0.28, "v6e": 0.11},
+    "lact_inputs_": {"v5e": 0.16, "v5p": 0.18, "v6e": 0.073},
+    "lact_outputs_backward": {"v5e": 0.0037, "v5p": 0.0037, "v6e": 0.0008},
     "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
     "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
+    "window_attention_forward": {"v5e": 0.63, "v5p": 0.63, "v6e": 0.25},
+    "window_attention_": {"v5e": 0.88, "v5p": 0.88, "v6e": 0.34},
     "splash_mha_fwd": {"v5e": 0.68, "v5p": 0.66, "v6e": 0.25},
     "splash_": {"v5e": 0.46, "v5p": 0.46, "v6e": 0.17},
 }

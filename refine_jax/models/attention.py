@@ -24,6 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from refine_jax.kernels import heads
 from refine_jax.kernels.sequence import halo
+from refine_jax.kernels.window_attention import takes, window_attention_tpu
 from refine_jax.models.layout import Layout
 from refine_jax.parallel import axis_size, over_shards
 
@@ -81,7 +82,7 @@ def window_attention(
     if implementation is None:
         backend = jax.default_backend()
         if backend == "tpu":
-            implementation = "splash"
+            implementation = "pallas_tpu" if takes(q.shape[-1], heads_per_group) else "splash"
         elif backend == "gpu" and _no_cudnn(q, ids, past) is None:
             implementation = "cudnn"
         else:
@@ -91,6 +92,8 @@ def window_attention(
             f"implementation of window_attention must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
+    if implementation == "pallas_tpu":
+        return window_attention_tpu(q, k, v, ids, past, window, heads_per_group)
     if implementation == "splash":
         return _splash(q, k, v, ids, past, window, heads_per_group)
     if heads_per_group == 1:
@@ -219,7 +222,12 @@ def _blocked(q, k, v, ids, past, window):
     return _attend(q, k, v, ids, past, window, block)[:, :, :num_tokens]
 
 
-IMPLEMENTATIONS = {"xla": _blocked, "splash": _splash, "cudnn": _cudnn}
+IMPLEMENTATIONS = {
+    "xla": _blocked,
+    "pallas_tpu": window_attention_tpu,
+    "splash": _splash,
+    "cudnn": _cudnn,
+}
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -30,6 +30,9 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
+from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
+from refine_jax.kernels.lact.pallas_tpu_inputs import takes as inputs_by_kernel
+from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
 from refine_jax.models.attention import (
     heads_in_group,
     push_to_ring,
@@ -210,18 +213,19 @@ class LaCTMixer(nnx.Module):
         positions = positions[:, None]
         q, k, v = self._qkv(x)
         axis_name = self._token_axis(num_tokens)
-        queries, keys = self._rope(q, positions), self._rope(k, positions)
-        attention = self._attend(queries, keys, v, layout, axis_name)
+        in_chunks = plan is None and axis_name is None
+        in_chunks = in_chunks and num_tokens % self.config.lact_chunk_size == 0
+        of_attention, inputs = self._inputs(q, k, v, positions, in_chunks, axis_name)
+        attention = self._attend(*of_attention, layout, axis_name)
 
         rates, momentum = self._rates(x), self._momentum(x)
-        scale = self._scale(x)
-        if plan is None and axis_name is None and num_tokens % self.config.lact_chunk_size == 0:
-            fast, chunks = self._fast_chunks(q, k, v, rates, momentum, scale, positions)
+        tokens = *inputs, rates, momentum
+        if in_chunks:
+            fast, chunks = self._fast_chunks(tokens)
         else:
-            fast, chunks = self._fast_tokens(
-                q, k, v, rates, momentum, scale, positions, plan, axis_name
-            )
-        y = self.o_proj.from_groups(attention + fast)
+            fast, chunks = self._run_fast(tokens, plan, axis_name)
+        both = self._add_fast(attention, fast, self._scale(x), in_chunks, axis_name)
+        y = self.o_proj.from_groups(both)
         return y, LaCTTrace(k, v, rates, momentum, chunks)
 
     @staticmethod
@@ -506,36 +510,104 @@ class LaCTMixer(nnx.Module):
         devices = axis_size("tensor")
         return self.config.num_lact_heads // devices, groups // devices
 
-    def _fast_chunks(self, q, k, v, rates, momentum, scale, positions):
+    def _inputs(self, q, k, v, positions, in_chunks: bool, axis_name: str | None):
+        """Queries, keys and values of attention, and of the fast weights.
+
+        q, k, v, and those of attention: [B, G, T, L]. positions: [1 or B, 1, T]. Those of the fast
+        weights are [B, N, H, C, d] where rows are whole chunks of one document, or [B, H, T, d].
+        """
+        tokens = axis_name and "tokens"
+        rows = ("batch", "heads", tokens)
+        chunks = ("batch", None, "heads") if in_chunks else rows
+        if self._inputs_by_kernel(q, in_chunks, axis_name):
+            run = functools.partial(self._inputs_shard, in_chunks=in_chunks)
+            batch = None if positions.shape[0] == 1 else "batch"
+            run = over_shards(run, (rows, ("heads",), (batch, None, tokens)), (rows, chunks))
+            scales = [*self._scales(0), *self._scales(1)]
+            scales = [x.reshape(self.config.num_lact_heads, -1) for x in scales]
+            return run((q, k, v), jnp.stack(scales, axis=1), positions)
+
+        of_attention = self._rope(q, positions), self._rope(k, positions), v
+        heads, chunk = self._here(1)[0], self.config.lact_chunk_size
+        if in_chunks:
+            split = over_shards(lambda x: to_chunks(x, heads, chunk), (rows,), chunks)
+            ((positions,), *_) = to_slots((positions,), None, chunk)
+        else:
+            split = over_shards(lambda x: regroup(x, heads), (rows,), rows)
+        return of_attention, self._fast_inputs(*map(split, (q, k, v)), positions)
+
+    def _inputs_plan(self, groups: int, size: int, chunk: int) -> InputsPlan:
+        """Of so many groups of so many numbers, in chunks of so many tokens."""
+        config = self.config
+        return InputsPlan(
+            heads=groups * size // config.lact_head_dim,
+            chunk=chunk,
+            head_dim=config.attn_head_dim,
+            silu=config.qkv_silu,
+            silu_values=config.qkv_silu and not config.no_v_silu,
+            rope=not config.ttt_nope,
+        )
+
+    def _inputs_by_kernel(self, q, in_chunks: bool, axis_name: str | None) -> bool:
+        """Whether the kernel for TPUs makes them."""
+        if self.implementation is not None or jax.default_backend() != "tpu":
+            return False
+        _, groups = self._here(q.shape[1])
+        tokens = q.shape[2] // (1 if axis_name is None else axis_size(axis_name))
+        chunk = self.config.lact_chunk_size if in_chunks else tokens
+        plan = self._inputs_plan(groups, q.shape[3], chunk)
+        return inputs_by_kernel(q.shape[3], groups, plan, tokens)
+
+    def _inputs_shard(self, tokens, scales, positions, in_chunks: bool):
+        """`_inputs` of a device's rows, heads and tokens, by the kernel."""
+        config, (_, groups, count, size) = self.config, tokens[0].shape
+        plan = self._inputs_plan(groups, size, config.lact_chunk_size if in_chunks else count)
+        tables = rope_tables(positions[:, 0], config.rope_theta, config.attn_head_dim)
+        of_attention, inputs = lact_inputs(plan, *tokens, scales.astype(jnp.float32), tables)
+        return of_attention, inputs if in_chunks else tuple(x[:, 0] for x in inputs)
+
+    def _fast_chunks(self, tokens):
         """Fast weights over rows that are whole chunks of one document.
 
-        q, k, v: [B, G, T, L]. Returns their output [B, G, T, L] and the states [B, N, H, ...].
+        tokens: q, k, v [B, N, H, C, d], and rates and momentum [B, H, T, ...]. Returns their output
+        [B, N, H, C, d] and the states [B, N, H, ...].
         """
-        chunk, (heads, groups) = self.config.lact_chunk_size, self._here(q.shape[1])
-        rows, chunks = ("batch", "heads"), ("batch", None, "heads")
-        split = over_shards(lambda x: to_chunks(x, heads, chunk), (rows,), chunks)
-        join = over_shards(lambda x: from_chunks(x, groups), (chunks,), rows)
+        chunks = ("batch", None, "heads")
 
         def run(slots, weights):
             return self._lact(*slots, weights=weights)
 
-        (rates, momentum, scale, positions), *_ = to_slots(
-            (rates, momentum, scale, positions), None, chunk
-        )
-        inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
+        slots, *_ = to_slots(tokens[3:], None, self.config.lact_chunk_size)
         run = over_shards(run, (chunks, ("heads",)), (chunks, chunks))
-        out, states = run((*inputs, rates, momentum), self._initial_weights())
-        return join(self._fast_output(out, scale)), states
+        return run((*tokens[:3], *slots), self._initial_weights())
 
-    def _fast_tokens(self, q, k, v, rates, momentum, scale, positions, plan, axis_name):
-        """`_fast_chunks` of any rows, also where their tokens are spread over devices."""
-        heads, groups = self._here(q.shape[1])
-        arrays = ("batch", "heads", axis_name and "tokens")
-        split = over_shards(lambda x: regroup(x, heads), (arrays,), arrays)
-        join = over_shards(lambda x: regroup(x, groups), (arrays,), arrays)
-        inputs = self._fast_inputs(*map(split, (q, k, v)), positions)
-        out, states = self._run_fast((*inputs, rates, momentum), plan, axis_name)
-        return join(self._fast_output(out, scale)), states
+    def _add_fast(self, attention, fast, scale, in_chunks: bool, axis_name: str | None):
+        """`_fast_output` of fast [B, N, H, C, d] or [B, H, T, d], and attention [B, G, T, L]."""
+        tokens = axis_name and "tokens"
+        rows = ("batch", "heads", tokens)
+        layout = ("batch", None, "heads") if in_chunks else rows
+        if self._inputs_by_kernel(attention, in_chunks, axis_name):
+
+            def add(fast, scale, weight, attention):
+                if not in_chunks:
+                    fast = fast[:, None]
+                if scale is None:
+                    scale = jnp.ones((fast.shape[0], fast.shape[2], attention.shape[2]))
+                scale = scale.astype(jnp.float32)[:, :, None]
+                plan = OutputsPlan(self.ttt_norm.eps)
+                return lact_outputs(plan, fast, scale, weight[None], attention)
+
+            add = over_shards(add, (layout, rows, (None,), rows), rows)
+            return add(fast, scale, self.ttt_norm.weight[...].astype(jnp.float32), attention)
+
+        _, groups = self._here(attention.shape[1])
+        if in_chunks:
+            join = over_shards(lambda x: from_chunks(x, groups), (layout,), rows)
+            if scale is not None:
+                ((scale,), *_) = to_slots((scale,), None, self.config.lact_chunk_size)
+        else:
+            join = over_shards(lambda x: regroup(x, groups), (rows,), rows)
+        return attention + join(self._fast_output(fast, scale))
 
     def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
         """Fast weights over rows: tokens' arrays [B, H, T, ...] to [B, H, T, d] and the states.

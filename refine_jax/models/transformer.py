@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels import sequence
+from refine_jax.kernels.tpu import computed_once
 from refine_jax.models.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -131,7 +132,8 @@ class Block(nnx.Module):
 
     def add_mlp(self, x: jax.Array) -> jax.Array:
         """The second half of the block."""
-        return x + self.mlp(self.mlp_norm(x))
+        x = computed_once(x)
+        return x + self.mlp(computed_once(self.mlp_norm(x)))
 
 
 def _exact_float32(method):
