@@ -1,9 +1,9 @@
 """Window attention as Pallas kernels for TPUs: one pass forward, one pass backward.
 
 Query i sees the keys i - W + 1 ... i of its own document. Arrays hold n heads side by side,
-[B, G, T, L] with L = n hd. Tokens are walked in blocks of S. A block of queries reaches as many
+[B, G, T, L] with L = n hd. Tokens are walked in blocks of b. A block of queries reaches as many
 blocks of keys before it as the window is long, so that what both passes work with is the last
-R = ceil((W - 1) / S) + 1 blocks: these stay in vector memory as a ring, and every block is read
+r = ceil((W - 1) / b) + 1 blocks: these stay in vector memory as a ring, and every block is read
 from HBM once. A row may stand behind a past: whole blocks of keys and values before its first
 token.
 
@@ -14,7 +14,7 @@ the matrix unit hd rows instead of L. Of the products with hd as depth, `K Q^T` 
 unit's columns beyond hd idle; the queries of a group's heads stand above each other, each zero
 outside its own head, so that a group's keys meet all of them in one product.
 
-The backward pass goes through the blocks of keys. It computes the probabilities of R blocks of
+The backward pass goes through the blocks of keys. It computes the probabilities of r blocks of
 queries again, in their order, and adds to the gradients of the block of keys, and to those of the
 queries in the ring, of which the oldest is then complete: five products for each pair of blocks.
 
@@ -35,9 +35,9 @@ from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
-_BLOCK = 1024  # most tokens of a block
-_PART = 128
-_AHEAD = 8
+_BLOCK = 1024  # most tokens of a block: of 256, 512 and 1024 the fastest, by static estimates
+_PART = 128  # queries that are worked on at once: their scores with a block stay in registers
+_AHEAD = 8  # products of scores that are under way while a softmax is made
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 _LOG2_E = math.log2(math.e)  # the vector unit's own power is that of 2
 
@@ -49,7 +49,7 @@ def takes(group_size: int, heads: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Sizes: n heads in a group of L numbers, blocks of S tokens, past and own ones of a row."""
+    """Sizes: n heads in a group of L numbers, blocks of b tokens, past and own ones of a row."""
 
     heads: int
     size: int
@@ -61,7 +61,7 @@ class _Plan:
 
     @property
     def ring(self) -> int:
-        """R: the blocks of keys that a block of queries reaches."""
+        """r: the blocks of keys that a block of queries reaches."""
         return -(-(self.window - 1) // self.block) + 1
 
     @property
@@ -106,7 +106,7 @@ class _Plan:
         ]
 
     def apart(self, x: jax.Array) -> jax.Array:
-        """[S, L] to [n S, L]: the heads of each part above each other, each beside zeros."""
+        """[b, L] to [n b, L]: the heads of each part above each other, each beside zeros."""
         if self.heads == 1:
             return x
         lane = jax.lax.broadcasted_iota(jnp.int32, (self.part, self.size), 1)
@@ -140,7 +140,7 @@ class _Plan:
 
 
 def _side_by_side(x: jax.Array, count: int) -> jax.Array:
-    """[..., S] to [..., count S]."""
+    """[..., b] to [..., count b]."""
     return jnp.concatenate([x] * count, axis=1)
 
 
