@@ -227,7 +227,7 @@ def test_forward_and_every_fork_match_token_by_token(monkeypatch, name, in_group
 
     in_group: attention heads side by side, as TPUs have them.
     """
-    monkeypatch.setattr("refine_jax.models.lact.heads_in_group", lambda *_: in_group)
+    monkeypatch.setattr("refine_jax.models.lact_layer.heads_in_group", lambda *_: in_group)
     config, graph, params = make(name)
     x, rollouts = draw(1, TOKENS, 24), draw(1, TOKENS + 1, ROLLOUT, 24, seed=1)
     positions = np.arange(TOKENS + 1)[None]

@@ -71,7 +71,7 @@ def assert_equal(got, want, tolerance):
 )
 def test_equals_states_extended(monkeypatch, name, in_group):
     """Forks before any token, within chunks, at their ends (which they cross), at the row's end."""
-    monkeypatch.setattr("refine_jax.models.lact.heads_in_group", lambda *_: in_group)
+    monkeypatch.setattr("refine_jax.models.lact_layer.heads_in_group", lambda *_: in_group)
     config, graph, params = make(name)
     size = min(3, config.lact_chunk_size)
     positions = np.array([[0, 1, 3, 4, 7, 8, 14], [14, 5, 5, 2, 12, 10, 0]])
