@@ -21,10 +21,11 @@ def outputs(way, graph, params, x, forks, positions, segments):
     layout = None if segments is None else Layout.from_segments(segments, max_documents=2)
     mixer = nnx.merge(graph, params)
     plan = LaCTMixer.plan(mixer.config, layout, x.shape[:2])
-    y, trace = mixer.forward(x, layout, plan)
+    known = None if way != "known" else positions
+    y, trace = mixer.forward(x, layout, plan, known)
     if layout is not None:
         y = jnp.where(layout.mask[..., None], y, 0)
-    if way == "traced":
+    if way in ("traced", "known"):
         return y, mixer.extend_traced(forks, trace, positions, layout, plan)
     if way == "in place":
         layers = jax.tree.map(lambda leaf: jnp.stack([leaf + 1, leaf, leaf - 1]), trace)
@@ -76,11 +77,13 @@ def test_equals_states_extended(monkeypatch, name, in_group):
     size = min(3, config.lact_chunk_size)
     positions = np.array([[0, 1, 3, 4, 7, 8, 14], [14, 5, 5, 2, 12, 10, 0]])
     x, forks = draw(2, TOKENS, 24), draw(2, 7, size, 24, seed=1)
-    got, want = (
-        values_and_gradients(way, graph, params, x, forks, positions) for way in ("traced", "state")
+    traced, known, want = (
+        values_and_gradients(way, graph, params, x, forks, positions)
+        for way in ("traced", "known", "state")
     )
     tolerance = 1e-4 if config.use_muon else 1e-5
-    assert_equal(got, want, tolerance)
+    assert_equal(traced, want, tolerance)
+    assert_equal(known, want, tolerance)
     assert_read_in_place(want[0][1], tolerance, graph, params, x, forks, positions, None)
 
 
@@ -150,7 +153,7 @@ def test_equals_one_device(devices, packed):
     segments = segments if packed else None
     want = values_and_gradients("traced", graph, *arrays, segments)
     with jax.set_mesh(mesh_of(devices)):
-        got = values_and_gradients("traced", graph, *arrays, segments)
+        got = values_and_gradients("known", graph, *arrays, segments)
     assert_equal(jax.device_get(got), want, 1e-5)
     with jax.set_mesh(mesh_of((1, 2, 2, 1))):  # rows and heads, no tokens
         assert_read_in_place(want[0][1], 1e-5, graph, *arrays, segments)

@@ -214,8 +214,9 @@ class LaCTMixer(LaCTLayer):
         read = over_shards(read, in_axes, (forks, rows, chunks))
         new = *inputs, self._rates(x), self._momentum(x)
         norms = row_norms(self._initial_weights())
-        fast, tokens, states = read(new, trace[:4], trace.chunks, self._scales(1), norms, place)
-        trace = LaCTTrace(*tokens, states)
+        fast, (row_k, row_v, *_), _ = read(
+            new, trace[:4], trace.chunks, self._scales(1), norms, place
+        )
 
         attend = functools.partial(
             fork_attention,
@@ -224,10 +225,12 @@ class LaCTMixer(LaCTLayer):
             axis_name=axis_name,
         )
         attend = over_shards(attend, (forks, forks, forks, rows, rows, batch, batch), forks)
-        row = jnp.arange(num_tokens)[None] if layout is None else layout.position
-        row_keys = self._rope(trace.k, row[:, None])
+        row_keys = trace.keys
+        if row_keys is None:
+            row = jnp.arange(num_tokens)[None] if layout is None else layout.position
+            row_keys = self._rope(row_k, row[:, None])
         queries, keys = self._rope(q, at), self._rope(k, at)
-        attention = attend(queries, keys, v, row_keys, trace.v, last, seen)
+        attention = attend(queries, keys, v, row_keys, row_v, last, seen)
         fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
         return self.o_proj.from_groups(attention + fast)
 

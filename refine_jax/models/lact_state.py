@@ -18,7 +18,8 @@ class LaCTTrace(NamedTuple):
     """What forks need of a forward pass.
 
     k, v: [B, G, T, L], without rope. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
-    chunks: FastState [B, N, H, ...], read by each chunk.
+    chunks: FastState [B, N, H, ...], read by each chunk. keys: [B, G, T, L], with rope, where the
+    forward pass knew of forks; else these compute them again.
     """
 
     k: jax.Array
@@ -26,6 +27,7 @@ class LaCTTrace(NamedTuple):
     rates: jax.Array
     momentum: jax.Array | None
     chunks: FastState
+    keys: jax.Array | None = None
 
 
 class LaCTPick(NamedTuple):
