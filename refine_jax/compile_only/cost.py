@@ -243,7 +243,8 @@ class Estimator:
         moved = self.traffic(instruction, computation)
         cost.bytes += moved
         if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:
-            name = re.search(r"([^/]*)/pallas_call", instruction.source)
+            # Differentiated, it is called `transpose(jvp(name))`.
+            name = re.search(r"(\w+)\)*/pallas_call", instruction.source)
             shapes = tuple(array.shape for array in instruction.arrays)
             seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)
             cost.kernels += seconds
