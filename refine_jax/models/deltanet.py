@@ -54,9 +54,8 @@ class DeltaPick(NamedTuple):
 class DeltaTaps(NamedTuple):
     """What R forks need of a forward pass that knows where they are.
 
-    memory, start: as of `DeltaPick`. k, v: [B, R, N, channels], the outputs of the convolutions
-    there. beta, log_decay: [B, R, N, Hv] float32. tails: [B, R, W - 1, channels], the convolutions'
-    inputs of q, k and v before the forks; None without convolutions.
+    memory, start, tails: as of `DeltaPick`. k, v: [B, R, N, channels], the outputs of the
+    convolutions there. beta, log_decay: [B, R, N, Hv] float32.
     """
 
     memory: jax.Array
@@ -65,7 +64,7 @@ class DeltaTaps(NamedTuple):
     v: jax.Array
     beta: jax.Array
     log_decay: jax.Array | None
-    tails: tuple[jax.Array, jax.Array, jax.Array] | None
+    tails: jax.Array | None
 
 
 class DeltaState(NamedTuple):
@@ -136,6 +135,7 @@ class DeltaNetMixer(nnx.Module):
     """DeltaNet's layer between norm and residual; the mixer protocol of transformer.py."""
 
     WRITES_MUCH = False
+    TRACES_INPUTS = True
     FORKS = ("batch", "forks")
 
     def __init__(
@@ -245,12 +245,13 @@ class DeltaNetMixer(nnx.Module):
         del plan
         tokens, block_size = x.shape[1], self.config.token_multiple
         axis_name = token_axis(tokens, block_size)
-        projected, tails = self._project(x), None
+        tails = None
         if forks is not None:
             start, size = _block_start(forks, block_size, tokens)
+            if self.config.use_short_conv:
+                x, tails = self._tap_tails(x, forks, layout)
+        projected = self._project(x)
         if self.config.use_short_conv:
-            if forks is not None:
-                projected, tails = self._tap_tails(projected, forks, layout)
             position = None if layout is None else layout.position
             projected = [
                 convolution.rows(p, position, axis_name)
@@ -284,23 +285,19 @@ class DeltaNetMixer(nnx.Module):
         _, memory = tap_slabs(states, _fork_block(forks, block_size), 1, _HEADS)
         return y, DeltaTaps(memory[:, :, 0], start, *blocks, tails)
 
-    def _tap_tails(self, projected, forks: jax.Array, layout: Layout | None):
-        """The convolutions' inputs of rows, tapped, and those of forks after them (`DeltaTaps`)."""
-        tokens, reach = projected[0].shape[1], self.config.conv_size - 1
+    def _tap_tails(self, x: jax.Array, forks: jax.Array, layout: Layout | None):
+        """The inputs x [B, T, D] of rows, tapped, and the last W - 1 of them before forks."""
+        tokens, reach = x.shape[1], self.config.conv_size - 1
         last, count = forks - 1, forks
         if layout is not None:
             last, count = layout.last_real(forks), layout.tokens_before(forks)
         size = min(reach, tokens)
         start = jnp.clip(last - size + 1, 0, tokens - size)
+        x, slabs = tap_slabs(x, start, size)
         back = jnp.arange(reach - 1, -1, -1)
         index = jnp.clip(last[..., None] - back - start[..., None], 0, size - 1)
-        inside = (back < count[..., None])[..., None]
-
-        def tap(x):
-            x, slabs = tap_slabs(x, start, size, _HEADS)
-            return x, jnp.where(inside, jnp.take_along_axis(slabs, index[..., None], axis=2), 0)
-
-        return zip(*map(tap, projected), strict=True)
+        tails = jnp.take_along_axis(slabs, index[..., None], axis=2)
+        return x, jnp.where((back < count[..., None])[..., None], tails, 0)
 
     @staticmethod
     def pick(
@@ -357,8 +354,8 @@ class DeltaNetMixer(nnx.Module):
             back = jnp.arange(self.config.conv_size - 2, -1, -1)
             tails = jnp.where((back < count[..., None])[..., None], picked.tails, 0)
             tails = self._project(tails)
-        taps = DeltaTaps(picked.memory, picked.start, k, v, beta, log_decay, tails)
-        return self._replay(taps, positions, layout)
+        taps = DeltaTaps(picked.memory, picked.start, k, v, beta, log_decay, None)
+        return DeltaState(self._replay(taps, positions, layout), tails)
 
     def _replay(self, taps: DeltaTaps, positions: jax.Array, layout: Layout | None) -> DeltaState:
         """Decode states after the first `positions` [B, R] slots of the rows.
@@ -378,8 +375,7 @@ class DeltaNetMixer(nnx.Module):
             memory = jnp.where((of_memory == document)[..., None, None, None], memory, 0.0)
         _, k, v = self._heads(taps.k, taps.k, taps.v)
         k, beta, log_decay = _keep(replayed, k, taps.beta, taps.log_decay)
-        _, memory = self._delta_rule(None, k, v, beta, log_decay, memory)
-        return DeltaState(memory, taps.tails)
+        return self._delta_rule(None, k, v, beta, log_decay, memory)[1]
 
     def fork(
         self,
@@ -413,15 +409,23 @@ class DeltaNetMixer(nnx.Module):
         """Continue `state` by x [B, R, S, D]; returns [B, R, S, D] and the new state."""
         projected, tails = self._project(x), None
         if self.config.use_short_conv:
-            inputs = [
+            projected = [
                 jnp.concatenate([tail, p], axis=2)
                 for tail, p in zip(state.tails, projected, strict=True)
             ]
-            tails = tuple(p[:, :, x.shape[2] :] for p in inputs)
-            projected = [c(p) for c, p in zip(self._convolutions, inputs, strict=True)]
+            tails = tuple(p[:, :, x.shape[2] :] for p in projected)
+        y, memory = self._extend_projected(x, projected, state.memory)
+        return y, DeltaState(memory, tails)
+
+    def _extend_projected(self, x: jax.Array, projected, memory: jax.Array):
+        """`extend` from what the convolutions take, [B, R, W - 1 + S, channels] each; y and the new
+        memory.
+        """
+        if self.config.use_short_conv:
+            projected = [c(p) for c, p in zip(self._convolutions, projected, strict=True)]
         q, k, v = self._heads(*projected)
-        out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), state.memory)
-        return self._output(x, out), DeltaState(memory, tails)
+        out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), memory)
+        return self._output(x, out), memory
 
     def extend_traced(
         self,
@@ -435,11 +439,17 @@ class DeltaNetMixer(nnx.Module):
 
         trace: What `forward` gave, with or without the forks.
         """
-        if isinstance(trace, DeltaTaps):
-            state = self._replay(trace, positions, layout)
-        else:
-            state = self.fork(trace, positions, layout, plan, x.shape[2])
-        return self.extend(x, state)[0]
+        if not isinstance(trace, DeltaTaps):
+            return self.extend(x, self.fork(trace, positions, layout, plan, x.shape[2]))[0]
+        inputs = x if trace.tails is None else jnp.concatenate([trace.tails, x], axis=2)
+        memory = self._replay(trace, positions, layout)
+        return self._extend_projected(x, self._project(inputs), memory)[0]
+
+    @staticmethod
+    def normed(picked: DeltaPick, norm) -> DeltaPick:
+        """What was picked of inputs before the norm, after it."""
+        before, tails = (x if x is None else norm(x) for x in (picked.before, picked.tails))
+        return picked._replace(x=norm(picked.x), before=before, tails=tails)
 
     @staticmethod
     def reads_traces(config, num_new: int) -> bool:

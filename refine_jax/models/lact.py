@@ -46,6 +46,7 @@ class LaCTMixer(LaCTLayer):
     """LaCT's layer between norm and residual; the mixer protocol of transformer.py."""
 
     WRITES_MUCH = True
+    TRACES_INPUTS = False
     FORKS = ("batch",)
 
     @staticmethod

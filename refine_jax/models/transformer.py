@@ -85,11 +85,16 @@ class ComputePolicy:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What forks need of a forward pass; every leaf of `layers` leads with [L, B]."""
+    """What forks need of a forward pass; every leaf of `layers` leads with [L, B].
+
+    inputs: [L, B, T, D], of the layers, where these are kept anyway: they stand for those that the
+    mixers' traces would hold.
+    """
 
     layers: Any
     layout: Layout | None
     plan: Any
+    inputs: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -262,19 +267,23 @@ class Model:
         out what only a crossing of a chunk boundary needs.
         """
 
-        def pick(layer_trace):
+        def pick(layer_trace, inputs):
+            if inputs is not None:
+                layer_trace = layer_trace._replace(x=inputs)
             return self._mixer.pick(self.config, layer_trace, positions, trace.layout, trace.plan)
 
         def layer(_, inputs):
             layer_params, picked = inputs
-            attn = self._block(layer_params).attn
-            return None, attn.resume(picked, positions, trace.layout, trace.plan, horizon)
+            block = self._block(layer_params)
+            if trace.inputs is not None:
+                picked = self._mixer.normed(picked, block.attn_norm)
+            return None, block.attn.resume(picked, positions, trace.layout, trace.plan, horizon)
 
         def finish(picked, resumed):
             return self._mixer.finish(self.config, picked, resumed, positions, trace.layout)
 
         # For all layers at once: the loop would copy each layer's whole trace, and what is picked.
-        picked = jax.vmap(pick)(trace.layers)
+        picked = jax.vmap(pick)(trace.layers, trace.inputs)
         resumed = lax.scan(layer, None, (params["layers"], picked))[1]
         return jax.vmap(finish)(picked, resumed)
 
@@ -368,7 +377,7 @@ class Model:
         def layer(x, layer_params):
             if recompute:
                 new, trace = run(layer_params, x)
-                return new, (trace, x)
+                return new, (trace._replace(x=None) if self._mixer.TRACES_INPUTS else trace, x)
             (new, trace), pullback = jax.vjp(run, layer_params, x)
             # The parameters are there in the backward pass: no copies of them.
             pullback.args_res[0] = None
@@ -376,7 +385,9 @@ class Model:
 
         x = constrain(self._embed(params, tokens), "batch", "tokens")
         x, (layers, saved) = lax.scan(layer, x, params["layers"])
-        return Rows(self._final_norm(params, x), x, Trace(layers, layout, plan), tokens, saved)
+        inputs = saved if recompute and self._mixer.TRACES_INPUTS else None
+        trace = Trace(layers, layout, plan, inputs)
+        return Rows(self._final_norm(params, x), x, trace, tokens, saved)
 
     def reads_traces(self, num_new: int) -> bool:
         """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
