@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu_table
 
@@ -31,6 +34,35 @@ def vmem_bytes() -> int:
     if jax.default_backend() != "tpu":
         return 128 << 20
     return pltpu.get_tpu_info().vmem_capacity_bytes
+
+
+def call_kernel(
+    kernel: Callable,
+    name: str,
+    grid: tuple[int, int, int],
+    inputs: Iterable[tuple[jax.Array, pl.BlockSpec]],
+    outputs: Iterable[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+    scratch: Iterable[Any] = (),
+) -> list[jax.Array]:
+    """`pallas_call` over a grid whose last axis goes in its order, with most of the vector memory.
+
+    kernel takes references to the inputs, the outputs and the scratch, in this order.
+    """
+    inputs, outputs = list(inputs), list(outputs)
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[spec for _, spec in inputs],
+        out_specs=[spec for _, spec in outputs],
+        out_shape=[shape for shape, _ in outputs],
+        scratch_shapes=list(scratch),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes() * 7 // 8,
+        ),
+        interpret=interpret_mode(),
+        name=name,
+    )(*(array for array, _ in inputs))
 
 
 def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nn
 
@@ -226,19 +225,13 @@ def _call(plan: InputsPlan, kernel, name: str, q, groups, chunks, scales, tables
         ),
     }
     found = {name: kinds[kind] for kind, names in outputs.items() for name in names}
-    results = pl.pallas_call(
+    results = tpu.call_kernel(
         functools.partial(kernel, plan, (*inputs, *found)),
-        grid=(batch, steps, plan.heads),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in found.values()],
-        out_shape=[shape for shape, _ in found.values()],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tpu.vmem_bytes() * 7 // 8,
-        ),
-        interpret=tpu.interpret_mode(),
-        name=name,
-    )(*(array for array, _ in inputs.values()))
+        name,
+        (batch, steps, plan.heads),
+        inputs.values(),
+        found.values(),
+    )
     return dict(zip(found, results, strict=True))
 
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nt
 
@@ -96,20 +95,15 @@ def _call(plan: OutputsPlan, kernel, name: str, fast, scale, weight, groups, out
             pl.BlockSpec((None, None, None, 1, width), lambda b, t, h: (b, t, h, 0, 0)),
         ),
     }
-    found = [kinds[kind] for kind in outputs]
-    return pl.pallas_call(
+    whole = pl.BlockSpec((1, width), lambda b, t, h: (0, 0))
+    specs = by_chunk, by_token, whole, by_group
+    return tpu.call_kernel(
         functools.partial(kernel, plan),
-        grid=(batch, steps, heads),
-        in_specs=[by_chunk, by_token, pl.BlockSpec((1, width), lambda b, t, h: (0, 0)), by_group],
-        out_specs=[spec for _, spec in found],
-        out_shape=[shape for shape, _ in found],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tpu.vmem_bytes() * 7 // 8,
-        ),
-        interpret=tpu.interpret_mode(),
-        name=name,
-    )(fast, scale, weight, groups)
+        name,
+        (batch, steps, heads),
+        zip((fast, scale, weight, groups), specs, strict=True),
+        [kinds[kind] for kind in outputs],
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -283,20 +283,14 @@ def _call(plan: _Plan, kernel, name, steps, inputs, outputs, scratch):
     """`pallas_call` over rows, groups and steps, of {name: (array or shape, spec)}."""
     names = (*inputs, *outputs, *scratch)
     batch, groups = inputs["q"][0].shape[:2]
-    results = pl.pallas_call(
+    results = tpu.call_kernel(
         functools.partial(kernel, plan, names),
-        grid=(batch, groups, steps),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=tpu.vmem_bytes() * 7 // 8,
-        ),
-        interpret=tpu.interpret_mode(),
-        name=name,
-    )(*(array for array, _ in inputs.values()))
+        name,
+        (batch, groups, steps),
+        inputs.values(),
+        outputs.values(),
+        scratch.values(),
+    )
     return dict(zip(outputs, results, strict=True))
 
 

@@ -357,8 +357,8 @@ class DeltaNetMixer(nnx.Module):
         taps = DeltaTaps(picked.memory, picked.start, k, v, beta, log_decay, None)
         return DeltaState(self._replay(taps, positions, layout), tails)
 
-    def _replay(self, taps: DeltaTaps, positions: jax.Array, layout: Layout | None) -> DeltaState:
-        """Decode states after the first `positions` [B, R] slots of the rows.
+    def _replay(self, taps: DeltaTaps, positions: jax.Array, layout: Layout | None) -> jax.Array:
+        """Memories [B, R, Hv, K, V] after the first `positions` [B, R] slots of the rows.
 
         Takes the state saved before the block of N tokens that a position lies in, and replays the
         tokens of that block that belong to the position's document, for all forks at once.
