@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import jax
+from refine_jax.kernels.device import backend
 
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
@@ -33,7 +34,7 @@ SMALL_MODELS = {
 def small_model(name: str) -> Model:
     """A model of 4 layers, width 256, vocabulary 32,000, in the device's default policy."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 32000}
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = "float32" if backend() == "cpu" else "bfloat16"
     return Model(model_config(SMALL_MODELS[name] | sizes), ComputePolicy(compute_dtype=dtype))
 
 

@@ -43,13 +43,14 @@ def compile_case(name: str, implementation: str, topology: str) -> None:
     """Compile; what is wrong with the program is raised."""
     import jax
     import tpu_cases
+    from refine_jax.kernels.device import compiled_for
 
     target = describe(topology)
-    jax.default_backend = lambda: "tpu"  # implementations are chosen by it
     sharding = jax.sharding.SingleDeviceSharding(target)
     described = jax.sharding.AbstractDevice(target.device_kind, target.num_cores, platform="tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):  # kernels ask it for the TPU's generation
+    # Kernels ask the mesh for the generation of the TPU.
+    with compiled_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
         function, args = tpu_cases.case(name, implementation)
         placed = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args

@@ -12,13 +12,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu_table
+from refine_jax.kernels.device import backend
 
 _DEFAULT = "v6e"
 
 
 def generation() -> str:
     """The TPU generation, "v4", "v5e", "v5p", "v6e" or "7x"; "v6e" where there is no TPU."""
-    if jax.default_backend() != "tpu":
+    if backend() != "tpu":
         return _DEFAULT
     name = str(pltpu.get_tpu_info().chip_version)
     return "7x" if name == "7" else name
@@ -26,12 +27,12 @@ def generation() -> str:
 
 def interpret_mode() -> pltpu.InterpretParams | bool:
     """`interpret` of `pallas_call`: kernels are compiled on TPUs and interpreted elsewhere."""
-    return jax.default_backend() != "tpu"
+    return backend() != "tpu"
 
 
 def vmem_bytes() -> int:
     """Vector memory of a core in bytes; that of a v6e where there is no TPU."""
-    if jax.default_backend() != "tpu":
+    if backend() != "tpu":
         return 128 << 20
     return pltpu.get_tpu_info().vmem_capacity_bytes
 
@@ -78,7 +79,7 @@ def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    if jax.default_backend() != "tpu":
+    if backend() != "tpu":
         # As exact, and CPUs lack some products of bfloat16.
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -103,4 +104,4 @@ def computed_once(x: jax.Array) -> jax.Array:
 
     libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
     """
-    return lax.optimization_barrier(x) if jax.default_backend() == "tpu" else x
+    return lax.optimization_barrier(x) if backend() == "tpu" else x

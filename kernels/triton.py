@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from refine_jax.kernels.device import backend
 
 
 def is_interpreted() -> bool:
     """Whether kernels run in interpret mode: on CPUs, for tests."""
-    return jax.default_backend() == "cpu"
+    return backend() == "cpu"
 
 
 def call(

@@ -45,6 +45,7 @@ from refine_jax.base.errors import (
     run_command,
 )
 from refine_jax.base.files import check_writable, local_path
+from refine_jax.kernels.device import backend
 
 if TYPE_CHECKING:
     from refine_jax.config import Config
@@ -140,7 +141,7 @@ def keep_programs(workdir: str | os.PathLike) -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    if jax.config.jax_compilation_cache_dir is None and backend() != "cpu":
         folder = Path(workdir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

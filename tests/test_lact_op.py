@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import lact as ops
 from refine_jax.kernels import tpu
+from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
 
@@ -192,8 +193,8 @@ def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, 
     for name in ops.IMPLEMENTATIONS:
         monkeypatch.setitem(ops.IMPLEMENTATIONS, name, lambda *_, name=name, **__: name)
     assert ops.lact(*arguments) == "xla"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert ops.lact(*arguments) == best
+    with compiled_for("tpu"):
+        assert ops.lact(*arguments) == best
 
 
 def test_bad_arguments_are_named():

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from refine_jax.kernels.device import compiled_for
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
 from refine_jax.base.errors import ConfigError
@@ -414,13 +415,13 @@ def test_wrong_flags_are_one_message(endless, tmp_path, arguments, words):
 
 
 @pytest.mark.usefixtures("programs_kept_elsewhere")
-def test_programs_for_accelerators_are_kept_with_the_run(tmp_path, monkeypatch):
+def test_programs_for_accelerators_are_kept_with_the_run(tmp_path):
     jax.config.update("jax_compilation_cache_dir", None)
     keep_programs(tmp_path)
     assert jax.config.jax_compilation_cache_dir is None  # this is a CPU
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    keep_programs(tmp_path / "run")
-    keep_programs(tmp_path / "named already")
+    with compiled_for("tpu"):
+        keep_programs(tmp_path / "run")
+        keep_programs(tmp_path / "named already")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.jit(lambda x: 3 * x + 1)(np.arange(5.0))
     assert any((tmp_path / "run" / "compiled").iterdir())

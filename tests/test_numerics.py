@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, safe_norm
 
 from refine_jax.models import layers
@@ -61,12 +62,12 @@ def test_the_norm_of_zero_has_gradient_zero():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_rope_by_a_product_turns_the_same_numbers(monkeypatch, dtype):
+def test_rope_by_a_product_turns_the_same_numbers(dtype):
     """The form for TPUs moves numbers exactly; of several heads side by side, each by itself."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3 * 8)), dtype)
     expected = layers._turned(x, 8)
     heads = np.asarray(x, np.float32).reshape(2, 5, 3, 2, 4)
     turned = np.stack([-heads[..., 1, :], heads[..., 0, :]], axis=-2).reshape(x.shape)
     np.testing.assert_array_equal(expected, turned)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    np.testing.assert_array_equal(layers._turned(x, 8), turned)
+    with compiled_for("tpu"):
+        np.testing.assert_array_equal(layers._turned(x, 8), turned)

@@ -9,6 +9,7 @@ import test_delta_rule
 import test_lact_op
 from jax.sharding import AbstractDevice, AbstractMesh
 from refine_jax.kernels.delta_rule import delta_rule, specs
+from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.lact import Weights, lact
 
 
@@ -29,11 +30,11 @@ def kernels_of(function, *arguments):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """Kernels are lowered for this device, not interpreted."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    mesh = AbstractMesh((), (), abstract_device=device)
+    with compiled_for("gpu"), jax.sharding.use_abstract_mesh(mesh):
         yield
 
 

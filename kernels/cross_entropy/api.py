@@ -17,6 +17,7 @@ from refine_jax.kernels.cross_entropy.xla import (
     reweighted_loss_xla,
     token_log_probs_xla,
 )
+from refine_jax.kernels.device import backend
 
 IMPLEMENTATIONS = {
     "reference": next_token_loss_reference,
@@ -56,7 +57,7 @@ def next_token_loss(
     """
     _check(hidden, head, targets, weights)
     if implementation is None:
-        on_tpu = jax.default_backend() == "tpu" and targets.size >= _FEW_TOKENS
+        on_tpu = backend() == "tpu" and targets.size >= _FEW_TOKENS
         best = on_tpu and axis_name is None and is_faster(hidden, head, block_tokens)
         implementation = "pallas_tpu" if best else "xla"
     if implementation not in IMPLEMENTATIONS:
@@ -100,7 +101,7 @@ def reweighted_loss(
     computed once; the other implementations run twice, for the losses first.
     """
     arguments = hidden, head, targets, weights
-    on_tpu = jax.default_backend() == "tpu"
+    on_tpu = backend() == "tpu"
     if implementation == "xla" or axis_name is not None or (implementation is None and not on_tpu):
         _check(*arguments)
         return reweighted_loss_xla(*arguments, scales, weigh, reach, block_tokens, axis_name)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from refine_jax.kernels.cross_entropy.reference import TokenStats
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.numerics import by_rows
 
 
@@ -74,7 +75,7 @@ def _block_size(batch: int, length: int, block_tokens: int | None) -> int:
     the head, 262 MB of float32 for 32,000 words of width 2048, is read and written for every block.
     """
     if block_tokens is None:
-        block_tokens = 512 if jax.default_backend() == "cpu" else 2048
+        block_tokens = 512 if backend() == "cpu" else 2048
     return max(1, min(length, block_tokens // batch))
 
 

@@ -14,6 +14,7 @@ from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu
 from refine_jax.kernels.delta_rule.reference import delta_rule_reference
 from refine_jax.kernels.delta_rule.sequence import delta_rule_sequence
 from refine_jax.kernels.delta_rule.xla import delta_rule_xla, delta_step_xla
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.numerics import l2_norm_fla
 
 IMPLEMENTATIONS = {
@@ -131,7 +132,7 @@ def _best(v: jax.Array, chunk_size: int | None, save_every: int | None) -> str:
     """The implementation for this device; not the GPU kernels before they have run on a GPU."""
     sizes = [size for size in (v.shape[1], chunk_size, save_every) if size is not None]
     large = min(sizes) >= _KERNEL_TOKENS
-    return "pallas_tpu" if jax.default_backend() == "tpu" and large else "xla"
+    return "pallas_tpu" if backend() == "tpu" and large else "xla"
 
 
 def delta_step(
@@ -155,7 +156,7 @@ def delta_step(
       ValueError: an implementation that does not exist.
     """
     if implementation is None:
-        implementation = "pallas_tpu" if jax.default_backend() == "tpu" else "xla"
+        implementation = "pallas_tpu" if backend() == "tpu" else "xla"
     if implementation not in STEP_IMPLEMENTATIONS:
         raise ValueError(
             f"implementation of delta_step must be None or one of {sorted(STEP_IMPLEMENTATIONS)}. "

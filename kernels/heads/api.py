@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.heads import pallas_tpu
 
 _LANES = 128
@@ -62,7 +63,7 @@ def from_chunks(x: jax.Array, groups: int) -> jax.Array:
     """The way back: [B, N, G, C, D / G] -> [B, groups, N C, D / groups]."""
     _, _, before, chunk, size = x.shape
     in_lanes = (before * size) % (groups * _LANES) == 0 and chunk % _LANES == 0
-    if jax.default_backend() == "tpu" and in_lanes and groups % before == 0:
+    if backend() == "tpu" and in_lanes and groups % before == 0:
         return pallas_tpu.from_chunks(x, groups)
     y = jnp.swapaxes(x, 1, 2)
     return regroup(y.reshape(*y.shape[:2], -1, size), groups)
@@ -80,7 +81,7 @@ def regroup(x: jax.Array, groups: int) -> jax.Array:
 def _by_kernel(x: jax.Array) -> bool:
     """Whether there is a kernel for arrays [B, G, T, L] like x on this device."""
     whole = x.ndim == 4 and x.shape[-2] % _LANES == 0 and x.shape[-1] % _LANES == 0
-    return whole and jax.default_backend() == "tpu"
+    return whole and backend() == "tpu"
 
 
 def _of_head(x: jax.Array, count: int, index: int) -> jax.Array:

@@ -6,6 +6,7 @@ import functools
 
 import jax
 from jax import lax
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.pallas_tpu import lact_pallas_tpu
 from refine_jax.kernels.lact.reference import (
@@ -103,7 +104,7 @@ def _best(q: jax.Array, weights: Weights) -> str:
     """The implementation for this device; not the GPU kernels before they have run on a GPU."""
     chunk, d = q.shape[-2:]
     unpadded = chunk >= _LANES and d % _LANES == 0 and weights.w1.shape[-1] % _LANES == 0
-    return "pallas_tpu" if jax.default_backend() == "tpu" and unpadded else "xla"
+    return "pallas_tpu" if backend() == "tpu" and unpadded else "xla"
 
 
 def _check_sequence(q, implementation, axis_name):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.lact.reference import (
     EPS,
     NEWTON_SCHULZ,
@@ -134,7 +135,7 @@ def _heads_one_by_one(q: jax.Array, weights: Weights) -> bool:
 
     On CPUs one head after the other then stays in the cache; accelerators want all at once.
     """
-    return jax.default_backend() == "cpu" and q.shape[3] * weights.w1.shape[-1] >= 1 << 16
+    return backend() == "cpu" and q.shape[3] * weights.w1.shape[-1] >= 1 << 16
 
 
 def _one_by_one(function, *arguments):

@@ -17,7 +17,6 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from refine_jax.compile_only.network import Network
 from refine_jax.compile_only.programs import programs_of_run
 from refine_jax.compile_only.run import Program, Run
 from refine_jax.config import Config
+from refine_jax.kernels.device import compiled_for
 from refine_jax.parallel import make_mesh
 from refine_jax.phases.setup import check_mesh
 
@@ -57,17 +57,6 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     except Exception as error:
         message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         raise ConfigError(f"libtpu cannot describe {topology.name}: {message}") from error
-
-
-@contextlib.contextmanager
-def tpu_backend() -> Iterator[None]:
-    """Implementations are chosen as where TPUs are the default."""
-    backend = jax.default_backend
-    jax.default_backend = lambda: "tpu"
-    try:
-        yield
-    finally:
-        jax.default_backend = backend
 
 
 def ambient(devices: list[jax.Device], config: Config) -> contextlib.AbstractContextManager:
@@ -256,7 +245,7 @@ def work(task: dict) -> dict:
     topology = parse_topology(task["topology"])
     dump = Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
     devices = devices_of(topology)
-    with tpu_backend(), contextlib.ExitStack() as stack:
+    with compiled_for("tpu"), contextlib.ExitStack() as stack:
         run = Run(config, devices[0])
         stack.enter_context(ambient(devices, config))
         mesh = jax.sharding.get_abstract_mesh()

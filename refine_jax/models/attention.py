@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from refine_jax.kernels import heads
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.sequence import halo
 from refine_jax.kernels.window_attention import takes, window_attention_tpu
 from refine_jax.models.layout import Layout
@@ -40,7 +41,7 @@ def heads_in_group(num_heads: int, head_dim: int) -> int:
 
     Devices that share heads (mesh axis `tensor`) have whole groups. 1 on other devices.
     """
-    lanes = _TPU_LANES if jax.default_backend() == "tpu" else head_dim
+    lanes = _TPU_LANES if backend() == "tpu" else head_dim
     here = num_heads // axis_size("tensor")
     return max(n for n in range(1, here + 1) if here % n == 0 and (n == 1 or n * head_dim <= lanes))
 
@@ -80,10 +81,10 @@ def window_attention(
         before = functools.partial(halo, rows=window - 1, axis_name=axis_name)
         past = before(k, axis=2), before(v, axis=2), before(ids, axis=1)
     if implementation is None:
-        backend = jax.default_backend()
-        if backend == "tpu":
+        kind = backend()
+        if kind == "tpu":
             implementation = "pallas_tpu" if takes(q.shape[-1], heads_per_group) else "splash"
-        elif backend == "gpu" and _no_cudnn(q, ids, past) is None:
+        elif kind == "gpu" and _no_cudnn(q, ids, past) is None:
             implementation = "cudnn"
         else:
             implementation = "xla"
@@ -168,7 +169,7 @@ def _splash(q, k, v, ids, past, window, heads_per_group):
     if count > 1:
         q, ids = (_to_pieces(x, size, 0) for x in (q, ids))
         k, v, key_ids = (_to_pieces(x, size, num_past) for x in (k, v, key_ids))
-    interpret = jax.default_backend() != "tpu"
+    interpret = backend() != "tpu"
     attend = _splash_kernel(num_heads, size, num_past, window, block, interpret)
     if ids is None:
         out = jax.vmap(attend)(q, k, v)

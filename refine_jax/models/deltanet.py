@@ -19,6 +19,7 @@ from refine_jax.kernels.sequence import halo
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import fork
 from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
 
 _HEADS = ("heads",)
@@ -132,11 +133,11 @@ def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = No
 
 
 class DeltaNetMixer(nnx.Module):
-    """DeltaNet's layer between norm and residual; the mixer protocol of transformer.py."""
+    """DeltaNet's layer between norm and residual; a `Mixer`."""
 
     WRITES_MUCH = False
     TRACES_INPUTS = True
-    FORKS = ("batch", "forks")
+    FORK_AXES = ("batch", "forks")
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class DeltaNetMixer(nnx.Module):
             out = out * jax.nn.silu(self.g_proj(x)).reshape(out.shape)
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
-    # The mixer protocol
+    # The members of `Mixer`
 
     @staticmethod
     def plan(config, layout: Layout | None, shape: tuple[int, int]) -> None:
@@ -377,18 +378,6 @@ class DeltaNetMixer(nnx.Module):
         k, beta, log_decay = _keep(replayed, k, taps.beta, taps.log_decay)
         return self._delta_rule(None, k, v, beta, log_decay, memory)[1]
 
-    def fork(
-        self,
-        trace: DeltaTrace,
-        positions: jax.Array,
-        layout: Layout | None,
-        plan: None,
-        horizon: int | None = None,
-    ) -> DeltaState:
-        """`resume` of what is picked from a trace."""
-        picked = self.pick(self.config, trace, positions, layout, plan)
-        return self.resume(picked, positions, layout, plan, horizon)
-
     @staticmethod
     def finish(config, picked, resumed: DeltaState, positions, layout) -> DeltaState:
         """Decode states of what was picked and what `resume` computed: all of them."""
@@ -440,7 +429,7 @@ class DeltaNetMixer(nnx.Module):
         trace: What `forward` gave, with or without the forks.
         """
         if not isinstance(trace, DeltaTaps):
-            return self.extend(x, self.fork(trace, positions, layout, plan, x.shape[2]))[0]
+            return self.extend(x, fork(self, trace, positions, layout, plan, x.shape[2]))[0]
         inputs = x if trace.tails is None else jnp.concatenate([trace.tails, x], axis=2)
         memory = self._replay(trace, positions, layout)
         return self._extend_projected(x, self._project(inputs), memory)[0]

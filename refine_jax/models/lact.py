@@ -37,17 +37,18 @@ from refine_jax.models.lact_forks import fast_value, fork_place, read_forks, rea
 from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import fork
 from refine_jax.parallel import over_shards, take_tokens
 
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 
 
 class LaCTMixer(LaCTLayer):
-    """LaCT's layer between norm and residual; the mixer protocol of transformer.py."""
+    """LaCT's layer between norm and residual; a `Mixer`."""
 
     WRITES_MUCH = True
     TRACES_INPUTS = False
-    FORKS = ("batch",)
+    FORK_AXES = ("batch",)
 
     @staticmethod
     def pick(
@@ -119,23 +120,6 @@ class LaCTMixer(LaCTLayer):
             position=seen,
         )
 
-    def fork(
-        self,
-        trace: LaCTTrace,
-        positions: jax.Array,
-        layout: Layout | None,
-        plan: ChunkPlan | None,
-        horizon: int | None = None,
-    ) -> LaCTState:
-        """Decode states after the first `positions` [B, R] slots of the traced rows.
-
-        horizon: the most tokens the states will be extended by. The pending update of a chunk that
-        they cannot leave is not computed.
-        """
-        picked = self.pick(self.config, trace, positions, layout, plan)
-        resumed = self.resume(picked, positions, layout, plan, horizon)
-        return self.finish(self.config, picked, resumed, positions, layout)
-
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> LaCTState:
         """Decode states [B, R, ...] before any token; the window's in `dtype`."""
         config = self.config
@@ -199,7 +183,7 @@ class LaCTMixer(LaCTLayer):
         """
         config, num_tokens, num_new = self.config, trace.k.shape[2], x.shape[2]
         if num_new > min(config.lact_chunk_size, _EXTEND_BLOCK):
-            return self.extend(x, self.fork(trace, positions, layout, plan, num_new))[0]
+            return self.extend(x, fork(self, trace, positions, layout, plan, num_new))[0]
         last, seen = last_and_seen(positions, layout)
         axis_name = self._token_axis(num_tokens)
         at = (seen[..., None] + jnp.arange(num_new))[:, :, None]

@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels import sequence
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.heads import from_chunks, regroup, to_chunks
 from refine_jax.kernels.lact import Options, Weights, lact
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
@@ -263,7 +264,7 @@ class LaCTLayer(nnx.Module):
 
     def _inputs_by_kernel(self, q, in_chunks: bool, axis_name: str | None) -> bool:
         """Whether the kernel for TPUs makes them."""
-        if self.implementation is not None or jax.default_backend() != "tpu":
+        if self.implementation is not None or backend() != "tpu":
             return False
         _, groups = self._here(q.shape[1])
         tokens = q.shape[2] // (1 if axis_name is None else axis_size(axis_name))

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.numerics import by_rows, drop_unit_axes, einsum, safe_norm
 from refine_jax.parallel import axis_size, constrain, gather_axes
 
@@ -176,7 +177,7 @@ def rope(
 
 def _turned(x: jax.Array, head_dim: int) -> jax.Array:
     """Halves (a, b) of every head to (-b, a), float32."""
-    if jax.default_backend() == "tpu":
+    if backend() == "tpu":
         # Lanes move through the matrix unit, exactly: by a product with 1, -1 and 0.
         index = np.arange(x.shape[-1])
         first = index % head_dim < head_dim // 2

@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels import sequence
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.tpu import computed_once
 from refine_jax.models.config import (
     DeltaNetConfig,
@@ -33,12 +34,13 @@ from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import Mixer
 from refine_jax.parallel import axis_size, constrain, gather_parameters
 
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
-_MIXERS = {
+_MIXERS: dict[type[ModelConfig], type[Mixer]] = {
     LaCTConfig: LaCTMixer,
     DeltaNetConfig: DeltaNetMixer,
     GatedDeltaNetConfig: GatedDeltaNetMixer,
@@ -71,7 +73,7 @@ class ComputePolicy:
 
     def __post_init__(self):
         if self.compute_dtype is None:
-            default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            default = "float32" if backend() == "cpu" else "bfloat16"
             object.__setattr__(self, "compute_dtype", default)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
@@ -353,7 +355,7 @@ class Model:
         if whole != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[whole])
         x = constrain(self._embed(params, tokens), "batch", "tokens")
-        forks = constrain(self._embed(params, continuations), *self._mixer.FORKS)
+        forks = constrain(self._embed(params, continuations), *self._mixer.FORK_AXES)
         (x, forks), _ = lax.scan(layer, (x, forks), params["layers"])
         return self._final_norm(params, x), self._final_norm(params, forks)
 
@@ -418,7 +420,7 @@ class Model:
                 y, _ = block.attn.extend(normed, layer_state)
             return block.add_mlp(x + y), x
 
-        x = constrain(self._embed(params, tokens), *self._mixer.FORKS)
+        x = constrain(self._embed(params, tokens), *self._mixer.FORK_AXES)
         states = jnp.arange(self.config.num_hidden_layers) if traced else state
         x, inputs = lax.scan(layer, x, (params["layers"], states))
         return self._final_norm(params, x), jnp.concatenate([inputs, x[None]])

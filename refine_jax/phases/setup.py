@@ -25,6 +25,7 @@ from refine_jax.data.pipeline import Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.generation.loading import GENERATION, further_ends, trained_with
+from refine_jax.kernels.device import backend
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
@@ -229,7 +230,7 @@ def check_room(config: Config, model: Model) -> None:
     inputs = fields.num_hidden_layers * rows * length * fields.hidden_size * width
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
     devices = host
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         known = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         devices = known * jax.device_count() if known else math.inf
     for what, needed, there, name in (

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from refine_jax.generation.sampling import as_ends
+from refine_jax.kernels.device import backend
 from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, State, Trace, TracedForks
 from refine_jax.parallel import constrain, take_tokens
@@ -112,7 +113,7 @@ def _reads_again(model: Model, rollout_length: int) -> bool:
     An accelerator waits for states and parameters to be read, for one token or for some; a CPU
     computes.
     """
-    in_place = jax.default_backend() == "cpu" or not model.writes_much
+    in_place = backend() == "cpu" or not model.writes_much
     return not in_place and rollout_length <= _READ_AGAIN
 
 

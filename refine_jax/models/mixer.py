@@ -1,0 +1,181 @@
+"""The protocol of a mixer: what a layer does between its norm and its residual.
+
+A mixer mixes the tokens of a row, causally and document by document. The model (transformer.py)
+scans its layers and calls their mixers by this protocol alone, so that a new architecture is one
+file beside `lact.py` and `deltanet.py`, and an entry in transformer.py.
+
+Letters: B batch, T tokens, D model dim, R forks of a row, S new tokens of a fork, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from refine_jax.models.config import ModelConfig
+from refine_jax.models.layout import Layout
+
+
+class Mixer(Protocol):
+    """What the model calls, and why each member is there.
+
+    Four kinds of values belong to the mixer; the model only hands them on. Their leaves lead with
+    the axes given here, and with L before them where they are those of all layers.
+
+    * A plan [B, ...] is what all layers share and the layout decides, such as the places of chunks.
+    * A trace [B, ...] is what a forward pass leaves behind for forks.
+    * A decode state [B, R, ...] is what is needed to continue a fork. Its size does not depend on
+      the tokens that were seen.
+    * A change [B, R, ...] is what `extend` made of a state, as small as it can be sent from one
+      layer of the scan to the next; `advance` makes the new state of it.
+
+    Static methods need no parameters: the model calls them for all layers at once, outside the
+    scan, which would otherwise copy the trace or the states of each layer.
+    """
+
+    config: ModelConfig
+
+    WRITES_MUCH: bool
+    """Whether writing a state takes longer than reading a few tokens once more.
+
+    If so, rollouts leave their states as they are and read all of their tokens at each step.
+    """
+
+    TRACES_INPUTS: bool
+    """Whether the trace holds the mixer's input, as its field `x` [B, T, D].
+
+    With remat "full" the backward pass keeps the layers' inputs anyway; forks then read these,
+    through `normed`, and the trace's field is left out.
+    """
+
+    FORK_AXES: tuple[str, ...]
+    """Logical axes by which new tokens [B, R, S, D] are spread over devices (parallel.py).
+
+    With the name "forks", chips that share a row share out its forks.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs
+    ) -> None:
+        """Make parameters named and laid out as in the published PyTorch checkpoints.
+
+        implementation: Of the kernels, as `ComputePolicy` has it.
+        """
+
+    @staticmethod
+    def plan(config: ModelConfig, layout: Layout | None, shape: tuple[int, int]) -> Any:
+        """Plan rows of `shape` (B, T): computed once, not in each layer."""
+
+    def forward(
+        self, x: jax.Array, layout: Layout | None, plan: Any, forks: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Run whole rows x [B, T, D].
+
+        forks: [B, R] int32, slots before forks, where these are known before the pass, as in the
+          update. The trace then holds what these forks need alone, taken out where it is made, so
+          that its gradient is added where it belongs instead of as an array as large as the rows.
+
+        Returns y [B, T, D], undefined at padding, and the trace. The model calls `extend_traced`
+        with the same `forks`.
+        """
+
+    # From a trace to decode states, in three steps: only the second needs parameters, and runs in
+    # the scan over layers, on arrays that are as small as the forks.
+
+    @staticmethod
+    def pick(
+        config: ModelConfig, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
+    ) -> Any:
+        """Cut out of a trace what forks after the first `positions` [B, R] slots need."""
+
+    def resume(
+        self,
+        picked: Any,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: Any,
+        horizon: int | None = None,
+    ) -> Any:
+        """Compute what the states need of parameters, such as the keys of replayed tokens.
+
+        horizon: The most tokens that the forks will take. What only later tokens need may be left
+          out; None: nothing is.
+        """
+
+    @staticmethod
+    def finish(
+        config: ModelConfig,
+        picked: Any,
+        resumed: Any,
+        positions: jax.Array,
+        layout: Layout | None,
+    ) -> Any:
+        """Make the decode states of what was picked and what was resumed."""
+
+    @staticmethod
+    def normed(picked: Any, norm: nnx.Module) -> Any:
+        """Apply a layer's norm to the inputs that were picked before it.
+
+        Only mixers that trace their inputs have it.
+        """
+
+    # Decode states
+
+    def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> Any:
+        """Make the states of `batch` (B, R) before any token; activations in them have `dtype`."""
+
+    def extend(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """Continue states by x [B, R, S, D]. Returns y [B, R, S, D] and the change."""
+
+    @staticmethod
+    def advance(state: Any, change: Any) -> Any:
+        """Make the new states of all layers, in place where they are large."""
+
+    # Forks without decode states
+
+    def extend_traced(
+        self, x: jax.Array, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
+    ) -> jax.Array:
+        """Continue forks at `positions` [B, R] by x [B, R, S, D], differentiably in the trace.
+
+        Equal to `extend` from the forks' states, which a gradient would have to keep or send.
+        Returns y [B, R, S, D].
+        """
+
+    @staticmethod
+    def reads_traces(config: ModelConfig, num_new: int) -> bool:
+        """Say whether `extend_in_place` takes so many tokens, and less memory than states."""
+
+    def extend_in_place(
+        self,
+        x: jax.Array,
+        traces: Any,
+        layer: jax.Array,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: Any,
+    ) -> jax.Array:
+        """`extend_traced` in one `layer` of the traces [L, B, ...] of all, for rollouts.
+
+        Not differentiable. Only mixers that write much have it.
+        """
+
+
+def fork(
+    mixer: Mixer,
+    trace: Any,
+    positions: jax.Array,
+    layout: Layout | None,
+    plan: Any,
+    horizon: int | None = None,
+) -> Any:
+    """Decode states of one layer after the first `positions` [B, R] slots of the traced rows.
+
+    horizon: As of `Mixer.resume`.
+    """
+    picked = mixer.pick(mixer.config, trace, positions, layout, plan)
+    resumed = mixer.resume(picked, positions, layout, plan, horizon)
+    return mixer.finish(mixer.config, picked, resumed, positions, layout)
