@@ -23,10 +23,11 @@ from typing import Any
 # As early as this: where libtpu is installed, jax looks for a TPU when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import path_flag
-from refine_jax.compile_only.chips import GIB, parse_topology
-from refine_jax.compile_only.command import check_libtpu, in_child
-from refine_jax.compile_only.report import Report
+from refine_jax.compile_only.advice import advise
+from refine_jax.compile_only.command import check_libtpu, compile_programs
+from refine_jax.compile_only.estimate.chips import GIB, parse_topology
 from refine_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,19 +128,13 @@ def cases() -> Iterator[Case]:
 
 def compile_case(case: Case, *, plan: bool) -> dict[str, Any]:
     """Its figures: of the run, of its programs, of a training step."""
-    config = case.config()
-    task = {"config": config.to_dict(), "topology": case.topology, "debug": False, "plan": plan}
-    found, facts = [], {}
-    for name in PROGRAMS:
-        each = in_child(task | {"program": name}) | {"name": name}
-        if each.get("error") == "input":
-            return {"error": each["message"]}
-        facts = each.pop("facts", facts)
-        found.append(each)
-    if not facts:
-        return {"error": found[0]["message"]}
-    report = Report(config, parse_topology(case.topology), facts, found)
-    return report.to_json() | {"settings": case.settings, "tokens": report.tokens, "planned": plan}
+    try:
+        topology = parse_topology(case.topology)
+        report = compile_programs(case.config(), topology, PROGRAMS, plan=plan)
+    except ConfigError as error:
+        return {"error": str(error)}
+    figures = report.to_json(advise(report))
+    return figures | {"settings": case.settings, "tokens": report.tokens, "planned": plan}
 
 
 def described(settings: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from harness import report
 from tpu_cases import CASES, Case
 from tpu_compiler import CHIPS, Compiler, add_compiler_flags, find_compiler, last_line
 
-from refine_jax.compile_only.chips import Chip
+from refine_jax.compile_only.estimate.chips import Chip
 
 
 def floors(case: Case, chip: Chip) -> tuple[float, float]:

@@ -22,9 +22,9 @@ import re
 
 import numpy as np
 
-from refine_jax.compile_only.chips import Chip
-from refine_jax.compile_only.hlo import Computation, Instruction, Module
-from refine_jax.compile_only.network import (
+from refine_jax.compile_only.estimate.chips import Chip
+from refine_jax.compile_only.estimate.hlo import Computation, Instruction, Module
+from refine_jax.compile_only.estimate.network import (
     KINDS,
     Collective,
     Network,
@@ -43,7 +43,7 @@ _FREE = {
 # has products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
 _PRODUCT_SHARE, _TRANSFER_SHARE = 0.88, 0.38
 # Libtpu writes the largest number there is where it has no estimate.
-_NO_ESTIMATE = 1e15
+NO_ESTIMATE = 1e15
 
 
 @dataclasses.dataclass
@@ -250,8 +250,8 @@ class Estimator:
             cost.kernels += seconds
         else:
             found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            cycles = int(found[1]) if found else _NO_ESTIMATE
-            if cycles < _NO_ESTIMATE:
+            cycles = int(found[1]) if found else NO_ESTIMATE
+            if cycles < NO_ESTIMATE:
                 seconds = cycles / self._chip.clock
             else:
                 products = self._products(instruction, computation) / self._chip.flops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from refine_jax.compile_only.hlo import Module
+from refine_jax.compile_only.estimate.hlo import Module
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(.*?):?$")
 _VALUE = re.compile(

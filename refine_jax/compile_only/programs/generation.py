@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.flops import forward_flops
-from refine_jax.compile_only.run import EOS, Program, Run
+from refine_jax.compile_only.estimate.flops import forward_flops
+from refine_jax.compile_only.programs.run import EOS, Program, Run
 from refine_jax.generation.copies import copies_programs
 from refine_jax.generation.engine import Prefix, round_length, round_rows
 from refine_jax.generation.generator import BLOCK, programs_of

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.flops import forward_flops
-from refine_jax.compile_only.run import EOS, PAD, Program, Run
+from refine_jax.compile_only.estimate.flops import forward_flops
+from refine_jax.compile_only.programs.run import EOS, PAD, Program, Run
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.answers import (
     AnswerMethod,

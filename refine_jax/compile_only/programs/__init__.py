@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from refine_jax.compile_only.generation import adaptation_programs, generation_programs
-from refine_jax.compile_only.run import Program, Run
-from refine_jax.compile_only.training import answer_programs, evaluation, training_programs
+from refine_jax.compile_only.programs.generation import adaptation_programs, generation_programs
+from refine_jax.compile_only.programs.run import Program, Run
+from refine_jax.compile_only.programs.training import answer_programs, evaluation, training_programs
 
 
 def programs_of_run(run: Run) -> dict[str, Callable[[], Program]]:
