@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refine_jax.monitor import METRICS_FILE, RESULTS_FILE, read_metrics
+from refine_jax.report.metrics import METRICS_FILE, RESULTS_FILE, read_metrics
 
 FILE = Path(__file__).with_name("demo.json")
 ROWS = (

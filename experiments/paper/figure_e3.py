@@ -16,7 +16,7 @@ from pathlib import Path
 import plan
 from produce import main
 
-from refine_jax.monitor import read_metrics
+from refine_jax.report.metrics import read_metrics
 
 
 def read_reward(folder: Path, name: str) -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ from scipy import stats
 from sizes import MODELS, Plan
 
 from refine_jax.evaluation.intervals import compare
-from refine_jax.plots import finish, new_figure, save_figure
+from refine_jax.report.plots import finish, new_figure, save_figure
 
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT"}
 _COLOURS = {"ntp": "C0", "refine": "C1"}

@@ -35,7 +35,6 @@ from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.transformer import Model, Params
-from refine_jax.monitor import write_results
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
@@ -45,6 +44,7 @@ from refine_jax.phases.setup import (
     prepare_model,
 )
 from refine_jax.refine.adapt import Adapter, row_length
+from refine_jax.report.metrics import write_results
 
 RECORD = "evaluation.json"
 
