@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,7 @@ class Case:
     def config(self) -> Config:
         """The configuration."""
         path = ROOT / "configs" / f"midtrain_{self.model}.py"
-        spec = importlib.util.spec_from_file_location("experiment", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        values = module.get_config()
+        values = runpy.run_path(str(path))["get_config"]()
         for name, value in self.settings.items():
             section, field = name.split(".")
             values[section][field] = value
