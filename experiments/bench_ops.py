@@ -33,7 +33,7 @@ PRODUCTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Benchmark:
     """One op at one shape.
 
     forward: arrays -> output array, jit-able. arrays: a pytree of its arguments, all of
@@ -49,7 +49,7 @@ class Case:
     product: tuple[int, int, int]
 
 
-def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case:
+def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Benchmark:
     """The delta rule."""
     if chunk_size is not None:
         spec = dataclasses.replace(spec, chunk_size=chunk_size)
@@ -63,10 +63,10 @@ def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case
         f"{spec.key_dim} x {spec.value_dim}, chunk {spec.chunk_size}"
     )
     product = (spec.value_heads, spec.chunk_size, spec.key_dim)
-    return Case(spec.name, shape, forward, arrays, spec.flops(), product)
+    return Benchmark(spec.name, shape, forward, arrays, spec.flops(), product)
 
 
-def lact_case(implementation: str | None) -> Case:
+def lact_case(implementation: str | None) -> Benchmark:
     """LaCT's fast weights with momentum, 8192 tokens of the published 760M model."""
     spec = LACT_SPECS[0]
     arrays, options = spec.arguments()
@@ -79,17 +79,17 @@ def lact_case(implementation: str | None) -> Case:
         f"{spec.dim} x {spec.hidden}, chunk {spec.chunk}"
     )
     product = (spec.heads, spec.chunk, spec.dim)
-    return Case(spec.name, shape, forward, arrays, spec.flops(), product)
+    return Benchmark(spec.name, shape, forward, arrays, spec.flops(), product)
 
 
-def all_cases(flags: argparse.Namespace) -> list[Case]:
+def all_cases(flags: argparse.Namespace) -> list[Benchmark]:
     """The table of cases."""
     cases = [delta_case(spec, flags.implementation, flags.chunk_size) for spec in DELTA_SPECS]
     cases += [lact_case(flags.implementation)]
     return [case for case in cases if not flags.cases or case.name in flags.cases]
 
 
-def measure(case: Case, repeats: int) -> dict:
+def measure(case: Benchmark, repeats: int) -> dict:
     """Milliseconds and GFLOP/s of one case and of the plain product beside it."""
     rng = np.random.default_rng(0)
     square = jnp.asarray(rng.standard_normal((MATMUL, MATMUL), dtype=np.float32))

@@ -36,7 +36,7 @@ PROGRAMS = ("update", "ntp_update")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ScaleCase:
     """A configuration for a slice. settings: of the configuration, by dotted names."""
 
     group: str
@@ -92,18 +92,18 @@ SLICES = {
 }
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[ScaleCase]:
     """All, those that say most first."""
     for model, slices in SLICES.items():
         for topology, settings in slices.items():
-            yield Case("slices", model, topology, settings)
+            yield ScaleCase("slices", model, topology, settings)
     settings = mesh(fsdp=32, sequence=2)
-    yield Case("slices", "lact_760m", "v5p:4x4x4", settings, name="v5p-4x4x4-sequence")
+    yield ScaleCase("slices", "lact_760m", "v5p:4x4x4", settings, name="v5p-4x4x4-sequence")
     # The smallest slices: those that hold the state, and what is next to them.
     for topology, fsdp in (("v5p:1x1x1", 1), ("v6e:2x2", 4), ("v5e:2x2", 4), ("v5e:2x4", 8)):
         for model in MODELS:
-            yield Case("smallest", model, topology, mesh(fsdp=fsdp))
-    yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
+            yield ScaleCase("smallest", model, topology, mesh(fsdp=fsdp))
+    yield ScaleCase("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
         # Of 64 chips as many share a row as leaves 16K tokens to each; of LaCT's at most as many as
         # it has fast-weight heads: further ones would add up what they make of every chunk. Only
@@ -115,15 +115,15 @@ def cases() -> Iterator[Case]:
             fsdp = 64 // sequence // tensor
             settings = mesh(fsdp=fsdp, tensor=tensor, sequence=sequence) | rows(2 * fsdp, fsdp)
             settings["data.sequence_length"] = 1024 * length
-            yield Case("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
+            yield ScaleCase("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
     for model in MODELS:
         shared = "sequence" if model == "deltanet_1_3b" else "tensor"
-        yield Case("chips", model, "v5e:8x8", mesh(fsdp=32, **{shared: 2}))
+        yield ScaleCase("chips", model, "v5e:8x8", mesh(fsdp=32, **{shared: 2}))
     settings = mesh() | rows(2, 1) | {"data.sequence_length": 128 * 1024}
-    yield Case("one_chip", "lact_760m", "v5p:1x1x1", settings, name="128K")
+    yield ScaleCase("one_chip", "lact_760m", "v5p:1x1x1", settings, name="128K")
 
 
-def compile_case(case: Case, *, plan: bool) -> dict[str, Any]:
+def compile_case(case: ScaleCase, *, plan: bool) -> dict[str, Any]:
     """Its figures: of the run, of its programs, of a training step."""
     try:
         topology = parse_topology(case.topology)
@@ -142,7 +142,7 @@ def described(settings: dict[str, Any]) -> str:
     return text + (f", {micro} rows at a time" if micro > 1 else "")
 
 
-def row(case: Case, found: dict[str, Any]) -> list[str]:
+def row(case: ScaleCase, found: dict[str, Any]) -> list[str]:
     """A line of a table."""
     head = [case.name or case.topology, described(case.settings)]
     if "error" in found:

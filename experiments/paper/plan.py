@@ -113,7 +113,7 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class RunCurve:
     """A curve that one run has written: `read` makes [(x, y)] of its folder."""
 
     panel: str
@@ -128,12 +128,12 @@ class Figure:
 
     title: str
     axes: Mapping[str, tuple[str, str]]
-    curves: tuple[Series | Trace, ...]
+    curves: tuple[Series | RunCurve, ...]
 
     def runs(self) -> Iterator[Run]:
         """Every run that a curve comes from, often more than once."""
         for curve in self.curves:
-            if isinstance(curve, Trace):
+            if isinstance(curve, RunCurve):
                 yield curve.run
             else:
                 yield from (source.run for point in curve.points for source in point.sources)

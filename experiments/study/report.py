@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from sizes import MODELS, Plan
+from sizes import MODELS, StudyPlan
 
 from refine_jax.evaluation.intervals import compare
 from refine_jax.report.plots import finish, new_figure, save_figure
@@ -29,7 +29,9 @@ _NAMES = {
 }
 
 
-def report(workdir: Path, plan: Plan, ablations: Iterable[str], estimators: Iterable[str]) -> str:
+def report(
+    workdir: Path, plan: StudyPlan, ablations: Iterable[str], estimators: Iterable[str]
+) -> str:
     """Write study.md, study.json and study.png of all models that are done; return the text."""
     done = [name for name in MODELS if (workdir / name / "chosen.json").is_file()]
     if not done:
@@ -55,7 +57,7 @@ def report(workdir: Path, plan: Plan, ablations: Iterable[str], estimators: Iter
     return text
 
 
-def report_signals(workdir: Path, plan: Plan, estimators: Iterable[str]) -> str:
+def report_signals(workdir: Path, plan: StudyPlan, estimators: Iterable[str]) -> str:
     """A table of how much of the estimators' gradients is signal, then its figures as JSON.
 
     The JSON, on one line: {model: {"base": last point of the pre-training's curve, "signals":
@@ -76,7 +78,7 @@ def report_signals(workdir: Path, plan: Plan, estimators: Iterable[str]) -> str:
 class _Results:
     """The records of one model."""
 
-    def __init__(self, folder: Path, plan: Plan):
+    def __init__(self, folder: Path, plan: StudyPlan):
         self.folder, self.plan = folder, plan
         self.lengths = [shape.length for shape in plan.sizes.measured]
 
@@ -280,7 +282,7 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _plot(workdir: Path, plan: Plan, models: Sequence[str]) -> None:
+def _plot(workdir: Path, plan: StudyPlan, models: Sequence[str]) -> None:
     figure, axes = new_figure(len(models), 4, (19, 4.2 * len(models)))
     for name, (base, loss, recall, reward) in zip(models, axes, strict=True):
         results = _Results(workdir / name, plan)

@@ -18,7 +18,7 @@ from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 _DIGEST = "digest"
 
 
-class Run(NamedTuple):
+class RunRecord(NamedTuple):
     """What run.json says.
 
     best_metric, best_mode: which checkpoint is best ("min" or "max" of a figure; None: none is).
@@ -37,7 +37,7 @@ def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
     write_text(Path(folder) / RUN, text)
 
 
-def read_run(folder: Path, *, verify: bool = False) -> Run:
+def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
     """What run.json says; every field of the right type.
 
     verify: also compare its digest. Versions before had none.
@@ -60,7 +60,7 @@ def read_run(folder: Path, *, verify: bool = False) -> Run:
             f"{path} is not as the run wrote it: it was changed or damaged. Put it back from a "
             f'copy; if what it says is right, remove the line "{_DIGEST}" in it.'
         )
-    return Run(get("best_metric", str), mode, get("config", dict, {}))
+    return RunRecord(get("best_metric", str), mode, get("config", dict, {}))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

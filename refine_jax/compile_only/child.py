@@ -34,7 +34,7 @@ from refine_jax.compile_only.estimate.kernel_time import KernelTimes
 from refine_jax.compile_only.estimate.memory import Memory, read_assignment
 from refine_jax.compile_only.estimate.network import Network
 from refine_jax.compile_only.programs import programs_of_run
-from refine_jax.compile_only.programs.run import Program, Run
+from refine_jax.compile_only.programs.run import AbstractRun, Program
 from refine_jax.config import Config
 from refine_jax.parallel import make_mesh
 from refine_jax.phases.setup import check_mesh
@@ -143,7 +143,7 @@ def _plan(lowered, dump: Path) -> str:
 
 
 def compile_program(
-    run: Run, name: str, topology: Topology, dump: Path, devices, *, plan: bool = False
+    run: AbstractRun, name: str, topology: Topology, dump: Path, devices, *, plan: bool = False
 ) -> dict:
     """Trace, compile and examine one program. plan: without making code (`_plan`).
 
@@ -241,7 +241,7 @@ def _first_line(message: str) -> str:
     return lines[0] if lines else ""
 
 
-def summary(run: Run) -> dict:
+def summary(run: AbstractRun) -> dict:
     """What all programs share: the model, parameters and optimizer state in bytes on a chip."""
     params = run.params
     state = run.state if run.config.phase in ("midtrain", "posttrain", "testtime") else None
@@ -261,7 +261,7 @@ def work(task: dict) -> dict:
     topology = parse_topology(task["topology"])
     devices = devices_of(topology)
     with tpu_backend(), contextlib.ExitStack() as stack:
-        run = Run(config, devices[0])
+        run = AbstractRun(config, devices[0])
         stack.enter_context(ambient(make_mesh(config.mesh, devices)))
         mesh = jax.sharding.get_abstract_mesh()
         sizes = dict(mesh.shape) if mesh.size > 1 else {}

@@ -47,7 +47,7 @@ NO_ESTIMATE = 1e15
 
 
 @dataclasses.dataclass
-class Cost:
+class ProgramCost:
     """Of one program on one chip, or a part of it.
 
     seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
@@ -67,7 +67,7 @@ class Cost:
     sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def add(self, other: Cost, times: int = 1) -> None:
+    def add(self, other: ProgramCost, times: int = 1) -> None:
         """Add a part that runs `times` times."""
         for name in ("seconds", "kernels", "xla", "waits", "bytes", "links", "rare"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
@@ -95,23 +95,24 @@ class Estimator:
     def __init__(self, module: Module, chip: Chip, network: Network, kernel_seconds):
         self._module, self._chip, self._network = module, chip, network
         self._kernel_seconds = kernel_seconds
-        self._known: dict[str, Cost] = {}
+        self._known: dict[str, ProgramCost] = {}
 
-    def run(self) -> Cost:
+    def run(self) -> ProgramCost:
         """The cost of the whole program; nothing for an empty module."""
         if not self._module.computations:
-            return Cost()
+            return ProgramCost()
         return self._computation(self._module.entry)
 
-    def _computation(self, name: str) -> Cost:
+    def _computation(self, name: str) -> ProgramCost:
         if name not in self._known:
-            computation, cost, transfers = self._module.computations[name], Cost(), _Transfers()
+            computation = self._module.computations[name]
+            cost, transfers = ProgramCost(), _Transfers()
             for instruction in computation.instructions.values():
                 self._instruction(instruction, computation, cost, transfers)
             self._known[name] = cost
         return self._known[name]
 
-    def _instruction(self, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+    def _instruction(self, instruction, computation, cost, transfers) -> None:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._module.trips(instruction, computation)
@@ -152,7 +153,7 @@ class Estimator:
         targets = {i.attributes.partition('custom_call_target="')[2].split('"')[0] for i in inner}
         return chains[0], "AsyncCollectiveStart" in targets, "AsyncCollectiveDone" in targets
 
-    def _fused(self, chain, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+    def _fused(self, chain, instruction, computation, cost, transfers) -> None:
         name, starts, ends = chain
         if starts:
             found = self.collectives(instruction, computation)
@@ -162,7 +163,7 @@ class Estimator:
         else:
             self._compute(instruction, computation, cost)
 
-    def _copy(self, instruction, cost: Cost, transfers: _Transfers) -> None:
+    def _copy(self, instruction, cost: ProgramCost, transfers: _Transfers) -> None:
         """A copy, or a slice, that goes on beside the program."""
         arrays = instruction.arrays
         if instruction.opcode == "async-start":
@@ -182,12 +183,12 @@ class Estimator:
         self._until(transfers.done[name], cost)
 
     @staticmethod
-    def _until(done: float, cost: Cost) -> None:
+    def _until(done: float, cost: ProgramCost) -> None:
         waited = max(done - cost.seconds, 0.0)
         cost.seconds += waited
         cost.waits += waited
 
-    def _send(self, found: list[Collective], cost: Cost, transfers: _Transfers) -> float:
+    def _send(self, found: list[Collective], cost: ProgramCost, transfers: _Transfers) -> float:
         """Collectives that start now; returns when they are done."""
         seconds = sum(self._network.seconds(collective) for collective in found)
         cost.links += seconds
@@ -239,7 +240,7 @@ class Estimator:
         users = computation.users.get(instruction.name, [])
         return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
-    def _compute(self, instruction, computation, cost: Cost) -> None:
+    def _compute(self, instruction, computation, cost: ProgramCost) -> None:
         moved = self.traffic(instruction, computation)
         cost.bytes += moved
         if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from refine_jax.compile_only.programs.generation import adaptation_programs, generation_programs
-from refine_jax.compile_only.programs.run import Program, Run
+from refine_jax.compile_only.programs.run import AbstractRun, Program
 from refine_jax.compile_only.programs.training import answer_programs, evaluation, training_programs
 
 
-def programs_of_run(run: Run) -> dict[str, Callable[[], Program]]:
+def programs_of_run(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """What makes each program, by name; call it where the devices' mesh is ambient."""
     phase, found = run.config.phase, {}
     if phase == "midtrain" or (phase == "posttrain" and run.config.posttrain.nested):

@@ -129,11 +129,11 @@ class Shapes:
         return self.copies(jax.ShapeDtypeStruct((), dtype))
 
 
-class Run:
+class AbstractRun:
     """The model of a configuration, and its arrays.
 
     device: one of those that are compiled for. Arrays are placed on the ambient mesh, under which a
-    Run itself cannot be made where its devices are not there.
+    run itself cannot be made where its devices are not there.
     """
 
     def __init__(self, config: Config, device: jax.Device):
