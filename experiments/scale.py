@@ -142,22 +142,22 @@ def described(settings: dict[str, Any]) -> str:
     return text + (f", {micro} rows at a time" if micro > 1 else "")
 
 
-def row(case: ScaleCase, found: dict[str, Any]) -> list[str]:
+def row(case: ScaleCase, figures: dict[str, Any]) -> list[str]:
     """A line of a table."""
     head = [case.name or case.topology, described(case.settings)]
-    if "error" in found:
-        return [*head, found["error"], *[""] * 9]
-    failed = [p for p in found["programs"] if "error" in p]
+    if "error" in figures:
+        return [*head, figures["error"], *[""] * 9]
+    failed = [p for p in figures["programs"] if "error" in p]
     if failed:
         return [*head, f"{failed[0]['name']} does not compile", *[""] * 9]
     chip = parse_topology(case.topology).chip
-    programs = {program["name"]: program for program in found["programs"]}
+    programs = {program["name"]: program for program in figures["programs"]}
     peaks = [programs[name]["memory"]["peak"] / GIB for name in PROGRAMS]
     most = max(peaks) * GIB
-    seconds = sum(p["trace_seconds"] + p["compile_seconds"] for p in found["programs"])
-    step = found["step"]
+    seconds = sum(p["trace_seconds"] + p["compile_seconds"] for p in figures["programs"])
+    step = figures["step"]
     sent = sum(
-        p["runs"] * each["bytes"] for p in found["programs"] for each in p["collectives"].values()
+        p["runs"] * kind["bytes"] for p in figures["programs"] for kind in p["collectives"].values()
     )
     cells = [
         " / ".join(f"{peak:.1f}" for peak in peaks),
@@ -166,7 +166,7 @@ def row(case: ScaleCase, found: dict[str, Any]) -> list[str]:
     ]
     if step["seconds"] is None or step["ntp_seconds"] is None:
         return [*head, *cells, *["-"] * 7]
-    per_token = 1e6 * step["seconds"] / found["tokens"]
+    per_token = 1e6 * step["seconds"] / figures["tokens"]
     return [
         *head,
         *cells,
@@ -220,10 +220,10 @@ def main() -> None:
     for case in chosen:
         file = case.file(options.out)
         if not options.tables and not file.exists():
-            found = compile_case(case, plan=options.plan)
+            figures = compile_case(case, plan=options.plan)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(" ".join([case.group, case.model, *row(case, found)]), flush=True)
+            file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            print(" ".join([case.group, case.model, *row(case, figures)]), flush=True)
     for group, model in dict.fromkeys((case.group, case.model) for case in chosen):
         lines = [
             row(case, json.loads(case.file(options.out).read_text(encoding="utf-8")))

@@ -71,7 +71,7 @@ def figures(case: Case, compiler: Compiler, topology: str) -> dict:
     }
     if notes := sorted({*own.get("notes", ()), *xla.get("notes", ())}):
         entry["notes"] = notes
-    if errors := {found["error"]: None for found in (own, xla) if "error" in found}:
+    if errors := {result["error"]: None for result in (own, xla) if "error" in result}:
         entry["error"] = "\n".join(errors)
     return entry
 

@@ -193,7 +193,7 @@ class CountingLab:
 @pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
     (tmp_path / "vocabulary.model").touch()
     plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
     study("lact", plan, tmp_path)
@@ -215,7 +215,7 @@ def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_signals_alone_need_no_more_than_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
     (tmp_path / "vocabulary.model").touch()
     plan = sizes.SIZES["small"]
     with pytest.raises(FileNotFoundError, match="run with --signals first"):

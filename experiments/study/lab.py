@@ -328,11 +328,11 @@ class Lab:
             tree, _ = objective.gradient(params, batch, whole, keys=keys)
             return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
-        found = []
+        gradients = []
         for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
             keys = jax.random.split(jax.random.key(number), draws)
-            found.append([np.asarray(gradient(params, batch, key)) for key in keys])
-        return np.stack(found)
+            gradients.append([np.asarray(gradient(params, batch, key)) for key in keys])
+        return np.stack(gradients)
 
     def signal(self, label: str, policy: np.ndarray, next_token: np.ndarray) -> dict[str, float]:
         """How much the `gradients` of a policy say, and how they compare with the next-token loss'.
@@ -344,10 +344,10 @@ class Lab:
         next-token loss, both root mean squares, "cosine": of the two mean gradients}
         """
         flat = [
-            each.reshape(-1, each.shape[-1]).astype(np.float64) for each in (policy, next_token)
+            draws.reshape(-1, draws.shape[-1]).astype(np.float64) for draws in (policy, next_token)
         ]
-        squares = [np.mean(np.sum(each**2, axis=1)) for each in flat]
-        means = [each.mean(axis=0) for each in flat]
+        squares = [np.mean(np.sum(draws**2, axis=1)) for draws in flat]
+        means = [draws.mean(axis=0) for draws in flat]
         norms = [np.linalg.norm(mean) for mean in means]
         shares, errors = _jackknife((flat[0] @ flat[0].T).reshape(2 * policy.shape[:2]))
         figures = {
@@ -430,11 +430,11 @@ def _answers(rows: RecallRows) -> np.ndarray:
 
 def _recalls(correct: np.ndarray, rows: RecallRows) -> list[float]:
     """Fraction of each row's values that are predicted whole, by correct [n, T] (of t + 1)."""
-    found = []
+    recalls = []
     for row, marked in zip(correct, rows.recall, strict=True):
         values = row[:-1][marked[1:]].reshape(-1, VALUE)
-        found.append(float(values.all(axis=1).mean()))
-    return found
+        recalls.append(float(values.all(axis=1).mean()))
+    return recalls
 
 
 def _spread(steps: int, points: int) -> set[int]:

@@ -88,15 +88,15 @@ def digest(value: Any) -> str:
 
 def file_digests(folder: Path) -> dict[str, str | None]:
     """Digests of the model's description in a folder, by file; None for one that is not there."""
-    found: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
+    digests: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
     for name in TOKENIZERS:
         path = Path(folder) / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            found[name] = None
+            digests[name] = None
             continue
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}.") from None
-        found[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return found
+        digests[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digests

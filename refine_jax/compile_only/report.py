@@ -60,16 +60,16 @@ class Report:
         """
         steps = [program for program in self.run_programs if program.get("runs")]
         seconds = _total(steps, "seconds")
-        found = {"seconds": seconds, "tokens_per_second": None, "mfu": None}
+        estimates = {"seconds": seconds, "tokens_per_second": None, "mfu": None}
         if seconds:
             operations = sum(program["runs"] * program["model_flops"] for program in steps)
-            found["tokens_per_second"] = self.tokens / seconds
-            found["mfu"] = operations / seconds / self.topology.chip.flops
+            estimates["tokens_per_second"] = self.tokens / seconds
+            estimates["mfu"] = operations / seconds / self.topology.chip.flops
         ntp = [p | {"runs": 1} for p in self.programs if p["name"] == "ntp_update"]
-        found["ntp_seconds"] = _total(ntp, "seconds")
-        known = seconds and found["ntp_seconds"] and self.config.phase == "midtrain"
-        found["ratio"] = seconds / found["ntp_seconds"] if known else None
-        return found
+        estimates["ntp_seconds"] = _total(ntp, "seconds")
+        known = seconds and estimates["ntp_seconds"] and self.config.phase == "midtrain"
+        estimates["ratio"] = seconds / estimates["ntp_seconds"] if known else None
+        return estimates
 
     def heading(self) -> str:
         """What is compiled for what."""
@@ -193,7 +193,8 @@ def _details(program: dict) -> str:
     note = _BESIDE if program["compared"] else ""
     sent = program["collectives"]
     transfers = ", ".join(
-        f"{kind} {each['count']:,} x, {amount(each['bytes'], 'B')}" for kind, each in sent.items()
+        f"{kind} {figures['count']:,} x, {amount(figures['bytes'], 'B')}"
+        for kind, figures in sent.items()
     )
     lines = [
         f"{program['name']}: {program['meaning']}{runs}{note}",

@@ -131,8 +131,8 @@ class Estimator:
             self._wait(instruction, computation, cost, transfers)
         elif (chain := self._chain(instruction)) is not None:
             self._fused(chain, instruction, computation, cost, transfers)
-        elif (found := self.collectives(instruction, computation)) is not None:
-            self._communicate(found, instruction, computation, cost, transfers)
+        elif (collectives := self.collectives(instruction, computation)) is not None:
+            self._communicate(collectives, instruction, computation, cost, transfers)
         elif opcode.endswith("-start"):
             self._copy(instruction, cost, transfers)
         elif opcode not in _FREE:
@@ -147,7 +147,7 @@ class Estimator:
         if instruction.opcode != "fusion":
             return None
         inner = self._module.computations[instruction.callees[0]].instructions.values()
-        chains = [found[1] for i in inner if (found := _CHAIN.search(i.attributes))]
+        chains = [match[1] for i in inner if (match := _CHAIN.search(i.attributes))]
         if not chains:
             return None
         targets = {i.attributes.partition('custom_call_target="')[2].split('"')[0] for i in inner}
@@ -156,8 +156,8 @@ class Estimator:
     def _fused(self, chain, instruction, computation, cost, transfers) -> None:
         name, starts, ends = chain
         if starts:
-            found = self.collectives(instruction, computation)
-            transfers.done[name] = self._send(found, cost, transfers)
+            collectives = self.collectives(instruction, computation)
+            transfers.done[name] = self._send(collectives, cost, transfers)
         elif ends:
             self._until(transfers.done.get(name, 0.0), cost)
         else:
@@ -188,18 +188,18 @@ class Estimator:
         cost.seconds += waited
         cost.waits += waited
 
-    def _send(self, found: list[Collective], cost: ProgramCost, transfers: _Transfers) -> float:
+    def _send(self, collectives: list[Collective], cost: ProgramCost, transfers) -> float:
         """Collectives that start now; returns when they are done."""
-        seconds = sum(self._network.seconds(collective) for collective in found)
+        seconds = sum(self._network.seconds(collective) for collective in collectives)
         cost.links += seconds
-        for collective in found:
+        for collective in collectives:
             cost.sent[collective.kind] += collective.sent
             cost.counts[collective.kind] += 1
         transfers.links = max(cost.seconds, transfers.links) + seconds
         return transfers.links
 
-    def _communicate(self, found, instruction, computation, cost, transfers) -> None:
-        done = self._send(found, cost, transfers)
+    def _communicate(self, collectives, instruction, computation, cost, transfers) -> None:
+        done = self._send(collectives, cost, transfers)
         if instruction.opcode.endswith("-start"):
             transfers.done[instruction.name] = done
             return
@@ -216,12 +216,12 @@ class Estimator:
             return [self._collective(kind, instruction, computation)]
         if instruction.opcode not in ("fusion", "async-start"):
             return None
-        found = []
+        collectives = []
         for name in instruction.callees:
             inner = self._module.computations[name]
-            for each in inner.instructions.values():
-                found += self.collectives(each, inner) or []
-        return found or None
+            for fused in inner.instructions.values():
+                collectives += self.collectives(fused, inner) or []
+        return collectives or None
 
     def _collective(self, kind, instruction, computation) -> Collective:
         operands = [computation.instructions[name] for name in instruction.operands]
@@ -250,8 +250,8 @@ class Estimator:
             seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)
             cost.kernels += seconds
         else:
-            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            cycles = int(found[1]) if found else NO_ESTIMATE
+            match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            cycles = int(match[1]) if match else NO_ESTIMATE
             if cycles < NO_ESTIMATE:
                 seconds = cycles / self._chip.clock
             else:
@@ -267,7 +267,7 @@ class Estimator:
         """Operations of an instruction's products of matrices, which XLA calls convolutions."""
         if instruction.opcode == "fusion":
             inner = self._module.computations[instruction.callee("calls")]
-            return sum(self._products(each, inner) for each in inner.instructions.values())
+            return sum(self._products(fused, inner) for fused in inner.instructions.values())
         if instruction.opcode != "convolution":
             return 0.0
         left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)

@@ -16,13 +16,13 @@ from refine_jax.compile_only.programs.training import answer_programs, evaluatio
 
 def programs_of_run(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """What makes each program, by name; call it where the devices' mesh is ambient."""
-    phase, found = run.config.phase, {}
+    phase, programs = run.config.phase, {}
     if phase == "midtrain" or (phase == "posttrain" and run.config.posttrain.nested):
-        found |= training_programs(run)
+        programs |= training_programs(run)
     if phase == "posttrain":
-        found |= answer_programs(run)
+        programs |= answer_programs(run)
     if phase in ("midtrain", "posttrain"):
-        found["evaluation"] = lambda: evaluation(run)
+        programs["evaluation"] = lambda: evaluation(run)
     if phase == "testtime":
-        found |= adaptation_programs(run)
-    return found | generation_programs(run)
+        programs |= adaptation_programs(run)
+    return programs | generation_programs(run)

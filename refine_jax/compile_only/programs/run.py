@@ -59,10 +59,10 @@ def describe_model(config: Config) -> Start:
     """
     if config.model.checkpoint is not None:
         folder = Path(config.model.checkpoint)
-        for found in (folder / "checkpoints" / CONFIG, folder / CONFIG):
-            if found.is_file():
-                text = read_text(found, CheckpointError)
-                fields = parse_object(text, found, CheckpointError)
+        for file in (folder / "checkpoints" / CONFIG, folder / CONFIG):
+            if file.is_file():
+                text = read_text(file, CheckpointError)
+                fields = parse_object(text, file, CheckpointError)
                 return Start(fields, text, None, {}, None)
         if "model_type" not in (config.model.fresh or {}):
             raise ConfigError(

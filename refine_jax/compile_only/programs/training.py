@@ -36,10 +36,10 @@ def training_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
 
 def answer_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """Steps on the answers of post-training, and their evaluation."""
-    found = {"answer_evaluation": lambda: _answer_evaluation(run)}
+    rest = {"answer_evaluation": lambda: _answer_evaluation(run)}
     if run.config.posttrain.answers == "sft":
-        return {"answer_update": lambda: _supervised(run)} | found
-    return {"answer_collect": lambda: _sample(run), "answer_update": lambda: _policy(run)} | found
+        return {"answer_update": lambda: _supervised(run)} | rest
+    return {"answer_collect": lambda: _sample(run), "answer_update": lambda: _policy(run)} | rest
 
 
 def evaluation(run: AbstractRun) -> Program:
