@@ -21,6 +21,7 @@ small random model: a minute on a CPU once DATA is there.
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import TINY_DELTANET
 from refine_jax.config import defaults
 
 TASKS = (
@@ -42,14 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     if arg == "runlocal":
         config.model.checkpoint = None
-        config.model.fresh = {
-            "model_type": "delta_net",
-            "vocab_size": 32000,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_heads": 2,
-            "intermediate_size": 128,
-        }
+        config.model.fresh = dict(TINY_DELTANET)
         config.generation.max_new_tokens = 8
         config.evaluate.update(samples=2, max_tokens=512)
     return config

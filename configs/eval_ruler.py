@@ -26,6 +26,7 @@ hour of a CPU core before the first one is answered, most of it for those of ess
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import TINY_DELTANET
 from refine_jax.config import defaults
 
 NEEDLES = (
@@ -45,14 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.update(tasks=NEEDLES, lengths="4096,8192,16384", samples=500, batch_size=16)
     if arg == "runlocal":
         config.model.checkpoint = None
-        config.model.fresh = {
-            "model_type": "delta_net",
-            "vocab_size": 32000,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_heads": 2,
-            "intermediate_size": 128,
-        }
+        config.model.fresh = dict(TINY_DELTANET)
         config.evaluate.update(tasks="niah_single_1,niah_multikey_2", lengths="512,1024", samples=4)
         config.generation.max_new_tokens = 16
     return config

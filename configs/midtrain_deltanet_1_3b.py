@@ -19,6 +19,7 @@ weights and the source files of the Python standard library.
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import DELTANET_1_3B
 from refine_jax.config import defaults
 
 
@@ -27,14 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"midtrain_deltanet_1_3b.py has the form runlocal. Got: {arg!r}.")
     config = defaults()
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_heads": 16,
-        "intermediate_size": 5632,
-    }
+    config.model.fresh = dict(DELTANET_1_3B)
     config.model.remat = "full"
     config.data.update(
         source="data/long-documents",

@@ -19,6 +19,7 @@ small, on a CPU, from random weights and the source files of the Python standard
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import LACT_760M
 from refine_jax.config import defaults
 
 
@@ -27,18 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in (None, "runlocal"):
         raise ValueError(f"midtrain_lact_760m.py has the form runlocal. Got: {arg!r}.")
     config = defaults()
-    config.model.fresh = {
-        "model_type": "lact_swiglu",
-        "vocab_size": 32000,
-        "hidden_size": 1536,
-        "num_hidden_layers": 24,
-        "num_attn_heads": 24,
-        "num_lact_heads": 4,
-        "lact_chunk_size": 2048,
-        "window_size": 2048,
-        "w0_w2_low_rank": 32,
-        "rope_theta": 1000000.0,
-    }
+    config.model.fresh = dict(LACT_760M)
     config.model.remat = "full"
     config.data.update(
         source="data/long-documents",

@@ -25,6 +25,7 @@ sometimes, such as the result of `:sft`.
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import DELTANET_1_3B
 from refine_jax.config import defaults
 
 FORMS = ("nested_refine", "nested_sft", "sft", "grpo", "runlocal")
@@ -43,14 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
     config = defaults()
     config.phase = "posttrain"
-    config.model.fresh = {
-        "model_type": "delta_net",
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "num_hidden_layers": 24,
-        "num_heads": 16,
-        "intermediate_size": 5632,
-    }
+    config.model.fresh = dict(DELTANET_1_3B)
     config.model.remat = "full"
     config.data.update(
         source="data/ruler/ruler_squadqa_delta_net_16384_1600_train.parquet",

@@ -25,6 +25,7 @@ sometimes, such as the result of `:sft`.
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import LACT_760M
 from refine_jax.config import defaults
 
 FORMS = ("nested_refine", "nested_sft", "sft", "grpo", "runlocal")
@@ -41,18 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"posttrain_lact_760m.py takes one form beside runlocal. Got: {variants}.")
     config = defaults()
     config.phase = "posttrain"
-    config.model.fresh = {
-        "model_type": "lact_swiglu",
-        "vocab_size": 32000,
-        "hidden_size": 1536,
-        "num_hidden_layers": 24,
-        "num_attn_heads": 24,
-        "num_lact_heads": 4,
-        "lact_chunk_size": 2048,
-        "window_size": 2048,
-        "w0_w2_low_rank": 32,
-        "rope_theta": 1000000.0,
-    }
+    config.model.fresh = dict(LACT_760M)
     config.model.remat = "full"
     config.data.update(
         source="data/ruler/ruler_squadqa_lact_16384_1600_train.parquet",

@@ -32,6 +32,7 @@ a copy is parameters and two moments in float32, 9 GB for LaCT-760M. We have not
 
 from ml_collections import ConfigDict
 
+from refine_jax.architectures import TINY_DELTANET
 from refine_jax.config import defaults
 
 
@@ -65,14 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if "runlocal" in forms:
         config.model.checkpoint = None
         config.model.remat = "none"
-        config.model.fresh = {
-            "model_type": "delta_net",
-            "vocab_size": 32000,
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_heads": 2,
-            "intermediate_size": 128,
-        }
+        config.model.fresh = dict(TINY_DELTANET)
         config.optimizer.learning_rate = 1e-3
         config.testtime.steps = 2
         config.generation.max_new_tokens = 8

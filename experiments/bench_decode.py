@@ -14,7 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from harness import medians, parser, report, small_model, tree_bytes
+from harness import make_rerun, medians, parser, report, small_model, tree_bytes
 
 from refine_jax.generation import (
     Prefix,
@@ -25,7 +25,6 @@ from refine_jax.generation import (
     empty_prefix,
     row_keys,
 )
-from refine_jax.models.head import logits
 from refine_jax.models.transformer import Model, Params
 
 CONTEXTS = (1024, 4096, 16384, 65536)
@@ -57,17 +56,6 @@ def make_generate(model: Model, count: int):
     return generate
 
 
-def make_rerun(model: Model):
-    """`rerun(params, tokens [1, T])` -> the next greedy token by a pass over the whole prefix."""
-
-    @jax.jit
-    def rerun(params: Params, tokens: jax.Array) -> jax.Array:
-        hidden, _ = model.forward(params, tokens)
-        return jnp.argmax(logits(hidden[:, -1], model.head(params)), axis=-1)
-
-    return rerun
-
-
 def main():
     """Measure and print."""
     flags = parser(__doc__, repeats=15)
@@ -83,7 +71,8 @@ def main():
     runs = {
         context: functools.partial(generate, params, prefix) for context, prefix in prefixes.items()
     }
-    rerun = functools.partial(make_rerun(model), params, tokens[:, :RERUN])
+    last = jnp.full((1,), RERUN - 1)
+    rerun = functools.partial(make_rerun(model), params, tokens[:, :RERUN], last)
     times = medians(runs, args.repeats)
     rerun_s = medians({"rerun": rerun}, args.repeats)["rerun"]
 

@@ -12,29 +12,14 @@ tokens. Weights are random, so that answers mostly go on to the end of their bud
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from harness import medians, parser, report, small_model
+from harness import make_rerun, medians, parser, report, small_model
 
 from refine_jax.config import EvaluateConfig
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.evaluation.questions import load_questions
 from refine_jax.evaluation.runner import Answerer
 from refine_jax.generation import Generator, Sampling
-from refine_jax.models.head import logits
-from refine_jax.models.transformer import Model, Params
-
-
-def make_rerun(model: Model):
-    """`rerun(params, tokens [B, T], last [B])` -> greedy tokens [B] after the slots `last`."""
-
-    @jax.jit
-    def rerun(params: Params, tokens: jax.Array, last: jax.Array) -> jax.Array:
-        hidden, _ = model.forward(params, tokens)
-        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return jnp.argmax(logits(at_last, model.head(params)), axis=-1)
-
-    return rerun
 
 
 def main():

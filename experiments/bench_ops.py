@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,30 +25,31 @@ from harness import medians, report
 from jax import lax
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.delta_rule.specs import BENCH_SPECS as DELTA_SPECS
-from refine_jax.kernels.lact import Weights, lact
+from refine_jax.kernels.lact import lact
+from refine_jax.kernels.lact.specs import BENCH_SPECS as LACT_SPECS
 
 MATMUL = 2048
 PRODUCTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Benchmark:
     """One op at one shape.
 
-    forward: arrays -> output array, jit-able. arrays: its arguments, all of them differentiated.
-    flops: of the forward pass. product: (heads, rows, size) of the op's most frequent matrix
-    product, [rows, size] times [size, size] for every head.
+    forward: arrays -> output array, jit-able. arrays: a pytree of its arguments, all of
+    them differentiated. flops: of the forward pass. product: (heads, rows, size) of the op's most
+    frequent matrix product, [rows, size] times [size, size] for every head.
     """
 
     name: str
     shape: str
-    forward: Callable[[dict[str, jax.Array]], jax.Array]
-    arrays: dict[str, jax.Array]
+    forward: Callable[[Any], jax.Array]
+    arrays: Any
     flops: int
     product: tuple[int, int, int]
 
 
-def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case:
+def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Benchmark:
     """The delta rule."""
     if chunk_size is not None:
         spec = dataclasses.replace(spec, chunk_size=chunk_size)
@@ -61,60 +63,33 @@ def delta_case(spec, implementation: str | None, chunk_size: int | None) -> Case
         f"{spec.key_dim} x {spec.value_dim}, chunk {spec.chunk_size}"
     )
     product = (spec.value_heads, spec.chunk_size, spec.key_dim)
-    return Case(spec.name, shape, forward, arrays, spec.flops(), product)
+    return Benchmark(spec.name, shape, forward, arrays, spec.flops(), product)
 
 
-def lact_case(implementation: str | None) -> Case:
-    """LaCT's fast weights with momentum, at the shape of the published 760M model and 8192 tokens.
-
-    A chunk is read by 3 products of 2 C d F operations a head, and its update takes 6; the last
-    chunk makes none.
-    """
-    chunks, heads, chunk, d, hidden = 4, 4, 2048, 384, 384
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    slots = (1, chunks, heads, chunk)
-    q, k = (
-        x / np.linalg.norm(x, axis=-1, keepdims=True)
-        for x in (normal(*slots, d), normal(*slots, d))
-    )
-    arrays = {
-        "q": q,
-        "k": k,
-        "v": normal(*slots, d),
-        "rates": 0.002 * rng.random((*slots, 3, 1), dtype=np.float32),
-        "momentum": rng.random(slots, dtype=np.float32),
-        "w0": normal(heads, hidden, d) / d**0.5,
-        "w1": normal(heads, d, hidden) / hidden**0.5,
-        "w2": normal(heads, hidden, d) / d**0.5,
-    }
+def lact_case(implementation: str | None) -> Benchmark:
+    """LaCT's fast weights with momentum, 8192 tokens of the published 760M model."""
+    spec = LACT_SPECS[0]
+    arrays, options = spec.arguments()
 
     def forward(arrays):
-        weights = Weights(arrays["w0"], arrays["w1"], arrays["w2"])
-        tokens = (arrays[name] for name in ("q", "k", "v", "rates", "momentum"))
-        return lact(*tokens, weights, implementation=implementation)[0]
+        return lact(*arrays, **options, implementation=implementation)[0]
 
-    return Case(
-        name="lact",
-        shape=f"1 x {chunks * chunk} tokens, {heads} heads {d} x {hidden}, chunk {chunk}",
-        forward=forward,
-        arrays={name: jnp.asarray(x) for name, x in arrays.items()},
-        flops=2 * heads * chunk * d * hidden * (3 * chunks + 6 * (chunks - 1)),
-        product=(heads, chunk, d),
+    shape = (
+        f"{spec.batch} x {spec.chunks * spec.chunk} tokens, {spec.heads} heads "
+        f"{spec.dim} x {spec.hidden}, chunk {spec.chunk}"
     )
+    product = (spec.heads, spec.chunk, spec.dim)
+    return Benchmark(spec.name, shape, forward, arrays, spec.flops(), product)
 
 
-def all_cases(flags: argparse.Namespace) -> list[Case]:
+def all_cases(flags: argparse.Namespace) -> list[Benchmark]:
     """The table of cases."""
     cases = [delta_case(spec, flags.implementation, flags.chunk_size) for spec in DELTA_SPECS]
     cases += [lact_case(flags.implementation)]
     return [case for case in cases if not flags.cases or case.name in flags.cases]
 
 
-def measure(case: Case, repeats: int) -> dict:
+def measure(case: Benchmark, repeats: int) -> dict:
     """Milliseconds and GFLOP/s of one case and of the plain product beside it."""
     rng = np.random.default_rng(0)
     square = jnp.asarray(rng.standard_normal((MATMUL, MATMUL), dtype=np.float32))

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refine_jax.monitor import METRICS_FILE, RESULTS_FILE, read_metrics
+from refine_jax.report.metrics import METRICS_FILE, RESULTS_FILE, read_metrics
 
 FILE = Path(__file__).with_name("demo.json")
 ROWS = (
@@ -39,9 +39,9 @@ def figures(workdir: Path) -> dict[str, Any]:
     }
 
 
-def text(found: Mapping[str, Any]) -> str:
+def text(run: Mapping[str, Any]) -> str:
     """The paragraph and the table of README.md."""
-    at = {record["step"]: record for record in found["evaluations"]}
+    at = {record["step"]: record for record in run["evaluations"]}
     table = [
         "| | at random | after 30 next-token steps | after 30 ReFINE steps |",
         "|---|---|---|---|",
@@ -49,12 +49,12 @@ def text(found: Mapping[str, Any]) -> str:
     for label, name, form in ROWS:
         values = (form.format(at[step][name]).replace("%", " %") for step in (0, 30, 60))
         table.append(f"| {label} | {' | '.join(values)} |")
-    minutes, seconds = divmod(round(found["seconds_total"]), 60)
+    minutes, seconds = divmod(round(run["seconds_total"]), 60)
     return (
-        f"From a run on two cores (Python {found['python']}, whose library is the data, jax "
-        f"{found['jax']}):\n{minutes} min {seconds} s of training, "
-        f"{found['step_seconds_ntp']:.1f} s a next-token step and "
-        f"{found['step_seconds_refine']:.1f} s a ReFINE step,\non 12 held-out rows:\n\n"
+        f"From a run on two cores (Python {run['python']}, whose library is the data, jax "
+        f"{run['jax']}):\n{minutes} min {seconds} s of training, "
+        f"{run['step_seconds_ntp']:.1f} s a next-token step and "
+        f"{run['step_seconds_refine']:.1f} s a ReFINE step,\non 12 held-out rows:\n\n"
         + "\n".join(table)
     )
 
@@ -63,9 +63,9 @@ def main() -> None:
     """Keep the figures of the run that the command names, and print the text."""
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    found = figures(Path(sys.argv[1]))
-    FILE.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(text(found))
+    run = figures(Path(sys.argv[1]))
+    FILE.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    print(text(run))
 
 
 if __name__ == "__main__":

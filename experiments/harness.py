@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from refine_jax.kernels.device import backend
 
 from refine_jax.models.config import model_config
-from refine_jax.models.transformer import ComputePolicy, Model
+from refine_jax.models.head import logits
+from refine_jax.models.transformer import ComputePolicy, Model, Params
 
 # About 4 layers of width 256 with the published vocabulary. LaCT's chunk and window are an eighth
 # of 4096 tokens, as the published 2048 are of 16,384.
@@ -36,6 +38,21 @@ def small_model(name: str) -> Model:
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 32000}
     dtype = "float32" if backend() == "cpu" else "bfloat16"
     return Model(model_config(SMALL_MODELS[name] | sizes), ComputePolicy(compute_dtype=dtype))
+
+
+def make_rerun(model: Model):
+    """`rerun(params, tokens [B, T], last [B])` -> greedy tokens [B] after the slots `last`.
+
+    Each call is a forward pass over all slots, as the published code generates from LaCT.
+    """
+
+    @jax.jit
+    def rerun(params: Params, tokens: jax.Array, last: jax.Array) -> jax.Array:
+        hidden, _ = model.forward(params, tokens)
+        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return jnp.argmax(logits(at_last, model.head(params)), axis=-1)
+
+    return rerun
 
 
 def parser(description: str, *, repeats: int) -> argparse.ArgumentParser:

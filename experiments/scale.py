@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from typing import Any
 # As early as this: where libtpu is installed, jax looks for a TPU when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import path_flag
-from refine_jax.compile_only.chips import GIB, parse_topology
-from refine_jax.compile_only.command import check_libtpu, in_child
-from refine_jax.compile_only.report import Report
+from refine_jax.compile_only.advice import advise
+from refine_jax.compile_only.command import check_libtpu, compile_programs
+from refine_jax.compile_only.estimate.chips import GIB, parse_topology
 from refine_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ PROGRAMS = ("update", "ntp_update")
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ScaleCase:
     """A configuration for a slice. settings: of the configuration, by dotted names."""
 
     group: str
@@ -52,10 +53,7 @@ class Case:
     def config(self) -> Config:
         """The configuration."""
         path = ROOT / "configs" / f"midtrain_{self.model}.py"
-        spec = importlib.util.spec_from_file_location("experiment", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        values = module.get_config()
+        values = runpy.run_path(str(path))["get_config"]()
         for name, value in self.settings.items():
             section, field = name.split(".")
             values[section][field] = value
@@ -94,18 +92,18 @@ SLICES = {
 }
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[ScaleCase]:
     """All, those that say most first."""
     for model, slices in SLICES.items():
         for topology, settings in slices.items():
-            yield Case("slices", model, topology, settings)
+            yield ScaleCase("slices", model, topology, settings)
     settings = mesh(fsdp=32, sequence=2)
-    yield Case("slices", "lact_760m", "v5p:4x4x4", settings, name="v5p-4x4x4-sequence")
+    yield ScaleCase("slices", "lact_760m", "v5p:4x4x4", settings, name="v5p-4x4x4-sequence")
     # The smallest slices: those that hold the state, and what is next to them.
     for topology, fsdp in (("v5p:1x1x1", 1), ("v6e:2x2", 4), ("v5e:2x2", 4), ("v5e:2x4", 8)):
         for model in MODELS:
-            yield Case("smallest", model, topology, mesh(fsdp=fsdp))
-    yield Case("smallest", "lact_760m", "v6e:1x1", mesh())
+            yield ScaleCase("smallest", model, topology, mesh(fsdp=fsdp))
+    yield ScaleCase("smallest", "lact_760m", "v6e:1x1", mesh())
     for model in MODELS:
         # Of 64 chips as many share a row as leaves 16K tokens to each; of LaCT's at most as many as
         # it has fast-weight heads: further ones would add up what they make of every chunk. Only
@@ -117,29 +115,23 @@ def cases() -> Iterator[Case]:
             fsdp = 64 // sequence // tensor
             settings = mesh(fsdp=fsdp, tensor=tensor, sequence=sequence) | rows(2 * fsdp, fsdp)
             settings["data.sequence_length"] = 1024 * length
-            yield Case("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
+            yield ScaleCase("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
     for model in MODELS:
         shared = "sequence" if model == "deltanet_1_3b" else "tensor"
-        yield Case("chips", model, "v5e:8x8", mesh(fsdp=32, **{shared: 2}))
+        yield ScaleCase("chips", model, "v5e:8x8", mesh(fsdp=32, **{shared: 2}))
     settings = mesh() | rows(2, 1) | {"data.sequence_length": 128 * 1024}
-    yield Case("one_chip", "lact_760m", "v5p:1x1x1", settings, name="128K")
+    yield ScaleCase("one_chip", "lact_760m", "v5p:1x1x1", settings, name="128K")
 
 
-def compile_case(case: Case, *, plan: bool) -> dict[str, Any]:
+def compile_case(case: ScaleCase, *, plan: bool) -> dict[str, Any]:
     """Its figures: of the run, of its programs, of a training step."""
-    config = case.config()
-    task = {"config": config.to_dict(), "topology": case.topology, "debug": False, "plan": plan}
-    found, facts = [], {}
-    for name in PROGRAMS:
-        each = in_child(task | {"program": name}) | {"name": name}
-        if each.get("error") == "input":
-            return {"error": each["message"]}
-        facts = each.pop("facts", facts)
-        found.append(each)
-    if not facts:
-        return {"error": found[0]["message"]}
-    report = Report(config, parse_topology(case.topology), facts, found)
-    return report.to_json() | {"settings": case.settings, "tokens": report.tokens, "planned": plan}
+    try:
+        topology = parse_topology(case.topology)
+        report = compile_programs(case.config(), topology, PROGRAMS, plan=plan)
+    except ConfigError as error:
+        return {"error": str(error)}
+    figures = report.to_json(advise(report))
+    return figures | {"settings": case.settings, "tokens": report.tokens, "planned": plan}
 
 
 def described(settings: dict[str, Any]) -> str:
@@ -150,22 +142,22 @@ def described(settings: dict[str, Any]) -> str:
     return text + (f", {micro} rows at a time" if micro > 1 else "")
 
 
-def row(case: Case, found: dict[str, Any]) -> list[str]:
+def row(case: ScaleCase, figures: dict[str, Any]) -> list[str]:
     """A line of a table."""
     head = [case.name or case.topology, described(case.settings)]
-    if "error" in found:
-        return [*head, found["error"], *[""] * 9]
-    failed = [p for p in found["programs"] if "error" in p]
+    if "error" in figures:
+        return [*head, figures["error"], *[""] * 9]
+    failed = [p for p in figures["programs"] if "error" in p]
     if failed:
         return [*head, f"{failed[0]['name']} does not compile", *[""] * 9]
     chip = parse_topology(case.topology).chip
-    programs = {program["name"]: program for program in found["programs"]}
+    programs = {program["name"]: program for program in figures["programs"]}
     peaks = [programs[name]["memory"]["peak"] / GIB for name in PROGRAMS]
     most = max(peaks) * GIB
-    seconds = sum(p["trace_seconds"] + p["compile_seconds"] for p in found["programs"])
-    step = found["step"]
+    seconds = sum(p["trace_seconds"] + p["compile_seconds"] for p in figures["programs"])
+    step = figures["step"]
     sent = sum(
-        p["runs"] * each["bytes"] for p in found["programs"] for each in p["collectives"].values()
+        p["runs"] * kind["bytes"] for p in figures["programs"] for kind in p["collectives"].values()
     )
     cells = [
         " / ".join(f"{peak:.1f}" for peak in peaks),
@@ -174,7 +166,7 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
     ]
     if step["seconds"] is None or step["ntp_seconds"] is None:
         return [*head, *cells, *["-"] * 7]
-    per_token = 1e6 * step["seconds"] / found["tokens"]
+    per_token = 1e6 * step["seconds"] / figures["tokens"]
     return [
         *head,
         *cells,
@@ -228,10 +220,10 @@ def main() -> None:
     for case in chosen:
         file = case.file(options.out)
         if not options.tables and not file.exists():
-            found = compile_case(case, plan=options.plan)
+            figures = compile_case(case, plan=options.plan)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            print(" ".join([case.group, case.model, *row(case, found)]), flush=True)
+            file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            print(" ".join([case.group, case.model, *row(case, figures)]), flush=True)
     for group, model in dict.fromkeys((case.group, case.model) for case in chosen):
         lines = [
             row(case, json.loads(case.file(options.out).read_text(encoding="utf-8")))

@@ -17,7 +17,9 @@ from pathlib import Path
 import jax
 
 from refine_jax.base.files import path_flag
-from refine_jax.compile_only.chips import Chip, parse_topology
+from refine_jax.compile_only.command import in_child
+from refine_jax.compile_only.estimate.chips import Chip, parse_topology
+from refine_jax.compile_only.estimate.cost import NO_ESTIMATE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -38,32 +40,21 @@ class Compiler:
     tool: Path | None
     timeout: float
 
-    def _run(self, command: list[str], out: Path) -> dict:
-        """Run a command that writes JSON to `out`; {"error": why} if it does not."""
-        environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
-        if self.libtpu is not None:
-            environment["TPU_LIBRARY_PATH"] = self.libtpu
-        try:
-            done = subprocess.run(
-                [self.python, *command],
-                cwd=HERE,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=self.timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"no result after {self.timeout:.0f} s"}
-        if not out.exists():
-            return {"error": f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}"}
-        return json.loads(out.read_text(encoding="utf-8"))
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the processes that compile."""
+        variables = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
+        return variables | ({"TPU_LIBRARY_PATH": self.libtpu} if self.libtpu else {})
 
     def compile(self, name: str, implementation: str, topology: str) -> dict:
         """{"vmem_bytes": ...} or {"error": ...}."""
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "report.json"
-            script = str(HERE / "tpu_compile.py")
-            return self._run([script, name, implementation, topology, str(out)], out)
+        figures = in_child(
+            {"case": name, "implementation": implementation, "topology": topology},
+            (self.python, str(HERE / "tpu_compile.py")),
+            environment=self.environment,
+            timeout=self.timeout,
+        )
+        return {"error": figures["message"]} if "error" in figures else figures
 
     def estimate(self, case: str, settings: dict[str, str], topology: str) -> dict:
         """{"ms": ..., "kernels_ms": ..., "vmem_bytes": ..., "notes": [...]} or {"error": ...}.
@@ -72,15 +63,18 @@ class Compiler:
         """
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "report.json"
-            command = [str(self.tool), case, "--topology", topology]
+            command = [self.python, str(self.tool), case, "--topology", topology]
             for name, value in settings.items():
                 command += ["--set", f"{name}={value}"]
             command += ["--timeout", str(self.timeout), "--json", str(out)]
-            return read_estimate(self._run(command, out), CHIPS[topology])
-
-
-# Libtpu says the largest number there is where it has no estimate, as for some programs on a 7x.
-_NO_ESTIMATE = 1e15
+            options = {"cwd": HERE, "env": self.environment, "capture_output": True, "text": True}
+            try:
+                done = subprocess.run(command, timeout=self.timeout, **options)
+            except subprocess.TimeoutExpired:
+                return {"error": f"no result after {self.timeout:.0f} s"}
+            if not out.exists():
+                return {"error": f"exit code {done.returncode}: {done.stderr.strip()[-1500:]}"}
+            return read_estimate(json.loads(out.read_text(encoding="utf-8")), CHIPS[topology])
 
 
 def read_estimate(tool_report: dict, chip: Chip) -> dict:
@@ -98,7 +92,7 @@ def read_estimate(tool_report: dict, chip: Chip) -> dict:
     kernels, around = sum(x["runs"] * x.get("cycles", 0) for x in calls), tool_report["xla_cycles"]
     vmem = max((call["vmem"] for call in calls), default=0)
     result = {"kernels_ms": 1e3 * kernels / chip.clock, "vmem_bytes": vmem, "notes": notes}
-    if around > _NO_ESTIMATE:
+    if around > NO_ESTIMATE:  # as for some programs on a 7x
         notes += ["XLA gives no estimate of its own part"]
         return result | {"ms": None}
     return result | {"ms": 1e3 * (kernels + around) / chip.clock}

@@ -38,7 +38,7 @@ from harness import report
 from tpu_cases import CASES, Case
 from tpu_compiler import CHIPS, Compiler, add_compiler_flags, find_compiler, last_line
 
-from refine_jax.compile_only.chips import Chip
+from refine_jax.compile_only.estimate.chips import Chip
 
 
 def floors(case: Case, chip: Chip) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def figures(case: Case, compiler: Compiler, topology: str) -> dict:
     }
     if notes := sorted({*own.get("notes", ()), *xla.get("notes", ())}):
         entry["notes"] = notes
-    if errors := {found["error"]: None for found in (own, xla) if "error" in found}:
+    if errors := {result["error"]: None for result in (own, xla) if "error" in result}:
         entry["error"] = "\n".join(errors)
     return entry
 

@@ -150,12 +150,12 @@ def search(op: str, shapes: list[Sizes], topology: str, compiler: Compiler) -> d
                 name: x if isinstance(x, str) else ",".join(map(str, x))
                 for name, x in words.items()
             }
-            found = compiler.estimate("tune_tpu:candidate", words, topology)
-            if "error" in found:
-                text = f"fault: {last_line(found['error'])}"
+            estimate = compiler.estimate("tune_tpu:candidate", words, topology)
+            if "error" in estimate:
+                text = f"fault: {last_line(estimate['error'])}"
             else:
-                times[blocks] = found["kernels_ms"]
-                text = f"{times[blocks]:9.3f} ms  {found['vmem_bytes'] / 2**20:6.1f} MiB"
+                times[blocks] = estimate["kernels_ms"]
+                text = f"{times[blocks]:9.3f} ms  {estimate['vmem_bytes'] / 2**20:6.1f} MiB"
             print(f"{op:16s} {topology:12s} {sizes!s:14s} {blocks!s:16s} {text}", flush=True)
         if times:
             best[sizes] = min(times, key=times.get)
@@ -169,7 +169,7 @@ def write_table(blocks: dict) -> None:
         lines += [f'    "{op}": {{']
         for generation, table in sorted(generations.items()):
             lines += [f'        "{generation}": {{']
-            lines += [f"            {sizes}: {found}," for sizes, found in sorted(table.items())]
+            lines += [f"            {sizes}: {best}," for sizes, best in sorted(table.items())]
             lines += ["        },"]
         lines += ["    },"]
     TABLE.write_text("\n".join([*lines, "}", ""]), encoding="utf-8")
@@ -196,9 +196,9 @@ def main() -> int:
     for op in flags.ops:
         for topology in CHIPS if flags.topology == "all" else [flags.topology]:
             shapes = [x for x in SEARCHES[op].sizes if flags.sizes in (None, x)]
-            found = search(op, shapes, topology, compiler)
+            fastest = search(op, shapes, topology, compiler)
             generation = topology.split(":")[0].removeprefix("tpu")
-            tpu_table.BLOCKS.setdefault(op, {}).setdefault(generation, {}).update(found)
+            tpu_table.BLOCKS.setdefault(op, {}).setdefault(generation, {}).update(fastest)
             write_table(tpu_table.BLOCKS)  # at once: an interrupted search keeps what it found
     return 0
 

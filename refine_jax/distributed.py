@@ -152,13 +152,13 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
       ConfigError: It is none.
     """
-    found = _ADDRESS.fullmatch(address)
-    if not found or not 0 < int(found["port"]) < 1 << 16:
+    match = _ADDRESS.fullmatch(address)
+    if not match or not 0 < int(match["port"]) < 1 << 16:
         raise ConfigError(
             f"--coordinator must be HOST:PORT of process 0. Got: {short(address)}. Ports are 1 to "
             "65535; an IPv6 address is in brackets, as [::1]:8476."
         )
-    return found["ip6"] or found["host"], int(found["port"])
+    return match["ip6"] or match["host"], int(match["port"])
 
 
 def resolve(address: str) -> list[str]:
@@ -169,14 +169,14 @@ def resolve(address: str) -> list[str]:
     """
     host, port = split_address(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"--coordinator={address}: the host {host!r} of process 0 is not known here ({said}). "
             "Name it as this machine can find it, or by its IP address."
         ) from None
-    return list(dict.fromkeys(each[4][0].partition("%")[0] for each in found))
+    return list(dict.fromkeys(entry[4][0].partition("%")[0] for entry in resolved))
 
 
 def is_local(coordinator: str) -> bool:
@@ -204,7 +204,7 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return None
     host, port = split_address(coordinator)
-    loopback = any(ipaddress.ip_address(each).is_loopback for each in addresses)
+    loopback = any(ipaddress.ip_address(address).is_loopback for address in addresses)
     mine = all(_can_bind(address, 0) for address in addresses)
     if mine and (is_local(coordinator) or not loopback):
         # Other processes may be told another of the addresses of a name.
@@ -424,11 +424,11 @@ def fetch(tree: Any) -> Any:
 def check_same(what: str, value: str) -> None:
     """Raise ProcessError unless all processes call this with the same text."""
     digest = hashlib.blake2b(value.encode(), digest_size=4).digest()
-    found = gather(int.from_bytes(digest, "little", signed=True))
-    others = [str(index) for index, number in enumerate(found) if number != found[0]]
+    digests = gather(int.from_bytes(digest, "little", signed=True))
+    others = [str(index) for index, number in enumerate(digests) if number != digests[0]]
     if others:
         raise ProcessError(
-            f"The processes do not have the same {what}: {', '.join(others)} of {len(found)} "
+            f"The processes do not have the same {what}: {', '.join(others)} of {len(digests)} "
             "differ from process 0. Start the same command, version and data on every host."
         )
 

@@ -22,8 +22,8 @@ import numpy as np
 from refine_jax.base.files import local_path
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import TextStream
-from refine_jax.monitor import METRICS_FILE, read_metrics
-from refine_jax.plots import plot_training
+from refine_jax.report.metrics import METRICS_FILE, read_metrics
+from refine_jax.report.plots import plot_training
 
 
 @contextlib.contextmanager

@@ -35,10 +35,11 @@ from refine_jax.generation.generator import Generator
 from refine_jax.generation.states import load_prefix, save_prefix
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
-from refine_jax.monitor import Monitor, summarize
-from refine_jax.monitor import table as closing_table
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.evaluate import check_same_evaluation
+from refine_jax.report.metrics import summarize
+from refine_jax.report.metrics import table as closing_table
+from refine_jax.report.monitor import Monitor
 
 BYTES = ByteTokenizer()
 TEXTS = [f"document {i}, the quick brown fox jumps over the lazy dog" for i in range(6)]

@@ -18,8 +18,8 @@ import numpy as np
 from refine_jax import distributed, main, parallel
 from refine_jax.config import MeshConfig
 from refine_jax.evaluation.runner import Predictions, evaluate
-from refine_jax.monitor import Monitor
 from refine_jax.phases import midtrain
+from refine_jax.report.monitor import Monitor
 
 
 def noted_rows(workdir: Path) -> list[np.ndarray]:

@@ -26,7 +26,7 @@ import numpy as np
 from tiny_runs import WORDS, comparable, config_file, tiny_run, write_documents
 
 from refine_jax.checkpoint import load_model
-from refine_jax.monitor import read_metrics
+from refine_jax.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30

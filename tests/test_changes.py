@@ -13,10 +13,10 @@ from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute
-from refine_jax.monitor import read_metrics
 from refine_jax.phases import loop, midtrain, posttrain
 from refine_jax.phases.changes import _matches, allowed_names, check_same_run
 from refine_jax.refine.optimizer import make_schedule
+from refine_jax.report.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -8,13 +8,13 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.compile_only import hlo
-from refine_jax.compile_only.chips import CHIPS, parse_topology
-from refine_jax.compile_only.cost import Estimator, convolution_operations
-from refine_jax.compile_only.flops import Kernel
-from refine_jax.compile_only.kernel_time import KernelTimes
-from refine_jax.compile_only.memory import Memory, read_assignment
-from refine_jax.compile_only.network import Collective, Network, parse_group, parse_pairs
+from refine_jax.compile_only.estimate import hlo
+from refine_jax.compile_only.estimate.chips import CHIPS, parse_topology
+from refine_jax.compile_only.estimate.cost import Estimator, convolution_operations
+from refine_jax.compile_only.estimate.flops import Kernel
+from refine_jax.compile_only.estimate.kernel_time import KernelTimes
+from refine_jax.compile_only.estimate.memory import Memory, read_assignment
+from refine_jax.compile_only.estimate.network import Collective, Network, parse_group, parse_pairs
 
 RING = Network([(i, 0) for i in range(16)], (16, 1), (True, False), 50e9)
 

@@ -25,10 +25,11 @@ from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute, keep_programs
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
-from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import midtrain
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import data_options
+from refine_jax.report.metrics import read_metrics
+from refine_jax.report.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -8,16 +8,9 @@ import types
 import numpy as np
 import pytest
 
-from refine_jax.monitor import (
-    METRICS_FILE,
-    Monitor,
-    duration,
-    read_metrics,
-    summarize,
-    table,
-    write_results,
-)
-from refine_jax.plots import _running_mean, plot_rollouts, plot_training
+from refine_jax.report.metrics import METRICS_FILE, read_metrics, summarize, table, write_results
+from refine_jax.report.monitor import Monitor, duration
+from refine_jax.report.plots import _running_mean, plot_rollouts, plot_training
 
 
 def history(steps=12, warmup=4):
@@ -191,7 +184,7 @@ def test_training_plot_draws_each_kind_of_run(tmp_path):
 
 def legends(monkeypatch, tmp_path, records):
     """{title: the entries of the legend} of the training plot."""
-    from refine_jax import plots
+    from refine_jax.report import plots
 
     found = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: found.append(figure))
@@ -225,7 +218,7 @@ def test_legends_name_what_is_there_alone(monkeypatch, tmp_path):
 
 def test_rollout_plot_marks_the_positions_where_they_are(tmp_path):
     """The orange of a position stands over its tokens, and nowhere else."""
-    from refine_jax.plots import ORANGE
+    from refine_jax.report.plots import ORANGE
 
     entropy = np.linspace(1, 3, 400)
     entropy[390:] = np.nan

@@ -16,8 +16,8 @@ from nbclient import NotebookClient
 
 from refine_jax.convert import to_hf
 from refine_jax.data.tokenizer import load_tokenizer
-from refine_jax.monitor import read_metrics
 from refine_jax.notebook import entropy_html, live_curves
+from refine_jax.report.metrics import read_metrics
 
 NOTEBOOK = Path(__file__).parents[1] / "experiments" / "colab_demo.ipynb"
 STEPS = 2

@@ -17,7 +17,6 @@ from tiny_runs import comparable, tiny_run
 from refine_jax.config import Config, RefineConfig
 from refine_jax.main import execute
 from refine_jax.models.layout import Layout
-from refine_jax.monitor import Monitor, read_metrics
 from refine_jax.phases import posttrain
 from refine_jax.refine.answers import (
     AnswerMethod,
@@ -28,6 +27,8 @@ from refine_jax.refine.answers import (
     prompts_of,
 )
 from refine_jax.refine.step import TrainState
+from refine_jax.report.metrics import read_metrics
+from refine_jax.report.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

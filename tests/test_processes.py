@@ -20,8 +20,8 @@ from tiny_runs import WORDS, config_file, tiny_run, write_documents
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
-from refine_jax.monitor import read_metrics
 from refine_jax.phases import midtrain
+from refine_jax.report.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("processes.py")

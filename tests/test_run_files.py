@@ -12,9 +12,10 @@ from refine_jax.base.files import parse_object, read_lines, recover_lines, spans
 from refine_jax.checkpoint.record import read_config, write_run
 from refine_jax.config import Config
 from refine_jax.evaluation.runner import FIELDS, Predictions
-from refine_jax.monitor import METRICS_FILE, Monitor, read_metrics, summarize
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import has_checkpoints, load_start
+from refine_jax.report.metrics import METRICS_FILE, read_metrics, summarize
+from refine_jax.report.monitor import Monitor
 
 NO_RECORDS = {
     "cut off": b'{"step": 3, "loss',

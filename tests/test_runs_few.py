@@ -8,8 +8,8 @@ from tiny_runs import tiny_run
 
 from refine_jax.base.errors import ConfigError, DataError
 from refine_jax.config import Config
-from refine_jax.monitor import read_metrics
 from refine_jax.phases import midtrain, posttrain
+from refine_jax.report.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 

@@ -16,7 +16,7 @@ import corpus as text
 import report
 import sizes
 from lab import TUNE, Lab, _jackknife, _recalls
-from study import ABLATIONS, ESTIMATORS, Records, begin, measure_signals, study
+from study import ABLATIONS, ESTIMATORS, ResultStore, begin, measure_signals, study
 
 from refine_jax.base.errors import DataError
 from refine_jax.config import Config, RefineConfig
@@ -31,7 +31,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(vocabulary):
-    return text.Corpus(vocabulary)
+    return text.FactCorpus(vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -109,18 +109,18 @@ def test_recall_counts_values_that_are_predicted_whole():
     correct[0, 1:4] = 1  # predicts tokens 2 to 4
     correct[0, 5:7] = 1  # two of the three tokens 6 to 8
     correct[1, 0:3] = 1
-    assert _recalls(correct, text.Rows(np.zeros((2, 9), np.int32), recall)) == [0.5, 1.0]
+    assert _recalls(correct, text.RecallRows(np.zeros((2, 9), np.int32), recall)) == [0.5, 1.0]
 
 
 def test_a_finished_run_is_repeated_only_with_other_settings(tmp_path):
-    records, calls = Records(tmp_path), []
+    records, calls = ResultStore(tmp_path), []
 
     def run():
         calls.append(1)
         return {"w": np.arange(3.0)}, {"loss": len(calls)}
 
     assert records.get("a", {"rate": 1e-3, "marks": (1, 2)}, run) == {"loss": 1}
-    assert Records(tmp_path).get("a", {"rate": 1e-3, "marks": (1, 2)}, run) == {"loss": 1}
+    assert ResultStore(tmp_path).get("a", {"rate": 1e-3, "marks": (1, 2)}, run) == {"loss": 1}
     np.testing.assert_array_equal(records.params("a", {"w": np.zeros(3)})["w"], np.arange(3.0))
     assert records.get("a", {"rate": 2e-3, "marks": (1, 2)}, run) == {"loss": 2}
 
@@ -193,7 +193,7 @@ class CountingLab:
 @pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
     (tmp_path / "vocabulary.model").touch()
     plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
     study("lact", plan, tmp_path)
@@ -215,7 +215,7 @@ def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("programs_kept_elsewhere")
 def test_signals_alone_need_no_more_than_the_base(tmp_path, monkeypatch):
     monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.Corpus", lambda vocabulary: None)
+    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
     (tmp_path / "vocabulary.model").touch()
     plan = sizes.SIZES["small"]
     with pytest.raises(FileNotFoundError, match="run with --signals first"):

@@ -153,7 +153,7 @@ def test_prompts_are_those_of_the_published_sets() -> None:
         for row in pyarrow.parquet.read_table(path).slice(0, 20).to_pylist():
             passages = passages_of(row["prompt"])
             text = row["prompt"].rpartition("Question: ")[2].removesuffix("\nAnswer:")
-            question = ruler_qa.Question(text, (), (), frozenset())
+            question = ruler_qa.PassageQuestion(text, (), (), frozenset())
             assert ruler_qa._prompt(question, range(len(passages)), passages) == row["prompt"]
 
 

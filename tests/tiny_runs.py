@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from refine_jax.config import defaults
-from refine_jax.monitor import read_metrics
+from refine_jax.report.metrics import read_metrics
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven")
 

@@ -25,7 +25,7 @@ def read_entropy(folder: Path) -> list[tuple[float, float]]:
 def describe(paper: plan.Paper) -> plan.Figure:
     """A panel for each model."""
     curves = [
-        plan.Trace(plan.TITLES[model], "entropy", paper.entropy(model), read_entropy)
+        plan.RunCurve(plan.TITLES[model], "entropy", paper.entropy(model), read_entropy)
         for model in paper.models
     ]
     axes = {plan.TITLES[model]: ("token", "entropy (nats)") for model in paper.models}

@@ -16,7 +16,7 @@ from pathlib import Path
 import plan
 from produce import main
 
-from refine_jax.monitor import read_metrics
+from refine_jax.report.metrics import read_metrics
 
 
 def read_reward(folder: Path, name: str) -> list[tuple[float, float]]:
@@ -35,7 +35,7 @@ def describe(paper: plan.Paper) -> plan.Figure:
             axes[panel] = ("training step", f"reward, {kind}")
             for k in (3, 5, 7):
                 run = paper.midtrain(model, "refine", rollout_length=k)
-                curves.append(plan.Trace(panel, f"k = {k}", run, read))
+                curves.append(plan.RunCurve(panel, f"k = {k}", run, read))
     return plan.Figure("Figure E.3: reward of the rollouts", axes, tuple(curves))
 
 

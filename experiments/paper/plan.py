@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import importlib.util
+import runpy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ class Series:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class RunCurve:
     """A curve that one run has written: `read` makes [(x, y)] of its folder."""
 
     panel: str
@@ -129,12 +128,12 @@ class Figure:
 
     title: str
     axes: Mapping[str, tuple[str, str]]
-    curves: tuple[Series | Trace, ...]
+    curves: tuple[Series | RunCurve, ...]
 
     def runs(self) -> Iterator[Run]:
         """Every run that a curve comes from, often more than once."""
         for curve in self.curves:
-            if isinstance(curve, Trace):
+            if isinstance(curve, RunCurve):
                 yield curve.run
             else:
                 yield from (source.run for point in curve.points for source in point.sources)
@@ -396,7 +395,7 @@ def build_config(run: Run, workdir: Path) -> Config:
       ConfigError: It is none.
     """
     name, _, form = run.config.partition(":")
-    values = _load(CONFIGS / name).get_config(form or None)
+    values = runpy.run_path(str(CONFIGS / name))["get_config"](form or None)
     values.model.checkpoint = start_folder(run, workdir)
     for path, value in run.settings.items():
         *sections, field = path.split(".")
@@ -405,14 +404,6 @@ def build_config(run: Run, workdir: Path) -> Config:
             section = section[part]
         setattr(section, field, value)
     return Config.from_dict(values)
-
-
-@functools.cache
-def _load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 _PATHS = ("workdir", "lact", "deltanet", "documents", "booksum", "essays", "ruler_qa", "longbench")

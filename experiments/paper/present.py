@@ -11,7 +11,7 @@ from typing import Any
 from plan import Figure, Series, Source, Table
 
 from refine_jax.base.files import write_text
-from refine_jax.plots import finish, new_figure, save_figure
+from refine_jax.report.plots import finish, new_figure, save_figure
 
 SMALL = "Small form: tiny models and made-up data. It shows that everything runs, and no result."
 
@@ -38,10 +38,10 @@ def present(artifact: Table | Figure, workdir: Path, name: str, *, small: bool) 
 
 def read(source: Source, workdir: Path) -> float:
     """The figure that a run has written."""
-    found = json.loads((workdir / source.run.name / "results.json").read_text(encoding="utf-8"))
+    figure = json.loads((workdir / source.run.name / "results.json").read_text(encoding="utf-8"))
     for key in source.path:
-        found = found[key]
-    return source.scale * found
+        figure = figure[key]
+    return source.scale * figure
 
 
 def table_content(table: Table, workdir: Path, *, published: bool) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def table_content(table: Table, workdir: Path, *, published: bool) -> dict[str, 
     columns: dict[str, None] = {}
     for value in table.values:
         columns.setdefault(value.column)
-        found = [read(source, workdir) for source in value.sources]
+        trials = [read(source, workdir) for source in value.sources]
         cells.setdefault(value.row, {})[value.column] = {
-            "value": statistics.fmean(found),
+            "value": statistics.fmean(trials),
             "published": value.published if published else None,
         }
     return {"title": table.title, "rows": list(cells), "columns": list(columns), "cells": cells}
@@ -88,8 +88,8 @@ def figure_content(figure: Figure, workdir: Path, *, published: bool) -> dict[st
         if isinstance(curve, Series):
             points = []
             for point in curve.points:
-                found = [read(source, workdir) for source in point.sources]
-                y = {"y": statistics.fmean(found), "low": min(found), "high": max(found)}
+                trials = [read(source, workdir) for source in point.sources]
+                y = {"y": statistics.fmean(trials), "low": min(trials), "high": max(trials)}
                 theirs = point.published if published else None
                 points.append({"x": point.x, **y, "published": theirs})
         else:

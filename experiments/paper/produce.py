@@ -194,8 +194,8 @@ def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
     from refine_jax.generate import load
     from refine_jax.refine.objective import read_rows
 
-    found = load(start_folder(run, workdir), step="latest", tokenizer=None, compute_dtype=None)
-    model, params, tokenizer = found
+    loaded = load(start_folder(run, workdir), step="latest", tokenizer=None, compute_dtype=None)
+    model, params, tokenizer = loaded
     options = DataOptions(
         tokenizer=tokenizer.name,
         chunking="first",
@@ -219,10 +219,10 @@ def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
 def _run_lm_eval(run: Run, workdir: Path) -> dict[str, Any]:
     from refine_jax import lm_harness
 
-    found = lm_harness.evaluate(start_folder(run, workdir), **run.settings)
+    evaluation = lm_harness.evaluate(start_folder(run, workdir), **run.settings)
     figures = {
         task: {name: value for name, value in results.items() if isinstance(value, int | float)}
-        for task, results in found["results"].items()
+        for task, results in evaluation["results"].items()
     }
     return _write(run, workdir, {"results": figures})
 

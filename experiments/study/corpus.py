@@ -43,7 +43,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RecallRows:
     """tokens [n, T] int32; recall [n, T] bool: the tokens of values that were mentioned before."""
 
     tokens: np.ndarray
@@ -81,7 +81,7 @@ def _texts() -> list[str]:
     return [text for text in texts if len(text) >= _SHORTEST and text.isascii()]
 
 
-class Corpus:
+class FactCorpus:
     """Rows of documents and prompts in the vocabulary of a SentencePiece model."""
 
     def __init__(self, vocabulary: Path):
@@ -101,7 +101,7 @@ class Corpus:
 
     def documents(
         self, shape: Shape, count: int, *key: int, held_out: bool = False, first: int = 0
-    ) -> Rows:
+    ) -> RecallRows:
         """Rows number `first` to `first + count` of the stream `key`."""
         rows = []
         for index in range(first, first + count):
@@ -109,11 +109,11 @@ class Corpus:
             names, values = self._draw_facts(random, shape)
             order = np.repeat(np.arange(len(names)), shape.mentions)
             rows.append(self._document(random, names, values, order, shape.length, held_out))
-        return Rows(*(np.stack(part) for part in zip(*rows, strict=True)))
+        return RecallRows(*(np.stack(part) for part in zip(*rows, strict=True)))
 
     def prompts(
         self, shape: Shape, count: int, *key: int, held_out: bool = False, first: int = 0
-    ) -> Rows:
+    ) -> RecallRows:
         """Prompts of `shape.length` tokens, the question among them, then ANSWER more.
 
         `recall` marks the answer's value; the shape's mentions are not used.
@@ -131,7 +131,7 @@ class Corpus:
             marked = np.zeros(len(tail), bool)
             marked[QUESTION:-1] = True
             rows.append((np.concatenate([tokens, tail]), np.concatenate([recall, marked])))
-        return Rows(*(np.stack(part) for part in zip(*rows, strict=True)))
+        return RecallRows(*(np.stack(part) for part in zip(*rows, strict=True)))
 
     def repeats(self, length: int, count: int, *key: int, first: int = 0) -> np.ndarray:
         """[count, length] int32: random words and digits, over and over, five times or more."""

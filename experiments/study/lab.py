@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from corpus import ANSWER, VALUE, Corpus, Rows, Shape
+from corpus import ANSWER, VALUE, FactCorpus, RecallRows, Shape
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.models.config import model_config
@@ -79,7 +79,7 @@ def _optimizer(rate: float, steps: int = 1, **options):
 class Lab:
     """One model on the study's text."""
 
-    def __init__(self, name: str, sizes: Sizes, corpus: Corpus):
+    def __init__(self, name: str, sizes: Sizes, corpus: FactCorpus):
         self.name, self.sizes, self.corpus = name, sizes, corpus
         self.model = Model(model_config(sizes.fields[name] | {"vocab_size": corpus.vocab_size}))
 
@@ -268,7 +268,7 @@ class Lab:
         figures = self._read(params, rows)
         return {"recall": figures["recall"], "recalls": figures["recalls"]}
 
-    def questions(self, count: int, stream: int = ASK) -> Rows:
+    def questions(self, count: int, stream: int = ASK) -> RecallRows:
         """Held-out prompts with their answers."""
         return self.corpus.prompts(self.sizes.questions, count, stream, held_out=True)
 
@@ -328,11 +328,11 @@ class Lab:
             tree, _ = objective.gradient(params, batch, whole, keys=keys)
             return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
-        found = []
+        gradients = []
         for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
             keys = jax.random.split(jax.random.key(number), draws)
-            found.append([np.asarray(gradient(params, batch, key)) for key in keys])
-        return np.stack(found)
+            gradients.append([np.asarray(gradient(params, batch, key)) for key in keys])
+        return np.stack(gradients)
 
     def signal(self, label: str, policy: np.ndarray, next_token: np.ndarray) -> dict[str, float]:
         """How much the `gradients` of a policy say, and how they compare with the next-token loss'.
@@ -344,10 +344,10 @@ class Lab:
         next-token loss, both root mean squares, "cosine": of the two mean gradients}
         """
         flat = [
-            each.reshape(-1, each.shape[-1]).astype(np.float64) for each in (policy, next_token)
+            draws.reshape(-1, draws.shape[-1]).astype(np.float64) for draws in (policy, next_token)
         ]
-        squares = [np.mean(np.sum(each**2, axis=1)) for each in flat]
-        means = [each.mean(axis=0) for each in flat]
+        squares = [np.mean(np.sum(draws**2, axis=1)) for draws in flat]
+        means = [draws.mean(axis=0) for draws in flat]
         norms = [np.linalg.norm(mean) for mean in means]
         shares, errors = _jackknife((flat[0] @ flat[0].T).reshape(2 * policy.shape[:2]))
         figures = {
@@ -368,7 +368,7 @@ class Lab:
         return {"loss": figures["loss"], "recall": figures["recall"]}
 
     @functools.cache  # noqa: B019
-    def _curve_rows(self) -> Rows:
+    def _curve_rows(self) -> RecallRows:
         shape, rows = self.sizes.midtrain.shape, self.sizes.curve_rows
         return self.corpus.documents(shape, rows, MEASURE, 1, held_out=True)
 
@@ -381,7 +381,7 @@ class Lab:
 
         return read
 
-    def _read(self, params: Params, rows: Rows) -> dict[str, Any]:
+    def _read(self, params: Params, rows: RecallRows) -> dict[str, Any]:
         size = max(self.sizes.midtrain.rows * self.sizes.midtrain.shape.length, 1)
         size = max(size // rows.tokens.shape[1], 1)
         correct, nll, count = [], 0.0, 0.0
@@ -402,7 +402,7 @@ class Lab:
         config = RefineConfig(reward="binary", selection="uniform", num_positions=16)
         return make_eval_step(self.model, config, eos_id=self.corpus.eos)
 
-    def _reward(self, params: Params, rows: Rows) -> float:
+    def _reward(self, params: Params, rows: RecallRows) -> float:
         size = self.sizes.midtrain.rows
         total = count = 0.0
         for index, begin in enumerate(range(0, len(rows.tokens) - size + 1, size)):
@@ -421,20 +421,20 @@ class Lab:
         print(f"{self.name}: {what}: {', '.join(words)}", flush=True)
 
 
-def _answers(rows: Rows) -> np.ndarray:
+def _answers(rows: RecallRows) -> np.ndarray:
     """[n, T] int32: 1 at the answers, their ends of sequence among them."""
     mask = np.zeros_like(rows.tokens)
     mask[:, -ANSWER:] = 1
     return mask
 
 
-def _recalls(correct: np.ndarray, rows: Rows) -> list[float]:
+def _recalls(correct: np.ndarray, rows: RecallRows) -> list[float]:
     """Fraction of each row's values that are predicted whole, by correct [n, T] (of t + 1)."""
-    found = []
+    recalls = []
     for row, marked in zip(correct, rows.recall, strict=True):
         values = row[:-1][marked[1:]].reshape(-1, VALUE)
-        found.append(float(values.all(axis=1).mean()))
-    return found
+        recalls.append(float(values.all(axis=1).mean()))
+    return recalls
 
 
 def _spread(steps: int, points: int) -> set[int]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from sizes import MODELS, Plan
+from sizes import MODELS, StudyPlan
 
 from refine_jax.evaluation.intervals import compare
-from refine_jax.plots import finish, new_figure, save_figure
+from refine_jax.report.plots import finish, new_figure, save_figure
 
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT"}
 _COLOURS = {"ntp": "C0", "refine": "C1"}
@@ -29,7 +29,9 @@ _NAMES = {
 }
 
 
-def report(workdir: Path, plan: Plan, ablations: Iterable[str], estimators: Iterable[str]) -> str:
+def report(
+    workdir: Path, plan: StudyPlan, ablations: Iterable[str], estimators: Iterable[str]
+) -> str:
     """Write study.md, study.json and study.png of all models that are done; return the text."""
     done = [name for name in MODELS if (workdir / name / "chosen.json").is_file()]
     if not done:
@@ -55,7 +57,7 @@ def report(workdir: Path, plan: Plan, ablations: Iterable[str], estimators: Iter
     return text
 
 
-def report_signals(workdir: Path, plan: Plan, estimators: Iterable[str]) -> str:
+def report_signals(workdir: Path, plan: StudyPlan, estimators: Iterable[str]) -> str:
     """A table of how much of the estimators' gradients is signal, then its figures as JSON.
 
     The JSON, on one line: {model: {"base": last point of the pre-training's curve, "signals":
@@ -76,7 +78,7 @@ def report_signals(workdir: Path, plan: Plan, estimators: Iterable[str]) -> str:
 class _Results:
     """The records of one model."""
 
-    def __init__(self, folder: Path, plan: Plan):
+    def __init__(self, folder: Path, plan: StudyPlan):
         self.folder, self.plan = folder, plan
         self.lengths = [shape.length for shape in plan.sizes.measured]
 
@@ -92,8 +94,8 @@ class _Results:
 
     def seeds(self, prefix: str) -> list[dict[str, Any]]:
         """The runs that are done, in order of their seeds."""
-        found = (self.read(f"{prefix}-{seed}") for seed in range(self.plan.seeds))
-        return [run for run in found if run is not None]
+        runs = (self.read(f"{prefix}-{seed}") for seed in range(self.plan.seeds))
+        return [run for run in runs if run is not None]
 
     def measured(self, prefix: str, steps: int) -> list[dict[str, Any]]:
         """Figures after so many steps of mid-training, one a seed."""
@@ -101,8 +103,8 @@ class _Results:
 
     def signals(self, estimators: Iterable[str]) -> dict[str, dict[str, float]]:
         """Figures of the estimators that were measured, in their order."""
-        found = {name: self.read(f"share-{name}") for name in estimators}
-        return {name: figures for name, figures in found.items() if figures is not None}
+        shares = {name: self.read(f"share-{name}") for name in estimators}
+        return {name: figures for name, figures in shares.items() if figures is not None}
 
 
 def _describe(results: _Results) -> str:
@@ -124,9 +126,9 @@ def _rates(results: _Results) -> list[dict[str, str]]:
         for objective in ("ntp", "refine"):
             run = results.read(f"tune-{objective}-{rate:g}")
             if run is not None:
-                found, name = run["measured"][steps], _NAMES[objective]
-                row[f"{name}: loss {length}, nats"] = f"{found[f'loss_{length}']:.3f}"
-                row[f"{name}: recall {length}, %"] = _spread([found[f"recall_{length}"]], 100)
+                figures, name = run["measured"][steps], _NAMES[objective]
+                row[f"{name}: loss {length}, nats"] = f"{figures[f'loss_{length}']:.3f}"
+                row[f"{name}: recall {length}, %"] = _spread([figures[f"recall_{length}"]], 100)
         if len(row) > 1:
             rows.append(row)
     return rows
@@ -143,8 +145,8 @@ def _midtraining(results: _Results) -> list[dict[str, str]]:
     columns = _columns(results)
     return [
         {"mid-training": label}
-        | {title: _spread([run[name] for run in found], scale) for title, name, scale in columns}
-        for label, found in runs.items()
+        | {title: _spread([run[name] for run in trials], scale) for title, name, scale in columns}
+        for label, trials in runs.items()
     ]
 
 
@@ -200,15 +202,15 @@ def _ablations(results: _Results, ablations: Iterable[str]) -> list[dict[str, st
     runs = {"NTP": ntp, "ReFINE (cosine, entropy, k=5, c=8)": default}
     runs |= {name: results.measured(f"ablation-{name}", steps) for name in ablations}
     rows = []
-    for label, found in runs.items():
-        if not found:
+    for label, trials in runs.items():
+        if not trials:
             continue
         row = {f"{seeds} seeds": label}
         for title, name, scale in _columns(results):
-            row[title] = _spread([run[name] for run in found], scale)
+            row[title] = _spread([run[name] for run in trials], scale)
         length = results.lengths[1]
-        if label != "NTP" and len(found) == len(ntp):
-            pair = [[100 * run[f"recall_{length}"] for run in runs] for runs in (ntp, found)]
+        if label != "NTP" and len(trials) == len(ntp):
+            pair = [[100 * run[f"recall_{length}"] for run in runs] for runs in (ntp, trials)]
             test = _paired(*pair)
             row[f"recall {length} - NTP's, points"] = (
                 f"{test['difference']} (p {test['p, by seed']})"
@@ -221,13 +223,13 @@ def _signals(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[di
     """How much of a batch's gradient is not noise: a row an estimator, columns for each model."""
     rows: dict[str, dict[str, str]] = {}
     for title, signals in models.items():
-        for name, found in signals.items():
+        for name, signal in signals.items():
             row = rows.setdefault(name, {"gradient of a batch, base model": name})
             for label, share in (("signal", "signal"), ("same documents", "same_documents")):
-                error = found[f"{share}_error"]
-                row[f"{title}: {label}, %"] = f"{100 * found[share]:.1f} ({100 * error:.1f})"
-            row[f"{title}: norm"] = f"{found['norm_ratio']:.3g}"
-            row[f"{title}: cosine"] = f"{found['cosine']:+.3f}"
+                error = signal[f"{share}_error"]
+                row[f"{title}: {label}, %"] = f"{100 * signal[share]:.1f} ({100 * error:.1f})"
+            row[f"{title}: norm"] = f"{signal['norm_ratio']:.3g}"
+            row[f"{title}: cosine"] = f"{signal['cosine']:+.3f}"
     return list(rows.values())
 
 
@@ -280,7 +282,7 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _plot(workdir: Path, plan: Plan, models: Sequence[str]) -> None:
+def _plot(workdir: Path, plan: StudyPlan, models: Sequence[str]) -> None:
     figure, axes = new_figure(len(models), 4, (19, 4.2 * len(models)))
     for name, (base, loss, recall, reward) in zip(models, axes, strict=True):
         results = _Results(workdir / name, plan)

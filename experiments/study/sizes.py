@@ -11,7 +11,7 @@ MODELS = ("deltanet", "lact")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """The study in one form.
 
     rates: to choose from; answer_rates: of post-training. ablations: names; None: all.
@@ -73,6 +73,6 @@ _SMALL = dataclasses.replace(
     curve_points=2,
 )
 SIZES = {
-    "full": Plan(_FULL, 5, 3, (1e-4, 3e-4, 1e-3), (3e-4, 1e-3)),
-    "small": Plan(_SMALL, 2, 1, (1e-3,), (1e-3,), ("reward=binary",)),
+    "full": StudyPlan(_FULL, 5, 3, (1e-4, 3e-4, 1e-3), (3e-4, 1e-3)),
+    "small": StudyPlan(_SMALL, 2, 1, (1e-3,), (1e-3,), ("reward=binary",)),
 }

@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sizes import MODELS, SIZES, Plan
+from sizes import MODELS, SIZES, StudyPlan
 
 from refine_jax.base.files import path_flag, write_bytes, write_text
 from refine_jax.presets import PRESETS
@@ -90,7 +90,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 TUNING_SEED = 1000
 
 
-class Records:
+class ResultStore:
     """Results of runs as JSON files, parameters beside them; a finished run is not repeated."""
 
     def __init__(self, folder: Path):
@@ -127,22 +127,22 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class StudyStart:
     """What the runs of one model start from.
 
     base: parameters of the pre-trained model. settings: what made it, and the study's sizes.
     """
 
     lab: Lab
-    records: Records
+    records: ResultStore
     base: Any
     settings: dict[str, Any]
 
 
-def begin(name: str, plan: Plan, workdir: Path) -> Start:
+def begin(name: str, plan: StudyPlan, workdir: Path) -> StudyStart:
     """Pre-train one model, unless that is done."""
     import jax
-    from corpus import Corpus, train_vocabulary
+    from corpus import FactCorpus, train_vocabulary
     from lab import Lab
 
     # Programs recur when a study goes on.
@@ -151,8 +151,8 @@ def begin(name: str, plan: Plan, workdir: Path) -> Start:
     vocabulary = workdir / "vocabulary.model"
     if not vocabulary.is_file():
         train_vocabulary(vocabulary, sizes.vocabulary)
-    lab = Lab(name, sizes, Corpus(vocabulary))
-    records = Records(workdir / name)
+    lab = Lab(name, sizes, FactCorpus(vocabulary))
+    records = ResultStore(workdir / name)
     made_of = {
         "fields": sizes.fields[name],
         "vocabulary": sizes.vocabulary,
@@ -165,10 +165,10 @@ def begin(name: str, plan: Plan, workdir: Path) -> Start:
     records.get("base", made_of, lab.pretrain)
     own = {"fields": {}, "pretrain": {}, "repeated": {}, "pretrain_rate": {}}  # in `made_of`
     settings = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
-    return Start(lab, records, records.params("base", lab.model.abstract_params()), settings)
+    return StudyStart(lab, records, records.params("base", lab.model.abstract_params()), settings)
 
 
-def measure_signals(start: Start) -> None:
+def measure_signals(start: StudyStart) -> None:
     """How much of the gradient of each of ESTIMATORS is signal, in the base model."""
     from refine_jax.config import RefineConfig
 
@@ -183,7 +183,7 @@ def measure_signals(start: Start) -> None:
         start.records.get(f"share-{name}", start.settings | dataclasses.asdict(config), measure)
 
 
-def study(name: str, plan: Plan, workdir: Path) -> None:
+def study(name: str, plan: StudyPlan, workdir: Path) -> None:
     """All runs of one model, in an order in which each finds what it starts from."""
     from lab import POSTTRAINING, TUNE
 

@@ -64,13 +64,13 @@ def read_arrays(
         beside = dict(metadata.custom_metadata.get(_DIGESTS, {}))  # versions before saved none
     except Exception as error:  # Orbax lets through whatever its parsers and drivers raise.
         raise damaged(folder, error, fix) from None
-    for path, found in (digests or {}).items():
-        if beside.get(epath.Path(path).name, found) == found:
+    for path, known in (digests or {}).items():
+        if beside.get(epath.Path(path).name, known) == known:
             continue
         if epath.Path(path).parent == folder.parent:
             raise damaged(path, "it is not the one that was saved", fix)
         raise CheckpointError(
-            f"{path} {'is missing' if found is None else 'was changed'}: {folder.parent} was saved "
+            f"{path} {'is missing' if known is None else 'was changed'}: {folder.parent} was saved "
             "with another one, which decides what it computes. Put that back from a copy."
         )
     wrong = differences({name: tuple(leaf.shape) for name, leaf in abstract.items()}, shapes)
@@ -88,8 +88,8 @@ def read_arrays(
                     partial_restore=True,
                 ),
             )
-        found = fingerprints(arrays)
-        changed = [name for name in arrays if found[name] != recorded.get(name)]
+        actual = fingerprints(arrays)
+        changed = [name for name in arrays if actual[name] != recorded.get(name)]
     except Exception as error:
         raise damaged(folder, error, fix) from None
     if changed:

@@ -176,10 +176,10 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
             raise CheckpointError(f"{path} is {what}, or holds it: it is not overwritten.")
     if path.is_mount():
         raise CheckpointError(f"{path} is a mount point: it is not overwritten.")
-    found = [name for name in _OF_RUN if os.path.lexists(path / name)]
-    if found:
+    files = [name for name in _OF_RUN if os.path.lexists(path / name)]
+    if files:
         raise CheckpointError(
-            f"{path} holds a training run ({', '.join(found)}): it is not overwritten. Choose "
+            f"{path} holds a training run ({', '.join(files)}): it is not overwritten. Choose "
             "another name."
         )
     entries = sorted(path.iterdir())

@@ -187,15 +187,15 @@ def _describe(
     weights: WeightFiles, folder: Path, config: ModelConfig
 ) -> tuple[dict[str, _Stored], list[str], list[str]]:
     """The tensors by published name, lines on those that are left out, and lines on faults."""
-    found: list[_Stored] = []
+    entries: list[_Stored] = []
     for file in weights.files:
         with weights.open(file) as opened:
-            found += [_Stored(file, name, *what) for name, what in opened.describe().items()]
-    prefix = _common_prefix(entry.stored_name for entry in found)
+            entries += [_Stored(file, name, *what) for name, what in opened.describe().items()]
+    prefix = _common_prefix(entry.stored_name for entry in entries)
     stored: dict[str, _Stored] = {}
     unused: dict[str, int] = {}
     wrong = []
-    for entry in found:
+    for entry in entries:
         name = _without_wrappers(entry.stored_name).removeprefix(prefix)
         reason = _why_unused(name, config)
         if reason:
@@ -203,14 +203,14 @@ def _describe(
             unused[kind] = unused.get(kind, 0) + 1
         elif name in stored:
             both = [stored[name], entry]
-            places = [f"{each.stored_name} in {each.file.relative_to(folder)}" for each in both]
+            places = [f"{entry.stored_name} in {entry.file.relative_to(folder)}" for entry in both]
             wrong.append(f"{name}: there twice, {' and '.join(places)}")
         else:
             stored[name] = entry
-    absent = weights.listed - {entry.stored_name for entry in found}
+    absent = weights.listed - {entry.stored_name for entry in entries}
     wrong += [f"{name}: named by the index, in no file" for name in sorted(absent)]
     lines = [f"tensors {kind}, {count} of them" for kind, count in unused.items()]
-    marks = {part for entry in found for part in entry.stored_name.split(".")} & _WRAPPERS
+    marks = {part for entry in entries for part in entry.stored_name.split(".")} & _WRAPPERS
     marks |= {prefix.rstrip(".")} - {""}
     lines += [f"the part {mark!r} of tensors' names" for mark in sorted(marks)]
     return stored, [_printable(line) for line in lines], wrong

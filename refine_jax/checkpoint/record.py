@@ -18,7 +18,7 @@ from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 _DIGEST = "digest"
 
 
-class Run(NamedTuple):
+class RunRecord(NamedTuple):
     """What run.json says.
 
     best_metric, best_mode: which checkpoint is best ("min" or "max" of a figure; None: none is).
@@ -37,7 +37,7 @@ def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
     write_text(Path(folder) / RUN, text)
 
 
-def read_run(folder: Path, *, verify: bool = False) -> Run:
+def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
     """What run.json says; every field of the right type.
 
     verify: also compare its digest. Versions before had none.
@@ -60,7 +60,7 @@ def read_run(folder: Path, *, verify: bool = False) -> Run:
             f"{path} is not as the run wrote it: it was changed or damaged. Put it back from a "
             f'copy; if what it says is right, remove the line "{_DIGEST}" in it.'
         )
-    return Run(get("best_metric", str), mode, get("config", dict, {}))
+    return RunRecord(get("best_metric", str), mode, get("config", dict, {}))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -88,15 +88,15 @@ def digest(value: Any) -> str:
 
 def file_digests(folder: Path) -> dict[str, str | None]:
     """Digests of the model's description in a folder, by file; None for one that is not there."""
-    found: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
+    digests: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
     for name in TOKENIZERS:
         path = Path(folder) / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            found[name] = None
+            digests[name] = None
             continue
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}.") from None
-        found[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
-    return found
+        digests[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digests

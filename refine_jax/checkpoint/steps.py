@@ -39,11 +39,11 @@ class Steps(NamedTuple):
 
 def find_steps(folder: str | os.PathLike) -> Steps:
     """The steps in a checkpoint folder; none if there is no such folder."""
-    found = Steps([], [], [], [])
+    steps = Steps([], [], [], [])
     try:
         numbers = sorted(int(n) for n in os.listdir(folder) if _NUMBER.fullmatch(n))
     except (FileNotFoundError, NotADirectoryError):
-        return found
+        return steps
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}.") from None
     for number in numbers:
@@ -51,19 +51,19 @@ def find_steps(folder: str | os.PathLike) -> Steps:
         try:
             names = set(os.listdir(path))
         except (FileNotFoundError, NotADirectoryError):  # deleted just now; a file; a link to none
-            found.other.append(number)
+            steps.other.append(number)
         except OSError:
-            found.broken.append(number)
+            steps.broken.append(number)
         else:
             if names >= {_FINISHED, STATE, DATA}:
-                found.saved.append(number)
+                steps.saved.append(number)
                 if path.is_symlink():
-                    found.linked.append(number)
+                    steps.linked.append(number)
             elif not names or names & {_FINISHED, STATE, DATA, METRICS}:
-                found.broken.append(number)
+                steps.broken.append(number)
             else:
-                found.other.append(number)
-    return found
+                steps.other.append(number)
+    return steps
 
 
 def check_newest(folder: str | os.PathLike, steps: Steps) -> None:

@@ -85,11 +85,11 @@ def typed_leaf(data: jax.Array, like: Any) -> jax.Array:
 @functools.cache
 def _key_impl(shape: tuple[int, ...], dtype: Any) -> Any:
     # jax.random.key_impl takes arrays and tracers, not abstract values.
-    found = []
+    kinds = []
     jax.eval_shape(
-        lambda keys: found.append(jax.random.key_impl(keys)), jax.ShapeDtypeStruct(shape, dtype)
+        lambda keys: kinds.append(jax.random.key_impl(keys)), jax.ShapeDtypeStruct(shape, dtype)
     )
-    return found[0]
+    return kinds[0]
 
 
 def fingerprints(named: Mapping[str, Any]) -> dict[str, int]:

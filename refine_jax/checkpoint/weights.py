@@ -53,14 +53,14 @@ def weight_files(folder: Path) -> WeightFiles:
     for name, open_file in ((SAFETENSORS, _open_safetensors), (TORCH, _open_torch)):
         index = contained(folder, name + INDEX)
         if (folder / name).is_file():
-            found = WeightFiles([contained(folder, name)], None, set(), open_file)
+            weights = WeightFiles([contained(folder, name)], None, set(), open_file)
         elif index.is_file():
             shards, tensors = _shards(folder, index)
-            found = WeightFiles(shards, index, tensors, open_file)
+            weights = WeightFiles(shards, index, tensors, open_file)
         else:
             continue
-        _check_fetched(folder, found.files)
-        return found
+        _check_fetched(folder, weights.files)
+        return weights
     raise CheckpointError(
         f"{folder} has no weights: expected {SAFETENSORS} or {TORCH}, or one of them in shards "
         f"with {SAFETENSORS}{INDEX} or {TORCH}{INDEX}."

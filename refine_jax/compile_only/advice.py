@@ -2,76 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.compile_only.chips import GIB
+from refine_jax.compile_only.estimate.chips import GIB
+from refine_jax.compile_only.report import Report
 from refine_jax.models.config import model_config
 from refine_jax.parallel import check_fits
-
-if TYPE_CHECKING:
-    from refine_jax.compile_only.report import Report
 
 # Programs with a backward pass.
 _DIFFERENTIATED = ("update", "ntp_update", "answer_update", "adaptation")
 
+# Bytes that a change saves on a chip, and the change in words.
+Change = tuple[float, str]
+
 
 def advise(report: Report) -> list[str]:
     """Changes that would make the programs smaller; empty where all fit."""
-    failing = [p for p in report.run_programs if not p.get("fits", True) and "error" not in p]
+    failing = report.too_large
     if not failing:
         return []
-    found: list[tuple[float, str]] = []
     worst = max(failing, key=lambda program: program["memory"]["peak"])
-    found += _smaller_state(report)
     training = [p for p in failing if p["name"] not in ("prefill", "decode")]
+    changes = [*_smaller_state(report)]
     if training:
-        found += _fewer_activations(report, training)
-    found += smaller_generation(report, failing)
-    found.sort(key=lambda each: -each[0])
+        changes += _fewer_activations(report, training)
+    changes += _smaller_generation(report, failing)
+    changes.sort(key=lambda change: -change[0])
     over = (worst["memory"]["peak"] - report.topology.chip.hbm) / GIB
     end = f"a larger slice: {worst['name']} needs {over:.2f} GiB more a chip than there is"
-    return [text for _, text in found] + [end]
+    return [text for _, text in changes] + [end]
 
 
-def _smaller_state(report: Report) -> list[tuple[float, str]]:
-    """(bytes saved, what to do) about parameters and optimizer state."""
+def advise_beside(report: Report) -> list[str]:
+    """Changes that would make programs fit that the run is only compared with; empty if all do."""
+    return [text for _, text in _smaller_generation(report, report.too_large_beside)]
+
+
+def _smaller_state(report: Report) -> Iterator[Change]:
+    """Changes of parameters and optimizer state."""
     mesh, facts, config = report.mesh, report.facts, report.config
-    state, found = facts["params"] + facts["optimizer"], []
+    state = facts["params"] + facts["optimizer"]
     others = mesh["data"]
     if others > 1:
         saved = state * (1 - 1 / others)
-        found.append(
-            (
-                saved,
-                f"config.mesh.data=1, config.mesh.fsdp={mesh['fsdp'] * others}: parameters and "
-                f"optimizer state take {saved / GIB:.2f} GiB less a chip",
-            )
+        yield (
+            saved,
+            f"config.mesh.data=1, config.mesh.fsdp={mesh['fsdp'] * others}: parameters and "
+            f"optimizer state take {saved / GIB:.2f} GiB less a chip",
         )
     if config.optimizer.first_moment_dtype is None and config.model.param_dtype == "float32":
         saved = facts["optimizer"] / 4
-        found.append(
-            (
-                saved,
-                "config.optimizer.first_moment_dtype='bfloat16': "
-                f"{saved / GIB:.2f} GiB less a chip",
-            )
+        yield (
+            saved,
+            f"config.optimizer.first_moment_dtype='bfloat16': {saved / GIB:.2f} GiB less a chip",
         )
     if config.model.param_dtype == "float32":
-        found.append(
-            (
-                state / 2,
-                "config.model.param_dtype='bfloat16': parameters, moments and gradients take half "
-                f"({state / 2 / GIB:.2f} GiB less for the first two)",
-            )
+        yield (
+            state / 2,
+            "config.model.param_dtype='bfloat16': parameters, moments and gradients take half "
+            f"({state / 2 / GIB:.2f} GiB less for the first two)",
         )
-    return found
 
 
-def _fewer_activations(report: Report, failing: list[dict]) -> list[tuple[float, str]]:
-    """About the arrays between the layers, and the states of forks."""
-    mesh, config, found = report.mesh, report.config, []
+def _fewer_activations(report: Report, failing: list[dict]) -> Iterator[Change]:
+    """Changes of the arrays between the layers, and of the states of forks."""
+    mesh, config = report.mesh, report.config
     largest = max(failing, key=lambda program: program["memory"]["peak"])
     temporaries = largest["memory"]["temporaries"]
     shared = mesh["data"] * mesh["fsdp"]
@@ -81,30 +77,25 @@ def _fewer_activations(report: Report, failing: list[dict]) -> list[tuple[float,
         section, rows = "train", min(config.train.micro_batch, config.train.mini_batch // shared)
     if rows > 1:
         fewer = rows // 2 * (shared if section == "testtime" else 1)
-        found.append(
-            (
-                temporaries * (1 - rows // 2 / rows),
-                f"config.{section}.micro_batch_size={fewer}: {rows // 2} of {rows} rows a chip at "
-                "a time, and as much less for activations",
-            )
+        yield (
+            temporaries * (1 - rows // 2 / rows),
+            f"config.{section}.micro_batch_size={fewer}: {rows // 2} of {rows} rows a chip at "
+            "a time, and as much less for activations",
         )
     differentiated = [p["memory"]["temporaries"] for p in failing if p["name"] in _DIFFERENTIATED]
     if differentiated and config.model.remat != "full":
-        found.append(
-            (
-                max(differentiated) * 0.6,
-                "config.model.remat='full': a layer keeps only its input for the backward pass "
-                f"(now {config.model.remat!r})",
-            )
+        yield (
+            max(differentiated) * 0.6,
+            "config.model.remat='full': a layer keeps only its input for the backward pass "
+            f"(now {config.model.remat!r})",
         )
     if rows <= 1:
-        found += _shared_rows(report, section, temporaries, largest.get("states", 0))
-    return found
+        yield from _shared_rows(report, section, temporaries, largest.get("states", 0))
 
 
 def _shared_rows(
     report: Report, section: str, temporaries: float, states: float
-) -> list[tuple[float, str]]:
+) -> Iterator[Change]:
     """Twice as many chips for a row, which divide its tokens or its heads.
 
     section: that says how many rows are read at a time. states: bytes of decode states on a chip;
@@ -113,7 +104,7 @@ def _shared_rows(
     mesh, config = report.mesh, report.config
     given = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
     if given is None:
-        return []
+        return
     # Half as many places for rows, but still one row at each.
     if section == "testtime":
         micro_batch, rows = config.testtime.micro_batch, mesh["data"] * mesh["fsdp"] // 2
@@ -125,22 +116,17 @@ def _shared_rows(
     rest = temporaries - held
     whole = ", but have all of the decode states of its forks" if states else ""
     less = f"; decode states of forks take at least {states / 2 / GIB:.2f} GiB less a chip"
-    changes = (
+    for axis, saved, what in (
         ("tensor", held / 2 + rest / 3, f"heads, MLP and vocabulary{less if states else ''}"),
         ("sequence", rest / 2, f"the tokens of a row{whole}"),
-    )
-    found = []
-    for axis, saved, what in changes:
+    ):
         sizes = mesh | {axis: 2 * mesh[axis], given: mesh[given] // 2}
         if _divides(report, sizes):
-            found.append(
-                (
-                    saved,
-                    f"config.mesh.{axis}={sizes[axis]} with {given}={sizes[given]}{fewer}: "
-                    f"{sizes[axis]} chips share {what}",
-                )
+            yield (
+                saved,
+                f"config.mesh.{axis}={sizes[axis]} with {given}={sizes[given]}{fewer}: "
+                f"{sizes[axis]} chips share {what}",
             )
-    return found
 
 
 def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
@@ -153,22 +139,17 @@ def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def smaller_generation(report: Report, failing: list[dict]) -> list[tuple[float, str]]:
-    """About reading prompts and generating."""
-    found, config = [], report.config
+def _smaller_generation(report: Report, failing: list[dict]) -> Iterator[Change]:
+    """Changes of how prompts are read and answered."""
+    config = report.config
     for program in failing:
-        temporaries = program["memory"]["temporaries"]
+        half = program["memory"]["temporaries"] / 2
         if program["name"] == "prefill":
             tokens = config.generation.prefill_tokens // 2
-            found.append(
-                (
-                    temporaries / 2,
-                    f"config.generation.prefill_tokens={tokens}: prompts are read in smaller parts",
-                )
+            yield (
+                half,
+                f"config.generation.prefill_tokens={tokens}: prompts are read in smaller parts",
             )
         if program["name"] == "decode":
             section = "testtime" if config.phase == "testtime" else "evaluate"
-            found.append(
-                (temporaries / 2, f"a smaller config.{section}.batch_size: fewer states at once")
-            )
-    return found
+            yield half, f"a smaller config.{section}.batch_size: fewer states at once"

@@ -17,25 +17,25 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh
 
 from refine_jax.base.errors import ConfigError, UserError
-from refine_jax.compile_only import hlo
-from refine_jax.compile_only.chips import Topology, parse_topology
-from refine_jax.compile_only.cost import Estimator
-from refine_jax.compile_only.flops import count_flops
-from refine_jax.compile_only.kernel_time import KernelTimes
-from refine_jax.compile_only.memory import Memory, read_assignment
-from refine_jax.compile_only.network import Network
+from refine_jax.compile_only.estimate import hlo
+from refine_jax.compile_only.estimate.chips import Topology, parse_topology
+from refine_jax.compile_only.estimate.cost import Estimator
+from refine_jax.compile_only.estimate.flops import count_flops
+from refine_jax.compile_only.estimate.kernel_time import KernelTimes
+from refine_jax.compile_only.estimate.memory import Memory, read_assignment
+from refine_jax.compile_only.estimate.network import Network
 from refine_jax.compile_only.programs import programs_of_run
-from refine_jax.compile_only.run import Program, Run
+from refine_jax.compile_only.programs.run import AbstractRun, Program
 from refine_jax.config import Config
-from refine_jax.kernels.device import compiled_for
 from refine_jax.parallel import make_mesh
 from refine_jax.phases.setup import check_mesh
 
@@ -59,15 +59,26 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         raise ConfigError(f"libtpu cannot describe {topology.name}: {message}") from error
 
 
-def ambient(devices: list[jax.Device], config: Config) -> contextlib.AbstractContextManager:
-    """Trace as on these devices: their mesh is ambient, and kernels see their kind.
+@contextlib.contextmanager
+def tpu_backend() -> Iterator[None]:
+    """Implementations are chosen as where TPUs are the default."""
+    backend = jax.default_backend
+    jax.default_backend = lambda: "tpu"
+    try:
+        yield
+    finally:
+        jax.default_backend = backend
+
+
+def ambient(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Trace as on the devices of a mesh: it is ambient, and kernels see the kind of its devices.
 
     Nothing can be computed inside, only traced.
     """
-    mesh = make_mesh(config.mesh, devices)
     if mesh.size > 1:
         return jax.set_mesh(mesh)
-    described = AbstractDevice(devices[0].device_kind, devices[0].num_cores, platform="tpu")
+    device = mesh.devices.item()
+    described = AbstractDevice(device.device_kind, device.num_cores, platform="tpu")
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=described))
 
 
@@ -132,7 +143,7 @@ def _plan(lowered, dump: Path) -> str:
 
 
 def compile_program(
-    run: Run, name: str, topology: Topology, dump: Path, devices, *, plan: bool = False
+    run: AbstractRun, name: str, topology: Topology, dump: Path, devices, *, plan: bool = False
 ) -> dict:
     """Trace, compile and examine one program. plan: without making code (`_plan`).
 
@@ -204,6 +215,11 @@ def compile_program(
     }
 
 
+def dump_folder() -> Path:
+    """The folder of XLA's dumps, which the process that starts this one names."""
+    return Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
+
+
 def _dumped(dump: Path, compiled) -> str:
     """The optimized HLO: what the compiler dumped after or before it made code."""
     for stage in ("after_codegen", "oom_intermediate_module", "after_optimizations"):
@@ -225,7 +241,7 @@ def _first_line(message: str) -> str:
     return lines[0] if lines else ""
 
 
-def summary(run: Run) -> dict:
+def summary(run: AbstractRun) -> dict:
     """What all programs share: the model, parameters and optimizer state in bytes on a chip."""
     params = run.params
     state = run.state if run.config.phase in ("midtrain", "posttrain", "testtime") else None
@@ -243,11 +259,10 @@ def work(task: dict) -> dict:
     """The figures of a task."""
     config = Config.from_dict(task["config"])
     topology = parse_topology(task["topology"])
-    dump = Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
     devices = devices_of(topology)
-    with compiled_for("tpu"), contextlib.ExitStack() as stack:
-        run = Run(config, devices[0])
-        stack.enter_context(ambient(devices, config))
+    with tpu_backend(), contextlib.ExitStack() as stack:
+        run = AbstractRun(config, devices[0])
+        stack.enter_context(ambient(make_mesh(config.mesh, devices)))
         mesh = jax.sharding.get_abstract_mesh()
         sizes = dict(mesh.shape) if mesh.size > 1 else {}
         if sizes and config.phase in ("midtrain", "posttrain"):
@@ -256,12 +271,12 @@ def work(task: dict) -> dict:
         if task["program"] is None:
             return facts
         plan = task.get("plan", False)
-        found = compile_program(run, task["program"], topology, dump, devices, plan=plan)
-        return found | {"facts": facts}
+        figures = compile_program(run, task["program"], topology, dump_folder(), devices, plan=plan)
+        return figures | {"facts": facts}
 
 
-def main(task_file: str, result_file: str) -> None:
-    """Do the task and write its result."""
+def main(task_file: str, result_file: str, work: Callable[[dict], dict] = work) -> None:
+    """Do the task, by default that of `work`, and write its result."""
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
     try:
         result = work(task)
@@ -269,7 +284,7 @@ def main(task_file: str, result_file: str) -> None:
         result = {"error": "input", "message": str(error)}
     except Exception as error:
         result = {"error": "compile", "message": f"{type(error).__name__}: {error}"}
-        if task["debug"]:
+        if task.get("debug"):
             raise
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
     if task.get("plan"):

@@ -6,6 +6,7 @@ compiler, runs on any Linux machine.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,11 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import check_output, write_text
-from refine_jax.compile_only.chips import parse_topology
+from refine_jax.compile_only.advice import advise, advise_beside
+from refine_jax.compile_only.estimate.chips import Topology, parse_topology
 from refine_jax.compile_only.report import Report, line, text
 from refine_jax.config import Config
 
@@ -51,8 +54,8 @@ def run(
       config: The run.
       topology: The slice, as v5p:4x4x4.
       out: A file for all figures, as JSON.
-      plan: Stop before code is made, which takes most of the time (`cost.py` says how times are
-        estimated then).
+      plan: Stop before code is made, which takes most of the time (`estimate/cost.py` says how
+        times are estimated then).
       debug: Let the processes print where an error came from.
 
     Returns:
@@ -65,23 +68,43 @@ def run(
     if out is not None:
         check_output(out, "--json")
     check_libtpu()
-    task = {"config": config.to_dict(), "topology": slice_.name, "plan": plan, "debug": debug}
-    run_facts = in_child(task | {"program": None})
-    if "error" in run_facts:
-        raise ConfigError(run_facts["message"])
-    report = Report(config, slice_, run_facts, [])
-    print(report.heading(), flush=True)
-    for name in run_facts["programs"]:
-        found = in_child(task | {"program": name}) | {"name": name}
-        found.pop("facts", None)
-        report.programs.append(found)
-        print(line(found, slice_), flush=True)
-    print(text(report), flush=True)
+    say = functools.partial(print, flush=True)
+    report = compile_programs(config, slice_, plan=plan, debug=debug, say=say)
+    advice = advise(report)
+    say(text(report, advice, advise_beside(report)))
     if out is not None:
-        write_text(out, json.dumps(report.to_json(), indent=1) + "\n")
+        write_text(out, json.dumps(report.to_json(advice), indent=1) + "\n")
     if any("error" in program for program in report.run_programs):
         return FAILED
     return 0 if report.fits else NOT_FITTING
+
+
+def compile_programs(
+    config: Config,
+    topology: Topology,
+    names: Iterable[str] | None = None,
+    *,
+    plan: bool = False,
+    debug: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Compile programs of a run, by default all, one after the other; `say` prints their lines.
+
+    Raises:
+      ConfigError: A mesh that the run does not fit.
+    """
+    task = {"config": config.to_dict(), "topology": topology.name, "plan": plan, "debug": debug}
+    facts = in_child(task | {"program": None})
+    if "error" in facts:
+        raise ConfigError(facts["message"])
+    report = Report(config, topology, facts, [])
+    say(report.heading())
+    for name in facts["programs"] if names is None else names:
+        program = in_child(task | {"program": name}) | {"name": name}
+        program.pop("facts", None)
+        report.programs.append(program)
+        say(line(program, topology))
+    return report
 
 
 def check_libtpu() -> None:
@@ -97,15 +120,32 @@ def check_libtpu() -> None:
         )
 
 
-def in_child(task: dict) -> dict:
-    """What `child.py` makes of a task."""
+def in_child(
+    task: dict,
+    program: tuple[str, ...] = (sys.executable, "-m", "refine_jax.compile_only.child"),
+    *,
+    environment: Mapping[str, str] = os.environ,
+    timeout: float | None = None,
+) -> dict:
+    """Returns what a process of its own makes of a task: JSON, or {"error", "message"}.
+
+    program: command line of the process, to which files for task and result are added (`child.py`).
+    environment: its variables, to which those are added that libtpu needs. timeout: in seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("task.json", "result.json")]
         files[0].write_text(json.dumps(task), encoding="utf-8")
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}/hlo".strip()
-        environment = {**os.environ, **_ENVIRONMENT, "XLA_FLAGS": flags}
-        command = [sys.executable, "-m", "refine_jax.compile_only.child", *map(str, files)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                [*program, *map(str, files)],
+                env={**environment, **_ENVIRONMENT, "XLA_FLAGS": flags},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": "compile", "message": f"no result after {timeout:.0f} s"}
         if files[1].exists():
             return json.loads(files[1].read_text(encoding="utf-8"))
     ended = f"exit code {done.returncode}"

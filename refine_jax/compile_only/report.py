@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from refine_jax.compile_only.advice import advise, smaller_generation
-from refine_jax.compile_only.chips import GIB, Topology
+from refine_jax.compile_only.estimate.chips import GIB, Topology
 from refine_jax.config import Config
 
 _SHOWN_BUFFERS = 5
@@ -27,6 +26,16 @@ class Report:
     def run_programs(self) -> list[dict]:
         """The programs that the run itself needs."""
         return [program for program in self.programs if not program.get("compared")]
+
+    @property
+    def too_large(self) -> list[dict]:
+        """The programs of the run that compile and do not fit."""
+        return [p for p in self.run_programs if not p.get("fits", True) and "error" not in p]
+
+    @property
+    def too_large_beside(self) -> list[dict]:
+        """The programs that would not fit, though the run does without them."""
+        return [p for p in self.programs if p.get("compared") and not p["fits"]]
 
     @property
     def fits(self) -> bool:
@@ -51,16 +60,16 @@ class Report:
         """
         steps = [program for program in self.run_programs if program.get("runs")]
         seconds = _total(steps, "seconds")
-        found = {"seconds": seconds, "tokens_per_second": None, "mfu": None}
+        estimates = {"seconds": seconds, "tokens_per_second": None, "mfu": None}
         if seconds:
             operations = sum(program["runs"] * program["model_flops"] for program in steps)
-            found["tokens_per_second"] = self.tokens / seconds
-            found["mfu"] = operations / seconds / self.topology.chip.flops
+            estimates["tokens_per_second"] = self.tokens / seconds
+            estimates["mfu"] = operations / seconds / self.topology.chip.flops
         ntp = [p | {"runs": 1} for p in self.programs if p["name"] == "ntp_update"]
-        found["ntp_seconds"] = _total(ntp, "seconds")
-        known = seconds and found["ntp_seconds"] and self.config.phase == "midtrain"
-        found["ratio"] = seconds / found["ntp_seconds"] if known else None
-        return found
+        estimates["ntp_seconds"] = _total(ntp, "seconds")
+        known = seconds and estimates["ntp_seconds"] and self.config.phase == "midtrain"
+        estimates["ratio"] = seconds / estimates["ntp_seconds"] if known else None
+        return estimates
 
     def heading(self) -> str:
         """What is compiled for what."""
@@ -74,8 +83,8 @@ class Report:
             f"({self.config.model.param_dtype})"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures."""
+    def to_json(self, advice: list[str]) -> dict[str, Any]:
+        """All figures, and what would help a run that does not fit (`advice.advise`)."""
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
@@ -86,7 +95,7 @@ class Report:
             "fits": self.fits,
             "step": self.step(),
             "programs": self.programs,
-            "advice": advise(self),
+            "advice": advice,
         }
 
 
@@ -140,8 +149,12 @@ def line(program: dict, topology: Topology) -> str:
     )
 
 
-def text(report: Report) -> str:
-    """Everything else, after the lines of the programs."""
+def text(report: Report, advice: list[str], compared_advice: list[str]) -> str:
+    """Returns everything else, which is printed after the lines of the programs.
+
+    advice: changes that would make the run fit. compared_advice: changes that would make the
+    programs fit that are only compared with.
+    """
     parts = [_details(program) for program in report.programs if "error" not in program]
     step = report.step()
     if step["seconds"] is not None:
@@ -162,21 +175,15 @@ def text(report: Report) -> str:
         parts.append(f"fits {report.topology.name}")
     else:
         names = [program["name"] for program in report.run_programs if not program["fits"]]
-        advice = "\n".join(f"  {each}" for each in advise(report))
+        changes = "\n".join(f"  {change}" for change in advice)
         parts.append(
-            f"does not fit {report.topology.name}: {', '.join(names)}. What would help:\n{advice}"
+            f"does not fit {report.topology.name}: {', '.join(names)}. What would help:\n{changes}"
         )
-    return "\n".join(["", *parts, *_too_large_beside(report)])
-
-
-def _too_large_beside(report: Report) -> list[str]:
-    """A line about what would not fit, though the run does not need it; none if all does."""
-    failing = [p for p in report.programs if p.get("compared") and not p["fits"]]
-    if not failing:
-        return []
-    names = ", ".join(program["name"] for program in failing)
-    hints = [text for _, text in smaller_generation(report, failing)]
-    return ["; ".join([f"not a part of the run, and too large for this slice: {names}", *hints])]
+    if report.too_large_beside:
+        names = ", ".join(program["name"] for program in report.too_large_beside)
+        beside = f"not a part of the run, and too large for this slice: {names}"
+        parts.append("; ".join([beside, *compared_advice]))
+    return "\n".join(["", *parts])
 
 
 def _details(program: dict) -> str:
@@ -186,7 +193,8 @@ def _details(program: dict) -> str:
     note = _BESIDE if program["compared"] else ""
     sent = program["collectives"]
     transfers = ", ".join(
-        f"{kind} {each['count']:,} x, {amount(each['bytes'], 'B')}" for kind, each in sent.items()
+        f"{kind} {figures['count']:,} x, {amount(figures['bytes'], 'B')}"
+        for kind, figures in sent.items()
     )
     lines = [
         f"{program['name']}: {program['meaning']}{runs}{note}",

@@ -26,7 +26,7 @@ from absl import flags
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import json_field, short
 from refine_jax.data.options import SPLITS, DataOptions
-from refine_jax.data.rows import Rows, make_rows
+from refine_jax.data.rows import DocumentRows, make_rows
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
 
@@ -64,7 +64,9 @@ class Corpus:
             self._tokens.lengths, self._tokens.hashes, self.options, split
         )
         statistics = dataclasses.replace(statistics, unread=dict(self._tokens.dropped))
-        rows = Rows(self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id)
+        rows = DocumentRows(
+            self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id
+        )
         return Dataset(rows, statistics, self.options, split, batch_size, share)
 
 

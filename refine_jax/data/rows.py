@@ -111,7 +111,7 @@ class RowTable:
         return digest.hexdigest()
 
 
-class Rows:
+class DocumentRows:
     """The rows of a split by index: {"tokens": [T] int32, "segments": [T] int32}.
 
     Segments count the documents of a row from 1; 0 is padding, which stands at the end. All epochs

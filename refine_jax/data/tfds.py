@@ -104,10 +104,10 @@ def open_tfds(
                 "NAME/CONFIG or NAME/CONFIG:1.0.0. Community data sets and arguments of builders "
                 "are not supported."
             )
-        return Opened(builder, Records(builder, split))
+        return Opened(builder, TfdsExamples(builder, split))
 
 
-class Records(Sequence[Mapping[str, Any]]):
+class TfdsExamples(Sequence[Mapping[str, Any]]):
     """The examples of a split. Another process opens the folder again, and checks it again."""
 
     def __init__(self, builder: Any, split: str) -> None:
@@ -128,9 +128,9 @@ class Records(Sequence[Mapping[str, Any]]):
         return _open_records, (self._folder, self._split)
 
 
-def _open_records(folder: str, split: str) -> Records:
+def _open_records(folder: str, split: str) -> TfdsExamples:
     with _one_message(folder, split):
-        return Records(_from_folder(Path(folder)), split)
+        return TfdsExamples(_from_folder(Path(folder)), split)
 
 
 @contextlib.contextmanager

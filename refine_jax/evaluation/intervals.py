@@ -12,10 +12,9 @@ comes from some samples being harder, and cancels.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy import stats
 
 LEVEL = 0.95
 # So many differences other than 0 are flipped in all ways; of more, so many random flips are taken.
@@ -72,13 +71,8 @@ def interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
     values = _checked(scores)
     count, mean = len(values), float(values.mean())
     if _is_binary(values):
-        # E. B. Wilson (1927): the p for which the observed mean is z standard errors away.
-        z = NormalDist().inv_cdf((1 + level) / 2)
-        centre = (mean + z**2 / (2 * count)) / (1 + z**2 / count)
-        spread = math.sqrt(mean * (1 - mean) / count + z**2 / (4 * count**2)) * z
-        half = spread / (1 + z**2 / count)
-        # At 0 and 1 a bound is the mean itself, which rounding may miss.
-        low, high = min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
+        found = stats.binomtest(int(values.sum()), count)
+        low, high = map(float, found.proportion_ci(level, method="wilson"))
         return Interval(mean, low, high, count, "wilson")
     low, high = _student(values, level)
     return Interval(mean, max(0.0, low), min(1.0, high), count, "t")
@@ -132,10 +126,9 @@ def _is_binary(values: np.ndarray) -> bool:
 
 def _student(values: np.ndarray, level: float) -> tuple[float, float]:
     """Return the interval of a mean; one value alone says nothing about it."""
-    count = len(values)
-    if count == 1:
+    if len(values) == 1:
         return -math.inf, math.inf
-    half = stdtrit(count - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(count)
+    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -143,8 +136,7 @@ def _mcnemar(differences: np.ndarray) -> float:
     """Return the exact two-sided probability of a split as uneven among the pairs that differ."""
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     pairs = better + worse
-    tail = sum(math.comb(pairs, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**pairs)
+    return float(stats.binomtest(better, pairs).pvalue) if pairs else 1.0
 
 
 def _sign_flip(differences: np.ndarray, seed: int) -> float:

@@ -135,11 +135,11 @@ def _words(text: str) -> list[str]:
 
 
 def _f1(text: str, answer: str) -> float:
-    found, wanted = _words(text), _words(answer)
-    common = (Counter(found) & Counter(wanted)).total()
+    given, wanted = _words(text), _words(answer)
+    common = (Counter(given) & Counter(wanted)).total()
     if common == 0:
         return 0.0
-    precision, recall = common / len(found), common / len(wanted)
+    precision, recall = common / len(given), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -179,22 +179,22 @@ def _lcs_words(left: list[str], right: list[str]) -> set[str]:
         for j, other in enumerate(right):
             row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
         rows.append(row)
-    found = set()
+    common = set()
     i, j = len(left), len(right)
     while i and j:
         if left[i - 1] == right[j - 1]:
             i, j = i - 1, j - 1
-            found.add(left[i])
+            common.add(left[i])
         elif rows[i - 1][j] > rows[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common
 
 
 def _class_score(text: str, answer: str) -> float:
-    found = [name for name in TREC_CLASSES if name in text]
-    return 1.0 / len(found) if answer in found else 0.0
+    names = [name for name in TREC_CLASSES if name in text]
+    return 1.0 / len(names) if answer in names else 0.0
 
 
 def _code_line(response: str) -> str:

@@ -102,7 +102,7 @@ def load_questions(
     order = sorted(
         range(len(requests)), key=lambda i: is_built(requests[i][0].name, requests[i][2]["data"])
     )
-    found: dict[int, list[Question]] = {}
+    groups: dict[int, list[Question]] = {}
     missing: list[NoExamplesError] = []
     for number in tqdm(order, desc="sets", unit="set", disable=None):
         task, length, sources = requests[number]
@@ -123,16 +123,16 @@ def load_questions(
             continue
         set_name = task.name if length is None else f"{task.name}/{length}"
         prompts = tokenizer.encode_batch([example.prompt for example in examples], bos=bos)
-        found[number] = [
+        groups[number] = [
             _question(example, ids, set_name, metric, max_new_tokens, config, tokenizer)
             for example, ids in zip(examples, prompts, strict=True)
         ]
-    if missing and not found:
+    if missing and not groups:
         wanted = "" if len(missing) == 1 else f" Nor of {', '.join(x.wanted for x in missing[1:])}."
         raise DataError(f"{missing[0]}{wanted}")
     if missing:
         report(f"{missing[0].data} lacks {', '.join(x.wanted for x in missing)}: left out")
-    return [question for number in sorted(found) for question in found[number]]
+    return [question for number in sorted(groups) for question in groups[number]]
 
 
 def digest(questions: Sequence[Question]) -> str:
@@ -140,7 +140,7 @@ def digest(questions: Sequence[Question]) -> str:
 
     It does not depend on where the files of a set are.
     """
-    found = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.blake2b(digest_size=16)
     for question in questions:
         fields = (
             question.name,
@@ -150,8 +150,8 @@ def digest(questions: Sequence[Question]) -> str:
             question.metric,
             question.example.answers,
         )
-        found.update(json.dumps(fields).encode())
-    return found.hexdigest()
+        hasher.update(json.dumps(fields).encode())
+    return hasher.hexdigest()
 
 
 def _sources(config: EvaluateConfig, task: Task, essays: Essays | None) -> dict[str, Any]:

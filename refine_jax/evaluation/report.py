@@ -47,16 +47,16 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 def summarize_set(records: Sequence[Record]) -> dict[str, Any]:
     """Mean score of one task and length with its interval, and what the prompts were like."""
     first = records[0]
-    found = interval([record["score"] for record in records])
+    score = interval([record["score"] for record in records])
     return {
         "task": first["task"],
         "length": _length(first),
         "metric": first["metric"],
-        "mean": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "interval": found.method,
-        "samples": found.samples,
+        "mean": score.mean,
+        "low": score.low,
+        "high": score.high,
+        "interval": score.method,
+        "samples": score.samples,
         "prompt_tokens": statistics.fmean(record["prompt_tokens"] for record in records),
         "prompts_cut": sum(record["cut_tokens"] > 0 for record in records),
         "tokens_cut": sum(record["cut_tokens"] for record in records),
@@ -143,18 +143,18 @@ def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> Dep
 
     A needle counts as found if its own answer is part of the response (case aside).
     """
-    found: dict[tuple[int, int], list[bool]] = {}
+    hits: dict[tuple[int, int], list[bool]] = {}
     for record in records:
         depths, length = _depths(record), _length(record)
         if record["task"] != task or length is None:
             continue
         for depth, answer in zip(depths, record["answers"], strict=False):
             place = min(int(depth * bins / 100), bins - 1)
-            found.setdefault((length, place), []).append(contains(record["response"], answer))
-    if not found:
+            hits.setdefault((length, place), []).append(contains(record["response"], answer))
+    if not hits:
         return None
-    lengths = sorted({length for length, _ in found})
-    cells = [[found.get((length, place), []) for place in range(bins)] for length in lengths]
+    lengths = sorted({length for length, _ in hits})
+    cells = [[hits.get((length, place), []) for place in range(bins)] for length in lengths]
     return DepthRecall(
         lengths,
         [100 * (place + 1) // bins for place in range(bins)],

@@ -291,12 +291,12 @@ def _record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any
 
     def parse(line: bytes) -> dict[str, Any]:
         record = parse_object(line, "it", DataError)
-        found = {name: get(record, name, kind) for name, kind in FIELDS.items()}
-        missing = [name for name in required if found[name] is None]
+        fields = {name: get(record, name, kind) for name, kind in FIELDS.items()}
+        missing = [name for name in required if fields[name] is None]
         if missing:
             raise DataError(f"it has no {', '.join(missing)}")
-        if not 0 <= (found["score"] or 0) <= 1:
-            raise DataError(f"score must be from 0 to 1. Got: {short(found['score'])}")
+        if not 0 <= (fields["score"] or 0) <= 1:
+            raise DataError(f"score must be from 0 to 1. Got: {short(fields['score'])}")
         costs = get(record, "adapt", dict)
         for name in _COSTS if costs is not None else ():
             if get(costs, name, (float, bool)) is None:

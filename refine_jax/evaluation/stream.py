@@ -56,17 +56,17 @@ class Reader:
         rows, count = tokens.shape[0], tokens.shape[1] - 1
         if state is None:
             state = self._begin(self._params, rows)
-        found: list[tuple[jax.Array, jax.Array]] = []
+        pending: list[tuple[jax.Array, jax.Array]] = []
         results = []
         for start in range(0, count, self.block):
             part = np.zeros((rows, self.block + 1), np.int32)
             taken = tokens[:, start : start + self.block + 1]
             part[:, : taken.shape[1]] = taken  # causal: what follows the end changes nothing before
             *stats, state = self._step(self._params, state, part)
-            found.append(stats)
-            if len(found) > 1:  # one block ahead of the device, no more
-                results.append(jax.device_get(found.pop(0)))
-        results += jax.device_get(found)
+            pending.append(stats)
+            if len(pending) > 1:  # one block ahead of the device, no more
+                results.append(jax.device_get(pending.pop(0)))
+        results += jax.device_get(pending)
         nll, correct = (np.concatenate(x, axis=1)[:, :count] for x in zip(*results, strict=True))
         if not np.isfinite(nll).all():
             raise not_finite(f"after {int(np.argmin(np.isfinite(nll).all(axis=0))) + 1} tokens")

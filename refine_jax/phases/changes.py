@@ -160,9 +160,9 @@ class Changes:
     def _of_this_start(self) -> tuple[Mapping[str, Any], ...]:
         return self.made[len(self.made) - self.new :]
 
-    def _with(self, found: Iterable[tuple[str, Any, Any]]) -> "Changes":
+    def _with(self, edits: Iterable[tuple[str, Any, Any]]) -> "Changes":
         made = [
-            {"step": self.step, "setting": name, "from": was, "to": now} for name, was, now in found
+            {"step": self.step, "setting": name, "from": was, "to": now} for name, was, now in edits
         ]
         return dataclasses.replace(self, made=(*self.made, *made), new=self.new + len(made))
 
@@ -226,9 +226,9 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
             f"steps={config.train.steps}, done: {changes.step}. Set at least as many, or choose "
             "another --workdir."
         )
-    found = list(_differences(before, config))
+    edits = list(_differences(before, config))
     refused, offered = [], list(allowed)
-    for name, was, now in found:
+    for name, was, now in edits:
         why = _why_never(name, before, config)
         if why is None and name in allowed:
             continue
@@ -251,7 +251,7 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
                 f"--allow_change={','.join(offered)}"
             )
         raise ConfigError(message)
-    return changes._with(found)
+    return changes._with(edits)
 
 
 def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None]:

@@ -35,7 +35,6 @@ from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.transformer import Model, Params
-from refine_jax.monitor import write_results
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
@@ -45,12 +44,13 @@ from refine_jax.phases.setup import (
     prepare_model,
 )
 from refine_jax.refine.adapt import Adapter, row_length
+from refine_jax.report.metrics import write_results
 
 RECORD = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class EvaluationParts:
     """What an evaluation is made of; nothing of it is written yet.
 
     record: all that its predictions depend on, as JSON values. notes: what of its data was left
@@ -66,7 +66,7 @@ class Parts:
     notes: Sequence[str] = ()
 
 
-def prepare(config: Config, workdir: Path) -> Parts:
+def prepare(config: Config, workdir: Path) -> EvaluationParts:
     """Load and check all that an evaluation needs; read files, write none.
 
     Raises:
@@ -89,7 +89,7 @@ def prepare(config: Config, workdir: Path) -> Parts:
     params = initial_params(model, start, config)
     record = describe(config, model, params, tokenizer, questions)
     check_same_evaluation(record, workdir)
-    return Parts(config, model, params, tokenizer, questions, record, notes)
+    return EvaluationParts(config, model, params, tokenizer, questions, record, notes)
 
 
 def describe(
@@ -193,7 +193,7 @@ def run(config: Config, workdir: str | Path) -> dict:
         return run_parts(parts, workdir, make_answerer(parts), check)
 
 
-def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:
+def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Answerer:
     """What answers the questions; with an `adapter`, its parameters do.
 
     Raises:
@@ -214,7 +214,10 @@ def make_answerer(parts: Parts, adapter: Adapter | None = None) -> Answerer:
 
 
 def run_parts(
-    parts: Parts, workdir: Path, answerer: Answerer, check: Callable[[], None] = lambda: None
+    parts: EvaluationParts,
+    workdir: Path,
+    answerer: Answerer,
+    check: Callable[[], None] = lambda: None,
 ) -> dict:
     """Answer, score and report; see `run`. check: called between groups; raises what ends it."""
     groups = make_groups(parts, answerer.adapter)
@@ -244,7 +247,7 @@ def run_parts(
         return report([predictions.records[q.name] for q in parts.questions], workdir)
 
 
-def make_groups(parts: Parts, adapter: Adapter | None) -> list[list[Question]]:
+def make_groups(parts: EvaluationParts, adapter: Adapter | None) -> list[list[Question]]:
     """The questions that are answered together.
 
     Where questions do not depend on each other, those of a group have rows of one length, which
@@ -259,7 +262,7 @@ def make_groups(parts: Parts, adapter: Adapter | None) -> list[list[Question]]:
     return group_by_length(questions, adapter.group_size, row_length)
 
 
-def introduce(parts: Parts, predictions: Predictions, adapter: Adapter | None) -> None:
+def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter | None) -> None:
     """Say what runs, on what."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.params))
     sizes = sorted({len(question.tokens) for question in parts.questions})

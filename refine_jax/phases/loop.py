@@ -26,14 +26,15 @@ from refine_jax.compiling import Compilations
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
 from refine_jax.models.transformer import Model
-from refine_jax.monitor import Monitor, summarize, table, write_results
 from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.changes import Changes
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import CHECKPOINTS, Start, initial_params
-from refine_jax.plots import plot_training
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
+from refine_jax.report.metrics import summarize, table, write_results
+from refine_jax.report.monitor import Monitor
+from refine_jax.report.plots import plot_training
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -113,8 +114,8 @@ class Loop(abc.ABC):
         check: called between steps; raises what ends the run.
 
         Returns:
-          The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
-          signal name, "step": the last step, which is saved}.
+          The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
+          {"interrupted": signal name, "step": the last step, which is saved}.
 
         Raises:
           CheckpointError: The folder holds another model's checkpoints, or a corrupt one.

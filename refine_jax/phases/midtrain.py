@@ -33,8 +33,8 @@ from refine_jax.phases.setup import (
     rows_at_once,
     training_data,
 )
-from refine_jax.plots import plot_rollouts
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.report.plots import plot_rollouts
 
 OBJECTIVES = {"ntp": "next token", "refine": "ReFINE"}
 
@@ -82,7 +82,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
         "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
     Returns:
-      The figures of `refine_jax.monitor.summarize`. After SIGTERM or SIGINT: {"interrupted":
+      The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT: {"interrupted":
       signal name, "step": the last step, which is saved}.
 
     Raises:

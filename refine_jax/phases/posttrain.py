@@ -238,14 +238,14 @@ class _Loop(Loop):
         for index, batch in enumerate(self.parts.held_out):
             batch = self.place(batch, self.parts.held_out)
             examples, rows = distributed.fetch(batch["example"]), _rows(batch)
-            found, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
+            answered, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
             first = index * len(examples)
             of_prompts, _ = self.prompt_eval(state.params, prompts, self.eval_key, first)
             of_prompts = jax.device_get(of_prompts)
-            found |= {f"prompt_{name}": value for name, value in of_prompts.items()}
-            for name, value in (found | {"score_sum": scores.sum()}).items():
+            answered |= {f"prompt_{name}": value for name, value in of_prompts.items()}
+            for name, value in (answered | {"score_sum": scores.sum()}).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         tokens, rows = sums["token_count"], sums["row_count"]
         figures = {

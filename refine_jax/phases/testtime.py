@@ -12,7 +12,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.parallel import use_mesh
-from refine_jax.phases.evaluate import Parts, make_answerer, prepare, run_parts
+from refine_jax.phases.evaluate import EvaluationParts, make_answerer, prepare, run_parts
 from refine_jax.phases.setup import only_run_in
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.optimizer import make_optimizer
@@ -21,7 +21,7 @@ from refine_jax.refine.optimizer import make_optimizer
 _STREAM = 3
 
 
-def make_adapter(parts: Parts) -> Adapter:
+def make_adapter(parts: EvaluationParts) -> Adapter:
     """What adapts the model to prompts, as the configuration says."""
     config, options = parts.config, parts.config.testtime
     batches, updates = 1, 1

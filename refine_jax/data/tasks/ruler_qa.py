@@ -30,7 +30,7 @@ RULER_QA = {
 
 
 @dataclass(frozen=True)
-class Question:
+class PassageQuestion:
     """A question over passages.
 
     Attributes:
@@ -99,7 +99,7 @@ def _example(
     task: Task,
     index: int,
     number: int,
-    question: Question,
+    question: PassageQuestion,
     passages: Sequence[str],
     length: int,
     tokenizer: Tokenizer,
@@ -138,14 +138,14 @@ def _example(
     )
 
 
-def _prompt(question: Question, numbers: Sequence[int], passages: Sequence[str]) -> str:
+def _prompt(question: PassageQuestion, numbers: Sequence[int], passages: Sequence[str]) -> str:
     context = "\n\n".join(
         f"Document {place}:\n{passages[number]}" for place, number in enumerate(numbers, 1)
     )
     return PROMPTS["hotpotqa"].format(context=context, input=question.text)
 
 
-def _read(task: Task, path: str, setting: str) -> tuple[list[Question], list[str]]:
+def _read(task: Task, path: str, setting: str) -> tuple[list[PassageQuestion], list[str]]:
     """Return the questions and all passages of a file, each passage once."""
     records = Records(record_files(path, setting))
     content: Any = [records[index] for index in range(len(records))]
@@ -177,7 +177,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _read_squad(content: Any, path: str) -> tuple[list[Question], list[str]]:
+def _read_squad(content: Any, path: str) -> tuple[list[PassageQuestion], list[str]]:
     numbers: dict[str, int] = {}
     for article in content["data"]:
         for paragraph in article["paragraphs"]:
@@ -191,11 +191,12 @@ def _read_squad(content: Any, path: str) -> tuple[list[Question], list[str]]:
             for entry in paragraph["qas"]:
                 text, answers = _text(entry["question"]), _answers(entry["answers"], path)
                 if answers and not entry.get("is_impossible"):
-                    questions.append(Question(text, answers, (own,), frozenset((own,)), related))
+                    gold = frozenset((own,))
+                    questions.append(PassageQuestion(text, answers, (own,), gold, related))
     return questions, list(numbers)
 
 
-def _read_hotpotqa(content: Any, path: str) -> tuple[list[Question], list[str]]:
+def _read_hotpotqa(content: Any, path: str) -> tuple[list[PassageQuestion], list[str]]:
     numbers: dict[str, int] = {}
     questions = []
     for entry in content:
@@ -210,5 +211,5 @@ def _read_hotpotqa(content: Any, path: str) -> tuple[list[Question], list[str]]:
                 gold.add(number)
         text, answers = _text(entry["question"]), _answers(entry["answer"], path)
         if answers:
-            questions.append(Question(text, answers, tuple(own), frozenset(gold)))
+            questions.append(PassageQuestion(text, answers, tuple(own), frozenset(gold)))
     return questions, list(numbers)

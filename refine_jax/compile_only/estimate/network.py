@@ -98,8 +98,8 @@ class Network:
 
 def parse_pairs(attributes: str) -> tuple[tuple[int, int], ...]:
     """The pairs of a permutation: source_target_pairs={{0,1},{1,2}}."""
-    found = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
-    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1]) if found else []
+    match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", match[1]) if match else []
     return tuple((int(a), int(b)) for a, b in pairs)
 
 
@@ -110,16 +110,16 @@ def parse_group(attributes: str, devices: int) -> tuple[int, ...]:
     mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, the axes of a mesh that a group lies along.
     """
     _, _, text = attributes.partition("replica_groups=")
-    if found := re.match(r"\{\{([\d,]+)\}", text):
-        return tuple(map(int, found[1].split(",")))
-    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape = _numbers(found[1])
-        return tuple(_range(_numbers(found[2]), _numbers(found[3]))[: shape[-1]])
-    if found := _MESH.match(text):
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])}
+    if match := re.match(r"\{\{([\d,]+)\}", text):
+        return tuple(map(int, match[1].split(",")))
+    if match := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        shape = _numbers(match[1])
+        return tuple(_range(_numbers(match[2]), _numbers(match[3]))[: shape[-1]])
+    if match := _MESH.match(text):
+        sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", match[1])}
         flat = [math.prod(sizes.values())]
-        ids = _range(_numbers(found[2]) or flat, _numbers(found[3]))
-        return _along(ids, sizes, found[4])
+        ids = _range(_numbers(match[2]) or flat, _numbers(match[3]))
+        return _along(ids, sizes, match[4])
     return tuple(range(devices))
 
 

@@ -73,10 +73,10 @@ def _equation(equation, kernels: set[Kernel], known: dict) -> float:
         turns = _turns(params["cond_jaxpr"].jaxpr)
         return turns * _count(params["body_jaxpr"].jaxpr, kernels, _grid(known))
     inner = 0.0
-    for each in _inner(params):
-        same = name != "scan" and len(each.invars) == len(equation.invars)
-        inside = _passed(each, equation.invars, known) if same else _grid(known)
-        inner += _count(each, kernels, inside)
+    for callee in _inner(params):
+        same = name != "scan" and len(callee.invars) == len(equation.invars)
+        inside = _passed(callee, equation.invars, known) if same else _grid(known)
+        inner += _count(callee, kernels, inside)
     if name == "scan":
         return params["length"] * inner
     if name == "shard_map":
@@ -132,18 +132,18 @@ _INTEGER_OPERATIONS = {
 def _evaluate(equation, known: dict) -> None:
     """Note the integer that an equation gives, if it follows from what is known."""
     name = equation.primitive.name
-    found = None
+    integer = None
     if name == "program_id":
-        found = known["place"].get(equation.params["axis"])
+        integer = known["place"].get(equation.params["axis"])
     elif name == "num_programs":
-        found = known["grid"][equation.params["axis"]]
+        integer = known["grid"][equation.params["axis"]]
     elif name in _INTEGER_OPERATIONS:
         values = [_value(var, known) for var in equation.invars]
         negative = name in ("div", "rem") and any(v is None or v < 0 for v in values)
         if None not in values and not negative and 0 not in values[1:] * (name == "div"):
-            found = int(_INTEGER_OPERATIONS[name](*values))
-    if found is not None:
-        known[equation.outvars[0]] = found
+            integer = int(_INTEGER_OPERATIONS[name](*values))
+    if integer is not None:
+        known[equation.outvars[0]] = integer
 
 
 def _value(var, known: dict) -> int | None:
@@ -169,10 +169,10 @@ def _passed(jaxpr, operands, known: dict) -> dict:
 
 def _inner(params) -> Iterator:
     for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            each = getattr(each, "jaxpr", each)
-            if hasattr(each, "eqns"):
-                yield each
+        for callee in value if isinstance(value, tuple | list) else (value,):
+            callee = getattr(callee, "jaxpr", callee)
+            if hasattr(callee, "eqns"):
+                yield callee
 
 
 def _turns(condition) -> int:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from refine_jax.compile_only.generation import adaptation_programs, generation_programs
-from refine_jax.compile_only.run import Program, Run
-from refine_jax.compile_only.training import answer_programs, evaluation, training_programs
+from refine_jax.compile_only.programs.generation import adaptation_programs, generation_programs
+from refine_jax.compile_only.programs.run import AbstractRun, Program
+from refine_jax.compile_only.programs.training import answer_programs, evaluation, training_programs
 
 
-def programs_of_run(run: Run) -> dict[str, Callable[[], Program]]:
+def programs_of_run(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """What makes each program, by name; call it where the devices' mesh is ambient."""
-    phase, found = run.config.phase, {}
+    phase, programs = run.config.phase, {}
     if phase == "midtrain" or (phase == "posttrain" and run.config.posttrain.nested):
-        found |= training_programs(run)
+        programs |= training_programs(run)
     if phase == "posttrain":
-        found |= answer_programs(run)
+        programs |= answer_programs(run)
     if phase in ("midtrain", "posttrain"):
-        found["evaluation"] = lambda: evaluation(run)
+        programs["evaluation"] = lambda: evaluation(run)
     if phase == "testtime":
-        found |= adaptation_programs(run)
-    return found | generation_programs(run)
+        programs |= adaptation_programs(run)
+    return programs | generation_programs(run)

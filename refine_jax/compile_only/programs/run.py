@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
-from refine_jax.compile_only.flops import forward_flops
+from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
 from refine_jax.phases.setup import Start, load_start, make_model
@@ -59,10 +59,10 @@ def describe_model(config: Config) -> Start:
     """
     if config.model.checkpoint is not None:
         folder = Path(config.model.checkpoint)
-        for found in (folder / "checkpoints" / CONFIG, folder / CONFIG):
-            if found.is_file():
-                text = read_text(found, CheckpointError)
-                fields = parse_object(text, found, CheckpointError)
+        for file in (folder / "checkpoints" / CONFIG, folder / CONFIG):
+            if file.is_file():
+                text = read_text(file, CheckpointError)
+                fields = parse_object(text, file, CheckpointError)
                 return Start(fields, text, None, {}, None)
         if "model_type" not in (config.model.fresh or {}):
             raise ConfigError(
@@ -129,11 +129,11 @@ class Shapes:
         return self.copies(jax.ShapeDtypeStruct((), dtype))
 
 
-class Run:
+class AbstractRun:
     """The model of a configuration, and its arrays.
 
     device: one of those that are compiled for. Arrays are placed on the ambient mesh, under which a
-    Run itself cannot be made where its devices are not there.
+    run itself cannot be made where its devices are not there.
     """
 
     def __init__(self, config: Config, device: jax.Device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from refine_jax.compile_only.hlo import Module
+from refine_jax.compile_only.estimate.hlo import Module
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(.*?):?$")
 _VALUE = re.compile(
@@ -50,8 +50,8 @@ def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
     slots: dict[tuple[int, int], Buffer] = {}
     main = kind = None
     for line in text.splitlines():
-        if found := _ALLOCATION.match(line):
-            number, size, about = int(found[1]), int(found[2]), found[3]
+        if match := _ALLOCATION.match(line):
+            number, size, about = int(match[1]), int(match[2]), match[3]
             main = not re.search(r"color [1-9]", about) and "thread-local" not in about
             kind = _kind(about)
             if main:
@@ -59,8 +59,8 @@ def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
                 if kind == "arguments" and "maybe-live-out" in about:
                     sizes["outputs"] += size
                     sizes["aliased"] += size
-        elif main and (found := _VALUE.match(line)):
-            name, phi, size, offset, shape = found.groups()
+        elif main and (match := _VALUE.match(line)):
+            name, phi, size, offset, shape = match.groups()
             known = slots.get((number, int(offset)))
             source = sources.get(name, "")
             # Of the values in a place the largest one stands for it, if it says where it is from.

@@ -55,12 +55,12 @@ class Instruction:
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
         """The arrays of the result, one or those of a tuple."""
-        found = []
+        arrays = []
         for dtype, dims, layout in _ARRAY.findall(self.result):
             shape = tuple(int(d.strip("<=")) for d in dims.split(",") if d)
             space = _SPACE.search(layout)
-            found.append(Array(dtype, shape, int(space[1]) if space else 0))
-        return tuple(found)
+            arrays.append(Array(dtype, shape, int(space[1]) if space else 0))
+        return tuple(arrays)
 
     @functools.cached_property
     def operands(self) -> tuple[str, ...]:
@@ -81,8 +81,8 @@ class Instruction:
     @property
     def source(self) -> str:
         """Where in the program it comes from: `jit(f)/layers/dot_general`; may be empty."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1].replace("\\'", "'") if match else ""
 
 
 @dataclasses.dataclass
@@ -133,13 +133,13 @@ class Module:
         condition = self.computations[loop.callee("condition")]
         body = self.computations[loop.callee("body")]
         initial = within.instructions.get(loop.operands[0])
-        found = []
+        trips = []
         for index, limit, closed in self._limits(condition, condition.root, within, initial, {}):
             start = _element(within, initial, index)
             step = _step(body, index)
             start = 0 if start is None else start
-            found.append(max(-(-(limit + closed - start) // step), 0))
-        return min(found, default=None)
+            trips.append(max(-(-(limit + closed - start) // step), 0))
+        return min(trips, default=None)
 
     def _limits(self, condition, test, within, initial, bound):
         """(element of the carry, limit, 1 if it is included) of the tests that all must hold."""
@@ -210,9 +210,9 @@ def _step(body, index) -> int:
     if value.opcode != "add":
         return 1
     for name in value.operands:
-        found = _carried(body, body.instructions[name], {})
-        if isinstance(found, int) and found > 0:
-            return found
+        step = _carried(body, body.instructions[name], {})
+        if isinstance(step, int) and step > 0:
+            return step
     return 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.base.files import replacing
-from refine_jax.monitor import is_refine
+from refine_jax.report.metrics import is_refine
 
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
 
@@ -20,7 +20,7 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
 
     Args:
       path: PNG file to write.
-      history: Records, one a step (`refine_jax.monitor.Monitor.history`).
+      history: Records, one a step (`refine_jax.report.monitor.Monitor.history`).
       clip_norm: Largest gradient norm that is not clipped, drawn as a line; None: none.
     """
     training = [record for record in history if "time/step" in record]

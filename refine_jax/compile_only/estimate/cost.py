@@ -22,9 +22,9 @@ import re
 
 import numpy as np
 
-from refine_jax.compile_only.chips import Chip
-from refine_jax.compile_only.hlo import Computation, Instruction, Module
-from refine_jax.compile_only.network import (
+from refine_jax.compile_only.estimate.chips import Chip
+from refine_jax.compile_only.estimate.hlo import Computation, Instruction, Module
+from refine_jax.compile_only.estimate.network import (
     KINDS,
     Collective,
     Network,
@@ -43,11 +43,11 @@ _FREE = {
 # has products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
 _PRODUCT_SHARE, _TRANSFER_SHARE = 0.88, 0.38
 # Libtpu writes the largest number there is where it has no estimate.
-_NO_ESTIMATE = 1e15
+NO_ESTIMATE = 1e15
 
 
 @dataclasses.dataclass
-class Cost:
+class ProgramCost:
     """Of one program on one chip, or a part of it.
 
     seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
@@ -67,7 +67,7 @@ class Cost:
     sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def add(self, other: Cost, times: int = 1) -> None:
+    def add(self, other: ProgramCost, times: int = 1) -> None:
         """Add a part that runs `times` times."""
         for name in ("seconds", "kernels", "xla", "waits", "bytes", "links", "rare"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
@@ -95,23 +95,24 @@ class Estimator:
     def __init__(self, module: Module, chip: Chip, network: Network, kernel_seconds):
         self._module, self._chip, self._network = module, chip, network
         self._kernel_seconds = kernel_seconds
-        self._known: dict[str, Cost] = {}
+        self._known: dict[str, ProgramCost] = {}
 
-    def run(self) -> Cost:
+    def run(self) -> ProgramCost:
         """The cost of the whole program; nothing for an empty module."""
         if not self._module.computations:
-            return Cost()
+            return ProgramCost()
         return self._computation(self._module.entry)
 
-    def _computation(self, name: str) -> Cost:
+    def _computation(self, name: str) -> ProgramCost:
         if name not in self._known:
-            computation, cost, transfers = self._module.computations[name], Cost(), _Transfers()
+            computation = self._module.computations[name]
+            cost, transfers = ProgramCost(), _Transfers()
             for instruction in computation.instructions.values():
                 self._instruction(instruction, computation, cost, transfers)
             self._known[name] = cost
         return self._known[name]
 
-    def _instruction(self, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+    def _instruction(self, instruction, computation, cost, transfers) -> None:
         opcode = instruction.opcode
         if opcode == "while":
             trips = self._module.trips(instruction, computation)
@@ -130,8 +131,8 @@ class Estimator:
             self._wait(instruction, computation, cost, transfers)
         elif (chain := self._chain(instruction)) is not None:
             self._fused(chain, instruction, computation, cost, transfers)
-        elif (found := self.collectives(instruction, computation)) is not None:
-            self._communicate(found, instruction, computation, cost, transfers)
+        elif (collectives := self.collectives(instruction, computation)) is not None:
+            self._communicate(collectives, instruction, computation, cost, transfers)
         elif opcode.endswith("-start"):
             self._copy(instruction, cost, transfers)
         elif opcode not in _FREE:
@@ -146,23 +147,23 @@ class Estimator:
         if instruction.opcode != "fusion":
             return None
         inner = self._module.computations[instruction.callees[0]].instructions.values()
-        chains = [found[1] for i in inner if (found := _CHAIN.search(i.attributes))]
+        chains = [match[1] for i in inner if (match := _CHAIN.search(i.attributes))]
         if not chains:
             return None
         targets = {i.attributes.partition('custom_call_target="')[2].split('"')[0] for i in inner}
         return chains[0], "AsyncCollectiveStart" in targets, "AsyncCollectiveDone" in targets
 
-    def _fused(self, chain, instruction, computation, cost: Cost, transfers: _Transfers) -> None:
+    def _fused(self, chain, instruction, computation, cost, transfers) -> None:
         name, starts, ends = chain
         if starts:
-            found = self.collectives(instruction, computation)
-            transfers.done[name] = self._send(found, cost, transfers)
+            collectives = self.collectives(instruction, computation)
+            transfers.done[name] = self._send(collectives, cost, transfers)
         elif ends:
             self._until(transfers.done.get(name, 0.0), cost)
         else:
             self._compute(instruction, computation, cost)
 
-    def _copy(self, instruction, cost: Cost, transfers: _Transfers) -> None:
+    def _copy(self, instruction, cost: ProgramCost, transfers: _Transfers) -> None:
         """A copy, or a slice, that goes on beside the program."""
         arrays = instruction.arrays
         if instruction.opcode == "async-start":
@@ -182,23 +183,23 @@ class Estimator:
         self._until(transfers.done[name], cost)
 
     @staticmethod
-    def _until(done: float, cost: Cost) -> None:
+    def _until(done: float, cost: ProgramCost) -> None:
         waited = max(done - cost.seconds, 0.0)
         cost.seconds += waited
         cost.waits += waited
 
-    def _send(self, found: list[Collective], cost: Cost, transfers: _Transfers) -> float:
+    def _send(self, collectives: list[Collective], cost: ProgramCost, transfers) -> float:
         """Collectives that start now; returns when they are done."""
-        seconds = sum(self._network.seconds(collective) for collective in found)
+        seconds = sum(self._network.seconds(collective) for collective in collectives)
         cost.links += seconds
-        for collective in found:
+        for collective in collectives:
             cost.sent[collective.kind] += collective.sent
             cost.counts[collective.kind] += 1
         transfers.links = max(cost.seconds, transfers.links) + seconds
         return transfers.links
 
-    def _communicate(self, found, instruction, computation, cost, transfers) -> None:
-        done = self._send(found, cost, transfers)
+    def _communicate(self, collectives, instruction, computation, cost, transfers) -> None:
+        done = self._send(collectives, cost, transfers)
         if instruction.opcode.endswith("-start"):
             transfers.done[instruction.name] = done
             return
@@ -215,12 +216,12 @@ class Estimator:
             return [self._collective(kind, instruction, computation)]
         if instruction.opcode not in ("fusion", "async-start"):
             return None
-        found = []
+        collectives = []
         for name in instruction.callees:
             inner = self._module.computations[name]
-            for each in inner.instructions.values():
-                found += self.collectives(each, inner) or []
-        return found or None
+            for fused in inner.instructions.values():
+                collectives += self.collectives(fused, inner) or []
+        return collectives or None
 
     def _collective(self, kind, instruction, computation) -> Collective:
         operands = [computation.instructions[name] for name in instruction.operands]
@@ -239,7 +240,7 @@ class Estimator:
         users = computation.users.get(instruction.name, [])
         return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
-    def _compute(self, instruction, computation, cost: Cost) -> None:
+    def _compute(self, instruction, computation, cost: ProgramCost) -> None:
         moved = self.traffic(instruction, computation)
         cost.bytes += moved
         if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:
@@ -249,9 +250,9 @@ class Estimator:
             seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)
             cost.kernels += seconds
         else:
-            found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-            cycles = int(found[1]) if found else _NO_ESTIMATE
-            if cycles < _NO_ESTIMATE:
+            match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+            cycles = int(match[1]) if match else NO_ESTIMATE
+            if cycles < NO_ESTIMATE:
                 seconds = cycles / self._chip.clock
             else:
                 products = self._products(instruction, computation) / self._chip.flops
@@ -266,7 +267,7 @@ class Estimator:
         """Operations of an instruction's products of matrices, which XLA calls convolutions."""
         if instruction.opcode == "fusion":
             inner = self._module.computations[instruction.callee("calls")]
-            return sum(self._products(each, inner) for each in inner.instructions.values())
+            return sum(self._products(fused, inner) for fused in inner.instructions.values())
         if instruction.opcode != "convolution":
             return 0.0
         left, right = (computation.instructions[name].arrays[0] for name in instruction.operands)

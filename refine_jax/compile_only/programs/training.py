@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.flops import forward_flops
-from refine_jax.compile_only.run import EOS, PAD, Program, Run
+from refine_jax.compile_only.estimate.flops import forward_flops
+from refine_jax.compile_only.programs.run import EOS, PAD, AbstractRun, Program
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.answers import (
     AnswerMethod,
@@ -22,7 +22,7 @@ from refine_jax.refine.answers import (
 from refine_jax.refine.step import make_eval_step, make_train_step
 
 
-def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
+def training_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """Steps on whole rows: documents, or the prompts of post-training."""
     train = run.config.train
     if run.config.refine.objective == "ntp":
@@ -34,15 +34,15 @@ def training_programs(run: Run) -> dict[str, Callable[[], Program]]:
     }
 
 
-def answer_programs(run: Run) -> dict[str, Callable[[], Program]]:
+def answer_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """Steps on the answers of post-training, and their evaluation."""
-    found = {"answer_evaluation": lambda: _answer_evaluation(run)}
+    rest = {"answer_evaluation": lambda: _answer_evaluation(run)}
     if run.config.posttrain.answers == "sft":
-        return {"answer_update": lambda: _supervised(run)} | found
-    return {"answer_collect": lambda: _sample(run), "answer_update": lambda: _policy(run)} | found
+        return {"answer_update": lambda: _supervised(run)} | rest
+    return {"answer_collect": lambda: _sample(run), "answer_update": lambda: _policy(run)} | rest
 
 
-def evaluation(run: Run) -> Program:
+def evaluation(run: AbstractRun) -> Program:
     """Held-out rows."""
     rows = rows_at_once(run.config)
     batch = run.batch(rows)
@@ -59,7 +59,7 @@ def evaluation(run: Run) -> Program:
     )
 
 
-def _update(run: Run, objective: str, *, compared: bool) -> Program:
+def _update(run: AbstractRun, objective: str, *, compared: bool) -> Program:
     train, at_once = run.config.train, rows_at_once(run.config)
     config = dataclasses.replace(run.config.refine, objective=objective)
     train_step = make_train_step(
@@ -94,19 +94,19 @@ def _update(run: Run, objective: str, *, compared: bool) -> Program:
     )
 
 
-def _method(run: Run) -> AnswerMethod:
+def _method(run: AbstractRun) -> AnswerMethod:
     tokens = run.config.prompts.max_answer_tokens
     return AnswerMethod(
         run.model, run.config.refine, max_answer_tokens=tokens, eos_id=EOS, pad_id=PAD
     )
 
 
-def _answer_sizes(run: Run) -> dict[str, int]:
+def _answer_sizes(run: AbstractRun) -> dict[str, int]:
     mini_batch = run.config.posttrain.mini_batch_size or run.config.train.batch_size
     return {"mini_batch": mini_batch, "micro_batch": rows_at_once(run.config)}
 
 
-def _answer_update(run: Run, update: Callable, inputs: Any, sampled: int) -> Program:
+def _answer_update(run: AbstractRun, update: Callable, inputs: Any, sampled: int) -> Program:
     """sampled: tokens of the answers that a prompt has besides its own row."""
     rows, length = run.config.train.batch_size, run.config.data.sequence_length
     updates = rows // _answer_sizes(run)["mini_batch"]
@@ -120,12 +120,12 @@ def _answer_update(run: Run, update: Callable, inputs: Any, sampled: int) -> Pro
     )
 
 
-def _supervised(run: Run) -> Program:
+def _supervised(run: AbstractRun) -> Program:
     step = make_supervised_step(_method(run), run.optimizer, **_answer_sizes(run))
     return _answer_update(run, step.update, run.batch(run.config.train.batch_size, answers=True), 0)
 
 
-def _policy_step(run: Run) -> PolicyStep:
+def _policy_step(run: AbstractRun) -> PolicyStep:
     return make_policy_step(
         _method(run),
         run.optimizer,
@@ -135,11 +135,11 @@ def _policy_step(run: Run) -> PolicyStep:
     )
 
 
-def _sampled(run: Run) -> int:
+def _sampled(run: AbstractRun) -> int:
     return run.config.posttrain.samples * run.config.prompts.max_answer_tokens
 
 
-def _sample(run: Run) -> Program:
+def _sample(run: AbstractRun) -> Program:
     rows, length = run.config.train.batch_size, run.config.data.sequence_length
     return Program(
         "answer_collect",
@@ -152,7 +152,7 @@ def _sample(run: Run) -> Program:
     )
 
 
-def _policy(run: Run) -> Program:
+def _policy(run: AbstractRun) -> Program:
     sample, step = _sample(run), _policy_step(run)
     answers = run.shapes.rows(jax.eval_shape(sample.function, *sample.args))
     shape = run.config.train.batch_size, run.config.posttrain.samples
@@ -162,7 +162,7 @@ def _policy(run: Run) -> Program:
     return _answer_update(run, step.update, inputs, _sampled(run))
 
 
-def _answer_evaluation(run: Run) -> Program:
+def _answer_evaluation(run: AbstractRun) -> Program:
     rows, length = rows_at_once(run.config), run.config.data.sequence_length
     # The true answers are read, and others are generated from the prompts.
     tokens = rows * (2 * length + run.config.prompts.max_answer_tokens)

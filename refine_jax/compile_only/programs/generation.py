@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.flops import forward_flops
-from refine_jax.compile_only.run import EOS, Program, Run
+from refine_jax.compile_only.estimate.flops import forward_flops
+from refine_jax.compile_only.programs.run import EOS, AbstractRun, Program
 from refine_jax.generation.copies import copies_programs
 from refine_jax.generation.engine import Prefix, round_length, round_rows
 from refine_jax.generation.generator import BLOCK, programs_of
@@ -23,30 +23,30 @@ from refine_jax.refine.step import make_train_step, update_rows
 _TRAINING = ("midtrain", "posttrain")
 
 
-def generation_programs(run: Run) -> dict[str, Callable[[], Program]]:
+def generation_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """Reading prompts, and a block of tokens after them."""
     return {"prefill": lambda: _prefill(run), "decode": lambda: _decode(run)}
 
 
-def adaptation_programs(run: Run) -> dict[str, Callable[[], Program]]:
+def adaptation_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
     """Training on prompts before they are answered."""
     return {"adaptation": lambda: _adaptation(run)}
 
 
-def _copies(run: Run) -> int:
+def _copies(run: AbstractRun) -> int:
     options = run.config.testtime
     shared = run.config.phase != "testtime" or options.reset != "example"
     return 1 if shared else options.copies
 
 
-def _stacked(run: Run, tree: Any) -> Any:
+def _stacked(run: AbstractRun, tree: Any) -> Any:
     """With a copy for each prompt, where each adapts one of its own."""
     if _copies(run) == 1:
         return tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_copies(run), *x.shape), x.dtype), tree)
 
 
-def _longest(run: Run) -> int:
+def _longest(run: AbstractRun) -> int:
     """Tokens of the longest prompt that is known of."""
     config = run.config
     if config.phase in _TRAINING:
@@ -58,7 +58,7 @@ def _longest(run: Run) -> int:
     return max(known, default=config.generation.prefill_tokens)
 
 
-def _prompts(run: Run) -> int:
+def _prompts(run: AbstractRun) -> int:
     """Prompts that are answered together."""
     config = run.config
     if config.phase in _TRAINING:
@@ -69,12 +69,12 @@ def _prompts(run: Run) -> int:
     return config.evaluate.batch_size
 
 
-def _prompt_rows(run: Run, *rows: int) -> dict[str, Any]:
+def _prompt_rows(run: AbstractRun, *rows: int) -> dict[str, Any]:
     length = round_length(_longest(run))
     return {name: run.shapes.integers(*rows, length) for name in ("tokens", "segments")}
 
 
-def _adaptation(run: Run) -> Program:
+def _adaptation(run: AbstractRun) -> Program:
     options, copies = run.config.testtime, _copies(run)
     if options.reset == "example":
         objective = Objective(run.model, run.config.refine, eos_id=EOS, max_documents=1)
@@ -109,14 +109,14 @@ def _adaptation(run: Run) -> Program:
     )
 
 
-def _generation(run: Run) -> tuple[Callable, Callable, Callable]:
+def _generation(run: AbstractRun) -> tuple[Callable, Callable, Callable]:
     if _copies(run) > 1:
         return copies_programs(run.model)
     programs = programs_of(run.model.config, run.model.policy, EOS)
     return programs.prefill, programs.advance, programs.decode
 
 
-def _prefill(run: Run) -> Program:
+def _prefill(run: AbstractRun) -> Program:
     most = run.config.generation.prefill_tokens
     length, rows = round_length(min(_longest(run), most)), round_rows(_prompts(run))
     while _copies(run) == 1 and rows > 1 and rows * length > most:
@@ -135,7 +135,7 @@ def _prefill(run: Run) -> Program:
     )
 
 
-def _decode(run: Run) -> Program:
+def _decode(run: AbstractRun) -> Program:
     rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
     params = prefill.args[0]
     # What is known after a prompt does not depend on its length.

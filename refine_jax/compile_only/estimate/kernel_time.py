@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from refine_jax.compile_only.chips import Chip
-from refine_jax.compile_only.flops import Kernel
+from refine_jax.compile_only.estimate.chips import Chip
+from refine_jax.compile_only.estimate.flops import Kernel
 
 # By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
 # 16,384 tokens; the head's loss, width 2048, 32,000 words; window attention, window 2048, 24 heads

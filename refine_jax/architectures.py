@@ -1,0 +1,36 @@
+"""Architectures to start from random weights (`model.fresh`): fields of a config.json.
+
+A configuration copies one and changes what it needs: `config.model.fresh = dict(LACT_760M)`.
+"""
+
+LACT_760M = {
+    "model_type": "lact_swiglu",
+    "vocab_size": 32000,
+    "hidden_size": 1536,
+    "num_hidden_layers": 24,
+    "num_attn_heads": 24,
+    "num_lact_heads": 4,
+    "lact_chunk_size": 2048,
+    "window_size": 2048,
+    "w0_w2_low_rank": 32,
+    "rope_theta": 1000000.0,
+}
+"""LaCT's published lact_llm/configs/760M_lact_swiglu_nh4_fwlow_rank_momentum.json, without Muon."""
+
+DELTANET_1_3B = {
+    "model_type": "delta_net",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_heads": 16,
+    "intermediate_size": 5632,
+}
+"""DeltaNet-1.3B as fla-hub publishes it."""
+
+TINY_DELTANET = DELTANET_1_3B | {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 128,
+}
+"""Takes the place of a checkpoint where a configuration is only tried out: seconds on a CPU."""

@@ -1,0 +1,1 @@
+"""What a run shows: its metrics file, progress, closing table and plots."""
