@@ -4,7 +4,7 @@
     python experiments/demo_figures.py runs/demo
 
 writes what README.md quotes to experiments/demo.json, with the versions it was measured with, and
-prints the text, which goes into README.md as it is (tests/test_readme.py compares).
+prints the text, which goes into README.md as it is (tests/test_docs.py compares).
 """
 
 import json

@@ -207,7 +207,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", type=path_flag, required=True, help="folder of the figures")
     flags.add_argument("--only", default="", help="beginning of GROUP/MODEL/NAME")
-    flags.add_argument("--plan", action="store_true", help="stop before code is made: see README")
+    flags.add_argument("--plan", action="store_true", help="stop before code is made (docs/fit.md)")
     flags.add_argument("--tables", action="store_true", help="compile nothing")
     options = flags.parse_args()
     if not options.tables:

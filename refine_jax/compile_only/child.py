@@ -36,6 +36,7 @@ from refine_jax.compile_only.estimate.network import Network
 from refine_jax.compile_only.programs import programs_of_run
 from refine_jax.compile_only.programs.run import AbstractRun, Program
 from refine_jax.config import Config
+from refine_jax.kernels.device import compiled_for
 from refine_jax.parallel import make_mesh
 from refine_jax.phases.setup import check_mesh
 
@@ -57,17 +58,6 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     except Exception as error:
         message = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         raise ConfigError(f"libtpu cannot describe {topology.name}: {message}") from error
-
-
-@contextlib.contextmanager
-def tpu_backend() -> Iterator[None]:
-    """Implementations are chosen as where TPUs are the default."""
-    backend = jax.default_backend
-    jax.default_backend = lambda: "tpu"
-    try:
-        yield
-    finally:
-        jax.default_backend = backend
 
 
 def ambient(mesh: Mesh) -> contextlib.AbstractContextManager:
@@ -260,7 +250,7 @@ def work(task: dict) -> dict:
     config = Config.from_dict(task["config"])
     topology = parse_topology(task["topology"])
     devices = devices_of(topology)
-    with tpu_backend(), contextlib.ExitStack() as stack:
+    with compiled_for("tpu"), contextlib.ExitStack() as stack:
         run = AbstractRun(config, devices[0])
         stack.enter_context(ambient(make_mesh(config.mesh, devices)))
         mesh = jax.sharding.get_abstract_mesh()
