@@ -11,7 +11,7 @@ from jax import lax
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """einsum of two operands rounded to `dtype`; sums and result are float32."""
+    """Compute the einsum `spec` of a [...] and b [...] rounded to `dtype`, with float32 sums."""
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
     return jnp.einsum(
         spec,
@@ -24,7 +24,7 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def dot(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`einsum` whose own derivative keeps the same rule, and the dtypes of its arguments.
+    """Compute `einsum` of a [...] and b [...]; its derivative keeps the same rule and their dtypes.
 
     Plain autodiff would multiply float32 cotangents with bfloat16 operands, or round the gradient
     of a float32 weight or state to bfloat16.
@@ -49,7 +49,7 @@ dot.defvjp(_dot_forward, _dot_backward)
 
 
 def drop_unit_axes(x: jax.Array, keep: int) -> jax.Array:
-    """`x` without the leading axes of size 1 that stand before its last `keep` axes.
+    """Drop leading axes of size 1 of x [1, ..., 1, ...], but none of its last `keep` axes.
 
     XLA's CPU compiler (jaxlib 0.10.2 to 0.12.0) makes sums of products over an array that starts
     with such an axis, as a batch of one row does, 5 to 25 times slower than without it.
@@ -69,14 +69,14 @@ def by_rows(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array
 
 
 def safe_norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm over the last axis, kept as size 1; its gradient at zero is 0, not NaN."""
+    """Compute the Euclidean norm [..., 1] of x [..., d]; its gradient at zero is 0, not NaN."""
     square = by_rows(lambda rows: jnp.sum(rows * rows, axis=-1, keepdims=True), x)
     is_zero = square == 0
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, square)))
 
 
 def l2_norm_fla(x: jax.Array) -> jax.Array:
-    """`x * rsqrt(sum x^2 + 1e-6)` over the last axis (flash-linear-attention); in float32."""
+    """Compute `x * rsqrt(sum x^2 + 1e-6)` of x [..., d] in float32 (flash-linear-attention)."""
 
     def rows(x):
         y = x.astype(jnp.float32)

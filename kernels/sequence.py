@@ -30,7 +30,7 @@ def shift(x: Tree, hops: int, axis_name: str) -> Tree:
 
 
 def halo(x: jax.Array, rows: int, axis_name: str, axis: int = 1) -> jax.Array:
-    """The `rows` >= 1 entries along `axis` that stand before this device's block.
+    """Fetch the `rows` >= 1 entries along `axis` that stand before this device's block x [...].
 
     They come from as many devices as they reach over, each in one hop. Zeros stand for what would
     be before the first block.

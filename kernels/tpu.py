@@ -45,9 +45,10 @@ def call_kernel(
     outputs: Iterable[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
     scratch: Iterable[Any] = (),
 ) -> list[jax.Array]:
-    """`pallas_call` over a grid whose last axis goes in its order, with most of the vector memory.
+    """Call a kernel over a grid whose last axis goes in its order, with most of the vector memory.
 
-    kernel takes references to the inputs, the outputs and the scratch, in this order.
+    kernel: takes references to the inputs, the outputs and the scratch, in this order. inputs:
+    arrays [...] with their blocks. outputs: shapes with their blocks.
     """
     inputs, outputs = list(inputs), list(outputs)
     return pl.pallas_call(
@@ -90,17 +91,17 @@ def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 def nn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b, in float32."""
+    """Multiply a [m, n] by b [n, p]; float32."""
     return _product(a, b, (1, 0))
 
 
 def nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b^T, in float32."""
+    """Multiply a [m, n] by the transpose of b [p, n]; float32."""
     return _product(a, b, (1, 1))
 
 
 def computed_once(x: jax.Array) -> jax.Array:
-    """`x`, which XLA must not compute again inside of each product that takes it.
+    """Keep XLA from computing x [...] again inside of each product that takes it.
 
     libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
     """

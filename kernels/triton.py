@@ -58,7 +58,7 @@ def call(
 def dot(
     a: jax.Array, b: jax.Array, *, transpose_a: bool = False, transpose_b: bool = False
 ) -> jax.Array:
-    """Matrix product of two blocks with float32 sums.
+    """Multiply two blocks, a [m, n] and b [n, p], each perhaps transposed, with float32 sums.
 
     float32 operands count in full: as three TF32 products on tensor cores (error about 1e-6). Plain
     float32 arithmetic is several times slower there, spills registers and takes minutes to compile.
@@ -83,7 +83,7 @@ def rounded_size(size: int, largest_block: int) -> int:
 
 
 def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` with zeros behind its axis `axis` up to `size`."""
+    """Fill x [...] with zeros behind its axis `axis` up to `size`."""
     if x.shape[axis] == size:
         return x
     pads = [(0, 0)] * x.ndim

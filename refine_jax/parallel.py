@@ -188,7 +188,7 @@ def partition_spec(shape: Sequence[int], logical: Sequence[str | None], mesh: An
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` spread by the logical names of its first axes; the others are whole on every device."""
+    """Spread x [...] by the logical names of its first axes; the others stay whole everywhere."""
     if not is_spread():
         return x
     spec = partition_spec(x.shape, logical, jax.sharding.get_abstract_mesh())
@@ -196,7 +196,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def gather_axes(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """`x` whole along some axes on every device; the other axes stay spread as they are."""
+    """Make x [...] whole along some axes on every device; the others stay spread as they are."""
     if not is_spread():
         return x
     spec = [None if axis in axes else PartitionSpec.UNCONSTRAINED for axis in range(x.ndim)]
@@ -436,10 +436,10 @@ def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> 
 def tap_slabs(
     x: jax.Array, start: jax.Array, size: int, rest: tuple[str | None, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
-    """`x` itself and `take_slabs` of it.
+    """Return x [B, T, ...] and `take_slabs` of it, [B, R, size, ...].
 
-    What goes on with the x that is returned has the gradient of the slabs added to its own in
-    place. That of `take_slabs` is an array of zeros as large as x, to be added to the other.
+    The gradient of the slabs is added, in place, to that of the x that is returned. The gradient
+    of `take_slabs` alone is an array of zeros as large as x, which XLA then adds to the other.
     """
     return x, take_slabs(x, start, size, *rest)
 

@@ -268,7 +268,10 @@ def unsupported(hidden: jax.Array, head: jax.Array, block_tokens: int | None = N
 
 
 def is_faster(hidden: jax.Array, head: jax.Array, block_tokens: int | None = None) -> bool:
-    """Whether the kernels beat XLA's program: not where the VMEM holds small blocks only (v4)."""
+    """Say whether the kernels beat XLA's program for hidden [N, D] and head [V, D].
+
+    They do not where the vector memory holds small blocks only (v4).
+    """
     return unsupported(hidden, head, block_tokens) is None and tpu.vmem_bytes() >= 32 * 2**20
 
 

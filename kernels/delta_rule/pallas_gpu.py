@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
 def unsupported(
     k: jax.Array, v: jax.Array, chunk_size: int | None, save_every: int | None
 ) -> str | None:
-    """Why these arguments of `delta_rule` have no kernel here, or None."""
+    """Say why k [B, T, H, K] and v [B, T, Hv, V] of `delta_rule` have no kernel here, or None."""
     if v.dtype not in (jnp.float32, jnp.bfloat16):
         return f"v must be float32 or bfloat16. Got: {v.dtype}."
     if k.shape[3] > _MAX_KEY_DIM:

@@ -126,7 +126,7 @@ def load_heads(plan: Plan, ref, width: int, chunks: range) -> jax.Array:
 
 
 def store_heads(plan: Plan, ref, x: jax.Array, c: int):
-    """The inverse of `load_heads` for chunk c."""
+    """Store x [heads, C, width] of chunk c where `load_heads` reads it."""
     for h in range(x.shape[0]):
         ref[0, plan.token_slice(c), lanes(h, x.shape[2])] = x[h].astype(ref.dtype)
 
@@ -168,7 +168,7 @@ def per_value_head(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    """x * factor, where there is one."""
+    """Multiply x [...] by a factor [...], where there is one."""
     return x if factor is None else x * factor
 
 

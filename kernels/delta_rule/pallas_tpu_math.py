@@ -106,7 +106,7 @@ def normalize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def normalize_gradient(gradient: jax.Array, unit: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Gradient for x, given that for `unit, inverse = normalize(x)`."""
+    """Gradient for x [C, K], given that for `unit`, where `unit, inverse = normalize(x)`."""
     along = jnp.sum(gradient * unit, axis=-1, keepdims=True)
     return (gradient - unit * along) * inverse
 

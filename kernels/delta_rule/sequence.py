@@ -37,7 +37,9 @@ def delta_rule_sequence(
     save_every: int | None,
     axis_name: str,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-    """`delta_rule` of api.py over the mesh axis `axis_name`; arrays are those of one block.
+    """Run `delta_rule` of api.py over the mesh axis `axis_name`, whose devices hold a block each.
+
+    Arrays are those of this device's block: k [B, T, H, K], v [B, T, Hv, V], as in api.py.
 
     run: an implementation for one device, as (q, k, v, beta, log_decay, initial_state=, document=,
     save_every=).

@@ -79,7 +79,7 @@ def together(x: jax.Array, count: int) -> jax.Array:
 
 
 def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
-    """`api.to_chunks` into fewer groups."""
+    """Move heads as `api.to_chunks` does, x [B, G, T, L], into fewer groups."""
     rows, before, tokens, size = x.shape
     block, joined = _block(chunk), before // groups
 
@@ -100,7 +100,7 @@ def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
 
 
 def from_chunks(x: jax.Array, groups: int) -> jax.Array:
-    """`api.from_chunks` into more groups."""
+    """Move heads as `api.from_chunks` does, x [B, N, G, C, L], into more groups."""
     rows, num_chunks, before, chunk, joined_size = x.shape
     block, joined = _block(chunk), groups // before
     tokens, size = num_chunks * chunk, joined_size // joined

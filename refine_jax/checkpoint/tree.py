@@ -76,7 +76,7 @@ def plain_leaf(leaf: Any) -> Any:
 
 
 def typed_leaf(data: jax.Array, like: Any) -> jax.Array:
-    """The inverse of `plain_leaf`; `like` is the original leaf or its abstract value."""
+    """Undo `plain_leaf` of data [...]; `like` is the original leaf or its abstract value."""
     if not is_key(like):
         return data
     return jax.random.wrap_key_data(data, impl=_key_impl(like.shape, like.dtype))

@@ -148,7 +148,7 @@ class DocumentRows:
         return row
 
     def empty(self) -> dict[str, np.ndarray]:
-        """Return a row of padding alone."""
+        """Return a row of padding alone: arrays [T] by name."""
         return {
             "tokens": np.full(self._length, self._pad_id, np.int32),
             "segments": np.zeros(self._length, np.int32),

@@ -75,7 +75,7 @@ class Tokenizer(Protocol):
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
-        """Return `encode` of each text, several at a time where the library can."""
+        """Return `encode` of each text, [T] int32, several at a time where the library can."""
 
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids`; bos, eos and pad have no text."""
@@ -99,7 +99,7 @@ class ByteTokenizer:
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
-        """Return `encode` of each text."""
+        """Return `encode` of each text, [T] int32."""
         return [self.encode(text, bos, eos) for text in texts]
 
     def decode(self, ids: Ids) -> str:
@@ -164,7 +164,7 @@ class SentencePieceTokenizer:
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
-        """Return `encode` of each text, in as many threads as the machine has cores."""
+        """Return `encode` of each text, [T] int32, in as many threads as there are cores."""
         batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
         return [_with_ends(self, ids, bos, eos) for ids in batch]
 
@@ -265,7 +265,7 @@ class HuggingFaceTokenizer:
     def encode_batch(
         self, texts: Sequence[str], bos: bool = True, eos: bool = False
     ) -> list[np.ndarray]:
-        """Return `encode` of each text, in the library's threads."""
+        """Return `encode` of each text, [T] int32, in the library's threads."""
         batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
         return [_with_ends(self, ids, bos, eos) for ids in batch]
 

@@ -46,7 +46,7 @@ def take_rows(prefix: Prefix, rows: jax.Array) -> Prefix:
 
 
 def gather_rows(prefixes: tuple[Prefix, ...], rows: jax.Array) -> Prefix:
-    """`rows` of all prefixes, one after the other."""
+    """Take `rows` [n] int32 of all prefixes, counted through them one after the other."""
     whole = Prefix(
         jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(p.state for p in prefixes)),
         jnp.concatenate([p.hidden for p in prefixes]),

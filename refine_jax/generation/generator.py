@@ -107,7 +107,7 @@ class Generator:
         self._take_rows, self._gather, self._row_keys = programs[3:]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Prompts of `texts`: begin-of-sequence token, if the tokenizer has one, and tokens."""
+        """Encode texts as prompts [T] int32, with a begin-of-sequence token if there is one."""
         return self.tokenizer.encode_batch(list(texts), bos=self.tokenizer.bos_id is not None)
 
     def read(self, params: Params, prompts: Sequence[Sequence[int]]) -> Prefix:

@@ -232,7 +232,7 @@ IMPLEMENTATIONS = {
 
 
 def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum in the dtype of `b`, accumulated in float32."""
+    """Compute the einsum `spec` of a [...] and b [...] in the dtype of b, with float32 sums."""
     return jnp.einsum(spec, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 

@@ -40,7 +40,10 @@ def next_token_loss(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, TokenStats]:
-    """`next_token_loss` of the kernels, each device on its rows, tokens and words."""
+    """Compute `next_token_loss` of the kernels, each device on its rows, tokens and words.
+
+    hidden: [B, T, D]. head: [V, D]. targets, weights: [B, T].
+    """
 
     def loss(*arrays, **options):
         return cross_entropy.next_token_loss(*arrays, implementation=implementation, **options)
@@ -59,7 +62,10 @@ def reweighted_loss(
     *,
     implementation: str | None = None,
 ) -> tuple[jax.Array, TokenStats]:
-    """`reweighted_loss` of the kernels, each device on its rows, tokens and words."""
+    """Compute `reweighted_loss` of the kernels, each device on its rows, tokens and words.
+
+    hidden: [B, T, D]. head: [V, D]. targets, weights: [B, T]. scales: [2].
+    """
     if _shares_tokens(targets):
         # What is near a token may be on another device: the losses of all come first.
         options = {"implementation": implementation}

@@ -23,7 +23,7 @@ INIT_STD = 0.02
 
 
 def normal_param(key: jax.Array, shape: tuple[int, ...], std: float = INIT_STD) -> nnx.Param:
-    """A float32 parameter drawn from N(0, std^2)."""
+    """Draw a float32 parameter [*shape] from N(0, std^2)."""
     return nnx.Param(std * jax.random.normal(key, shape, jnp.float32))
 
 
@@ -117,7 +117,7 @@ class Linear(nnx.Module):
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; computed in float32."""
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` of x [..., D], weight [D], in float32."""
 
     def rows(x):
         y = x.astype(jnp.float32)
@@ -148,7 +148,7 @@ class RMSNorm(nnx.Module):
 
 
 def l2_norm_lact(x: jax.Array) -> jax.Array:
-    """`x / (|x| + 1e-5)` over the last axis (LaCT); the norm of a zero vector has gradient 0."""
+    """Compute LaCT's `x / (|x| + 1e-5)` of x [..., d]; the norm of a zero vector has gradient 0."""
 
     def rows(x):
         y = x.astype(jnp.float32)

@@ -99,7 +99,7 @@ class Mixer(Protocol):
         plan: Any,
         horizon: int | None = None,
     ) -> Any:
-        """Compute what the states need of parameters, such as the keys of replayed tokens.
+        """Compute what states [B, R, ...] need of parameters, such as the keys of replayed tokens.
 
         horizon: The most tokens that the forks will take. What only later tokens need may be left
           out; None: nothing is.
@@ -113,7 +113,7 @@ class Mixer(Protocol):
         positions: jax.Array,
         layout: Layout | None,
     ) -> Any:
-        """Make the decode states of what was picked and what was resumed."""
+        """Make the decode states [B, R, ...] of what was picked and what was resumed."""
 
     @staticmethod
     def normed(picked: Any, norm: nnx.Module) -> Any:

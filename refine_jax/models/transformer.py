@@ -138,7 +138,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config.hidden_size, config.mlp_size, rngs=rngs)
 
     def add_mlp(self, x: jax.Array) -> jax.Array:
-        """The second half of the block."""
+        """Add the MLP of the normed x [..., D] to it: the second half of the block."""
         x = computed_once(x)
         return x + self.mlp(computed_once(self.mlp_norm(x)))
 
@@ -186,7 +186,7 @@ class Model:
         return nnx.merge(self._block_graph, gather_parameters(layer_params, self.dtype))
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters."""
+        """Draw random float32 parameters, those of the layers stacked [L, ...]."""
         config = self.config
         embedding_key, layers_key, head_key = jax.random.split(key, 3)
         shape = (config.vocab_size, config.hidden_size)

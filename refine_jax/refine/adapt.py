@@ -90,7 +90,7 @@ def pad_rows(
 
 
 def prompt_key(key: jax.Array, name: str) -> jax.Array:
-    """The random key of the prompt of that name: the same wherever and whenever it comes."""
+    """Derive the random key, a scalar, of the prompt of that name; it is the same everywhere."""
     for word in np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), "<u4"):
         key = jax.random.fold_in(key, word)
     return key

@@ -127,7 +127,7 @@ class AnswerMethod:
         self.pad_id = pad_id
 
     def nll(self, params: Params, batch: Batch) -> tuple[jax.Array, TokenStats, AnswerSlots]:
-        """`answer_nll` of rows."""
+        """Compute `answer_nll` of rows [B, T]."""
         hidden, _ = self.model.forward(
             params, batch["tokens"], Layout.from_segments(batch["segments"])
         )
@@ -143,9 +143,9 @@ class AnswerMethod:
     def supervised_loss(
         self, params: Params, batch: Batch, *, token_count: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Mean loss of the answers' tokens, as a micro-batch's share of the mini-batch's.
+        """Compute the answers' loss (nats a token): a micro-batch's share of the mini-batch's mean.
 
-        token_count: the mini-batch's tokens of answers (at least 1).
+        token_count: scalar, the mini-batch's tokens of answers (at least 1).
         """
         nll_sum, stats, slots = self.nll(params, batch)
         loss = nll_sum / token_count

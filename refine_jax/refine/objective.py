@@ -182,9 +182,9 @@ class Objective:
         return self.config.objective == "refine" and self.config.selection != "all"
 
     def mini_batch(self, batch: Batch, policy_weight: jax.Array | float | None = None) -> MiniBatch:
-        """What the losses of a mini-batch are means over: known before any forward pass.
+        """Count what the losses of M rows [M, T] are means over, before any forward pass.
 
-        policy_weight: None: `config.lambda_rl`.
+        policy_weight: scalar; None: `config.lambda_rl`.
         """
         config, tokens = self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)

@@ -49,7 +49,7 @@ class TrainState:
         key: jax.Array,
         config: RefineConfig,
     ) -> TrainState:
-        """The state before the first step."""
+        """Make the state before the first step; the key is a scalar of jax.random."""
         keep_reference = config.objective == "refine" and config.kl_coef > 0
         # Three buffers, not one: a step donates each of them.
         step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
