@@ -29,6 +29,9 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+EXTRAS = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+
+
 def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", read(name), re.M | re.S)
 
@@ -130,6 +133,12 @@ def test_measured_tables_say_which_version_they_were_measured_with():
                 measured.append(name)
                 assert any(re.search(r"jax \d+\.\d+", text) for text in above), (name, part[:40])
     assert {"README.md", "docs/fit.md", "docs/speed.md", *EXPERIMENTS} <= {*measured}
+
+
+def test_every_extra_is_listed():
+    (table,) = re.findall(r"^\| extra \| .*\n\|-.*\n((?:\|.*\n)+)", read("docs/index.md"), re.M)
+    listed = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(EXTRAS)
 
 
 # Names and links
@@ -271,9 +280,8 @@ def parsed_script(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def known_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pip install -e .[EXTRA]` names extras of this package."""
     assert command.arguments[:2] == ("install", "-e") and len(command.arguments) == 3
-    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     (named,) = re.fullmatch(r"\.(?:\[(\w+)\])?", command.arguments[2]).groups()
-    assert named is None or named in extras
+    assert named is None or named in EXTRAS
 
 
 def present_files(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
