@@ -60,8 +60,8 @@ def interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
     values = _checked(scores)
     count, mean = len(values), float(values.mean())
     if _is_binary(values):
-        found = stats.binomtest(int(values.sum()), count)
-        low, high = map(float, found.proportion_ci(level, method="wilson"))
+        test = stats.binomtest(int(values.sum()), count)
+        low, high = map(float, test.proportion_ci(level, method="wilson"))
         return Interval(mean, low, high, count, "wilson")
     low, high = _student(values, level)
     return Interval(mean, max(0.0, low), min(1.0, high), count, "t")

@@ -148,7 +148,7 @@ class Loop(abc.ABC):
         """Write what the model does on held-out examples at the end of a run."""
 
     def run(self, interrupt: Interrupt, check: Callable[[], None] = lambda: None) -> dict:
-        """From the latest checkpoint, or the start, to the end.
+        """Train from the latest checkpoint, or from the start, to the end.
 
         check: called between steps; raises what ends the run.
 
