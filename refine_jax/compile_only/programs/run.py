@@ -206,7 +206,7 @@ class AbstractRun:
         return (self.shapes.states(states),) * (count if together else 1)
 
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
-        """Operations of rows read by `trunk` forward passes, their rollouts by `rollouts` of them."""
+        """Operations of rows in `trunk` forward passes, and of their rollouts in `rollouts`."""
         config, length = self.config.refine, self.config.data.sequence_length
         each = config.num_positions * config.rollouts_per_position * config.rollout_length
         tokens = rows * (trunk * length + rollouts * each)
