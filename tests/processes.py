@@ -39,7 +39,7 @@ def run(process: int, step: int) -> None:
 
     Each process also writes the rows that it trains on, see `noted_rows`.
     """
-    record, place = Monitor.record, midtrain._Loop.place
+    record, place = Monitor.record, midtrain.MidtrainLoop.place
 
     def place_and_note(self, batch, dataset):
         if dataset is self.parts.training:
@@ -53,7 +53,7 @@ def run(process: int, step: int) -> None:
         if done == step and jax.process_index() == process:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Monitor.record, midtrain._Loop.place = record_and_signal, place_and_note
+    Monitor.record, midtrain.MidtrainLoop.place = record_and_signal, place_and_note
     sys.exit(main.main())
 
 

@@ -29,9 +29,9 @@ def training_alone():
     figures = {"eval/loss": 1.0, "eval/accuracy": 0.0, "eval/entropy": 1.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_training", lambda *_, **__: None)
-        for phase in (midtrain, posttrain):
-            patch.setattr(phase._Loop, "evaluate", lambda *_: dict(figures))
-            patch.setattr(phase._Loop, "show_examples", lambda *_: None)
+        for phase_loop in (midtrain.MidtrainLoop, posttrain.PosttrainLoop):
+            patch.setattr(phase_loop, "evaluate", lambda *_: dict(figures))
+            patch.setattr(phase_loop, "show_examples", lambda *_: None)
         yield
 
 
@@ -285,7 +285,8 @@ def test_the_schedule_counts_updates(corpus, tmp_path, done, train, schedule, al
 def test_a_larger_batch_goes_on_at_the_same_row(corpus, workdir):
     changed = config(corpus, train={"batch_size": 8, "steps": STEPS + 1})
     midtrain.run(changed, workdir, ["train.batch_size,train.steps"])
-    assert next_row(midtrain._Loop(midtrain.prepare(changed, workdir), workdir)) == 4 * STEPS + 8
+    again = midtrain.MidtrainLoop(midtrain.prepare(changed, workdir), workdir)
+    assert next_row(again) == 4 * STEPS + 8
 
 
 def test_other_documents_are_refused_before_anything_is_written(corpus, workdir, tmp_path):
@@ -308,7 +309,7 @@ def test_other_documents_by_permission_are_read_from_their_first_row(
     changes = {change["setting"]: change for change in record(workdir)["changes"]}
     assert changes["data.source"]["from"] == str(corpus)
     assert changes["data.source"]["to"] == str(other)
-    again = midtrain._Loop(midtrain.prepare(longer, workdir), workdir)
+    again = midtrain.MidtrainLoop(midtrain.prepare(longer, workdir), workdir)
     assert next_row(again) == longer.train.batch_size
     # A restart from the checkpoint before the change reads them from the first one on, too; one
     # from a later checkpoint goes on where it was.

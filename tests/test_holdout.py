@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, make_dataset
+from refine_jax.data import DataOptions, load_corpus
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,7 +129,7 @@ def test_what_is_left_out_is_said_in_a_line(tmp_path: Path) -> None:
         min_remainder=5,
         limit_documents=5,
     )
-    statistics = make_dataset(options, "train", 1).statistics
+    statistics = load_corpus(options).dataset("train", 1).statistics
     assert statistics.unread == {"limit_documents": 1}
     # bos counts: "a" and "e" have 2 tokens, 60 characters 61, 11 tokens leave 1 and 22 leave 2.
     assert statistics.summary() == (
@@ -137,4 +137,4 @@ def test_what_is_left_out_is_said_in_a_line(tmp_path: Path) -> None:
         "3 tokens in last pieces that are too short; 1 beyond the limit of documents"
     )
     everything = DataOptions(source=str(path), tokenizer="bytes", min_tokens=1, sequence_length=99)
-    assert make_dataset(everything, "train", 1).statistics.summary() == ""
+    assert load_corpus(everything).dataset("train", 1).statistics.summary() == ""

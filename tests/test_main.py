@@ -68,7 +68,7 @@ def tiny(corpus, **sections):
 
 def saved_state(config, workdir, step=STEPS):
     """Every array of a checkpoint (parameters, moments, counters, key), and its data state."""
-    loop = midtrain._Loop(midtrain.prepare(config, workdir), workdir)
+    loop = midtrain.MidtrainLoop(midtrain.prepare(config, workdir), workdir)
     with loop.open_checkpoints() as manager:
         restored = manager.restore(step, jax.eval_shape(loop.initial_state))
     state = dataclasses.replace(restored.state, key=jax.random.key_data(restored.state.key))

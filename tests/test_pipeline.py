@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, make_dataset
+from refine_jax.data import DataOptions, load_corpus
 from refine_jax.data.options import FlagOptions
 from refine_jax.data.rows import make_rows
 from refine_jax.data.tokenizer import ByteTokenizer
@@ -177,15 +177,15 @@ def test_state_of_other_data_is_refused() -> None:
 def test_workers_do_not_change_the_order(tmp_path: Path) -> None:
     path = write_documents(tmp_path, [chr(97 + i) * (5 + i) for i in range(14)])
     options = {"source": str(path), "tokenizer": "bytes", "sequence_length": 12, "min_tokens": 1}
-    expected = collect(make_dataset(DataOptions(**options), "train", 3), 9)
+    expected = collect(load_corpus(DataOptions(**options)).dataset("train", 3), 9)
     # In memory the two workers get a copy of the tokens ...
-    dataset = make_dataset(DataOptions(**options, workers=2), "train", 3)
+    dataset = load_corpus(DataOptions(**options, workers=2)).dataset("train", 3)
     assert_equal(collect(dataset, 9), expected)
     # ... with a cache they map its file; here one takes over in the middle.
-    iterator = iter(make_dataset(DataOptions(**options), "train", 3))
+    iterator = iter(load_corpus(DataOptions(**options)).dataset("train", 3))
     list(itertools.islice(iterator, 2))
     cached = DataOptions(**options, workers=1, cache_dir=str(tmp_path / "cache"))
-    resumed = iter(make_dataset(cached, "train", 3))
+    resumed = iter(load_corpus(cached).dataset("train", 3))
     resumed.set_state(iterator.get_state())
     assert_equal(list(itertools.islice(resumed, 5)), expected[2:7])
     resumed.close()
@@ -241,7 +241,7 @@ def test_bos_eos_and_limit(tmp_path: Path) -> None:
         limit_documents=2,
         epochs=1,
     )
-    dataset = make_dataset(options, "train", 1)
+    dataset = load_corpus(options).dataset("train", 1)
     found = sorted(segments_of(collect(dataset)))
     assert found == [[256, *b"abc"], [256, *b"de", 257], [257]]
     assert dataset.statistics.documents == 2
@@ -252,18 +252,18 @@ def test_cache_is_complete_or_absent(tmp_path: Path, monkeypatch) -> None:
     options = DataOptions(
         source=str(path), tokenizer="bytes", sequence_length=8, min_tokens=1, cache_dir=str(cache)
     )
-    expected = collect(make_dataset(options, "train", 2), 3)
+    expected = collect(load_corpus(options).dataset("train", 2), 3)
     (folder,) = cache.iterdir()
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     monkeypatch.setattr(ByteTokenizer, "encode_batch", None)  # must not be needed again
-    assert_equal(collect(make_dataset(options, "train", 2), 3), expected)
+    assert_equal(collect(load_corpus(options).dataset("train", 2), 3), expected)
     assert before == {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     monkeypatch.undo()
 
     # Other tokens live in another folder, and so do those of a changed file.
     load_corpus(DataOptions(**{**vars(options), "add_eos": True}))
     write_documents(tmp_path, ["abc", "defg", "h"])
-    assert make_dataset(options, "train", 2).statistics.documents == 3
+    assert load_corpus(options).dataset("train", 2).statistics.documents == 3
     assert len(list(cache.iterdir())) == 3
 
     # An interruption leaves nothing behind that looks complete.

@@ -302,7 +302,7 @@ def whole(source, tmp_path_factory):
 
 
 def restored(config, workdir):
-    loop = posttrain._Loop(posttrain.prepare(config, workdir), workdir)
+    loop = posttrain.PosttrainLoop(posttrain.prepare(config, workdir), workdir)
     with loop.open_checkpoints() as manager:
         return manager.restore(STEPS, jax.eval_shape(loop.initial_state)).state
 
@@ -349,7 +349,8 @@ def test_an_interrupted_run_continues_bit_for_bit(whole, source, tmp_path, monke
 
 
 def test_a_nested_step_trains_on_prompts_and_then_on_answers(source, tmp_path):
-    loop = posttrain._Loop(posttrain.prepare(Config.from_dict(small(source)), tmp_path), tmp_path)
+    parts = posttrain.prepare(Config.from_dict(small(source)), tmp_path)
+    loop = posttrain.PosttrainLoop(parts, tmp_path)
     batch = next(iter(loop.parts.training))
     start = loop.initial_state()
     copy = jax.tree.map(jnp.copy, start)  # a step gives the buffers of its state away
@@ -377,7 +378,7 @@ def test_grpo_is_rewarded_by_the_score_of_the_task(source, tmp_path):
         assert 0 <= record["answer/score"] <= 1 and 1 <= record["answer/length"] <= 6
         assert "loss/ntp" not in record and "answer/policy_loss" in record
     parts = posttrain.prepare(Config.from_dict(small(source)), tmp_path / "other")
-    loop = posttrain._Loop(parts, tmp_path / "other")
+    loop = posttrain.PosttrainLoop(parts, tmp_path / "other")
     texts = ["77", "7\n77", " none"]
     tokens = np.full((2, 3, 6), 257, np.int32)
     for index, text in enumerate(texts):

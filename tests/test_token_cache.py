@@ -8,7 +8,7 @@ import pytest
 from corpora import write_documents
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, make_dataset
+from refine_jax.data import DataOptions, load_corpus
 from refine_jax.data import tokens as tokens_module
 
 
@@ -27,7 +27,7 @@ def test_records_that_the_reader_left_out_are_counted(tmp_path: Path, monkeypatc
         options = DataOptions(
             source=str(path), tokenizer="bytes", sequence_length=8, min_tokens=1, cache_dir=cache
         )
-        statistics = make_dataset(options, "train", 2).statistics
+        statistics = load_corpus(options).dataset("train", 2).statistics
         assert statistics.unread == {"null": 3}
         assert "3 without text" in statistics.summary()
 

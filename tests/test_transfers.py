@@ -14,7 +14,10 @@ from refine_jax.phases import midtrain, posttrain
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
-PHASES = {"midtrain": midtrain, "posttrain": posttrain}
+PHASES = {
+    "midtrain": (midtrain.prepare, midtrain.MidtrainLoop),
+    "posttrain": (posttrain.prepare, posttrain.PosttrainLoop),
+}
 
 
 def settings(phase, folder):
@@ -49,7 +52,8 @@ def test_a_training_step_stays_on_its_devices(phase, devices, tmp_path, monkeypa
     config = settings(phase, tmp_path)
     mesh = {"data": 2, "fsdp": 2} if devices == 4 else {}
     with use_mesh(MeshConfig(**mesh)):
-        loop = PHASES[phase]._Loop(PHASES[phase].prepare(config, tmp_path), tmp_path / "run")
+        prepare, make_loop = PHASES[phase]
+        loop = make_loop(prepare(config, tmp_path), tmp_path / "run")
         state = loop.initial_state()
         batches = iter(loop.parts.training)
         for step in range(config.train.steps):

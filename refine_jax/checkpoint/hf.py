@@ -32,7 +32,6 @@ from refine_jax.base.files import (
     read_text,
     write_text,
 )
-from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
@@ -44,6 +43,7 @@ from refine_jax.checkpoint.folders import (
     new_folder,
 )
 from refine_jax.checkpoint.tree import (
+    abstract_params,
     differences,
     flatten,
     nest,

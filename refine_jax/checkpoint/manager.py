@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,6 @@ from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
 from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
-from refine_jax.checkpoint.expected import abstract_params
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
@@ -51,11 +51,12 @@ from refine_jax.checkpoint.steps import (
     find_best,
     find_steps,
     how_to_fix,
-    read_metrics,
+    read_step_metrics,
     remove_unfinished,
 )
 from refine_jax.checkpoint.tree import (
     PyTree,
+    abstract_params,
     flatten,
     nest,
     plain_leaf,
@@ -73,19 +74,20 @@ class Restored(NamedTuple):
 
 
 class ModelCheckpoint(NamedTuple):
-    """A model from a checkpoint.
+    """A model from a checkpoint, or the description of one that has none yet.
 
-    config: the fields of config.json. params: nested dict of arrays. tokenizer: the folder of the
-    tokenizer files, None if the checkpoint has none. config_json: the text of config.json.
-    files: the files that travel with the weights, {name: path}. step: None unless from a run.
+    config: the fields of config.json. config_json: its text. params: nested dict of arrays; None:
+    of a run, random or restored with the rest of it. tokenizer: the folder of the tokenizer files,
+    None if there are none. files: the files that travel with the weights, {name: path}. step: None
+    unless from a run.
     """
 
-    config: dict
-    params: dict
-    tokenizer: epath.Path | None
+    config: Mapping[str, Any]
     config_json: str
-    files: dict
-    step: int | None
+    params: dict | None = None
+    tokenizer: epath.Path | None = None
+    files: Mapping[str, Any] = MappingProxyType({})
+    step: int | None = None
 
 
 class CheckpointManager:
@@ -135,7 +137,8 @@ class CheckpointManager:
         steps = find_steps(self.directory)
         check_room(self.directory, steps, last_step)
         for step in steps.saved:
-            read_metrics(self.directory, step, steps.saved)  # Orbax would not say what is wrong
+            # Orbax would not say what is wrong.
+            read_step_metrics(self.directory, step, steps.saved)
         if distributed.is_writer():
             self._write_description(
                 config_json,
@@ -266,12 +269,6 @@ class CheckpointManager:
         """Saved steps, ascending."""
         self.wait()
         return self._known_steps()
-
-    def best_step(self) -> int | None:
-        """The step with the best metric; None if none was saved with it."""
-        steps = self.steps()
-        figures = {step: read_metrics(self.directory, step, steps) for step in steps}
-        return find_best(figures, self._best_metric, self._best_mode)
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
         """The newest checkpoint, or None if there is none. See `restore`."""
@@ -426,7 +423,7 @@ def load_model(
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     tokenizer = folder if has_tokenizer(folder) else None
-    return ModelCheckpoint(config, params, tokenizer, config_json, companions(folder), step)
+    return ModelCheckpoint(config, config_json, params, tokenizer, companions(folder), step)
 
 
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
@@ -439,7 +436,7 @@ def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
         raise CheckpointError(f"{folder} holds no finished checkpoint.")
     chosen = saved[-1] if step == "latest" else step
     if step == "best":
-        figures = {number: read_metrics(folder, number, saved) for number in saved}
+        figures = {number: read_step_metrics(folder, number, saved) for number in saved}
         chosen = find_best(figures, run.best_metric, run.best_mode)
         if chosen is None:
             raise CheckpointError(

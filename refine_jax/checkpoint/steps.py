@@ -141,7 +141,7 @@ class StepNames(orbax_steps.NameFormat):
         )
 
 
-def read_metrics(folder: str | os.PathLike, step: int, others: list[int]) -> dict[str, float]:
+def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -> dict[str, float]:
     """The figures that a step was saved with, by name; empty if with none. Some may be NaN.
 
     Raises CheckpointError if they are damaged.

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from refine_jax.models.config import ModelConfig, model_config
+from refine_jax.models.transformer import Model
+
 PyTree = Any
 
 
@@ -132,3 +135,16 @@ def _device_fingerprint(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(bits.shape):
         index = index * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+
+def abstract_params(fields: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes by name of the parameters of a model with these config.json fields.
+
+    Raises ModelConfigError for a model that is not known.
+    """
+    return _traced(model_config(dict(fields)))
+
+
+@functools.cache
+def _traced(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    return flatten(Model(config).abstract_params())

@@ -19,7 +19,6 @@ _MODULES = {
     "Corpus": "pipeline",
     "Dataset": "pipeline",
     "load_corpus": "pipeline",
-    "make_dataset": "pipeline",
     "PromptCorpus": "prompts",
     "PromptOptions": "prompts",
     "cut_prompt": "prompts",

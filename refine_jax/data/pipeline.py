@@ -289,15 +289,5 @@ def load_corpus(options: DataOptions, tokenizer: Tokenizer | None = None) -> Cor
     return Corpus(options, open_tokens(options, tokenizer), tokenizer)
 
 
-def make_dataset(
-    options: DataOptions,
-    split: str,
-    batch_size: int,
-    share: Sequence[int] | None = None,
-) -> Dataset:
-    """Return one split of `options`; for both, `load_corpus` tokenises only once."""
-    return load_corpus(options).dataset(split, batch_size, share)
-
-
 def _digest(*parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()

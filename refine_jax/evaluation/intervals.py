@@ -24,15 +24,7 @@ _RANDOM_FLIPS = 20_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval.
-
-    Attributes:
-        mean: of the scores.
-        low: lower bound.
-        high: upper bound.
-        samples: how many scores.
-        method: "wilson" or "t".
-    """
+    """The mean of `samples` scores, its confidence interval, and the method: "wilson" or "t"."""
 
     mean: float
     low: float
@@ -45,13 +37,10 @@ class Interval:
 class Comparison:
     """The difference of two models on the same samples.
 
-    Attributes:
-        difference: mean score of the second minus that of the first.
-        low: lower bound of its interval (Student's, of the paired differences).
-        high: upper bound.
-        p_value: how often a difference at least as large arises if neither model is better.
-        samples: how many pairs.
-        method: "mcnemar" (0/1 scores, exact) or "sign-flip" (permutation of the pairs' signs).
+    difference: mean score of the second minus that of the first. low, high: bounds of its interval
+    (Student's, of the paired differences). p_value: how often a difference at least as large arises
+    if neither model is better. samples: how many pairs. method: "mcnemar" (0/1 scores, exact) or
+    "sign-flip" (permutation of the pairs' signs).
     """
 
     difference: float
@@ -71,8 +60,8 @@ def interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
     values = _checked(scores)
     count, mean = len(values), float(values.mean())
     if _is_binary(values):
-        found = stats.binomtest(int(values.sum()), count)
-        low, high = map(float, found.proportion_ci(level, method="wilson"))
+        test = stats.binomtest(int(values.sum()), count)
+        low, high = map(float, test.proportion_ci(level, method="wilson"))
         return Interval(mean, low, high, count, "wilson")
     low, high = _student(values, level)
     return Interval(mean, max(0.0, low), min(1.0, high), count, "t")

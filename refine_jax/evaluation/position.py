@@ -163,11 +163,11 @@ def _read(reader: Reader, tokens: np.ndarray, segments: np.ndarray):
         texts = np.zeros((len(tokens), tokens[group[0]].size), np.int32)
         for text, span in zip(texts, group, strict=False):
             text[: tokens[span].size] = tokens[span]
-        found = reader.read(texts)
+        stats = reader.read(texts)
         for row, span in enumerate(group):
             count = tokens[span].size - 1
             predicted = np.s_[span[0], span[1].start : span[1].stop - 1]
-            nll[predicted], correct[predicted] = found.nll[row, :count], found.correct[row, :count]
+            nll[predicted], correct[predicted] = stats.nll[row, :count], stats.correct[row, :count]
             weights[predicted] = 1
             context[predicted] = 1 + np.arange(count)
     return nll, correct, weights, context
@@ -198,7 +198,7 @@ def _sum_documents(nll, correct, weights, context, segments, edges) -> np.ndarra
 
 
 def _bucket(first: int, last: int, sums: np.ndarray) -> Bucket:
-    """Of sums [documents, 3]: tokens, losses, hits."""
+    """The figures of a bucket, from sums [documents, 3] of tokens, losses and hits."""
     sums = sums[sums[:, 0] > 0]
     tokens, losses, hits = sums.T
     return Bucket(

@@ -78,10 +78,7 @@ class Predictions:
         self.records = {record["id"]: record for record in records}
         self._file = None
         if distributed.is_writer():
-            # Without what was no record: what follows is appended.
-            with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
-                file.writelines(map(_line, self.records.values()))
-            self._file = self._path.open("a", encoding="utf-8")
+            self._rewrite()
 
     def check(self, questions: Sequence[Question]) -> None:
         """Take out records that are not of these questions, like lines that are no records.
@@ -108,9 +105,13 @@ class Predictions:
             aside = self._path.with_name(f"{PREDICTIONS}.dropped")
             with aside.open("a", encoding="utf-8") as file:
                 file.writelines(map(_line, dropped))
-            with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
-                file.writelines(map(_line, self.records.values()))
-            self._file = self._path.open("a", encoding="utf-8")
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        """Write all records and no other line; records to come are appended."""
+        with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, self.records.values()))
+        self._file = self._path.open("a", encoding="utf-8")
 
     def add(self, records: Sequence[dict]) -> None:
         """Append records of questions that have none yet; flushed before this returns."""

@@ -9,11 +9,12 @@ in a checkpoint. What a step does, and what is evaluated, is up to the phase.
 """
 
 import abc
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,25 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import RunError
-from refine_jax.checkpoint.manager import CheckpointManager
+from refine_jax.checkpoint.manager import CheckpointManager, ModelCheckpoint
 from refine_jax.compiling import Compilations
 from refine_jax.config import Config
-from refine_jax.data.pipeline import Batch, BatchIterator, Dataset
+from refine_jax.data.pipeline import Batch, BatchIterator, Corpus, Dataset
+from refine_jax.data.prompts import PromptCorpus
+from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import place_rows, state_shardings
-from refine_jax.phases.changes import Changes
+from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.setup import CHECKPOINTS, Start, initial_params
+from refine_jax.phases.setup import (
+    CHECKPOINTS,
+    check_enough_batches,
+    check_mesh,
+    check_room,
+    initial_params,
+    prepare_model,
+    training_data,
+)
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
 from refine_jax.report.metrics import summarize, table, write_results
@@ -40,15 +51,43 @@ from refine_jax.report.plots import plot_training
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 
 
-class Parts(Protocol):
-    """What the loop needs to know of a run; phases add their own."""
+@dataclasses.dataclass(frozen=True)
+class TrainingParts:
+    """What a run is made of; nothing of it is written yet."""
 
     config: Config
-    start: Start
+    start: ModelCheckpoint
     model: Model
+    tokenizer: Tokenizer
+    corpus: Corpus | PromptCorpus
     training: Dataset
     held_out: Dataset | None
     changes: Changes
+
+
+def prepare(
+    config: Config,
+    workdir: Path,
+    allow_change: Sequence[str],
+    load: Callable[[Config, Tokenizer], Corpus | PromptCorpus],
+) -> TrainingParts:
+    """Build and check all that a run needs; read files, write none.
+
+    allow_change: settings that may be others than the run in `workdir` was started with. load:
+    reads what the phase trains on.
+
+    Raises:
+      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
+    """
+    changes = check_same_run(config, workdir, allow_change)
+    start, model, tokenizer = prepare_model(config, workdir)
+    check_mesh(config, model)
+    check_room(config, model)
+    corpus = load(config, tokenizer)
+    training, held_out = training_data(corpus, config)
+    check_enough_batches(config, training)
+    changes = changes.check_data(training.fingerprint, config)
+    return TrainingParts(config, start, model, tokenizer, corpus, training, held_out, changes)
 
 
 class Loop(abc.ABC):
@@ -61,7 +100,7 @@ class Loop(abc.ABC):
       train_key, eval_key: Where the random numbers of steps and of evaluations come from.
     """
 
-    def __init__(self, parts: Parts, workdir: Path):
+    def __init__(self, parts: TrainingParts, workdir: Path):
         self.parts, self.config, self.workdir = parts, parts.config, workdir
         train = self.config.train
         self.optimizer = make_optimizer(
@@ -109,7 +148,7 @@ class Loop(abc.ABC):
         """Write what the model does on held-out examples at the end of a run."""
 
     def run(self, interrupt: Interrupt, check: Callable[[], None] = lambda: None) -> dict:
-        """From the latest checkpoint, or the start, to the end.
+        """Train from the latest checkpoint, or from the start, to the end.
 
         check: called between steps; raises what ends the run.
 
@@ -172,21 +211,15 @@ class Loop(abc.ABC):
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
         dtype = jnp.dtype(self.config.model.param_dtype)
-        params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), self.parts.model.abstract_params()
-        )
+        params = self.parts.model.abstract_params()
         state = jax.eval_shape(
             lambda x: TrainState.create(x, self.optimizer, self.train_key, self.config.refine),
-            params,
+            jax.tree.map(lambda x: x.update(dtype=dtype), params),
         )
         shardings = state_shardings(state)
         if shardings is None:
             return state
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            state,
-            shardings,
-        )
+        return jax.tree.map(lambda x, place: x.update(sharding=place), state, shardings)
 
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Steps done, the state after them, and the batches that follow."""
@@ -216,7 +249,7 @@ class Loop(abc.ABC):
         if step < config.train.steps:
             plan += self.parts.changes.describe()
         distributed.say(
-            f"{self.parts.start.fields['model_type']}, {count / 1e6:,.1f} M parameters, "
+            f"{self.parts.start.config['model_type']}, {count / 1e6:,.1f} M parameters, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; {plan}"
         )

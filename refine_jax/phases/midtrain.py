@@ -15,60 +15,26 @@ import numpy as np
 from refine_jax import distributed
 from refine_jax.base.files import local_path
 from refine_jax.config import Config
-from refine_jax.data.pipeline import Batch, Dataset, load_corpus
+from refine_jax.data.pipeline import Batch, Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.models.transformer import Model
 from refine_jax.parallel import use_mesh
-from refine_jax.phases.changes import Changes, check_same_run
+from refine_jax.phases import loop
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.loop import Loop
-from refine_jax.phases.setup import (
-    Start,
-    check_enough_batches,
-    check_mesh,
-    check_room,
-    data_options,
-    only_run_in,
-    prepare_model,
-    rows_at_once,
-    training_data,
-)
+from refine_jax.phases.loop import Loop, TrainingParts
+from refine_jax.phases.setup import data_options, only_run_in, rows_at_once
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 from refine_jax.report.plots import plot_rollouts
 
 OBJECTIVES = {"ntp": "next token", "refine": "ReFINE"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of; nothing of it is written yet."""
-
-    config: Config
-    start: Start
-    model: Model
-    tokenizer: Tokenizer
-    training: Dataset
-    held_out: Dataset | None
-    changes: Changes
+def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> TrainingParts:
+    """Build and check all that a run needs; see `refine_jax.phases.loop.prepare`."""
+    return loop.prepare(config, workdir, allow_change, _load)
 
 
-def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> Parts:
-    """Build and check all that a run needs; read files, write none.
-
-    allow_change: settings that may be others than the run in `workdir` was started with.
-
-    Raises:
-      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
-    """
-    changes = check_same_run(config, workdir, allow_change)
-    start, model, tokenizer = prepare_model(config, workdir)
-    check_mesh(config, model)
-    check_room(config, model)
-    corpus = load_corpus(data_options(config, tokenizer), tokenizer)
-    training, held_out = training_data(corpus, config)
-    check_enough_batches(config, training)
-    changes = changes.check_data(training.fingerprint, config)
-    return Parts(config, start, model, tokenizer, training, held_out, changes)
+def _load(config: Config, tokenizer: Tokenizer) -> Corpus:
+    return load_corpus(data_options(config, tokenizer), tokenizer)
 
 
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
@@ -91,13 +57,13 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
     """
     workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
+        return MidtrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 
-class _Loop(Loop):
+class MidtrainLoop(Loop):
     """Steps of next-token training or ReFINE."""
 
-    def __init__(self, parts: Parts, workdir: Path):
+    def __init__(self, parts: TrainingParts, workdir: Path):
         train, refine = parts.config.train, parts.config.refine
         super().__init__(parts, workdir)
         rows = {

@@ -47,22 +47,11 @@ from refine_jax.data.prompts import (
 from refine_jax.data.references import FRACTIONS
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
-from refine_jax.models.transformer import Model
 from refine_jax.parallel import use_mesh
-from refine_jax.phases.changes import Changes, check_same_run
+from refine_jax.phases import loop
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.loop import Loop
-from refine_jax.phases.setup import (
-    Start,
-    check_enough_batches,
-    check_mesh,
-    check_room,
-    data_options,
-    only_run_in,
-    prepare_model,
-    rows_at_once,
-    training_data,
-)
+from refine_jax.phases.loop import Loop, TrainingParts
+from refine_jax.phases.setup import data_options, only_run_in, rows_at_once
 from refine_jax.refine.answers import (
     AnswerMethod,
     make_answer_eval,
@@ -77,69 +66,40 @@ ANSWERS_FILE = "answers.jsonl"
 SHOWN_CHARACTERS = 400  # of the end of a prompt
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What a run is made of; nothing of it is written yet."""
-
-    config: Config
-    start: Start
-    model: Model
-    tokenizer: Tokenizer
-    corpus: PromptCorpus
-    training: Dataset
-    held_out: Dataset | None
-    changes: Changes
-
-
-def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> Parts:
-    """Build and check all that a run needs; read files, write none.
-
-    allow_change: settings that may be others than the run in `workdir` was started with.
-
-    Raises:
-      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
-    """
+def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> TrainingParts:
+    """Build and check all that a run needs; see `refine_jax.phases.loop.prepare`."""
     if config.posttrain.metric not in METRICS:
         raise ConfigError(
             f"config.posttrain.metric must be one of {', '.join(METRICS)}. "
             f"Got: {config.posttrain.metric!r}.{suggestion(config.posttrain.metric, METRICS)}"
         )
-    changes = check_same_run(config, workdir, allow_change)
-    start, model, tokenizer = prepare_model(config, workdir)
-    check_mesh(config, model)
-    check_room(config, model)
+    return loop.prepare(config, workdir, allow_change, _load)
+
+
+def _load(config: Config, tokenizer: Tokenizer) -> PromptCorpus:
     options = PromptOptions(**dataclasses.asdict(config.prompts))
-    corpus = load_prompts(
+    return load_prompts(
         data_options(config, tokenizer),
         options,
         tokenizer,
         alternatives=config.posttrain.metric not in FRACTIONS,
     )
-    training, held_out = training_data(corpus, config)
-    check_enough_batches(config, training)
-    changes = changes.check_data(training.fingerprint, config)
-    return Parts(config, start, model, tokenizer, corpus, training, held_out, changes)
 
 
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
-    """Train, or go on training, and report; see `refine_jax.phases.loop.Loop.run`.
+    """Train, or go on training, and report.
 
-    Args:
-      config: The run.
-      workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
-        the run continues from the latest.
-      allow_change: Settings that may be others than those the run was started with, such as
-        "optimizer.learning_rate" (`refine_jax.phases.changes`).
+    Arguments, result and errors are those of `refine_jax.phases.midtrain.run`.
     """
     workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
-        return _Loop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
+        return PosttrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 
-class _Loop(Loop):
+class PosttrainLoop(Loop):
     """Steps on prompts, then on their answers."""
 
-    def __init__(self, parts: Parts, workdir: Path):
+    def __init__(self, parts: TrainingParts, workdir: Path):
         config, tokenizer = parts.config, parts.tokenizer
         train, posttrain = config.train, config.posttrain
         mini_batch = posttrain.mini_batch_size or train.batch_size

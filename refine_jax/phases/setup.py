@@ -5,9 +5,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
 from refine_jax.base.lock import Lock
 from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
-from refine_jax.checkpoint.manager import load_model
+from refine_jax.checkpoint.manager import ModelCheckpoint, load_model
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
 from refine_jax.data.options import DataOptions
@@ -32,22 +31,6 @@ from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, 
 from refine_jax.settings import suggestion
 
 CHECKPOINTS = "checkpoints"
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """A model to train: its description, and its parameters if they come from a checkpoint.
-
-    fields: of config.json. config_json: its text. params: nested dict of arrays; None: random, or
-    restored with the rest of an interrupted run. files: {name: path} of the tokenizer's files.
-    tokenizer: folder that holds the model's own tokenizer; None if it has none.
-    """
-
-    fields: Mapping[str, Any]
-    config_json: str
-    params: Params | None
-    files: Mapping[str, Any]
-    tokenizer: Any
 
 
 @contextlib.contextmanager
@@ -73,7 +56,7 @@ def has_checkpoints(workdir: Path) -> bool:
     return bool(steps.saved or steps.broken)
 
 
-def load_start(config: ModelConfig, workdir: Path) -> Start:
+def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
     """The model of the interrupted run in `workdir`, else the one that the configuration names.
 
     Raises:
@@ -89,12 +72,9 @@ def load_start(config: ModelConfig, workdir: Path) -> Start:
             )
         text = read_text(folder / CONFIG, CheckpointError)
         fields = parse_object(text, folder / CONFIG, CheckpointError)
-        return Start(fields, text, None, {}, folder)
+        return ModelCheckpoint(fields, text, tokenizer=folder)
     if config.checkpoint is not None:
-        loaded = load_model(config.checkpoint)
-        return Start(
-            loaded.config, loaded.config_json, loaded.params, loaded.files, loaded.tokenizer
-        )
+        return load_model(config.checkpoint)
     described = model_config(dict(config.fresh))
     known = ["model_type", *(field.name for field in dataclasses.fields(described))]
     for name in config.fresh:
@@ -104,10 +84,10 @@ def load_start(config: ModelConfig, workdir: Path) -> Start:
                 f"{suggestion(name, known)} Fields: {', '.join(known)}."
             )
     fields = described.to_hf()
-    return Start(fields, json.dumps(fields, indent=2) + "\n", None, {}, None)
+    return ModelCheckpoint(fields, json.dumps(fields, indent=2) + "\n")
 
 
-def make_model(start: Start, config: ModelConfig) -> Model:
+def make_model(start: ModelCheckpoint, config: ModelConfig) -> Model:
     """The model, computing as the configuration says.
 
     Raises:
@@ -118,7 +98,7 @@ def make_model(start: Start, config: ModelConfig) -> Model:
         remat=config.remat,
         implementation=config.implementation,
     )
-    model = Model(model_config(dict(start.fields)), policy)
+    model = Model(model_config(dict(start.config)), policy)
     if config.implementation is not None:
         try:
             tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -128,7 +108,7 @@ def make_model(start: Start, config: ModelConfig) -> Model:
     return model
 
 
-def initial_params(model: Model, start: Start, config: Config) -> Params:
+def initial_params(model: Model, start: ModelCheckpoint, config: Config) -> Params:
     """Parameters before the first step, where an ambient mesh wants them, in their dtype."""
     dtype = jnp.dtype(config.model.param_dtype)
     shardings = state_shardings(model.abstract_params())
@@ -142,7 +122,7 @@ def initial_params(model: Model, start: Start, config: Config) -> Params:
     return init(jax.random.key(config.train.seed))
 
 
-def prepare_model(config: Config, workdir: Path) -> tuple[Start, Model, Tokenizer]:
+def prepare_model(config: Config, workdir: Path) -> tuple[ModelCheckpoint, Model, Tokenizer]:
     """What every phase starts from: the model of `load_start`, and the tokenizer with its files.
 
     Raises:
@@ -154,7 +134,7 @@ def prepare_model(config: Config, workdir: Path) -> tuple[Start, Model, Tokenize
     return with_tokenizer_files(start, tokenizer), model, tokenizer
 
 
-def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
+def load_matching_tokenizer(config: Config, start: ModelCheckpoint) -> Tokenizer:
     """The configured tokenizer.
 
     Raises:
@@ -173,7 +153,7 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
                 "'mistral-v1', 'bytes' or a path."
             )
     tokenizer = load_tokenizer(os.fspath(name))
-    vocab_size = model_config(start.fields).vocab_size
+    vocab_size = model_config(start.config).vocab_size
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             "config.data.tokenizer has more tokens than the model's vocabulary. Got: "
@@ -184,14 +164,14 @@ def load_matching_tokenizer(config: Config, start: Start) -> Tokenizer:
     if generation is None and start.tokenizer is not None:  # of a run that goes on
         generation = start.tokenizer / GENERATION
         generation = generation if generation.is_file() else None
-    return with_ends(tokenizer, further_ends(start.fields, generation))
+    return with_ends(tokenizer, further_ends(start.config, generation))
 
 
-def with_tokenizer_files(start: Start, tokenizer: Tokenizer) -> Start:
+def with_tokenizer_files(start: ModelCheckpoint, tokenizer: Tokenizer) -> ModelCheckpoint:
     """The start with the files of the tokenizer, unless it comes with its own."""
     if start.tokenizer is not None:
         return start
-    return dataclasses.replace(start, files={**tokenizer.files, **start.files})
+    return start._replace(files={**tokenizer.files, **start.files})
 
 
 def check_mesh(config: Config, model: Model) -> None:

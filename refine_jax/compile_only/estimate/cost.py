@@ -48,7 +48,7 @@ NO_ESTIMATE = 1e15
 
 @dataclasses.dataclass
 class ProgramCost:
-    """Of one program on one chip, or a part of it.
+    """What one program, or a part of it, costs on one chip.
 
     seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
     bytes: read from and written to the HBM. sent, counts: of collectives by kind. links: seconds

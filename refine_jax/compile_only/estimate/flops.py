@@ -107,25 +107,11 @@ def _branching_axes(jaxpr, axes: int) -> set[int]:
     return {axis for axis in asked if axis < axes}
 
 
-_INTEGER_OPERATIONS = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "and": operator.and_,
-    "or": operator.or_,
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.floordiv,
-    "rem": operator.mod,
-    "max": max,
-    "min": min,
-    "not": operator.not_,
-    "convert_element_type": int,
-    "squeeze": int,
+# Primitives of jax by name; those in the first line are called as in Python's `operator`.
+_ALIKE = ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul")
+_INTEGER_OPERATIONS = {name: getattr(operator, name) for name in _ALIKE} | {
+    **{"and": operator.and_, "or": operator.or_, "not": operator.not_, "max": max, "min": min},
+    **{"div": operator.floordiv, "rem": operator.mod, "convert_element_type": int, "squeeze": int},
 }
 
 

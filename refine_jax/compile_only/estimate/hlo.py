@@ -201,7 +201,7 @@ def _element(computation, carry, index) -> int | None:
 
 
 def _step(body, index) -> int:
-    """By how much a loop's body raises element `index` of its carry."""
+    """The number that a loop's body adds to element `index` of its carry."""
     if body.root.opcode != "tuple":
         return 1
     value = body.instructions[body.root.operands[index]]

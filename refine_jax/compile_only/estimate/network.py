@@ -8,10 +8,11 @@ where the ends of an axis are not linked; rings send both ways. Nothing else use
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Sequence
+
+import numpy as np
 
 HOP_SECONDS = 1e-6
 
@@ -129,12 +130,8 @@ def _numbers(text: str | None) -> list[int]:
 
 def _range(shape: list[int], order: list[int]) -> list[int]:
     """0, 1, 2, ... as an array of `shape`, its axes in another order, flat."""
-    order = order or list(range(len(shape)))
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return [
-        sum(index * strides[axis] for index, axis in zip(indices, order, strict=True))
-        for indices in itertools.product(*(range(shape[axis]) for axis in order))
-    ]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    return numbers.transpose(order or range(len(shape))).ravel().tolist()
 
 
 def _along(ids: list[int], sizes: dict[str, int], axes: str) -> tuple[int, ...]:

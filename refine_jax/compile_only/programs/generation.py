@@ -40,7 +40,7 @@ def _copies(run: AbstractRun) -> int:
 
 
 def _stacked(run: AbstractRun, tree: Any) -> Any:
-    """With a copy for each prompt, where each adapts one of its own."""
+    """The tree with a copy for each prompt, [copies, ...], where each adapts one of its own."""
     if _copies(run) == 1:
         return tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_copies(run), *x.shape), x.dtype), tree)

@@ -14,10 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
+from refine_jax.checkpoint.manager import ModelCheckpoint
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
-from refine_jax.phases.setup import Start, load_start, make_model
+from refine_jax.phases.setup import load_start, make_model
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
@@ -51,7 +52,7 @@ class Program:
     compared: bool = False
 
 
-def describe_model(config: Config) -> Start:
+def describe_model(config: Config) -> ModelCheckpoint:
     """The model of the run, by its config.json or the fields of `model.fresh`; no parameters.
 
     Raises:
@@ -63,7 +64,7 @@ def describe_model(config: Config) -> Start:
             if file.is_file():
                 text = read_text(file, CheckpointError)
                 fields = parse_object(text, file, CheckpointError)
-                return Start(fields, text, None, {}, None)
+                return ModelCheckpoint(fields, text)
         if "model_type" not in (config.model.fresh or {}):
             raise ConfigError(
                 f"config.model.checkpoint has no {CONFIG}, and there is no config.model.fresh to "
@@ -141,7 +142,7 @@ class AbstractRun:
         self.model = make_model(describe_model(config), config.model)
         dtype = jnp.dtype(config.model.param_dtype)
         self.unplaced_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype), self.model.abstract_params()
+            lambda x: x.update(dtype=dtype), self.model.abstract_params()
         )
         self.shapes = Shapes(device)
 
@@ -205,7 +206,7 @@ class AbstractRun:
         return (self.shapes.states(states),) * (count if together else 1)
 
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
-        """Of rows whose tokens, and those of their rollouts, go through so many forward passes."""
+        """Operations of rows in `trunk` forward passes, and of their rollouts in `rollouts`."""
         config, length = self.config.refine, self.config.data.sequence_length
         each = config.num_positions * config.rollouts_per_position * config.rollout_length
         tokens = rows * (trunk * length + rollouts * each)
