@@ -157,7 +157,7 @@ def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
 def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
     """Every rollout, and the truth it is compared with, must lie between the margins."""
     length, margin = data.sequence_length, refine.edge_margin
-    shortest = length if data.min_tokens is None else data.min_tokens
+    shortest = data.shortest
     k, c = refine.rollout_length, refine.num_positions
     if k + 2 > length:
         raise ConfigError(
@@ -209,21 +209,15 @@ def _check_estimator(refine: RefineConfig) -> None:
         )
 
 
-# How documents become rows; prompts do so in another way.
-_FOR_DOCUMENTS = (
-    *("text_field", "tfds_split", "tfds_data_dir", "add_eos", "min_tokens", "max_tokens"),
-    *("chunking", "min_remainder", "pack", "max_documents", "cache_dir"),
-)
-
-
 def _check_posttrain(config: Config) -> None:
     """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
     data, train, posttrain = config.data, config.train, config.posttrain
-    for name in _FOR_DOCUMENTS:
-        if getattr(data, name) != getattr(type(data)(), name):
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if field.metadata["documents_only"] and value != field.default:
             raise ConfigError(
-                f"config.data.{name} is for documents; config.prompts says how prompts become rows "
-                f"(phase 'posttrain'). Got: {getattr(data, name)!r}."
+                f"config.data.{field.name} is for documents; config.prompts says how prompts "
+                f"become rows (phase 'posttrain'). Got: {value!r}."
             )
     if train.warmup_ntp_steps:
         raise ConfigError(

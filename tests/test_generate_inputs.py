@@ -260,7 +260,7 @@ def test_scores_that_are_not_finite_are_said():
 
 def read(*arguments):
     return generate.read_prompts(
-        generate._parser().parse_args(["--checkpoint", "x", *map(str, arguments)])
+        generate.command().parse(["--checkpoint", "x", *map(str, arguments)])
     )
 
 

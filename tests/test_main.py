@@ -121,7 +121,7 @@ def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):
     model = Model(model_config(loaded.config))
     options = data_options(config, load_tokenizer("bytes"))
     total, count, right = 0.0, 0, 0
-    for batch in load_corpus(options).dataset("validation", 1):
+    for batch in load_corpus(**options).dataset("validation", 1):
         real = batch["segments"][0] > 0
         tokens = batch["tokens"][0][real]
         hidden, _ = model.forward(loaded.params, tokens[None])
@@ -224,7 +224,7 @@ def test_pieces_of_documents_hold_the_rollouts(corpus, objective, length, expect
     config = tiny(corpus, refine={"objective": objective}, data={"sequence_length": length})
     config.data.min_remainder = None
     options = data_options(Config.from_dict(config), load_tokenizer("bytes"))
-    assert options.min_remainder == expected == 2 * 20 + 2 * 2
+    assert options["options"].min_remainder == expected == 2 * 20 + 2 * 2
 
 
 def test_the_best_checkpoint_is_kept(corpus, tmp_path):
@@ -258,7 +258,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(corpus, tmp_path):
         tiny(source, model=model, train=train | {"max_nonfinite_updates": 41})
     )
     figures = midtrain.run(config, tmp_path / "run")
-    batches = iter(load_corpus(data_options(config, load_tokenizer("bytes"))).dataset("train", 4))
+    batches = iter(load_corpus(**data_options(config, load_tokenizer("bytes"))).dataset("train", 4))
     bad = [bool((next(batches)["tokens"] == ord("#")).any()) for _ in range(40)]
     assert 0 < sum(bad) < 40
     assert figures["skipped_updates"] == sum(bad)

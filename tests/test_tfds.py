@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from corpora import data_config
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, open_source
+from refine_jax.config import DataConfig
+from refine_jax.data import load_corpus, open_source
 from refine_jax.data.prepare import prepare
 from refine_jax.data.tfds import open_tfds
 from refine_jax.data.tokenizer import load_tokenizer
@@ -68,9 +70,9 @@ def letters(made: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def options_of(source: object, **changes) -> DataOptions:
+def options_of(source: object, **changes) -> DataConfig:
     values = {"tokenizer": "bytes", "sequence_length": 16, "min_tokens": 1, "text_field": "story"}
-    return DataOptions(source=str(source), **{**values, **changes})
+    return data_config(source=str(source), **{**values, **changes})
 
 
 def change(path: Path, edit: Callable[[dict], Any]) -> None:

@@ -64,7 +64,7 @@ def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> 
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     check_room(config, model)
-    corpus = load_corpus(data_options(config, tokenizer), tokenizer)
+    corpus = load_corpus(**data_options(config, tokenizer))
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     changes = changes.check_data(training.fingerprint, config)

@@ -39,7 +39,6 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import (
     PromptCorpus,
-    PromptOptions,
     load_prompts,
     trim_batch,
     trimmed_width,
@@ -108,12 +107,10 @@ def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> 
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     check_room(config, model)
-    options = PromptOptions(**dataclasses.asdict(config.prompts))
     corpus = load_prompts(
-        data_options(config, tokenizer),
-        options,
-        tokenizer,
+        prompts=config.prompts,
         alternatives=config.posttrain.metric not in FRACTIONS,
+        **data_options(config, tokenizer),
     )
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
