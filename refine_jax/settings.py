@@ -136,6 +136,21 @@ def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
         values[name] = expanded(values[name], f"--{name}", empty=False)
 
 
+def table(sections: Mapping[str, type[Section]]) -> list[str]:
+    """A row of Markdown for each field of the sections: its name, its default, its meaning."""
+    rows = []
+    for name, section in sections.items():
+        for field in dataclasses.fields(section):
+            number = isinstance(field.default, float)
+            default = f"{field.default:g}" if number else repr(field.default)
+            meaning = field.metadata["doc"]
+            if field.metadata["choices"]:
+                choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+                meaning += f"; one of {choices}"
+            rows.append(f"| `{name}.{field.name}` | `{default}` | {meaning} |")
+    return rows
+
+
 def listed(text: str) -> list[str]:
     """The texts between the commas of a setting, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refine_jax.config import SECTIONS
+from refine_jax.settings import table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,6 +43,9 @@ def test_the_table_lists_every_field_with_its_default_and_meaning():
                 meaning += "; one of " + ", ".join(f"`{choice}`" for choice in choices)
             expected.append((f"{name}.{field.name}", default, meaning))
     assert rows == expected
+    assert table(SECTIONS) == [
+        f"| `{name}` | `{default}` | {text} |" for name, default, text in rows
+    ]
 
 
 def test_the_example_runs():
