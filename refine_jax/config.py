@@ -24,19 +24,19 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
 from refine_jax.presets import PRESETS, GivenFields, expand
 from refine_jax.settings import (
+    CONTENT,
+    COUNT,
     DEVICES,
     DIVISORS,
-    DOCUMENTS_ONLY,
+    DOCUMENTS,
     FREELY,
     ITEMS,
     LEAST,
     MOST_TOKENS,
     PATH,
     ROWS,
-    SAME_CONTENT,
     SEEDS,
     STEPS,
-    STEPS_OR_NONE,
     TOKENS,
     WEIGHTS,
     WORKERS,
@@ -239,7 +239,7 @@ class OptimizerConfig(Section):
         never("the saved moments have it"),
     )
     schedule: str = setting("constant", "after the warm-up", one_of("constant", "cosine", "linear"))
-    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", STEPS_OR_NONE)
+    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", COUNT)
     final_fraction: float = setting(
         0.0, "where `cosine` and `linear` end, of the peak", between(0, 1)
     )
@@ -250,9 +250,7 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int = setting(100, "training steps, one batch each", STEPS)
-    warmup_ntp_steps: int = setting(
-        0, "steps of plain next-token training at the start", STEPS_OR_NONE
-    )
+    warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", COUNT)
     batch_size: int = setting(128, "sequences a step", ROWS)
     mini_batch_size: int | None = setting(
         None, "sequences an optimizer update; None: batch_size", ROWS
@@ -264,7 +262,7 @@ class TrainConfig(Section):
         ROWS,
     )
     eval_every: int = setting(
-        0, "steps between evaluations; 0: before and after only", STEPS_OR_NONE, FREELY
+        0, "steps between evaluations; 0: before and after only", COUNT, FREELY
     )
     eval_batches: int = setting(
         8, "held-out batches of micro_batch_size an evaluation", ROWS, FREELY
@@ -274,11 +272,9 @@ class TrainConfig(Section):
         "with `refine.rollouts` `batch`, time the rollouts, in a program of their own",
         FREELY,
     )
-    log_every: int = setting(
-        10, "steps between lines on the terminal; 0: none", STEPS_OR_NONE, FREELY
-    )
+    log_every: int = setting(10, "steps between lines on the terminal; 0: none", COUNT, FREELY)
     checkpoint_every: int = setting(
-        100, "steps between checkpoints; 0: at the end only", STEPS_OR_NONE, FREELY
+        100, "steps between checkpoints; 0: at the end only", COUNT, FREELY
     )
     keep_checkpoints: int = setting(2, "newest checkpoints to keep", ROWS, FREELY)
     best_metric: str | None = setting(
@@ -321,58 +317,49 @@ class DataConfig(Section):
         "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
         "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
         PATH,
-        SAME_CONTENT,
+        CONTENT,
     )
     text_field: str = setting(
-        "text",
-        "parquet column, JSON field or tfds feature with the text",
-        SAME_CONTENT,
-        DOCUMENTS_ONLY,
+        "text", "parquet column, JSON field or tfds feature with the text", CONTENT, DOCUMENTS
     )
     files: str = setting(
-        "", "pattern of file names in folders, e.g. `*.py`; '': known suffixes", SAME_CONTENT
+        "", "pattern of file names in folders, e.g. `*.py`; '': known suffixes", CONTENT
     )
-    tfds_split: str = setting(
-        "train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS_ONLY
-    )
+    tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
     tfds_data_dir: str = setting(
-        "",
-        "where tensorflow-datasets keeps its data; '': its default",
-        PATH,
-        SAME_CONTENT,
-        DOCUMENTS_ONLY,
+        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
     )
     limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
     tokenizer: str = setting(
         "mistral-v1",
         "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path",
         PATH,
-        SAME_CONTENT,
+        CONTENT,
     )
     add_bos: bool = setting(True, "begin-of-sequence token before each document")
-    add_eos: bool = setting(False, "end-of-sequence token after each document", DOCUMENTS_ONLY)
+    add_eos: bool = setting(False, "end-of-sequence token after each document", DOCUMENTS)
     sequence_length: int = setting(16384, "T: tokens of a row", between(2, MOST_TOKENS))
     min_tokens: int | None = setting(
-        None, "drop documents with fewer tokens; None: sequence_length", ITEMS, DOCUMENTS_ONLY
+        None, "drop documents with fewer tokens; None: sequence_length", ITEMS, DOCUMENTS
     )
     max_tokens: int | None = setting(
-        None, "drop documents with more tokens; None: no limit", ITEMS, DOCUMENTS_ONLY
+        None, "drop documents with more tokens; None: no limit", ITEMS, DOCUMENTS
     )
     chunking: str = setting(
         "all",
         "longer documents: cut into rows, or keep the first row",
         one_of("all", "first"),
-        DOCUMENTS_ONLY,
+        DOCUMENTS,
     )
     min_remainder: int | None = setting(
         None,
         "keep the last piece of a cut document if it has so many tokens; None: as many as the "
         "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
         TOKENS,
-        DOCUMENTS_ONLY,
+        DOCUMENTS,
     )
-    pack: bool = setting(False, "short documents share a row", DOCUMENTS_ONLY)
-    max_documents: int = setting(8, "most documents of a packed row", ROWS, DOCUMENTS_ONLY)
+    pack: bool = setting(False, "short documents share a row", DOCUMENTS)
+    max_documents: int = setting(8, "most documents of a packed row", ROWS, DOCUMENTS)
     holdout: float = setting(
         0.05,
         "fraction of the documents held out for evaluation, of the rows where there is one "
@@ -382,7 +369,7 @@ class DataConfig(Section):
     epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
     workers: int = setting(0, "processes that read ahead; 0: threads of this one", WORKERS, FREELY)
     cache_dir: str = setting(
-        "", "folder that keeps tokens between runs; '': memory", PATH, SAME_CONTENT, DOCUMENTS_ONLY
+        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
     )
 
     @property

@@ -27,13 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refine_jax.base.errors import (
-    USER_ERRORS,
-    ConfigError,
-    RunError,
-    allow_interrupts,
-    complain,
-)
+from refine_jax.base.errors import USER_ERRORS, ConfigError, RunError, allow_interrupts, complain
 from refine_jax.base.files import check_writable, local_path
 from refine_jax.commands import Command, Options, note
 
@@ -153,26 +147,21 @@ def compile_for(
       workdir: An optional folder for compile_only.json, made if it is not there.
       file: Another file for the same, optional.
       plan: Stop before code is made.
-      debug: Let errors of the user's input through, with their traceback.
+      debug: Show where an error came from.
     """
     from refine_jax.config import Config
 
-    try:
-        if values is None:
-            raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
-        config = Config.from_dict(values)
-        out = local_path(file, "--json") if file else None
-        if out is None and workdir:
-            folder = local_path(workdir, "--workdir")
-            check_writable(folder, "--workdir")
-            folder.mkdir(parents=True, exist_ok=True)
-            out = folder / "compile_only.json"
-        command = importlib.import_module("refine_jax.compile_only.command")
-        return command.run(config, topology, out, plan=plan, debug=debug)
-    except USER_ERRORS as error:
-        if debug or isinstance(error, BrokenPipeError):
-            raise
-        return complain(error)
+    if values is None:
+        raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
+    config = Config.from_dict(values)
+    out = local_path(file, "--json") if file else None
+    if out is None and workdir:
+        folder = local_path(workdir, "--workdir")
+        check_writable(folder, "--workdir")
+        folder.mkdir(parents=True, exist_ok=True)
+        out = folder / "compile_only.json"
+    command = importlib.import_module("refine_jax.compile_only.command")
+    return command.run(config, topology, out, plan=plan, debug=debug)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ TOKENS = between(1, MOST_TOKENS)
 """Of a row, a prompt or an answer."""
 STEPS = between(1, 2**31 - 1)
 """Of what int32 counters count: steps of training, updates."""
-STEPS_OR_NONE = between(0, 2**31 - 1)
+COUNT = between(0, 2**31 - 1)
 ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
 WORKERS = between(0, 256)
@@ -71,13 +71,13 @@ WEIGHTS = between(0, 1e6)
 DIVISORS = between(LEAST, 1e6)
 PATH = {"path": True}
 """It may name a file or folder: `~` is expanded, URLs are refused."""
-DOCUMENTS_ONLY = {"documents_only": True}
+DOCUMENTS = {"documents_only": True}
 """How documents become rows; prompts do so in another way, so that post-training refuses it."""
 BY_NAME = "by name"
 """A run that is continued changes it where --allow_change names it."""
 FREELY = {"change": "freely"}
 """Does not change what a run computes."""
-SAME_CONTENT = {"change": "with the same content"}
+CONTENT = {"change": "with the same content"}
 """The fingerprint of the training data, made of documents and tokenizer, says what changed."""
 
 

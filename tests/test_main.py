@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
+from refine_jax import summary
 from refine_jax.base.errors import ConfigError
 from refine_jax.checkpoint.manager import load_model, save_model
 from refine_jax.config import Config
@@ -24,7 +25,7 @@ from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute, keep_programs
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
-from refine_jax.monitor import Monitor, read_metrics
+from refine_jax.monitor import Monitor, read_metrics, table
 from refine_jax.phases import midtrain
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import data_options
@@ -90,6 +91,22 @@ def test_a_run_learns_and_reports(whole):
     assert json.loads((workdir / "results.json").read_text()) == figures
     for plot in ("training.png", "rollouts.png"):
         assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    files = ("results.json", "training.png")
+    before = [(folder / name).read_bytes() for name in files]
+    for name in files:
+        (folder / name).unlink()
+    assert summary.main([f"--workdir={folder}"]) == 0
+    assert [(folder / name).read_bytes() for name in files] == before
+    out = capsys.readouterr().out
+    assert table(json.loads(before[0])) in out
+    assert json.loads(out.splitlines()[-1]) == json.loads(before[0])
+    assert summary.main([f"--workdir={tmp_path}"]) == 1
+    assert "holds no records of a run" in capsys.readouterr().err
 
 
 def test_metrics_have_one_record_a_step_with_all_names(whole):

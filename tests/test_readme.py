@@ -43,9 +43,7 @@ def test_the_table_lists_every_field_with_its_default_and_meaning():
                 meaning += "; one of " + ", ".join(f"`{choice}`" for choice in choices)
             expected.append((f"{name}.{field.name}", default, meaning))
     assert rows == expected
-    assert table(SECTIONS) == [
-        f"| `{name}` | `{default}` | {text} |" for name, default, text in rows
-    ]
+    assert [line for line in README.splitlines() if line in table(SECTIONS)] == table(SECTIONS)
 
 
 def test_the_example_runs():

@@ -31,7 +31,7 @@ from refine_jax.config import SECTIONS, Config, OptimizerConfig, RefineConfig
 from refine_jax.phases.setup import CHECKPOINTS, has_checkpoints
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState
-from refine_jax.settings import BY_NAME, FREELY, SAME_CONTENT, suggestion
+from refine_jax.settings import BY_NAME, CONTENT, FREELY, suggestion
 
 # {setting: how it may change}, as refine_jax.config states it.
 _HOW = {"phase": "the phases train on different data"} | {
@@ -40,7 +40,7 @@ _HOW = {"phase": "the phases train on different data"} | {
     for field in dataclasses.fields(kind)
 }
 _FREELY = [name for name, how in _HOW.items() if how == FREELY["change"]]
-_BY_CONTENT = [name for name, how in _HOW.items() if how == SAME_CONTENT["change"]]
+_BY_CONTENT = [name for name, how in _HOW.items() if how == CONTENT["change"]]
 # With them, the saved arrays would be others or mean something else.
 _NEVER = {
     name: why
