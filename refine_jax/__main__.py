@@ -16,19 +16,14 @@ class _Entry(NamedTuple):
     module: str
     what: str
     usage: str
-    flags: tuple[str, ...] = ()  # that the name of the command stands for
+    flag: str = ""  # that the name of the command stands for
 
 
 COMMANDS = {
     "train": _Entry("main", "train as a configuration says", "--config=FILE --workdir=DIR"),
-    "evaluate": _Entry(
-        "main", "score a model on RULER or LongBench", "--config=FILE --workdir=DIR"
-    ),
+    "evaluate": _Entry("main", "score answers to RULER, LongBench", "--config=FILE --workdir=DIR"),
     "fit": _Entry(
-        "main",
-        "say whether a run fits TPUs, without any",
-        "--config=FILE --topology=NAME",
-        ("--compile_only",),
+        "main", "say if a run fits TPUs", "--config=FILE --topology=NAME", "--compile_only"
     ),
     "report": _Entry("summary", "draw a run's plots and table again", "--workdir=DIR"),
     "generate": _Entry("generate", "continue prompts", "--checkpoint=DIR"),
@@ -56,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "the commands."
         )
     entry = COMMANDS[name]
-    sys.argv = [f"{program} {name}", *entry.flags, *left]
+    sys.argv = [f"{program} {name}", *filter(None, [entry.flag]), *left]
     runpy.run_module(f"refine_jax.{entry.module}", run_name="__main__")
     return 0
 

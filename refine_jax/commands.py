@@ -24,15 +24,15 @@ from typing import Any
 
 from refine_jax.base.errors import ConfigError, allow_interrupts, complain, run_command
 from refine_jax.base.files import short
-from refine_jax.config_files import inner_type, kind_of_setting, parsed, short_name
-from refine_jax.settings import suggestion
+from refine_jax.config_files import kind_of_setting, parsed, short_name
+from refine_jax.settings import inner_type, suggestion
 
 _HELP = ("help", "h", "helpshort", "helpfull")
 _EXAMPLES = "\nExamples:\n"  # where a docstring turns from what a command does to how it is called
 _MARGIN = 30  # columns of a page's names of flags
 
 Options = types.SimpleNamespace
-"""What a command line says: an attribute for each flag and word, and `settings`."""
+"""What a command line says: each flag and word by its name, `settings`, and the names `given`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,12 @@ class Flag:
         if self.kind is bool:
             name = f"  --[no]{self.name}" if self.default else f"  --{self.name}"
         else:
-            value = (
-                self.metavar or "|".join(self.choices) or kinds.get(inner_type(self.kind), "TEXT")
-            )
-            name = f"  --{self.name}={value}"
-        text = self.help
-        if self.default not in (None, "", False, True, []):
-            default = ",".join(self.default) if self.kind is list else self.default
+            value = self.metavar or "|".join(self.choices)
+            name = f"  --{self.name}={value or kinds.get(inner_type(self.kind), 'TEXT')}"
+        text, default = self.help, self.default
+        if isinstance(default, list):
+            default = ",".join(default)
+        if default not in (None, "") and self.kind is not bool:
             text += f" (default {default})"
         lines = textwrap.wrap(text, width - _MARGIN)
         first = [name] if len(name) > _MARGIN - 2 else [name.ljust(_MARGIN) + lines.pop(0)]
@@ -140,7 +139,8 @@ class Command:
                 text = (help or {}).get(field.name, field.metadata["doc"].replace("`", ""))
                 default = defaults.get(field.name, field.default)
                 kind = list if isinstance(default, list) else hints[field.name]
-                self.flag(field.name, text, kind, default=default)
+                choices = field.metadata["choices"] or ()
+                self.flag(field.name, text, kind, default=default, choices=choices)
 
     def parse(self, arguments: Sequence[str] | None = None) -> Options:
         """Read a command line, None: that of the process; for --help print the page and exit.
@@ -169,6 +169,7 @@ class Command:
         for name, meaning in list(self._words.items())[len(words) :]:
             raise ConfigError(f"{name} is needed: {meaning}.")
         options = Options(**dict(zip(map(str.lower, self._words), words, strict=True)))
+        options.given = given.keys()
         for name, flag in self.flags.items():
             value = flag.default
             if name in given:
@@ -181,13 +182,12 @@ class Command:
         options.settings = {name: given[name][-1] for name in given if name not in self.flags}
         for name, texts in given.items():
             flag = self.flags.get(name)
-            if flag is None or not (flag.every or flag.kind is list):
-                for before, after in itertools.pairwise(texts):
-                    if before != after:
-                        note(
-                            f"--{name} is given twice, {short(before)} and {short(after)}: the "
-                            "last one counts."
-                        )
+            if flag is not None and (flag.every or flag.kind is list):
+                continue  # each time counts
+            for before, after in itertools.pairwise(texts):
+                if before != after:
+                    twice = f"{short(before)} and {short(after)}"
+                    note(f"--{name} is given twice, {twice}: the last one counts.")
         return options
 
     def _value(self, flag: Flag, given: Mapping[str, list[str | bool]]) -> Any:

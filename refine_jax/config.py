@@ -13,7 +13,6 @@ what was got and what is allowed. A config file starts from `defaults()` and set
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -27,7 +26,6 @@ from refine_jax.settings import (
     CONTENT,
     COUNT,
     DEVICES,
-    DIVISORS,
     DOCUMENTS,
     FREELY,
     ITEMS,
@@ -39,11 +37,11 @@ from refine_jax.settings import (
     STEPS,
     TOKENS,
     WEIGHTS,
-    WORKERS,
     Section,
     above,
     between,
     check_names,
+    inner_type,
     listed,
     never,
     one_of,
@@ -172,9 +170,13 @@ class RefineConfig(Section):
     num_positions: int = setting(8, "c: positions a sequence", between(1, 2**16))
     rollouts_per_position: int = setting(1, "n: rollouts a position", between(1, 2**12))
     selection_temperature: float = setting(
-        1.0, "tau: of the entropies, or of the variances' logarithms, when picking", DIVISORS
+        1.0,
+        "tau: of the entropies, or of the variances' logarithms, when picking",
+        between(LEAST, 1e6),
     )
-    sampling_temperature: float = setting(1.0, "of the policy when rolling out", DIVISORS)
+    sampling_temperature: float = setting(
+        1.0, "of the policy when rolling out", between(LEAST, 1e6)
+    )
     forbid_eos: bool = setting(True, "rollouts never sample the end-of-sequence token")
     clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above(0, 1))
     clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above(0, 1e6))
@@ -367,7 +369,9 @@ class DataConfig(Section):
         between(0, 0.5),
     )
     epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
-    workers: int = setting(0, "processes that read ahead; 0: threads of this one", WORKERS, FREELY)
+    workers: int = setting(
+        0, "processes that read ahead; 0: threads of this one", between(0, 256), FREELY
+    )
     cache_dir: str = setting(
         "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
     )
@@ -618,13 +622,11 @@ def defaults() -> ConfigDict:
     """A ConfigDict with every field at its default, to set and to override by flags."""
     values = ConfigDict({"phase": "midtrain"})
     for name, kind in SECTIONS.items():
-        hints = typing.get_type_hints(kind)
         section = GivenFields() if name == "refine" else ConfigDict()
         for field in dataclasses.fields(kind):
-            default = getattr(kind(), field.name)
+            default = field.default
             if default is None:
-                # A placeholder is None that knows the type a flag must be parsed to.
-                (inner,) = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
+                inner = inner_type(field.type)  # a placeholder is None that knows its type
                 default = ConfigDict() if inner is Mapping else config_dict.placeholder(inner)
             section[field.name] = default
         if name == "refine":

@@ -23,7 +23,7 @@ from refine_jax.base.errors import ConfigError, UserError
 from refine_jax.base.files import local_path, parse_object, short
 from refine_jax.config import SECTIONS, defaults
 from refine_jax.presets import PRESETS, GivenFields
-from refine_jax.settings import check_names
+from refine_jax.settings import check_names, inner_type
 
 _SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
@@ -42,9 +42,8 @@ def kind_of_setting(name: str) -> Any:
     Raises:
       ConfigError: There is no such section or field.
     """
-    plain = name.removeprefix("no") if name.startswith("noconfig.") else name
-    prefix, _, rest = plain.partition(".")
-    if prefix != "config" or not rest or (plain != name and rest == "phase"):
+    prefix, _, rest = name.partition(".")
+    if prefix != "config" or not rest:
         return None
     if rest == "phase":
         return str
@@ -56,19 +55,11 @@ def kind_of_setting(name: str) -> Any:
     check_names([field], _fields(SECTIONS[section]), f"config.{section}")
     if inner and (section, field) != ("model", "fresh"):
         raise ConfigError(f"--{short_name(name)}: config.{section}.{field} has no fields.")
-    if plain != name:
-        return None  # --noconfig.x.y is looked up once more, without its "no"
     return str if inner else inner_type(typing.get_type_hints(SECTIONS[section])[field])
 
 
 def _fields(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
-
-
-def inner_type(hint: Any) -> Any:
-    """The type of a field that may be None, too."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    return kinds[0] if kinds and type(None) in typing.get_args(hint) else hint
 
 
 def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from refine_jax.base.errors import CheckpointError
+from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import local_path, short
 from refine_jax.commands import Command, Options, step_argument
 
@@ -100,6 +100,12 @@ def run(options: Options) -> None:
     if options.direction == "to_hf":
         given |= {"max_shard_bytes": options.max_shard_size, "dtype": options.dtype}
         given["step"] = options.step
+    elif options.direction != "from_hf":
+        raise ConfigError(f"from_hf or to_hf comes first. Got: {short(options.direction)}.")
+    else:
+        for name in ("max_shard_size", "dtype", "step"):
+            if name in options.given:
+                raise ConfigError(f"--{name} goes with to_hf.")
     convert = {"from_hf": from_hf, "to_hf": to_hf}[options.direction]
     with np.errstate(over="ignore"):  # of a cast, whose infinite values are named
         print(convert(options.src, options.dst, **given))

@@ -7,14 +7,13 @@ import math
 import numbers
 import operator
 import os
-import types
 import typing
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path, short
 
 MOST_ROWS = 2**20
@@ -65,10 +64,8 @@ STEPS = between(1, 2**31 - 1)
 COUNT = between(0, 2**31 - 1)
 ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
-WORKERS = between(0, 256)
 SEEDS = between(0, 2**32 - 1)
 WEIGHTS = between(0, 1e6)
-DIVISORS = between(LEAST, 1e6)
 PATH = {"path": True}
 """It may name a file or folder: `~` is expanded, URLs are refused."""
 DOCUMENTS = {"documents_only": True}
@@ -113,12 +110,10 @@ def flags_of(section: type[Section]) -> type[Section]:
     return type(section.__name__, (section,), {"prefix": "--"})
 
 
-def expanded(
-    value: Any, setting: str, *, empty: bool = True, error: type[UserError] = ConfigError
-) -> Any:
+def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises `error` for a URL.
+    empty: whether "" is allowed. Raises ConfigError for a URL.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -126,7 +121,7 @@ def expanded(
         return value
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting, error)
+    path = local_path(name, setting)
     return f"{kind}{path}" if name.startswith("~") else value
 
 
@@ -154,6 +149,12 @@ def table(sections: Mapping[str, type[Section]]) -> list[str]:
 def listed(text: str) -> list[str]:
     """The texts between the commas of a setting, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def inner_type(hint: Any) -> Any:
+    """The type of a field that may be None, too."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if kinds and type(None) in typing.get_args(hint) else hint
 
 
 def plain(values):
@@ -184,10 +185,9 @@ def suggestion(name: Any, known: Iterable[str]) -> str:
 
 def _converted(value, hint, path: str):
     """The value as its annotated type; integers pass as floats, nothing else is converted."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
+    kind = inner_type(hint)
+    if value is None and kind is not hint:
         return None
-    kind = next(k for k in kinds if k is not type(None))
     fits = {
         bool: lambda: isinstance(value, bool),
         int: lambda: isinstance(value, numbers.Integral) and not isinstance(value, bool),
@@ -198,7 +198,7 @@ def _converted(value, hint, path: str):
     if not fits:
         names = {bool: "True or False", int: "a whole number", float: "a number"}
         names |= {str: "a string", Mapping: "a dictionary"}
-        none = " or None" if type(None) in kinds else ""
+        none = " or None" if kind is not hint else ""
         raise ConfigError(f"{path} must be {names[kind]}{none}. Got: {short(value)}.")
     if kind is Mapping:
         return _json_object(value, path)

@@ -42,10 +42,8 @@ def summarize_run(workdir: Path) -> dict:
         return evaluate.report(records, workdir)
     history = monitor.read_metrics(workdir / monitor.METRICS_FILE)
     if not history:
-        raise DataError(
-            f"{workdir} holds no records of a run: no {monitor.METRICS_FILE}, no "
-            f"{runner.PREDICTIONS}."
-        )
+        files = f"{monitor.METRICS_FILE} or {runner.PREDICTIONS}"
+        raise DataError(f"{workdir} holds no records of a run, in {files}.")
     clip_norm = None
     if (workdir / CHECKPOINTS / RUN).exists():
         clip_norm = read_config(workdir / CHECKPOINTS).get("optimizer", {}).get("clip_norm")

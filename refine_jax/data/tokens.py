@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import DataError, describe
-from refine_jax.base.files import json_field, local_path, read_json
+from refine_jax.base.files import json_field, read_json
 from refine_jax.config import DataConfig
 from refine_jax.data.sources import TextSource, open_source
 from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
@@ -225,7 +225,7 @@ class TokenRecords:
 
     def __init__(self, folder: str, tokenizer: Tokenizer, options: DataConfig) -> None:
         """Open the folder; raises DataError if it is broken or made with another tokenizer."""
-        self._folder = local_path(folder, options.setting("source"), DataError)
+        self._folder = Path(folder)
         with damage("tokenised records", self._folder, "and prepare them again"):
             _, self._records = open_tfds(str(self._folder))
             made = read_metadata(self._folder)
@@ -340,7 +340,7 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
             tokens.append(document.astype(dtype))
         dropped = unread(source, options)
         return TokenStore(np.concatenate(tokens), builder.finish(), dropped=dropped)
-    cache = local_path(options.cache_dir, options.setting("cache_dir"), DataError)
+    cache = Path(options.cache_dir)
     folder = cache / f"tokens-{content_key(source, tokenizer, options)}"
     if not folder.is_dir():
         _write_cache(folder, source, tokenizer, options)

@@ -43,7 +43,7 @@ def run(options: Options) -> None:
     from refine_jax.evaluation.by_position import evaluate
 
     logging.set_verbosity(logging.WARNING)
-    expand_flags(vars(options), "checkpoint", "source", "tokenizer", "output")
+    expand_flags(vars(options), "checkpoint", "output")
     output = None
     if options.output is not None:
         output = Path(options.output)
