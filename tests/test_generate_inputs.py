@@ -358,7 +358,8 @@ def test_settings_at_their_ends_work(run, plain):
         (["--save_state", "gs://bucket/state"], "URLs are not supported"),
         (["--load_state", "gs://bucket/state"], "URLs are not supported"),
     ):
-        code, out, err = run(*arguments, *options)
+        given = arguments[2:] if "--checkpoint" in options else arguments
+        code, out, err = run(*given, *options)
         assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
 
 
