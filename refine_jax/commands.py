@@ -1,444 +1,301 @@
-"""Command lines: our flags alone, a page of help, settings as flags, configuration files.
+"""Commands: their flags, their page of help, and how they end.
 
-A command has flags of its own (`absl.flags.FlagValues`), so that neither its help nor its
-suggestions speak of those that libraries define. What is wrong is a ConfigError.
+    command = Command("refine_jax.convert", __doc__, "SRC DST")
+    command.group("what is written")
+    command.flag("dtype", "cast the parameters", choices=("float32", "bfloat16"))
+    return command.run(work, arguments)            # of `main`: parse, work(options), the exit code
+
+Every command is made this way, so that all take flags, print help and fail alike.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import dataclasses
-import importlib.machinery
-import importlib.util
+import importlib
 import inspect
 import itertools
-import re
 import shutil
 import sys
 import textwrap
-import traceback
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict
-
-from refine_jax.base.errors import ConfigError, UserError, complain
-from refine_jax.base.files import local_path, parse_object, short
-from refine_jax.config import SECTIONS, defaults
-from refine_jax.presets import PRESETS, GivenFields
-from refine_jax.settings import check_names, suggestion
+from refine_jax.base.errors import ConfigError, allow_interrupts, complain, run_command
+from refine_jax.base.files import short
+from refine_jax.config_files import kind_of_setting, parsed, short_name
+from refine_jax.settings import inner_type, suggestion
 
 _HELP = ("help", "h", "helpshort", "helpfull")
-_SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+_EXAMPLES = "\nExamples:\n"  # where a docstring turns from what a command does to how it is called
+_MARGIN = 30  # columns of a page's names of flags
+
+Options = types.SimpleNamespace
+"""What a command line says: each flag and word by its name, `settings`, and the names `given`."""
 
 
-class Given(NamedTuple):
-    """What a command line says besides the command's own flags.
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag of a command.
 
-    settings: {name: text} of the flags that `kind_of` knows; True or False for switches without a
-    value. notes: what the user should know of flags that are given twice.
+    kind: the type that its text becomes: of fields of a configuration, `list` of texts between
+      commas, or a function of the text that raises ValueError with what is expected.
+    every: each time that it is given counts; the values are a list.
+    without: the name of a flag that it cannot stand beside.
     """
 
-    settings: dict[str, str | bool]
-    notes: list[str]
+    name: str
+    help: str
+    kind: Any = str
+    default: Any = None
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    needed: bool = False
+    every: bool = False
+    without: str = ""
 
-    def say(self) -> None:
-        """Print the notes on standard error."""
-        for note in self.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+    def read(self, text: str | bool) -> Any:
+        """The value that a text stands for, or a switch without one (True or False)."""
+        if self.choices and text not in self.choices:
+            raise ConfigError(
+                f"--{self.name}={short_name(text)} must be one of {'|'.join(self.choices)}."
+                f"{suggestion(text, self.choices)}"
+            )
+        if self.kind is list:
+            return [word for word in map(str.strip, text.split(",")) if word]
+        if inspect.isfunction(self.kind):
+            try:
+                return self.kind(text)
+            except ValueError as error:
+                raise ConfigError(f"--{self.name}: {error}.") from None
+        return parsed(text, self.kind, self.name)
+
+    def lines(self, width: int) -> list[str]:
+        """Its lines of a page."""
+        kinds = {int: "N", float: "X", list: "A,B"}
+        if self.kind is bool:
+            name = f"  --[no]{self.name}" if self.default else f"  --{self.name}"
+        else:
+            value = self.metavar or "|".join(self.choices)
+            name = f"  --{self.name}={value or kinds.get(inner_type(self.kind), 'TEXT')}"
+        text, default = self.help, self.default
+        if isinstance(default, list):
+            default = ",".join(default)
+        if default not in (None, "") and self.kind is not bool:
+            text += f" (default {default})"
+        lines = textwrap.wrap(text, width - _MARGIN)
+        first = [name] if len(name) > _MARGIN - 2 else [name.ljust(_MARGIN) + lines.pop(0)]
+        return first + [" " * _MARGIN + line for line in lines]
 
 
-def parse(
-    own: flags.FlagValues,
-    arguments: Sequence[str],
-    doc: str,
-    *,
-    kind_of: Callable[[str], Any] = lambda name: None,
-) -> Given:
-    """Set the flags of a command; for --help print the page and exit.
+class Command:
+    """A command: its words and flags, its page of help, and how it ends.
+
+    Flags are `--name=value` or `--name value`; switches are `--name`, `--noname` or `--name=true`.
+    A flag has its whole name. `--flagfile=FILE` stands for the flags in a file, a line each.
 
     Args:
-      own: The flags.
-      arguments: As after the name of the program.
-      doc: The command's docstring, the first part of the page.
-      kind_of: The type of a flag that is not among `own`, such as one of a setting; None: there is
-        no such flag.
-
-    Raises:
-      ConfigError: A flag is unknown, has no value or a wrong one.
+      module: What `python -m` runs.
+      doc: The docstring: what the command does, then `Examples:`.
+      usage: What is needed, for the first line of the page.
+      words: {name: meaning} of what is given without a flag, all of it needed.
+      settings: Whether the settings of a run are flags, too: --config.SECTION.FIELD=VALUE.
     """
-    given: dict[str, str | bool] = {}
-    notes = []
-    try:
-        left = list(own.read_flags_from_files(list(arguments), force_gnu=False))
+
+    def __init__(
+        self,
+        module: str,
+        doc: str,
+        usage: str,
+        *,
+        words: Mapping[str, str] = types.MappingProxyType({}),
+        settings: bool = False,
+    ):
+        self.flags: dict[str, Flag] = {}
+        self._module, self._doc, self._usage = module, doc.strip(), usage
+        self._words, self._settings = words, settings
+        self._groups: dict[str, list[Flag]] = {}
+
+    def group(self, title: str) -> None:
+        """Begin a group of flags on the page."""
+        self._groups[title] = []
+
+    def flag(self, name: str, help: str, kind: Any = str, **options: Any) -> None:
+        """Add a `Flag` to the last group."""
+        self.flags[name] = Flag(name, help, kind, **options)
+        self._groups[next(reversed(self._groups))].append(self.flags[name])
+
+    def fields(
+        self, section: type, *names: str, help: Mapping[str, str] | None = None, **defaults: Any
+    ) -> None:
+        """Add the flags --FIELD=VALUE for fields of a section of the configuration.
+
+        help, defaults: what differs from the fields' own; a list stands for texts with commas.
+        """
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            if field.name in names:
+                text = (help or {}).get(field.name, field.metadata["doc"].replace("`", ""))
+                default = defaults.get(field.name, field.default)
+                kind = list if isinstance(default, list) else hints[field.name]
+                choices = field.metadata["choices"] or ()
+                self.flag(field.name, text, kind, default=default, choices=choices)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> Options:
+        """Read a command line, None: that of the process; for --help print the page and exit.
+
+        Notes on flags that are given twice are printed on standard error.
+
+        Raises:
+          ConfigError: A flag is unknown, has no value or a wrong one; something is missing.
+        """
+        left = _with_flag_files(sys.argv[1:] if arguments is None else arguments)
+        words: list[str] = []
+        given: dict[str, list[str | bool]] = {}
         while left:
-            name, value = _next_flag(own, left, kind_of)
-            if name in _HELP:
-                print(help_page(own, doc))
-                raise SystemExit(0)
-            if name in given and name in own and isinstance(own[name].default, list):
-                value = f"{given[name]},{value}"  # a list: all that is named counts
-            elif given.get(name, value) != value:
-                notes.append(
-                    f"--{name} is given twice, {short(given[name])} and {short(value)}: the last "
-                    "one counts."
+            word = left.pop(0)
+            if _is_flag(word):
+                name, text = self._next(word, left)
+                given.setdefault(name, []).append(text)
+            elif len(words) < len(self._words):
+                words.append(word)
+            elif self._words:
+                raise ConfigError(
+                    f"More is given than the command takes: {short(word)}. --help says what."
                 )
-            given[name] = value
-        ours = {name: value for name, value in given.items() if name in own}
-        own(["", *(f"--{name}={value}" for name, value in ours.items())])
+            else:
+                raise ConfigError(f"Arguments must be flags, --name=value. Got: {short(word)}.")
+        for name, meaning in list(self._words.items())[len(words) :]:
+            raise ConfigError(f"{name} is needed: {meaning}.")
+        options = Options(**dict(zip(map(str.lower, self._words), words, strict=True)))
+        options.given = given.keys()
+        for name, flag in self.flags.items():
+            value = flag.default
+            if name in given:
+                value = self._value(flag, given)
+            elif inspect.isfunction(flag.kind) and value is not None:
+                value = flag.read(value)
+            elif flag.needed:
+                raise ConfigError(f"--{name} is needed: {flag.help}.")
+            setattr(options, name, value)
+        options.settings = {name: given[name][-1] for name in given if name not in self.flags}
+        for name, texts in given.items():
+            flag = self.flags.get(name)
+            if flag is not None and (flag.every or flag.kind is list):
+                continue  # each time counts
+            for before, after in itertools.pairwise(texts):
+                if before != after:
+                    twice = f"{short(before)} and {short(after)}"
+                    note(f"--{name} is given twice, {twice}: the last one counts.")
+        return options
+
+    def _value(self, flag: Flag, given: Mapping[str, list[str | bool]]) -> Any:
+        texts = given[flag.name]
+        if flag.without in given:
+            raise ConfigError(f"--{flag.name} cannot stand beside --{flag.without}.")
+        if flag.every:
+            return [flag.read(text) for text in texts]
+        return flag.read(",".join(texts) if flag.kind is list else texts[-1])
+
+    def _kind(self, name: str) -> Any:
+        if name in self.flags:
+            return self.flags[name].kind
+        return kind_of_setting(name) if self._settings else None
+
+    def _next(self, word: str, left: list[str]) -> tuple[str, str | bool]:
+        """The name and value of the flag `word`, whose value may be the first of what is `left`."""
+        name, sign, value = word.lstrip("-").partition("=")
+        kind = self._kind(name)
+        if kind is bool:
+            return name, value if sign else True
+        if kind is None and not sign and name[:2] == "no" and self._kind(name[2:]) is bool:
+            return name[2:], False
+        if kind is None and name in _HELP:
+            print(self.page(), flush=True)
+            raise SystemExit(0)
+        if kind is None:
+            near = suggestion(f"--{name}", [f"--{known}" for known in self.flags])
+            raise ConfigError(
+                f"There is no flag {short_name(f'--{name}')}.{near} --help lists the flags."
+            )
+        if not sign:
+            if not left or (left[0].startswith("--") and _is_flag(left[0])):
+                raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
+            value = left.pop(0)
+        return name, value
+
+    def page(self) -> str:
+        """The page of help: what the command does, its flags, examples."""
+        program = f"python -m {self._module}"
+        about, _, examples = self._doc.partition(_EXAMPLES)
+        width = max(60, min(shutil.get_terminal_size().columns, 100))
+        called = sys.argv[0] if sys.argv[0].startswith(FACES) else program
+        lines = [f"usage: {called} {self._usage} [flags]", "", about.rstrip()]
+        if self._words:
+            lines += ["", *(f"  {name:{_MARGIN - 2}}{text}" for name, text in self._words.items())]
+        for title, group in self._groups.items():
+            lines += ["", f"{title}:", *(line for flag in group for line in flag.lines(width))]
+        if examples:
+            lines += [_EXAMPLES.rstrip("\n"), examples.strip("\n").replace(program, called)]
+        return "\n".join(lines)
+
+    def run(
+        self,
+        work: Callable[[Options], int | None],
+        arguments: Sequence[str] | None = None,
+        *,
+        imports: Sequence[str] | None = (),
+    ) -> int:
+        """Parse a command line and do the work; returns the exit code (`run_command`).
+
+        A command line that is wrong ends the process with 1. imports: modules that the work needs
+        and that take long to import, so that help comes at once; Ctrl-C waits for them. None: the
+        work imports by itself, and calls `allow_interrupts` then.
+        """
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
+
+        def whole() -> int | None:
+            try:
+                options = self.parse(arguments)
+            except ConfigError as error:
+                raise SystemExit(complain(error)) from None
+            if imports is not None:
+                for name in imports:
+                    importlib.import_module(name)
+                allow_interrupts()
+            return work(options)
+
+        debug = "debug" in self.flags and bool({"--debug", "--debug=true"} & {*arguments})
+        return run_command(whole, debug=debug, imports=True)
+
+
+FACES = ("refine-jax ", "python -m refine_jax ")
+"""How the name of a program begins that `refine_jax.__main__` has found the command for."""
+
+
+def note(text: str) -> None:
+    """Print what the user should know on standard error."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def step_argument(text: str) -> int | str:
+    """The step of a run, as command lines take it: "latest", "best" or a number."""
+    if text in ("latest", "best"):
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"expected latest, best or a number, got {short(text)}")
+    return int(text)
+
+
+def _with_flag_files(arguments: Sequence[str]) -> list[str]:
+    from absl import flags
+
+    try:
+        return flags.FlagValues().read_flags_from_files(list(arguments), force_gnu=False)
     except flags.Error as error:
         raise ConfigError(str(error).strip()) from None
-    for name in list(own):
-        flag = own[name]
-        if flag.value is None and getattr(flag, "needed", False):
-            raise ConfigError(f"--{name} is needed: {flag.help}.")
-    return Given({name: value for name, value in given.items() if name not in own}, notes)
 
 
-def parse_values(
-    own: flags.FlagValues, arguments: Sequence[str] | None, doc: str
-) -> dict[str, Any]:
-    """`parse` a command line without settings, say its notes, and return {name: value}.
-
-    arguments: None: those of the process.
-    """
-    parse(own, sys.argv[1:] if arguments is None else arguments, doc).say()
-    return {name: own[name].value for name in own}
-
-
-def _next_flag(
-    own: flags.FlagValues, left: list[str], kind_of: Callable[[str], Any]
-) -> tuple[str, str | bool]:
-    """Take the next flag off the arguments; returns its name and its value."""
-    argument = left.pop(0)
-    if not argument.startswith("-") or not argument.strip("-"):
-        raise ConfigError(f"Arguments must be flags, --name=value. Got: {short(argument)}.")
-    name, sign, value = argument.lstrip("-").partition("=")
-    kind = _kind(own, name, kind_of)
-    if kind is bool:
-        return name, value if sign else True
-    if (
-        kind is None
-        and name.startswith("no")
-        and _kind(own, name[2:], kind_of) is bool
-        and not sign
-    ):
-        return name[2:], False
-    if name in _HELP:
-        return name, True
-    if kind is None:
-        raise ConfigError(_no_flag(f"--{name}", [f"--{each}" for each in own]))
-    if not sign:
-        if not left or left[0].startswith("--"):
-            raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
-        value = left.pop(0)
-    return name, value
-
-
-def _no_flag(flag: str, known: Iterable[str]) -> str:
-    return f"There is no flag {short_name(flag)}.{suggestion(flag, known)} --help lists the flags."
-
-
-def short_name(name: str) -> str:
-    """A name of a flag for a message, cut where it is long."""
-    return short(name)[1:-1]
-
-
-def _kind(own: flags.FlagValues, name: str, kind_of: Callable[[str], Any]) -> Any:
-    if name in own:
-        return bool if own[name].boolean else str
-    return kind_of(name)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """The parser of commands with arguments in groups, or with commands of their own.
-
-    Flags are not abbreviated. What is wrong is one message and exit code 1, as where `parse` raises
-    ConfigError, instead of a page of usage and 2. A flag that does not exist is said first: what is
-    missing may be what it should have been.
-    """
-
-    def __init__(self, **options: Any):
-        """Take the options of argparse; the lines of a docstring stay as they are."""
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=form, allow_abbrev=False, **options)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse all arguments; none is left over."""
-        args = list(sys.argv[1:] if args is None else args)
-        if self._subparsers is None:  # else the flags are those of a command that is named in them
-            for word in itertools.takewhile(lambda word: word != "--", args):
-                if word.startswith("--") and " " not in word:  # as argparse tells flags from texts
-                    self._check_flag(word)
-        found, left = super().parse_known_args(args, namespace)
-        for word in left:
-            if word.startswith("-"):
-                self._check_flag(word)
-            self.error(f"More is given than the command takes: {short(word)}. --help says what.")
-        return found, left
-
-    def _check_flag(self, word: str) -> None:
-        name = word.partition("=")[0]
-        known = self._option_string_actions
-        if name not in known:
-            self.error(_no_flag(name, [each for each in known if each.startswith("--")]))
-
-    def error(self, message: str) -> NoReturn:
-        """End the command with a message."""
-        limit = 500
-        raise SystemExit(complain(message if len(message) <= limit else f"{message[:limit]} ..."))
-
-
-def need(own: flags.FlagValues, name: str) -> None:
-    """Declare that a command cannot do without a flag."""
-    own[name].needed = True
-
-
-def help_page(own: flags.FlagValues, doc: str) -> str:
-    """The docstring of a command, and its flags with their meaning and default."""
-    width = min(shutil.get_terminal_size().columns, 100)
-    lines = [doc.strip(), "", "Flags:"]
-    for name in own:
-        flag = own[name]
-        form = f"  --[no]{name}" if flag.boolean else f"  --{name}={_value_of(flag)}"
-        text = flag.help.strip().split(">: ")[-1]  # absl says <a|b>: before what an enum means
-        if flag.default not in (None, "", False):
-            default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
-            text += f" (default: {default})"
-        if getattr(flag, "needed", False):
-            text += " (needed)"
-        lines.append(form)
-        lines += textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)
-
-
-def _value_of(flag: flags.Flag) -> str:
-    values = getattr(flag.parser, "enum_values", None)
-    if values:
-        return "|".join(values)
-    return {"int": "N", "comma separated list of strings": "A,B"}.get(flag.flag_type(), "TEXT")
-
-
-def kind_of_setting(name: str) -> Any:
-    """The type of a flag --config.SECTION.FIELD; None for other names.
-
-    Fields of `config.model.fresh` depend on the model: str stands for theirs, which
-    `override` knows.
-
-    Raises:
-      ConfigError: There is no such section or field.
-    """
-    plain = name.removeprefix("no") if name.startswith("noconfig.") else name
-    prefix, _, rest = plain.partition(".")
-    if prefix != "config" or not rest or (plain != name and rest == "phase"):
-        return None
-    if rest == "phase":
-        return str
-    section, _, field = rest.partition(".")
-    check_names([section], ["phase", *SECTIONS], "config")
-    if not field:
-        raise ConfigError(f"--{name}: config.{section} holds fields; name one of them.")
-    field, _, inner = field.partition(".")
-    check_names([field], _fields(SECTIONS[section]), f"config.{section}")
-    if inner and (section, field) != ("model", "fresh"):
-        raise ConfigError(f"--{short_name(name)}: config.{section}.{field} has no fields.")
-    if plain != name:
-        return None  # --noconfig.x.y is looked up once more, without its "no"
-    return str if inner else _inner(typing.get_type_hints(SECTIONS[section])[field])
-
-
-def _fields(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
-
-
-def _inner(hint: Any) -> Any:
-    """The type of a field that may be None, too."""
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    return kinds[0] if kinds and type(None) in typing.get_args(hint) else hint
-
-
-def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
-    """Set the settings that flags name (`kind_of_setting`), in the order of the flags.
-
-    A field of `model.fresh` is one of the family that `model_type` names, whether or not the
-    configuration sets it.
-
-    Raises:
-      ConfigError: A value that is none of its type; a field that the family has not.
-    """
-    # The family decides which fields there are.
-    order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
-    order.sort(key=lambda name: name != "config.model.fresh")
-    # A preset comes before the values beside it, which win, and counts as a flag for each of its
-    # own, so that it wins over the file.
-    order.sort(key=lambda name: name != "config.refine.preset")
-    for name in order:
-        section, _, field = name.removeprefix("config.").partition(".")
-        if section == "phase":
-            values.phase = given[name]
-            continue
-        field, _, inner = field.partition(".")
-        if inner:
-            fresh = values.model.fresh
-            hint = _fresh_hint(fresh, inner)
-            _put(fresh, inner, _parsed(given[name], hint, name))
-        else:
-            hint = typing.get_type_hints(SECTIONS[section])[field]
-            value = _parsed(given[name], hint, name)
-            _put(values[section], field, value)
-            if (section, field) == ("refine", "preset"):
-                for each, preset_value in PRESETS.get(value, {}).items():
-                    _put(values.refine, each, preset_value)
-
-
-def _put(section: ConfigDict, name: str, value: Any) -> None:
-    # The file may have set a whole number where any is allowed.
-    with section.unlocked(), section.ignore_type():
-        section[name] = value
-
-
-def _fresh_hint(fresh: ConfigDict, name: str) -> Any:
-    """The type of a field of a fresh model."""
-    from refine_jax.models.config import family_of
-
-    if name == "model_type":
-        return str
-    if "model_type" not in fresh:
-        raise ConfigError(
-            f"--config.model.fresh.{short_name(name)}: which fields a fresh model has depends on "
-            "its family: set --config.model.fresh.model_type, too."
-        )
-    family = family_of(fresh["model_type"])
-    check_names(
-        [name], ["model_type", *_fields(family)], f"config.model.fresh ({family.model_type})"
-    )
-    return typing.get_type_hints(family)[name]
-
-
-def _parsed(text: str | bool, hint: Any, name: str) -> Any:
-    """The value that a flag gives a field of this type."""
-    kind = _inner(hint)
-    optional = kind is not hint
-    if isinstance(text, bool):
-        if kind is not bool:
-            raise ConfigError(f"--{name} needs a value: --{name}=VALUE.")
-        return text
-    if optional and text in ("None", "none"):
-        return None
-    words = {bool: "true or false", int: "a whole number", float: "a number"}
-    try:
-        if kind is bool:
-            return _SWITCHES[text.lower()]
-        if kind is int:
-            return int(text, 0) if text[:2].lower() == "0x" else int(text)
-        if kind is float:
-            return float(text)
-    except (ValueError, KeyError):
-        none = " or None" if optional else ""
-        raise ConfigError(f"--{name}={short_name(text)} must be {words[kind]}{none}.") from None
-    if kind is str or typing.get_origin(kind) is typing.Literal:
-        return text
-    if kind in (Mapping, dict):
-        return ConfigDict(parse_object(text, f"--{name}", ConfigError))
-    raise ConfigError(f"--{name} cannot be set by a flag: set it in the configuration file.")
-
-
-def load_config(name: str) -> ConfigDict:
-    """The configuration of a file `FILE` or `FILE:FORM`, whole: what it leaves out has its default.
-
-    Raises:
-      ConfigError: There is no such file, or it makes no configuration; the message says where.
-    """
-    text, _, form = name.partition(":")
-    path = local_path(name if form.startswith("/") else text, "--config")
-    if path.is_dir():
-        raise ConfigError(f"--config must name a file. {text!r} is a folder.")
-    if not path.exists():
-        raise ConfigError(f"There is no configuration file {text!r}.")
-    if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(
-            "--config must name a Python file that defines get_config(), as configs/demo.py does. "
-            f"Got: {text!r}."
-        )
-    # What a file prints is not the command's output.
-    with contextlib.redirect_stdout(sys.stderr):
-        values = _call(str(path), text, [form] if form else [])
-    if not isinstance(values, ConfigDict):
-        got = "None: is a return missing?" if values is None else f"{type(values).__name__}."
-        raise ConfigError(
-            f"get_config() of {text} must return the ConfigDict that refine_jax.config.defaults() "
-            f"makes. Got: {got}"
-        )
-    return _complete(values, text)
-
-
-def _call(path: str, shown: str, arguments: list[str]) -> Any:
-    """What get_config() of a file returns."""
-    try:
-        loader = importlib.machinery.SourceFileLoader("config_file", path)
-        module = importlib.util.module_from_spec(
-            importlib.util.spec_from_loader("config_file", loader)
-        )
-        sys.modules["config_file"] = module  # dataclasses look themselves up there
-        loader.exec_module(module)
-        function = getattr(module, "get_config", None)
-        if not callable(function):
-            raise ConfigError(f"The configuration file {shown} defines no function get_config().")
-        _check_form(function, shown, arguments)
-        return function(*arguments)
-    except UserError:
-        raise
-    except SyntaxError as error:
-        place = f", line {error.lineno}" if error.filename == path and error.lineno else ""
-        raise ConfigError(
-            f"The configuration file {shown}{place} is not valid Python: {error.msg}."
-        ) from error
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        place = f" in line {lines[-1]}" if lines else ""
-        text = error
-        while isinstance(text, AttributeError | KeyError) and len(text.args) == 1:
-            (text,) = text.args  # the text itself, not its repr
-        # ml_collections lists all values of a section that lacks a field.
-        text = re.sub(r"Other fields present: .*?(?=Did you mean|$)", "", str(text), flags=re.S)
-        said = " ".join(text.split())
-        said = said if len(said) <= 500 else f"{said[:500]} ..."
-        message = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        raise ConfigError(f"The configuration file {shown} failed{place}: {message}") from error
-
-
-def _check_form(function: Callable, shown: str, arguments: list[str]) -> None:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError:
-        got = f"{shown}:{arguments[0]}" if arguments else shown
-        wanted = "takes no form" if arguments else "needs a form, FILE:FORM"
-        raise ConfigError(
-            f"The configuration file {shown} {wanted}. Got: --config={got}."
-        ) from None
-
-
-def _complete(values: ConfigDict, shown: str) -> ConfigDict:
-    """The configuration with defaults for sections and fields that it does not have."""
-    given = set(values.get("refine") or ())
-    for name, default in defaults().items():
-        with values.unlocked():
-            if name not in values:
-                values[name] = default
-            elif isinstance(default, ConfigDict):
-                if not isinstance(values[name], ConfigDict):
-                    got = short(values[name])
-                    raise ConfigError(f"{shown}: config.{name} must hold fields. Got: {got}.")
-                for field, value in default.items():
-                    if field not in values[name] or (
-                        isinstance(value, ConfigDict) and values[name][field] is None
-                    ):
-                        _put(values[name], field, value)
-    if not isinstance(values.refine, GivenFields):
-        with values.unlocked(), values.ignore_type():
-            values.refine = GivenFields(values.refine, given)
-    return values
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and bool(word.strip("-")) and " " not in word.partition("=")[0]

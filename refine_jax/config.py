@@ -13,7 +13,6 @@ what was got and what is allowed. A config file starts from `defaults()` and set
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -24,50 +23,70 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
 from refine_jax.presets import PRESETS, GivenFields, expand
 from refine_jax.settings import (
-    LAST_SEED,
+    CONTENT,
+    COUNT,
+    DEVICES,
+    DOCUMENTS,
+    FREELY,
+    ITEMS,
     LEAST,
-    MOST_ITEMS,
-    MOST_ROWS,
-    MOST_STEPS,
     MOST_TOKENS,
-    MOST_WORKERS,
+    PATH,
+    ROWS,
+    SEEDS,
+    STEPS,
+    TOKENS,
+    WEIGHTS,
     Section,
+    above,
+    between,
     check_names,
+    inner_type,
+    listed,
+    never,
+    one_of,
     plain,
     setting,
     suggestion,
 )
+
+CUTS = ("middle", "left")
+"""Where a prompt that is too long is cut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     """Which model, and how it computes."""
 
-    section: ClassVar[str] = "model"
-
     checkpoint: str | None = setting(
         None,
         "checkpoint to start from, made by refine_jax.convert or by a run; replaces `fresh`",
-        path=True,
+        PATH,
+        FREELY,
     )
     fresh: Mapping | None = setting(
-        None, "a randomly initialised model: `model_type` and fields of a Hugging Face config.json"
+        None,
+        "a randomly initialised model: `model_type` and fields of a Hugging Face config.json",
+        never("it is the model"),
     )
     compute_dtype: str | None = setting(
         None,
         "activations and matmul operands; None: float32 on CPU, bfloat16 on accelerators",
-        choices=("float32", "bfloat16"),
+        one_of("float32", "bfloat16"),
     )
     param_dtype: str = setting(
-        "float32", "parameters and optimizer moments", choices=("float32", "bfloat16")
+        "float32",
+        "parameters and optimizer moments",
+        one_of("float32", "bfloat16"),
+        never("the saved parameters have it"),
     )
     remat: str = setting(
-        "none", "what a layer's backward pass recomputes", choices=("none", "full", "dots")
+        "none", "what a layer's backward pass recomputes", one_of("none", "full", "dots"), FREELY
     )
     implementation: str | None = setting(
         None,
         "kernels of the mixers; xla: everywhere; None: the best for the device",
-        choices=("xla", "reference", "pallas_tpu", "pallas_gpu"),
+        one_of("xla", "reference", "pallas_tpu", "pallas_gpu"),
     )
 
 
@@ -78,17 +97,12 @@ class MeshConfig(Section):
     Does not change what is computed.
     """
 
-    section: ClassVar[str] = "mesh"
-
-    data: int = setting(1, "devices that share the rows of a batch", low=-1, high=MOST_ROWS)
+    data: int = setting(1, "devices that share the rows of a batch", DEVICES, FREELY)
     fsdp: int = setting(
-        -1,
-        "devices that share the rows, and parameters and optimizer state too",
-        low=-1,
-        high=MOST_ROWS,
+        -1, "devices that share the rows, and parameters and optimizer state too", DEVICES, FREELY
     )
-    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", low=-1, high=MOST_ROWS)
-    sequence: int = setting(1, "devices that share the tokens of a row", low=-1, high=MOST_ROWS)
+    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", DEVICES, FREELY)
+    sequence: int = setting(1, "devices that share the tokens of a row", DEVICES, FREELY)
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,105 +118,90 @@ class MeshConfig(Section):
 class RefineConfig(Section):
     """The method (DESIGN section 5; ReFINE, arXiv 2602.16704). Defaults are mid-training's."""
 
-    section: ClassVar[str] = "refine"
-
     preset: str | None = setting(
         None,
         "several of these together: the published estimator, no sampling, or rollouts that are "
         "unbiased and of low noise; what is set beside it wins",
-        choices=tuple(PRESETS),
+        one_of(*PRESETS),
     )
     objective: str = setting(
-        "refine", "`ntp`: next-token loss alone (the paper's SFT)", choices=("refine", "ntp")
+        "refine", "`ntp`: next-token loss alone (the paper's SFT)", one_of("refine", "ntp")
     )
     estimator: str = setting(
         "rollouts",
         "sampled rollouts, or the exact probabilities that they would be right, without sampling",
-        choices=("rollouts", "exact"),
+        one_of("rollouts", "exact"),
     )
     rollouts: str = setting(
         "update",
         "which parameters roll out: those that the same pass updates, or, as published, those at "
         "the start of the step",
-        choices=("update", "batch"),
+        one_of("update", "batch"),
     )
     selection: str = setting(
         "entropy",
         "how a position is picked in each span; variance: of the whole-match reward; all: every "
         "position counts, for `exact` alone",
-        choices=("entropy", "uniform", "argmax", "argmin", "variance", "all"),
+        one_of("entropy", "uniform", "argmax", "argmin", "variance", "all"),
     )
     reward: str = setting(
         "cosine",
         "similarity to the true continuation: of hidden states, of tokens, or the sum; whether all "
         "tokens match, the share before the first mistake, or the probability of the true tokens",
-        choices=("cosine", "binary", "hybrid", "whole", "prefix", "expected"),
+        one_of("cosine", "binary", "hybrid", "whole", "prefix", "expected"),
     )
     grouping: str = setting(
         "sequence",
         "rollouts whose rewards are compared: all of a sequence, or those of one position",
-        choices=("sequence", "position"),
+        one_of("sequence", "position"),
     )
     credit: str = setting(
         "sequence",
         "what a token is credited with: the reward of its rollout, or the part from it on",
-        choices=("sequence", "reward_to_go"),
+        one_of("sequence", "reward_to_go"),
     )
     baseline: str = setting(
         "group",
         "what a reward is compared with: the mean of its group, of the others in it, or the mean "
         "weighted by the energy of gradients (arXiv 2602.07078)",
-        choices=("group", "leave_one_out", "optimal_token"),
+        one_of("group", "leave_one_out", "optimal_token"),
     )
-    rollout_length: int = setting(5, "k: tokens a rollout", low=1, high=2**16)
-    num_positions: int = setting(8, "c: positions a sequence", low=1, high=2**16)
-    rollouts_per_position: int = setting(1, "n: rollouts a position", low=1, high=2**12)
+    rollout_length: int = setting(5, "k: tokens a rollout", between(1, 2**16))
+    num_positions: int = setting(8, "c: positions a sequence", between(1, 2**16))
+    rollouts_per_position: int = setting(1, "n: rollouts a position", between(1, 2**12))
     selection_temperature: float = setting(
         1.0,
         "tau: of the entropies, or of the variances' logarithms, when picking",
-        low=LEAST,
-        high=1e6,
+        between(LEAST, 1e6),
     )
     sampling_temperature: float = setting(
-        1.0, "of the policy when rolling out", low=LEAST, high=1e6
+        1.0, "of the policy when rolling out", between(LEAST, 1e6)
     )
     forbid_eos: bool = setting(True, "rollouts never sample the end-of-sequence token")
-    clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above=0, high=1)
-    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above=0, high=1e6)
-    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above=1, high=1e6)
+    clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above(0, 1))
+    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above(0, 1e6))
+    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above(1, 1e6))
     normalize_std: bool = setting(True, "advantages are divided by the group's deviation")
     loss_aggregation: str = setting(
         "token-mean",
         "how the policy loss of tokens is combined",
-        choices=(
-            "token-mean",
-            "seq-mean-token-sum",
-            "seq-mean-token-mean",
-            "seq-mean-token-sum-norm",
+        one_of(
+            "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
         ),
     )
-    lambda_sft: float = setting(1.0, "weight of the next-token loss", low=0, high=1e6)
-    lambda_rl: float = setting(
-        0.2, "weight of the policy loss, or of the expected reward", low=0, high=1e6
-    )
+    lambda_sft: float = setting(1.0, "weight of the next-token loss", WEIGHTS)
+    lambda_rl: float = setting(0.2, "weight of the policy loss, or of the expected reward", WEIGHTS)
     lambda_rl_schedule: str = setting(
-        "constant", "of lambda_rl over the run", choices=("constant", "linear", "cosine")
+        "constant", "of lambda_rl over the run", one_of("constant", "linear", "cosine")
     )
     lambda_rl_until: float = setting(
         1.0,
         "part of the training steps after which lambda_rl is 0, and where its schedule ends",
-        above=0,
-        high=1,
+        above(0, 1),
     )
-    kl_coef: float = setting(
-        0.0, "weight of the divergence from the initial policy", low=0, high=1e6
-    )
-    kl_type: str = setting(
-        "low_var_kl", "its estimator", choices=("low_var_kl", "kl", "abs", "mse")
-    )
-    edge_margin: int = setting(
-        20, "tokens kept free of rollouts at both ends", low=1, high=MOST_TOKENS
-    )
+    kl_coef: float = setting(0.0, "weight of the divergence from the initial policy", WEIGHTS)
+    kl_type: str = setting("low_var_kl", "its estimator", one_of("low_var_kl", "kl", "abs", "mse"))
+    edge_margin: int = setting(20, "tokens kept free of rollouts at both ends", TOKENS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -227,29 +226,24 @@ class RefineConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with decoupled weight decay on all parameters, after clipping by the global norm."""
 
-    section: ClassVar[str] = "optimizer"
-
-    learning_rate: float = setting(1e-6, "peak learning rate", low=0, high=1e3)
-    b1: float = setting(0.9, "decay of the first moment", low=0, high=0.99999)
-    b2: float = setting(0.999, "decay of the second moment", low=0, high=0.9999999)
-    eps: float = setting(1e-8, "added to the root of the second moment", low=1e-30, high=1e3)
-    weight_decay: float = setting(0.01, "decoupled, on all parameters", low=0, high=1e3)
+    learning_rate: float = setting(1e-6, "peak learning rate", between(0, 1e3))
+    b1: float = setting(0.9, "decay of the first moment", between(0, 0.99999))
+    b2: float = setting(0.999, "decay of the second moment", between(0, 0.9999999))
+    eps: float = setting(1e-8, "added to the root of the second moment", between(1e-30, 1e3))
+    weight_decay: float = setting(0.01, "decoupled, on all parameters", between(0, 1e3))
     clip_norm: float | None = setting(
-        0.2, "largest global norm of a gradient; None: any", low=1e-30, high=1e30
+        0.2, "largest global norm of a gradient; None: any", between(1e-30, 1e30)
     )
     first_moment_dtype: str | None = setting(
         None,
         "of the first moments; None: as the parameters. Second ones would lose their small changes",
-        choices=("float32", "bfloat16"),
+        one_of("float32", "bfloat16"),
+        never("the saved moments have it"),
     )
-    schedule: str = setting(
-        "constant", "after the warm-up", choices=("constant", "cosine", "linear")
-    )
-    warmup_steps: int = setting(
-        0, "training steps of linear warm-up from 0", low=0, high=MOST_STEPS
-    )
+    schedule: str = setting("constant", "after the warm-up", one_of("constant", "cosine", "linear"))
+    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", COUNT)
     final_fraction: float = setting(
-        0.0, "where `cosine` and `linear` end, of the peak", low=0, high=1
+        0.0, "where `cosine` and `linear` end, of the peak", between(0, 1)
     )
 
 
@@ -257,52 +251,47 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    section: ClassVar[str] = "train"
-
-    steps: int = setting(100, "training steps, one batch each", low=1, high=MOST_STEPS)
-    warmup_ntp_steps: int = setting(
-        0, "steps of plain next-token training at the start", low=0, high=MOST_STEPS
-    )
-    batch_size: int = setting(128, "sequences a step", low=1, high=MOST_ROWS)
+    steps: int = setting(100, "training steps, one batch each", STEPS)
+    warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", COUNT)
+    batch_size: int = setting(128, "sequences a step", ROWS)
     mini_batch_size: int | None = setting(
-        None, "sequences an optimizer update; None: batch_size", low=1, high=MOST_ROWS
+        None, "sequences an optimizer update; None: batch_size", ROWS
     )
     micro_batch_size: int | None = setting(
         None,
         "sequences of one forward and backward pass on each device that shares the rows; "
         "None: mini_batch_size",
-        low=1,
-        high=MOST_ROWS,
+        ROWS,
     )
     eval_every: int = setting(
-        0, "steps between evaluations; 0: before and after only", low=0, high=MOST_STEPS
+        0, "steps between evaluations; 0: before and after only", COUNT, FREELY
     )
     eval_batches: int = setting(
-        8, "held-out batches of micro_batch_size an evaluation", low=1, high=MOST_ROWS
+        8, "held-out batches of micro_batch_size an evaluation", ROWS, FREELY
     )
     time_rollouts: bool = setting(
-        False, "with `refine.rollouts` `batch`, time the rollouts, in a program of their own"
+        False,
+        "with `refine.rollouts` `batch`, time the rollouts, in a program of their own",
+        FREELY,
     )
-    log_every: int = setting(
-        10, "steps between lines on the terminal; 0: none", low=0, high=MOST_STEPS
-    )
+    log_every: int = setting(10, "steps between lines on the terminal; 0: none", COUNT, FREELY)
     checkpoint_every: int = setting(
-        100, "steps between checkpoints; 0: at the end only", low=0, high=MOST_STEPS
+        100, "steps between checkpoints; 0: at the end only", COUNT, FREELY
     )
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep", low=1, high=MOST_ROWS)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep", ROWS, FREELY)
     best_metric: str | None = setting(
         None,
         "also keep the checkpoint that is best on held-out documents; needs eval_every",
-        choices=("loss", "accuracy", "reward", "score"),
+        one_of("loss", "accuracy", "reward", "score"),
     )
     max_nonfinite_updates: int = setting(
-        10,
-        "updates skipped in a row for non-finite gradients before the run stops",
-        low=1,
-        high=MOST_STEPS,
+        10, "updates skipped in a row for non-finite gradients before the run stops", STEPS, FREELY
     )
     seed: int = setting(
-        0, "of the initial weights, the rollouts and the order of the data", low=0, high=LAST_SEED
+        0,
+        "of the initial weights, the rollouts and the order of the data",
+        SEEDS,
+        never("the order of the data and all random numbers come from it"),
     )
 
     @property
@@ -323,67 +312,74 @@ class TrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """Which documents, and how they become rows of tokens (`refine_jax.data.options`)."""
-
-    section: ClassVar[str] = "data"
+    """Which documents, and how they become rows of tokens (`refine_jax.data`)."""
 
     source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
         "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
-        path=True,
+        PATH,
+        CONTENT,
     )
-    text_field: str = setting("text", "parquet column, JSON field or tfds feature with the text")
-    files: str = setting("", "pattern of file names in folders, e.g. `*.py`; '': known suffixes")
-    tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`")
+    text_field: str = setting(
+        "text", "parquet column, JSON field or tfds feature with the text", CONTENT, DOCUMENTS
+    )
+    files: str = setting(
+        "", "pattern of file names in folders, e.g. `*.py`; '': known suffixes", CONTENT
+    )
+    tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
     tfds_data_dir: str = setting(
-        "", "where tensorflow-datasets keeps its data; '': its default", path=True
+        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
     )
-    limit_documents: int | None = setting(
-        None, "use only the first documents; None: all", low=1, high=MOST_ITEMS
-    )
+    limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
     tokenizer: str = setting(
         "mistral-v1",
         "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path",
-        path=True,
+        PATH,
+        CONTENT,
     )
     add_bos: bool = setting(True, "begin-of-sequence token before each document")
-    add_eos: bool = setting(False, "end-of-sequence token after each document")
-    sequence_length: int = setting(16384, "T: tokens of a row", low=2, high=MOST_TOKENS)
+    add_eos: bool = setting(False, "end-of-sequence token after each document", DOCUMENTS)
+    sequence_length: int = setting(16384, "T: tokens of a row", between(2, MOST_TOKENS))
     min_tokens: int | None = setting(
-        None, "drop documents with fewer tokens; None: sequence_length", low=1, high=MOST_ITEMS
+        None, "drop documents with fewer tokens; None: sequence_length", ITEMS, DOCUMENTS
     )
     max_tokens: int | None = setting(
-        None, "drop documents with more tokens; None: no limit", low=1, high=MOST_ITEMS
+        None, "drop documents with more tokens; None: no limit", ITEMS, DOCUMENTS
     )
     chunking: str = setting(
         "all",
         "longer documents: cut into rows, or keep the first row",
-        choices=("all", "first"),
+        one_of("all", "first"),
+        DOCUMENTS,
     )
     min_remainder: int | None = setting(
         None,
         "keep the last piece of a cut document if it has so many tokens; None: as many as the "
         "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
-        low=1,
-        high=MOST_TOKENS,
+        TOKENS,
+        DOCUMENTS,
     )
-    pack: bool = setting(False, "short documents share a row")
-    max_documents: int = setting(8, "most documents of a packed row", low=1, high=MOST_ROWS)
+    pack: bool = setting(False, "short documents share a row", DOCUMENTS)
+    max_documents: int = setting(8, "most documents of a packed row", ROWS, DOCUMENTS)
     holdout: float = setting(
         0.05,
         "fraction of the documents held out for evaluation, of the rows where there is one "
         "document; 0: no evaluation",
-        low=0,
-        high=0.5,
+        between(0, 0.5),
     )
-    epochs: int | None = setting(
-        None, "passes over the training rows; None: no end", low=1, high=MOST_STEPS
-    )
+    epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
     workers: int = setting(
-        0, "processes that read ahead; 0: threads of this one", low=0, high=MOST_WORKERS
+        0, "processes that read ahead; 0: threads of this one", between(0, 256), FREELY
     )
-    cache_dir: str = setting("", "folder that keeps tokens between runs; '': memory", path=True)
+    cache_dir: str = setting(
+        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
+    )
+
+    @property
+    def shortest(self) -> int:
+        """The fewest tokens of a document that is kept."""
+        return self.sequence_length if self.min_tokens is None else self.min_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,8 +389,6 @@ class PromptsConfig(Section):
     They come from `data.source`: `recall` (made up), or parquet or jsonl files.
     """
 
-    section: ClassVar[str] = "prompts"
-
     prompt_field: str = setting("prompt", "parquet column or JSON field with the prompt")
     answer_field: str = setting(
         "answer", "the one with the reference answer: a string or a list of strings"
@@ -402,18 +396,15 @@ class PromptsConfig(Section):
     target: str = setting(
         "first",
         "which of several answers is trained on; random: drawn for each prompt and epoch",
-        choices=("first", "random"),
+        one_of("first", "random"),
     )
     max_answer_tokens: int = setting(
-        32,
-        "A: most tokens of an answer, end of sequence counted; longer ones are cut",
-        low=1,
-        high=MOST_TOKENS,
+        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", TOKENS
     )
     cut: str = setting(
         "middle",
         "where prompts of more than data.sequence_length - A tokens are cut",
-        choices=("middle", "left"),
+        one_of(*CUTS),
     )
 
 
@@ -421,23 +412,18 @@ class PromptsConfig(Section):
 class PosttrainConfig(Section):
     """A step of post-training: first on the prompts, then on the answers of the same batch."""
 
-    section: ClassVar[str] = "posttrain"
-
     nested: bool = setting(
         True, "train on the prompts first, with refine.objective; False: on the answers alone"
     )
     answers: str = setting(
         "sft",
         "on the reference answers, or on sampled ones with the task's score as reward",
-        choices=("sft", "grpo"),
+        one_of("sft", "grpo"),
     )
     mini_batch_size: int | None = setting(
-        None,
-        "prompts of an update on answers; None: train.batch_size, as officially",
-        low=1,
-        high=MOST_ROWS,
+        None, "prompts of an update on answers; None: train.batch_size, as officially", ROWS
     )
-    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", low=2, high=2**12)
+    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", between(2, 2**12))
     metric: str = setting(
         "ruler_qa_refine", "score of answers in evaluations, and the reward of `grpo`"
     )
@@ -447,27 +433,23 @@ class PosttrainConfig(Section):
 class GenerationConfig(Section):
     """How phases that generate do it (`refine_jax.generation`)."""
 
-    section: ClassVar[str] = "generation"
-
-    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", low=0, high=1e6)
+    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", WEIGHTS)
     top_k: int | None = setting(
-        None, "draw among the k most likely tokens only; None: among all", low=1, high=MOST_STEPS
+        None, "draw among the k most likely tokens only; None: among all", STEPS
     )
     top_p: float | None = setting(
         None,
         "draw among the fewest most likely tokens of this total probability; None: among all",
-        low=LEAST,
-        high=1,
+        between(LEAST, 1),
     )
     max_new_tokens: int | None = setting(
-        None, "most tokens of an answer; None: as many as its task allows", low=1, high=MOST_TOKENS
+        None, "most tokens of an answer; None: as many as its task allows", TOKENS
     )
     prefill_tokens: int = setting(
         32768,
         "most tokens, padding included, of one forward pass over prompts; what is longer is read "
         "in pieces",
-        low=1,
-        high=MOST_TOKENS,
+        TOKENS,
     )
 
 
@@ -475,33 +457,24 @@ class GenerationConfig(Section):
 class TestTimeConfig(Section):
     """Training on a prompt before it is answered, by the `refine` and `optimizer` sections."""
 
-    section: ClassVar[str] = "testtime"
     __test__: ClassVar[bool] = False  # not a test case, whatever its name
 
-    steps: int = setting(
-        1, "passes over a prompt, or over a batch of prompts", low=1, high=MOST_ROWS
-    )
+    steps: int = setting(1, "passes over a prompt, or over a batch of prompts", ROWS)
     reset: str = setting(
         "example",
         "when the trained parameters come back: for each prompt, which then adapts a copy of its "
         "own; for each batch; or never (the official code), where scores depend on the order",
-        choices=("example", "batch", "never"),
+        one_of("example", "batch", "never"),
     )
     copies: int = setting(
-        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", low=1, high=2**10
+        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", between(1, 2**10)
     )
     batch_size: int = setting(
-        8,
-        "`batch` and `never`: prompts adapted together and answered with one result",
-        low=1,
-        high=MOST_ROWS,
+        8, "`batch` and `never`: prompts adapted together and answered with one result", ROWS
     )
-    mini_batch_size: int = setting(4, "prompts an optimizer update", low=1, high=MOST_ROWS)
+    mini_batch_size: int = setting(4, "prompts an optimizer update", ROWS)
     micro_batch_size: int | None = setting(
-        None,
-        "prompts of one forward and backward pass; None: mini_batch_size",
-        low=1,
-        high=MOST_ROWS,
+        None, "prompts of one forward and backward pass; None: mini_batch_size", ROWS
     )
 
     @property
@@ -514,8 +487,6 @@ class TestTimeConfig(Section):
 class EvaluateConfig(Section):
     """Which tasks are answered and scored, by the phases `evaluate` and `testtime`."""
 
-    section: ClassVar[str] = "evaluate"
-
     tasks: str = setting(
         "niah_single_1", "names of `refine_jax.data.tasks.TASKS`, joined by commas"
     )
@@ -525,40 +496,34 @@ class EvaluateConfig(Section):
         "each; '': all that the files hold (LongBench always)",
     )
     samples: int | None = setting(
-        None,
-        "examples of a task and length; None: all of a file; needed by what is made",
-        low=1,
-        high=MOST_ITEMS,
+        None, "examples of a task and length; None: all of a file; needed by what is made", ITEMS
     )
     data: str = setting(
         "",
         "of LongBench and RULER's question answering: parquet or JSON files, or SQuAD's or "
         "HotpotQA's .json; a file, folder or glob",
-        path=True,
+        PATH,
     )
     essays: str = setting(
         "",
         "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed",
-        path=True,
+        PATH,
     )
     ruler_qa: str = setting(
         "refine",
         "convention that scores RULER's question answering",
-        choices=("refine", "nvidia", "lm_eval"),
+        one_of("refine", "nvidia", "lm_eval"),
     )
     max_tokens: int | None = setting(
         None,
         "most tokens of prompt and answer; longer prompts are cut; None: as they are",
-        low=2,
-        high=MOST_TOKENS,
+        between(2, MOST_TOKENS),
     )
-    cut: str = setting("middle", "where they are cut", choices=("middle", "left"))
-    batch_size: int = setting(
-        8, "prompts answered at once, where parameters are shared", low=1, high=MOST_ROWS
-    )
-    seed: int = setting(0, "of the examples that are made or chosen", low=0, high=LAST_SEED)
+    cut: str = setting("middle", "where they are cut", one_of(*CUTS))
+    batch_size: int = setting(8, "prompts answered at once, where parameters are shared", ROWS)
+    seed: int = setting(0, "of the examples that are made or chosen", SEEDS)
     order_seed: int | None = setting(
-        None, "shuffles the order of evaluation; None: as the tasks come", low=0, high=LAST_SEED
+        None, "shuffles the order of evaluation; None: as the tasks come", SEEDS
     )
 
     def __post_init__(self):
@@ -568,28 +533,19 @@ class EvaluateConfig(Section):
     @property
     def task_names(self) -> list[str]:
         """The tasks, each once."""
-        return list(dict.fromkeys(_listed(self.tasks)))
+        return listed(self.tasks)
 
     @property
     def token_lengths(self) -> list[int | None]:
-        """The lengths, [None] for as they come.
-
-        Raises:
-          ConfigError: One is no positive whole number.
-        """
-        words = _listed(self.lengths)
-        if not all(word.isdecimal() and 0 < len(word) < 10 for word in words) or not all(
-            0 < int(word) <= MOST_TOKENS for word in words
-        ):
+        """The lengths, each once; [None] for as they come. Raises ConfigError for other texts."""
+        words = listed(self.lengths)
+        fits = [word.isdecimal() and len(word) < 10 for word in words]
+        if not all(fits) or not all(0 < int(word) <= MOST_TOKENS for word in words):
             raise ConfigError(
-                f"config.evaluate.lengths must be whole numbers from 1 to {MOST_TOKENS:,}, without "
+                f"{self.prefix}lengths must be whole numbers from 1 to {MOST_TOKENS:,}, without "
                 f"signs in them, joined by commas. Got: {short(self.lengths)}."
             )
         return list(dict.fromkeys(map(int, words))) or [None]
-
-
-def _listed(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 # What a run does; each is a module of refine_jax.phases.
@@ -602,16 +558,16 @@ class Config:
 
     model: ModelConfig
     phase: str = "midtrain"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
-    posttrain: PosttrainConfig = dataclasses.field(default_factory=PosttrainConfig)
-    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
-    testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
-    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    mesh: MeshConfig = MeshConfig()
+    data: DataConfig = DataConfig()
+    refine: RefineConfig = RefineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    posttrain: PosttrainConfig = PosttrainConfig()
+    generation: GenerationConfig = GenerationConfig()
+    testtime: TestTimeConfig = TestTimeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -659,32 +615,18 @@ class Config:
         return dataclasses.asdict(self)
 
 
-SECTIONS = {
-    "model": ModelConfig,
-    "mesh": MeshConfig,
-    "data": DataConfig,
-    "refine": RefineConfig,
-    "optimizer": OptimizerConfig,
-    "train": TrainConfig,
-    "prompts": PromptsConfig,
-    "posttrain": PosttrainConfig,
-    "generation": GenerationConfig,
-    "testtime": TestTimeConfig,
-    "evaluate": EvaluateConfig,
-}
+SECTIONS = {field.name: field.type for field in dataclasses.fields(Config) if field.name != "phase"}
 
 
 def defaults() -> ConfigDict:
     """A ConfigDict with every field at its default, to set and to override by flags."""
     values = ConfigDict({"phase": "midtrain"})
     for name, kind in SECTIONS.items():
-        hints = typing.get_type_hints(kind)
         section = GivenFields() if name == "refine" else ConfigDict()
         for field in dataclasses.fields(kind):
-            default = getattr(kind(), field.name)
+            default = field.default
             if default is None:
-                # A placeholder is None that knows the type a flag must be parsed to.
-                (inner,) = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
+                inner = inner_type(field.type)  # a placeholder is None that knows its type
                 default = ConfigDict() if inner is Mapping else config_dict.placeholder(inner)
             section[field.name] = default
         if name == "refine":

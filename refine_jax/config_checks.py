@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def check(config: Config) -> None:
     """Raise ConfigError for settings that do not fit each other."""
     _check_model(config.model)
-    _check_batches(config.train)
+    _check_batches(config.train, config.train.mini_batch)
     _check_sizes(config)
     _check_steps(config.train, config.optimizer)
     _check_lengths(config.data, config.refine)
@@ -62,14 +63,14 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-def _check_batches(train: TrainConfig) -> None:
-    for large, small in (("batch", "mini_batch"), ("mini_batch", "micro_batch")):
-        whole = train.batch_size if large == "batch" else train.mini_batch
-        part = getattr(train, small)
+def _check_batches(section: TrainConfig | TestTimeConfig, mini: int) -> None:
+    sizes = {"batch_size": section.batch_size, "mini_batch_size": mini}
+    sizes["micro_batch_size"] = section.micro_batch
+    for (larger, whole), (smaller, part) in itertools.pairwise(sizes.items()):
         if whole % part:
             raise ConfigError(
-                f"config.train.{small}_size must divide config.train.{large}_size. "
-                f"Got: {small}_size={part}, {large}_size={whole}."
+                f"{section.prefix}{smaller} must divide {section.prefix}{larger}. "
+                f"Got: {smaller}={part}, {larger}={whole}."
             )
 
 
@@ -124,29 +125,16 @@ def _check_testtime(options: TestTimeConfig) -> None:
             "config.testtime.copies is for reset='example', where each prompt adapts a copy of its "
             f"own. Got: copies={options.copies}, reset={options.reset!r}."
         )
-    for name, whole, part in (
-        ("mini_batch_size", options.batch_size, options.mini_batch_size),
-        ("micro_batch_size", options.mini_batch_size, options.micro_batch),
-    ):
-        if whole % part:
-            larger = "batch_size" if name == "mini_batch_size" else "mini_batch_size"
-            raise ConfigError(
-                f"config.testtime.{name} must divide config.testtime.{larger}. "
-                f"Got: {name}={part}, {larger}={whole}."
-            )
+    _check_batches(options, options.mini_batch_size)
 
 
 def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
-    if train.warmup_ntp_steps > train.steps:
-        raise ConfigError(
-            "config.train.warmup_ntp_steps must be at most config.train.steps. "
-            f"Got: warmup_ntp_steps={train.warmup_ntp_steps}, steps={train.steps}."
-        )
-    if optimizer.warmup_steps > train.steps:
-        raise ConfigError(
-            "config.optimizer.warmup_steps must be at most config.train.steps. "
-            f"Got: warmup_steps={optimizer.warmup_steps}, steps={train.steps}."
-        )
+    for section, name in ((train, "warmup_ntp_steps"), (optimizer, "warmup_steps")):
+        if getattr(section, name) > train.steps:
+            raise ConfigError(
+                f"{section.prefix}{name} must be at most config.train.steps. "
+                f"Got: {name}={getattr(section, name)}, steps={train.steps}."
+            )
     if train.best_metric and not train.eval_every:
         raise ConfigError(
             "config.train.best_metric needs evaluations during the run: set "
@@ -157,7 +145,7 @@ def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
 def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
     """Every rollout, and the truth it is compared with, must lie between the margins."""
     length, margin = data.sequence_length, refine.edge_margin
-    shortest = length if data.min_tokens is None else data.min_tokens
+    shortest = data.shortest
     k, c = refine.rollout_length, refine.num_positions
     if k + 2 > length:
         raise ConfigError(
@@ -209,21 +197,15 @@ def _check_estimator(refine: RefineConfig) -> None:
         )
 
 
-# How documents become rows; prompts do so in another way.
-_FOR_DOCUMENTS = (
-    *("text_field", "tfds_split", "tfds_data_dir", "add_eos", "min_tokens", "max_tokens"),
-    *("chunking", "min_remainder", "pack", "max_documents", "cache_dir"),
-)
-
-
 def _check_posttrain(config: Config) -> None:
     """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
     data, train, posttrain = config.data, config.train, config.posttrain
-    for name in _FOR_DOCUMENTS:
-        if getattr(data, name) != getattr(type(data)(), name):
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if field.metadata["documents_only"] and value != field.default:
             raise ConfigError(
-                f"config.data.{name} is for documents; config.prompts says how prompts become rows "
-                f"(phase 'posttrain'). Got: {getattr(data, name)!r}."
+                f"config.data.{field.name} is for documents; config.prompts says how prompts "
+                f"become rows (phase 'posttrain'). Got: {value!r}."
             )
     if train.warmup_ntp_steps:
         raise ConfigError(

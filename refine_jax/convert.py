@@ -1,17 +1,18 @@
 """Convert models between PyTorch (Hugging Face folders) and JAX (Orbax), bit for bit.
 
-    python -m refine_jax.convert from_hf SRC DST     a Hugging Face folder -> a model checkpoint
-    python -m refine_jax.convert to_hf   SRC DST     a model checkpoint or a training run -> back
-
-SRC of `from_hf` holds config.json, the weights (safetensors, one file or shards; pytorch_model.bin
-needs the extra [torch]) and tokenizer files. DST is what `config.model.checkpoint` takes. SRC of
-`to_hf` may also be the work folder of a training run.
+from_hf makes a checkpoint, which `config.model.checkpoint` takes, of a folder with config.json, the
+weights (safetensors, one file or shards; pytorch_model.bin needs the extra [torch]) and tokenizer
+files. to_hf makes such a folder of a model checkpoint or of a training run's work folder.
 
 What a folder holds and no model of ours uses is printed ("not used: ..."); what would change the
 function, weights that are not finite, and links that leave the folder are refused by name.
+
+Examples:
+
+    python -m refine_jax.convert from_hf downloads/LaCT-760M checkpoints/lact-760m
+    python -m refine_jax.convert to_hf runs/demo converted/demo --step=best --dtype=bfloat16
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,21 +20,14 @@ import re
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from refine_jax.base.errors import CheckpointError, run_command
+from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import local_path, short
-from refine_jax.checkpoint import (
-    load_model,
-    read_hf,
-    save_model,
-    write_hf,
-)
-from refine_jax.checkpoint.folders import CONFIG, check_free
-from refine_jax.commands import ArgumentParser
+from refine_jax.commands import Command, Options, step_argument
+
+# What takes long to import, jax above all, is imported where it is used: help comes at once.
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -44,6 +38,8 @@ def from_hf(src: str, dst: str, *, overwrite: bool = False, allow_nonfinite: boo
     allow_nonfinite: take weights that are NaN or infinite.
     Returns a line that says what was written, and lines on what was left out.
     """
+    from refine_jax.checkpoint import read_hf, save_model
+
     source, target = _paths(src, dst, overwrite)
     model = read_hf(source, allow_nonfinite=allow_nonfinite)
     save_model(target, model.params, model.config_json, model.files, overwrite=overwrite)
@@ -67,6 +63,8 @@ def to_hf(
     step: of a training run: "latest", "best" or a number. allow_nonfinite: write parameters that
     are NaN or infinite, or become so in `dtype`.
     """
+    from refine_jax.checkpoint import load_model, write_hf
+
     source, target = _paths(src, dst, overwrite)
     model = load_model(source, step=step, dtype=dtype)
     config_json = model.config_json
@@ -87,75 +85,75 @@ def to_hf(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = vars(_parser().parse_args(arguments))
+    return command().run(run, arguments, imports=("jax", "refine_jax.checkpoint"))
+
+
+def run(options: Options) -> None:
+    """Do what the command line asks for; prints what was written."""
+    import jax
+
     # A conversion moves bytes: leave accelerators (and the time they take to start) alone.
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.FATAL)  # Orbax logs what its errors say
-    convert = options.pop("convert")
+    given = {name: getattr(options, name) for name in ("overwrite", "allow_nonfinite")}
+    if options.direction == "to_hf":
+        given |= {"max_shard_bytes": options.max_shard_size, "dtype": options.dtype}
+        given["step"] = options.step
+    elif options.direction != "from_hf":
+        raise ConfigError(f"from_hf or to_hf comes first. Got: {short(options.direction)}.")
+    else:
+        for name in ("max_shard_size", "dtype", "step"):
+            if name in options.given:
+                raise ConfigError(f"--{name} goes with to_hf.")
+    convert = {"from_hf": from_hf, "to_hf": to_hf}[options.direction]
+    with np.errstate(over="ignore"):  # of a cast, whose infinite values are named
+        print(convert(options.src, options.dst, **given))
 
-    def work() -> None:
-        with np.errstate(over="ignore"):  # of a cast, whose infinite values are named
-            print(convert(**options))
 
-    return run_command(work)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m refine_jax.convert", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="from_hf | to_hf")
-    for function, title in ((from_hf, "PyTorch -> JAX"), (to_hf, "JAX -> PyTorch")):
-        command = commands.add_parser(function.__name__, help=title, description=title)
-        command.set_defaults(convert=function)
-        command.add_argument("src", metavar="SRC", help="folder to read")
-        command.add_argument("dst", metavar="DST", help="folder to write; must not exist")
-        command.add_argument("--overwrite", action="store_true", help="replace a model at DST")
-        command.add_argument(
-            "--allow_nonfinite",
-            action="store_true",
-            help="convert weights that are NaN or infinite (default: refuse and name them)",
-        )
-    command.add_argument(
-        "--max_shard_size",
-        dest="max_shard_bytes",
-        type=_size,
+def command() -> Command:
+    """The command, its flags and its page of help."""
+    words = {"SRC": "folder to read", "DST": "folder to write; must not exist"}
+    made = Command(
+        "refine_jax.convert",
+        __doc__,
+        "from_hf|to_hf SRC DST",
+        words={"DIRECTION": "from_hf | to_hf: PyTorch -> JAX, or back", **words},
+    )
+    made.group("both ways")
+    made.flag("overwrite", "replace a model at DST", bool, default=False)
+    made.flag(
+        "allow_nonfinite",
+        "convert weights that are NaN or infinite (else they are refused by name)",
+        bool,
+        default=False,
+    )
+    made.group("to_hf")
+    made.flag(
+        "max_shard_size",
+        "cut larger weights into shards: bytes, or a number with KB, MB, GB",
+        _size,
         default="5GB",
         metavar="SIZE",
-        help="cut larger weights into shards (bytes, or a number with KB, MB, GB; default 5GB)",
     )
-    command.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="cast the parameters (default: as they are)",
-    )
-    command.add_argument(
-        "--step",
-        type=step_argument,
-        default="latest",
-        help="of a training run: latest (default), best, or a number",
-    )
-    return parser
+    dtypes = ("float32", "bfloat16", "float16")
+    made.flag("dtype", "cast the parameters (default: as they are)", choices=dtypes)
+    made.flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
+    return made
 
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip(), re.IGNORECASE)
     size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
     if not 1 <= size < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {short(text)}")
+        raise ValueError(f"expected a size such as 5GB or 500MB, got {short(text)}")
     return int(size)
-
-
-def step_argument(text: str) -> int | str:
-    """The step of a run, as command lines take it: "latest", "best" or a number."""
-    if text in ("latest", "best"):
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected latest, best or a number, got {text!r}")
-    return int(text)
 
 
 def _paths(src: str, dst: str, overwrite: bool) -> tuple[Path, Path]:
     """SRC and DST as paths; raises CheckpointError for a wrong DST before any work is done."""
+    from refine_jax.checkpoint.folders import CONFIG, check_free
+
     source, target = (local_path(*named, CheckpointError) for named in ((src, "SRC"), (dst, "DST")))
     real, written = (Path(os.path.realpath(path)) for path in (source, target))
     if real.is_relative_to(written):
@@ -168,9 +166,11 @@ def _paths(src: str, dst: str, overwrite: bool) -> tuple[Path, Path]:
 
 
 def _summary(tensors: int, params: dict, dst: str) -> str:
+    import jax
+
     leaves = jax.tree.leaves(params)
     total = sum(leaf.size for leaf in leaves)
-    dtypes = ", ".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves}))
+    dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))
     return f"{dst}: {tensors} tensors, {total:,} parameters, {dtypes}"
 
 

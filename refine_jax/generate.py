@@ -1,27 +1,18 @@
-"""Generate text from a checkpoint.
+"""Generate text from a checkpoint that refine_jax.convert or a training run wrote.
 
-    python -m refine_jax.generate --checkpoint DIR --prompt "Once upon a time"
-    python -m refine_jax.generate --checkpoint DIR --prompt_file a.txt --prompt_file b.txt --json
-    python -m refine_jax.generate --checkpoint DIR --temperature 0.7 --top_p 0.9 < prompt.txt
+Prompts are taken as they are, line ends at their end too. The texts end at the end tokens of
+generation_config.json, at --stop, or after --max_new_tokens.
 
-A long document is read once, and asked any number of questions:
+Examples:
 
-    python -m refine_jax.generate --checkpoint DIR --prompt_file book.txt --save_state book.state \\
-        --max_new_tokens 0
-    python -m refine_jax.generate --checkpoint DIR --load_state book.state --prompt "Who is Ahab?"
-
-The model may be trained on each prompt before it continues it, a copy for each:
-
-    python -m refine_jax.generate --checkpoint DIR --prompt_file doc.txt --adapt_steps 2
-
-DIR is a checkpoint that refine_jax.convert or a training run wrote. Of its generation_config.json
-the end tokens are used; how tokens are drawn is what the options below say. Prompts are taken as
-they are, line ends at their end too; a byte order mark is left out, and what is not UTF-8 in
---prompt becomes "?". Time and memory a token do not depend on the length of the prompt.
-Exit code 1: bad input, with one message on standard error.
+    python -m refine_jax.generate --checkpoint=DIR --prompt_file=book.txt --save_state=book.state \\
+        --max_new_tokens=0
+    python -m refine_jax.generate --checkpoint=DIR --load_state=book.state --prompt="Who is Ahab?"
+    python -m refine_jax.generate --checkpoint=DIR --prompt_file=doc.txt --adapt_steps=2
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import math
@@ -29,30 +20,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 from absl import logging
 
-from refine_jax.base.errors import (
-    ConfigError,
-    DataError,
-    print_json,
-    run_command,
-)
+from refine_jax.base.errors import ConfigError, DataError, print_json
 from refine_jax.base.files import clean_text, decode_text, local_path, read_text
-from refine_jax.commands import ArgumentParser
-from refine_jax.compiling import announced
+from refine_jax.commands import Command, Options, step_argument
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
-from refine_jax.convert import step_argument
-from refine_jax.data.tokenizer import encode_continuations
-from refine_jax.generation import Generated, Generator, Loaded, Prefix, Sampling, load, take_rows
-from refine_jax.generation.states import check_state_path, load_prefix, save_prefix
-from refine_jax.models.transformer import Params
-from refine_jax.refine.adapt import Adapter
-from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.settings import expand_flags
+
+if TYPE_CHECKING:
+    from refine_jax.generation import Generator, Loaded, Prefix, Sampling
+    from refine_jax.models.transformer import Params
+    from refine_jax.refine.adapt import Adapter
+
+# What takes long to import, jax above all, is imported where it is used: help comes at once.
 
 _MOST_STEPS = 1_000_000  # of training on one prompt
 
@@ -65,8 +49,24 @@ class Adaptation(NamedTuple):
     options: TestTimeConfig
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Do what the command line asks for; prints the texts."""
+    from refine_jax.compiling import announced
+
+    if not (options.prompt or options.prompt_file or options.load_state):
+        options.prompt_file = ["-"]
+    logging.set_verbosity(logging.WARNING)
+    with announced():
+        answer(options)
+
+
+def answer(options: Options) -> None:
+    """Read the prompts, and generate from them or from copies that are trained on them."""
+    import jax
+
+    from refine_jax.generation import Generator, Sampling, load
+    from refine_jax.generation.states import check_state_path, load_prefix, save_prefix
+
     expand_flags(vars(options), "checkpoint", "tokenizer", "load_state", "save_state")
     sampling = Sampling(
         temperature=options.temperature,
@@ -110,9 +110,11 @@ def run_adapted(
     adapter: Adapter,
     texts: list[str],
     sampling: Sampling,
-    options: argparse.Namespace,
+    options: Options,
 ) -> None:
     """Adapt a copy of the parameters to each prompt and generate with it, prompt by prompt."""
+    import jax
+
     for number, (text, ids) in enumerate(zip(texts, generator.encode(texts), strict=True)):
         # The prompt itself decides its random numbers: other prompts beside it change nothing.
         params, (cost,) = adapter.adapt([ids], [text])
@@ -131,7 +133,7 @@ def show(
     params: Params,
     prefix: Prefix,
     sampling: Sampling,
-    options: argparse.Namespace,
+    options: Options,
     facts: dict[str, float],
     *,
     first: int = 0,
@@ -142,6 +144,8 @@ def show(
     facts: of reading the prompts, for --json. first, of: number of the first row, and of all rows,
     where these are not all.
     """
+    from refine_jax.generation import Generated
+
     rows = prefix.length.shape[0]
     of, ids = of or rows, range(first, first + rows)
     if options.json:
@@ -157,7 +161,7 @@ def show(
             print(result.text, flush=True)
 
 
-def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
+def read_adaptation(options: Options) -> Adaptation | None:
     """What --adapt_steps and its like ask for; None: nothing.
 
     Raises ConfigError for values that cannot work, and for a saved state: it holds no prompt to
@@ -190,6 +194,11 @@ def read_adaptation(options: argparse.Namespace) -> Adaptation | None:
 
 def make_adapter(loaded: Loaded, adaptation: Adaptation, seed: int) -> Adapter:
     """What adapts copies of the parameters to prompts."""
+    import jax
+
+    from refine_jax.refine.adapt import Adapter
+    from refine_jax.refine.optimizer import make_optimizer
+
     return Adapter(
         loaded.model,
         loaded.params,
@@ -208,6 +217,9 @@ def read(generator: Generator, params: Params, texts: list[str], saved: Prefix |
     One saved state is continued by every text; of several, each by its own.
     Raises DataError if the number of texts does not fit.
     """
+    from refine_jax.data.tokenizer import encode_continuations
+    from refine_jax.generation import take_rows
+
     if saved is None:
         return generator.read(params, generator.encode(texts))
     rows = saved.length.shape[0]
@@ -223,7 +235,7 @@ def read(generator: Generator, params: Params, texts: list[str], saved: Prefix |
     return generator.extend(params, saved, encode_continuations(generator.tokenizer, texts))
 
 
-def read_prompts(options: argparse.Namespace) -> list[str]:
+def read_prompts(options: Options) -> list[str]:
     """The texts of --prompt and --prompt_file, else of standard input.
 
     Raises DataError for a file that cannot be read, is not UTF-8, or empty.
@@ -291,77 +303,49 @@ def show_json(
         print_json(line)
 
 
-def _check_stream(options: argparse.Namespace, prompts: int) -> None:
+def _check_stream(options: Options, prompts: int) -> None:
     if options.stream and prompts > 1:
         raise ConfigError(f"--stream shows one prompt as it is continued. Got: {prompts} prompts.")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    if not (options.prompt or options.prompt_file or options.load_state):
-        options.prompt_file = ["-"]
-    logging.set_verbosity(logging.WARNING)
-
-    def work() -> None:
-        with announced():
-            run(options)
-
-    return run_command(work)
+    return command().run(run, arguments, imports=("jax", "refine_jax.generation"))
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m refine_jax.generate", description=__doc__)
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="model to load")
-    add(
-        "--step",
-        type=step_argument,
-        default="latest",
-        help="of a run: latest (default), best, a number",
-    )
-    add(
-        "--tokenizer",
-        metavar="NAME",
-        help="mistral-v1, bytes or a path (default: DIR's, or the one its run was trained with)",
-    )
-    add("--compute_dtype", choices=("float32", "bfloat16"), help="default: the device's")
-
-    prompts = parser.add_argument_group("prompts", "Any number; none: standard input.")
-    add = prompts.add_argument
-    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt")
-    add("--prompt_file", action="append", default=[], metavar="FILE", help="one of UTF-8; -: stdin")
-    add("--load_state", metavar="DIR", help="saved state that the prompts, if any, continue")
-    add("--save_state", metavar="DIR", help="keep the state after the prompts; must not exist")
-
-    sampling = parser.add_argument_group("sampling")
-    add = sampling.add_argument
-    defaults = Sampling()
-    add("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
-    add("--temperature", type=float, default=defaults.temperature, help="0 (default) is greedy")
-    add("--top_k", type=int, help="draw among the k most likely tokens")
-    add("--top_p", type=float, help="draw among the likeliest tokens of this probability in all")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; any number")
-    add("--seed", type=int, default=defaults.seed, help="of the draws (default %(default)s)")
-
-    training = parser.add_argument_group(
-        "training on the prompt", "A copy of the parameters for each prompt; nothing is kept."
-    )
-    add = training.add_argument
-    add("--adapt_steps", type=int, default=0, metavar="N", help="steps; 0 (default): none")
-    add(
-        "--adapt_objective",
-        choices=("refine", "ntp"),
-        help="ReFINE (default) or next-token loss alone",
-    )
+def command() -> Command:
+    """The command, its flags and its page of help."""
+    made = Command("refine_jax.generate", __doc__, "--checkpoint=DIR")
+    flag = made.flag
+    made.group("model")
+    flag("checkpoint", "model to load", metavar="DIR", needed=True)
+    flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
+    flag("tokenizer", "mistral-v1, bytes or a path (default: DIR's, or that of its run)")
+    dtypes = ("float32", "bfloat16")
+    flag("compute_dtype", "of activations (default: the device's)", choices=dtypes)
+    made.group("prompts, any number; none: standard input")
+    flag("prompt", "a prompt", default=[], every=True)
+    flag("prompt_file", "one of UTF-8; -: stdin", default=[], every=True, metavar="FILE")
+    flag("load_state", "saved state that the prompts, if any, continue", metavar="DIR")
+    flag("save_state", "keep the state after the prompts; must not exist", metavar="DIR")
+    made.group("sampling")
+    flag("max_new_tokens", "most tokens of a text", int, default=128)
+    flag("temperature", "of the draws; 0 is greedy", float, default=0.0)
+    flag("top_k", "draw among the k most likely tokens", int)
+    flag("top_p", "draw among the likeliest tokens of this probability in all", float)
+    flag("stop", "ends a text; any number", default=[], every=True)
+    flag("seed", "of the draws", int, default=0)
+    made.group("training on the prompt: a copy of the parameters for each; nothing is kept")
+    flag("adapt_steps", "steps; 0: none", int, default=0)
+    objectives = ("refine", "ntp")
+    flag("adapt_objective", "next-token loss alone by ntp (default refine)", choices=objectives)
     rate = OptimizerConfig().learning_rate
-    add("--adapt_learning_rate", type=float, help=f"default {rate}")
-
-    output = parser.add_mutually_exclusive_group()
-    add = output.add_argument
-    add("--stream", action="store_true", help="show text as it comes (default on a terminal)")
-    add("--json", action="store_true", help="one line a prompt: text, tokens, times")
-    return parser
+    flag("adapt_learning_rate", f"of these steps (default {rate})", float)
+    made.group("output")
+    flag("stream", "show text as it comes (default on a terminal)", bool, default=False)
+    text = "one line a prompt: text, tokens, times"
+    flag("json", text, bool, default=False, without="stream")
+    return made
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Evaluate a model on tasks of lm-evaluation-harness (pip install 'refine-jax[eval]').
 
-    python -m refine_jax.lm_harness --checkpoint=checkpoints/lact-760m \\
-        --tasks=lambada_openai,hellaswag,wikitext --output=results.json
-
 Tasks are lm-eval's own, and those of the folder --include_path: names, groups, tags, patterns of
 these ('local_*'), YAML files and folders of them. A task file can name Python functions, which run.
 Their data comes from where they say, usually the Hugging Face hub; with HF_HUB_OFFLINE=1 from its
 cache, or from local files that the tasks name. The last line on standard output is a JSON object
 with the results; a table comes before it. If lm-eval fails after the model has answered, as a
 metric may, the responses are kept in a file beside --output.
+
+Examples:
+
+    python -m refine_jax.lm_harness --checkpoint=checkpoints/lact-760m \\
+        --tasks=lambada_openai,hellaswag,wikitext --output=results.json
+    python -m refine_jax.lm_harness --checkpoint=runs/demo --step=best --include_path=my_tasks/ \\
+        --tasks='my_*' --limit=100
 """
 
 import contextlib
@@ -24,11 +28,9 @@ from pathlib import Path
 
 from absl import logging
 
-from refine_jax.base.errors import DataError, UserError, complain, describe, run_command
+from refine_jax.base.errors import DataError, UserError, complain, describe
 from refine_jax.base.files import check_output, local_path, write_text
-from refine_jax.commands import ArgumentParser
-from refine_jax.compiling import announced
-from refine_jax.convert import step_argument
+from refine_jax.commands import Command, Options, step_argument
 from refine_jax.settings import expand_flags
 
 
@@ -302,22 +304,26 @@ def _no_bars() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = vars(_parser().parse_args(arguments))
+    return command().run(run, arguments, imports=("jax", "refine_jax.compiling"))
+
+
+def run(options: Options) -> int | None:
+    """Do what the command line asks for; prints tables and a line of JSON."""
+    from refine_jax.compiling import announced
+
     logging.set_verbosity(logging.WARNING)
-    return run_command(lambda: _run(options))
-
-
-def _run(options: dict) -> int | None:
-    expand_flags(options, "checkpoint", "tokenizer", "include_path", "output")
-    output = options.pop("output")
+    given = vars(options)
+    del given["settings"], given["given"]
+    expand_flags(given, "checkpoint", "tokenizer", "include_path", "output")
+    output = given.pop("output")
     if output is not None:
         output = Path(output)
         _check_output(output)
     try:
         with announced():
-            results = evaluate(**options, keep_in=output and output.parent)
+            results = evaluate(**given, keep_in=output and output.parent)
     except ImportError as error:
         return complain(error)
     _print(results)
@@ -347,45 +353,28 @@ def _check_output(path: Path) -> None:
         raise DataError(f"{path} exists: choose another --output.")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m refine_jax.lm_harness", description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="made by refine_jax.convert, or a run's work folder"
-    )
-    parser.add_argument(
-        "--tasks", required=True, type=_names, help="lm-eval's names, separated by commas"
-    )
-    parser.add_argument(
-        "--step",
-        default="latest",
-        type=step_argument,
-        help="of a run: latest, best or a number",
-    )
-    parser.add_argument(
-        "--tokenizer", help="mistral-v1, bytes or a path (default: that of the checkpoint)"
-    )
-    parser.add_argument("--include_path", help="folder with further tasks")
-    parser.add_argument("--num_fewshot", type=int, help="examples in front (default: the task's)")
-    parser.add_argument(
-        "--limit", type=float, help="documents of each task, or a fraction of them if below 1"
-    )
-    parser.add_argument(
-        "--gen_kwargs", help="of generations, e.g. temperature=0.7,do_sample=True,max_gen_toks=64"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (default 8)")
-    parser.add_argument(
-        "--max_length", type=int, help="most tokens of a request; longer ones are cut on the left"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of sampled generations")
-    parser.add_argument("--output", help="JSON file for lm-eval's results")
-    parser.add_argument(
-        "--log_samples", action="store_true", help="with every document and response"
-    )
-    return parser
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def command() -> Command:
+    """The command, its flags and its page of help."""
+    made = Command("refine_jax.lm_harness", __doc__, "--checkpoint=DIR --tasks=A,B")
+    flag = made.flag
+    made.group("model")
+    text = "made by refine_jax.convert, or a run's work folder"
+    flag("checkpoint", text, metavar="DIR", needed=True)
+    flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
+    flag("tokenizer", "mistral-v1, bytes or a path (default: that of the checkpoint)")
+    made.group("tasks")
+    flag("tasks", "lm-eval's names", list, needed=True)
+    flag("include_path", "folder with further tasks", metavar="DIR")
+    flag("num_fewshot", "examples in front (default: the task's)", int)
+    flag("limit", "documents of each task, or a fraction of them if below 1", float)
+    flag("gen_kwargs", "of generations, e.g. temperature=0.7,do_sample=True,max_gen_toks=64")
+    made.group("computation and output")
+    flag("batch_size", "rows at a time", int, default=8)
+    flag("max_length", "most tokens of a request; longer ones are cut on the left", int)
+    flag("seed", "of sampled generations", int, default=0)
+    flag("output", "JSON file for lm-eval's results", metavar="FILE")
+    flag("log_samples", "with every document and response", bool, default=False)
+    return made
 
 
 if __name__ == "__main__":

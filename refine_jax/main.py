@@ -1,28 +1,19 @@
-"""Run a configuration from the command line:
+"""Run a configuration: train a model, evaluate it, or say what the run would need of TPUs.
+
+Every setting is a flag, --config.SECTION.FIELD=VALUE; README.md lists them. Fields of a model that
+starts from random weights are --config.model.fresh.FIELD=VALUE. The same command continues a run.
+The last line on standard output is a JSON object with the figures of the run. Exit code 0: the run
+is complete, or SIGTERM or SIGINT stopped it after saving; 1: bad input or a failed run, with one
+message on standard error. With --compile_only 0: all programs fit; 2: one does not; 3: one does not
+compile.
+
+Examples:
 
     python -m refine_jax.main --config=configs/demo.py --workdir=runs/demo
     python -m refine_jax.main --config=configs/demo.py:short --workdir=runs/short \\
         --config.train.steps=20 --config.refine.reward=binary
-
     python -m refine_jax.main --config=configs/midtrain_lact_760m.py --compile_only \\
         --topology=v5p:4x4x4 --config.mesh.sequence=2
-
-compiles the programs of the run for that TPU slice on a machine without TPUs, prints what they need
-of a chip and an estimate of the time, and runs nothing: exit code 0 if all fit, 2 if one does not,
-3 if one does not compile.
-
-Every setting is a flag, --config.SECTION.FIELD=VALUE; README.md lists them. Fields of a model that
-starts from random weights are --config.model.fresh.FIELD=VALUE.
-
-A run is continued by its own command. To change a setting on purpose from there on:
---allow_change=optimizer.learning_rate (README.md says what may change).
-
-On a TPU pod, under SLURM or Open MPI: the same command on every host. Other processes are told
-their numbers: --coordinator=HOST:PORT --num_processes=P --process_id=I (`refine_jax.distributed`).
-
-Exit code 0: the run is complete, or SIGTERM or SIGINT stopped it after saving (the same command
-continues it). Exit code 1: bad input or a failed run, with one message on standard error. The last
-line on standard output is a JSON object with the figures of the run.
 """
 
 from __future__ import annotations
@@ -36,15 +27,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refine_jax.base.errors import (
-    USER_ERRORS,
-    ConfigError,
-    RunError,
-    allow_interrupts,
-    complain,
-    run_command,
-)
+from refine_jax.base.errors import USER_ERRORS, ConfigError, RunError, allow_interrupts, complain
 from refine_jax.base.files import check_writable, local_path
+from refine_jax.commands import Command, Options, note
 from refine_jax.kernels.device import backend
 
 if TYPE_CHECKING:
@@ -163,61 +148,53 @@ def compile_for(
       workdir: An optional folder for compile_only.json, made if it is not there.
       file: Another file for the same, optional.
       plan: Stop before code is made.
-      debug: Let errors of the user's input through, with their traceback.
+      debug: Show where an error came from.
     """
     from refine_jax.config import Config
 
-    try:
-        if values is None:
-            raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
-        config = Config.from_dict(values)
-        out = local_path(file, "--json") if file else None
-        if out is None and workdir:
-            folder = local_path(workdir, "--workdir")
-            check_writable(folder, "--workdir")
-            folder.mkdir(parents=True, exist_ok=True)
-            out = folder / "compile_only.json"
-        command = importlib.import_module("refine_jax.compile_only.command")
-        return command.run(config, topology, out, plan=plan, debug=debug)
-    except USER_ERRORS as error:
-        if debug or isinstance(error, BrokenPipeError):
-            raise
-        return complain(error)
+    if values is None:
+        raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
+    config = Config.from_dict(values)
+    out = local_path(file, "--json") if file else None
+    if out is None and workdir:
+        folder = local_path(workdir, "--workdir")
+        check_writable(folder, "--workdir")
+        folder.mkdir(parents=True, exist_ok=True)
+        out = folder / "compile_only.json"
+    command = importlib.import_module("refine_jax.compile_only.command")
+    return command.run(config, topology, out, plan=plan, debug=debug)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. arguments: None: those of the process."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = bool({"--debug", "--debug=true"} & {*arguments})
-    return run_command(lambda: _run(arguments), debug=debug, imports=True)
+    return command().run(run, arguments, imports=None)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def run(options: Options) -> int:
+    """Do what the command line asks for; returns the exit code."""
     from absl import logging
 
-    from refine_jax import commands, presets
+    from refine_jax import config_files, presets
     from refine_jax.config import PHASES
 
-    own = _flags()
-    line = commands.parse(own, arguments, __doc__, kind_of=commands.kind_of_setting)
-    given = {name: own[name].value for name in own}
     values = None
-    if given["config"] is not None:
-        values = commands.load_config(given["config"])
-        commands.override(values, line.settings)
-        line.notes.extend(presets.notes(values.refine))
-    elif line.settings:
-        name = next(iter(line.settings))
+    if options.config is not None:
+        values = config_files.load_config(options.config)
+        config_files.override(values, options.settings)
+        for line in presets.notes(values.refine):
+            note(line)
+    elif options.settings:
+        name = next(iter(options.settings))
         raise ConfigError(f"--{name} changes a configuration: name its --config=FILE.")
-    line.say()
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     logging.set_verbosity(logging.WARNING)
-    workdir, debug = given["workdir"], given["debug"]
-    if given["compile_only"]:
-        topology, plan = given["topology"], given["plan"]
-        return compile_for(values, topology, workdir, given["json"], plan=plan, debug=debug)
+    workdir, debug = options.workdir, options.debug
+    if options.compile_only:
+        return compile_for(
+            values, options.topology, workdir, options.json, plan=options.plan, debug=debug
+        )
     for name in ("topology", "json", "plan"):
-        if given[name]:
+        if getattr(options, name):
             raise ConfigError(f"--{name} goes with --compile_only.")
     from refine_jax import distributed
 
@@ -226,58 +203,56 @@ def _run(arguments: Sequence[str]) -> int:
     allow_interrupts()
     join = functools.partial(
         distributed.start,
-        given["distributed"],
-        coordinator=given["coordinator"],
-        num_processes=given["num_processes"],
-        process_id=given["process_id"],
+        options.distributed,
+        coordinator=options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
     )
     try:
         with distributed.ending_together():
-            allowed = given["allow_change"]
+            allowed = options.allow_change
             sys.exit(execute(values, workdir, debug=debug, join=join, allow_change=allowed))
     except SystemExit as ended:
         return ended.code
 
 
-def _flags():
-    """The flags of the command."""
-    from absl import flags
-
-    own = flags.FlagValues()
-    text = functools.partial(flags.DEFINE_string, flag_values=own)
-    number = functools.partial(flags.DEFINE_integer, flag_values=own)
-    switch = functools.partial(flags.DEFINE_boolean, flag_values=own)
-    text("config", None, "configuration file, with its form after a colon: configs/demo.py:short")
-    text("workdir", None, "folder of the run; made if it is not there")
-    switch("compile_only", False, "compile the run for --topology, say whether it fits; no run")
-    text("topology", None, "with --compile_only: a TPU slice, as v5e:4x4 or v5p:4x4x4")
-    switch(
-        "plan",
-        False,
-        "with --compile_only: stop before code is made. Far sooner done; memory and transfers are "
-        "the same to a few percent, times are rougher, and kernels are not compiled",
-    )
-    text("json", None, "with --compile_only: a file for all figures, else in the --workdir")
-    flags.DEFINE_list(
+def command() -> Command:
+    """The command, its flags and its page of help."""
+    made = Command("refine_jax.main", __doc__, "--config=FILE --workdir=DIR", settings=True)
+    made.group("run")
+    flag = made.flag
+    flag("config", "configuration, with its form after a colon: configs/demo.py:short")
+    flag("workdir", "folder of the run; made if it is not there", metavar="DIR")
+    flag(
         "allow_change",
-        [],
-        "settings of an interrupted run to change on purpose, with commas: "
-        "optimizer.learning_rate,train.steps. They are kept in checkpoints/run.json",
-        flag_values=own,
+        "settings of an interrupted run to change on purpose, such as "
+        "optimizer.learning_rate,train.steps; kept in checkpoints/run.json",
+        list,
+        default=[],
     )
-    switch("debug", False, "show where an error came from")
-    flags.DEFINE_enum(
+    flag("debug", "show where an error came from", bool, default=False)
+    made.group("what it needs of TPUs, without any")
+    flag("compile_only", "compile the run's programs for --topology; no run", bool, default=False)
+    flag("topology", "the TPU slice, as v5e:4x4 or v5p:4x4x4")
+    flag(
+        "plan",
+        "stop before code is made: far sooner done; memory and transfers are the same to a few "
+        "percent, times are rougher, and kernels are not compiled",
+        bool,
+        default=False,
+    )
+    flag("json", "a file for all figures, else in the --workdir", metavar="FILE")
+    made.group("several processes; on a TPU pod or under SLURM or Open MPI they find each other")
+    flag(
         "distributed",
-        "auto",
-        ("auto", "on", "off"),
-        "several processes, as the cluster's environment names them. auto: on a TPU pod, and where "
-        "SLURM or Open MPI started several; on: always; off: never",
-        flag_values=own,
+        "auto: as the cluster's environment says; always; never",
+        default="auto",
+        choices=("auto", "on", "off"),
     )
-    text("coordinator", None, "HOST:PORT where process 0 listens; needs the next two as well")
-    number("num_processes", None, "how many processes there are")
-    number("process_id", None, "which of them this is, from 0")
-    return own
+    flag("coordinator", "where process 0 listens; needs the next two", metavar="HOST:PORT")
+    flag("num_processes", "how many processes there are", int)
+    flag("process_id", "which of them this is, from 0", int)
+    return made
 
 
 if __name__ == "__main__":

@@ -2,58 +2,96 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
+import operator
 import os
-import types
 import typing
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path, short
 
-# Upper ends of settings: far above what any machine runs, and low enough that nothing overflows.
-MOST_STEPS = 2**31 - 1
-"""Of what int32 counters count: steps of training, updates."""
 MOST_ROWS = 2**20
-"""Of what is in memory at once: rows of a batch, prompts, devices."""
 MOST_TOKENS = 2**26
-"""Of a row, a prompt or an answer."""
-MOST_ITEMS = 2**40
-"""Of what is counted and not kept: documents, examples."""
 MOST_AT_ONCE = 2**32
 """Tokens of all rows of a batch together; as 4 bytes each, 16 GiB."""
 MOST_MATCHED = 64
 """Of a window whose probabilities are computed at every position of a row."""
-MOST_WORKERS = 256
-LAST_SEED = 2**32 - 1
 LEAST = 1e-6
 """Of what others are divided by, so that float32 keeps the quotients."""
 
 
-def setting(
-    default, doc: str, *, choices=None, low=None, high=None, above=None, path: bool = False
-):
-    """A field with its meaning and what it allows: `low` <= x <= `high`, x > `above`.
+def setting(default: Any, doc: str, *properties: Mapping[str, Any]) -> Any:
+    """A field with its meaning and its properties, which are those below."""
+    none = dict.fromkeys(("choices", "low", "high", "above", "path", "documents_only"))
+    metadata = functools.reduce(operator.or_, properties, {"doc": doc, "change": BY_NAME} | none)
+    return dataclasses.field(default=default, metadata=metadata)
 
-    path: it may name a file or folder: `~` is expanded, URLs are refused.
-    """
-    allowed = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
-    return dataclasses.field(default=default, metadata=allowed | {"path": path})
+
+def one_of(*choices: str) -> dict[str, Any]:
+    """It is one of these texts."""
+    return {"choices": choices}
+
+
+def between(low: float, high: float) -> dict[str, Any]:
+    """It is at least `low` and at most `high`."""
+    return {"low": low, "high": high}
+
+
+def above(bound: float, high: float) -> dict[str, Any]:
+    """It is more than `bound` and at most `high`."""
+    return {"above": bound, "high": high}
+
+
+def never(reason: str) -> dict[str, Any]:
+    """A run that is continued cannot change it, for this reason (`refine_jax.phases.changes`)."""
+    return {"change": reason}
+
+
+# Ends far above what any machine runs, and low enough that nothing overflows.
+DEVICES = between(-1, MOST_ROWS)
+ROWS = between(1, MOST_ROWS)
+"""Of what is in memory at once: rows of a batch, prompts."""
+TOKENS = between(1, MOST_TOKENS)
+"""Of a row, a prompt or an answer."""
+STEPS = between(1, 2**31 - 1)
+"""Of what int32 counters count: steps of training, updates."""
+COUNT = between(0, 2**31 - 1)
+ITEMS = between(1, 2**40)
+"""Of what is counted and not kept: documents, examples."""
+SEEDS = between(0, 2**32 - 1)
+WEIGHTS = between(0, 1e6)
+PATH = {"path": True}
+"""It may name a file or folder: `~` is expanded, URLs are refused."""
+DOCUMENTS = {"documents_only": True}
+"""How documents become rows; prompts do so in another way, so that post-training refuses it."""
+BY_NAME = "by name"
+"""A run that is continued changes it where --allow_change names it."""
+FREELY = {"change": "freely"}
+"""Does not change what a run computes."""
+CONTENT = {"change": "with the same content"}
+"""The fingerprint of the training data, made of documents and tokenizer, says what changed."""
 
 
 class Section:
     """One part of the configuration: checks each field against its type and what it allows."""
 
-    section: ClassVar[str] = ""
+    prefix: ClassVar[str]
+    """What messages say before the name of a field."""
+
+    def __init_subclass__(cls):
+        if "prefix" not in vars(cls):
+            cls.prefix = f"config.{cls.__name__.removesuffix('Config').lower()}."
 
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            path = f"config.{self.section}.{field.name}"
+            path = self.prefix + field.name
             value = getattr(self, field.name)
             if field.metadata["path"]:
                 value = expanded(value, path, empty=field.default == "")
@@ -61,13 +99,21 @@ class Section:
             _check_allowed(value, field.metadata, path)
             object.__setattr__(self, field.name, value)
 
+    def setting(self, name: str) -> str:
+        """What a user sets a field with, for messages about what it names."""
+        return self.prefix.removeprefix("config.") + name
 
-def expanded(
-    value: Any, setting: str, *, empty: bool = True, error: type[UserError] = ConfigError
-) -> Any:
+
+@functools.cache
+def flags_of(section: type[Section]) -> type[Section]:
+    """The section of a command that takes fields as flags: its messages name --FIELD."""
+    return type(section.__name__, (section,), {"prefix": "--"})
+
+
+def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises `error` for a URL.
+    empty: whether "" is allowed. Raises ConfigError for a URL.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -75,7 +121,7 @@ def expanded(
         return value
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting, error)
+    path = local_path(name, setting)
     return f"{kind}{path}" if name.startswith("~") else value
 
 
@@ -83,6 +129,32 @@ def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
     """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
     for name in names:
         values[name] = expanded(values[name], f"--{name}", empty=False)
+
+
+def table(sections: Mapping[str, type[Section]]) -> list[str]:
+    """A row of Markdown for each field of the sections: its name, its default, its meaning."""
+    rows = []
+    for name, section in sections.items():
+        for field in dataclasses.fields(section):
+            number = isinstance(field.default, float)
+            default = f"{field.default:g}" if number else repr(field.default)
+            meaning = field.metadata["doc"]
+            if field.metadata["choices"]:
+                choices = ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
+                meaning += f"; one of {choices}"
+            rows.append(f"| `{name}.{field.name}` | `{default}` | {meaning} |")
+    return rows
+
+
+def listed(text: str) -> list[str]:
+    """The texts between the commas of a setting, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def inner_type(hint: Any) -> Any:
+    """The type of a field that may be None, too."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if kinds and type(None) in typing.get_args(hint) else hint
 
 
 def plain(values):
@@ -113,10 +185,9 @@ def suggestion(name: Any, known: Iterable[str]) -> str:
 
 def _converted(value, hint, path: str):
     """The value as its annotated type; integers pass as floats, nothing else is converted."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
+    kind = inner_type(hint)
+    if value is None and kind is not hint:
         return None
-    kind = next(k for k in kinds if k is not type(None))
     fits = {
         bool: lambda: isinstance(value, bool),
         int: lambda: isinstance(value, numbers.Integral) and not isinstance(value, bool),
@@ -127,7 +198,7 @@ def _converted(value, hint, path: str):
     if not fits:
         names = {bool: "True or False", int: "a whole number", float: "a number"}
         names |= {str: "a string", Mapping: "a dictionary"}
-        none = " or None" if type(None) in kinds else ""
+        none = " or None" if kind is not hint else ""
         raise ConfigError(f"{path} must be {names[kind]}{none}. Got: {short(value)}.")
     if kind is Mapping:
         return _json_object(value, path)

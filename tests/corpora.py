@@ -7,22 +7,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refine_jax.data import DataOptions
-from refine_jax.data.pipeline import Corpus
+from refine_jax.config import DataConfig
+from refine_jax.data.pipeline import Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import ByteTokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore
 
 INPUTS = Path(__file__).resolve().parent.parent.parent / "shared" / "inputs"
 
 
-def corpus_of(documents: list[list[int]], **options) -> Corpus:
+def data_config(**fields) -> DataConfig:
+    """The settings of the data; nothing is held out where a test does not say so."""
+    return DataConfig(**{"holdout": 0.0} | fields)
+
+
+def make_dataset(options: DataConfig, split: str, batch_size: int) -> Dataset:
+    """One split of the documents of `options`."""
+    return load_corpus(options).dataset(split, batch_size)
+
+
+def corpus_of(
+    documents: list[list[int]], *, seed: int = 0, validation_rows: int | None = None, **options
+) -> Corpus:
     """Return a corpus of token lists, without files."""
     index = IndexBuilder()
     for document in documents:
         index.add(np.array(document, np.int32))
     tokens = np.array([token for document in documents for token in document], np.uint16)
     store = TokenStore(tokens, index.finish())
-    return Corpus(DataOptions(**{"min_tokens": 1, **options}), store, ByteTokenizer())
+    return Corpus(
+        data_config(**{"min_tokens": 1, **options}),
+        store,
+        ByteTokenizer(),
+        seed=seed,
+        validation_rows=validation_rows,
+    )
 
 
 def numbered(lengths: list[int]) -> list[list[int]]:

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny_runs
 import zstandard
+from corpora import data_config
 from fuzz import Draw, Group, Wrong, dump, write
 
 from refine_jax.checkpoint import CheckpointManager, load_model, read_hf, write_hf
 from refine_jax.checkpoint.tree import flatten
-from refine_jax.config import SECTIONS, Config
-from refine_jax.data.options import DataOptions
+from refine_jax.config import SECTIONS, Config, DataConfig, PromptsConfig
 from refine_jax.data.pipeline import load_corpus
-from refine_jax.data.prompts import PromptOptions, load_prompts
+from refine_jax.data.prompts import load_prompts
 from refine_jax.data.sources import open_source
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -103,8 +103,8 @@ def _records(draw: Draw, rows: list[Any], folder: Path) -> Path:
     return write(folder / f"file{suffix}", content)
 
 
-def _options(path: Path, **options: Any) -> DataOptions:
-    return DataOptions(
+def _options(path: Path, **options: Any) -> DataConfig:
+    return data_config(
         source=str(path),
         tokenizer="bytes",
         **{"sequence_length": 8, "min_tokens": 1, "holdout": 0.0} | options,
@@ -127,7 +127,7 @@ def prompts(draw: Draw, base: None, folder: Path) -> None:
     rows = [{"prompt": text, "answer": [str(i), "x"]} for i, text in enumerate(TEXTS)]
     path = _records(draw, rows, folder)
     options = _options(path, sequence_length=64, min_tokens=None)
-    load_prompts(options, PromptOptions(), BYTES).dataset("train", 2)
+    load_prompts(options, PromptsConfig(), BYTES).dataset("train", 2)
 
 
 def evaluation_sets(draw: Draw, base: None, folder: Path) -> None:
@@ -451,8 +451,8 @@ def configurations(draw: Draw, base: None, folder: Path) -> None:
         name = draw.one_of(*[field.name for field in dataclasses.fields(SECTIONS[section])])
         values[section] = {**values[section], name: draw.value()}
     Config.from_dict(values)
-    fields = [field for field in dataclasses.fields(DataOptions)]
-    DataOptions(**{draw.one_of(*[field.name for field in fields]): draw.value()})
+    fields = [field for field in dataclasses.fields(DataConfig)]
+    data_config(**{draw.one_of(*[field.name for field in fields]): draw.value()})
 
 
 def samplings(draw: Draw, base: None, folder: Path) -> None:

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+from corpora import data_config
 
 from refine_jax import distributed, main, parallel
-from refine_jax.config import MeshConfig
+from refine_jax.config import MeshConfig, PromptsConfig
 from refine_jax.evaluation.runner import Predictions, evaluate
 from refine_jax.phases import midtrain
 from refine_jax.report.monitor import Monitor
@@ -104,15 +105,15 @@ def exchange(folder: str, coordinator: str, num_processes: int, process_id: int)
 
 
 def _check_batches(share: tuple[int, ...]) -> None:
-    from refine_jax.data import DataOptions, PromptOptions, load_prompts
+    from refine_jax.data import load_prompts
     from refine_jax.data.prompts import trim_batch, trimmed_width
     from refine_jax.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("bytes")
-    options = DataOptions(
+    options = data_config(
         source="recall", sequence_length=256, limit_documents=20, tokenizer="bytes"
     )
-    corpus = load_prompts(options, PromptOptions(max_answer_tokens=8), tokenizer)
+    corpus = load_prompts(options, PromptsConfig(max_answer_tokens=8), tokenizer)
     whole = iter(corpus.dataset("train", 8))
     dataset = corpus.dataset("train", 8, share)
     part = iter(dataset)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from corpora import data_config
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, open_source
+from refine_jax.config import DataConfig
+from refine_jax.data import load_corpus, open_source
 from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
 from refine_jax.data.prepare import prepare
 from refine_jax.data.tokenizer import ByteTokenizer
@@ -27,12 +29,12 @@ def corpus_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def options_of(source: str, **changes) -> DataOptions:
+def options_of(source: str, **changes) -> DataConfig:
     values = {"tokenizer": "bytes", "sequence_length": 16, "min_tokens": 1, "holdout": 0.1}
-    return DataOptions(source=source, **{**values, **changes})
+    return data_config(source=source, **{**values, **changes})
 
 
-def batches_of(options: DataOptions, split: str) -> tuple:
+def batches_of(options: DataConfig, split: str) -> tuple:
     dataset = load_corpus(options).dataset(split, 4)
     batches = [batch for _, batch in zip(range(20), dataset, strict=False)]
     arrays = [np.stack([batch[name] for batch in batches]) for name in ("tokens", "segments")]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import config_file, tiny_run
 
-from refine_jax import commands, main
+from refine_jax import config_files, main
 from refine_jax.base.errors import ConfigError, ModelConfigError
 from refine_jax.config import Config, defaults
 from refine_jax.data import prepare
@@ -26,9 +26,8 @@ def overridden(*arguments, fresh=None):
     values = tiny_run("midtrain")
     if fresh is not None:
         values.model.fresh = fresh
-    own = main._flags()
-    line = commands.parse(own, arguments, "", kind_of=commands.kind_of_setting)
-    commands.override(values, line.settings)
+    options = main.command().parse(arguments)
+    config_files.override(values, options.settings)
     return Config.from_dict(values)
 
 
@@ -134,7 +133,7 @@ def test_help_is_the_docstring_with_its_lines_then_our_flags(module, capsys):
     examples = [line for line in module.__doc__.splitlines() if "python -m refine_jax" in line]
     assert examples and set(examples) <= set(page.splitlines())
     named = re.findall(r"^  --(?:\[no\])?(\w+)", page, re.M)
-    assert named == list(module._flags())
+    assert named == list(module.command().flags)
     assert max(map(len, page.splitlines())) <= 100
     for name in ("verbosity", "pdb", "flagfile", "profile"):
         assert name not in named
@@ -205,12 +204,12 @@ def test_what_a_configuration_file_leaves_out_or_prints(tmp_path, capsys):
         "    print('text')\n"
         "    return ConfigDict({'model': {'fresh': {'model_type': 'delta_net'}}})\n"
     )
-    values = commands.load_config(str(file))
+    values = config_files.load_config(str(file))
     assert capsys.readouterr() == ("", "text\n")
     expected = defaults()
     expected.model.fresh = {"model_type": "delta_net"}
     assert Config.from_dict(values) == Config.from_dict(expected)
-    commands.override(values, {"config.train.mini_batch_size": "64"})
+    config_files.override(values, {"config.train.mini_batch_size": "64"})
     assert Config.from_dict(values).train.mini_batch_size == 64
 
 

@@ -16,6 +16,7 @@ from refine_jax.kernels.delta_rule import delta_rule
 from tiny import CONFIGS
 
 from refine_jax import main
+from refine_jax.base.errors import run_command
 from refine_jax.compile_only import child, command
 from refine_jax.compile_only.estimate.chips import GIB
 from refine_jax.compile_only.estimate.flops import (
@@ -268,7 +269,7 @@ def test_a_program_that_does_not_compile(compiler, capsys):
 
 def test_bad_input_is_one_message(compiler, capsys, monkeypatch, tmp_path):
     def complaint(values, topology, file=None):
-        assert main.compile_for(values, topology, None, file) == 1
+        assert run_command(lambda: main.compile_for(values, topology, None, file)) == 1
         captured = capsys.readouterr()
         assert captured.err.count("error: ") == 1
         return captured.err

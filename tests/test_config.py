@@ -17,7 +17,6 @@ from refine_jax.config import (
     RefineConfig,
     defaults,
 )
-from refine_jax.data.options import DataOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMS = {
@@ -135,19 +134,6 @@ def test_short_rows_are_fine_without_rollouts():
     config.data.sequence_length = 32
     config.refine.objective = "ntp"
     assert Config.from_dict(config).data.sequence_length == 32
-
-
-def test_data_section_mirrors_the_pipelines_options():
-    """All options of the pipeline, with its defaults, but for those that the loop sets itself.
-
-    A run keeps documents for evaluation, and drops pieces too short for its rollouts.
-    """
-    options = {f.name: f.default for f in dataclasses.fields(DataOptions)}
-    ours = {f.name: f.default for f in dataclasses.fields(type(Config.from_dict(valid()).data))}
-    assert options.keys() - ours.keys() == {"seed", "validation_rows"}
-    assert not ours.keys() - options.keys()
-    differing = {name for name in ours if ours[name] != options[name]}
-    assert differing == {"holdout", "min_remainder"}
 
 
 @pytest.mark.parametrize(("name", "arg"), [(n, arg) for n, args in FORMS.items() for arg in args])

@@ -391,6 +391,22 @@ def test_wrong_usage(arguments, words, capsys):
     assert exit_.value.code == 1 and words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["from", "a", "b"], "from_hf or to_hf comes first. Got: 'from'"),
+        (["from_hf", "a", "b", "--dtype=float32"], "--dtype goes with to_hf"),
+        (["to_hf", "a", "b", "c"], "More is given than the command takes: 'c'"),
+    ],
+)
+def test_words_and_flags_that_do_not_fit(arguments, words, capsys):
+    try:
+        assert main(arguments) == 1
+    except SystemExit as ended:
+        assert ended.code == 1
+    assert words in capsys.readouterr().err
+
+
 def test_the_command_fails_with_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "refine_jax.convert", "to_hf", "a", "b"],

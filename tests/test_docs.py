@@ -18,6 +18,7 @@ import pytest
 
 from refine_jax import commands
 from refine_jax.config import SECTIONS, Config
+from refine_jax.settings import table
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("experiments/README.md", "experiments/scale.md")
@@ -69,6 +70,8 @@ def test_the_table_lists_every_field_with_its_default_and_meaning():
                 meaning += "; one of " + ", ".join(f"`{choice}`" for choice in choices)
             expected.append((f"{name}.{field.name}", default, meaning))
     assert rows == expected
+    lines = read("docs/settings.md").splitlines()
+    assert [line for line in lines if line in table(SECTIONS)] == table(SECTIONS)
 
 
 def test_the_example_runs():

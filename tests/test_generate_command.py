@@ -39,7 +39,8 @@ def generate(checkpoint, capsys):
     """Runs the command; returns its exit code, standard output and error."""
 
     def run(*arguments):
-        code = main(["--checkpoint", checkpoint[0], *map(str, arguments)])
+        model = [] if "--checkpoint" in arguments else ["--checkpoint", checkpoint[0]]
+        code = main([*model, *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

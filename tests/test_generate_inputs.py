@@ -260,7 +260,7 @@ def test_scores_that_are_not_finite_are_said():
 
 def read(*arguments):
     return generate.read_prompts(
-        generate._parser().parse_args(["--checkpoint", "x", *map(str, arguments)])
+        generate.command().parse(["--checkpoint", "x", *map(str, arguments)])
     )
 
 
@@ -358,7 +358,8 @@ def test_settings_at_their_ends_work(run, plain):
         (["--save_state", "gs://bucket/state"], "URLs are not supported"),
         (["--load_state", "gs://bucket/state"], "URLs are not supported"),
     ):
-        code, out, err = run(*arguments, *options)
+        given = arguments[2:] if "--checkpoint" in options else arguments
+        code, out, err = run(*given, *options)
         assert (code, out) == (1, "") and err.count("\n") == 1 and message in err
 
 

@@ -9,8 +9,10 @@ from corpora import (
     assert_equal,
     collect,
     corpus_of,
+    data_config,
     expected_pieces,
     input_file,
+    make_dataset,
     numbered,
     tokens_of,
     write_documents,
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus
+from refine_jax.data import load_corpus
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,7 +94,7 @@ def test_few_documents_train(tmp_path: Path, kind: str) -> None:
             (source / name).write_bytes(input_file(name).read_bytes())
         text, documents = source / "twins_a.txt", 2
     tokens = [256, *text.read_bytes()]
-    options = DataOptions(
+    options = data_config(
         source=str(source), tokenizer="bytes", sequence_length=64, holdout=0.05, epochs=1
     )
     corpus = load_corpus(options)
@@ -120,7 +122,7 @@ def test_without_a_held_out_part_every_row_is_trained_on() -> None:
 
 def test_what_is_left_out_is_said_in_a_line(tmp_path: Path) -> None:
     path = write_documents(tmp_path, ["a", "bb" * 30, "c" * 10, "d" * 21, "e", "beyond"])
-    options = DataOptions(
+    options = data_config(
         source=str(path),
         tokenizer="bytes",
         sequence_length=10,
@@ -136,5 +138,5 @@ def test_what_is_left_out_is_said_in_a_line(tmp_path: Path) -> None:
         "left out of 5 documents: 2 too short (4 tokens); 1 too long (61 tokens); "
         "3 tokens in last pieces that are too short; 1 beyond the limit of documents"
     )
-    everything = DataOptions(source=str(path), tokenizer="bytes", min_tokens=1, sequence_length=99)
-    assert load_corpus(everything).dataset("train", 1).statistics.summary() == ""
+    everything = data_config(source=str(path), tokenizer="bytes", min_tokens=1, sequence_length=99)
+    assert make_dataset(everything, "train", 1).statistics.summary() == ""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import data_config
 from goldens import INPUTS, require_input
 from safetensors.numpy import load_file
 from tiny_runs import comparable, tiny_run
@@ -23,10 +24,10 @@ from tiny_runs import comparable, tiny_run
 from refine_jax import generate
 from refine_jax.base.errors import CheckpointError, DataError, UserError
 from refine_jax.checkpoint import load_model, read_hf
-from refine_jax.config import Config
+from refine_jax.config import Config, PromptsConfig
 from refine_jax.convert import main as convert
-from refine_jax.data import DataOptions, load_tokenizer, open_source
-from refine_jax.data.prompts import PromptOptions, load_prompts
+from refine_jax.data import load_tokenizer, open_source
+from refine_jax.data.prompts import load_prompts
 from refine_jax.data.tasks import load_examples
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.main import execute
@@ -36,7 +37,7 @@ BYTES = load_tokenizer("bytes")
 
 
 def texts(path: Path | str) -> list[str]:
-    source = open_source(DataOptions(source=str(path)))
+    source = open_source(data_config(source=str(path)))
     return [source[i] for i in range(len(source))]
 
 
@@ -117,7 +118,7 @@ def test_nulls_are_left_out_of_every_format_and_counted():
     assert texts(INPUTS / "null_text.jsonl") == expected
     pairs = []
     for name in ("null_text.jsonl", "null_text.parquet"):
-        source = open_source(DataOptions(source=str(require_input(name))))
+        source = open_source(data_config(source=str(require_input(name))))
         assert "" not in [source[i] for i in range(len(source))]
         pairs.append(sum(source.dropped.values()))
     assert pairs[0] == 1 and pairs[1] >= 1
@@ -126,7 +127,7 @@ def test_nulls_are_left_out_of_every_format_and_counted():
 def test_a_byte_order_mark_is_no_text():
     assert texts(require_input("bom.txt")) == [require_input("bom.txt").read_text("utf-8-sig")]
     plain, marked = require_input("prompt_plain.txt"), require_input("prompt_bom.txt")
-    options = generate._parser().parse_args(["--checkpoint=x", f"--prompt_file={marked}"])
+    options = generate.command().parse(["--checkpoint=x", f"--prompt_file={marked}"])
     assert generate.read_prompts(options) == [plain.read_text()]
 
 
@@ -401,8 +402,8 @@ def test_half_an_emoji(tmp_path):
 
 
 def prompts(name: str):
-    options = DataOptions(source=str(require_input(name)), sequence_length=64, holdout=0.2)
-    return load_prompts(options, PromptOptions(max_answer_tokens=8), BYTES)
+    options = data_config(source=str(require_input(name)), sequence_length=64, holdout=0.2)
+    return load_prompts(options, PromptsConfig(max_answer_tokens=8), BYTES)
 
 
 def test_answers_of_prompts():

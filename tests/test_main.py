@@ -17,6 +17,7 @@ import pytest
 from refine_jax.kernels.device import compiled_for
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
+from refine_jax import summary
 from refine_jax.base.errors import ConfigError
 from refine_jax.checkpoint.manager import load_model, save_model
 from refine_jax.config import Config
@@ -28,7 +29,7 @@ from refine_jax.models.transformer import Model
 from refine_jax.phases import midtrain
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import data_options
-from refine_jax.report.metrics import read_metrics
+from refine_jax.report.metrics import read_metrics, table
 from refine_jax.report.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -94,6 +95,22 @@ def test_a_run_learns_and_reports(whole):
         assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    files = ("results.json", "training.png")
+    before = [(folder / name).read_bytes() for name in files]
+    for name in files:
+        (folder / name).unlink()
+    assert summary.main([f"--workdir={folder}"]) == 0
+    assert [(folder / name).read_bytes() for name in files] == before
+    out = capsys.readouterr().out
+    assert table(json.loads(before[0])) in out
+    assert json.loads(out.splitlines()[-1]) == json.loads(before[0])
+    assert summary.main([f"--workdir={tmp_path}"]) == 1
+    assert "holds no records of a run" in capsys.readouterr().err
+
+
 def test_metrics_have_one_record_a_step_with_all_names(whole):
     records = read_metrics(whole[0] / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(STEPS + 1))
@@ -123,7 +140,7 @@ def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):
     model = Model(model_config(loaded.config))
     options = data_options(config, load_tokenizer("bytes"))
     total, count, right = 0.0, 0, 0
-    for batch in load_corpus(options).dataset("validation", 1):
+    for batch in load_corpus(**options).dataset("validation", 1):
         real = batch["segments"][0] > 0
         tokens = batch["tokens"][0][real]
         hidden, _ = model.forward(loaded.params, tokens[None])
@@ -226,7 +243,7 @@ def test_pieces_of_documents_hold_the_rollouts(corpus, objective, length, expect
     config = tiny(corpus, refine={"objective": objective}, data={"sequence_length": length})
     config.data.min_remainder = None
     options = data_options(Config.from_dict(config), load_tokenizer("bytes"))
-    assert options.min_remainder == expected == 2 * 20 + 2 * 2
+    assert options["options"].min_remainder == expected == 2 * 20 + 2 * 2
 
 
 def test_the_best_checkpoint_is_kept(corpus, tmp_path):
@@ -260,7 +277,7 @@ def test_non_finite_gradients_skip_the_update_and_are_counted(corpus, tmp_path):
         tiny(source, model=model, train=train | {"max_nonfinite_updates": 41})
     )
     figures = midtrain.run(config, tmp_path / "run")
-    batches = iter(load_corpus(data_options(config, load_tokenizer("bytes"))).dataset("train", 4))
+    batches = iter(load_corpus(**data_options(config, load_tokenizer("bytes"))).dataset("train", 4))
     bad = [bool((next(batches)["tokens"] == ord("#")).any()) for _ in range(40)]
     assert 0 < sum(bad) < 40
     assert figures["skipped_updates"] == sum(bad)

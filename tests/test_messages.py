@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from corpora import data_config
 from test_tokenizer import write_tokenizer_json
 
 from refine_jax import convert, generate, lm_harness, main
@@ -13,7 +14,7 @@ from refine_jax.base.files import is_lfs_pointer, numbered
 from refine_jax.checkpoint.folders import check_free
 from refine_jax.checkpoint.weights import weight_files
 from refine_jax.config import EvaluateConfig
-from refine_jax.data import DataOptions, load_tokenizer, open_source, prepare
+from refine_jax.data import load_tokenizer, open_source, prepare
 from refine_jax.data.records import Records
 from refine_jax.data.tasks import generate as tasks
 from refine_jax.evaluation import position
@@ -199,7 +200,7 @@ def test_a_folder_of_save_to_disk_is_called_that_and_its_advice_works(tmp_path):
     datasets.DatasetDict(train=part, test=part).save_to_disk(tmp_path / "parts")
     for name in ("part", "parts"):
         with pytest.raises(DataError) as error:
-            open_source(DataOptions(source=str(tmp_path / name)))
+            open_source(data_config(source=str(tmp_path / name)))
         message = str(error.value)
         for words in (
             "written by datasets.save_to_disk",
@@ -210,11 +211,11 @@ def test_a_folder_of_save_to_disk_is_called_that_and_its_advice_works(tmp_path):
             assert words in message
         assert "a split at a time" in message and len(message) < 600
     with pytest.raises(DataError, match=r"it lacks features\.json"):
-        open_source(DataOptions(source=f"tfds:{tmp_path / 'part'}"))
+        open_source(data_config(source=f"tfds:{tmp_path / 'part'}"))
     datasets.load_from_disk(tmp_path / "part").to_parquet(tmp_path / "out.parquet")
     datasets.load_from_disk(tmp_path / "parts")["test"].to_json(tmp_path / "out.jsonl")
     for name in ("out.parquet", "out.jsonl"):
-        source = open_source(DataOptions(source=str(tmp_path / name)))
+        source = open_source(data_config(source=str(tmp_path / name)))
         assert [source[i] for i in range(len(source))] == texts
 
 
@@ -231,7 +232,7 @@ def test_pointers_of_git_lfs_are_called_that_wherever_they_stand(host, tmp_path)
     with pytest.raises(DataError, match=advice):
         load_tokenizer(tmp_path)
     for name in ("rows.jsonl", "rows.parquet", "a.txt"):
-        source = DataOptions(source=str(tmp_path / name))
+        source = data_config(source=str(tmp_path / name))
         with pytest.raises(DataError, match=advice):
             open_source(source)[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import data_config
 from tiny_runs import config_file, tiny_run, write_documents
 
 from refine_jax import convert, generate, lm_harness, main
@@ -13,7 +14,7 @@ from refine_jax.base.errors import USER_ERRORS, CheckpointError, ConfigError, Us
 from refine_jax.base.files import check_output, check_writable, local_path
 from refine_jax.checkpoint import load_model, read_hf, save_model
 from refine_jax.config import SECTIONS, Config
-from refine_jax.data import DataOptions, load_corpus, prepare
+from refine_jax.data import load_corpus, prepare
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import generate as tasks
 from refine_jax.data.tasks import load_examples
@@ -92,14 +93,14 @@ LIBRARY = {
     "save_model": lambda path: save_model(path, {"w": np.zeros(1)}, "{}"),
     "read_hf": read_hf,
     "load_tokenizer": load_tokenizer,
-    "source": lambda path: load_corpus(DataOptions(source=path), BYTES),
-    "cache_dir": lambda path: DataOptions(cache_dir=path),
+    "source": lambda path: load_corpus(data_config(source=path), BYTES),
+    "cache_dir": lambda path: data_config(cache_dir=path),
     "find_files": find_files,
     "data": lambda path: load_examples("lcc", tokenizer=BYTES, data=path),
     "essays": lambda path: load_examples(
         "niah_single_2", length=500, samples=1, tokenizer=BYTES, essays=path
     ),
-    "prepare": lambda path: prepare.prepare(DataOptions(tokenizer="bytes"), path),
+    "prepare": lambda path: prepare.prepare(data_config(tokenizer="bytes"), path),
 }
 
 
@@ -166,7 +167,7 @@ def test_flags_of_main_that_are_paths(flag, tmp_path, capsys, home):
 
 def test_a_source_in_the_home_folder_is_read(home):
     write_documents(home)
-    options = DataOptions(source="~/*.txt", sequence_length=52, tokenizer="bytes")
+    options = data_config(source="~/*.txt", sequence_length=52, tokenizer="bytes")
     assert options.source == f"{home}/*.txt"
     assert load_corpus(options, BYTES).dataset("train", 1).batches is None
     assert len(find_files("~")) == 16

@@ -20,7 +20,7 @@ from refine_jax.checkpoint import save_model
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.convert import from_hf
 from refine_jax.evaluation import position
-from refine_jax.evaluation.position import measure, position_edges
+from refine_jax.evaluation.by_position import measure, position_edges
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
 
@@ -162,7 +162,7 @@ def test_command(tmp_path, capsys):
     assert position.main(arguments) == 1
     assert "has a position.json" in capsys.readouterr().err
     assert position.main([*arguments[:-1], "--limit_documents=0"]) == 1
-    assert "limit_documents must be an integer >= 1" in capsys.readouterr().err
+    assert "limit_documents must be at least 1" in capsys.readouterr().err
 
 
 def test_errors_of_the_command_name_its_flags(tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_errors_of_the_command_name_its_flags(tmp_path, capsys):
     assert "no file *.csv in" in message(tmp_path, "--files=*.csv")
     assert "Lower --min_tokens" in message(lines, "--text_field=body")
     assert "no such file or folder: --source='nowhere'" in message("nowhere")
-    assert "--sequence_length must be an integer >= 2" in message(lines, "--sequence_length=1")
+    assert "--sequence_length must be at least 2" in message(lines, "--sequence_length=1")
 
 
 def test_a_tokenizer_without_bos_reads_texts_as_they_are(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from test_commands import overridden
 from tiny_runs import config_file, tiny_run
 
-from refine_jax import commands, main, presets
+from refine_jax import config_files, main, presets
 from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config, RefineConfig, defaults
 from refine_jax.presets import PRESETS
@@ -23,8 +23,8 @@ def refine_of(file, *flags, folder):
         "from refine_jax.config import defaults\n\ndef get_config():\n    config = defaults()\n"
         f"    config.model.fresh.model_type = 'delta_net'\n{lines}\n    return config\n"
     )
-    values = commands.load_config(str(path))
-    commands.override(values, dict(flag.removeprefix("--").split("=") for flag in flags))
+    values = config_files.load_config(str(path))
+    config_files.override(values, dict(flag.removeprefix("--").split("=") for flag in flags))
     return Config.from_dict(values).refine, presets.notes(values.refine)
 
 

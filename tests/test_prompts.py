@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpora import data_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refine_jax.base.errors import DataError
-from refine_jax.data.options import DataOptions
+from refine_jax.base.errors import ConfigError, DataError
+from refine_jax.config import PromptsConfig
 from refine_jax.data.prompts import (
-    PromptOptions,
     cut_prompt,
     load_prompts,
     trim_batch,
@@ -41,12 +41,14 @@ def write(path: Path, records: list[dict]) -> str:
 
 
 def load(source: str, length: int = 32, answer: int = 8, **options):
-    names = PromptOptions.__dataclass_fields__
+    names = PromptsConfig.__dataclass_fields__
     prompts = {name: options.pop(name) for name in list(options) if name in names}
+    seed = options.pop("seed", 0)
     return load_prompts(
-        DataOptions(source=source, sequence_length=length, **options),
-        PromptOptions(max_answer_tokens=answer, **prompts),
+        data_config(source=source, sequence_length=length, **options),
+        PromptsConfig(max_answer_tokens=answer, **prompts),
         BYTES,
+        seed=seed,
     )
 
 
@@ -268,8 +270,8 @@ def test_published_files_are_read(file, field, count):
         pytest.skip(f"no {path}")
     tokenizer = load_tokenizer("mistral-v1")
     corpus = load_prompts(
-        DataOptions(source=str(path), sequence_length=4096, epochs=1, limit_documents=count),
-        PromptOptions(answer_field=field),
+        data_config(source=str(path), sequence_length=4096, epochs=1, limit_documents=count),
+        PromptsConfig(answer_field=field),
         tokenizer,
     )
     table = pq.read_table(path, columns=["prompt", field, "prompt_length"]).to_pylist()[:count]
@@ -299,8 +301,8 @@ BAD = {
     "empty": ("a.jsonl", [], {}, "holds no records"),
     "no answers": ("a.jsonl", [{"prompt": "a", "answer": ""}] * 2, {}, "0 of 2 .* 2 no answer"),
     "no room": ("a.jsonl", RECORDS, {"answer": 31}, "max_answer_tokens=31, sequence_length=32"),
-    "cut": ("a.jsonl", RECORDS, {"cut": "right"}, "middle, left. Got: 'right'"),
-    "target": ("a.jsonl", RECORDS, {"target": "last"}, "first, random. Got: 'last'"),
+    "cut": ("a.jsonl", RECORDS, {"cut": "right"}, "'middle', 'left'. Got: 'right'"),
+    "target": ("a.jsonl", RECORDS, {"target": "last"}, "'first', 'random'. Got: 'last'"),
 }
 
 
@@ -309,7 +311,7 @@ def test_bad_input(tmp_path, case):
     name, records, options, message = BAD[case]
     if not name.startswith("nowhere"):
         write(tmp_path / name, records)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         load(str(tmp_path / name), **options)
 
 

@@ -15,15 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from corpora import data_config
 from goldens import require_input
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_tokenizer, open_source
+from refine_jax.base.errors import ConfigError, DataError
+from refine_jax.config import PromptsConfig
+from refine_jax.data import load_tokenizer, open_source
 from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import files_of, find_files, kind_of
-from refine_jax.data.prompts import FilePrompts, PromptOptions
+from refine_jax.data.prompts import FilePrompts
 from refine_jax.data.records import Records
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tasks.haystack import load_essays
@@ -40,7 +42,7 @@ RECORDS = st.lists(
 
 
 def texts(path: Path | str, **options) -> list[str]:
-    source = open_source(DataOptions(source=str(path), **options))
+    source = open_source(data_config(source=str(path), **options))
     return [source[i] for i in range(len(source))]
 
 
@@ -184,7 +186,7 @@ def test_inputs_are_read_as_other_readers_do(name) -> None:
         if name == "u2028.jsonl":
             rows = map(json.loads, content.strip("\n").split("\n"))
         expected = [row["text"] for row in rows]
-    source = open_source(DataOptions(source=str(path)))
+    source = open_source(data_config(source=str(path)))
     kept = [text for text in expected if text is not None]
     assert len(kept) > 1 and [source[i] for i in range(len(source))] == kept
     assert source.dropped == {"null": len(expected) - len(kept)}
@@ -581,7 +583,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path) -> None:
 def test_paths_that_name_nothing(tmp_path, path, message) -> None:
     put(tmp_path / "a.txt", "a")
     (tmp_path / "d").mkdir()
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConfigError, DataError), match=message):
         texts(path.replace("{}", str(tmp_path)))
 
 
@@ -633,7 +635,7 @@ def test_prompts_essays_and_questions_are_read_alike(tmp_path) -> None:
     for name in ("a.json", "b.json.gz", "c.jsonl.zst"):
         content = as_lines(rows) if "jsonl" in name else json.dumps(rows).encode()
         path = put(tmp_path / name, _packed(name, content))
-        prompts = FilePrompts(DataOptions(source=str(path)), PromptOptions())
+        prompts = FilePrompts(data_config(source=str(path)), PromptsConfig())
         assert [prompts[i] for i in range(len(prompts))] == expected
     essay = {"text": "Running text, and more of it."}
     for name, content in (

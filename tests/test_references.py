@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from corpora import data_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax.base.errors import DataError
+from refine_jax.config import PromptsConfig
 from refine_jax.data import load_tokenizer
-from refine_jax.data.options import DataOptions
-from refine_jax.data.prompts import PromptOptions, load_prompts
+from refine_jax.data.prompts import load_prompts
 from refine_jax.data.references import json_value, read_prompt, read_references
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tasks.files import write_examples
@@ -295,7 +296,7 @@ def test_sizes_that_cannot_be_built_are_refused_at_once():
 
 def prompts_of(source: str, **options):
     options = {"source": source, "sequence_length": 64, "epochs": 1} | options
-    return load_prompts(DataOptions(**options), PromptOptions(max_answer_tokens=8), BYTES)
+    return load_prompts(data_config(**options), PromptsConfig(max_answer_tokens=8), BYTES)
 
 
 def test_prompt_files_as_people_have_them(tmp_path):
@@ -311,6 +312,6 @@ def test_prompt_files_as_people_have_them(tmp_path):
     statistics = corpus.dataset("train", 1).statistics
     assert (statistics.without_answer, statistics.answers_left_out) == (1, 1)
     assert "1 empty answers left out" in statistics.summary()
-    nested = DataOptions(source=str(rows_file(tmp_path, [{"prompt": "p", "answer": [["a", "b"]]}])))
+    nested = data_config(source=str(rows_file(tmp_path, [{"prompt": "p", "answer": [["a", "b"]]}])))
     with pytest.raises(DataError, match=r"'answer' in .*line 1 holds a list in a list"):
-        load_prompts(nested, PromptOptions(), BYTES, alternatives=False)
+        load_prompts(nested, PromptsConfig(), BYTES, alternatives=False)

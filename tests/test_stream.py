@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from refine_jax.evaluation import position, scoring
-from refine_jax.evaluation.position import measure, position_edges
+from refine_jax.evaluation import by_position, scoring
+from refine_jax.evaluation.by_position import measure, position_edges
 from refine_jax.evaluation.scoring import Request, Scorer
 from refine_jax.evaluation.stream import Reader
 from refine_jax.refine.objective import read_rows
@@ -56,7 +56,7 @@ def test_equals_a_forward_pass_and_compiles_once(family, compilations):
 @pytest.fixture
 def short_blocks(monkeypatch):
     """What is long enough for blocks here."""
-    for module in (position, scoring):
+    for module in (by_position, scoring):
         monkeypatch.setattr(module, "Reader", functools.partial(Reader, block=BLOCK))
 
 
@@ -70,8 +70,8 @@ def test_positions_of_long_documents(short_blocks, monkeypatch):
     segments[2, :1], segments[2, 5:50] = 1, 2
     rows, edges = [{"tokens": tokens, "segments": segments}], position_edges(60)
     expected = measure(model, params, rows, edges, max_documents=2)
-    monkeypatch.setattr(position, "WHOLE_TOKENS", 100)
-    monkeypatch.setattr(position, "_predict", None)
+    monkeypatch.setattr(by_position, "WHOLE_TOKENS", 100)
+    monkeypatch.setattr(by_position, "_predict", None)
     (all_, buckets), (want, want_buckets) = measure(model, params, rows, edges), expected
     for got, other in zip((all_, *buckets), (want, *want_buckets), strict=True):
         assert (got.first, got.tokens, got.documents) == (

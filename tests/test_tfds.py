@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from corpora import data_config
 
-from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus, open_source
+from refine_jax.base.errors import ConfigError, DataError
+from refine_jax.config import DataConfig
+from refine_jax.data import load_corpus, open_source
 from refine_jax.data.prepare import prepare
 from refine_jax.data.tfds import open_tfds
 from refine_jax.data.tokenizer import load_tokenizer
@@ -68,9 +70,9 @@ def letters(made: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def options_of(source: object, **changes) -> DataOptions:
+def options_of(source: object, **changes) -> DataConfig:
     values = {"tokenizer": "bytes", "sequence_length": 16, "min_tokens": 1, "text_field": "story"}
-    return DataOptions(source=str(source), **{**values, **changes})
+    return data_config(source=str(source), **{**values, **changes})
 
 
 def change(path: Path, edit: Callable[[dict], Any]) -> None:
@@ -282,7 +284,7 @@ def test_reader_processes_import_nothing(letters: Path, tmp_path: Path, planted:
 )
 def test_names_import_nothing(letters: Path, planted: Path, name: str) -> None:
     started = time.perf_counter()
-    with pytest.raises(DataError) as caught:
+    with pytest.raises((ConfigError, DataError)) as caught:
         open_source(options_of(f"tfds:{name}", tfds_data_dir=str(letters.parents[1])))
     assert len(str(caught.value).splitlines()) == 1
     assert time.perf_counter() - started < 5

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import write_documents
+from corpora import data_config, write_documents
 
-from refine_jax.base.errors import DataError
-from refine_jax.data import DataOptions, load_corpus
+from refine_jax.base.errors import ConfigError, DataError
+from refine_jax.config import DataConfig
+from refine_jax.data import load_corpus
 from refine_jax.data import tokens as tokens_module
 
 
@@ -24,7 +25,7 @@ def test_records_that_the_reader_left_out_are_counted(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(tokens_module, "open_source", with_nulls)
     for cache in ("", str(tmp_path / "cache"), str(tmp_path / "cache")):
-        options = DataOptions(
+        options = data_config(
             source=str(path), tokenizer="bytes", sequence_length=8, min_tokens=1, cache_dir=cache
         )
         statistics = load_corpus(options).dataset("train", 2).statistics
@@ -33,10 +34,10 @@ def test_records_that_the_reader_left_out_are_counted(tmp_path: Path, monkeypatc
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> tuple[DataOptions, Path]:
+def cache(tmp_path: Path) -> tuple[DataConfig, Path]:
     """Options, and the cache folder that they made: 300 documents, 6,450 tokens."""
     texts = [chr(97 + i % 26) * (i % 30 + 1) + str(i) for i in range(300)]
-    options = DataOptions(
+    options = data_config(
         source=str(write_documents(tmp_path, texts)),
         tokenizer="bytes",
         sequence_length=8,
@@ -145,11 +146,11 @@ def test_a_damaged_cache_is_one_message(cache, damage: str) -> None:
 def test_cache_at_home_and_cache_that_cannot_be_written(cache, tmp_path, monkeypatch) -> None:
     options, folder = cache
     monkeypatch.setenv("HOME", str(tmp_path))
-    load_corpus(DataOptions(**{**vars(options), "cache_dir": "~/other"}))
+    load_corpus(data_config(**{**vars(options), "cache_dir": "~/other"}))
     assert [path.name for path in (tmp_path / "other").iterdir()] == [folder.name]
     (tmp_path / "file").write_text("")
     for wrong in (str(tmp_path / "file"), str(tmp_path / "file" / "cache"), "/proc/cache"):
         with pytest.raises(DataError, match=r"cannot write data\.cache_dir="):
-            load_corpus(DataOptions(**{**vars(options), "cache_dir": wrong}))
-    with pytest.raises(DataError, match=r"data\.cache_dir must be a path of a file system"):
-        load_corpus(DataOptions(**{**vars(options), "cache_dir": "gs://bucket/cache"}))
+            load_corpus(data_config(**{**vars(options), "cache_dir": wrong}))
+    with pytest.raises(ConfigError, match=r"data\.cache_dir must be a path of a file system"):
+        load_corpus(data_config(**{**vars(options), "cache_dir": "gs://bucket/cache"}))

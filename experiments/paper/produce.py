@@ -30,7 +30,7 @@ from plan import (
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import write_text
-from refine_jax.data.options import DataOptions
+from refine_jax.config import DataConfig
 from refine_jax.data.sources import find_files
 from refine_jax.main import USER_ERRORS
 
@@ -172,13 +172,14 @@ def _run_phase(run: Run, workdir: Path) -> dict[str, Any]:
 
 
 def _run_position(run: Run, workdir: Path) -> dict[str, Any]:
-    from refine_jax.evaluation.position import evaluate
+    from refine_jax.evaluation.by_position import evaluate
 
     arguments = dict(run.settings)
-    options = DataOptions(
+    options = DataConfig(
         tokenizer="checkpoint",
         chunking="first",
         epochs=1,
+        holdout=0.0,
         source=arguments.pop("source"),
         sequence_length=arguments.pop("sequence_length"),
         min_tokens=arguments.pop("min_tokens", None),
@@ -191,15 +192,16 @@ def _run_position(run: Run, workdir: Path) -> dict[str, Any]:
 def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
     """Entropies of the first document that is long enough."""
     from refine_jax.data.pipeline import load_corpus
-    from refine_jax.generate import load
+    from refine_jax.generation import load
     from refine_jax.refine.objective import read_rows
 
     loaded = load(start_folder(run, workdir), step="latest", tokenizer=None, compute_dtype=None)
     model, params, tokenizer = loaded
-    options = DataOptions(
+    options = DataConfig(
         tokenizer=tokenizer.name,
         chunking="first",
         epochs=1,
+        holdout=0.0,
         source=run.settings["source"],
         sequence_length=run.settings["sequence_length"],
         limit_documents=run.settings.get("limit_documents"),

@@ -21,7 +21,7 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import write_bytes
-from refine_jax.data.options import DataOptions
+from refine_jax.config import DataConfig
 from refine_jax.data.sources import open_source
 
 VALUE = 3  # digits
@@ -76,7 +76,7 @@ def train_vocabulary(path: Path, size: int) -> None:
 
 
 def _texts() -> list[str]:
-    source = open_source(DataOptions(source="stdlib"))
+    source = open_source(DataConfig(source="stdlib"))
     texts = [source[index] for index in range(len(source))]
     return [text for text in texts if len(text) >= _SHORTEST and text.isascii()]
 

@@ -1,8 +1,9 @@
 """Documents to batches of tokens.
 
-    from refine_jax.data import DataOptions, load_corpus
+    from refine_jax.config import DataConfig
+    from refine_jax.data import load_corpus
 
-    corpus = load_corpus(DataOptions(source="corpus.jsonl", sequence_length=4096))
+    corpus = load_corpus(DataConfig(source="corpus.jsonl", sequence_length=4096))
     for batch in corpus.dataset("train", batch_size=8):
         ...  # {"tokens": [8, 4096] int32, "segments": [8, 4096] int32, 0 = padding}
 
@@ -13,14 +14,11 @@ import importlib
 from typing import Any
 
 _MODULES = {
-    "DataError": "options",
-    "DataOptions": "options",
     "BatchIterator": "pipeline",
     "Corpus": "pipeline",
     "Dataset": "pipeline",
     "load_corpus": "pipeline",
     "PromptCorpus": "prompts",
-    "PromptOptions": "prompts",
     "cut_prompt": "prompts",
     "load_prompts": "prompts",
     "Statistics": "rows",

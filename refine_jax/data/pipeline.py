@@ -25,8 +25,8 @@ from absl import flags
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import json_field, short
-from refine_jax.data.options import SPLITS, DataOptions
-from refine_jax.data.rows import DocumentRows, make_rows
+from refine_jax.config import DataConfig
+from refine_jax.data.rows import SPLITS, DocumentRows, make_rows
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
 
@@ -40,9 +40,18 @@ Batch = dict[str, np.ndarray]
 class Corpus:
     """Tokenised documents; makes the data sets of both splits. Made by `load_corpus`."""
 
-    def __init__(self, options: DataOptions, tokens: TokenSource, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        options: DataConfig,
+        tokens: TokenSource,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 0,
+        validation_rows: int | None = None,
+    ) -> None:
+        """Take what `load_corpus` takes, and the tokens that it made."""
         self.options, self.tokenizer = options, tokenizer
-        self._tokens = tokens
+        self._tokens, self._seed, self._validation_rows = tokens, seed, validation_rows
 
     def dataset(self, split: str, batch_size: int, share: Sequence[int] | None = None) -> Dataset:
         """Return the batches of a split.
@@ -61,13 +70,13 @@ class Corpus:
             DataError: no rows, or a batch without rows.
         """
         table, statistics = make_rows(
-            self._tokens.lengths, self._tokens.hashes, self.options, split
+            self._tokens.lengths, self._tokens.hashes, self.options, split, self._validation_rows
         )
         statistics = dataclasses.replace(statistics, unread=dict(self._tokens.dropped))
         rows = DocumentRows(
             self._tokens, table, self.options.sequence_length, self.tokenizer.pad_id
         )
-        return Dataset(rows, statistics, self.options, split, batch_size, share)
+        return Dataset(rows, statistics, self.options, split, batch_size, share, seed=self._seed)
 
 
 class RowSource(Protocol):
@@ -109,10 +118,12 @@ class Dataset:
         self,
         rows: RowSource,
         statistics: Any,
-        options: DataOptions,
+        options: DataConfig,
         split: str,
         batch_size: int,
         share: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         """Raise DataError for a batch without rows; see `Corpus.dataset`."""
         if batch_size < 1:
@@ -128,7 +139,7 @@ class Dataset:
         # Validation is short and starts often: processes would cost more than they read ahead.
         self._workers = options.workers if self._train else 0
         # grain shuffles epoch e with seed + e; hashing keeps neighbouring seeds apart.
-        self._seed = int(_digest("shuffle", options.seed), 16) % 2**32
+        self._seed = int(_digest("shuffle", seed), 16) % 2**32
         order = (self._seed,) if self._train else ()
         self.fingerprint = _digest(FORMAT, *rows.identity, *order)
 
@@ -275,18 +286,43 @@ class _ProcessPart(grain.MapDataset):
         return self._parent[row] if row < self._total else self._empty
 
 
-def load_corpus(options: DataOptions, tokenizer: Tokenizer | None = None) -> Corpus:
+def load_corpus(
+    options: DataConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    seed: int = 0,
+    validation_rows: int | None = None,
+) -> Corpus:
     """Read and tokenise the documents of `options`.
 
     Args:
-        options: the data options.
+        options: the section `data` of a configuration.
         tokenizer: used instead of `options.tokenizer`.
+        seed: decides the order of the training rows (0 <= seed < 2**32).
+        validation_rows: use so many rows of the held-out documents, evenly spread; None uses all.
 
     Raises:
         DataError: the source or the tokenizer is missing, unreadable or empty.
     """
+    _check_lengths(options)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
-    return Corpus(options, open_tokens(options, tokenizer), tokenizer)
+    tokens = open_tokens(options, tokenizer)
+    return Corpus(options, tokens, tokenizer, seed=seed, validation_rows=validation_rows)
+
+
+def _check_lengths(options: DataConfig) -> None:
+    name = options.setting
+    if options.max_tokens is not None and options.max_tokens < options.shortest:
+        raise DataError(
+            f"{name('max_tokens')} must be at least {name('min_tokens')} (default: "
+            f"sequence_length). Got: max_tokens={options.max_tokens}, "
+            f"min_tokens={options.shortest}."
+        )
+    if (options.min_remainder or 1) > options.sequence_length:
+        raise DataError(
+            f"{name('min_remainder')} must be at most {name('sequence_length')}. Got: "
+            f"min_remainder={options.min_remainder}, sequence_length={options.sequence_length}."
+        )
 
 
 def _digest(*parts: Any) -> str:

@@ -1,16 +1,18 @@
 """Tokenise documents once, into ArrayRecord that runs read at random.
 
-    python -m refine_jax.data.prepare --source=corpus.jsonl.zst --tokenizer=mistral-v1 --out=DIR
-
 The last line printed is JSON: {"folder": ..., "documents": ..., "tokens": ..., "dropped": {reason:
 documents that were left out}}. Give the folder to a run as `--config.data.source=FOLDER`. The
 folder appears when it is complete; preparing the same documents again finds it and does nothing.
+
+Examples:
+
+    python -m refine_jax.data.prepare --source=corpus.jsonl.zst --tokenizer=mistral-v1 --out=DIR
+    python -m refine_jax.data.prepare --source=texts/ --files='*.md' --tokenizer=bytes --out=DIR
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
 import tempfile
@@ -18,16 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from refine_jax import commands
-from refine_jax.base.errors import DataError, run_command
+from refine_jax.base.errors import DataError
 from refine_jax.base.files import check_writable, local_path
-from refine_jax.data.options import DataOptions, FlagOptions
-from refine_jax.settings import MOST_ITEMS
+from refine_jax.commands import Command, Options
+from refine_jax.config import DataConfig
+from refine_jax.settings import flags_of
+
+_FIELDS = (
+    *("source", "text_field", "files", "tfds_split", "tfds_data_dir", "limit_documents"),
+    *("tokenizer", "add_bos", "add_eos"),
+)
 
 
-def prepare(options: DataOptions, out: str) -> dict[str, Any]:
+def prepare(options: DataConfig, out: str) -> dict[str, Any]:
     """Write the documents of `options` as tokenised ArrayRecord.
 
     Args:
@@ -74,37 +79,23 @@ def prepare(options: DataOptions, out: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return run_command(lambda: _run(commands.parse_values(_flags(), arguments, __doc__)))
+    return command().run(run, arguments)
 
 
-def _run(values: dict[str, Any]) -> None:
-    out = values.pop("out")
-    print(json.dumps(prepare(FlagOptions(**values), out)))
+def run(options: Options) -> None:
+    """Do what the command line asks for; prints the result."""
+    fields = {name: getattr(options, name) for name in _FIELDS}
+    print(json.dumps(prepare(flags_of(DataConfig)(**fields), options.out)))
 
 
-def _flags() -> flags.FlagValues:
-    own = flags.FlagValues()
-    text = functools.partial(flags.DEFINE_string, flag_values=own)
-    switch = functools.partial(flags.DEFINE_boolean, flag_values=own)
-    text("source", "stdlib", "stdlib, tfds:NAME, a file, a folder or a glob pattern")
-    text("out", None, "folder to write to")
-    text("text_field", "text", "column, JSON field or feature that holds the text")
-    text("files", "", "file name pattern within folders, e.g. *.py")
-    text("tfds_split", "train", "split of a tfds data set")
-    text("tfds_data_dir", "", "where tensorflow-datasets keeps its data")
-    flags.DEFINE_integer(
-        "limit_documents",
-        None,
-        "only the first so many documents",
-        1,
-        MOST_ITEMS,
-        flag_values=own,
-    )
-    text("tokenizer", "mistral-v1", "mistral-v1, bytes, or a path")
-    switch("add_bos", True, "begin each document with the bos token")
-    switch("add_eos", False, "end each document with the eos token")
-    commands.need(own, "out")
-    return own
+def command() -> Command:
+    """The command, its flags and its page of help."""
+    made = Command("refine_jax.data.prepare", __doc__, "--out=DIR")
+    made.group("records")
+    made.flag("out", "folder to write to", metavar="DIR", needed=True)
+    made.group("documents")
+    made.fields(DataConfig, *_FIELDS, help={"tokenizer": "mistral-v1, bytes, or a path"})
+    return made
 
 
 if __name__ == "__main__":

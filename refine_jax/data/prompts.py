@@ -23,8 +23,8 @@ from typing import Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
+from refine_jax.config import CUTS, DataConfig, PromptsConfig
 from refine_jax.data.formats import files_of
-from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
 from refine_jax.data.records import Records
@@ -33,43 +33,7 @@ from refine_jax.data.rows import REASONS, UNREAD, make_rows
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize, unread
 
-CUTS = ("middle", "left")
-TARGETS = ("first", "random")
 BUCKETS = 4  # widths that batches may have, so that few programs are compiled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """How records become rows of prompt and answer.
-
-    Attributes:
-        prompt_field: parquet column or JSON field with the prompt, a string.
-        answer_field: the one with the reference answer, or several, in any form that
-            `refine_jax.data.references` reads: a string, a number, a list, SQuAD's object.
-        target: which of several answers is trained on: the "first", as in the official code, or a
-            "random" one, drawn for each prompt and epoch from the seed.
-        max_answer_tokens: A, the most tokens of an answer, eos counted.
-        cut: where prompts that are too long are cut: "middle" or "left".
-    """
-
-    prompt_field: str = "prompt"
-    answer_field: str = "answer"
-    target: str = "first"
-    max_answer_tokens: int = 32
-    cut: str = "middle"
-
-    def __post_init__(self) -> None:
-        """Raise DataError, naming the field, for a value that cannot work."""
-        for name, allowed in (("target", TARGETS), ("cut", CUTS)):
-            if getattr(self, name) not in allowed:
-                raise DataError(
-                    f"prompts.{name} must be one of {', '.join(allowed)}. "
-                    f"Got: {getattr(self, name)!r}."
-                )
-        if self.max_answer_tokens < 1:
-            raise DataError(
-                f"prompts.max_answer_tokens must be at least 1. Got: {self.max_answer_tokens}."
-            )
 
 
 def cut_prompt(
@@ -115,7 +79,7 @@ class FilePrompts:
     """Prompts of parquet or JSON files; see `refine_jax.data.records`."""
 
     def __init__(
-        self, options: DataOptions, prompts: PromptOptions, *, alternatives: bool = True
+        self, options: DataConfig, prompts: PromptsConfig, *, alternatives: bool = True
     ) -> None:
         """Open the files; raises DataError where they are missing, broken or lack a column.
 
@@ -218,14 +182,18 @@ class PromptCorpus:
 
     def __init__(
         self,
-        options: DataOptions,
-        prompts: PromptOptions,
+        options: DataConfig,
+        prompts: PromptsConfig,
         tokenizer: Tokenizer,
         source: PromptSource,
+        *,
+        seed: int = 0,
+        validation_rows: int | None = None,
     ) -> None:
         """Tokenise; raises DataError where nothing can be trained on."""
         self._options = dataclasses.replace(options, min_tokens=1, chunking="first")
         self._prompts, self._tokenizer = prompts, tokenizer
+        self._seed, self._validation_rows = seed, validation_rows
         if tokenizer.eos_id is None:
             raise DataError(
                 f"the tokenizer {tokenizer.name} has no eos token, which ends every answer: set "
@@ -283,7 +251,9 @@ class PromptCorpus:
         Raises:
             DataError: no rows, or a batch without rows.
         """
-        table, made = make_rows(self._tokens.lengths, self._tokens.hashes, self._options, split)
+        table, made = make_rows(
+            self._tokens.lengths, self._tokens.hashes, self._options, split, self._validation_rows
+        )
         rows = PromptRows(
             self._tokens,
             [self._answer_ids[example] for example in table.document],
@@ -291,6 +261,7 @@ class PromptCorpus:
             self._options,
             self._prompts,
             self._tokenizer,
+            self._seed,
         )
         return Dataset(
             rows,
@@ -299,6 +270,7 @@ class PromptCorpus:
             split,
             batch_size,
             share,
+            seed=self._seed,
         )
 
     def _statistics(self, examples: np.ndarray, copies: int) -> PromptStatistics:
@@ -337,13 +309,14 @@ class PromptRows:
         prompts: TokenStore,
         answers: Sequence[Sequence[np.ndarray]],
         examples: np.ndarray,
-        options: DataOptions,
-        prompt_options: PromptOptions,
+        options: DataConfig,
+        prompt_options: PromptsConfig,
         tokenizer: Tokenizer,
+        seed: int,
     ) -> None:
         self._prompts, self._answers, self._examples = prompts, answers, examples
         self._options, self._length = prompt_options, options.sequence_length
-        self._seed = options.seed
+        self._seed = seed
         self._bos_id, self._pad_id = tokenizer.bos_id, tokenizer.pad_id
         digest = hashlib.blake2b(digest_size=8)
         for ids in (ids for alternatives in answers for ids in alternatives):
@@ -430,25 +403,27 @@ def trim_batch(batch: Batch, width: int) -> Batch:
 
 
 def load_prompts(
-    options: DataOptions,
-    prompts: PromptOptions,
+    options: DataConfig,
+    prompts: PromptsConfig,
     tokenizer: Tokenizer,
     *,
     alternatives: bool = True,
+    seed: int = 0,
+    validation_rows: int | None = None,
 ) -> PromptCorpus:
     """Read and tokenise the prompts and answers of `options.source`.
 
     `source` is "recall" (`refine_jax.data.recall`: made up, nothing is read), or a parquet or jsonl
     file, a folder or a glob pattern. Of the other options, `files`, `limit_documents`, `add_bos`,
-    `sequence_length`, `holdout`, `validation_rows`, `epochs`, `seed` and `workers` count.
-    `alternatives`: see `refine_jax.data.references.read_references`.
+    `sequence_length`, `holdout`, `epochs` and `workers` count. `alternatives`: see
+    `refine_jax.data.references.read_references`; `seed`, `validation_rows`: see `load_corpus`.
 
     Raises:
         DataError: the source is missing, unreadable or empty, or lacks a field.
     """
     if options.source == "recall":
         room = options.sequence_length - prompts.max_answer_tokens
-        source: PromptSource = RecallPrompts(room, tokenizer, seed=options.seed)
+        source: PromptSource = RecallPrompts(room, tokenizer, seed=seed)
     elif options.source == "stdlib" or options.source.startswith("tfds:"):
         raise DataError(
             f"data.source={options.source!r} has no prompts: use 'recall', or the path of parquet "
@@ -458,4 +433,6 @@ def load_prompts(
         source = FilePrompts(options, prompts, alternatives=alternatives)
     if len(source) == 0:
         raise DataError(f"data.source={options.source!r} holds no records")
-    return PromptCorpus(options, prompts, tokenizer, source)
+    return PromptCorpus(
+        options, prompts, tokenizer, source, seed=seed, validation_rows=validation_rows
+    )

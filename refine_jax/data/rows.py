@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.data.options import SPLITS, DataOptions
+from refine_jax.config import DataConfig
 from refine_jax.data.tokens import TokenSource
 
 OPEN_ROWS = 256  # rows that packing fills at the same time
+SPLITS = ("train", "validation")
 REASONS = {
     "too_short": "too short",
     "too_long": "too long",
@@ -156,7 +157,11 @@ class DocumentRows:
 
 
 def make_rows(
-    lengths: np.ndarray, hashes: np.ndarray, options: DataOptions, split: str
+    lengths: np.ndarray,
+    hashes: np.ndarray,
+    options: DataConfig,
+    split: str,
+    validation_rows: int | None = None,
 ) -> tuple[RowTable, Statistics]:
     """Decide the rows of a split.
 
@@ -167,6 +172,7 @@ def make_rows(
         hashes: equal for equal documents, [N] uint64.
         options: the filters, the hold-out, the chunking and the packing.
         split: "train" or "validation".
+        validation_rows: so many rows of the held-out documents, evenly spread; None: all.
 
     Raises:
         DataError: no document passes the filters, or too little to hold some out.
@@ -208,8 +214,8 @@ def make_rows(
             raise DataError(_one_row(split, lengths, passed, options))
         kept = _last_rows(table, options.holdout) ^ (split == "train")
         table, dropped_tokens["other_split"] = _keep(table, kept)
-    if split == "validation" and options.validation_rows is not None:
-        table, dropped_tokens["surplus_rows"] = _spread(table, options.validation_rows)
+    if split == "validation" and validation_rows is not None:
+        table, dropped_tokens["surplus_rows"] = _spread(table, validation_rows)
     return table, Statistics(
         documents=len(lengths),
         tokens=int(lengths.sum()),
@@ -223,7 +229,7 @@ def make_rows(
     )
 
 
-def _one_row(split: str, lengths: np.ndarray, passed: np.ndarray, options: DataOptions) -> str:
+def _one_row(split: str, lengths: np.ndarray, passed: np.ndarray, options: DataConfig) -> str:
     return (
         f"no document is left for the {split} split: of {len(lengths)} documents of "
         f"{options.source!r} the filters leave {int(passed.sum())}, with one content that makes "
@@ -233,7 +239,7 @@ def _one_row(split: str, lengths: np.ndarray, passed: np.ndarray, options: DataO
     )
 
 
-def _nothing_left(lengths: np.ndarray, options: DataOptions) -> str:
+def _nothing_left(lengths: np.ndarray, options: DataConfig) -> str:
     longest = int(lengths.max(initial=0))
     if longest < options.shortest:
         least = options.setting("min_tokens")
@@ -274,7 +280,7 @@ def _held_out(
 
 
 def _chunk(
-    documents: np.ndarray, lengths: np.ndarray, options: DataOptions
+    documents: np.ndarray, lengths: np.ndarray, options: DataConfig
 ) -> tuple[RowTable, dict[str, int]]:
     """Cut documents [N] into pieces of at most T tokens, each a row; count what is dropped."""
     size = options.sequence_length
@@ -285,7 +291,7 @@ def _chunk(
         return table, {"after_first_chunk": int((lengths - kept).sum()), "remainder": 0}
     full, rest = np.divmod(lengths, size)
     # A document shorter than T is whole, not a remainder.
-    keep_rest = (rest > 0) & ((full == 0) | (rest >= options.min_remainder))
+    keep_rest = (rest > 0) & ((full == 0) | (rest >= (options.min_remainder or 1)))
     pieces = full + keep_rest
     last = np.cumsum(pieces) - 1
     start = (np.arange(pieces.sum()) - np.repeat(last - pieces + 1, pieces)) * size

@@ -17,8 +17,8 @@ from absl import logging
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import clean_text
+from refine_jax.config import DataConfig
 from refine_jax.data.formats import check_head, files_of, find_files, looks_like_records
-from refine_jax.data.options import DataOptions
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
 from refine_jax.data.tfds import TfdsSource, is_tfds_folder
@@ -146,7 +146,7 @@ class RecordsSource:
         return text
 
 
-def open_source(options: DataOptions) -> TextSource:
+def open_source(options: DataConfig) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
     Raises:

@@ -28,7 +28,7 @@ from absl import logging
 
 from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import clean_text, json_field, local_path, parse_json, read_json, short
-from refine_jax.data.options import DataOptions
+from refine_jax.config import DataConfig
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 PREFIX = "tfds:"
@@ -338,7 +338,7 @@ def _own_features() -> set[str]:
 class TfdsSource:
     """The text feature of a tensorflow-datasets data set, read without TensorFlow."""
 
-    def __init__(self, options: DataOptions) -> None:
+    def __init__(self, options: DataConfig) -> None:
         """Open it, preparing it first if need be; raises DataError as `open_tfds`."""
         name, split = options.source.removeprefix(PREFIX), options.tfds_split
         builder, self._records = open_tfds(

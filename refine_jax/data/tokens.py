@@ -23,8 +23,8 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import DataError, describe
-from refine_jax.base.files import json_field, local_path, read_json
-from refine_jax.data.options import DataOptions
+from refine_jax.base.files import json_field, read_json
+from refine_jax.config import DataConfig
 from refine_jax.data.sources import TextSource, open_source
 from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
 from refine_jax.data.tokenizer import Tokenizer, check_ends
@@ -223,9 +223,9 @@ class TokenStore:
 class TokenRecords:
     """A folder of tokenised ArrayRecord, made by `refine_jax.data.prepare`."""
 
-    def __init__(self, folder: str, tokenizer: Tokenizer, options: DataOptions) -> None:
+    def __init__(self, folder: str, tokenizer: Tokenizer, options: DataConfig) -> None:
         """Open the folder; raises DataError if it is broken or made with another tokenizer."""
-        self._folder = local_path(folder, options.setting("source"), DataError)
+        self._folder = Path(folder)
         with damage("tokenised records", self._folder, "and prepare them again"):
             _, self._records = open_tfds(str(self._folder))
             made = read_metadata(self._folder)
@@ -300,14 +300,14 @@ def _counts(value: object) -> dict[str, int]:
     return dict(value)
 
 
-def _with_limit(dropped: Mapping[str, int], found: int, options: DataOptions) -> dict[str, int]:
+def _with_limit(dropped: Mapping[str, int], found: int, options: DataConfig) -> dict[str, int]:
     """The documents left out, with those beyond `options.limit_documents` of the `found` ones."""
     beyond = max(found - (options.limit_documents or found), 0)
     counts = {**dropped, "limit_documents": dropped.get("limit_documents", 0) + beyond}
     return {reason: int(count) for reason, count in counts.items() if count}
 
 
-def unread(source: TextSource, options: DataOptions) -> dict[str, int]:
+def unread(source: TextSource, options: DataConfig) -> dict[str, int]:
     """Return how many documents of a source are not tokenised, by reason."""
     return _with_limit(getattr(source, "dropped", {}), len(source), options)
 
@@ -319,7 +319,7 @@ def is_token_folder(path: str) -> bool:
     )
 
 
-def open_tokens(options: DataOptions, tokenizer: Tokenizer) -> TokenSource:
+def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
     """Return the documents of `options.source` as tokens.
 
     They are tokenised once: kept in memory, or in `options.cache_dir` in a folder whose name
@@ -340,7 +340,7 @@ def open_tokens(options: DataOptions, tokenizer: Tokenizer) -> TokenSource:
             tokens.append(document.astype(dtype))
         dropped = unread(source, options)
         return TokenStore(np.concatenate(tokens), builder.finish(), dropped=dropped)
-    cache = local_path(options.cache_dir, options.setting("cache_dir"), DataError)
+    cache = Path(options.cache_dir)
     folder = cache / f"tokens-{content_key(source, tokenizer, options)}"
     if not folder.is_dir():
         _write_cache(folder, source, tokenizer, options)
@@ -348,9 +348,7 @@ def open_tokens(options: DataOptions, tokenizer: Tokenizer) -> TokenSource:
     return TokenStore.open(folder)
 
 
-def tokenize(
-    source: TextSource, tokenizer: Tokenizer, options: DataOptions
-) -> Iterator[np.ndarray]:
+def tokenize(source: TextSource, tokenizer: Tokenizer, options: DataConfig) -> Iterator[np.ndarray]:
     """Yield each document's tokens [T] int32, in order."""
     check_ends(tokenizer, bos=options.add_bos, eos=options.add_eos, setting=options.setting)
     count = min(len(source), options.limit_documents or len(source))
@@ -369,7 +367,7 @@ def tokenize(
 
 
 def _write_cache(
-    folder: Path, source: TextSource, tokenizer: Tokenizer, options: DataOptions
+    folder: Path, source: TextSource, tokenizer: Tokenizer, options: DataConfig
 ) -> None:
     partial = folder.parent / f".partial-{uuid.uuid4().hex}"
     try:
@@ -407,7 +405,7 @@ def _write_cache(
 
 
 @contextlib.contextmanager
-def _writing(options: DataOptions) -> Iterator[None]:
+def _writing(options: DataConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -421,7 +419,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
-def content_key(source: TextSource, tokenizer: Tokenizer, options: DataOptions) -> str:
+def content_key(source: TextSource, tokenizer: Tokenizer, options: DataConfig) -> str:
     """Return a name for what `tokenize` yields, known before it runs."""
     parts = (
         FORMAT,

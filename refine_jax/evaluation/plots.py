@@ -73,7 +73,7 @@ def plot_positions(path: Path, results: Mapping[str, Mapping]) -> None:
 
     Args:
       path: PNG file to write.
-      results: By a model's name, what `refine_jax.evaluation.position.evaluate` returns.
+      results: By a model's name, what `refine_jax.evaluation.by_position.evaluate` returns.
     """
     figure, axes = new_figure(1, 2, (12, 4.5))
     logarithmic = all(result["spacing"] == "log" for result in results.values())

@@ -73,7 +73,7 @@ class Predictions:
         self._path = Path(workdir) / PREDICTIONS
         mine = []
         if distributed.is_writer():
-            mine = recover_lines(self._path, _record_parser(required), distributed.say)
+            mine = recover_lines(self._path, record_parser(required), distributed.say)
         records = distributed.gather_json(mine)[0]
         self.records = {record["id"]: record for record in records}
         self._file = None
@@ -283,7 +283,7 @@ def _record(
     return record
 
 
-def _record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
+def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
     """A parser of the lines of one `predictions.jsonl`: each question once."""
     seen: set[str] = set()
 

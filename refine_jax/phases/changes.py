@@ -31,38 +31,21 @@ from refine_jax.config import SECTIONS, Config, OptimizerConfig, RefineConfig
 from refine_jax.phases.setup import CHECKPOINTS, has_checkpoints
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState
-from refine_jax.settings import suggestion
+from refine_jax.settings import BY_NAME, CONTENT, FREELY, suggestion
 
-# These do not change what a run computes.
-_FREELY = (
-    "mesh.*",
-    "model.checkpoint",  # a run that is continued has its own
-    "model.remat",
-    "data.workers",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.log_every",
-    "train.time_rollouts",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_nonfinite_updates",
-)
-# The fingerprint of the training data, made of documents and tokenizer, says whether they did.
-_BY_CONTENT = (
-    "data.source",
-    "data.files",
-    "data.text_field",
-    "data.tfds_data_dir",
-    "data.tokenizer",
-    "data.cache_dir",
-)
+# {setting: how it may change}, as refine_jax.config states it.
+_HOW = {"phase": "the phases train on different data"} | {
+    f"{section}.{field.name}": field.metadata["change"]
+    for section, kind in SECTIONS.items()
+    for field in dataclasses.fields(kind)
+}
+_FREELY = [name for name, how in _HOW.items() if how == FREELY["change"]]
+_BY_CONTENT = [name for name, how in _HOW.items() if how == CONTENT["change"]]
 # With them, the saved arrays would be others or mean something else.
 _NEVER = {
-    "phase": "the phases train on different data",
-    "model.fresh": "it is the model",
-    "model.param_dtype": "the saved parameters have it",
-    "optimizer.first_moment_dtype": "the saved moments have it",
-    "train.seed": "the order of the data and all random numbers come from it",
+    name: why
+    for name, why in _HOW.items()
+    if why != BY_NAME and name not in _FREELY and name not in _BY_CONTENT
 }
 # What each phase computes with; the other sections are free.
 _USED = {"midtrain": ("model", "mesh", "data", "refine", "optimizer", "train")}
@@ -173,11 +156,7 @@ def allowed_names(given: Iterable[str]) -> tuple[str, ...]:
     Raises:
       ConfigError: One is no setting, or one that a run cannot change.
     """
-    known = ["phase"] + [
-        f"{section}.{field.name}"
-        for section, kind in SECTIONS.items()
-        for field in dataclasses.fields(kind)
-    ]
+    known = list(_HOW)
     names = [name.strip().removeprefix("config.") for text in given for name in text.split(",")]
     for name in filter(None, names):
         if name not in known:
@@ -298,7 +277,7 @@ def _differences(before: Config, config: Config) -> Iterator[tuple[str, Any, Any
         for field in sections[section]:
             name = f"{section}.{field}"
             was, now = _value(before, name), _value(config, name)
-            free = _matches(name, (*_FREELY, *_BY_CONTENT))
+            free = name in (*_FREELY, *_BY_CONTENT)
             if name == "train.steps":
                 free = _steps_decide(config) is None
             elif name == "refine.rollouts":  # with one update, both have the same parameters

@@ -34,7 +34,7 @@ def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> 
 
 
 def _load(config: Config, tokenizer: Tokenizer) -> Corpus:
-    return load_corpus(data_options(config, tokenizer), tokenizer)
+    return load_corpus(**data_options(config, tokenizer))
 
 
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:

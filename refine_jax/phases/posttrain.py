@@ -39,7 +39,6 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import (
     PromptCorpus,
-    PromptOptions,
     load_prompts,
     trim_batch,
     trimmed_width,
@@ -77,12 +76,10 @@ def prepare(config: Config, workdir: Path, allow_change: Sequence[str] = ()) -> 
 
 
 def _load(config: Config, tokenizer: Tokenizer) -> PromptCorpus:
-    options = PromptOptions(**dataclasses.asdict(config.prompts))
     return load_prompts(
-        data_options(config, tokenizer),
-        options,
-        tokenizer,
+        prompts=config.prompts,
         alternatives=config.posttrain.metric not in FRACTIONS,
+        **data_options(config, tokenizer),
     )
 
 

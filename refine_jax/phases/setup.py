@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
 from refine_jax.checkpoint.manager import ModelCheckpoint, load_model
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
-from refine_jax.data.options import DataOptions
 from refine_jax.data.pipeline import Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
@@ -257,11 +257,16 @@ def check_enough_batches(config: Config, training: Dataset) -> None:
         )
 
 
-def data_options(config: Config, tokenizer: Tokenizer) -> DataOptions:
-    """The pipeline's options: the data section, the loop's seed and the rows it evaluates."""
-    fields = dataclasses.asdict(config.data) | {"tokenizer": tokenizer.name}
-    if config.data.min_remainder is None:
-        needed = min(config.refine.tokens_needed, config.data.sequence_length)
-        fields["min_remainder"] = needed
-    rows = config.train.eval_batches * config.train.micro_batch
-    return DataOptions(**fields, seed=config.train.seed, validation_rows=rows)
+def data_options(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The arguments of `load_corpus`: the data section, the loop's seed, the rows it evaluates."""
+    remainder = config.data.min_remainder
+    if remainder is None:
+        remainder = min(config.refine.tokens_needed, config.data.sequence_length)
+    return {
+        "options": dataclasses.replace(
+            config.data, tokenizer=tokenizer.name, min_remainder=remainder
+        ),
+        "tokenizer": tokenizer,
+        "seed": config.train.seed,
+        "validation_rows": config.train.eval_batches * config.train.micro_batch,
+    }

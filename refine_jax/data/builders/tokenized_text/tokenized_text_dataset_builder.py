@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from refine_jax.data.options import DataOptions
+from refine_jax.config import DataConfig
 from refine_jax.data.sources import TextSource
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, content_key, tokenize, unread
@@ -33,7 +33,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (the name that tfds looks for)
 
     def __init__(
-        self, *, source: TextSource, tokenizer: Tokenizer, options: DataOptions, **kwargs: Any
+        self, *, source: TextSource, tokenizer: Tokenizer, options: DataConfig, **kwargs: Any
     ) -> None:
         """Set up; `prepare` is the way to call it.
 
