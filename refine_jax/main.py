@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 from refine_jax.base.errors import USER_ERRORS, ConfigError, RunError, allow_interrupts, complain
 from refine_jax.base.files import check_writable, local_path
 from refine_jax.commands import Command, Options, note
-from refine_jax.kernels.device import backend
 
 if TYPE_CHECKING:
     from refine_jax.config import Config
@@ -125,6 +124,8 @@ def keep_programs(workdir: str | os.PathLike) -> None:
     Programs for a CPU are kept on demand only: they fit one model of processor.
     """
     import jax
+
+    from refine_jax.kernels.device import backend
 
     if jax.config.jax_compilation_cache_dir is None and backend() != "cpu":
         folder = Path(workdir).expanduser().absolute() / "compiled"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
-from refine_jax import commands
+from refine_jax import config_files
 from refine_jax.config import SECTIONS, Config
 from refine_jax.settings import table
 
@@ -106,7 +106,7 @@ def test_the_numbers_of_the_paper_are_those_of_the_configurations():
         "test-time training": ("testtime_ruler_qa.py:official", "testtime"),
     }
     for phase, (file, section) in phases.items():
-        config = Config.from_dict(commands.load_config(str(ROOT / "configs" / file)))
+        config = Config.from_dict(config_files.load_config(str(ROOT / "configs" / file)))
         steps, refine = getattr(config, section), config.refine
         assert numbers[phase] == [
             *(str(steps.batch_size), str(steps.mini_batch_size), refine.reward),
@@ -236,20 +236,16 @@ def parse(module: str, arguments: list[str]) -> Mapping:
     The one place here that knows how commands parse. Settings, of `refine_jax.main`, are checked
     against the configuration file.
     """
-    command = importlib.import_module(module)
-    if hasattr(command, "_parser"):
-        return vars(command._parser().parse_args(arguments))
-    own = command._flags()
+    options = importlib.import_module(module).command().parse(arguments)
     if module != "refine_jax.main":
-        return commands.parse_values(own, arguments, "")
-    line = commands.parse(own, arguments, "", kind_of=commands.kind_of_setting)
-    values = commands.load_config(own["config"].value)
-    commands.override(values, line.settings)
+        return vars(options)
+    values = config_files.load_config(options.config)
+    config_files.override(values, options.settings)
     config = Config.from_dict(values)
-    for name in own["allow_change"].value:
+    for name in options.allow_change:
         section, field = name.split(".")
         assert field in [field.name for field in dataclasses.fields(SECTIONS[section])], name
-    assert own["workdir"].value or own["topology"].value
+    assert options.workdir or options.topology
     return {"config": config}
 
 
