@@ -25,6 +25,7 @@ from refine_jax.kernels.tpu import nn, nt
 
 _LANES, _SUBLANES = 128, 8
 _BLOCK = 512  # most tokens of a block of a row
+_MOST_NEW = 32  # tokens of a fork: scores of all groups with a block of the row stay near
 _TOGETHER = 12  # groups that are worked on at once, so that no result is waited for
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 
@@ -43,12 +44,14 @@ class ForkRows(NamedTuple):
     chunk: jax.Array
 
 
-def takes(keys: tuple[int, ...], weights: tuple[int, ...]) -> bool:
+def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool:
     """Whether the kernels take keys and weights of these shapes, and are compiled here."""
+    if num_new > _MOST_NEW or jax.default_backend() != "tpu":
+        return False
     whole = all(size % _LANES == 0 for size in (*keys[-2:], *weights[-2:]))
     # Two blocks of the three matrices of a head, which are float32.
     fits = 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
-    return whole and fits and jax.default_backend() == "tpu"
+    return whole and fits
 
 
 def _pad_tokens(x: jax.Array) -> jax.Array:

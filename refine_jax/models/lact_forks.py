@@ -163,7 +163,7 @@ def read_traced_forks(
         )[0, 0]
         return attention, apply_fast_weights(chunk_of_fork(chunks.weights, row, place), fast[0])
 
-    if fork_reads.takes(tokens[0].shape, chunks.weights.w0.shape):
+    if fork_reads.takes(tokens[0].shape, chunks.weights.w0.shape, fast[0].shape[3]):
         row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
         places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
         where = fork_reads.ForkRows(layer, *places)
