@@ -22,6 +22,7 @@ from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_
 from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
 from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
+from refine_jax.kernels.fork_reads import ForkRows, attend_windows, read_weights
 from refine_jax.kernels.lact import (
     FastState,
     Options,
@@ -322,6 +323,35 @@ def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Ca
     return _forward_and_backward(name, shape, forward, (row, row, row, scales), 0)
 
 
+def _fork_reads_cases(name, tokens, forks=8, count=5, groups=12, window=2048) -> tuple[Case, Case]:
+    """What forks of LaCT-760M read in one of 24 layers of a row: windows, and fast weights.
+
+    Two products of 2 W hd operations for every query and head; three of 2 d F.
+    """
+    layers, chunk, heads, size = 24, 2048, 4, groups * 128 // 4
+
+    def attend(implementation):
+        del implementation  # one form for all
+        return lambda new, k, v, where: attend_windows(new, k, v, where, window, 2)
+
+    def read(implementation):
+        del implementation
+        return read_weights
+
+    place = _array(forks, dtype=jnp.int32)
+    where = ForkRows(_array(dtype=jnp.int32), place, place, place, place)
+    new = (_array(forks, groups, count, 128, dtype=jnp.bfloat16),) * 3
+    rows = _array(layers, 1, groups, tokens, 128, dtype=jnp.bfloat16)
+    matrix = _array(layers, 1, tokens // chunk, heads, size, size)
+    query = _array(forks, heads, count, size, dtype=jnp.bfloat16)
+    shape = f"{forks} forks of {count} tokens, T {tokens}, {layers} layers, bfloat16"
+    flops = 2 * forks * count * groups * 128
+    return (
+        Case(name.format("windows"), shape, attend, (new, rows, rows, where), 2 * flops * window),
+        Case(name.format("weights"), shape, read, (query, (matrix,) * 3, where), 3 * flops * size),
+    )
+
+
 def _lact_outputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
     """What the fast weights of LaCT-760M read, added to attention's output, of one row."""
 
@@ -359,5 +389,6 @@ _ALL = (
     *_attention_cases("window_attention_{}_16k", 16384),
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
     *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
+    *_fork_reads_cases("fork_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

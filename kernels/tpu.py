@@ -44,27 +44,36 @@ def call_kernel(
     inputs: Iterable[tuple[jax.Array, pl.BlockSpec]],
     outputs: Iterable[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
     scratch: Iterable[Any] = (),
+    scalars: Iterable[jax.Array] = (),
+    moved: int | None = None,
 ) -> list[jax.Array]:
     """Call a kernel over a grid whose last axis goes in its order, with most of the vector memory.
 
-    kernel: takes references to the inputs, the outputs and the scratch, in this order. inputs:
-    arrays [...] with their blocks. outputs: shapes with their blocks.
+    kernel: takes references to the scalars, the inputs, the outputs and the scratch, in this order.
+    inputs: arrays [...] with their blocks. outputs: shapes with their blocks. scalars: integers [n]
+    that are there before the kernel begins, also for the index maps of the blocks. moved: bytes
+    that it reads and writes, where these are not those of whole arrays.
     """
-    inputs, outputs = list(inputs), list(outputs)
+    scalars, inputs, outputs = list(scalars), list(inputs), list(outputs)
+    cost = None if moved is None else pl.CostEstimate(0, 0, moved)
     return pl.pallas_call(
         kernel,
-        grid=grid,
-        in_specs=[spec for _, spec in inputs],
-        out_specs=[spec for _, spec in outputs],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=grid,
+            in_specs=[spec for _, spec in inputs],
+            out_specs=[spec for _, spec in outputs],
+            scratch_shapes=list(scratch),
+        ),
         out_shape=[shape for shape, _ in outputs],
-        scratch_shapes=list(scratch),
+        cost_estimate=cost,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes() * 7 // 8,
         ),
         interpret=interpret_mode(),
         name=name,
-    )(*(array for array, _ in inputs))
+    )(*scalars, *(array for array, _ in inputs))
 
 
 def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -265,6 +265,19 @@ def test_the_estimate_by_hand():
     assert cost.seconds == pytest.approx(links + 1e-6)
 
 
+def test_a_kernel_that_reads_parts_of_arrays_says_how_much():
+    calls = []
+
+    def kernel_seconds(*call):
+        calls.append(call)
+        return 2e-5
+
+    stated = '{"custom_call_config":{"cost_estimate":{"flops":"0","bytes_accessed":"3000"}}}'
+    cost = estimate(SCHEDULE.replace('{"used":{}}', stated), kernel_seconds)
+    assert calls == [("my_kernel", ((1000,),), 3000)]
+    assert cost.bytes == estimate(SCHEDULE, kernel_seconds).bytes - 1000
+
+
 _GATHER = """{name} (a{n}: f32[400000]) -> f32[6400000] {{
   %a{n} = f32[400000]{{0}} parameter(0)
   %g{n} = f32[6400000]{{0}} all-gather(%a{n}), channel_id=3, dimensions={{0}},

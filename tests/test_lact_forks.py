@@ -1,6 +1,7 @@
 """Forks in LaCT's gradient pass: equal to decode states that are made and extended."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from refine_jax.kernels import fork_reads
 from test_lact import TOKENS, VARIANTS, draw, make
 
 from refine_jax.models.config import LaCTConfig
@@ -49,9 +51,14 @@ def values_and_gradients(way, graph, params, x, forks, positions, segments=None)
 
 
 def assert_read_in_place(want, tolerance, *arguments):
-    """Outputs of forks that are read in place against those wanted, of the same arguments."""
-    _, got = jax.jit(functools.partial(outputs, "in place"), static_argnums=0)(*arguments)
-    np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
+    """Outputs of forks that are read in place against those wanted, of the same arguments.
+
+    By XLA, and by the kernels for TPUs, interpreted.
+    """
+    for by_kernel in (False, True):
+        with mock.patch.object(fork_reads, "takes", return_value=by_kernel):
+            _, got = jax.jit(functools.partial(outputs, "in place"), static_argnums=0)(*arguments)
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
 
 
 def assert_equal(got, want, tolerance):

@@ -71,7 +71,7 @@ class _Fork(NamedTuple):
 
 def _forward(function, size, axis_name, shared, own, tokens, chunks, place):
     read, _ = _reader_and_adder(size, axis_name, place)
-    number, fork_of = _crossing_forks(place.crosses)
+    number, fork_of = crossing_forks(place.crosses)
 
     def result(row, fork):
         here, found = read(row, fork, _Fork(own, tokens, chunks))
@@ -91,7 +91,7 @@ def _backward(function, size, axis_name, residuals, cotangents):
     shared, own, tokens, chunks, place = residuals
     d_out, d_tokens, d_chunks = cotangents
     read, add = _reader_and_adder(size, axis_name, place)
-    number, fork_of = _crossing_forks(place.crosses)
+    number, fork_of = crossing_forks(place.crosses)
 
     def add_fork(turn, totals):
         d_shared, d_arrays = totals
@@ -110,7 +110,7 @@ def _backward(function, size, axis_name, residuals, cotangents):
 of_crossing.defvjp(_forward, _backward)
 
 
-def _crossing_forks(crosses: jax.Array):
+def crossing_forks(crosses: jax.Array):
     """How many forks cross; and of a turn of the loop over them, the fork's (row, number)."""
     order = jnp.argsort(jnp.logical_not(crosses).reshape(-1))
     return crosses.sum(), lambda turn: divmod(order[turn], crosses.shape[1])

@@ -33,7 +33,7 @@ from refine_jax.models.chunks import (
 )
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.fork_attention import fork_attention
-from refine_jax.models.lact_forks import fast_value, fork_place, read_forks, read_traced_fork
+from refine_jax.models.lact_forks import fast_value, fork_place, read_forks, read_traced_forks
 from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
@@ -83,32 +83,27 @@ class LaCTMixer(LaCTLayer):
         layout: Layout | None,
         plan: ChunkPlan | None,
         horizon: int | None = None,
-    ) -> tuple[jax.Array, Weights, jax.Array | None]:
-        """What is computed of decode states: keys [B, R, G, W, L], sums and momentum_sum."""
+    ) -> tuple[Weights, jax.Array | None]:
+        """What is computed of decode states: sums and momentum_sum."""
         del plan
-        last, seen = last_and_seen(positions, layout)
-        size = picked.k.shape[3]
-        # Of the slab's tokens in their document; rows before it are not seen, whatever they hold.
-        ahead = (first_rows(last, size) - last)[..., None] + jnp.arange(size)
-        keys = self._rope(picked.k, (seen[..., None] - 1 + ahead)[:, :, None])
-        return keys, *self._pending(picked, last, seen, horizon)
+        return self._pending(picked, *last_and_seen(positions, layout), horizon)
 
     @staticmethod
     def finish(
         config: LaCTConfig,
         picked: LaCTPick,
-        resumed: tuple[jax.Array, Weights, jax.Array | None],
+        resumed: tuple[Weights, jax.Array | None],
         positions: jax.Array,
         layout: Layout | None,
     ) -> LaCTState:
         """Decode states of what was picked and what was computed."""
         window = config.window_size
         last, seen = last_and_seen(positions, layout)
-        keys, sums, momentum_sum = resumed
-        size = keys.shape[3]
+        sums, momentum_sum = resumed
+        size = picked.k.shape[3]
         keys, values = (
             jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, window - size), (0, 0)))
-            for x in (keys, picked.v)
+            for x in (picked.k, picked.v)
         )
         return LaCTState(
             fast=picked.fast,
@@ -210,12 +205,8 @@ class LaCTMixer(LaCTLayer):
             axis_name=axis_name,
         )
         attend = over_shards(attend, (forks, forks, forks, rows, rows, batch, batch), forks)
-        row_keys = trace.keys
-        if row_keys is None:
-            row = jnp.arange(num_tokens)[None] if layout is None else layout.position
-            row_keys = self._rope(row_k, row[:, None])
         queries, keys = self._rope(q, at), self._rope(k, at)
-        attention = attend(queries, keys, v, row_keys, row_v, last, seen)
+        attention = attend(queries, keys, v, row_k, row_v, last, seen)
         fast = regroup(self._fast_output(fast, self._scale(x)), attention.shape[2])
         return self.o_proj.from_groups(attention + fast)
 
@@ -235,8 +226,8 @@ class LaCTMixer(LaCTLayer):
     ) -> jax.Array:
         """`extend_traced` in one of the layers [L, B, ...] of traces. Not for gradients.
 
-        Fork by fork, and each reads its window and its chunk's weights alone: no layer's trace is
-        copied, nor is there a state for each fork of each layer.
+        Each fork reads its window and its chunk's weights alone: no layer's trace is copied, nor
+        is there a state for each fork of each layer.
         """
         config, num_new = self.config, x.shape[2]
         num_tokens = traces.k.shape[3]
@@ -246,25 +237,13 @@ class LaCTMixer(LaCTLayer):
         fast = *self._fast_inputs(*self._to_heads(q, k, v), at), self._rates(x), self._momentum(x)
         window = self._rope(q, at), self._rope(k, at), v
         place = fork_place(config, last, seen, plan, num_tokens, num_new)
-        read = functools.partial(
-            read_traced_fork, config, self._options, self._heads_in_group, layer
-        )
-
-        def of_forks(window, fast, tokens, chunks, scales, norms, place, last):
-            def one(index):
-                row, fork = index // last.shape[1], index % last.shape[1]
-                mine = jax.tree.map(lambda x: x[row, fork], (window, fast, place, last))
-                return read(row, *mine, tokens, chunks, (scales, norms))
-
-            found = lax.map(one, jnp.arange(last.size))
-            return jax.tree.map(lambda x: x.reshape(*last.shape, *x.shape[1:]), found)
-
+        read = functools.partial(read_traced_forks, config, self._options, self._heads_in_group)
         forks, batch = ("batch", None, "heads"), ("batch",)
         rows, chunks = (None, "batch", "heads"), (None, "batch", None, "heads")
-        in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch)
+        in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch, ())
         norms = row_norms(self._initial_weights())
-        attention, out = over_shards(of_forks, in_axes, (forks, forks))(
-            window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last
+        attention, out = over_shards(read, in_axes, (forks, forks))(
+            window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last, layer
         )
         out = regroup(self._fast_output(out, self._scale(x)), attention.shape[2])
         return self.o_proj.from_groups(attention + out)
@@ -294,9 +273,9 @@ class LaCTMixer(LaCTLayer):
             # Slab row -> index in its chunk; rows before the chunk or after `last` are left out.
             ahead = ahead[:, None] + jnp.arange(k.shape[2])  # [B, C], 0 at `last`
             live = (ahead <= 0) & (ahead > -count[:, None])
-            positions = seen[:, None] - 1 + ahead
-            k, v = self._to_heads(k, v)
-            k = self._fast_input(k, 1, positions[:, None])
+            positions = (seen[:, None] - 1 + ahead)[:, None]
+            k, v = self._to_heads(self._rope(k, -positions), v)
+            k = self._fast_input(k, 1, positions)
             rates = jnp.where(live[:, None, :, None, None], rates, 0.0)
             sums = update_sums(weights, k, fast_value(self.config, v), rates)
             if momentum is None:

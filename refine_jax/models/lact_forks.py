@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.kernels import fork_reads
 from refine_jax.kernels.heads import regroup
 from refine_jax.kernels.lact import (
     FastState,
@@ -28,7 +29,7 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
 from refine_jax.models.config import LaCTConfig
-from refine_jax.models.crossing import ForkPlace, of_crossing
+from refine_jax.models.crossing import ForkPlace, crossing_forks, of_crossing
 from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.layers import l2_norm_lact, rope
 
@@ -93,9 +94,9 @@ def read_forks(
     """Read the tokens of forks with the weights of their chunks, and of the next.
 
     new: q, k, v [B, R, H, S, d], rates [B, R, H, S, 3, E], momentum [B, R, H, S] or None. tokens: k
-    and v [B, G, T, L], rates and momentum [B, H, T, ...] of the rows. chunks: [B, N, H, ...].
-    scales: of `fast_input` for keys. norms: `row_norms`. axis_name: inside `jax.shard_map`, the
-    mesh axis over which T and N are spread.
+    (with rope) and v [B, G, T, L], rates and momentum [B, H, T, ...] of the rows. chunks:
+    [B, N, H, ...]. scales: of `fast_input` for keys. norms: `row_norms`. axis_name: inside
+    `jax.shard_map`, the mesh axis over which T and N are spread.
     Returns the output [B, R, H, S, d], and tokens and chunks as `of_crossing` does.
     """
     size = config.lact_chunk_size
@@ -110,61 +111,88 @@ def read_forks(
     return jnp.where(inside[:, :, None, :, None], out, later), tokens, chunks
 
 
-def read_traced_fork(
+def read_traced_forks(
     config: LaCTConfig,
     options: Options,
     heads_per_group: int,
-    layer: jax.Array,
-    row: jax.Array,
     window: tuple[jax.Array, ...],
     fast: tuple[jax.Array, ...],
-    place: ForkPlace,
-    last: jax.Array,
     tokens: tuple[jax.Array, ...],
     chunks: FastState,
-    shared: tuple,
+    scales: tuple[jax.Array, jax.Array],
+    norms: Weights,
+    place: ForkPlace,
+    last: jax.Array,
+    layer: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention [G, S, L] and fast weights' output [H, S, d] of one fork's S tokens.
+    """Attention [B, R, G, S, L] and fast weights' output [B, R, H, S, d] of forks in one layer.
 
-    window: q, k, v [G, S, L] with rope. fast: q, k, v, rates, momentum [H, S, ...]. place, last:
-    its place, scalars. tokens: [layers, B, heads, T, ...] as in `read_forks`, and chunks
-    [layers, B, N, ...], of which those of one layer and row are read. shared: scales and norms.
+    Not for gradients. window: q, k, v [B, R, G, S, L] with rope. fast, scales, norms, place: as
+    `new`, ... of `read_forks`. tokens: [layers, B, heads, T, ...] as there, and chunks
+    [layers, B, N, ...], of which what a fork reads is read where it is. last: [B, R].
     """
+    num_tokens = tokens[0].shape[3]
 
-    def cut(x, axis, start, size):
+    def cut(x, row, axis, start, size):
         begin = [layer, row, *[0] * (x.ndim - 2)]
         begin[axis] = start
         sizes = [1, 1, *x.shape[2:]]
         sizes[axis] = size
         return lax.dynamic_slice(x, begin, sizes)[0, 0]
 
-    num_tokens = tokens[0].shape[3]
-    size = min(config.window_size, num_tokens)
-    start = first_rows(last, size)
-    keys, values = (cut(x, 3, start, size) for x in tokens[:2])
-    ahead = start - last + jnp.arange(size)  # 0 at the last token; rows before are not seen
-    keys = rope(keys, (place.seen - 1 + ahead)[None], config.rope_theta, config.attn_head_dim)
-    attention = fork_attention(
-        *(x[None, None] for x in window),
-        keys[None],
-        values[None],
-        (last - start)[None, None],
-        place.seen[None, None],
-        config.window_size,
-        heads_per_group=heads_per_group,
-    )[0, 0]
+    def chunk_of_fork(tree, row, place):
+        return jax.tree.map(lambda x: cut(x, row, 2, place.chunk, 1)[0], tree)
 
-    mine = jax.tree.map(lambda x: cut(x, 2, place.chunk, 1)[0], chunks)
-    out = apply_fast_weights(mine.weights, fast[0])
+    def of_fork(row, fork):
+        return jax.tree.map(lambda x: x[row, fork], (window, fast, place, last))
 
-    def read_next():
+    def read(index):
+        row, fork = index // last.shape[1], index % last.shape[1]
+        window, fast, place, last_slot = of_fork(row, fork)
+        size = min(config.window_size, num_tokens)
+        start = first_rows(last_slot, size)
+        keys, values = (cut(x, row, 3, start, size) for x in tokens[:2])
+        attention = fork_attention(
+            *(x[None, None] for x in window),
+            keys[None],
+            values[None],
+            (last_slot - start)[None, None],
+            place.seen[None, None],
+            config.window_size,
+            heads_per_group=heads_per_group,
+        )[0, 0]
+        return attention, apply_fast_weights(chunk_of_fork(chunks.weights, row, place), fast[0])
+
+    if fork_reads.takes(tokens[0].shape, chunks.weights.w0.shape, fast[0].shape[3]):
+        row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
+        places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
+        where = fork_reads.ForkRows(layer, *places)
+        new = [x.reshape(-1, *x.shape[2:]) for x in (*window, fast[0])]
+        found = (
+            fork_reads.attend_windows(
+                new[:3], *tokens[:2], where, config.window_size, heads_per_group
+            ),
+            fork_reads.read_weights(new[3], chunks.weights, where),
+        )
+    else:
+        found = lax.map(read, jnp.arange(last.size))
+    attention, out = (x.reshape(*last.shape, *x.shape[1:]) for x in found)
+
+    def read_next(fork_of, turn, out):
+        row, fork = fork_of(turn)
+        _, mine, here, _ = of_fork(row, fork)
         slab = min(config.lact_chunk_size, num_tokens)
-        slabs = jax.tree.map(lambda x: cut(x, 3, place.start, slab), tokens)
-        later = _read_next_chunk(config, options, shared, fast, slabs, mine, place)
-        inside = place.count + jnp.arange(out.shape[1]) < config.lact_chunk_size
-        return jnp.where(inside[:, None], out, later)
+        slabs = jax.tree.map(lambda x: cut(x, row, 3, here.start, slab), tokens)
+        chunk = chunk_of_fork(chunks, row, here)
+        later = _read_next_chunk(config, options, (scales, norms), mine, slabs, chunk, here)
+        inside = here.count + jnp.arange(out.shape[3]) < config.lact_chunk_size
+        return out.at[row, fork].set(jnp.where(inside[:, None], out[row, fork], later))
 
-    return attention, lax.cond(place.crosses, read_next, lambda: out)
+    def read_all_next():
+        number, fork_of = crossing_forks(place.crosses)
+        return lax.fori_loop(0, number, functools.partial(read_next, fork_of), out)
+
+    return attention, lax.cond(place.crosses.any(), read_all_next, lambda: out)
 
 
 def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name: str | None):
@@ -209,8 +237,10 @@ def _read_next_chunk(
     pending = (ahead <= 0) & (ahead > -place.count)
     inside = place.count + jnp.arange(q.shape[1]) < chunk
 
-    row_k, row_v = regroup(row_k, heads), fast_value(config, regroup(row_v, heads))
-    row_k = fast_input(config, row_k, scales, (place.seen - 1 + ahead)[None])
+    positions = (place.seen - 1 + ahead)[None]
+    row_k = rope(row_k, -positions, config.rope_theta, config.attn_head_dim)  # takes rope off
+    row_k = fast_input(config, regroup(row_k, heads), scales, positions)
+    row_v = fast_value(config, regroup(row_v, heads))
     row_rates = jnp.where(pending[:, None, None], row_rates, 0.0)
     rates = jnp.where(inside[:, None, None], rates, 0.0)
     sums = jax.tree.map(

@@ -165,9 +165,9 @@ class LaCTLayer(nnx.Module):
     ) -> tuple[jax.Array, LaCTTrace]:
         """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks.
 
-        forks: [B, R], slots before forks, where these are known: the trace then has the keys that
-        they attend to.
+        forks: [B, R], slots before forks, where these are known: the trace is the same.
         """
+        del forks
         num_tokens = x.shape[1]
         positions = jnp.arange(num_tokens)[None] if layout is None else layout.position
         positions = positions[:, None]
@@ -186,8 +186,7 @@ class LaCTLayer(nnx.Module):
             fast, chunks = self._run_fast(tokens, plan, axis_name)
         both = self._add_fast(attention, fast, self._scale(x), in_chunks, axis_name)
         y = self.o_proj.from_groups(both)
-        keys = None if forks is None else of_attention[1]
-        return y, LaCTTrace(k, v, rates, momentum, chunks, keys)
+        return y, LaCTTrace(of_attention[1], v, rates, momentum, chunks)
 
     # Its parts
 

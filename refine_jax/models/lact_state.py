@@ -17,9 +17,9 @@ from refine_jax.kernels.lact import FastState, Weights
 class LaCTTrace(NamedTuple):
     """What forks need of a forward pass.
 
-    k, v: [B, G, T, L], without rope. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
-    chunks: FastState [B, N, H, ...], read by each chunk. keys: [B, G, T, L], with rope, where the
-    forward pass knew of forks; else these compute them again.
+    k, v: [B, G, T, L], keys with rope, as attention takes them; fast weights, which need the keys
+    of few chunks alone, take rope off. rates: [B, H, T, 3, E]. momentum: [B, H, T] or None.
+    chunks: FastState [B, N, H, ...], read by each chunk.
     """
 
     k: jax.Array
@@ -27,15 +27,14 @@ class LaCTTrace(NamedTuple):
     rates: jax.Array
     momentum: jax.Array | None
     chunks: FastState
-    keys: jax.Array | None = None
 
 
 class LaCTPick(NamedTuple):
     """What forks need of a trace, cut out.
 
     fast: FastState [B, R, H, ...], with which the fork's chunk is read. k, v: [B, R, G, W, L], the
-    last W tokens, or the first; W is here at most T. pending: k and v [B, R, G, C, L], rates
-    [B, R, H, C, 3, E] and momentum [B, R, H, C] of the last C tokens.
+    last W tokens, or the first, keys with rope; W is here at most T. pending: k and v
+    [B, R, G, C, L], rates [B, R, H, C, 3, E] and momentum [B, R, H, C] of the last C tokens.
     """
 
     fast: FastState

@@ -278,11 +278,16 @@ class Estimator:
     def traffic(self, instruction: Instruction, computation: Computation) -> float:
         """Bytes that an instruction reads from the HBM and writes to it.
 
-        A slice of an array counts as large as the slice, inside a fusion too.
+        A slice of an array counts as large as the slice, inside a fusion too. Kernels that read
+        parts of arrays say how much.
         """
         opcode = instruction.opcode
         if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
             return 0.0
+        if _KERNEL in instruction.attributes:
+            stated = re.search(r'"bytes_accessed":"([1-9]\d*)"', instruction.attributes)
+            if stated:
+                return float(stated[1])
         written = _written(instruction, computation, self._module)
         if opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
             read = 0.0 if opcode == "broadcast" else written

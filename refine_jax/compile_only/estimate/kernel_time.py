@@ -15,7 +15,8 @@ from refine_jax.compile_only.estimate.flops import Kernel
 
 # By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
 # 16,384 tokens; the head's loss, width 2048, 32,000 words; window attention, window 2048, 24 heads
-# of 64 in groups of 128, as large as which the products of splash attention are.
+# of 64 in groups of 128, as large as which the products of splash attention are; what 8 forks of 5
+# tokens read.
 _SHARES = {
     "delta_rule_forward": {"v5e": 0.76, "v5p": 0.74, "v6e": 0.23},
     "delta_rule_backward": {"v5e": 0.66, "v5p": 0.64, "v6e": 0.20},
@@ -24,6 +25,8 @@ _SHARES = {
     "lact_inputs_": {"v5e": 0.16, "v5p": 0.18, "v6e": 0.073},
     "lact_outputs_backward": {"v5e": 0.0037, "v5p": 0.0037, "v6e": 0.0008},
     "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
+    "fork_reads_attention": {"v5e": 0.20, "v5p": 0.19, "v6e": 0.049},
+    "fork_reads_weights": {"v5e": 0.013, "v5p": 0.016, "v6e": 0.0049},
     "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
     "window_attention_forward": {"v5e": 0.63, "v5p": 0.63, "v6e": 0.25},
     "window_attention_": {"v5e": 0.88, "v5p": 0.88, "v6e": 0.34},

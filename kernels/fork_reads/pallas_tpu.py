@@ -1,0 +1,230 @@
+"""What forks read of the traces of all layers, in place, as Pallas kernels for TPUs.
+
+A fork has few tokens and reads much: the keys and values of a window, and its chunk's fast weights.
+Both stand in the traces [N, B, ...] of N layers and B rows. Here the place of a fork, scalars that
+are there before the kernel begins, chooses the blocks that are brought to vector memory: nothing is
+cut out, and the next block comes while one is worked on.
+
+F forks, G groups of n heads side by side with L numbers, H fast-weight heads of width d with hidden
+size D, S new tokens of a fork, T tokens of a row, W window. The operands of products have the dtype
+of the tokens, everything else is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from refine_jax.kernels import tpu
+from refine_jax.kernels.tpu import nn, nt
+
+_LANES, _SUBLANES = 128, 8
+_BLOCK = 512  # most tokens of a block of a row
+_MOST_NEW = 32  # tokens of a fork: scores of all groups with a block of the row stay near
+_TOGETHER = 12  # groups that are worked on at once, so that no result is waited for
+_MASKED = -1e30  # finite: the difference of two of them must not be NaN
+
+
+class ForkRows(NamedTuple):
+    """Where forks read: the layer [] int32, and of each fork [F] int32 its row.
+
+    last: the slot of the row's last token before the fork. seen: how many tokens its document has
+    up to there; 0: none, and the fork sees nothing of the row. chunk: whose weights it reads.
+    """
+
+    layer: jax.Array
+    row: jax.Array
+    last: jax.Array
+    seen: jax.Array
+    chunk: jax.Array
+
+
+def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool:
+    """Whether the kernels take keys and weights of these shapes, and are compiled here."""
+    if num_new > _MOST_NEW or jax.default_backend() != "tpu":
+        return False
+    whole = all(size % _LANES == 0 for size in (*keys[-2:], *weights[-2:]))
+    # Two blocks of the three matrices of a head, which are float32.
+    fits = 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
+    return whole and fits
+
+
+def _pad_tokens(x: jax.Array) -> jax.Array:
+    """[..., S, L], S up to whole registers."""
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, -x.shape[-2] % _SUBLANES), (0, 0)])
+
+
+def _attend_kernel(heads: int, window: int, block: int, *refs):
+    layer, row, lasts, seens, new, row_k, row_v, out, top, total, acc = refs
+    del layer, row
+    fork, step = pl.program_id(0), pl.program_id(2)
+    last, seen = lasts[fork], seens[fork]
+    _, groups, num_new, size = new.shape
+    width, dtype = size // heads, out.dtype
+    scale = width**-0.5
+    lane = jax.lax.broadcasted_iota(jnp.int32, (num_new, size), 1) // width
+
+    def token(shape, axis):  # of a fork's token the number, where heads stand above each other
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis) % num_new
+
+    def queries(group):  # [n S, L], the heads above each other, each beside zeros
+        x = new[0, group].astype(jnp.float32)
+        parts = [jnp.where(lane == head, x, 0.0) for head in range(heads)]
+        return jnp.concatenate(parts).astype(dtype)
+
+    @pl.when(step == 0)
+    def _own():
+        shape = heads * num_new, num_new
+        back = token(shape, 0) - token(shape, 1)
+        visible = (back >= 0) & (back < window)
+        for group in range(groups):
+            scores = nt(queries(group), new[1, group]) * scale
+            scores = jnp.where(visible, scores, _MASKED)
+            highest = jnp.max(scores, 1, keepdims=True)  # finite: a token sees itself
+            weights = jnp.exp(scores - highest)
+            top[group] = highest
+            total[group] = jnp.sum(weights, 1, keepdims=True)
+            acc[group] = nn(weights.astype(dtype), new[2, group])
+
+    number = _first_block(last, window, block) + step
+
+    @pl.when(number <= _last_block(last, block))
+    def _row():
+        shape = heads * num_new, block
+        slot = number * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        # Token s of a fork has a distance of last - t + 1 + s to slot t.
+        first = last + jnp.maximum(1 - seen, token(shape, 0) + 2 - window)
+        visible = (slot >= first) & (slot <= last)
+        for begin in range(0, groups, _TOGETHER):
+            together = range(begin, min(begin + _TOGETHER, groups))
+            scores = [nt(queries(group), row_k[group]) * scale for group in together]
+            scores = [jnp.where(visible, x, _MASKED) for x in scores]
+            old = [top[group] for group in together]
+            new_top = [
+                jnp.maximum(a, jnp.max(x, 1, keepdims=True))
+                for a, x in zip(old, scores, strict=True)
+            ]
+            decay = [jnp.exp(a - b) for a, b in zip(old, new_top, strict=True)]
+            weights = [jnp.exp(x - b) for x, b in zip(scores, new_top, strict=True)]
+            sums = [jnp.sum(x, 1, keepdims=True) for x in weights]
+            found = [
+                nn(x.astype(dtype), row_v[group])
+                for x, group in zip(weights, together, strict=True)
+            ]
+            for i, group in enumerate(together):
+                top[group] = new_top[i]
+                total[group] = decay[i] * total[group] + sums[i]
+                acc[group] = decay[i] * acc[group] + found[i]
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _end():
+        for group in range(groups):
+            found = acc[group] / total[group]
+            y = found[:num_new]
+            for head in range(1, heads):
+                y = jnp.where(lane == head, found[head * num_new : (head + 1) * num_new], y)
+            out[group] = y.astype(dtype)
+
+
+def _first_block(last, window: int, block: int):
+    """The block of keys with the first slot that the first new token sees."""
+    return jnp.maximum(last - window + 2, 0) // block
+
+
+def _last_block(last, block: int):
+    return jnp.maximum(last, 0) // block
+
+
+def attend_windows(
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    row_k: jax.Array,
+    row_v: jax.Array,
+    where: ForkRows,
+    window: int,
+    heads: int,
+) -> jax.Array:
+    """Causal attention of the S tokens of each fork to themselves and to the row before them.
+
+    new: q, k, v [F, G, S, L] of the forks, with rope. row_k, row_v: [N, B, G, T, L], T a multiple
+    of 128, keys with rope. heads: n. Scores are scaled by (L / n)^-0.5, tokens see W - 1 before
+    them. Returns [F, G, S, L] in the dtype of k; on a CPU in interpret mode, for tests.
+    """
+    forks, groups, count, size = new[0].shape
+    padded = _pad_tokens(jnp.stack([x.astype(new[1].dtype) for x in new]))
+    num_new, num_tokens = padded.shape[3], row_k.shape[3]
+    block = math.gcd(num_tokens, _BLOCK)
+    steps = min(-(-max(window - 2, 0) // block) + 1, num_tokens // block)
+
+    def of_row(fork, _, step, layer, row, last, seen):
+        del seen
+        number = _first_block(last[fork], window, block) + step
+        number = jnp.minimum(number, _last_block(last[fork], block))
+        return layer[0], row[fork], 0, number, 0
+
+    def of_fork(fork, *_):
+        return fork, 0, 0, 0
+
+    tokens = pl.BlockSpec((None, None, groups, block, size), of_row)
+    shape = jax.ShapeDtypeStruct((forks, groups, num_new, size), padded.dtype)
+    rows = groups, heads * num_new
+    read = forks * steps * groups * block * size
+    (out,) = tpu.call_kernel(
+        functools.partial(_attend_kernel, heads, window, block),
+        "fork_reads_attention",
+        (forks, 1, steps),
+        [
+            (padded, pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))),
+            (row_k, tokens),
+            (row_v, tokens),
+        ],
+        [(shape, pl.BlockSpec((None, groups, num_new, size), of_fork))],
+        [
+            pltpu.VMEM((*rows, 1), jnp.float32),
+            pltpu.VMEM((*rows, 1), jnp.float32),
+            pltpu.VMEM((*rows, size), jnp.float32),
+        ],
+        scalars=(where.layer[None], where.row, where.last, where.seen),
+        moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
+    )
+    return out[:, :, :count]
+
+
+def _weights_kernel(layer, row, chunk, q, w0, w1, w2, out):
+    del layer, row, chunk
+    x = q[...]
+    gate, up = nt(x, w0[...].astype(x.dtype)), nt(x, w2[...].astype(x.dtype))
+    hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+    out[...] = nt(hidden, w1[...].astype(x.dtype)).astype(out.dtype)
+
+
+def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
+    """`apply_fast_weights` of q [F, H, S, d], each fork with the weights of its chunk.
+
+    weights: W0 [N, B, chunks, H, D, d], W1 [..., d, D] and W2 [..., D, d].
+    Returns [F, H, S, d] as q; on a CPU in interpret mode, for tests.
+    """
+    forks, heads, count, _ = q.shape
+    padded = _pad_tokens(q)
+
+    def of_chunk(head, _, fork, layer, row, chunk):
+        return layer[0], row[fork], chunk[fork], head, 0, 0
+
+    def matrix(w):
+        return w, pl.BlockSpec((None, None, None, None, *w.shape[-2:]), of_chunk)
+
+    tokens = pl.BlockSpec((None, None, *padded.shape[2:]), lambda h, _, f, *scalars: (f, h, 0, 0))
+    (out,) = tpu.call_kernel(
+        _weights_kernel,
+        "fork_reads_weights",
+        (heads, 1, forks),
+        [(padded, tokens), *map(matrix, weights)],
+        [(jax.ShapeDtypeStruct(padded.shape, q.dtype), tokens)],
+        scalars=(where.layer[None], where.row, where.chunk),
+        moved=forks * sum(w[0, 0, 0].size * w.dtype.itemsize for w in weights),
+    )
+    return out[:, :, :count]
