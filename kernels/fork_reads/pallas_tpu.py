@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu
+from refine_jax.kernels.device import backend
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES, _SUBLANES = 128, 8
@@ -46,7 +47,7 @@ class ForkRows(NamedTuple):
 
 def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool:
     """Whether the kernels take keys and weights of these shapes, and are compiled here."""
-    if num_new > _MOST_NEW or jax.default_backend() != "tpu":
+    if num_new > _MOST_NEW or backend() != "tpu":
         return False
     whole = all(size % _LANES == 0 for size in (*keys[-2:], *weights[-2:]))
     # Two blocks of the three matrices of a head, which are float32.
