@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import medians, report
 from jax import lax
+
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.delta_rule.specs import BENCH_SPECS as DELTA_SPECS
 from refine_jax.kernels.lact import lact

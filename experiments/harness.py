@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from refine_jax.kernels.device import backend
 
+from refine_jax.kernels.device import backend
 from refine_jax.models.config import model_config
 from refine_jax.models.head import logits
 from refine_jax.models.transformer import ComputePolicy, Model, Params

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
 from refine_jax.kernels.cross_entropy import next_token_loss
 from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_SPECS
 from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
@@ -33,7 +34,6 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
-
 from refine_jax.models.attention import window_attention
 
 PALLAS = "pallas_tpu"

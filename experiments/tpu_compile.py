@@ -17,10 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from refine_jax.kernels.device import compiled_for
 
 from refine_jax.compile_only import child
 from refine_jax.compile_only.estimate.chips import parse_topology
+from refine_jax.kernels.device import compiled_for
 
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1"[^}]*"size":"(\d+)"')
 

@@ -24,10 +24,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
+from tpu_compiler import CHIPS, ROOT, Compiler, add_compiler_flags, find_compiler, last_line
+
 from refine_jax.kernels import tpu, tpu_table
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.lact import Weights, lact
-from tpu_compiler import CHIPS, ROOT, Compiler, add_compiler_flags, find_compiler, last_line
 
 TABLE = ROOT / "kernels" / "tpu_table.py"
 Sizes = tuple[int, ...]

@@ -119,6 +119,7 @@ def compile_once(tmp_path_factory):
 def simulated_tpu(monkeypatch):
     """Kernels for TPUs run simulated: what they have not written is NaN, as are late copies."""
     from jax.experimental.pallas import tpu as pltpu
+
     from refine_jax.kernels import tpu
 
     monkeypatch.setattr(tpu, "interpret_mode", pltpu.InterpretParams)

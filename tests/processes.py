@@ -1,4 +1,4 @@
-"""What tests/test_processes.py starts in processes of its own.
+"""What tests/phases/test_processes.py starts in processes of its own.
 
 python tests/processes.py run SIGTERM_PROCESS SIGTERM_STEP FLAGS...
 python tests/processes.py exchange FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID

@@ -310,49 +310,54 @@ class Check(NamedTuple):
 MAIN = r"python -m refine_jax\.main .*"
 GENERATE = r"python -m refine_jax\.generate .*"
 MODULES = {
-    MAIN + "--compile_only": "tests/test_compile_only.py::test_a_run_that_fits",
-    MAIN + "--allow_change": "tests/test_changes.py::"
+    MAIN + "--compile_only": "tests/compile_only/test_report.py::test_a_run_that_fits",
+    MAIN + "--allow_change": "tests/phases/test_changes.py::"
     "test_more_steps_bend_a_cosine_schedule_and_need_permission",
-    MAIN + "(--coordinator|/shared/)": "tests/test_processes.py::"
+    MAIN + "(--coordinator|/shared/)": "tests/phases/test_processes.py::"
     "test_runs_of_one_two_and_four_processes_are_the_same",
-    MAIN + "--config.mesh": "tests/test_mesh.py::"
+    MAIN + "--config.mesh": "tests/refine/test_mesh.py::"
     "test_losses_and_gradients_do_not_depend_on_the_mesh",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
     MAIN + "configs/demo": ".ci/run: demo, short form",
-    MAIN + "configs/midtrain": "tests/test_main.py::test_a_run_learns_and_reports",
-    MAIN + "configs/posttrain": "tests/test_posttrain.py::test_a_nested_run_learns_and_reports",
-    MAIN + "configs/eval": "tests/test_evaluate.py::"
+    MAIN + "configs/midtrain": "tests/phases/test_main.py::test_a_run_learns_and_reports",
+    MAIN
+    + "configs/posttrain": "tests/phases/test_posttrain.py::test_a_nested_run_learns_and_reports",
+    MAIN + "configs/eval": "tests/phases/test_evaluate.py::"
     "test_every_prompt_is_answered_greedily_and_scored",
-    MAIN + "configs/testtime": "tests/test_evaluate.py::"
+    MAIN + "configs/testtime": "tests/phases/test_evaluate.py::"
     "test_each_prompt_is_answered_with_the_parameters_adapted_to_it",
-    GENERATE + "_state": "tests/test_generate_command.py::"
+    GENERATE + "_state": "tests/generation/test_command.py::"
     "test_a_state_is_read_once_and_asked_twice",
-    GENERATE + "--adapt_steps": "tests/test_generate_command.py::"
+    GENERATE + "--adapt_steps": "tests/generation/test_command.py::"
     "test_each_prompt_is_continued_by_a_copy_trained_on_it",
-    GENERATE: "tests/test_generate_command.py::"
+    GENERATE: "tests/generation/test_command.py::"
     "test_prompts_and_files_of_any_length_are_continued_as_by_the_library",
-    r"python -m refine_jax\.convert to_hf runs/": "tests/test_convert.py::"
+    r"python -m refine_jax\.convert to_hf runs/": "tests/checkpoint/test_convert.py::"
     "test_a_training_run_goes_back_to_pytorch",
-    r"python -m refine_jax\.convert .*--dtype": "tests/test_convert.py::"
+    r"python -m refine_jax\.convert .*--dtype": "tests/checkpoint/test_convert.py::"
     "test_export_in_another_dtype",
-    r"python -m refine_jax\.convert": "tests/test_convert.py::test_golden_folders_round_trip",
-    r"python -m refine_jax\.lm_harness": "tests/test_harness.py::test_command",
-    r"python -m refine_jax\.evaluation\.position": "tests/test_position.py::test_command",
-    r"python -m refine_jax\.data\.prepare": "tests/test_builders.py::test_command",
-    r"python -m refine_jax\.data\.tasks\.generate": "tests/test_tasks_files.py::test_command",
+    r"python -m refine_jax\.convert": "tests/checkpoint/test_convert.py::"
+    "test_golden_folders_round_trip",
+    r"python -m refine_jax\.lm_harness": "tests/evaluation/test_harness.py::test_command",
+    r"python -m refine_jax\.evaluation\.position": "tests/evaluation/test_position.py::"
+    "test_command",
+    r"python -m refine_jax\.data\.prepare": "tests/data/test_builders.py::test_command",
+    r"python -m refine_jax\.data\.tasks\.generate": "tests/data/tasks/test_files.py::test_command",
 }
 PAPER = r"python experiments/paper/\w+\.py"
 STUDY = r"python experiments/study/study\.py"
 SCRIPTS = {
     r"python experiments/bench_": "tests/test_docs.py::test_benchmarks_run_in_their_smallest_form",
-    r"python experiments/tpu_kernels": "tests/test_tpu_kernels.py::test_figures_and_table",
-    r"python experiments/tune_tpu": "tests/test_tpu_kernels.py::"
+    r"python experiments/tpu_kernels": "tests/experiments/test_tpu_kernels.py::"
+    "test_figures_and_table",
+    r"python experiments/tune_tpu": "tests/experiments/test_tpu_kernels.py::"
     "test_the_search_writes_the_fastest_that_compiles",
     PAPER + " --list": "tests/test_docs.py::test_the_runs_of_a_table_are_listed",
-    PAPER: "tests/test_paper.py::test_a_table_holds_means_beside_published_numbers",
-    STUDY + " .*--signals": "tests/test_study.py::test_signals_alone_need_no_more_than_the_base",
-    STUDY + " --report": "tests/test_study.py::test_the_report_of_nothing_says_so",
-    STUDY: "tests/test_study.py::test_a_study_chooses_rates_then_runs_all_seeds_once",
+    PAPER: "tests/experiments/test_paper.py::test_a_table_holds_means_beside_published_numbers",
+    STUDY + " .*--signals": "tests/experiments/test_study.py::"
+    "test_signals_alone_need_no_more_than_the_base",
+    STUDY + " --report": "tests/experiments/test_study.py::test_the_report_of_nothing_says_so",
+    STUDY: "tests/experiments/test_study.py::test_a_study_chooses_rates_then_runs_all_seeds_once",
 }
 CHECKS = [
     *(Check(pattern, parsed_module, runs) for pattern, runs in MODULES.items()),
@@ -360,7 +365,7 @@ CHECKS = [
     Check(
         r"python tests/soak\.py",
         present_files,
-        "tests/test_soak.py::test_killed_runs_end_bit_for_bit_as_uninterrupted_ones",
+        "tests/phases/test_soak.py::test_killed_runs_end_bit_for_bit_as_uninterrupted_ones",
     ),
     Check(r"pip install -e '?\.(\[(test|eval|docs)\])?'?$", known_extras, ".ci/run"),
     Check(r"pip install -e", known_extras, None),  # jax for accelerators

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 from jax import lax
+
 from refine_jax.kernels.cross_entropy.pallas_tpu import (
     is_faster,
     next_token_loss_pallas_tpu,

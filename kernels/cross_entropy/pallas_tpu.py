@@ -48,6 +48,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.cross_entropy.reference import TokenStats
 

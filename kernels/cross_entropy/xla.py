@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from refine_jax.kernels.cross_entropy.reference import TokenStats
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.numerics import by_rows

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from refine_jax.kernels.delta_rule.pallas_gpu import delta_rule_pallas_gpu
 from refine_jax.kernels.delta_rule.pallas_tpu import delta_rule_pallas_tpu
 from refine_jax.kernels.delta_rule.pallas_tpu_step import delta_step_pallas_tpu

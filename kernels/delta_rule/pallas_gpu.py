@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
 from refine_jax.kernels import triton
 from refine_jax.kernels.triton import dot
 

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
 from refine_jax.kernels.delta_rule.pallas_tpu_forward import Plan

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule.xla import delta_step_xla
 

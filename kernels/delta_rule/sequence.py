@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
 from refine_jax.kernels import sequence
 from refine_jax.kernels.numerics import einsum
 

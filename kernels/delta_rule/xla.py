@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
 from refine_jax.kernels import numerics
 
 # Diagonal blocks up to this size are inverted by full masked products, larger ones blockwise.

@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.heads import pallas_tpu
 

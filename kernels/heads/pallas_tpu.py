@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
 from refine_jax.kernels import tpu
 
 _BLOCK = 1024  # most tokens of a block: of 256 to 2048 as fast as any, by static estimates

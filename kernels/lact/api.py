@@ -6,6 +6,7 @@ import functools
 
 import jax
 from jax import lax
+
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.lact.pallas_gpu import lact_pallas_gpu
 from refine_jax.kernels.lact.pallas_tpu import lact_pallas_tpu

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
 from refine_jax.kernels import triton
 from refine_jax.kernels.lact.reference import FastState, Weights
 from refine_jax.kernels.lact.xla import lact_by_parts

@@ -37,6 +37,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.lact import pallas_tpu_parts as parts
 from refine_jax.kernels.lact import tuning

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels.lact.pallas_tpu_blocks import (
     LANES,
     apply_block_backward,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
 from refine_jax.kernels.tpu import nn, nt
 
 LANES = 128

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES, apply_block, nn, update_block
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights

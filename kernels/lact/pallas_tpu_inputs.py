@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nn
 

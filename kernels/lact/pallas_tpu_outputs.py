@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nt
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from refine_jax.kernels import sequence
 from refine_jax.kernels.lact.reference import FastState, Options, Weights
 from refine_jax.kernels.lact.xla import (

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from refine_jax.kernels.lact.reference import FastState, Options, Weights
 
 

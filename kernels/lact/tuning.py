@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+
 from refine_jax.kernels import tpu_table
 from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
 from refine_jax.kernels.lact.pallas_tpu_plan import Plan

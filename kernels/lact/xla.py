@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.lact.reference import (
     EPS,

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
 from refine_jax.kernels import tpu
 from refine_jax.kernels.tpu import nn, nt
 
