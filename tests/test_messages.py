@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 from corpora import data_config
-from test_tokenizer import write_tokenizer_json
 
 from refine_jax import convert, generate, lm_harness, main
 from refine_jax.base.errors import CheckpointError, ConfigError, DataError
@@ -19,6 +18,7 @@ from refine_jax.data.records import Records
 from refine_jax.data.tasks import generate as tasks
 from refine_jax.evaluation import position
 from refine_jax.evaluation.questions import load_questions
+from tests.data.test_tokenizer import write_tokenizer_json
 
 BYTES = load_tokenizer("bytes")
 

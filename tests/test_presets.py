@@ -5,7 +5,6 @@ import dataclasses
 import pickle
 
 import pytest
-from test_commands import overridden
 from tiny_runs import config_file, tiny_run
 
 from refine_jax import config_files, main, presets
@@ -13,6 +12,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config, RefineConfig, defaults
 from refine_jax.presets import PRESETS
 from refine_jax.refine import exact, grpo, rewards, selection
+from tests.test_commands import overridden
 
 
 def refine_of(file, *flags, folder):

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_convert import (
+
+from refine_jax.base.errors import CheckpointError
+from refine_jax.checkpoint import load_model, read_hf, save_model
+from refine_jax.checkpoint.folders import copy_files, new_folder
+from tests.checkpoint.test_convert import (
     LACT,
     assert_same_tensors,
     convert,
@@ -19,10 +23,6 @@ from test_convert import (
     read_tensors,
     write_source,
 )
-
-from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint import load_model, read_hf, save_model
-from refine_jax.checkpoint.folders import copy_files, new_folder
 
 WEIGHTS = "model.safetensors"
 

@@ -10,7 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_convert import (
+
+from refine_jax.base.errors import CheckpointError
+from refine_jax.checkpoint import load_model, read_hf, write_hf
+from refine_jax.checkpoint.folders import contained
+from tests.checkpoint.test_convert import (
     BF16,
     LACT,
     assert_same_tensors,
@@ -21,10 +25,6 @@ from test_convert import (
     read_tensors,
     write_source,
 )
-
-from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint import load_model, read_hf, write_hf
-from refine_jax.checkpoint.folders import contained
 
 WEIGHTS = "model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"

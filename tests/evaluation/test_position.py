@@ -12,7 +12,6 @@ from goldens import load_arrays, require
 from plain_deltanet import PlainDeltaNet
 from pyarrow import parquet
 from scipy import stats
-from test_tokenizer import write_tokenizer_json
 from tiny import tiny
 
 from refine_jax.base.errors import DataError
@@ -23,6 +22,7 @@ from refine_jax.evaluation import position
 from refine_jax.evaluation.by_position import measure, position_edges
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model
+from tests.data.test_tokenizer import write_tokenizer_json
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from goldens import GOLDEN, load_arrays, load_json, model_folders, require, subtree
 from tiny import IMPLEMENTATION
 
-from goldens import GOLDEN, load_arrays, load_json, model_folders, require, subtree
 from refine_jax.checkpoint.hf import published_slots, read_hf
 from refine_jax.checkpoint.tree import flatten
 from refine_jax.config import OptimizerConfig, RefineConfig

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from goldens import load_arrays, subtree
+
 from refine_jax.kernels.delta_rule import IMPLEMENTATIONS as DELTA_IMPLEMENTATIONS
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.lact import IMPLEMENTATIONS, Options, Weights, lact, newton_schulz

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-
 from goldens import load_arrays, load_json, subtree
 from goldens.refine_rl import (
     brute_force_valid,
@@ -22,6 +21,7 @@ from goldens.refine_rl import (
     normalize,
     select,
 )
+
 from refine_jax.models import head
 from refine_jax.refine import grpo, rewards, selection
 

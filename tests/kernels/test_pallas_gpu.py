@@ -5,13 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-import test_delta_rule
-import test_lact_op
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from refine_jax.kernels.delta_rule import delta_rule, specs
 from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.lact import Weights, lact
+from tests.kernels import test_delta_rule, test_lact
 
 
 def gradients_of(function, *arrays):
@@ -97,9 +96,9 @@ def test_delta_rule_of_several_blocks():
 
 
 def test_lact_of_several_blocks(monkeypatch):
-    spec = test_lact_op.Spec("blocks", chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True)
-    monkeypatch.setitem(test_lact_op.SPECS, "blocks", spec)
-    test_lact_op.test_matches_the_specification("blocks", "pallas_gpu")
+    spec = test_lact.Spec("blocks", chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True)
+    monkeypatch.setitem(test_lact.SPECS, "blocks", spec)
+    test_lact.test_matches_the_specification("blocks", "pallas_gpu")
 
 
 def test_unsupported_arguments_are_named():
@@ -112,6 +111,6 @@ def test_unsupported_arguments_are_named():
         call(**arrays | {"v": arrays["v"].astype(jnp.float16)})
     with pytest.raises(ValueError, match=r"multiple of 16. Got: save_every=8"):
         call(**arrays, chunk_size=8, save_every=8)
-    (q, *rest), _ = test_lact_op.SPECS["one_chunk"].arguments()
+    (q, *rest), _ = test_lact.SPECS["one_chunk"].arguments()
     with pytest.raises(ValueError, match=r"float32 or bfloat16. Got: float16"):
         lact(q.astype(jnp.float16), *rest, implementation="pallas_gpu")

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import dense_attention, draw, side_by_side
 
 from refine_jax.models import fork_attention as module
 from refine_jax.models.fork_attention import fork_attention
+from tests.models.test_attention import dense_attention, draw, side_by_side
 
 TOKENS, NEW = 300, 3
 # Before any token; at a document's start, within a window of it and of the row's end.

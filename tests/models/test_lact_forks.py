@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
-from test_lact import TOKENS, VARIANTS, draw, make
 
 from refine_jax.kernels import fork_reads
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layout import Layout
 from refine_jax.parallel import AXES
+from tests.models.test_lact import TOKENS, VARIANTS, draw, make
 
 
 def outputs(way, graph, params, x, forks, positions, segments):
