@@ -11,6 +11,7 @@ from flax import nnx
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.deltanet import DeltaNetMixer, DeltaState, GatedDeltaNetMixer
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import fork
 
 TOKENS = 150
 NEW = 66
@@ -133,7 +134,7 @@ def run(graph, params, x, layout, positions, new):
     """Forward, states of the forks, and their continuation in one piece and in three."""
     mixer = nnx.merge(graph, params)
     y, trace = mixer.forward(x, layout, None)
-    state = mixer.fork(trace, positions, layout, None, None)
+    state = fork(mixer, trace, positions, layout, None, None)
     whole, end = mixer.extend(new, state)
     pieces, other = [], state
     for piece in (new[:, :, :1], new[:, :, 1:-1], new[:, :, -1:]):
@@ -166,16 +167,18 @@ def test_equals_token_by_token(name):
                 want[t] = walk.token(x[row, t])
         real = SEGMENTS[row] != 0
         assert_close(y[row, real], want[real])
-        for fork, p in enumerate(POSITIONS):
+        for number, p in enumerate(POSITIONS):
             walk = walks[p].copy()
-            assert_close(state.memory[row, fork], walk.memory, f"memory at {p}")
+            assert_close(state.memory[row, number], walk.memory, f"memory at {p}")
             for side in range(3 if config.use_short_conv else 0):
-                assert_close(state.tails[side][row, fork], walk.tail("qkv"[side]), f"tails at {p}")
-            continued = np.stack([walk.token(token) for token in new[row, fork]])
-            assert_close(whole[row, fork], continued, f"continuation of {p}")
-            assert_close(pieces[row, fork], continued, f"continuation of {p} in pieces")
-            assert_close(end.memory[row, fork], walk.memory)
-            assert_close(end_of_pieces.memory[row, fork], walk.memory)
+                assert_close(
+                    state.tails[side][row, number], walk.tail("qkv"[side]), f"tails at {p}"
+                )
+            continued = np.stack([walk.token(token) for token in new[row, number]])
+            assert_close(whole[row, number], continued, f"continuation of {p}")
+            assert_close(pieces[row, number], continued, f"continuation of {p} in pieces")
+            assert_close(end.memory[row, number], walk.memory)
+            assert_close(end_of_pieces.memory[row, number], walk.memory)
 
 
 def test_fork_at_zero_is_the_initial_state():
@@ -183,7 +186,7 @@ def test_fork_at_zero_is_the_initial_state():
     mixer = nnx.merge(graph, params)
     x = jnp.asarray(inputs("released")[0][:, :5])
     _, trace = mixer.forward(x, None, None)
-    forked = mixer.fork(trace, jnp.zeros((2, 3), jnp.int32), None, None, 4)
+    forked = fork(mixer, trace, jnp.zeros((2, 3), jnp.int32), None, None, 4)
     initial = mixer.init_state((2, 3), x.dtype)
     assert isinstance(initial, DeltaState)
     jax.tree.map(np.testing.assert_array_equal, forked, initial)
@@ -208,7 +211,7 @@ def test_gradients_equal_those_of_prefixes_alone(name):
     def by_forks(params, x, new):
         mixer = nnx.merge(graph, params)
         y, trace = mixer.forward(x, layout, None)
-        state = mixer.fork(trace, positions, layout, None, 4)
+        state = fork(mixer, trace, positions, layout, None, 4)
         out, _ = mixer.extend(new[:, : len(forks)], state)
         return jnp.vdot(out[0], weights) + jnp.vdot(y[0], trunk_weights)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import fork
 
 TOKENS, ROLLOUT = 14, 9  # 3 chunks of 4 and a part; rollouts cross two or three boundaries
 BASE = {
@@ -203,7 +204,7 @@ def run_forks(config, graph, splits, horizon, params, x, positions, rollouts, se
     """Forward's y; the rollouts' [B, R, S, D], from forks extended by `splits`; the last state."""
     y, trace, layout, plan = run_forward(config, graph, params, x, segments)
     mixer = nnx.merge(graph, params)
-    state = mixer.fork(trace, positions, layout, plan, horizon)
+    state = fork(mixer, trace, positions, layout, plan, horizon)
     outputs, start = [], 0
     for size in splits:
         output, state = extend(mixer, rollouts[:, :, start : start + size], state)

@@ -14,6 +14,7 @@ from refine_jax.kernels import fork_reads
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import fork
 from refine_jax.parallel import AXES
 from tests.models.test_lact import TOKENS, VARIANTS, draw, make
 
@@ -32,7 +33,7 @@ def outputs(way, graph, params, x, forks, positions, segments):
     if way == "in place":
         layers = jax.tree.map(lambda leaf: jnp.stack([leaf + 1, leaf, leaf - 1]), trace)
         return y, mixer.extend_in_place(forks, layers, jnp.int32(1), positions, layout, plan)
-    state = mixer.fork(trace, positions, layout, plan, forks.shape[2])
+    state = fork(mixer, trace, positions, layout, plan, forks.shape[2])
     return y, mixer.extend(forks, state)[0]
 
 
