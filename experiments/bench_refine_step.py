@@ -21,6 +21,7 @@ from __future__ import annotations
 import statistics
 
 import jax
+import numpy as np
 from harness import parser, program_bytes, report, seconds, small_model, timings, tree_bytes
 from truncated_prefix import TruncatedPrefixStep
 
@@ -146,7 +147,7 @@ def main():
     turns = timings({name: step.run for name, step in steps.items()}, args.repeats)
     times = {name: statistics.median(values) for name, values in turns.items()}
     ratios = [b / a for a, b in zip(turns["ntp"], turns["refine"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, high = np.quantile(ratios, (0.25, 0.75), method="weibull").tolist()
 
     result = {
         "model": args.model,

@@ -1,11 +1,11 @@
 """Run a configuration: train a model, evaluate it, or say what the run would need of TPUs.
 
-Every setting is a flag, --config.SECTION.FIELD=VALUE; README.md lists them. Fields of a model that
-starts from random weights are --config.model.fresh.FIELD=VALUE. The same command continues a run.
-The last line on standard output is a JSON object with the figures of the run. Exit code 0: the run
-is complete, or SIGTERM or SIGINT stopped it after saving; 1: bad input or a failed run, with one
-message on standard error. With --compile_only 0: all programs fit; 2: one does not; 3: one does not
-compile.
+Every setting is a flag, --config.SECTION.FIELD=VALUE; docs/settings.md lists them. Fields of a
+model that starts from random weights are --config.model.fresh.FIELD=VALUE. The same command
+continues a run. The last line on standard output is a JSON object with the figures of the run. Exit
+code 0: the run is complete, or SIGTERM or SIGINT stopped it after saving; 1: bad input or a failed
+run, with one message on standard error. With --compile_only 0: all programs fit; 2: one does not;
+3: one does not compile.
 
 Examples:
 

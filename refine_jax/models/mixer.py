@@ -75,8 +75,9 @@ class Mixer(Protocol):
         """Run whole rows x [B, T, D].
 
         forks: [B, R] int32, slots before forks, where these are known before the pass, as in the
-          update. The trace then holds what these forks need alone, taken out where it is made, so
-          that its gradient is added where it belongs instead of as an array as large as the rows.
+          update. The trace may then hold what these forks need alone, taken out where it is made,
+          so that its gradient is added where it belongs instead of as an array as large as the
+          rows.
 
         Returns y [B, T, D], undefined at padding, and the trace. The model calls `extend_traced`
         with the same `forks`.
