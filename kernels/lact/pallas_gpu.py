@@ -38,14 +38,14 @@ _FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers
 
 
 def unsupported(q: jax.Array) -> str | None:
-    """Why these arguments of `lact` have no kernel here, or None."""
+    """Say why q [B, N, H, C, d] of `lact` has no kernel here, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"q must be float32 or bfloat16. Got: {q.dtype}."
     return None
 
 
 def lact_pallas_gpu(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py on GPUs; on a CPU the kernels are interpreted.
+    """Run `lact` of api.py, with its shapes: q [B, N, H, C, d]; interpreted on a CPU.
 
     Raises:
       ValueError: for what `unsupported` names.

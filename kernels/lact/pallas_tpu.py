@@ -196,7 +196,7 @@ def lact_pallas_tpu(
     carry: FastState | None = None,
     options: Options = PLAIN,
 ) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py; on a CPU in interpret mode, for tests."""
+    """Run `lact` of api.py, with its shapes: q [B, N, H, C, d]; interpreted on a CPU, for tests."""
     batch, chunks, heads, chunk, dim = q.shape
     hidden = weights.w1.shape[-1]
     mean = None

@@ -66,7 +66,7 @@ def _turn_matrix(head_dim: int) -> np.ndarray:
 
 
 def wide(parts: list[jax.Array]) -> list[jax.Array]:
-    """Parts in float32."""
+    """Widen parts [T, L] each to float32."""
     return [x.astype(jnp.float32) for x in parts]
 
 

@@ -16,7 +16,7 @@ from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 
 
 def rows(start: jax.Array | int, size: int = LANES) -> pl.Slice:
-    """`size` rows from `start`, a multiple of 128."""
+    """Slice `size` rows from `start`, a scalar and multiple of 128."""
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
@@ -101,7 +101,7 @@ class Plan:
         self.fold(count, lambda i, _: body(i), None)
 
     def pair_start(self, half: int, start: jax.Array | int) -> jax.Array | int:
-        """Where a row of W0 (half 0) or W2 (1) is in their stack: tiles of both take turns."""
+        """Find a row, a scalar, of W0 (half 0) or W2 (1) in the stack of their tiles in turn."""
         return (start // self.tile * 2 + half) * self.tile + start % self.tile
 
     def views(self, w02, w1) -> list[tuple[int, pl.Slice, jax.Ref]]:
@@ -127,7 +127,7 @@ class Plan:
         return scalars
 
     def chunk_index(self, step: jax.Array | int) -> jax.Array | int:
-        """The chunk at work in a step of the grid's chunk axis."""
+        """Return the chunk at work in a step (a scalar) of the grid's chunk axis."""
         return self.chunks - 1 - step if self.reverse else step
 
     def _clip(self, chunk, block):

@@ -57,7 +57,9 @@ def lact_sequence(
     options: Options,
     axis_name: str,
 ) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py over the S devices of the mesh axis `axis_name`; N a multiple of S.
+    """Run `lact` of api.py over the S devices of the mesh axis `axis_name`.
+
+    Arrays are those of a device: q [B, N, H, C / S, d] and so on, N a multiple of S.
 
     whole: `lact` on one device, for chunks that are whole after slots are exchanged for heads.
     """

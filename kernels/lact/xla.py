@@ -159,7 +159,10 @@ def by_heads(function: Callable, q: jax.Array, weights: Weights) -> Callable:
 
 
 def lact_xla(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py: what a chunk's backward pass needs is computed again from its weights."""
+    """Run `lact` of api.py, with its shapes: q [B, N, H, C, d] and so on.
+
+    What a chunk's backward pass needs is computed again from its weights.
+    """
     read_chunk = by_heads(apply_fast_weights, q, weights)
 
     def read(weights, q):

@@ -94,7 +94,7 @@ def to_tokens(slots: jax.Array, plan: ChunkPlan | None, num_tokens: int) -> jax.
 
 
 def tokens_in_chunk(seen: jax.Array, chunk: int) -> jax.Array:
-    """Tokens whose update is pending after `seen` of a document: 0 before any, else 1 ... C."""
+    """Count tokens whose update is pending after `seen` [...] of a document: from 1 to C, or 0."""
     return jnp.where(seen > 0, (seen - 1) % chunk + 1, 0)
 
 

@@ -111,7 +111,7 @@ of_crossing.defvjp(_forward, _backward)
 
 
 def crossing_forks(crosses: jax.Array):
-    """How many forks cross; and of a turn of the loop over them, the fork's (row, number)."""
+    """Count the forks [B, R] that cross; and return a function from a turn to a (row, number)."""
     order = jnp.argsort(jnp.logical_not(crosses).reshape(-1))
     return crosses.sum(), lambda turn: divmod(order[turn], crosses.shape[1])
 

@@ -84,7 +84,7 @@ class LaCTMixer(LaCTLayer):
         plan: ChunkPlan | None,
         horizon: int | None = None,
     ) -> tuple[Weights, jax.Array | None]:
-        """What is computed of decode states: sums and momentum_sum."""
+        """Compute the pending update of decode states: sums and momentum_sum [B, R, H, ...]."""
         del plan
         return self._pending(picked, *last_and_seen(positions, layout), horizon)
 
@@ -96,7 +96,7 @@ class LaCTMixer(LaCTLayer):
         positions: jax.Array,
         layout: Layout | None,
     ) -> LaCTState:
-        """Decode states of what was picked and what was computed."""
+        """Make decode states [B, R, ...] of what was picked and what was computed."""
         window = config.window_size
         last, seen = last_and_seen(positions, layout)
         sums, momentum_sum = resumed

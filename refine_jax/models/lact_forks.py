@@ -55,7 +55,7 @@ def fast_input(
 
 
 def fast_value(config: LaCTConfig, v: jax.Array) -> jax.Array:
-    """Values as the fast weights take them."""
+    """Make of values v [..., H, T, d] what the fast weights take, of the same shape."""
     return jax.nn.silu(v) if config.qkv_silu and not config.no_v_silu else v
 
 
@@ -67,7 +67,7 @@ def fork_place(
     num_tokens: int,
     num_new: int,
 ) -> ForkPlace:
-    """Where forks of `num_new` tokens stand; last, seen: of `last_and_seen`."""
+    """Find where forks [B, R] of `num_new` tokens stand; last, seen: of `last_and_seen`."""
     chunk = config.lact_chunk_size
     start, count = first_rows(last, min(chunk, num_tokens)), tokens_in_chunk(seen, chunk)
     return ForkPlace(
