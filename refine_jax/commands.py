@@ -19,7 +19,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from refine_jax.base.errors import ConfigError, allow_interrupts, complain, run_command
@@ -145,7 +145,7 @@ class Command:
     def parse(self, arguments: Sequence[str] | None = None) -> Options:
         """Read a command line, None: that of the process; for --help print the page and exit.
 
-        Notes on flags that are given twice are printed on standard error.
+        `notes` of the options say what the user should know, such as flags that are given twice.
 
         Raises:
           ConfigError: A flag is unknown, has no value or a wrong one; something is missing.
@@ -170,6 +170,7 @@ class Command:
             raise ConfigError(f"{name} is needed: {meaning}.")
         options = Options(**dict(zip(map(str.lower, self._words), words, strict=True)))
         options.given = given.keys()
+        options.notes = []
         for name, flag in self.flags.items():
             value = flag.default
             if name in given:
@@ -187,7 +188,7 @@ class Command:
             for before, after in itertools.pairwise(texts):
                 if before != after:
                     twice = f"{short(before)} and {short(after)}"
-                    note(f"--{name} is given twice, {twice}: the last one counts.")
+                    options.notes.append(f"--{name} is given twice, {twice}: the last one counts.")
         return options
 
     def _value(self, flag: Flag, given: Mapping[str, list[str | bool]]) -> Any:
@@ -260,6 +261,8 @@ class Command:
                 options = self.parse(arguments)
             except ConfigError as error:
                 raise SystemExit(complain(error)) from None
+            if not self._settings:  # else the configuration has notes as well
+                say(options.notes)
             if imports is not None:
                 for name in imports:
                     importlib.import_module(name)
@@ -274,9 +277,10 @@ FACES = ("refine-jax ", "python -m refine_jax ")
 """How the name of a program begins that `refine_jax.__main__` has found the command for."""
 
 
-def note(text: str) -> None:
+def say(notes: Iterable[str]) -> None:
     """Print what the user should know on standard error."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    for text in notes:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def step_argument(text: str) -> int | str:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from refine_jax.base.errors import USER_ERRORS, ConfigError, RunError, allow_interrupts, complain
 from refine_jax.base.files import check_writable, local_path
-from refine_jax.commands import Command, Options, note
+from refine_jax.commands import Command, Options, say
 
 if TYPE_CHECKING:
     from refine_jax.config import Config
@@ -182,11 +182,11 @@ def run(options: Options) -> int:
     if options.config is not None:
         values = config_files.load_config(options.config)
         config_files.override(values, options.settings)
-        for line in presets.notes(values.refine):
-            note(line)
+        options.notes.extend(presets.notes(values.refine))
     elif options.settings:
         name = next(iter(options.settings))
         raise ConfigError(f"--{name} changes a configuration: name its --config=FILE.")
+    say(options.notes)
     # absl's default shows what libraries log for each other, hundreds of lines a checkpoint.
     logging.set_verbosity(logging.WARNING)
     workdir, debug = options.workdir, options.debug
