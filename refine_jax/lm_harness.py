@@ -315,7 +315,7 @@ def run(options: Options) -> int | None:
 
     logging.set_verbosity(logging.WARNING)
     given = vars(options)
-    del given["settings"], given["given"]
+    del given["settings"], given["given"], given["notes"]
     expand_flags(given, "checkpoint", "tokenizer", "include_path", "output")
     output = given.pop("output")
     if output is not None:
