@@ -5,14 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from refine_jax.config import DataConfig
 from refine_jax.data.pipeline import Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import ByteTokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore
-
-INPUTS = Path(__file__).resolve().parent.parent.parent / "shared" / "inputs"
 
 
 def data_config(**fields) -> DataConfig:
@@ -106,11 +103,3 @@ def tokens_of(batches) -> list[list[int]]:
         for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
         if segments.any()
     ]
-
-
-def input_file(name: str) -> Path:
-    """One of the small inputs that people really have; skips where they are absent."""
-    path = INPUTS / name
-    if not path.exists():
-        pytest.skip(f"not found: {path}")
-    return path

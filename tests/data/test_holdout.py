@@ -11,12 +11,12 @@ from corpora import (
     corpus_of,
     data_config,
     expected_pieces,
-    input_file,
     make_dataset,
     numbered,
     tokens_of,
     write_documents,
 )
+from goldens import require_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,13 +85,13 @@ def test_two_documents_are_split_as_documents() -> None:
 @pytest.mark.parametrize("kind", ["one text", "twins"])
 def test_few_documents_train(tmp_path: Path, kind: str) -> None:
     if kind == "one text":
-        source = input_file("tinyshakespeare.txt")
+        source = require_input("tinyshakespeare.txt")
         text, documents = source, 1
     else:
         source = tmp_path / "twins"
         source.mkdir()
         for name in ("twins_a.txt", "twins_b.txt"):
-            (source / name).write_bytes(input_file(name).read_bytes())
+            (source / name).write_bytes(require_input(name).read_bytes())
         text, documents = source / "twins_a.txt", 2
     tokens = [256, *text.read_bytes()]
     options = data_config(

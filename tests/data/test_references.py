@@ -4,7 +4,6 @@ import datetime
 import decimal
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from corpora import data_config
+from goldens import require_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from refine_jax.data.references import json_value, read_prompt, read_references
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tasks.files import write_examples
 
-INPUTS = Path(os.environ.get("REFINE_INPUTS") or Path(__file__).parents[3] / "shared" / "inputs")
 BYTES = load_tokenizer("bytes")
 
 ANSWERS = [
@@ -120,12 +119,6 @@ def test_prompts_are_text():
 # ---- Files of examples ----
 
 
-def shared_input(name: str) -> str:
-    if not (INPUTS / name).exists():
-        pytest.skip(f"inputs not found: {INPUTS / name} (set REFINE_INPUTS)")
-    return str(INPUTS / name)
-
-
 def read(path, name="hotpotqa", **options):
     notes = []
     options = {"tokenizer": BYTES, "report": notes.append, **options}
@@ -151,7 +144,7 @@ def rows_file(folder: Path, rows: list) -> Path:
     ],
 )
 def test_evaluation_files_as_people_have_them(name, count, answers):
-    examples, notes = read(shared_input(f"{name}.jsonl"))
+    examples, notes = read(str(require_input(f"{name}.jsonl")))
     assert [example.answers for example in examples] == [answers] * count and not notes
     metadata = {"eval_metadata_dict": {"source": "x"}}
     metadata |= {"eval_metadata_text": {"metadata": "from wikipedia"}}
@@ -300,12 +293,12 @@ def prompts_of(source: str, **options):
 
 
 def test_prompt_files_as_people_have_them(tmp_path):
-    numbers = prompts_of(shared_input("prompts_int_answer.jsonl"))
+    numbers = prompts_of(str(require_input("prompts_int_answer.jsonl")))
     assert numbers.answers == [(str(n),) for n in range(2, 10)]
-    squad = prompts_of(shared_input("prompts_squad_answer.jsonl"))
+    squad = prompts_of(str(require_input("prompts_squad_answer.jsonl")))
     assert squad.answers == [("a",)] * 8
     with pytest.raises(DataError, match=r"'prompt' in .*line 1 must be a string.*Chat templates"):
-        prompts_of(shared_input("prompts_messages.jsonl"))
+        prompts_of(str(require_input("prompts_messages.jsonl")))
     rows = [{"prompt": f"p {n}", "answer": answer} for n, answer in enumerate(([None, 1], "", "b"))]
     corpus = prompts_of(str(rows_file(tmp_path, rows)))
     assert corpus.answers == [("1",), ("b",)]

@@ -1,11 +1,11 @@
 """Whole evaluations of files as people have them: every row is answered, and nothing is lost."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+from goldens import require_input
 from tiny_runs import tiny_run
 
 from refine_jax.data import load_tokenizer
@@ -15,7 +15,6 @@ from refine_jax.main import execute
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
-INPUTS = Path(os.environ.get("REFINE_INPUTS") or Path(__file__).parents[3] / "shared" / "inputs")
 FOXES = [
     {"task": "hotpotqa", "prompt": f"Question {i}: who?", "answers": ["fox"]} for i in range(3)
 ]
@@ -65,9 +64,7 @@ def refused(config, workdir: Path, capsys) -> str:
     ],
 )
 def test_each_row_is_answered_and_scored(name, answers, tmp_path, capsys):
-    source = INPUTS / f"{name}.jsonl"
-    if not source.exists():
-        pytest.skip(f"inputs not found: {source} (set REFINE_INPUTS)")
+    source = require_input(f"{name}.jsonl")
     results, _ = run(settings(source), tmp_path / "run", capsys)
     found = records(tmp_path / "run")
     assert [record["answers"] for record in found] == answers

@@ -14,14 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(os.environ.get("REFINE_GOLDEN") or ROOT.parent / "shared" / "golden")
+INPUTS = Path(os.environ.get("REFINE_INPUTS") or ROOT.parent / "shared" / "inputs")
+
+
+def _require(path: Path, what: str, variable: str) -> Path:
+    if not path.exists():
+        pytest.skip(f"{what} not found: {path} (set {variable})")
+    return path
 
 
 def require(*parts: str) -> Path:
     """Path of a file or folder of the golden data; skips the calling test where it is absent."""
-    path = GOLDEN.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"golden data not found: {path} (set REFINE_GOLDEN)")
-    return path
+    return _require(GOLDEN.joinpath(*parts), "golden data", "REFINE_GOLDEN")
 
 
 def load_arrays(*parts: str) -> dict[str, np.ndarray]:
@@ -60,12 +64,6 @@ def subtree(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
     }
 
 
-INPUTS = Path(os.environ.get("REFINE_INPUTS") or ROOT.parent / "shared" / "inputs")
-
-
 def require_input(*parts: str) -> Path:
     """Path of one of the inputs as people have them; skips the calling test where it is absent."""
-    path = INPUTS.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"input not found: {path} (set REFINE_INPUTS)")
-    return path
+    return _require(INPUTS.joinpath(*parts), "input", "REFINE_INPUTS")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from corpora import input_file
+from goldens import require_input
 from tiny_runs import tiny_run
 
 from refine_jax.base.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def evaluations(workdir) -> list[int]:
 
 
 def test_one_document_is_trained_on_and_evaluated(tmp_path, capsys):
-    figures = midtrain.run(documents_run(input_file("twins_a.txt"), holdout=0.1), tmp_path)
+    figures = midtrain.run(documents_run(require_input("twins_a.txt"), holdout=0.1), tmp_path)
     assert figures["validation_loss_after"] is not None
     assert evaluations(tmp_path) == [0, 1, 2]
     assert "the last rows of the one document are held out" in capsys.readouterr().out
