@@ -314,8 +314,7 @@ def run(options: Options) -> int | None:
     from refine_jax.compiling import announced
 
     logging.set_verbosity(logging.WARNING)
-    given = vars(options)
-    del given["settings"], given["given"], given["notes"]
+    given = {name: getattr(options, name) for name in command().flags}
     expand_flags(given, "checkpoint", "tokenizer", "include_path", "output")
     output = given.pop("output")
     if output is not None:
