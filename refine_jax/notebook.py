@@ -23,7 +23,7 @@ from refine_jax.base.files import local_path
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import TextStream
 from refine_jax.report.metrics import METRICS_FILE, read_metrics
-from refine_jax.report.plots import plot_training
+from refine_jax.report.plots import TRAINING_PLOT, plot_training
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[No
     shown = display(HTML("<i>The curves follow after the first step.</i>"), display_id=True)
     ended = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
-        plot = Path(folder) / "training.png"
+        plot = Path(folder) / TRAINING_PLOT
 
         def draw(drawn: int) -> int:
             """Draw the records if there are more than `drawn`; returns how many there are."""

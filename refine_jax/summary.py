@@ -34,7 +34,7 @@ def summarize_run(workdir: Path) -> dict:
     from refine_jax.phases import evaluate
     from refine_jax.phases.setup import CHECKPOINTS
     from refine_jax.report import metrics
-    from refine_jax.report.plots import plot_training
+    from refine_jax.report.plots import write_report
 
     predictions = workdir / runner.PREDICTIONS
     if predictions.exists():
@@ -48,8 +48,7 @@ def summarize_run(workdir: Path) -> dict:
     if (workdir / CHECKPOINTS / RUN).exists():
         clip_norm = read_config(workdir / CHECKPOINTS).get("optimizer", {}).get("clip_norm")
     figures = metrics.summarize(history)
-    plot_training(workdir / "training.png", history, clip_norm=clip_norm)
-    metrics.write_results(workdir, figures)
+    write_report(workdir, history, figures, clip_norm=clip_norm)
     print(f"{metrics.table(figures)}\n\nPlots and figures: {workdir}")
     return figures
 

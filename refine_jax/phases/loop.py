@@ -43,9 +43,9 @@ from refine_jax.phases.setup import (
 )
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
-from refine_jax.report.metrics import summarize, table, write_results
+from refine_jax.report.metrics import summarize, table
 from refine_jax.report.monitor import Monitor
-from refine_jax.report.plots import plot_training
+from refine_jax.report.plots import write_report
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -354,10 +354,8 @@ class Loop(abc.ABC):
         if self.parts.held_out:
             self.show_examples(state)
         if distributed.is_writer():
-            plot_training(
-                self.workdir / "training.png", history, clip_norm=self.config.optimizer.clip_norm
-            )
-            write_results(self.workdir, results)
+            clip_norm = self.config.optimizer.clip_norm
+            write_report(self.workdir, history, results, clip_norm=clip_norm)
         distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
 

@@ -10,9 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.base.files import replacing
-from refine_jax.report.metrics import is_refine
+from refine_jax.report.metrics import is_refine, write_results
 
 BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
+
+
+TRAINING_PLOT = "training.png"
+
+
+def write_report(
+    workdir: Path, history: Sequence[Mapping], results: Mapping, *, clip_norm: float | None
+) -> None:
+    """Save the training curves and the figures of a run, training.png and results.json.
+
+    results: As `refine_jax.report.metrics.summarize` makes them of the history. history, clip_norm:
+    as of `plot_training`.
+    """
+    plot_training(workdir / TRAINING_PLOT, history, clip_norm=clip_norm)
+    write_results(workdir, results)
 
 
 def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | None) -> None:
