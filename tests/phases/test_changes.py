@@ -13,9 +13,10 @@ from refine_jax.checkpoint.manager import load_model
 from refine_jax.config import SECTIONS, Config
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute
-from refine_jax.phases import loop, midtrain, posttrain
+from refine_jax.phases import midtrain, posttrain
 from refine_jax.phases.changes import _matches, allowed_names, check_same_run
 from refine_jax.refine.optimizer import make_schedule
+from refine_jax.report import plots
 from refine_jax.report.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -28,7 +29,7 @@ def training_alone():
     """Runs are compared by what they train: evaluations would take most of the time."""
     figures = {"eval/loss": 1.0, "eval/accuracy": 0.0, "eval/entropy": 1.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_training", lambda *_, **__: None)
+        patch.setattr(plots, "plot_training", lambda *_, **__: None)
         for phase_loop in (midtrain.MidtrainLoop, posttrain.PosttrainLoop):
             patch.setattr(phase_loop, "evaluate", lambda *_: dict(figures))
             patch.setattr(phase_loop, "show_examples", lambda *_: None)
