@@ -57,8 +57,8 @@ from refine_jax.checkpoint.weights import (
     weight_files,
 )
 from refine_jax.models.config import (
+    Architecture,
     GatedDeltaNetConfig,
-    ModelConfig,
     model_config,
     unused_fields,
 )
@@ -67,7 +67,7 @@ _HEAD, _EMBEDDINGS = "lm_head.weight", "model.embeddings.weight"
 
 # Tensors of published files that change nothing: {pattern: (why, whose)}.
 _UNUSED = {
-    r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", ModelConfig),
+    r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", Architecture),
     r"model\.layers\.\d+\.attn\.D": (
         "older versions of the published code store it and do not read it",
         GatedDeltaNetConfig,
@@ -184,7 +184,7 @@ def _read_config(folder: Path) -> str:
 
 
 def _describe(
-    weights: WeightFiles, folder: Path, config: ModelConfig
+    weights: WeightFiles, folder: Path, config: Architecture
 ) -> tuple[dict[str, _Stored], list[str], list[str]]:
     """The tensors by published name, lines on those that are left out, and lines on faults."""
     entries: list[_Stored] = []
@@ -216,7 +216,7 @@ def _describe(
     return stored, [_printable(line) for line in lines], wrong
 
 
-def _why_unused(name: str, config: ModelConfig) -> str | None:
+def _why_unused(name: str, config: Architecture) -> str | None:
     for pattern, (why, family) in _UNUSED.items():
         if isinstance(config, family) and re.fullmatch(pattern, name):
             return why

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from refine_jax.models.config import ModelConfig, model_config
+from refine_jax.models.config import Architecture, model_config
 from refine_jax.models.transformer import Model
 
 PyTree = Any
@@ -146,5 +146,5 @@ def abstract_params(fields: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct
 
 
 @functools.cache
-def _traced(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def _traced(config: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten(Model(config).abstract_params())

@@ -24,7 +24,7 @@ from refine_jax.generation.engine import (
 )
 from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
-from refine_jax.models.config import ModelConfig
+from refine_jax.models.config import Architecture
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 
 BLOCK = 16  # tokens generated between two looks at the stop strings
@@ -60,7 +60,7 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def programs_of(
-    config: ModelConfig, policy: ComputePolicy, end: int | tuple[int, ...]
+    config: Architecture, policy: ComputePolicy, end: int | tuple[int, ...]
 ) -> _Programs:
     """The compiled functions of a model whose texts end with the token, or tokens, `end`."""
     model = Model(config, policy)

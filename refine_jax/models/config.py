@@ -39,7 +39,7 @@ TokenIds = TokenId | tuple[TokenId, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class Architecture:
     """What the three model families share.
 
     `intermediate_size=None` means `256 * ceil(floor(hidden_size * hidden_ratio * 2/3) / 256)`.
@@ -96,7 +96,7 @@ class ModelConfig:
         return names | dataclasses.asdict(self)
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, fields: Mapping[str, Any]) -> Architecture:
         """The configuration that the fields of a `config.json` describe; see `model_config`."""
         for name, (neutral, what) in cls.unsupported.items():
             value = fields.get(name)
@@ -119,7 +119,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LaCTConfig(ModelConfig):
+class LaCTConfig(Architecture):
     """LaCT: window attention plus chunk-wise SwiGLU fast weights (golden README, section 5)."""
 
     model_type: ClassVar[str] = "lact_swiglu"
@@ -167,7 +167,7 @@ class LaCTConfig(ModelConfig):
             )
 
     @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, fields: Mapping[str, Any]) -> Architecture:
         """See `model_config`. Positions may stand under rope_theta, or where Transformers 5 does.
 
         The published code takes `window_size: null` for attention to all earlier tokens, which is
@@ -200,11 +200,11 @@ class LaCTConfig(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class _DeltaFamilyConfig(ModelConfig):
+class _DeltaFamilyConfig(Architecture):
     """Fields that DeltaNet and Gated DeltaNet share."""
 
     # Most are of older versions of the published code, which today's ignores.
-    unsupported: ClassVar[Mapping[str, tuple[Any, str]]] = ModelConfig.unsupported | {
+    unsupported: ClassVar[Mapping[str, tuple[Any, str]]] = Architecture.unsupported | {
         "attn": (None, "hybrid attention layers"),
         "attnres_block_size": (None, "attention residuals"),
         "conv_bias": (False, "biases of the short convolutions"),
@@ -312,7 +312,7 @@ class GatedDeltaNetConfig(_DeltaFamilyConfig):
 _FAMILIES = {c.model_type: c for c in (LaCTConfig, DeltaNetConfig, GatedDeltaNetConfig)}
 
 
-def model_config(fields: Mapping[str, Any]) -> ModelConfig:
+def model_config(fields: Mapping[str, Any]) -> Architecture:
     """The configuration that a `config.json` (as a dict) describes.
 
     null is a family's default, where the published code gives it no meaning of its own. Fields that
@@ -343,7 +343,7 @@ def unused_fields(fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def family_of(model_type: Any) -> type[ModelConfig]:
+def family_of(model_type: Any) -> type[Architecture]:
     """The family of that name, whose fields are those of its `config.json`.
 
     Raises:
@@ -402,7 +402,7 @@ def _refusal(model_type: str, name: str, allowed: str, value: Any) -> ModelConfi
 
 
 @functools.cache
-def _kinds(family: type[ModelConfig]) -> dict[str, Any]:
+def _kinds(family: type[Architecture]) -> dict[str, Any]:
     """What each field of a family may be: its annotation."""
     hints = typing.get_type_hints(family, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(family)}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from refine_jax.models.config import ModelConfig
+from refine_jax.models.config import Architecture
 from refine_jax.models.layout import Layout
 
 
@@ -36,7 +36,7 @@ class Mixer(Protocol):
     scan, which would otherwise copy the trace or the states of each layer.
     """
 
-    config: ModelConfig
+    config: Architecture
 
     WRITES_MUCH: bool
     """Whether writing a state takes longer than reading a few tokens once more.
@@ -58,7 +58,7 @@ class Mixer(Protocol):
     """
 
     def __init__(
-        self, config: ModelConfig, *, implementation: str | None = None, rngs: nnx.Rngs
+        self, config: Architecture, *, implementation: str | None = None, rngs: nnx.Rngs
     ) -> None:
         """Make parameters named and laid out as in the published PyTorch checkpoints.
 
@@ -66,7 +66,7 @@ class Mixer(Protocol):
         """
 
     @staticmethod
-    def plan(config: ModelConfig, layout: Layout | None, shape: tuple[int, int]) -> Any:
+    def plan(config: Architecture, layout: Layout | None, shape: tuple[int, int]) -> Any:
         """Plan rows of `shape` (B, T): computed once, not in each layer."""
 
     def forward(
@@ -88,7 +88,7 @@ class Mixer(Protocol):
 
     @staticmethod
     def pick(
-        config: ModelConfig, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
+        config: Architecture, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
     ) -> Any:
         """Cut out of a trace what forks after the first `positions` [B, R] slots need."""
 
@@ -108,7 +108,7 @@ class Mixer(Protocol):
 
     @staticmethod
     def finish(
-        config: ModelConfig,
+        config: Architecture,
         picked: Any,
         resumed: Any,
         positions: jax.Array,
@@ -147,7 +147,7 @@ class Mixer(Protocol):
         """
 
     @staticmethod
-    def reads_traces(config: ModelConfig, num_new: int) -> bool:
+    def reads_traces(config: Architecture, num_new: int) -> bool:
         """Say whether `extend_in_place` takes so many tokens, and less memory than states."""
 
     def extend_in_place(

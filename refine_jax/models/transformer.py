@@ -25,10 +25,10 @@ from refine_jax.kernels import sequence
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.tpu import computed_once
 from refine_jax.models.config import (
+    Architecture,
     DeltaNetConfig,
     GatedDeltaNetConfig,
     LaCTConfig,
-    ModelConfig,
 )
 from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
 from refine_jax.models.lact import LaCTMixer
@@ -40,7 +40,7 @@ from refine_jax.parallel import axis_size, constrain, gather_parameters
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
-_MIXERS: dict[type[ModelConfig], type[Mixer]] = {
+_MIXERS: dict[type[Architecture], type[Mixer]] = {
     LaCTConfig: LaCTMixer,
     DeltaNetConfig: DeltaNetMixer,
     GatedDeltaNetConfig: GatedDeltaNetMixer,
@@ -131,7 +131,7 @@ class Rows:
 class Block(nnx.Module):
     """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: ModelConfig, implementation: str | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: Architecture, implementation: str | None, *, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = _MIXERS[type(config)](config, implementation=implementation, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -157,7 +157,7 @@ def _exact_float32(method):
 class Model:
     """A fast-weight language model: static configuration, and pure functions of its parameters."""
 
-    def __init__(self, config: ModelConfig, policy: ComputePolicy | None = None):
+    def __init__(self, config: Architecture, policy: ComputePolicy | None = None):
         self.config = config
         self.policy = policy or ComputePolicy()
         self._mixer = _MIXERS[type(config)]

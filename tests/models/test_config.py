@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refine_jax.base.errors import ModelConfigError
 from refine_jax.base.files import parse_object
 from refine_jax.checkpoint.tree import abstract_params
-from refine_jax.config import ModelConfig as ModelSettings
+from refine_jax.config import Architecture as ModelSettings
 from refine_jax.models.config import LaCTConfig, model_config, unused_fields
 from refine_jax.phases.setup import load_start
 

@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Iterator
 
-from refine_jax.models.config import LaCTConfig, ModelConfig
+from refine_jax.models.config import Architecture, LaCTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _turns(condition) -> int:
     return max(min(limits, default=1), 1)
 
 
-def matrix_parameters(config: ModelConfig) -> int:
+def matrix_parameters(config: Architecture) -> int:
     """Parameters of a layer's matrices that every token is multiplied with."""
     width, hidden = config.hidden_size, config.mlp_size
     mlp = 3 * width * hidden
@@ -187,7 +187,7 @@ def matrix_parameters(config: ModelConfig) -> int:
     return width * (2 * keys + values) + values * width + gate + decay + beta + mlp
 
 
-def mixer_flops(config: ModelConfig, length: int) -> float:
+def mixer_flops(config: Architecture, length: int) -> float:
     """Operations a token of a layer's mixer, projections aside, in a forward pass over `length`.
 
     Attention: the scores and sums over the window. LaCT: the fast weights applied, and the three
@@ -206,7 +206,7 @@ def mixer_flops(config: ModelConfig, length: int) -> float:
     return attention + 2.0 * heads * d * hidden * (3 + 6 * updated)
 
 
-def forward_flops(config: ModelConfig, length: int) -> float:
+def forward_flops(config: Architecture, length: int) -> float:
     """Operations a token of a forward pass over `length` tokens, the head's logits among them."""
     layer = 2.0 * matrix_parameters(config) + mixer_flops(config, length)
     return config.num_hidden_layers * layer + 2.0 * config.vocab_size * config.hidden_size
