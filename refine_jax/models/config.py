@@ -1,125 +1,41 @@
-"""Model configurations, with the field names of the published `config.json` files.
-
-What a field may be stands in its annotation. Every configuration is checked against the annotations
-when it is made, whether a `config.json`, the settings of a run or a program names the values.
-"""
+"""Model configurations, with the field names of the published `config.json` files."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import types
-import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from collections.abc import Mapping, Set
+from typing import Annotated, Any, ClassVar, Literal
 
 from refine_jax.base.errors import ModelConfigError
 from refine_jax.base.files import short
-
-_CHUNK = 64  # tokens
-_WIDEST = 2**20
-"""The most rows or columns of a weight that is no embedding. No size can then overflow."""
-_MOST_IDS = 1024
-
-
-class Range(NamedTuple):
-    """The numbers that a field may hold, both ends included."""
-
-    low: float
-    high: float
-
-
-Width = Annotated[int, Range(1, _WIDEST)]
-Tokens = Annotated[int, Range(1, 2**24)]
-Ratio = Annotated[float, Range(1e-3, 1e3)]
-TokenId = Annotated[int, Range(-1, 2**31 - 1)]
-TokenIds = TokenId | tuple[TokenId, ...] | None
-"""One token, several of which each does, or none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """What the three model families share.
-
-    `intermediate_size=None` means `256 * ceil(floor(hidden_size * hidden_ratio * 2/3) / 256)`.
-    Raises ModelConfigError, which names the field, for a value of another type or out of range.
-    """
-
-    model_type: ClassVar[str]
-    architecture: ClassVar[str]
-    unsupported: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "quantization_config": (None, "quantized weights"),
-        "compression_config": (None, "compressed weights"),
-    }
-    """Fields that ask for another function: the one value that does not, and what they ask for."""
-
-    vocab_size: Annotated[int, Range(1, 2**24)] = 32000
-    hidden_size: Width = 2048
-    num_hidden_layers: Annotated[int, Range(1, 2**10)] = 24
-    hidden_ratio: Ratio = 4
-    intermediate_size: Width | None = None
-    hidden_act: Literal["swish", "silu"] = "swish"
-    norm_eps: Annotated[float, Range(1e-30, 1)] = 1e-6
-    tie_word_embeddings: bool = False
-    initializer_range: Annotated[float, Range(0, 1e3)] = 0.02
-    bos_token_id: TokenIds = 1
-    eos_token_id: TokenIds = 2
-
-    def __post_init__(self):
-        for name, kind in _kinds(type(self)).items():
-            value = getattr(self, name)
-            self._require(_fits(value, kind), name, _in_words(kind))
-            if isinstance(value, list):  # configurations are hashed
-                object.__setattr__(self, name, tuple(value))
-        self._require_width("hidden_ratio", self.mlp_size, "the MLP")
-
-    def _require(self, ok: bool, name: str, allowed: str) -> None:
-        if not ok:
-            raise _refusal(self.model_type, name, allowed, getattr(self, name))
-
-    def _require_width(self, name: str, width: int, what: str) -> None:
-        """Refuse a field that makes a layer too wide, or empty."""
-        allowed = f"such that {what} has a width from 1 to {_WIDEST}, not {width}"
-        self._require(1 <= width <= _WIDEST, name, allowed)
-
-    @property
-    def mlp_size(self) -> int:
-        """Width of the MLP's hidden layer."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return 256 * math.ceil(int(self.hidden_size * self.hidden_ratio * 2 / 3) / 256)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Fields for a `config.json` that the published PyTorch code reads."""
-        names = {"model_type": self.model_type, "architectures": [self.architecture]}
-        return names | dataclasses.asdict(self)
-
-    @classmethod
-    def from_hf(cls, fields: Mapping[str, Any]) -> Architecture:
-        """The configuration that the fields of a `config.json` describe; see `model_config`."""
-        for name, (neutral, what) in cls.unsupported.items():
-            value = fields.get(name)
-            if value is not None and value is not neutral:
-                allowed = "null" if neutral is None else str(neutral).lower()
-                allowed += f": {what} are not supported"
-                raise _refusal(cls.model_type, name, allowed, value)
-        older = fields.get("rms_norm_eps")
-        if fields.get("norm_eps") is None and older not in (None, cls.norm_eps):
-            allowed = f"called norm_eps, which the published code reads, or be {cls.norm_eps}"
-            raise _refusal(cls.model_type, "rms_norm_eps", allowed, older)
-        kinds = _kinds(cls)
-        return cls(
-            **{
-                name: value
-                for name, value in fields.items()
-                if name in kinds and (value is not None or _fits(None, kinds[name]))
-            }
-        )
+from refine_jax.models.architecture import (
+    WIDEST,
+    Architecture,
+    FlaArchitecture,
+    Range,
+    Ratio,
+    Tokens,
+    Width,
+    kinds_of,
+    refusal,
+)
+from refine_jax.models.hybrid_config import (
+    LINEAR,
+    AttentionConfig,
+    AttentionSpec,
+    OlmoHybridConfig,
+    QwenConfig,
+    QwenTextConfig,
+    read_attention_specs,
+    refuse_experts,
+    saved_every,
+    spec_kinds,
+    spec_of_kind,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class LaCTConfig(Architecture):
+class LaCTConfig(FlaArchitecture):
     """LaCT: window attention plus chunk-wise SwiGLU fast weights (golden README, section 5)."""
 
     model_type: ClassVar[str] = "lact_swiglu"
@@ -144,7 +60,7 @@ class LaCTConfig(Architecture):
     ttt_loss_type: Literal["dot_product"] = "dot_product"
     ttt_prenorm: bool = False
     ttt_nope: bool = False
-    w0_w2_low_rank: Annotated[int, Range(-1, _WIDEST)] = -1
+    w0_w2_low_rank: Annotated[int, Range(-1, WIDEST)] = -1
     fw_init_gain: Annotated[float, Range(0, 1e3)] = 0.5
     rope_theta: Annotated[float, Range(1, 1e30)] = 10000.0
     use_fused_kernel: bool = False
@@ -175,7 +91,7 @@ class LaCTConfig(Architecture):
         """
         if "window_size" in fields and fields["window_size"] is None:
             allowed = "a number: attention to all earlier tokens is not supported"
-            raise _refusal(cls.model_type, "window_size", allowed, None)
+            raise refusal(cls.model_type, "window_size", allowed, None)
         return super().from_hf(_with_rope_theta(cls.model_type, fields))
 
     @property
@@ -200,12 +116,14 @@ class LaCTConfig(Architecture):
 
 
 @dataclasses.dataclass(frozen=True)
-class _DeltaFamilyConfig(Architecture):
-    """Fields that DeltaNet and Gated DeltaNet share."""
+class _DeltaFamilyConfig(FlaArchitecture):
+    """Fields that DeltaNet and Gated DeltaNet share.
+
+    attn: Attention layers that stand in the place of some of the delta rule; None: there are none.
+    """
 
     # Most are of older versions of the published code, which today's ignores.
     unsupported: ClassVar[Mapping[str, tuple[Any, str]]] = Architecture.unsupported | {
-        "attn": (None, "hybrid attention layers"),
         "attnres_block_size": (None, "attention residuals"),
         "conv_bias": (False, "biases of the short convolutions"),
         "share_conv_kernel": (False, "convolutions that q, k and v share"),
@@ -219,15 +137,38 @@ class _DeltaFamilyConfig(Architecture):
     use_short_conv: bool = True
     conv_size: Annotated[int, Range(1, 1024)] = 4
     allow_neg_eigval: bool = False
+    attn: tuple[AttentionSpec, ...] | None = None
+
+    def __post_init__(self):
+        sizes = self.hidden_size, self.num_hidden_layers
+        specs = read_attention_specs(self.model_type, self.attn, *sizes)
+        object.__setattr__(self, "attn", specs)
+        super().__post_init__()
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...] | None:
+        """The kind of each layer; None without attention layers."""
+        return None if self.attn is None else spec_kinds(self.attn, self.num_hidden_layers)
+
+    def layer_config(self, kind: str | None) -> FlaArchitecture | AttentionConfig:
+        """See `Architecture`."""
+        if kind in (None, LINEAR):
+            return self
+        return spec_of_kind(self.attn, kind).config(self.hidden_size)
 
     @property
     def token_multiple(self) -> int:
         """N: a forward pass keeps the state before every N-th token.
 
-        Saved states then take no more memory than float32 values would. Devices that share the
-        tokens of a row each hold a multiple of so many.
+        Devices that share the tokens of a row each hold a multiple of so many.
         """
-        return _CHUNK * -(-self.key_dim // _CHUNK)
+        return saved_every(self.key_dim)
+
+    def to_hf(self) -> dict[str, Any]:
+        """See `Architecture`; without attention layers there is no `attn`."""
+        fields = super().to_hf()
+        specs = [{**spec, "layers": list(spec["layers"])} for spec in fields.pop("attn") or ()]
+        return fields | ({"attn": specs[0] if len(specs) == 1 else specs} if specs else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +250,17 @@ class GatedDeltaNetConfig(_DeltaFamilyConfig):
         return self.num_heads if self.num_v_heads is None else self.num_v_heads
 
 
-_FAMILIES = {c.model_type: c for c in (LaCTConfig, DeltaNetConfig, GatedDeltaNetConfig)}
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        LaCTConfig,
+        DeltaNetConfig,
+        GatedDeltaNetConfig,
+        QwenTextConfig,
+        QwenConfig,
+        OlmoHybridConfig,
+    )
+}
 
 
 def model_config(fields: Mapping[str, Any]) -> Architecture:
@@ -330,16 +281,25 @@ def unused_fields(fields: Mapping[str, Any]) -> list[str]:
     Those that are known to change no function, such as `use_cache`, are not among them.
     """
     family = family_of(fields.get("model_type"))
-    read = _kinds(family).keys() | family.unsupported.keys()
+    read = kinds_of(family).keys() | family.unsupported.keys()
     if "rope_theta" in read:
         read |= {*_POSITION_TABLES, *_POSITIONS}
+    inner = fields.get("text_config") if issubclass(family, QwenConfig) else None
+    if inner is not None:
+        named = unused_fields({**inner, "model_type": QwenTextConfig.model_type})
+        read = {"text_config", "vision_config"} | _OF_IMAGES | read
+        return [f"text_config.{name}" for name in named] + _unread(fields, read)
+    return _unread(fields, read)
+
+
+def _unread(fields: Mapping[str, Any], read: Set[str]) -> list[str]:
     return [
         name
         for name, value in fields.items()
         if value is not None
         and name not in read
         and name not in _HARMLESS
-        and not name.startswith("fuse_")
+        and not name.startswith(("fuse_", "mtp_"))
     ]
 
 
@@ -349,6 +309,7 @@ def family_of(model_type: Any) -> type[Architecture]:
     Raises:
       ModelConfigError: There is none.
     """
+    refuse_experts(model_type)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise ModelConfigError(
             f"model_type must be one of {sorted(_FAMILIES)}. Got: model_type={short(model_type)}."
@@ -361,10 +322,20 @@ _HARMLESS = frozenset((
     "model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "dtype",
     "torch_dtype", "max_position_embeddings", "pad_token_id", "use_cache", "attn_mode",
     "use_output_norm", "use_l2warp", "elementwise_affine", "last_layer_fuse_norm", "fp32_states",
-    "attention_bias", "rms_norm_eps",
+    "attention_bias", "rms_norm_eps", "attention_dropout", "linear_a_log_min", "linear_a_log_max",
+    "linear_dt_min", "linear_dt_max", "linear_dt_init_floor", "attn_output_gate", "mamba_ssm_dtype",
 ))
 # fmt: on
 """Fields of published files that do not change the function."""
+
+_OF_IMAGES = {
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "language_model_only",
+}
+"""Fields of nested configurations that the text model has no use for."""
 
 _POSITION_TABLES = ("rope_parameters", "rope_scaling")
 _POSITIONS = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "factor": 1}
@@ -381,63 +352,16 @@ def _with_rope_theta(model_type: str, fields: Mapping[str, Any]) -> dict[str, An
     for place in _POSITION_TABLES:
         table = fields.get(place)
         if table is not None and not isinstance(table, Mapping):
-            raise _refusal(model_type, place, "an object or null", table)
+            raise refusal(model_type, place, "an object or null", table)
         stated += [(f"{place}.", name, value) for name, value in (table or {}).items()]
     theta = None
     for place, name, value in stated:
         if name == "rope_theta":
             if value is None or (theta is not None and value != theta):
                 allowed = "a number" if theta is None else f"{short(theta)}, as it is elsewhere"
-                raise _refusal(model_type, place + name, allowed, value)
+                raise refusal(model_type, place + name, allowed, value)
             theta = value
         elif value is not None and (isinstance(value, bool) or value != _POSITIONS.get(name)):
             allowed = f"{_POSITIONS.get(name, 'absent')}: other positions are not supported"
-            raise _refusal(model_type, place + short(name).strip("'"), allowed, value)
+            raise refusal(model_type, place + short(name).strip("'"), allowed, value)
     return {**fields, "rope_theta": theta}
-
-
-def _refusal(model_type: str, name: str, allowed: str, value: Any) -> ModelConfigError:
-    last = name.rpartition(".")[2]
-    return ModelConfigError(f"{model_type}: {name} must be {allowed}. Got: {last}={short(value)}.")
-
-
-@functools.cache
-def _kinds(family: type[Architecture]) -> dict[str, Any]:
-    """What each field of a family may be: its annotation."""
-    hints = typing.get_type_hints(family, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(family)}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is what an annotation says; true and false are no numbers."""
-    form, parts = typing.get_origin(kind), typing.get_args(kind)
-    if form in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if form is Annotated:
-        number, limits = parts
-        accepted = int if number is int else (int, float)
-        is_number = isinstance(value, accepted) and not isinstance(value, bool)
-        return is_number and limits.low <= value <= limits.high
-    if form is Literal:
-        return isinstance(value, str) and value in parts
-    if form is tuple:
-        is_list = isinstance(value, (list, tuple)) and len(value) <= _MOST_IDS
-        return is_list and all(_fits(each, parts[0]) for each in value)
-    return isinstance(value, kind)  # bool, or the type of None
-
-
-def _in_words(kind: Any) -> str:
-    """What an annotation allows, for a message."""
-    form, parts = typing.get_origin(kind), typing.get_args(kind)
-    if form in (typing.Union, types.UnionType):
-        return " or ".join(_in_words(part) for part in parts)
-    if form is Annotated:
-        number, limits = parts
-        if number is int:
-            return f"a whole number from {limits.low} to {limits.high}"
-        return f"a number from {limits.low:g} to {limits.high:g}"
-    if form is Literal:
-        return " or ".join(repr(part) for part in parts)
-    if form is tuple:
-        return f"a list of at most {_MOST_IDS} of them"
-    return "true or false" if kind is bool else "null"
