@@ -14,14 +14,17 @@ from refine_jax.base.files import (
     check_no_backslash,
     local_path,
     read_json,
+    replacing,
     short,
     valid_unicode,
-    write_bytes,
 )
 
 CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
+
+# What of a published folder is kept beside a checkpoint, to be written back (published.py).
+PUBLISHED, PUBLISHED_TENSORS = "published.json", "published.safetensors"
 
 # Files beside the weights of a Hugging Face folder that are carried through unread: tokenizers,
 # generation defaults, and the model code that config.json may point to.
@@ -34,6 +37,8 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
     "generation_config.json",
+    PUBLISHED,
+    PUBLISHED_TENSORS,
     _CODE,
 )
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -91,9 +96,16 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def copy_files(files: Mapping, folder) -> None:
-    """Copy files {name: path} into `folder`, bytes unchanged; links there are replaced."""
-    for name, path in files.items():
-        write_bytes(folder / name, path.read_bytes())
+    """Copy files {name: path} into `folder`, bytes unchanged; links there are replaced.
+
+    In the place of a path may be a function that writes the file at a path.
+    """
+    for name, source in files.items():
+        with replacing(folder / name) as part:
+            if callable(source):
+                source(part)
+            else:
+                shutil.copyfile(source, part)
 
 
 @contextlib.contextmanager

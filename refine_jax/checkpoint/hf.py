@@ -1,27 +1,19 @@
 """Hugging Face folders of the published PyTorch models, read and written without PyTorch.
 
 A folder holds config.json, the weights (model.safetensors; or shards with an index; or the same as
-pytorch_model.bin) and tokenizer files. What the weights must be follows from the config alone:
-
-    embeddings.weight                       model.embeddings.weight
-    layers.attn.qkv.weight        [L, ...]  model.layers.{0..L-1}.attn.qkv.weight
-    layers.attn.momentum_proj.weight        model.layers.{i}.attn.momentum_proj.0.weight
-    lm_head.weight                          lm_head.weight
-
-Nothing is transposed and no dtype is changed, so that both directions are exact.
+pytorch_model.bin) and tokenizer files. What the weights must be follows from the config alone
+(names.py). Nothing is transposed and no dtype is changed, so that both directions are exact. What a
+folder holds of other parts is kept, too (published.py).
 """
 
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import (
@@ -41,6 +33,23 @@ from refine_jax.checkpoint.folders import (
     copy_files,
     has_tokenizer,
     new_folder,
+)
+from refine_jax.checkpoint.names import (
+    EMBEDDINGS,
+    HEAD,
+    Slot,
+    embedding_names,
+    is_of_other_parts,
+    slots_of,
+)
+from refine_jax.checkpoint.published import (
+    InMemory,
+    Stored,
+    keep,
+    read_header,
+    stored_tensors,
+    take,
+    write_safetensors,
 )
 from refine_jax.checkpoint.tree import (
     abstract_params,
@@ -62,8 +71,6 @@ from refine_jax.models.config import (
     model_config,
     unused_fields,
 )
-
-_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embeddings.weight"
 
 # Tensors of published files that change nothing: {pattern: (why, whose)}.
 _UNUSED = {
@@ -88,28 +95,21 @@ class Pretrained(NamedTuple):
     """A Hugging Face folder.
 
     config: the fields of config.json. params: nested dict of numpy arrays, layers stacked.
-    config_json: the text of config.json. files: the other files that travel along, {name: path}.
-    tensors: how many tensors the parameters were made of. left_out: what the folder holds beside
-    that, a line each.
+    config_json: the text of config.json. files: the other files that travel along, {name: path},
+    or what writes them at a path. slots: where each tensor went. tensors: how many tensors the
+    parameters were made of. left_out: what the folder holds beside that, a line each.
     """
 
     config: dict
     params: dict
     config_json: str
     files: dict
+    slots: dict[str, Slot]
     tensors: int
     left_out: tuple[str, ...]
 
 
-class _Slot(NamedTuple):
-    """Where a published tensor goes: the parameter's name, and its layer if it is stacked."""
-
-    param: str
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-class _Stored(NamedTuple):
+class _Entry(NamedTuple):
     """What a file says about one of its tensors. stored_name: with the names of wrappers."""
 
     file: Path
@@ -133,34 +133,53 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
     config_json = _read_config(folder)
     fields = parse_object(config_json, folder / CONFIG, CheckpointError)
     config = model_config(fields)
-    slots = published_slots(_shapes(abstract_params(fields)))
     weights = weight_files(folder)
     files = companions(folder)
     pointers = [name for name, path in files.items() if is_lfs_pointer(path)]
     if pointers:
         raise CheckpointError(not_fetched(f"{folder}: {_brief(pointers)}", several=True))
-    stored, unused, wrong = _describe(weights, folder, config)
-    tied = config.tie_word_embeddings and _HEAD in stored
+    stored, others, unused, wrong = _describe(weights, folder, config)
+    slots = slots_of(config, _shapes(abstract_params(fields)), _shapes(stored))
+    tied = config.tie_word_embeddings and HEAD in stored
     expected = {name: slot.shape for name, slot in slots.items()}
+    (embeddings,) = (name for name, slot in slots.items() if slot.param == EMBEDDINGS)
     if tied:
-        expected[_HEAD] = expected[_EMBEDDINGS]
+        expected[HEAD] = expected[embeddings]
     wrong += differences(expected, _shapes(stored))
     wrong += _dtype_problems(slots, stored)
     if wrong:
         hint = ""
-        if [line.partition(":")[0] for line in wrong] == [_HEAD] and _HEAD not in stored:
+        if [line.partition(":")[0] for line in wrong] == [HEAD] and HEAD not in stored:
             hint = "\nSet tie_word_embeddings to true if the embeddings are the head as well."
         raise CheckpointError(
             f"The weights in {folder} are not those of its {CONFIG}:\n  {_listed(wrong)}{hint}"
         )
-    arrays, head = _read(weights, slots, stored, config.num_hidden_layers, allow_nonfinite)
-    if tied and not _same_bits(head, arrays["embeddings.weight"]):
+    arrays, head = _read(weights, slots, stored, abstract_params(fields), allow_nonfinite)
+    if tied and not _same_bits(head, arrays[EMBEDDINGS]):
         raise CheckpointError(
-            f"{folder}: {CONFIG} ties the embeddings, but {_HEAD} differs from {_EMBEDDINGS}. "
+            f"{folder}: {CONFIG} ties the embeddings, but {HEAD} differs from {embeddings}. "
             "Set tie_word_embeddings to false if the head is a matrix of its own."
         )
     left_out = (*unused, *_left_out(folder, fields, weights, files))
-    return Pretrained(fields, nest(arrays), config_json, files, len(stored), left_out)
+    if config.layer_kinds is not None:
+        files |= _kept(weights, others)
+    return Pretrained(fields, nest(arrays), config_json, files, slots, len(stored), left_out)
+
+
+def _kept(weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
+    """The files that keep what else there is in the weights, and how they are laid out."""
+    if weights.torch:
+        tensors = {}
+        for name, entry in others.items():
+            with weights.open(entry.file) as opened:
+                tensors[name] = InMemory(opened.read(entry.stored_name))
+        return keep({}, None, tensors)
+    headers = {file.name: read_header(file)[0] for file in weights.files}
+    index = None if weights.index is None else read_text(weights.index, CheckpointError)
+    tensors = {
+        name: stored_tensors(entry.file)[entry.stored_name] for name, entry in others.items()
+    }
+    return keep(headers, index, tensors)
 
 
 def _read_config(folder: Path) -> str:
@@ -185,14 +204,15 @@ def _read_config(folder: Path) -> str:
 
 def _describe(
     weights: WeightFiles, folder: Path, config: Architecture
-) -> tuple[dict[str, _Stored], list[str], list[str]]:
-    """The tensors by published name, lines on those that are left out, and lines on faults."""
-    entries: list[_Stored] = []
+) -> tuple[dict[str, _Entry], dict[str, _Entry], list[str], list[str]]:
+    """The tensors by published name, those of other parts, and lines on what else there is."""
+    entries: list[_Entry] = []
     for file in weights.files:
         with weights.open(file) as opened:
-            entries += [_Stored(file, name, *what) for name, what in opened.describe().items()]
-    prefix = _common_prefix(entry.stored_name for entry in entries)
-    stored: dict[str, _Stored] = {}
+            entries += [_Entry(file, name, *what) for name, what in opened.describe().items()]
+    prefix = _common_prefix((entry.stored_name for entry in entries), config)
+    stored: dict[str, _Entry] = {}
+    others: dict[str, _Entry] = {}
     unused: dict[str, int] = {}
     wrong = []
     for entry in entries:
@@ -201,6 +221,8 @@ def _describe(
         if reason:
             kind = f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} ({reason})"
             unused[kind] = unused.get(kind, 0) + 1
+        elif is_of_other_parts(name, config):
+            others[name] = entry
         elif name in stored:
             both = [stored[name], entry]
             places = [f"{entry.stored_name} in {entry.file.relative_to(folder)}" for entry in both]
@@ -213,7 +235,12 @@ def _describe(
     marks = {part for entry in entries for part in entry.stored_name.split(".")} & _WRAPPERS
     marks |= {prefix.rstrip(".")} - {""}
     lines += [f"the part {mark!r} of tensors' names" for mark in sorted(marks)]
-    return stored, [_printable(line) for line in lines], wrong
+    if others:
+        parts = sorted({name.partition(".")[0] for name in others})
+        lines.append(
+            f"{len(others)} tensors of other parts ({_brief(parts)}): kept as they are, for to_hf"
+        )
+    return stored, others, [_printable(line) for line in lines], wrong
 
 
 def _why_unused(name: str, config: Architecture) -> str | None:
@@ -227,19 +254,25 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _common_prefix(names: Iterable[str]) -> str:
+def _common_prefix(names: Iterable[str], config: Architecture) -> str:
     """What stands before the published names of all tensors, such as `module.`."""
     names = [_without_wrappers(name) for name in names]
-    prefixes = [name.removesuffix(_EMBEDDINGS) for name in names if name.endswith(_EMBEDDINGS)]
+    prefixes = [
+        name.removesuffix(embeddings)
+        for embeddings in embedding_names(config)
+        for name in names
+        if name.endswith(embeddings)
+    ]
+    prefixes = [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
     prefix = min(prefixes, key=len, default="")
-    return prefix if prefix.endswith(".") and all(n.startswith(prefix) for n in names) else ""
+    return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
 def _read(
     weights: WeightFiles,
-    slots: Mapping[str, _Slot],
-    stored: Mapping[str, _Stored],
-    layers: int,
+    slots: Mapping[str, Slot],
+    stored: Mapping[str, _Entry],
+    abstract: Mapping[str, Any],
     allow_nonfinite: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """The parameters by name, and the tensor that is none: a head tied to the embeddings."""
@@ -256,14 +289,20 @@ def _read(
                     head = tensor
                     continue
                 if slot.param not in arrays:
-                    shape = slot.shape if slot.layer is None else (layers, *slot.shape)
+                    shape = tuple(abstract[slot.param].shape)
                     arrays[slot.param] = _empty(shape, DTYPES[entry.dtype])
-                into = arrays[slot.param][... if slot.layer is None else slot.layer]
-                if not _copy(tensor, into):
+                if not _copy(tensor, _part(arrays, slot)):
                     nonfinite.append(name)
     if nonfinite and not allow_nonfinite:
         raise _nonfinite(nonfinite, "The weights")
     return {slot.param: arrays[slot.param] for slot in slots.values()}, head
+
+
+def _part(arrays: Mapping[str, np.ndarray], slot: Slot) -> np.ndarray:
+    """The part of a parameter that a published tensor holds."""
+    array = arrays[slot.param]
+    array = array if slot.layer is None else array[slot.layer]
+    return array if slot.rows is None else array[slice(*slot.rows)]
 
 
 def _nonfinite(names: list[str], what: str) -> CheckpointError:
@@ -363,22 +402,24 @@ def write_hf(
     config_json: str,
     files: Mapping[str, Path] | None = None,
     *,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
 ) -> int:
     """Write a Hugging Face folder, as PyTorch's code reads it; returns the number of tensors.
 
     params: nested dict of arrays, layers stacked. config_json: text of config.json, written as it
-    is. files: {name: path}, copied. Weights larger than `max_shard_bytes` are cut into shards with
-    an index. The folder appears when it is complete. allow_nonfinite: write parameters that are NaN
-    or infinite.
+    is. files: {name: path}, copied; with what `read_hf` kept of other parts, whose tensors are
+    written back. Weights larger than `max_shard_bytes` are cut into shards with an index; None: as
+    they were read, where that was kept, else 5 GB. The folder appears when it is complete.
+    allow_nonfinite: write parameters that are NaN or infinite.
 
     Raises CheckpointError if the folder exists (with `overwrite`: if it holds more than a model) or
     cannot be written, or the parameters are not those of the config.
     """
     named = flatten(params)
-    expected = _shapes(abstract_params(parse_object(config_json, CONFIG, CheckpointError)))
+    fields = parse_object(config_json, CONFIG, CheckpointError)
+    config, expected = model_config(fields), _shapes(abstract_params(fields))
     wrong = differences(expected, _shapes(named))
     wrong += [
         _unsupported_dtype(name, leaf.dtype)
@@ -387,40 +428,29 @@ def write_hf(
     ]
     if wrong:
         raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  {_listed(wrong)}")
+    record, others, files = take(files or {})
     arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
-    tensors = {
-        name: arrays[slot.param][... if slot.layer is None else slot.layer]
-        for name, slot in sorted(published_slots(expected).items())
-    }
-    nonfinite = [name for name, tensor in tensors.items() if not _all_finite(tensor)]
+    slots = slots_of(config, expected, record and record.shapes())
+    tensors = {name: InMemory(_part(arrays, slot)) for name, slot in sorted(slots.items())}
+    count = len(tensors)
+    nonfinite = [name for name, tensor in tensors.items() if not _all_finite(tensor.array)]
     if nonfinite and not allow_nonfinite:
         raise _nonfinite(nonfinite, "The parameters")
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    if record and config.tie_word_embeddings and HEAD in record.shapes():
+        tensors[HEAD] = InMemory(arrays[EMBEDDINGS])
+    tensors |= others
+    size = sum(tensor.size for tensor in tensors.values())
     with new_folder(folder, overwrite=overwrite, size=size) as target:
-        _write_shards(target, tensors, max_shard_bytes)
-        copy_files(files or {}, target)
-        write_text(target / CONFIG, config_json)
-        for file in target.glob("*.safetensors"):
-            # safetensors makes files that only their owner can read.
-            shutil.copymode(target / CONFIG, file)
-    return len(tensors)
-
-
-def published_slots(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Slot]:
-    """The place of every published tensor, by its name, in parameters of the given shapes."""
-    slots = {}
-    for param, shape in shapes.items():
-        head, *rest = param.split(".")
-        if head == "layers":
-            # The published module is a Sequential, whose first part is this projection.
-            tail = ".".join(rest).replace("momentum_proj.", "momentum_proj.0.")
-            for layer in range(shape[0]):
-                slots[f"model.layers.{layer}.{tail}"] = _Slot(param, layer, shape[1:])
-        elif head == "lm_head":
-            slots[param] = _Slot(param, None, shape)
+        if record and max_shard_bytes is None and record.holds(tensors):
+            for name, header in record.headers.items():
+                write_safetensors(target / name, tensors, header)
+            if record.index is not None:
+                write_text(target / (SAFETENSORS + INDEX), record.index)
         else:
-            slots[f"model.{param}"] = _Slot(param, None, shape)
-    return slots
+            _write_shards(target, tensors, max_shard_bytes or 5 * 10**9)
+        copy_files(files, target)
+        write_text(target / CONFIG, config_json)
+    return count
 
 
 def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -431,7 +461,7 @@ def _unsupported_dtype(name: str, dtype: Any) -> str:
     return f"{name}: dtype {dtype} is not supported, expected one of {list(DTYPES)}"
 
 
-def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -> list[str]:
+def _dtype_problems(slots: Mapping[str, Slot], stored: Mapping[str, _Entry]) -> list[str]:
     """Lines for dtypes that are not supported, and for layers that do not stack."""
     lines = [
         _unsupported_dtype(name, entry.dtype)
@@ -450,30 +480,23 @@ def _dtype_problems(slots: Mapping[str, _Slot], stored: Mapping[str, _Stored]) -
     return lines
 
 
-def _write_shards(folder: Path, tensors: Mapping[str, np.ndarray], max_bytes: int) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
+def _write_shards(folder: Path, tensors: Mapping[str, InMemory | Stored], max_bytes: int) -> None:
+    shards: list[dict[str, InMemory | Stored]] = [{}]
     size = 0
     for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+        if shards[-1] and size + tensor.size > max_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        size += tensor.size
     if len(shards) == 1:
-        _save(shards[0], folder / SAFETENSORS)
+        write_safetensors(folder / SAFETENSORS, shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
+        write_safetensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
+    total = sum(tensor.size for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(folder / (SAFETENSORS + INDEX), json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for one
-        raise CheckpointError(f"{path.name} could not be written: {error}.") from None

@@ -36,13 +36,15 @@ class WeightFiles(NamedTuple):
     """The weights of a folder.
 
     files: to read, sorted. index: the file that lists them, None for a single file. listed: the
-    tensors it names. open: context manager that opens a file, with `describe` and `read`.
+    tensors it names. open: context manager that opens a file, with `describe` and `read`. torch:
+    whether torch.save wrote the files.
     """
 
     files: list[Path]
     index: Path | None
     listed: set[str]
     open: Callable
+    torch: bool = False
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -52,11 +54,15 @@ def weight_files(folder: Path) -> WeightFiles:
     """
     for name, open_file in ((SAFETENSORS, _open_safetensors), (TORCH, _open_torch)):
         index = contained(folder, name + INDEX)
+        torch = name == TORCH
+        single = sorted(path.name for path in folder.glob(f"{name}-00001-of-00001*"))
         if (folder / name).is_file():
-            weights = WeightFiles([contained(folder, name)], None, set(), open_file)
+            weights = WeightFiles([contained(folder, name)], None, set(), open_file, torch)
         elif index.is_file():
             shards, tensors = _shards(folder, index)
-            weights = WeightFiles(shards, index, tensors, open_file)
+            weights = WeightFiles(shards, index, tensors, open_file, torch)
+        elif single:
+            weights = WeightFiles([contained(folder, single[0])], None, set(), open_file, torch)
         else:
             continue
         _check_fetched(folder, weights.files)

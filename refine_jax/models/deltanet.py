@@ -89,35 +89,34 @@ class ShortConv(nnx.Module):
             jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolve `x` [..., W - 1 + T, channels], whose first W - 1 tokens come before.
 
-        Returns [..., T, channels].
-        """
-        return _short_conv(x, self.weight[...])
+def _convolve_rows(
+    x: jax.Array, weight: jax.Array, position: jax.Array | None, axis_name: str | None
+) -> jax.Array:
+    """Convolve whole rows x [B, T, channels] by weight [channels, 1, W]; returns the shape of x.
 
-    def rows(self, x: jax.Array, position: jax.Array | None, axis_name: str | None) -> jax.Array:
-        """Convolve whole rows x [B, T, channels]; returns the same.
+    position: [B, T] int32, index of the tokens within their document: taps do not reach before
+    its start. axis_name: mesh axis over which the tokens are spread.
+    """
 
-        position: [B, T] int32, index of the tokens within their document: taps do not reach before
-        its start. axis_name: mesh axis over which the tokens are spread.
-        """
+    def convolve(x, weight, position):
+        reach = weight.shape[-1] - 1
+        if axis_name is None or reach == 0:
+            x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
+        else:
+            x = jnp.concatenate([halo(x, reach, axis_name), x], axis=1)
+        return _short_conv(x, weight, position)
 
-        def convolve(x, weight, position):
-            reach = weight.shape[-1] - 1
-            if axis_name is None or reach == 0:
-                x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
-            else:
-                x = jnp.concatenate([halo(x, reach, axis_name), x], axis=1)
-            return _short_conv(x, weight, position)
-
-        tokens = ("batch", axis_name and "tokens", "heads")
-        convolve = over_shards(convolve, (tokens, ("heads",), tokens[:2]), tokens)
-        return convolve(x, self.weight[...], position)
+    tokens = ("batch", axis_name and "tokens", "heads")
+    convolve = over_shards(convolve, (tokens, ("heads",), tokens[:2]), tokens)
+    return convolve(x, weight, position)
 
 
 def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = None) -> jax.Array:
-    """`ShortConv` of x [..., W - 1 + T, channels] by weight [channels, 1, W]."""
+    """Convolve x [..., W - 1 + T, channels] by weight [channels, 1, W]: [..., T, channels].
+
+    The first W - 1 tokens of x come before those of the output.
+    """
     taps = weight.shape[-1]
     tokens = x.shape[-2] - (taps - 1)
     shape = (*x.shape[:-2], tokens, x.shape[-1])
@@ -185,9 +184,19 @@ class DeltaNetMixer(nnx.Module):
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
+    def _project_kv(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.k_proj(x), self.v_proj(x)
+
     @property
-    def _convolutions(self) -> tuple[ShortConv, ShortConv, ShortConv]:
-        return self.q_conv1d, self.k_conv1d, self.v_conv1d
+    def _taps(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The convolutions' weights [channels, 1, W], of q, k and v."""
+        return tuple(c.weight[...] for c in (self.q_conv1d, self.k_conv1d, self.v_conv1d))
+
+    def _beta_logits(self, x: jax.Array) -> jax.Array:
+        return self.b_proj(x)
+
+    def _gate(self, x: jax.Array) -> jax.Array | None:
+        return None if self.g_proj is None else self.g_proj(x)
 
     def _heads(self, q, k, v):
         """Activations and heads: q, k [..., H, K] and v [..., Hv, V].
@@ -211,17 +220,18 @@ class DeltaNetMixer(nnx.Module):
 
     def _beta(self, x: jax.Array) -> jax.Array:
         """Writing strengths [..., Hv] float32."""
-        if self.b_proj is None:
+        if not self._learns_beta:
             beta = jnp.ones((*x.shape[:-1], self.config.num_value_heads), jnp.float32)
         else:
-            beta = jax.nn.sigmoid(self.b_proj(x).astype(jnp.float32))
+            beta = jax.nn.sigmoid(self._beta_logits(x).astype(jnp.float32))
         return 2 * beta if self.config.allow_neg_eigval else beta
 
     def _output(self, x: jax.Array, out: jax.Array) -> jax.Array:
         """Norm per head, gate and output projection of out [..., Hv, V]."""
         out = self.o_norm(out)
-        if self.g_proj is not None:
-            out = out * jax.nn.silu(self.g_proj(x)).reshape(out.shape)
+        gate = self._gate(x)
+        if gate is not None:
+            out = out * jax.nn.silu(gate).reshape(out.shape)
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
     # The members of `Mixer`
@@ -255,8 +265,8 @@ class DeltaNetMixer(nnx.Module):
         if self.config.use_short_conv:
             position = None if layout is None else layout.position
             projected = [
-                convolution.rows(p, position, axis_name)
-                for convolution, p in zip(self._convolutions, projected, strict=True)
+                _convolve_rows(p, taps, position, axis_name)
+                for taps, p in zip(self._taps, projected, strict=True)
             ]
         q, k, v = projected
         beta, log_decay = self._beta(x), self._log_decay(x)
@@ -333,7 +343,7 @@ class DeltaNetMixer(nnx.Module):
         """Decode states after the first `positions` [B, R] slots of the rows."""
         del plan, horizon
         beta, log_decay = self._beta(picked.x), self._log_decay(picked.x)
-        k, v = self.k_proj(picked.x), self.v_proj(picked.x)
+        k, v = self._project_kv(picked.x)
         tails = None
         if self.config.use_short_conv:
             position = slot = _slots(picked.start, k)
@@ -341,15 +351,11 @@ class DeltaNetMixer(nnx.Module):
             if layout is not None:
                 count = layout.tokens_before(positions)
                 position = take_tokens(layout.position, slot)
+            before = self._project_kv(picked.before)
             k, v = (
-                _short_conv(
-                    jnp.concatenate([projection(picked.before), x], axis=2),
-                    convolution.weight[...],
-                    position,
-                )
-                for x, projection, convolution in (
-                    (k, self.k_proj, self.k_conv1d),
-                    (v, self.v_proj, self.v_conv1d),
+                _short_conv(jnp.concatenate(tokens, axis=2), taps, position)
+                for tokens, taps in zip(
+                    zip(before, (k, v), strict=True), self._taps[1:], strict=True
                 )
             )
             back = jnp.arange(self.config.conv_size - 2, -1, -1)
@@ -411,7 +417,9 @@ class DeltaNetMixer(nnx.Module):
         memory.
         """
         if self.config.use_short_conv:
-            projected = [c(p) for c, p in zip(self._convolutions, projected, strict=True)]
+            projected = [
+                _short_conv(p, taps) for taps, p in zip(self._taps, projected, strict=True)
+            ]
         q, k, v = self._heads(*projected)
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), memory)
         return self._output(x, out), memory
@@ -451,6 +459,17 @@ class DeltaNetMixer(nnx.Module):
         """States and what `extend` returns: the new states, which are the latter."""
         del state
         return change
+
+    @staticmethod
+    def capacity(state: DeltaState) -> None:
+        """States have room for any number of tokens."""
+        del state
+
+    @staticmethod
+    def resize(state: DeltaState, capacity: int) -> DeltaState:
+        """States as they are."""
+        del capacity
+        return state
 
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
@@ -518,14 +537,19 @@ class GatedDeltaNetMixer(DeltaNetMixer):
         self, config: GatedDeltaNetConfig, *, implementation: str | None = None, rngs: nnx.Rngs
     ):
         super().__init__(config, implementation=implementation, rngs=rngs)
-        heads = config.num_value_heads
-        self.a_proj = Linear(config.hidden_size, heads, rngs=rngs)
+        self.a_proj = Linear(config.hidden_size, config.num_value_heads, rngs=rngs)
+        self._init_decay(config.num_value_heads, rngs)
+
+    def _init_decay(self, heads: int, rngs: nnx.Rngs) -> None:
         # Initial values of the Gated DeltaNet code: rates of 0 to 16 times a step of 1e-3 to 0.1.
         rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1e-3, maxval=16.0)
         self.A_log = nnx.Param(jnp.log(rate))
         low, high = math.log(1e-3), math.log(0.1)
         step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
         self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is step
+
+    def _decay_logits(self, x: jax.Array) -> jax.Array:
+        return self.a_proj(x)
 
     @property
     def _learns_beta(self) -> bool:
@@ -540,7 +564,7 @@ class GatedDeltaNetMixer(DeltaNetMixer):
         return "l2"
 
     def _log_decay(self, x: jax.Array) -> jax.Array:
-        step = jax.nn.softplus(self.a_proj(x).astype(jnp.float32) + self.dt_bias[...])
+        step = jax.nn.softplus(self._decay_logits(x).astype(jnp.float32) + self.dt_bias[...])
         return -jnp.exp(self.A_log[...]) * step
 
 

@@ -74,9 +74,9 @@ def fork_attention(
     by_block = jnp.moveaxis(by_block, 3, 0)
     shape = by_block.shape
     by_block = by_block.reshape(*shape[:3], -1, size)  # [J, B, G, M, L]
-    out, log_total = _attend_row(by_block, row_k, row_v, reach, scale, window)
+    out, log_total = attend_row(by_block, row_k, row_v, reach, scale, window)
     if axis_name is not None:
-        out, log_total = _join_devices(out, log_total, axis_name)
+        out, log_total = join_devices(out, log_total, axis_name)
     out = jnp.moveaxis(out.reshape(shape), 0, 3)
     log_total = jnp.moveaxis(log_total.reshape(shape[:-1]), 0, 3)
 
@@ -93,8 +93,8 @@ def fork_attention(
     return jnp.swapaxes(out.reshape(rows, groups, forks, num_new, size), 1, 2)
 
 
-def _join_devices(out, log_total, axis_name: str):
-    """What `_attend_row` finds in whole rows, of what each device found in its part of them."""
+def join_devices(out, log_total, axis_name: str):
+    """What `attend_row` finds in whole rows, of what each device found in its part of them."""
     top = lax.pmax(lax.stop_gradient(log_total), axis_name)
     weight = jnp.exp(log_total - top)
     total = lax.psum(weight, axis_name)
@@ -163,7 +163,7 @@ def _seen(reach: Reach, start, fresh: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend_row(q, k, v, reach: Reach, scale: float, window: int):
+def attend_row(q, k, v, reach: Reach, scale: float, window: int):
     """Softmax attention of q [J, B, G, M, L] to a row's k and v [B, G, T, L].
 
     Returns the output [J, B, G, M, L] and the log of the softmax's denominator [J, B, G, M], both
@@ -234,4 +234,4 @@ def _attend_row_backward(scale, window, residuals, cotangents):
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_attend_row.defvjp(_attend_row_forward, _attend_row_backward)
+attend_row.defvjp(_attend_row_forward, _attend_row_backward)

@@ -262,6 +262,17 @@ class LaCTMixer(LaCTLayer):
             values=push_to_ring(state.values, change.values, start),
         )
 
+    @staticmethod
+    def capacity(state: LaCTState) -> None:
+        """States have room for any number of tokens."""
+        del state
+
+    @staticmethod
+    def resize(state: LaCTState, capacity: int) -> LaCTState:
+        """States as they are."""
+        del capacity
+        return state
+
     def _pending(self, picked: LaCTPick, last, seen, horizon):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""
         chunk = self.config.lact_chunk_size

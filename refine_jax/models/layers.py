@@ -116,27 +116,32 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-3], *y.shape[-2:])
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Compute `x / sqrt(mean(x^2) + eps) * weight` of x [..., D], weight [D], in float32."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """Compute `x / sqrt(mean(x^2) + eps) * (weight + offset)`, x [..., D], weight [D], in float32.
+
+    offset: 1 where weights are those of a zero-centred norm.
+    """
 
     def rows(x):
         y = x.astype(jnp.float32)
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-        return (y * weight.astype(jnp.float32)).astype(x.dtype)
+        scale = weight.astype(jnp.float32)
+        return (y * (scale + offset if offset else scale)).astype(x.dtype)
 
     return by_rows(rows, x)
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a learned `weight` [size]."""
+    """RMSNorm with a learned `weight` [size]; with offset 1 the norm is zero-centred."""
 
-    def __init__(self, size: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((size,), jnp.float32))
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
+        self.weight = nnx.Param(jnp.full((size,), 1.0 - offset, jnp.float32))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., size] -> [..., size]."""
-        return rms_norm(x, self.weight[...], self.eps)
+        return rms_norm(x, self.weight[...], self.eps, self.offset)
 
     def of_groups(self, x: jax.Array) -> jax.Array:
         """The norm of groups side by side: [..., groups, T, size / groups], as x."""

@@ -2,7 +2,7 @@
 
 A mixer mixes the tokens of a row, causally and document by document. The model (transformer.py)
 scans its layers and calls their mixers by this protocol alone, so that a new architecture is one
-file beside `lact.py` and `deltanet.py`, and an entry in transformer.py.
+file beside `lact.py`, `deltanet.py` and `full_attention.py`, and an entry in transformer.py.
 
 Letters: B batch, T tokens, D model dim, R forks of a row, S new tokens of a fork, L layers.
 """
@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from refine_jax.models.config import Architecture
 from refine_jax.models.layout import Layout
 
 
@@ -28,7 +27,8 @@ class Mixer(Protocol):
     * A plan [B, ...] is what all layers share and the layout decides, such as the places of chunks.
     * A trace [B, ...] is what a forward pass leaves behind for forks.
     * A decode state [B, R, ...] is what is needed to continue a fork. Its size does not depend on
-      the tokens that were seen.
+      the tokens that were seen, but for the caches of full attention. What the forks of a row share
+      leads with [B, ...].
     * A change [B, R, ...] is what `extend` made of a state, as small as it can be sent from one
       layer of the scan to the next; `advance` makes the new state of it.
 
@@ -36,7 +36,8 @@ class Mixer(Protocol):
     scan, which would otherwise copy the trace or the states of each layer.
     """
 
-    config: Architecture
+    config: Any
+    """The part of the model's configuration that layers of this kind read (`layer_config`)."""
 
     WRITES_MUCH: bool
     """Whether writing a state takes longer than reading a few tokens once more.
@@ -57,16 +58,14 @@ class Mixer(Protocol):
     With the name "forks", chips that share a row share out its forks.
     """
 
-    def __init__(
-        self, config: Architecture, *, implementation: str | None = None, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: Any, *, implementation: str | None = None, rngs: nnx.Rngs) -> None:
         """Make parameters named and laid out as in the published PyTorch checkpoints.
 
         implementation: Of the kernels, as `ComputePolicy` has it.
         """
 
     @staticmethod
-    def plan(config: Architecture, layout: Layout | None, shape: tuple[int, int]) -> Any:
+    def plan(config: Any, layout: Layout | None, shape: tuple[int, int]) -> Any:
         """Plan rows of `shape` (B, T): computed once, not in each layer."""
 
     def forward(
@@ -88,7 +87,7 @@ class Mixer(Protocol):
 
     @staticmethod
     def pick(
-        config: Architecture, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
+        config: Any, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
     ) -> Any:
         """Cut out of a trace what forks after the first `positions` [B, R] slots need."""
 
@@ -108,7 +107,7 @@ class Mixer(Protocol):
 
     @staticmethod
     def finish(
-        config: Architecture,
+        config: Any,
         picked: Any,
         resumed: Any,
         positions: jax.Array,
@@ -135,6 +134,14 @@ class Mixer(Protocol):
     def advance(state: Any, change: Any) -> Any:
         """Make the new states of all layers, in place where they are large."""
 
+    @staticmethod
+    def capacity(state: Any) -> int | None:
+        """Tell how many tokens the states of all layers have room for; None: for any number."""
+
+    @staticmethod
+    def resize(state: Any, capacity: int) -> Any:
+        """Make room for as many tokens in the states of all layers, whose shape is then fixed."""
+
     # Forks without decode states
 
     def extend_traced(
@@ -147,7 +154,7 @@ class Mixer(Protocol):
         """
 
     @staticmethod
-    def reads_traces(config: Architecture, num_new: int) -> bool:
+    def reads_traces(config: Any, num_new: int) -> bool:
         """Say whether `extend_in_place` takes so many tokens, and less memory than states."""
 
     def extend_in_place(

@@ -1,4 +1,4 @@
-"""The language models: embedding, a scan over pre-norm layers, final norm, head.
+"""The language models: embedding, a scan over layers, final norm, head.
 
 A model offers the three functions that everything else is built on (DESIGN, section 2):
 
@@ -7,7 +7,8 @@ A model offers the three functions that everything else is built on (DESIGN, sec
     hidden, state = model.extend(params, tokens, state)       # continue any state
 
 Parameters are a nested dict of arrays named and laid out as in the published PyTorch checkpoints,
-with the layers stacked on a leading axis L.
+with the layers stacked on a leading axis L; those of a hybrid model in one stack for each kind of
+layer (pattern.py), as are its traces and states.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from refine_jax.kernels import sequence
 from refine_jax.kernels.device import backend
@@ -31,19 +31,26 @@ from refine_jax.models.config import (
     LaCTConfig,
 )
 from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
+from refine_jax.models.full_attention import FullAttentionMixer
+from refine_jax.models.hybrid_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
+from refine_jax.models.hybrid_delta import OlmoDeltaMixer, QwenDeltaMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import Mixer
+from refine_jax.models.pattern import Pattern
 from refine_jax.parallel import axis_size, constrain, gather_parameters
 
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
-_MIXERS: dict[type[Architecture], type[Mixer]] = {
+_MIXERS: dict[type, type[Mixer]] = {
     LaCTConfig: LaCTMixer,
     DeltaNetConfig: DeltaNetMixer,
     GatedDeltaNetConfig: GatedDeltaNetMixer,
+    QwenDeltaConfig: QwenDeltaMixer,
+    OlmoDeltaConfig: OlmoDeltaMixer,
+    AttentionConfig: FullAttentionMixer,
 }
 
 _KEPT = jax.checkpoint_policies.save_only_these_names(sequence.KEPT)
@@ -90,13 +97,13 @@ class Trace:
     """What forks need of a forward pass; every leaf of `layers` leads with [L, B].
 
     inputs: [L, B, T, D], of the layers, where these are kept anyway: they stand for those that the
-    mixers' traces would hold.
+    mixers' traces would hold. layers, plan and inputs are by kinds where there are several.
     """
 
     layers: Any
     layout: Layout | None
     plan: Any
-    inputs: jax.Array | None = None
+    inputs: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -128,19 +135,56 @@ class Rows:
     saved: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Pullbacks:
+    """Pullbacks of the layers of a kind: what is in them, stacked, and what they compute of it.
+
+    Layers of a kind are traced once in each segment of the pattern, and have equal pullbacks.
+    """
+
+    leaves: list[jax.Array]
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+
 class Block(nnx.Module):
     """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, config: Architecture, implementation: str | None, *, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = _MIXERS[type(config)](config, implementation=implementation, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+    def __init__(
+        self,
+        config: Architecture,
+        kind: str | None,
+        implementation: str | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        part, offset = config.layer_config(kind), config.norm_offset
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, offset)
+        self.attn = _MIXERS[type(part)](part, implementation=implementation, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, offset)
         self.mlp = MLP(config.hidden_size, config.mlp_size, rngs=rngs)
 
-    def add_mlp(self, x: jax.Array) -> jax.Array:
-        """Add the MLP of the normed x [..., D] to it: the second half of the block."""
-        x = computed_once(x)
+    def read(self, x: jax.Array) -> jax.Array:
+        """The mixer's input, of the block's input x [..., D]."""
+        return self.attn_norm(x)
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The block's output, of its input x [..., D] and the mixer's output y [..., D]."""
+        x = computed_once(x + y)
         return x + self.mlp(computed_once(self.mlp_norm(x)))
+
+
+class PostNormBlock(Block):
+    """`x + norm(attn(x))`, then `x + norm(mlp(x))`."""
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """See `Block`."""
+        return x
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """See `Block`."""
+        x = computed_once(x + self.attn_norm(y))
+        return x + self.mlp_norm(self.mlp(x))
 
 
 def _exact_float32(method):
@@ -160,9 +204,15 @@ class Model:
     def __init__(self, config: Architecture, policy: ComputePolicy | None = None):
         self.config = config
         self.policy = policy or ComputePolicy()
-        self._mixer = _MIXERS[type(config)]
-        block = nnx.eval_shape(lambda: self._new_block(jax.random.key(0)))
-        self._block_graph, _ = nnx.split(block)
+        self._pattern = Pattern(config.layer_kinds)
+        self._parts = {kind: config.layer_config(kind) for kind in self._pattern.kinds}
+        self._mixers = {kind: _MIXERS[type(part)] for kind, part in self._parts.items()}
+        axes = {mixer.FORK_AXES for mixer in self._mixers.values()}
+        self._fork_axes = axes.pop() if len(axes) == 1 else ("batch",)
+        self._block_graphs = {}
+        for kind in self._pattern.kinds:
+            block = nnx.eval_shape(lambda kind=kind: self._new_block(kind, jax.random.key(0)))
+            self._block_graphs[kind], _ = nnx.split(block)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -172,18 +222,25 @@ class Model:
     @property
     def writes_much(self) -> bool:
         """Whether writing a decode state takes longer than reading a few tokens once more."""
-        return self._mixer.WRITES_MUCH
+        return any(mixer.WRITES_MUCH for mixer in self._mixers.values())
 
     @property
     def matmul_precision(self) -> str:
         """Precision under which the model's products run."""
         return "highest" if self.policy.compute_dtype == "float32" else "default"
 
-    def _new_block(self, key: jax.Array) -> Block:
-        return Block(self.config, self.policy.implementation, rngs=nnx.Rngs(key))
+    def _new_block(self, kind: str | None, key: jax.Array) -> Block:
+        form = PostNormBlock if self.config.is_post_norm(kind) else Block
+        return form(self.config, kind, self.policy.implementation, rngs=nnx.Rngs(key))
 
-    def _block(self, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graph, gather_parameters(layer_params, self.dtype))
+    def _block(self, kind: str | None, layer_params: Params) -> Block:
+        return nnx.merge(self._block_graphs[kind], gather_parameters(layer_params, self.dtype))
+
+    def _plan(self, layout: Layout | None, shape: tuple[int, int]) -> Any:
+        """The mixers' plans, by kinds."""
+        return self._pattern.map(
+            lambda kind: self._mixers[kind].plan(self._parts[kind], layout, shape)
+        )
 
     def init(self, key: jax.Array) -> Params:
         """Draw random float32 parameters, those of the layers stacked [L, ...]."""
@@ -192,13 +249,18 @@ class Model:
         shape = (config.vocab_size, config.hidden_size)
         std = config.initializer_range
 
-        def layer(layer_key):
-            return nnx.to_pure_dict(nnx.split(self._new_block(layer_key))[1])
+        def layers(kind, keys):
+            def layer(layer_key):
+                return nnx.to_pure_dict(nnx.split(self._new_block(kind, layer_key))[1])
 
+            return jax.vmap(layer)(keys)
+
+        keys = jax.random.split(layers_key, config.num_hidden_layers)
+        norm = jnp.full((config.hidden_size,), 1.0 - config.norm_offset, jnp.float32)
         params = {
             "embeddings": {"weight": normal_param(embedding_key, shape, std)[...]},
-            "layers": jax.vmap(layer)(jax.random.split(layers_key, config.num_hidden_layers)),
-            "norm": {"weight": jnp.ones((config.hidden_size,), jnp.float32)},
+            "layers": self._pattern.map(layers, self._pattern.by_kind(keys)),
+            "norm": {"weight": norm},
         }
         if not config.tie_word_embeddings:
             params["lm_head"] = {"weight": normal_param(head_key, shape, std)[...]}
@@ -229,7 +291,8 @@ class Model:
         return table[tokens].astype(self.dtype)
 
     def _final_norm(self, params: Params, x: jax.Array) -> jax.Array:
-        return rms_norm(x, params["norm"]["weight"], self.config.norm_eps)
+        config = self.config
+        return rms_norm(x, params["norm"]["weight"], config.norm_eps, config.norm_offset)
 
     @_exact_float32
     def forward(
@@ -246,18 +309,25 @@ class Model:
         Returns the final norm's output [B, T, D] (undefined at padding) and, if asked for, the
         Trace that `fork` needs.
         """
-        plan = self._mixer.plan(self.config, layout, tokens.shape)
+        plan = self._plan(layout, tokens.shape)
 
-        def layer(x, layer_params):
-            x, trace = _run_rows(self._block(layer_params), x, layout, plan)
+        def layer(kind, x, layer_params):
+            block = self._block(kind, layer_params)
+            x, trace = _run_rows(block, x, layout, self._pattern.of_kind(plan, kind))
             return x, trace if with_trace else None
 
-        if self.policy.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[self.policy.remat])
+        layer = self._recomputed(layer)
         x = constrain(self._embed(params, tokens), "batch", "tokens")
-        x, layers = lax.scan(layer, x, params["layers"])
+        x, layers = self._pattern.scan(layer, x, params["layers"])
         trace = Trace(layers, layout, plan) if with_trace else None
         return self._final_norm(params, x), trace
+
+    def _recomputed(self, layer):
+        """A layer of a scan, of which the backward pass computes again what the policy says."""
+        if self.policy.remat == "none":
+            return layer
+        policy = _REMAT_POLICIES[self.policy.remat]
+        return jax.checkpoint(layer, policy=policy, static_argnums=0)
 
     @_exact_float32
     def fork(
@@ -269,25 +339,39 @@ class Model:
         out what only a crossing of a chunk boundary needs.
         """
 
-        def pick(layer_trace, inputs):
-            if inputs is not None:
-                layer_trace = layer_trace._replace(x=inputs)
-            return self._mixer.pick(self.config, layer_trace, positions, trace.layout, trace.plan)
+        pattern, layout = self._pattern, trace.layout
 
-        def layer(_, inputs):
+        def pick(kind, layers, inputs):
+            mixer, part, plan = (
+                self._mixers[kind],
+                self._parts[kind],
+                pattern.of_kind(trace.plan, kind),
+            )
+
+            def layer(layer_trace, inputs):
+                if inputs is not None:
+                    layer_trace = layer_trace._replace(x=inputs)
+                return mixer.pick(part, layer_trace, positions, layout, plan)
+
+            return jax.vmap(layer)(layers, inputs)
+
+        def layer(kind, _, inputs):
             layer_params, picked = inputs
-            block = self._block(layer_params)
-            if trace.inputs is not None:
-                picked = self._mixer.normed(picked, block.attn_norm)
-            return None, block.attn.resume(picked, positions, trace.layout, trace.plan, horizon)
+            block, plan = self._block(kind, layer_params), pattern.of_kind(trace.plan, kind)
+            if pattern.of_kind(trace.inputs, kind) is not None:
+                picked = self._mixers[kind].normed(picked, block.attn_norm)
+            return None, block.attn.resume(picked, positions, layout, plan, horizon)
 
-        def finish(picked, resumed):
-            return self._mixer.finish(self.config, picked, resumed, positions, trace.layout)
+        def finish(kind, picked, resumed):
+            mixer, part = self._mixers[kind], self._parts[kind]
+            return jax.vmap(lambda *parts: mixer.finish(part, *parts, positions, layout))(
+                picked, resumed
+            )
 
         # For all layers at once: the loop would copy each layer's whole trace, and what is picked.
-        picked = jax.vmap(pick)(trace.layers, trace.inputs)
-        resumed = lax.scan(layer, None, (params["layers"], picked))[1]
-        return jax.vmap(finish)(picked, resumed)
+        picked = pattern.map(pick, trace.layers, trace.inputs)
+        resumed = pattern.scan(layer, None, pattern.zip(params["layers"], picked))[1]
+        return pattern.map(finish, picked, resumed)
 
     @_exact_float32
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
@@ -296,14 +380,33 @@ class Model:
         Returns the final norm's output [B, R, S, D] and the new state.
         """
 
-        def layer(x, inputs):
+        def layer(kind, x, inputs):
             layer_params, layer_state = inputs
-            block = self._block(layer_params)
-            y, change = block.attn.extend(block.attn_norm(x), layer_state)
-            return block.add_mlp(x + y), change
+            block = self._block(kind, layer_params)
+            y, change = block.attn.extend(block.read(x), layer_state)
+            return block.add(x, y), change
 
-        x, changes = lax.scan(layer, self._embed(params, tokens), (params["layers"], state))
-        return self._final_norm(params, x), self._mixer.advance(state, changes)
+        inputs = self._pattern.zip(params["layers"], state)
+        x, changes = self._pattern.scan(layer, self._embed(params, tokens), inputs)
+        state = self._pattern.map(lambda kind, *x: self._mixers[kind].advance(*x), state, changes)
+        return self._final_norm(params, x), state
+
+    def capacity(self, state: State) -> int | None:
+        """Tokens that decode states [L, B, R, ...] have room for; None: for any number.
+
+        States whose room is bounded were made by `resize`, or by `fork` with a horizon. Of others
+        that grow with their tokens, each extension is an array of another shape.
+        """
+        found = self._pattern.map(lambda kind, x: self._mixers[kind].capacity(x), state)
+        return max(jax.tree.leaves(found), default=None)
+
+    def resize(self, state: State, capacity: int) -> State:
+        """Decode states with room for `capacity` tokens of their own, where they grow with these.
+
+        Their shapes then stay: whoever extends them keeps to the room. States of layers that do not
+        grow are as they were.
+        """
+        return self._pattern.map(lambda kind, x: self._mixers[kind].resize(x, capacity), state)
 
     @_exact_float32
     def forward_forks(
@@ -317,14 +420,14 @@ class Model:
         """
 
         # Recomputed in the backward pass: few tokens, but states far larger than them.
-        @jax.checkpoint
-        def layer(x, inputs):
+        @functools.partial(jax.checkpoint, static_argnums=0)
+        def layer(kind, x, inputs):
             layer_params, layer_trace = inputs
-            block = self._block(layer_params)
-            return _extend_forks(block, x, layer_trace, positions, trace.layout, trace.plan), None
+            block, plan = self._block(kind, layer_params), self._pattern.of_kind(trace.plan, kind)
+            return _extend_forks(block, x, layer_trace, positions, trace.layout, plan), None
 
-        inputs = (params["layers"], trace.layers)
-        x, _ = lax.scan(layer, self._embed(params, tokens), inputs)
+        inputs = self._pattern.zip(params["layers"], trace.layers)
+        x, _ = self._pattern.scan(layer, self._embed(params, tokens), inputs)
         return self._final_norm(params, x)
 
     @_exact_float32
@@ -342,21 +445,20 @@ class Model:
         through a layer together: a trace lives only while its layer runs.
         Returns hidden states of the rows [B, T, D] and of the continuations [B, R, S, D].
         """
-        plan, whole = self._mixer.plan(self.config, layout, tokens.shape), self.policy.remat
+        plans = self._plan(layout, tokens.shape)
         # Where the whole layer is computed again, so are its forks.
-        extend = _extend_forks if whole == "full" else _recomputed_extend_forks
+        extend = _extend_forks if self.policy.remat == "full" else _recomputed_extend_forks
 
-        def layer(carry, layer_params):
+        def layer(kind, carry, layer_params):
             x, forks = carry
-            block = self._block(layer_params)
+            block, plan = self._block(kind, layer_params), self._pattern.of_kind(plans, kind)
             x, trace = _run_rows(block, x, layout, plan, positions)
             return (x, extend(block, forks, trace, positions, layout, plan)), None
 
-        if whole != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[whole])
+        layer = self._recomputed(layer)
         x = constrain(self._embed(params, tokens), "batch", "tokens")
-        forks = constrain(self._embed(params, continuations), *self._mixer.FORK_AXES)
-        (x, forks), _ = lax.scan(layer, (x, forks), params["layers"])
+        forks = constrain(self._embed(params, continuations), *self._fork_axes)
+        (x, forks), _ = self._pattern.scan(layer, (x, forks), params["layers"])
         return self._final_norm(params, x), self._final_norm(params, forks)
 
     # One forward pass that forks join: their tokens are known when it has ended only
@@ -367,27 +469,42 @@ class Model:
 
         Nothing here is for autodiff.
         """
-        plan = self._mixer.plan(self.config, layout, tokens.shape)
-        recompute = self.policy.remat == "full"
+        plan = self._plan(layout, tokens.shape)
+        recompute, pattern = self.policy.remat == "full", self._pattern
 
-        def run(layer_params, x):
-            return _run_rows(self._block(layer_params), x, layout, plan)
+        def layer(kind, x, layer_params):
+            mixer = self._mixers[kind]
 
-        if self.policy.remat == "dots":
-            run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
+            def run(layer_params, x):
+                block = self._block(kind, layer_params)
+                return _run_rows(block, x, layout, pattern.of_kind(plan, kind))
 
-        def layer(x, layer_params):
+            if self.policy.remat == "dots":
+                run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
             if recompute:
                 new, trace = run(layer_params, x)
-                return new, (trace._replace(x=None) if self._mixer.TRACES_INPUTS else trace, x)
+                return new, (trace._replace(x=None) if mixer.TRACES_INPUTS else trace, x)
             (new, trace), pullback = jax.vjp(run, layer_params, x)
             # The parameters are there in the backward pass: no copies of them.
             pullback.args_res[0] = None
-            return new, (trace, pullback)
+            if kind is None:
+                return new, (trace, pullback)
+            leaves, structure = jax.tree.flatten(pullback)
+            structures.setdefault(kind, structure)
+            return new, (trace, leaves)
 
+        structures: dict[str | None, Any] = {}
         x = constrain(self._embed(params, tokens), "batch", "tokens")
-        x, (layers, saved) = lax.scan(layer, x, params["layers"])
-        inputs = saved if recompute and self._mixer.TRACES_INPUTS else None
+        x, found = pattern.scan(layer, x, params["layers"])
+        layers, saved = pattern.unzip(found, 2)
+        inputs = None
+        if recompute:
+            if any(mixer.TRACES_INPUTS for mixer in self._mixers.values()):
+                inputs = pattern.map(
+                    lambda kind, x: x if self._mixers[kind].TRACES_INPUTS else None, saved
+                )
+        elif structures:
+            saved = pattern.map(lambda kind, leaves: _Pullbacks(leaves, structures[kind]), saved)
         trace = Trace(layers, layout, plan, inputs)
         return Rows(self._final_norm(params, x), x, trace, tokens, saved)
 
@@ -395,7 +512,9 @@ class Model:
         """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
         decode states need.
         """
-        return axis_size("sequence") == 1 and self._mixer.reads_traces(self.config, num_new)
+        return axis_size("sequence") == 1 and all(
+            mixer.reads_traces(self._parts[kind], num_new) for kind, mixer in self._mixers.items()
+        )
 
     @_exact_float32
     def run_forks(
@@ -408,22 +527,30 @@ class Model:
         """
         traced = isinstance(state, TracedForks)
 
-        def layer(x, inputs):
+        pattern = self._pattern
+
+        def layer(kind, x, inputs):
             layer_params, layer_state = inputs
-            block = self._block(layer_params)
-            normed = block.attn_norm(x)
+            block = self._block(kind, layer_params)
+            normed = block.read(x)
             if traced:
-                trace, positions, number = state.trace, state.positions, layer_state
-                where = trace.layers, number, positions, trace.layout, trace.plan
+                layers, plan = (
+                    pattern.of_kind(y, kind) for y in (state.trace.layers, state.trace.plan)
+                )
+                where = layers, layer_state, state.positions, state.trace.layout, plan
                 y = block.attn.extend_in_place(normed, *where)
             else:
                 y, _ = block.attn.extend(normed, layer_state)
-            return block.add_mlp(x + y), x
+            return block.add(x, y), x
 
-        x = constrain(self._embed(params, tokens), *self._mixer.FORK_AXES)
-        states = jnp.arange(self.config.num_hidden_layers) if traced else state
-        x, inputs = lax.scan(layer, x, (params["layers"], states))
-        return self._final_norm(params, x), jnp.concatenate([inputs, x[None]])
+        x = constrain(self._embed(params, tokens), *self._fork_axes)
+        states = state
+        if traced:
+            states = pattern.map(
+                lambda _, x: jnp.arange(len(jax.tree.leaves(x)[0])), params["layers"]
+            )
+        x, inputs = pattern.scan(layer, x, pattern.zip(params["layers"], states))
+        return self._final_norm(params, x), jnp.concatenate([pattern.in_order(inputs), x[None]])
 
     @_exact_float32
     def backward(
@@ -449,19 +576,22 @@ class Model:
 
         Returns the gradient with respect to all parameters but those of the head alone.
         """
-        layout, plan = rows.trace.layout, rows.trace.plan
+        layout, pattern = rows.trace.layout, self._pattern
         recompute = self.policy.remat == "full"
 
-        def both(layer_params, x, forks):
-            block = self._block(layer_params)
-            x, trace = _run_rows(block, x, layout, plan, positions)
-            return x, _extend_forks(block, forks, trace, positions, layout, plan)
-
-        def extend(layer_params, forks, trace):
-            return _extend_forks(self._block(layer_params), forks, trace, positions, layout, plan)
-
-        def layer(cotangents, inputs):
+        def layer(kind, cotangents, inputs):
             layer_params, saved, forks, trace = inputs
+            plan = pattern.of_kind(rows.trace.plan, kind)
+
+            def both(layer_params, x, forks):
+                block = self._block(kind, layer_params)
+                x, trace = _run_rows(block, x, layout, plan, positions)
+                return x, _extend_forks(block, forks, trace, positions, layout, plan)
+
+            def extend(layer_params, forks, trace):
+                block = self._block(kind, layer_params)
+                return _extend_forks(block, forks, trace, positions, layout, plan)
+
             if recompute:
                 _, pullback = jax.vjp(both, layer_params, saved, forks)
                 gradient, *cotangents = pullback(cotangents)
@@ -469,6 +599,8 @@ class Model:
             of_x, of_forks = cotangents
             _, pullback = jax.vjp(extend, layer_params, forks, trace)
             from_forks, of_forks, of_trace = pullback(of_forks)
+            if kind is not None:
+                saved = jax.tree.unflatten(saved.structure, saved.leaves)
             saved.args_res[0] = layer_params
             gradient, of_x = saved((of_x, of_trace))
             return (of_x, of_forks), jax.tree.map(jnp.add, gradient, from_forks)
@@ -480,8 +612,8 @@ class Model:
         norm_gradient, *cotangents = pullback(cotangents)
         cotangents = tuple(cotangents)
         trace = None if recompute else rows.trace.layers
-        inputs = (params["layers"], rows.saved, fork_inputs[:-1], trace)
-        cotangents, layers = lax.scan(layer, cotangents, inputs, reverse=True)
+        inputs = params["layers"], rows.saved, pattern.by_kind(fork_inputs[:-1]), trace
+        cotangents, layers = pattern.scan(layer, cotangents, pattern.zip(*inputs), reverse=True)
 
         def embed(table):
             embedded = {"embeddings": table}
@@ -494,24 +626,24 @@ class Model:
     def init_state(self, params: Params, batch: tuple[int, int]) -> State:
         """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""
 
-        def layer(_, layer_params):
-            return None, self._block(layer_params).attn.init_state(batch, self.dtype)
+        def layer(kind, _, layer_params):
+            return None, self._block(kind, layer_params).attn.init_state(batch, self.dtype)
 
-        return lax.scan(layer, None, params["layers"])[1]
+        return self._pattern.scan(layer, None, params["layers"])[1]
 
 
 def _run_rows(
     block: Block, x: jax.Array, layout: Layout | None, plan, forks: jax.Array | None = None
 ) -> tuple[jax.Array, Any]:
     """A layer's output for whole rows x [B, T, D], and its trace, or what `forks` need of it."""
-    y, trace = block.attn.forward(block.attn_norm(x), layout, plan, forks)
-    return constrain(block.add_mlp(x + y), "batch", "tokens"), trace
+    y, trace = block.attn.forward(block.read(x), layout, plan, forks)
+    return constrain(block.add(x, y), "batch", "tokens"), trace
 
 
 def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:
     """A layer's output for tokens x [B, R, S, D] that continue its traced rows at `positions`."""
-    y = block.attn.extend_traced(block.attn_norm(x), trace, positions, layout, plan)
-    return block.add_mlp(x + y)
+    y = block.attn.extend_traced(block.read(x), trace, positions, layout, plan)
+    return block.add(x, y)
 
 
 def _recomputed_extend_forks(block: Block, x, trace, positions, layout, plan) -> jax.Array:

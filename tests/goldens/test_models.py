@@ -15,7 +15,7 @@ import pytest
 from goldens import GOLDEN, load_arrays, load_json, model_folders, require, subtree
 from tiny import IMPLEMENTATION
 
-from refine_jax.checkpoint.hf import published_slots, read_hf
+from refine_jax.checkpoint.hf import read_hf
 from refine_jax.checkpoint.tree import flatten
 from refine_jax.config import OptimizerConfig, RefineConfig
 from refine_jax.models.config import model_config
@@ -42,14 +42,20 @@ def load(folder: str, muon_dtype: str | None = None):
     return Model(config, policy), jax.tree.map(jnp.asarray, loaded.params)
 
 
-def to_tensors(params) -> dict[str, np.ndarray]:
-    """Parameters (or their gradients) by published name."""
+@functools.cache
+def slots(folder: str):
+    """Where the tensors of a golden checkpoint went."""
+    return read_hf(require(folder)).slots
+
+
+def to_tensors(folder: str, params) -> dict[str, np.ndarray]:
+    """Parameters (or their gradients) by the names of the folder."""
     named = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    slots = published_slots({name: leaf.shape for name, leaf in named.items()})
-    return {
-        name: named[slot.param][... if slot.layer is None else slot.layer]
-        for name, slot in slots.items()
-    }
+    tensors = {}
+    for name, slot in slots(folder).items():
+        whole = named[slot.param] if slot.layer is None else named[slot.param][slot.layer]
+        tensors[name] = whole if slot.rows is None else whole[slice(*slot.rows)]
+    return tensors
 
 
 @functools.cache
@@ -80,6 +86,11 @@ def load_exact(folder: str):
 def is_rounded(folder: str) -> bool:
     """Whether bfloat16 rounding inside the model amplifies every difference (golden README 10)."""
     return muon_dtype(folder) == "bfloat16"
+
+
+def is_hybrid(folder: str) -> bool:
+    """Whether layers are of several kinds: PyTorch itself computes these less exactly."""
+    return model_config(load_json(folder, "config.json")).layer_kinds is not None
 
 
 def lengths(expected) -> list[int]:
@@ -143,10 +154,11 @@ def test_outputs(folder):
             first_chunk = at < model.config.lact_chunk_size
             assert differences[:, first_chunk].max() < 2e-4
             continue
+        of_logits, of_entropy = (3e-4, 5e-5) if is_hybrid(folder) else (1e-4, 1e-4)
         for name in ("logits", "hidden"):
-            close(got[name][:, at], want[name], 1e-4, f"{name}, length {n}")
+            close(got[name][:, at], want[name], of_logits, f"{name}, length {n}")
         for name in ("entropy", "entropy of logits"):
-            close(got[name], want["entropy"], 1e-4, f"{name}, length {n}")
+            close(got[name], want["entropy"], of_entropy, f"{name}, length {n}")
 
 
 def close(got, want, atol, what=""):
@@ -175,13 +187,15 @@ def test_gradients(folder):
     if is_rounded(folder):
         pytest.skip("gradients through bfloat16 Newton-Schulz are not comparable (golden README)")
     model, params = load_exact(folder)
-    tokens = expected[f"L{max(lengths(expected))}/input_ids"]
+    longest = max(n for n in lengths(expected) if n <= 77)  # of which the gradient is
+    tokens = expected[f"L{longest}/input_ids"]
 
     def loss(params):
         trunk = read_rows(model, params, {"tokens": tokens}, with_trace=False)
         return trunk.nll_sum / trunk.weights.sum()
 
-    assert_gradients(to_tensors(jax.jit(jax.grad(loss))(params)), want, 1e-4)
+    tolerance = 3e-4 if is_hybrid(folder) else 1e-4
+    assert_gradients(to_tensors(folder, jax.jit(jax.grad(loss))(params)), want, tolerance)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -212,6 +226,7 @@ def test_greedy_tokens(folder):
         filled = np.pad(prompt, (0, longest - len(prompt)))[None]
         hidden, state = prefill(model, params, filled, len(prompt))
         want, got = cases[name.replace("prompt", "tokens")].tolist(), []
+        state = model.resize(state, longest + len(want))
         for _ in want:
             token, hidden, state = greedy_step(model, params, hidden, state)
             got.append(int(token))
@@ -245,7 +260,7 @@ def test_continuations(folder):
         row = np.pad(row, (0, longest - len(row)))[None]
         want = cases[name.replace("prefix", "logprobs")]
         for got in continuation(model, params, row, len(prefix), tokens):
-            close(got, want, 1e-2 if is_rounded(folder) else 1e-4)
+            close(got, want, 1e-2 if is_rounded(folder) else 2e-4 if is_hybrid(folder) else 1e-4)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -285,6 +300,7 @@ class StepCase:
     """A refine_step file as batch and rollouts, [B, c, ...]."""
 
     def __init__(self, name: str):
+        self.name = name
         self.arrays = load_arrays("refine_step", f"{name}.npz")
         self.model, self.params = load_exact(name)
         self.batch = {"tokens": jnp.asarray(self.arrays["input_ids"])}
@@ -368,17 +384,17 @@ def test_refine_step_update(step_case):
     close(metrics["loss/ntp"], arrays["ntp_loss"], 1e-5)
     close(metrics["loss/total"], arrays["total_loss"], 1e-5)
     close(optax.tree.norm(gradient), arrays["grad_norm"], 1e-5 * arrays["grad_norm"])
-    gradients = to_tensors(gradient)
+    gradients = to_tensors(case.name, gradient)
     assert_gradients(gradients, subtree(arrays, "grad"), 1e-4)
 
     after_sgd = jax.tree.map(lambda w, g: w - 0.1 * g, case.params, gradient)
-    sgd, want = to_tensors(after_sgd), subtree(arrays, "sgd")
+    sgd, want = to_tensors(case.name, after_sgd), subtree(arrays, "sgd")
     for name, value in want.items():
         close(sgd[name], value, 2e-5)
 
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), steps=1)
     updates, _ = optimizer.update(gradient, optimizer.init(case.params), case.params)
-    adamw = to_tensors(optax.apply_updates(case.params, updates))
+    adamw = to_tensors(case.name, optax.apply_updates(case.params, updates))
     scale = min(1.0, 0.2 / (float(arrays["grad_norm"]) + 1e-6))
     for name, value in subtree(arrays, "adamw").items():
         # Adam's first step is lr * sign(g): where g is at rounding level its sign is not defined.

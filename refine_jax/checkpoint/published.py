@@ -1,0 +1,195 @@
+"""What of a published folder is kept beside a checkpoint, so that it can be written back as it was.
+
+`published.json` holds the headers of the files of weights, which say the name, dtype and place of
+each tensor, and the text of their index. `published.safetensors` holds the tensors of parts that no
+model here has, such as a vision tower. Neither is ever in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refine_jax.base.errors import CheckpointError
+from refine_jax.base.files import read_json, write_text
+from refine_jax.checkpoint.folders import PUBLISHED, PUBLISHED_TENSORS
+
+_BLOCK = 1 << 24  # bytes
+_ALIGNMENT = 8  # bytes, of the end of a header
+# fmt: off
+_ORDER = (
+    "BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32",
+    "F64", "I64", "U64",
+)
+# fmt: on
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file. dtype: as its header names it. start: byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    def blocks(self) -> Iterator[bytes]:
+        """The tensor's bytes, some at a time."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            left = self.size
+            while left:
+                block = file.read(min(left, _BLOCK))
+                if not block:
+                    raise CheckpointError(f"{self.file} ends within a tensor.")
+                left -= len(block)
+                yield block
+
+
+class InMemory(NamedTuple):
+    """A tensor as an array, with what `Stored` has."""
+
+    array: np.ndarray
+
+    @property
+    def dtype(self) -> str:
+        """The dtype as headers name it."""
+        return SAFETENSORS_NAMES[self.array.dtype.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.array.shape
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.array.nbytes
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The tensor's bytes."""
+        yield np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
+
+
+def read_header(file: Path) -> tuple[str, int]:
+    """The text of a safetensors file's header, and the byte where its tensors begin."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        return opened.read(size).decode(), 8 + size
+
+
+def _tensors_of(header: str) -> dict[str, dict[str, Any]]:
+    return {name: x for name, x in json.loads(header).items() if name != "__metadata__"}
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file."""
+    header, begin = read_header(file)
+    return {
+        name: Stored(
+            x["dtype"],
+            tuple(x["shape"]),
+            file,
+            begin + x["data_offsets"][0],
+            x["data_offsets"][1] - x["data_offsets"][0],
+        )
+        for name, x in _tensors_of(header).items()
+    }
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Any], header: str | None = None) -> None:
+    """Write tensors (`Stored` or `InMemory`) to a safetensors file, one block at a time.
+
+    header: of a file with these tensors, to be written as it is; None: one in the order of the
+    safetensors package, larger elements first.
+    """
+    if header is None:
+        order = sorted(tensors, key=lambda name: (-_rank(tensors[name].dtype), name))
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in order:
+            tensor = tensors[name]
+            offsets = [at, at + tensor.size]
+            entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+            at += tensor.size
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+        header += " " * (-len(header.encode()) % _ALIGNMENT)
+    else:
+        places = {name: x["data_offsets"] for name, x in _tensors_of(header).items()}
+        order = sorted(places, key=places.get)
+    encoded = header.encode()
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in order:
+            for block in tensors[name].blocks():
+                file.write(block)
+
+
+def _rank(dtype: str) -> int:
+    """Where the safetensors package puts a dtype: those of wider elements come first in a file."""
+    return _ORDER.index(dtype) if dtype in _ORDER else -1
+
+
+class Record(NamedTuple):
+    """What `published.json` says. headers: {file: text}. index: text of the index, if any."""
+
+    headers: dict[str, str]
+    index: str | None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by name."""
+        return {
+            name: tuple(x["shape"])
+            for header in self.headers.values()
+            for name, x in _tensors_of(header).items()
+        }
+
+    def holds(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether the files hold exactly these tensors, in shape and dtype, and without gaps."""
+        seen = {}
+        for header in self.headers.values():
+            end = 0
+            for name, x in sorted(_tensors_of(header).items(), key=lambda e: e[1]["data_offsets"]):
+                if name in seen or x["data_offsets"][0] != end:
+                    return False
+                seen[name] = (x["dtype"], tuple(x["shape"]))
+                end = x["data_offsets"][1]
+        return seen == {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+
+
+def keep(headers: Mapping[str, str], index: str | None, others: Mapping[str, Stored]) -> dict:
+    """The files that keep this, {name: what writes the file at a path}."""
+    record = json.dumps({"headers": dict(headers), "index": index}, indent=1) + "\n"
+    files: dict[str, Callable[[Path], None]] = {PUBLISHED: lambda path: write_text(path, record)}
+    if others:
+        files[PUBLISHED_TENSORS] = lambda path: write_safetensors(path, others)
+    return files
+
+
+def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], dict[str, Path]]:
+    """The record and the tensors of other parts among a checkpoint's files, and the other files.
+
+    Raises CheckpointError for a record that is damaged.
+    """
+    others = {n: path for n, path in files.items() if n not in (PUBLISHED, PUBLISHED_TENSORS)}
+    tensors, record = {}, None
+    try:
+        if PUBLISHED_TENSORS in files:
+            tensors = stored_tensors(Path(files[PUBLISHED_TENSORS]))
+        if PUBLISHED in files:
+            fields = read_json(files[PUBLISHED], CheckpointError)
+            record = Record(fields["headers"], fields["index"])
+            record.shapes()
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        where = Path(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
+        raise CheckpointError(
+            f"{where}: {PUBLISHED} or {PUBLISHED_TENSORS} is damaged. Convert the published folder "
+            "again."
+        ) from error
+    return record, tensors, others

@@ -1,0 +1,372 @@
+"""The full-attention mixer of hybrid models.
+
+A fork reads the keys and values of its row where they are, up to the slot where it begins, beside
+those of its own tokens: the forks of a row share them. What a state holds grows with its tokens.
+
+Letters: B batch, T tokens, D model dim, G key heads, n queries of a key head, hd head dim, R forks
+of a row, S new tokens, C tokens that a cache has room for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from refine_jax.models.attention import push_to_ring
+from refine_jax.models.causal_attention import (
+    attend,
+    causal_attention,
+    join,
+    repeat_heads,
+    repeats_for,
+)
+from refine_jax.models.chunks import last_and_seen
+from refine_jax.models.fork_attention import join_devices
+from refine_jax.models.hybrid_config import AttentionConfig
+from refine_jax.models.layers import Linear, RMSNorm, rope
+from refine_jax.models.layout import Layout
+from refine_jax.parallel import axis_size, over_shards, token_axis
+
+
+class AttentionTrace(NamedTuple):
+    """Keys, with positions, and values of rows, [B, G, T, hd] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class SharedRow(NamedTuple):
+    """The keys and values of rows that forks begin in.
+
+    k, v: [B, G, T, hd]. last: [B, R] int32, slot of the row's last token before a fork. seen:
+    [B, R] int32, tokens that its document has up to there; may be 0.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    last: jax.Array
+    seen: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionState:
+    """A decode state.
+
+    keys, values: [B, R, G, C, hd], of the fork's own tokens, the first `count` [B, R] of them.
+    row: what came before these; None: nothing. fixed: whether C stays as it is when the state is
+    extended, and whoever extends it sees to it that there is room; else C grows by each extension.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    count: jax.Array
+    row: SharedRow | None
+    fixed: bool = dataclasses.field(metadata={"static": True})
+
+
+class AttentionChange(NamedTuple):
+    """What `extend` adds to a state: keys and values of the new tokens, [B, R, G, S, hd] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class FullAttentionMixer(nnx.Module):
+    """Causal attention with grouped queries; a `Mixer`."""
+
+    WRITES_MUCH = False
+    TRACES_INPUTS = False
+    FORK_AXES = ("batch",)
+
+    def __init__(
+        self, config: AttentionConfig, *, implementation: str | None = None, rngs: nnx.Rngs
+    ):
+        self.config = config
+        self.implementation = implementation
+        size, queries = config.hidden_size, config.num_heads * config.head_dim
+        keys = config.num_kv_heads * config.head_dim
+        doubled = queries * (2 if config.gated else 1)
+        self.q_proj = Linear(size, doubled, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = Linear(size, keys, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = Linear(size, keys, bias=config.qkv_bias, rngs=rngs)
+        self.o_proj = Linear(queries, size, bias=config.out_bias, rngs=rngs)
+        widths = {"width": (queries, keys), "head": (config.head_dim,) * 2}.get(config.qk_norm)
+        offset = 1.0 if config.zero_centred else 0.0
+        self.q_norm, self.k_norm = (
+            (None, None)
+            if widths is None
+            else (RMSNorm(width, config.norm_eps, offset) for width in widths)
+        )
+
+    # What all passes share
+
+    def _project(self, x: jax.Array, position: jax.Array):
+        """Of tokens x [B, ..., T, D] at `position` [B, ..., T].
+
+        Returns q [B, ..., G, n, T, hd], the gate [B, ..., T, G n hd] or None, and k and v
+        [B, ..., G, T, hd].
+        """
+        config = self.config
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        gate = None
+        if config.gated:
+            q = q.reshape(*q.shape[:-1], config.num_heads, 2, config.head_dim)
+            gate = q[..., 1, :].reshape(*x.shape[:-1], -1)
+            q = q[..., 0, :].reshape(*x.shape[:-1], -1)
+
+        def heads(x, norm, count):
+            if config.qk_norm == "width":
+                x = norm(x)
+            x = x.reshape(*x.shape[:-1], count, config.head_dim)
+            if config.qk_norm == "head":
+                x = norm(x)
+            return self._rope(x, position[..., None])
+
+        q = heads(q, self.q_norm, config.num_heads)
+        k = heads(k, self.k_norm, config.num_kv_heads)
+        v = v.reshape(*v.shape[:-1], config.num_kv_heads, config.head_dim)
+        q = q.reshape(*q.shape[:-2], config.num_kv_heads, -1, config.head_dim)
+        return jnp.moveaxis(q, -4, -2), gate, jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
+
+    def _rope(self, x: jax.Array, position: jax.Array) -> jax.Array:
+        theta, turned = self.config.rope_theta, self.config.rotary_dim
+        if theta is None:
+            return x
+        if turned == x.shape[-1]:
+            return rope(x, position, theta)
+        return jnp.concatenate([rope(x[..., :turned], position, theta), x[..., turned:]], axis=-1)
+
+    def _output(self, out: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """Gate and output projection of out [B, ..., G, n, T, hd]: [B, ..., T, D]."""
+        out = jnp.moveaxis(out, -2, -4)
+        out = out.reshape(*out.shape[:-3], -1)
+        if gate is not None:
+            out = out * jax.nn.sigmoid(gate)
+        return self.o_proj(out)
+
+    # The members of `Mixer`
+
+    @staticmethod
+    def plan(config: AttentionConfig, layout: Layout | None, shape: tuple[int, int]) -> None:
+        """Nothing that the layers would share."""
+        del config, layout, shape
+
+    def forward(
+        self,
+        x: jax.Array,
+        layout: Layout | None,
+        plan: None,
+        forks: jax.Array | None = None,
+    ) -> tuple[jax.Array, AttentionTrace]:
+        """Run whole rows x [B, T, D]; returns [B, T, D] (undefined at padding) and the trace.
+
+        forks: Change nothing: they read the trace where it is.
+        """
+        del plan, forks
+        tokens = x.shape[1]
+        position = jnp.broadcast_to(jnp.arange(tokens), x.shape[:2])
+        if layout is not None:
+            position = layout.position
+        q, gate, k, v = self._project(x, position)
+        axis_name = token_axis(tokens, 1)
+        # Other names are those of the kernels of the delta rule.
+        name = "xla" if self.implementation == "xla" else None
+
+        def run(q, k, v, layout):
+            return causal_attention(
+                q, k, v, self.config.window, layout, implementation=name, axis_name=axis_name
+            )
+
+        spread = axis_name and "tokens"
+        queries, keys = ("batch", "heads", None, spread), ("batch", "heads", spread)
+        run = over_shards(run, (queries, keys, keys, ("batch", spread)), queries)
+        more = repeats_for(q.shape[1], axis_size("tensor"))
+        shared = q.reshape(q.shape[0], q.shape[1] * more, -1, *q.shape[3:])
+        out = run(shared, repeat_heads(k, 1, more), repeat_heads(v, 1, more), layout)
+        return self._output(out.reshape(q.shape), gate), AttentionTrace(k, v)
+
+    @staticmethod
+    def pick(
+        config: AttentionConfig,
+        trace: AttentionTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+    ) -> AttentionTrace:
+        """What forks need of a trace: all of it, where it is."""
+        del config, positions, layout, plan
+        return trace
+
+    def resume(
+        self,
+        picked: AttentionTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+        horizon: int | None = None,
+    ) -> AttentionChange:
+        """Make empty caches for the tokens that the forks [B, R] will take: C = horizon, or 0."""
+        del layout, plan
+        shape = (*positions.shape, picked.k.shape[1], horizon or 0, picked.k.shape[3])
+        return AttentionChange(*(jnp.zeros(shape, picked.k.dtype) for _ in range(2)))
+
+    @staticmethod
+    def finish(
+        config: AttentionConfig,
+        picked: AttentionTrace,
+        resumed: AttentionChange,
+        positions: jax.Array,
+        layout: Layout | None,
+    ) -> AttentionState:
+        """Make decode states, which share the keys and values of their rows.
+
+        The only fork of a row, whose tokens are not known to be few, takes these for its own.
+        """
+        del config
+        fixed = resumed.keys.shape[3] > 0
+        if positions.shape[1] == 1 and layout is None and not fixed:
+            return AttentionState(picked.k[:, None], picked.v[:, None], positions, None, False)
+        row = SharedRow(*picked, *last_and_seen(positions, layout))
+        return AttentionState(*resumed, jnp.zeros_like(positions), row, fixed)
+
+    def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> AttentionState:
+        """The state before any token, for `batch` (B, R)."""
+        shape = (*batch, self.config.num_kv_heads, 0, self.config.head_dim)
+        empty = jnp.zeros(shape, dtype)
+        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32), None, False)
+
+    def extend(self, x: jax.Array, state: AttentionState) -> tuple[jax.Array, AttentionChange]:
+        """Continue `state` by x [B, R, S, D]; returns [B, R, S, D] and the new keys and values."""
+        num_new = x.shape[2]
+        if state.fixed and num_new > state.keys.shape[3]:
+            raise ValueError(
+                "A state must have room for the tokens that extend it (Model.resize). Got: "
+                f"{num_new} tokens, room for {state.keys.shape[3]}."
+            )
+        seen = state.count if state.row is None else state.count + state.row.seen
+        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(num_new))
+        cached = (state.keys, state.values) if state.keys.shape[3] else None
+        out = self._attend_forks(q, k, v, cached, state.count, state.row)
+        return self._output(out, gate), AttentionChange(k, v)
+
+    @staticmethod
+    def advance(state: AttentionState, change: AttentionChange) -> AttentionState:
+        """States of all layers [N, B, R, ...] with the new tokens written behind their own."""
+        num_new = change.keys.shape[4]
+        keys, values = state.keys, state.values
+        if not state.fixed:
+            keys, values = (_with_room(x, x.shape[4] + num_new) for x in (keys, values))
+        count = state.count[0]
+        return dataclasses.replace(
+            state,
+            keys=push_to_ring(keys, change.keys, count),
+            values=push_to_ring(values, change.values, count),
+            count=state.count + num_new,
+        )
+
+    @staticmethod
+    def capacity(state: AttentionState) -> int:
+        """C, the tokens that states of all layers have room for."""
+        return state.keys.shape[4]
+
+    @staticmethod
+    def resize(state: AttentionState, capacity: int) -> AttentionState:
+        """States of all layers with room for `capacity` tokens, which stays as it is."""
+        keys, values = (_with_room(x, capacity) for x in (state.keys, state.values))
+        return dataclasses.replace(state, keys=keys, values=values, fixed=True)
+
+    def extend_traced(
+        self,
+        x: jax.Array,
+        trace: AttentionTrace,
+        positions: jax.Array,
+        layout: Layout | None,
+        plan: None,
+    ) -> jax.Array:
+        """`extend` of x [B, R, S, D] from forks of rows at `positions`: y [B, R, S, D]."""
+        del plan
+        row = SharedRow(*trace, *last_and_seen(positions, layout))
+        q, gate, k, v = self._project(x, row.seen[..., None] + jnp.arange(x.shape[2]))
+        out = self._attend_forks(q, k, v, None, jnp.zeros_like(positions), row)
+        return self._output(out, gate)
+
+    @staticmethod
+    def reads_traces(config: AttentionConfig, num_new: int) -> bool:
+        """Whether forks are read in traces: no, their states share these anyway."""
+        del config, num_new
+        return False
+
+    def _attend_forks(self, q, k, v, cached, count, row: SharedRow | None) -> jax.Array:
+        """Attention of new tokens to themselves, to those of a cache and to those of the row.
+
+        q: [B, R, G, n, S, hd]; k, v: [B, R, G, S, hd]. cached: keys and values [B, R, G, C, hd], of
+        which there are `count` [B, R]; None: none. Returns the shape of q.
+        """
+        window, shape = self.config.window, q.shape
+        axis_name = None if row is None else token_axis(row.k.shape[2], 1)
+        more = repeats_for(shape[2], axis_size("tensor"))
+        q = q.reshape(*shape[:2], shape[2] * more, shape[3] // more, *shape[4:])
+        k, v, cached = (jax.tree.map(lambda x: repeat_heads(x, 2, more), x) for x in (k, v, cached))
+        tokens = None if row is None else tuple(repeat_heads(x, 1, more) for x in (row.k, row.v))
+        places = None if row is None else (row.last, row.seen)
+
+        def run(q, k, v, cached, count, tokens, places):
+            new, count = jnp.arange(q.shape[4]), count[..., None]
+            # What a window leaves out, counted from the first of the new tokens on.
+            begin = jnp.full_like(new, -(2**30)) if window is None else new + 1 - window
+            parts = [_attend_own(q, k, v, jnp.maximum(begin, 0), new)]
+            if cached is not None:
+                parts.append(_attend_own(q, *cached, jnp.maximum(count + begin, 0), count - 1))
+            if tokens is not None:
+                last, seen = (x[..., None] for x in places)
+                first = last + 1 + jnp.maximum(-seen, count + begin)
+                parts.append(_attend_rows(q, *tokens, first, last, axis_name))
+            return join(parts).astype(q.dtype)
+
+        forks, batch = ("batch", None, "heads"), ("batch",)
+        rows = ("batch", "heads", axis_name and "tokens")
+        run = over_shards(run, (forks, forks, forks, forks, batch, rows, batch), forks)
+        return run(q, k, v, cached, count, tokens, places).reshape(shape)
+
+
+def _reach_of_queries(q: jax.Array, first, last):
+    """Slots first ... last of tokens [B, R, S], for the queries [B, R, n S] of a key head."""
+    shape = (*q.shape[:2], q.shape[4])
+    return (jnp.tile(jnp.broadcast_to(x, shape), (1, 1, q.shape[3])) for x in (first, last))
+
+
+def _attend_own(q, k, v, first, last):
+    """Attention of q [B, R, G, n, S, hd] to slots of the forks' own k and v [B, R, G, T, hd]."""
+    forks = q.shape[0] * q.shape[1]
+    reach = (x.reshape(forks, -1) for x in _reach_of_queries(q, first, last))
+    merged = q.reshape(forks, q.shape[2], -1, q.shape[-1])
+    k, v = (x.reshape(forks, *x.shape[2:]) for x in (k, v))
+    out, log_total = attend(merged, k, v, *reach)
+    return out.reshape(q.shape), log_total.reshape(q.shape[:-1])
+
+
+def _attend_rows(q, k, v, first, last, axis_name):
+    """Attention of q [B, R, G, n, S, hd] to slots of the rows' k and v [B, G, T, hd]."""
+    rows, groups = q.shape[0], q.shape[2]
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * k.shape[2]
+    reach = (x.reshape(rows, -1) - offset for x in _reach_of_queries(q, first, last))
+    queries = jnp.swapaxes(q, 1, 2)  # [B, G, R, n, S, hd]: the forks of a row meet it together
+    shape = queries.shape
+    found = attend(queries.reshape(rows, groups, -1, shape[-1]), k, v, *reach)
+    out, log_total = found if axis_name is None else join_devices(*found, axis_name)
+    log_total = jnp.swapaxes(log_total.reshape(shape[:-1]), 1, 2)
+    return jnp.swapaxes(out.reshape(shape), 1, 2), log_total
+
+
+def _with_room(x: jax.Array, capacity: int) -> jax.Array:
+    """Caches [N, B, R, G, C, hd] with room for more tokens, or for fewer."""
+    more = capacity - x.shape[4]
+    if more <= 0:
+        return x[..., :capacity, :]
+    return jnp.pad(x, (*[(0, 0)] * 4, (0, more), (0, 0)))
