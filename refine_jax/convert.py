@@ -53,13 +53,14 @@ def to_hf(
     *,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     dtype: str | None = None,
     step: int | str = "latest",
 ) -> str:
     """Convert a checkpoint to a Hugging Face folder; returns a line that says what.
 
-    dtype: cast the parameters ("float32", "bfloat16", "float16") and say so in config.json.
+    max_shard_bytes: cut larger weights into shards; None: as those of a hybrid model were,
+    else 5 GB. dtype: cast the parameters ("float32", "bfloat16", "float16") and say so there.
     step: of a training run: "latest", "best" or a number. allow_nonfinite: write parameters that
     are NaN or infinite, or become so in `dtype`.
     """
@@ -131,9 +132,9 @@ def command() -> Command:
     made.group("to_hf")
     made.flag(
         "max_shard_size",
-        "cut larger weights into shards: bytes, or a number with KB, MB, GB",
+        "cut larger weights into shards: bytes, or a number with KB, MB, GB (default: as a hybrid "
+        "model's were, else 5GB)",
         _size,
-        default="5GB",
         metavar="SIZE",
     )
     dtypes = ("float32", "bfloat16", "float16")

@@ -22,6 +22,28 @@ _LACT = _COMMON | {
     "window_size": 6,
     "w0_w2_low_rank": 4,
 }
+_L, _F = "linear_attention", "full_attention"
+_QWEN = _COMMON | {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "partial_rotary_factor": 0.5,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": [_L, _F, _L, _F],
+}
+_OLMO = _COMMON | {
+    "model_type": "olmo_hybrid",
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 12,
+    "layer_types": [_L, _L, _F, _F, _L],
+}
 _DELTA = _COMMON | {"model_type": "delta_net", "num_heads": 2}
 
 CONFIGS = {
@@ -34,6 +56,15 @@ CONFIGS = {
     | {"use_short_conv": False, "use_gate": True, "expand_v": 2, "qk_activation": "relu"},
     "gated_deltanet": _COMMON
     | {"model_type": "gated_deltanet", "num_heads": 2, "head_dim": 8, "num_v_heads": 4},
+    "qwen": _QWEN,
+    "qwen_irregular": _QWEN
+    | {"num_hidden_layers": 6, "layer_types": [_F, _L, _L, _F, _F, _L], "num_key_value_heads": 1},
+    "olmo": _OLMO,
+    "deltanet_hybrid": _DELTA
+    | {
+        "num_hidden_layers": 3,
+        "attn": {"layers": [1], "num_heads": 2, "window_size": 7, "qkv_bias": True},
+    },
 }
 
 

@@ -162,11 +162,11 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
         )
     left_out = (*unused, *_left_out(folder, fields, weights, files))
     if config.layer_kinds is not None:
-        files |= _kept(weights, others)
+        files |= _kept(folder, weights, others)
     return Pretrained(fields, nest(arrays), config_json, files, slots, len(stored), left_out)
 
 
-def _kept(weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
+def _kept(folder: Path, weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
     """The files that keep what else there is in the weights, and how they are laid out."""
     if weights.torch:
         tensors = {}
@@ -174,8 +174,10 @@ def _kept(weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
             with weights.open(entry.file) as opened:
                 tensors[name] = InMemory(opened.read(entry.stored_name))
         return keep({}, None, tensors)
-    headers = {file.name: read_header(file)[0] for file in weights.files}
-    index = None if weights.index is None else read_text(weights.index, CheckpointError)
+    headers, index = {}, None
+    if all(file.parent == folder for file in weights.files):
+        headers = {file.name: read_header(file)[0] for file in weights.files}
+        index = None if weights.index is None else read_text(weights.index, CheckpointError)
     tensors = {
         name: stored_tensors(entry.file)[entry.stored_name] for name, entry in others.items()
     }

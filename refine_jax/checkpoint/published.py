@@ -8,6 +8,7 @@ model here has, such as a vision tower. Neither is ever in memory as a whole.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,8 +185,12 @@ def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], d
             tensors = stored_tensors(Path(files[PUBLISHED_TENSORS]))
         if PUBLISHED in files:
             fields = read_json(files[PUBLISHED], CheckpointError)
-            record = Record(fields["headers"], fields["index"])
+            record = Record(dict(fields["headers"]), fields["index"])
             record.shapes()
+            if not all(
+                re.fullmatch(r"model[\w.-]*[.]safetensors[\w.-]*", n) for n in record.headers
+            ):
+                raise ValueError("no names of files of weights")
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         where = Path(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
         raise CheckpointError(

@@ -132,9 +132,9 @@ def _scan_segment(layer, carry, segment: Segment, xs: dict, reverse: bool):
     run = functools.partial(_run_unit, layer, unit, reverse)
     if repeats == 1:
         return run(carry, xs)
-    xs = jax.tree.map(lambda x: x.reshape(repeats, -1, *x.shape[1:]), xs)
+    xs = jax.tree.map(lambda x: x.reshape(repeats, len(x) // repeats, *x.shape[1:]), xs)
     carry, ys = lax.scan(run, carry, xs, reverse=reverse)
-    return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
+    return carry, jax.tree.map(lambda y: y.reshape(y.shape[0] * y.shape[1], *y.shape[2:]), ys)
 
 
 def _run_unit(layer, unit: tuple[str, ...], reverse: bool, carry, xs: dict):
