@@ -39,7 +39,7 @@ class Reader:
     def __init__(self, model: Model, params: Params, *, block: int = BLOCK):
         """block: tokens of a text that are read at a time."""
         self.block = block
-        self._params = params
+        self._model, self._params = model, params
         self._begin = jax.jit(
             lambda params, rows: model.init_state(params, (rows, 1)), static_argnums=1
         )
@@ -56,6 +56,7 @@ class Reader:
         rows, count = tokens.shape[0], tokens.shape[1] - 1
         if state is None:
             state = self._begin(self._params, rows)
+        state = self._model.with_room(state, -(-count // self.block) * self.block)
         pending: list[tuple[jax.Array, jax.Array]] = []
         results = []
         for start in range(0, count, self.block):

@@ -14,11 +14,14 @@ from jax import lax
 
 from refine_jax.generation.sampling import Sampler, as_ends, sample
 from refine_jax.models.head import logits
-from refine_jax.models.transformer import Model, Params, State
+from refine_jax.models.transformer import Model, Params, State, round_room
 
 
 class Prefix(NamedTuple):
-    """What is known after reading B sequences of unequal length; its size depends on B alone.
+    """What is known after reading B sequences of unequal length.
+
+    Its size depends on B alone, but for models with full attention, whose states have room for some
+    tokens (`with_room`).
 
     state: decode states, every leaf [L, B, 1, ...]. hidden: [B, D] final-norm output at the last
     token read, which predicts the next. length: [B] int32, tokens read.
@@ -36,6 +39,11 @@ def empty_prefix(model: Model, params: Params, rows: int) -> Prefix:
         jnp.zeros((rows, model.config.hidden_size), model.dtype),
         jnp.zeros((rows,), jnp.int32),
     )
+
+
+def with_room(model: Model, prefix: Prefix, num_new: int) -> Prefix:
+    """The Prefix with room for `num_new` more tokens in each row. Not inside `jax.jit`."""
+    return prefix._replace(state=model.with_room(prefix.state, num_new))
 
 
 def take_rows(prefix: Prefix, rows: jax.Array) -> Prefix:
@@ -70,7 +78,10 @@ def prefill(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array)
 def advance(
     model: Model, params: Params, prefix: Prefix, tokens: jax.Array, taken: jax.Array
 ) -> Prefix:
-    """Read S more tokens, tokens [B, S] int32, in the rows that `taken` [B] bool names. Pure."""
+    """Read S more tokens, tokens [B, S] int32, in the rows that `taken` [B] bool names. Pure.
+
+    The Prefix has room for them (`with_room`).
+    """
     hidden, state = model.extend(params, tokens[:, None], prefix.state)
 
     def choose(new, old, axis):
@@ -96,7 +107,7 @@ def decode(
     block: int,
     end: int | tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, Prefix]:
-    """Generate up to `block` tokens a row.
+    """Generate up to `block` tokens a row, for which the Prefix has room (`with_room`).
 
     keys: [B], one a row (`row_keys`). A draw depends on the row's key and on how many tokens its
         sequence has, on nothing else: two blocks of 8 draw what one of 16 does.
@@ -146,5 +157,4 @@ def round_length(length: int) -> int:
 
     Four sizes an octave.
     """
-    step = max(64, 1 << max(int(length).bit_length() - 3, 0))
-    return -(-int(length) // step) * step
+    return round_room(length)

@@ -21,6 +21,7 @@ from refine_jax.generation.engine import (
     round_length,
     round_rows,
     take_rows,
+    with_room,
 )
 from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
@@ -123,7 +124,7 @@ class Generator:
             places[group] = start + np.arange(len(group))
             start += parts[-1].length.shape[0]
         in_place = len(parts) == 1 and np.array_equal(places, np.arange(start))
-        prefix = parts[0] if in_place else self._gather(tuple(parts), places)
+        prefix = parts[0] if in_place else self._gather(self._of_one_size(parts), places)
         rests = [row[self._prefill_tokens :] for row in prompts]
         return self._read_on(params, prefix, rests, consume=True)
 
@@ -233,6 +234,11 @@ class Generator:
             row[: len(prompt)] = prompt
         return self._prefill(params, tokens, lengths)
 
+    def _of_one_size(self, parts: list[Prefix]) -> tuple[Prefix, ...]:
+        """The parts with room for as many tokens each, where their states grow with these."""
+        room = max((self.model.capacity(part.state) or 0 for part in parts), default=0)
+        return tuple(part._replace(state=self.model.resize(part.state, room)) for part in parts)
+
     def _read_on(
         self, params: Params, prefix: Prefix, rests: list[np.ndarray], *, consume: bool
     ) -> Prefix:
@@ -248,7 +254,7 @@ class Generator:
                 tokens = np.zeros((len(at), size), np.int32)
                 for row in np.flatnonzero(taken):
                     tokens[row] = rests[row][at[row] : at[row] + size]
-                own = self._advance(params, own, tokens, taken)
+                own = self._advance(params, with_room(self.model, own, size), tokens, taken)
                 at, left = at + size * taken, left - size * taken
         if count == len(at):
             return own
@@ -295,6 +301,7 @@ class Generator:
                 yield index, row.result()
         while any(not row.finish_reason for row in rows):
             budgets = np.array([min(row.left, every) for row in rows] + padding, np.int32)
+            own = with_room(self.model, own, BLOCK)
             tokens, own = self._decode(params, own, keys, sampler, budgets)
             tokens = np.asarray(tokens)[: len(rows)]
             self.decode_steps += int((tokens >= 0).sum(axis=1).max())

@@ -39,6 +39,7 @@ from refine_jax.generation.sampling import not_finite
 from refine_jax.models.transformer import Model, Params
 
 _RECORD, _ARRAYS = "state.json", "arrays"
+_MOST_ROOM = 2**32
 
 
 def check_state_path(path: str | os.PathLike) -> Path:
@@ -65,6 +66,9 @@ def save_prefix(
     if not np.isfinite(np.asarray(prefix.hidden, np.float32)).all():
         raise not_finite("after the prompt")
     record = _describe(model, params, tokenizer) | {"lengths": [int(n) for n in prefix.length]}
+    room = model.capacity(prefix.state)
+    if room is not None:
+        record["room"] = room
     try:
         with new_folder(path) as folder:
             write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
@@ -86,8 +90,15 @@ def load_prefix(
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{path} is not a saved state: it has no {_RECORD}.")
     again = "Read the document again with this one."
-    lengths = _check_record(folder / _RECORD, model, _describe(model, params, tokenizer), again)
-    abstract = jax.eval_shape(lambda params: empty_prefix(model, params, len(lengths)), params)
+    lengths, room = _check_record(
+        folder / _RECORD, model, _describe(model, params, tokenizer), again
+    )
+
+    def empty(params):
+        prefix = empty_prefix(model, params, len(lengths))
+        return prefix._replace(state=model.resize(prefix.state, room))
+
+    abstract = jax.eval_shape(empty, params)
     arrays = read_arrays(folder / _ARRAYS, flatten(abstract), fix=again)
     prefix = jax.tree.map(jnp.asarray, unflatten(abstract, arrays))
     if prefix.length.tolist() != lengths:
@@ -108,8 +119,10 @@ def _describe(model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, A
     }
 
 
-def _check_record(path: Path, model: Model, mine: dict[str, Any], again: str) -> list[int]:
-    """The lengths [B] of a saved state, which `model`, with the description `mine`, would continue.
+def _check_record(
+    path: Path, model: Model, mine: dict[str, Any], again: str
+) -> tuple[list[int], int]:
+    """The lengths [B] and the room of a saved state, which `model`, described by `mine`, continues.
 
     Raises CheckpointError if it was made by something else, or the record is damaged.
     """
@@ -144,4 +157,10 @@ def _check_record(path: Path, model: Model, mine: dict[str, Any], again: str) ->
         raise CheckpointError(
             f"{path}: lengths must be numbers of tokens, one a row. Got: {short(lengths)}. {again}"
         )
-    return lengths
+    room = saved.get("room", max(lengths))
+    if type(room) is not int or not max(lengths) <= room <= _MOST_ROOM:
+        raise CheckpointError(
+            f"{path}: room must be a number of tokens, at least that of the longest row. Got: "
+            f"{short(room)}. {again}"
+        )
+    return lengths, room

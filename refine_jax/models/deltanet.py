@@ -466,6 +466,11 @@ class DeltaNetMixer(nnx.Module):
         del state
 
     @staticmethod
+    def used(state: DeltaState) -> None:
+        """No token takes room."""
+        del state
+
+    @staticmethod
     def resize(state: DeltaState, capacity: int) -> DeltaState:
         """States as they are."""
         del capacity

@@ -276,6 +276,11 @@ class FullAttentionMixer(nnx.Module):
         return state.keys.shape[4]
 
     @staticmethod
+    def used(state: AttentionState) -> jax.Array:
+        """The tokens [L, B, R] that are in the caches."""
+        return state.count
+
+    @staticmethod
     def resize(state: AttentionState, capacity: int) -> AttentionState:
         """States of all layers with room for `capacity` tokens, which stays as it is."""
         keys, values = (_with_room(x, capacity) for x in (state.keys, state.values))

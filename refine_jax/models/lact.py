@@ -268,6 +268,11 @@ class LaCTMixer(LaCTLayer):
         del state
 
     @staticmethod
+    def used(state: LaCTState) -> None:
+        """No token takes room."""
+        del state
+
+    @staticmethod
     def resize(state: LaCTState, capacity: int) -> LaCTState:
         """States as they are."""
         del capacity

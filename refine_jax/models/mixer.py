@@ -134,13 +134,19 @@ class Mixer(Protocol):
     def advance(state: Any, change: Any) -> Any:
         """Make the new states of all layers, in place where they are large."""
 
+    # Room in decode states, of all layers, that grow with their tokens
+
     @staticmethod
     def capacity(state: Any) -> int | None:
-        """Tell how many tokens the states of all layers have room for; None: for any number."""
+        """Tell how many tokens of their own the states have room for; None: for any number."""
+
+    @staticmethod
+    def used(state: Any) -> jax.Array | None:
+        """Tell how many tokens [L, B, R] that take room the states hold; None: none do."""
 
     @staticmethod
     def resize(state: Any, capacity: int) -> Any:
-        """Make room for as many tokens in the states of all layers, whose shape is then fixed."""
+        """Make room for as many tokens, or keep as many; the states' shape is then fixed."""
 
     # Forks without decode states
 

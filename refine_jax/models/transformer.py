@@ -392,21 +392,26 @@ class Model:
         return self._final_norm(params, x), state
 
     def capacity(self, state: State) -> int | None:
-        """Tokens that decode states [L, B, R, ...] have room for; None: for any number.
-
-        States whose room is bounded were made by `resize`, or by `fork` with a horizon. Of others
-        that grow with their tokens, each extension is an array of another shape.
-        """
+        """Tokens of their own that decode states have room for; None: for any number."""
         found = self._pattern.map(lambda kind, x: self._mixers[kind].capacity(x), state)
         return max(jax.tree.leaves(found), default=None)
 
     def resize(self, state: State, capacity: int) -> State:
         """Decode states with room for `capacity` tokens of their own, where they grow with these.
 
-        Their shapes then stay: whoever extends them keeps to the room. States of layers that do not
-        grow are as they were.
+        Their shapes then stay as they are, and whoever extends them keeps to the room. Others get
+        larger by each extension. States of layers that do not grow are as they were.
         """
         return self._pattern.map(lambda kind, x: self._mixers[kind].resize(x, capacity), state)
+
+    def with_room(self, state: State, num_new: int) -> State:
+        """Decode states with room for `num_new` more tokens; of few sizes. Not inside `jax.jit`."""
+        capacity = self.capacity(state)
+        if capacity is None:
+            return state
+        used = self._pattern.map(lambda kind, x: self._mixers[kind].used(x), state)
+        needed = max(int(x.max()) for x in jax.tree.leaves(used)) + num_new
+        return self.resize(state, capacity if needed <= capacity else round_room(needed))
 
     @_exact_float32
     def forward_forks(
@@ -630,6 +635,12 @@ class Model:
             return None, self._block(kind, layer_params).attn.init_state(batch, self.dtype)
 
         return self._pattern.scan(layer, None, params["layers"])[1]
+
+
+def round_room(tokens: int) -> int:
+    """As many tokens, or up to a quarter (at least 64) more: four sizes an octave."""
+    step = max(64, 1 << max(int(tokens).bit_length() - 3, 0))
+    return -(-int(tokens) // step) * step
 
 
 def _run_rows(

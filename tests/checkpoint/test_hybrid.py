@@ -1,4 +1,4 @@
-"""Folders of hybrid models: several names of a tensor, other parts, and the way back, bit for bit."""
+"""Folders of hybrid models: names of tensors, other parts, and the way back, bit for bit."""
 
 import json
 from pathlib import Path

@@ -73,6 +73,10 @@ def assert_close(got, want, tolerance):
         ("deltanet", "full", True),
         ("deltanet", "none", False),
         ("gated_deltanet", "dots", True),
+        ("qwen", "none", True),
+        ("qwen_irregular", "full", True),
+        ("olmo", "dots", False),
+        ("deltanet_hybrid", "none", False),
     ],
 )
 def test_the_backward_pass_is_that_of_rows_and_forks_together(name, remat, packed):

@@ -138,12 +138,12 @@ def _prefill(run: AbstractRun) -> Program:
 def _decode(run: AbstractRun) -> Program:
     rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
     params = prefill.args[0]
-    # What is known after a prompt does not depend on its length.
+    # What is known after a prompt does not depend on its length, but for the room of caches.
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
     read = jax.eval_shape(prefill.function, params, *prompts)
-    prefix = Prefix(
-        shapes.rows(read.state, axis=1), shapes.rows(read.hidden), shapes.rows(read.length)
-    )
+    room = round_length(_longest(run) + run.config.generation.max_new_tokens)
+    state = jax.eval_shape(lambda state: run.model.resize(state, room), read.state)
+    prefix = Prefix(shapes.rows(state, axis=1), shapes.rows(read.hidden), shapes.rows(read.length))
     sampler = Sampler(*(shapes.scalar(x) for x in (jnp.float32, jnp.int32, jnp.float32)))
     return Program(
         "decode",
