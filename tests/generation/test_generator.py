@@ -18,6 +18,7 @@ from tiny import tiny, tokens
 from refine_jax.base.errors import CheckpointError, DataError
 from refine_jax.checkpoint.hf import read_hf
 from refine_jax.generation import (
+    CopiesGenerator,
     Generator,
     Sampler,
     Sampling,
@@ -31,7 +32,7 @@ from refine_jax.models.config import model_config
 from refine_jax.models.head import logits
 from refine_jax.models.transformer import ComputePolicy, Model
 
-FAMILIES = ["lact", "deltanet", "gated_deltanet"]
+FAMILIES = ["lact", "deltanet", "gated_deltanet", "qwen"]
 PROMPTS = [tokens(1, 5), tokens(2, 30), tokens(3, 17)]
 DRAWN = Sampling(temperature=1.0, max_new_tokens=24, seed=5)
 
@@ -176,9 +177,10 @@ def test_reading_in_pieces_is_reading_at_once(name):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, begun))
 
 
-def test_prompts_of_very_different_lengths_keep_their_order():
+@pytest.mark.parametrize("name", ["deltanet", "qwen"])
+def test_prompts_of_very_different_lengths_keep_their_order(name):
     """Read in groups of similar lengths, of no more tokens at once than allowed, and in pieces."""
-    made, params = generator("deltanet", prefill_tokens=256)
+    made, params = generator(name, prefill_tokens=256)
     lengths = np.array([3, 256 + 512 + 64 + 8, 40, 256 + 64 + 1, 64])
     prompts = [tokens(i, size) for i, size in enumerate(lengths)]
     prefix = made.read(params, prompts)
@@ -286,6 +288,36 @@ def test_a_saved_state_is_the_same_bit_for_bit(tmp_path):
     record.write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match="lacks 'lengths'"):
         refused(made.model, params, made.tokenizer)
+
+
+def test_a_saved_state_that_grew_goes_on_growing(tmp_path):
+    """Full attention keeps all tokens: the state has room for some, and is given more."""
+    made, params = generator("qwen")
+    begun = made.extend(params, read("qwen"), [tokens(7, size) for size in (70, 1, 30)])
+    rooms = [made.model.capacity(prefix.state) for prefix in (read("qwen"), begun)]
+    assert rooms == [64, 128]
+    save_prefix(tmp_path / "state", begun, made.model, params, made.tokenizer)
+    loaded = load_prefix(tmp_path / "state", made.model, params, made.tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, loaded, begun)
+    longer = dataclasses.replace(DRAWN, max_new_tokens=80)
+    assert made.generate(params, loaded, longer) == made.generate(params, begun, longer)
+    record = tmp_path / "state/state.json"
+    fields = json.loads(record.read_text())
+    for room in (74, -1, 2.5, "128", 10**30, None):
+        record.write_text(json.dumps(fields | {"room": room}))
+        with pytest.raises(CheckpointError, match="room must be a number of tokens"):
+            load_prefix(tmp_path / "state", made.model, params, made.tokenizer)
+
+
+def test_each_row_is_read_and_continued_by_a_copy_of_its_own():
+    made, params = generator("qwen")
+    each = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), params) for i in range(3)]
+    copies = CopiesGenerator(made.model, made.tokenizer)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    got = copies.generate(stacked, copies.read(stacked, PROMPTS), Sampling(max_new_tokens=50))
+    for i, prompt in enumerate(PROMPTS):
+        prefix = made.read(each[i], [prompt])
+        assert made.generate(each[i], prefix, Sampling(max_new_tokens=50)) == got[i : i + 1]
 
 
 def test_bad_prompts_are_refused():
