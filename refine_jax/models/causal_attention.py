@@ -100,8 +100,13 @@ def join(parts: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
 
     parts: outputs [..., hd] and logs [...], of which each query sees something in one at least.
     """
-    share = jax.nn.softmax(jnp.stack([log_total for _, log_total in parts]), axis=0)
-    return jnp.sum(share[..., None] * jnp.stack([out for out, _ in parts]), axis=0)
+    # Two by two: of a softmax over a stack XLA:CPU makes a fusion that crashes (jaxlib 0.10.2).
+    out, log_total = parts[0]
+    for other, log_other in parts[1:]:
+        share = jax.nn.sigmoid(log_total - log_other)[..., None]
+        out = share * out + (1 - share) * other
+        log_total = jnp.logaddexp(log_total, log_other)
+    return out
 
 
 def _blocked(q, k, v, window, layout, axis_name=None):
