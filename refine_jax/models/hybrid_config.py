@@ -308,7 +308,8 @@ class HybridArchitecture(Architecture):
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> Architecture:
         """See `model_config`. Positions stand under their names, or in a table of positions."""
-        return super().from_hf(_with_positions(cls, fields))
+        config = super().from_hf(_with_positions(cls, fields))
+        return dataclasses.replace(config, layer_types=config.layer_kinds)
 
     def to_hf(self) -> dict[str, Any]:
         """See `Architecture`; positions in the table that Transformers 5 reads."""
@@ -316,7 +317,8 @@ class HybridArchitecture(Architecture):
         table = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         if "partial_rotary_factor" in fields:
             table["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
-        return fields | {"layer_types": list(self.layer_kinds), "rope_parameters": table}
+        kinds = list(self.layer_kinds)  # not all readers know `full_attention_interval`
+        return fields | {"layer_types": kinds, "rope_parameters": table}
 
 
 def _with_positions(cls: type[HybridArchitecture], fields: Mapping[str, Any]) -> dict[str, Any]:
