@@ -34,3 +34,36 @@ TINY_DELTANET = DELTANET_1_3B | {
     "intermediate_size": 128,
 }
 """Takes the place of a checkpoint where a configuration is only tried out: seconds on a CPU."""
+
+QWEN3_5_0_8B = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "hidden_size": 1024,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 248044,
+}
+"""The text model of Qwen3.5-0.8B."""
+
+TINY_QWEN3_5 = QWEN3_5_0_8B | {
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "eos_token_id": 2,
+}
+"""Takes the place of a hybrid checkpoint where a configuration is only tried out."""

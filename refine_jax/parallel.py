@@ -56,8 +56,10 @@ PARAMETERS = (
     (r"(gate|up)_proj/weight", ("hidden", "embed")),
     (r"down_proj/weight", ("embed", "hidden")),
     (r"[qkvg]_proj/weight", ("heads", "embed")),
-    (r"qkv/weight", (None, "embed_only")),
-    (r"o_proj/weight", ("embed", "heads")),
+    (r"(qkv|in_proj_qkv)/weight", (None, "embed_only")),
+    (r"in_proj_z/weight", ("heads", "embed")),
+    (r"in_proj_[ab]/weight", (None, "embed")),
+    (r"(o|out)_proj/weight", ("embed", "heads")),
     (r"[qkv]_conv1d/weight", ("heads", None, None)),
     (r"(lr|momentum|ttt_scale|a|b)_proj/weight", (None, "embed")),
     (r"attn/w1", ("heads", "embed", None)),
@@ -122,7 +124,8 @@ def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
     Raises:
       ConfigError: What does not divide.
     """
-    for name in ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads"):
+    names = ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads")
+    for name in (*names, "num_attention_heads"):
         heads = getattr(model, name, 0)
         if heads % sizes["tensor"]:
             raise ConfigError(

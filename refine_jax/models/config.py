@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Set
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -144,6 +145,11 @@ class _DeltaFamilyConfig(FlaArchitecture):
         specs = read_attention_specs(self.model_type, self.attn, *sizes)
         object.__setattr__(self, "attn", specs)
         super().__post_init__()
+
+    @property
+    def num_attention_heads(self) -> int:
+        """What divides the query heads of all attention layers; 0 without any."""
+        return math.gcd(*(spec.num_heads for spec in self.attn or ()))
 
     @property
     def layer_kinds(self) -> tuple[str, ...] | None:

@@ -34,7 +34,6 @@ def trained(tmp_path_factory):
     config = tiny_run(
         "midtrain",
         {
-            "model": {"fresh": FRESH},
             "data": {
                 "source": str(corpus),
                 "sequence_length": 52,
@@ -53,6 +52,7 @@ def trained(tmp_path_factory):
             },
         },
     )
+    config.model.fresh = FRESH
     assert execute(config, workdir) == 0
     return workdir
 
@@ -97,7 +97,7 @@ def test_it_adapts_to_prompts_and_answers_them(trained, tmp_path, reset):
     config = tiny_run(
         "testtime",
         {
-            "model": {"fresh": None, "checkpoint": str(trained)},
+            "model": {"checkpoint": str(trained)},
             "refine": {"reward": "binary", "edge_margin": 3, "lambda_rl": 0.4},
             "generation": {"max_new_tokens": 8},
             "testtime": {"steps": 1, "batch_size": 2, "mini_batch_size": 2, "reset": reset},

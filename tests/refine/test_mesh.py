@@ -28,6 +28,21 @@ FAMILIES = {
     "lact_prenorm": {"num_attn_heads": 8, "num_lact_heads": 8, "qkv_bias": True},
     "deltanet": {"num_heads": 8},
     "gated_deltanet": {"num_heads": 8, "num_v_heads": 8, "head_dim": 4},
+    # Keys and values of attention have fewer heads than some meshes have devices for heads.
+    "qwen": {
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "linear_num_key_heads": 8,
+        "linear_num_value_heads": 8,
+    },
+    "olmo": {
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+    },
 }
 MESHES = [f"{axis}={size}" for size in (2, 4, 8) for axis in AXES]
 MESHES += ["data=2,fsdp=2", "fsdp=2,tensor=2", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"]
