@@ -51,19 +51,3 @@ QWEN3_5_0_8B = {
     "eos_token_id": 248044,
 }
 """The text model of Qwen3.5-0.8B."""
-
-TINY_QWEN3_5 = QWEN3_5_0_8B | {
-    "vocab_size": 32000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "eos_token_id": 2,
-}
-"""Takes the place of a hybrid checkpoint where a configuration is only tried out."""

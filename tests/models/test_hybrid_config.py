@@ -1,6 +1,7 @@
 """config.json of hybrid models: nested and flat, patterns of layers, positions, what is refused."""
 
 import json
+import math
 
 import goldens
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS
 
+from refine_jax.architectures import QWEN3_5_0_8B
 from refine_jax.base.errors import ModelConfigError
 from refine_jax.checkpoint.tree import abstract_params
 from refine_jax.models.config import model_config, unused_fields
@@ -69,6 +71,17 @@ DEFAULTS = {
 def test_defaults_are_the_published_ones(family):
     written = model_config({"model_type": family}).to_hf()
     assert {name: written[name] for name in DEFAULTS[family]} == DEFAULTS[family]
+
+
+def test_parameters_of_a_published_model():
+    """Qwen3.5-0.8B, layer by layer: what its text model has of the folder's 0.87e9."""
+    shapes = abstract_params(QWEN3_5_0_8B)
+    wide, mlp = 1024, 3 * 1024 * 3584 + 2 * 1024
+    linear = wide * (3 * 2048 + 2048 + 2 * 16) + 4 * 3 * 2048 + 2 * 16 + 128 + 2048 * wide
+    full = wide * (2 * 2048 + 2 * 512) + 2048 * wide + 2 * 256
+    want = 248320 * wide + 18 * (linear + mlp) + 6 * (full + mlp) + wide
+    assert sum(math.prod(x.shape) for x in shapes.values()) == want
+    assert 0.7e9 < want < 0.8e9
 
 
 def test_sizes_that_follow_from_others():
