@@ -43,7 +43,7 @@ class Reach(NamedTuple):
 
 
 def takes_row(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
-    """Whether the kernels take queries [J, B, G, M, L] and keys [B, G, T, L], and are compiled here."""
+    """Whether the kernels take queries [J, B, G, M, L] and keys [B, G, T, L] on this device."""
     blocks, *_, count, size = queries
     if backend() != "tpu" or keys[-1] % _LANES or keys[-2] % _LANES:
         return False
