@@ -241,7 +241,12 @@ class LaCTMixer(LaCTLayer):
         forks, batch = ("batch", None, "heads"), ("batch",)
         rows, chunks = (None, "batch", "heads"), (None, "batch", None, "heads")
         in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch, ())
-        norms = row_norms(self._initial_weights())
+        norms = jax.eval_shape(lambda: row_norms(self._initial_weights()))
+        norms = lax.cond(
+            place.crosses.any(),
+            lambda: row_norms(self._initial_weights()),
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), norms),
+        )
         attention, out = over_shards(read, in_axes, (forks, forks))(
             window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last, layer
         )

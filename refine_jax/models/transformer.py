@@ -219,10 +219,17 @@ class Model:
         return gathered["weight"]
 
     def gather(self, params: Params) -> Params:
-        """The parameters whole on every device, as the layers take them: sent once, for many passes
-        over few tokens. Not for the gradient.
+        """The parameters whole on every device, linear maps in the activations' dtype: sent and
+        converted once, for many passes over few tokens, which wait for them to be read. Not for the
+        gradient.
         """
-        return {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
+
+        def convert(path, x):
+            is_linear = path[-1].key == "weight" and x.ndim > 1
+            return computed_once(x.astype(self.dtype)) if is_linear else x
+
+        whole = {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
+        return jax.tree_util.tree_map_with_path(convert, whole)
 
     def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         table = gather_parameters({"embeddings": params["embeddings"]})["embeddings"]["weight"]
