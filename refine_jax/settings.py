@@ -8,7 +8,7 @@ import numbers
 import operator
 import os
 import typing
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
@@ -31,6 +31,11 @@ def setting(default: Any, doc: str, *properties: Mapping[str, Any]) -> Any:
     none = dict.fromkeys(("choices", "low", "high", "above", "path", "documents_only"))
     metadata = functools.reduce(operator.or_, properties, {"doc": doc, "change": BY_NAME} | none)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def choice(choices: Sequence[str], doc: str, *properties: Mapping[str, Any]) -> Any:
+    """A `setting` that is one of these texts, by default the first."""
+    return setting(choices[0], doc, one_of(*choices), *properties)
 
 
 def one_of(*choices: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from typing import Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.config import CUTS, DataConfig, PromptsConfig
 from refine_jax.data.formats import files_of
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
@@ -32,6 +31,7 @@ from refine_jax.data.references import read_prompt, read_references
 from refine_jax.data.rows import REASONS, UNREAD, make_rows
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize, unread
+from refine_jax.sections import CUTS, DataConfig, PromptsConfig
 
 BUCKETS = 4  # widths that batches may have, so that few programs are compiled
 
