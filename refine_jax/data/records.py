@@ -22,7 +22,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,20 +42,9 @@ from refine_jax.data.unpack import (
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
 LONGEST_BYTES = 1 << 26  # of a record of JSON: what is longer is damaged, or a bomb
+Fields = Mapping[str, str] | None  # names, and the settings that name them
 _MARK_BYTES = MARK.encode()
 _SPACE = re.compile(r"[ \t\n\r]*")
-
-
-class _Part(Protocol):
-    """The records of one file."""
-
-    left_out: int
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> dict[str, Any]: ...
-
-    def place(self, index: int) -> str: ...
 
 
 class Records:
@@ -71,11 +60,7 @@ class Records:
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        fields: Mapping[str, str] | None = None,
-        *,
-        text_field: str | None = None,
+        self, files: Sequence[Path], fields: Fields = None, *, text_field: str | None = None
     ) -> None:
         """Index the files.
 
@@ -93,7 +78,7 @@ class Records:
         for path, kind in zip(files, kinds, strict=True):
             if kind == "text":
                 raise DataError(f"records come from parquet or JSON files. Got: {path}, a text.")
-        self._parts: list[_Part] = [
+        self._parts = [
             _ParquetFile(path, fields, text_field)
             if kind == "parquet"
             else _JsonFile(path, fields, text_field, contents)
@@ -119,7 +104,7 @@ class Records:
         part, index = self._locate(index)
         return part.place(index)
 
-    def _locate(self, index: int) -> tuple[_Part, int]:
+    def _locate(self, index: int) -> tuple[_JsonFile | _ParquetFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
@@ -157,11 +142,7 @@ class _JsonFile:
     """The objects of a file: JSON lines (blank ones are skipped), an array, or a sequence."""
 
     def __init__(
-        self,
-        path: Path,
-        fields: Mapping[str, str] | None,
-        text_field: str | None,
-        contents: Contents,
+        self, path: Path, fields: Fields, text_field: str | None, contents: Contents
     ) -> None:
         self._path, self._fields, self._text = path, fields, text_field
         self._contents, self.left_out = contents, 0
@@ -415,9 +396,7 @@ def _values(window: _Window) -> Iterator[tuple[int, Any]]:
 class _ParquetFile:
     """The rows of a parquet file; a row group at a time is decoded and kept."""
 
-    def __init__(
-        self, path: Path, fields: Mapping[str, str] | None, text_field: str | None
-    ) -> None:
+    def __init__(self, path: Path, fields: Fields, text_field: str | None) -> None:
         self._path, self.left_out = path, 0
         check_format(read_head(path), path)
         self._unpacked: BinaryIO | None = None
@@ -434,13 +413,16 @@ class _ParquetFile:
                 if names.count(name) > 1:
                     raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
             self._columns = list(names if fields is None else fields)
-            if text_field:
-                _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
             groups = range(file.metadata.num_row_groups)
             counts = [file.metadata.row_group(group).num_rows for group in groups]
             # The rows that are kept, of groups with nulls.
             self._kept: dict[int, np.ndarray] = {}
-            nulls = self._null_counts(text_field) if text_field else [0] * len(counts)
+            nulls: list[int | None] = [0] * len(counts)
+            if text_field:
+                _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
+                packed = contextlib.nullcontext(self._unpacked) if self._unpacked else None
+                with packed or path.open("rb") as stream:
+                    nulls = null_counts(stream, text_field)
             for group, count in enumerate(counts):
                 if count and (group >= len(nulls) or nulls[group] != 0):
                     batches = file.iter_batches(row_groups=[group], columns=[text_field])
@@ -475,12 +457,6 @@ class _ParquetFile:
         group = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[group - 1]) if group else 0)
         return group, int(self._kept[group][row]) if group in self._kept else row
-
-    def _null_counts(self, column: str) -> list[int | None]:
-        if self._unpacked is not None:
-            return null_counts(self._unpacked, column)
-        with self._path.open("rb") as file:
-            return null_counts(file, column)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator:
