@@ -21,7 +21,7 @@ from refine_jax.config import DataConfig
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.objective import read_rows
+from refine_jax.refine.reading import read_rows
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
 WHOLE_TOKENS = 65536

@@ -16,7 +16,6 @@ import numpy as np
 from refine_jax.generation.sampling import not_finite
 from refine_jax.models.head import next_token_loss
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.refine.objective import head_implementation
 
 BLOCK = 4096  # tokens
 
@@ -82,6 +81,6 @@ def _step(model: Model, params: Params, state: State, tokens: jax.Array):
         model.head(params),
         tokens[:, 1:],
         weights,
-        implementation=head_implementation(model),
+        implementation=model.policy.head_implementation,
     )
     return stats.nll, stats.correct, state

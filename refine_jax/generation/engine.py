@@ -133,18 +133,3 @@ def decode(
     carry = jnp.int32(0), budgets > 0, tokens, prefix
     _, _, tokens, prefix = lax.while_loop(running, step, carry)
     return tokens.T, prefix
-
-
-def round_rows(count: int) -> int:
-    """`count`, or up to a third more: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = 1 << max(count - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
-
-
-def round_length(length: int) -> int:
-    """`length`, or up to a quarter (at least 64) more: 64, 128, 192, 256, 320, 384, ...
-
-    Four sizes an octave.
-    """
-    step = max(64, 1 << max(int(length).bit_length() - 3, 0))
-    return -(-int(length) // step) * step

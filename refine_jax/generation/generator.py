@@ -18,13 +18,12 @@ from refine_jax.generation.engine import (
     decode,
     gather_rows,
     prefill,
-    round_length,
-    round_rows,
     take_rows,
 )
 from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
 from refine_jax.models.config import Architecture
+from refine_jax.models.layout import round_length, round_rows
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 
 BLOCK = 16  # tokens generated between two looks at the stop strings

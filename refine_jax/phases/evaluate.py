@@ -34,6 +34,7 @@ from refine_jax.evaluation.questions import (
 from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
+from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
@@ -43,7 +44,7 @@ from refine_jax.phases.setup import (
     only_run_in,
     prepare_model,
 )
-from refine_jax.refine.adapt import Adapter, row_length
+from refine_jax.refine.adapt import Adapter
 from refine_jax.report.metrics import write_results
 
 RECORD = "evaluation.json"

@@ -29,9 +29,10 @@ import numpy as np
 import optax
 
 from refine_jax.config import RefineConfig, TestTimeConfig
-from refine_jax.generation.engine import round_length
+from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.objective import Batch, Metrics, Objective
+from refine_jax.refine.objective import Metrics, Objective
+from refine_jax.refine.reading import Batch
 from refine_jax.refine.step import TrainState, make_train_step, update_rows
 
 
@@ -56,14 +57,6 @@ class Adapted(NamedTuple):
 
     params: Params
     costs: list[Cost]
-
-
-def row_length(tokens: int) -> int:
-    """Slots of the row that a prompt of so many tokens is padded to, by its own length alone.
-
-    A prompt without a next token is not trained on: its row is like that of no other.
-    """
-    return 1 if tokens < 2 else round_length(tokens)
 
 
 def has_rollouts(tokens: int, config: RefineConfig) -> bool:

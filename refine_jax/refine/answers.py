@@ -30,7 +30,8 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, loss_options, policy_loss
-from refine_jax.refine.objective import Batch, Metrics, head_implementation
+from refine_jax.refine.objective import Metrics
+from refine_jax.refine.reading import Batch
 from refine_jax.refine.rollout import fork_rollouts, sample_rollouts, score_rollouts
 from refine_jax.refine.step import (
     TrainState,
@@ -136,7 +137,7 @@ class AnswerMethod:
             hidden,
             self.model.head(params),
             slots,
-            implementation=head_implementation(self.model),
+            implementation=self.model.policy.head_implementation,
         )
         return nll_sum, stats, slots
 

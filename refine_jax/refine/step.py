@@ -23,9 +23,11 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.parallel import axis_size, constrain_state
+from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.grpo import policy_weight
-from refine_jax.refine.objective import Batch, Experience, Metrics, Objective
+from refine_jax.refine.objective import Experience, Metrics, Objective
+from refine_jax.refine.reading import Batch
+from refine_jax.refine.selection import rollout_slots
 
 
 @jax.tree_util.register_dataclass
@@ -228,27 +230,24 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
 
     def fork(inputs):
         batch, keys = inputs
-        reading = objective.read(params, batch)
-        starts, valid, last_hidden, forks = objective.fork(params, reading, keys)
+        forks = objective.fork(params, objective.read(params, batch), batch, keys)
         # The rows of states come second; `merge_rows` takes them first.
-        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), forks)
-        return starts, valid, last_hidden, forks, objective.truth(batch, reading.hidden, starts)
+        return forks._replace(state=jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), forks.state))
 
     def together(inputs):
         batch, keys = inputs
-        forked = merge_rows(lax.map(fork, split_rows(inputs, group)))
-        starts, valid, last_hidden, forks, truth = forked
-        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks)
-        gathered = objective.model.gather(params)
-        tokens = objective.sample(gathered, last_hidden, forks, keys)
-        hidden, _ = objective.model.run_forks(gathered, tokens, forks)
-        scores = objective.scores(gathered, last_hidden, hidden, tokens, truth[0])
+        forks = merge_rows(lax.map(fork, split_rows(inputs, group)))
+        forks = forks._replace(state=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks.state))
 
-        def reference(inputs):
+        def of_micro_batch(inputs):
             return objective.reference_log_probs(state.reference_params, *inputs)
 
-        of_reference = merge_rows(lax.map(reference, split_rows((batch, starts, tokens), group)))
-        return objective.judge(starts, valid, tokens, scores, truth, of_reference)
+        def reference(tokens):
+            inputs = split_rows((batch, forks.starts, tokens), group)
+            return merge_rows(lax.map(of_micro_batch, inputs))
+
+        gathered = objective.model.gather(params)
+        return objective.continue_forks(gathered, forks, keys, reference)[0]
 
     return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
 
@@ -265,7 +264,7 @@ def states_together(
         batch = jax.tree.map(lambda x: x[0], split_rows(batch, parts))
         keys = jax.random.split(jax.random.key(0), batch["tokens"].shape[0])
         reading = objective.read(params, batch)
-        return reading.trace.layers, objective.fork(params, reading, keys)[-1]
+        return reading.trace.layers, objective.fork(params, reading, batch, keys).state
 
     layers, states = jax.eval_shape(sizes, params, batch)
     trace, state = (
@@ -391,7 +390,9 @@ def make_eval_step(
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": objective.truth(batch, reading.hidden, experience.starts)[0],
+            "truth": take_tokens(
+                batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
+            ),
         }
         return sums, seen
 
