@@ -62,7 +62,7 @@ class Adapted(NamedTuple):
 def has_rollouts(tokens: int, config: RefineConfig) -> bool:
     """Whether rollouts fit into a prompt of so many tokens, by the rules of `selection`.
 
-    Between this and `config.tokens_needed` they fit, but overlap.
+    Below `config.tokens_needed` they overlap.
     """
     if config.selection == "all":
         return config.objective == "refine" and tokens > config.rollout_length
@@ -73,7 +73,7 @@ def has_rollouts(tokens: int, config: RefineConfig) -> bool:
 def pad_rows(
     prompts: Sequence[Sequence[int]], *, rows: int, length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """{"tokens", "segments"} [rows, length] int32 of prompts, padded on the right and below."""
+    """Pad prompts on the right and below: {"tokens", "segments"} [rows, length] int32."""
     tokens = np.full((rows, length), pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -83,7 +83,7 @@ def pad_rows(
 
 
 def prompt_key(key: jax.Array, name: str) -> jax.Array:
-    """Derive the random key, a scalar, of the prompt of that name; it is the same everywhere."""
+    """Derive the random key, a scalar, of the prompt of that name, the same everywhere."""
     for word in np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), "<u4"):
         key = jax.random.fold_in(key, word)
     return key
@@ -97,7 +97,7 @@ def update_copies(
     *,
     steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
+    """Step each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
 
     Pure. Returns states and metrics with leaves [n, ...].
     """
@@ -108,14 +108,10 @@ def update_copies(
 class Adapter:
     """Adapts a model to prompts, group by group.
 
-    Args:
-      model, params: The trained model. `params` are left as they are.
-      optimizer: Of one training on a prompt, or, with reset `never`, of all of them.
-      config: The objective and its numbers.
-      options: How much, and when to reset.
-      key: Random key of all rollouts.
-      eos_id: The token, or tokens, that rollouts never sample, if `config.forbid_eos`.
-      pad_id: Any token.
+    model, params: the trained model; `params` are left as they are. optimizer: of one training on a
+    prompt, or, with reset `never`, of all of them. config: the objective and its numbers. options:
+    how much, and when to reset. key: random key of all rollouts. eos_id: see `Objective`. pad_id:
+    any token.
     """
 
     def __init__(
@@ -159,7 +155,7 @@ class Adapter:
 
     @property
     def copies(self) -> int:
-        """Copies of the parameters that adapt at once; 1: there is one set, without a copy axis."""
+        """Copies of the parameters that adapt at once; 1: one set, without a copy axis."""
         return self._options.copies if self._options.reset == "example" else 1
 
     @property
@@ -178,11 +174,11 @@ class Adapter:
         return self._options.reset == "never"
 
     def adapt(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> Adapted:
-        """Parameters for the next group of prompts, given as token ids.
+        """Adapt to the next group of prompts, given as token ids.
 
-        names: one a prompt; all random numbers derive from them: with reset `example` from each
-        prompt's own, with `batch` from the group's first, with `never` from the first of all.
-        With `example`, the prompts of a group must have the same `row_length`.
+        names: one a prompt, from which all random numbers derive: with reset `example` from each
+        prompt's own, with `batch` from the group's first, with `never` from the first of all. With
+        `example`, the prompts of a group must have the same `row_length`.
         """
         begin = time.perf_counter()
         if self._options.reset == "example":

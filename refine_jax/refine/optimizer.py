@@ -8,7 +8,7 @@ from refine_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of training step 0, 1, ...: linear warm-up, then constant or decay.
+    """Make the learning rate of training step 0, 1, ...: linear warm-up, then constant or decay.
 
     `cosine` and `linear` end at `final_fraction` of the peak in the last of `steps` steps.
     """
@@ -33,13 +33,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, *, steps: int, updates_per_step: int = 1
 ) -> optax.GradientTransformation:
-    """AdamW after clipping; weight decay on all parameters, as in the official code.
+    """Make AdamW after clipping; weight decay on all parameters, as in the official code.
 
-    Args:
-      config: Rates, moments, clipping, schedule.
-      steps: Training steps of the run.
-      updates_per_step: Optimizer updates (mini-batches) in a training step; all of a step have
-        the same learning rate.
+    steps: training steps of the run. updates_per_step: optimizer updates (mini-batches) in a
+    training step; all of a step have the same learning rate.
     """
     schedule = make_schedule(config, steps)
     adamw = optax.adamw(
