@@ -92,8 +92,8 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
             value = parsed(given[name], hint, name)
             _put(values[section], field, value)
             if (section, field) == ("refine", "preset"):
-                for each, preset_value in PRESETS.get(value, {}).items():
-                    _put(values.refine, each, preset_value)
+                for preset_field, preset_value in PRESETS.get(value, {}).items():
+                    _put(values.refine, preset_field, preset_value)
 
 
 def _put(section: ConfigDict, name: str, value: Any) -> None:

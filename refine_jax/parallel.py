@@ -416,8 +416,8 @@ def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> 
         def slab(index):
             row, fork = index // start.shape[1], index % start.shape[1]
             origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
-            found = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
-            return found if name is None else _moved(found, -behind[row, fork])
+            tokens = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
+            return tokens if name is None else _moved(tokens, -behind[row, fork])
 
         # One by one: all at once would be a gather, whose result XLA fills with zeros first.
         slabs = lax.map(slab, jnp.arange(start.size)).reshape(*start.shape, size, *x.shape[2:])

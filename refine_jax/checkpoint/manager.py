@@ -293,7 +293,7 @@ class CheckpointManager:
         fix = how_to_fix(folder, [s for s in steps if s != step])
         abstract = flatten(abstract_state)
         data = _read_data(folder / DATA, fix)
-        digests = {self.directory / name: found for name, found in self._digests.items()}
+        digests = {self.directory / name: saved for name, saved in self._digests.items()}
         arrays = read_arrays(
             folder / STATE,
             {name: _placed(plain_leaf(leaf)) for name, leaf in abstract.items()},
@@ -401,7 +401,7 @@ def load_model(
         step, others = _choose_step(folder, step)
         source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
-        digests = {folder / name: found for name, found in file_digests(folder).items()}
+        digests = {folder / name: saved for name, saved in file_digests(folder).items()}
     else:
         raise CheckpointError(
             f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "

@@ -220,10 +220,10 @@ def _dumped(dump: Path, compiled) -> str:
 
 def _largest(dump: Path, pattern: str) -> str:
     """The largest of the files of that name: the program's, not that of some constant; or ''."""
-    found = list(dump.rglob(pattern))
-    if not found:
+    files = list(dump.rglob(pattern))
+    if not files:
         return ""
-    return max(found, key=lambda path: path.stat().st_size).read_text(errors="replace")
+    return max(files, key=lambda path: path.stat().st_size).read_text(errors="replace")
 
 
 def _first_line(message: str) -> str:

@@ -207,15 +207,15 @@ def find_files(
     there = sorted(_walk(root, setting), key=lambda file: file.as_posix())
     if not there:
         raise DataError(f"no file at all in {setting}={path!r}: the folder is empty.")
-    found = [file for file in there if _is_chosen(file, pattern, pattern_setting)]
-    others = set(there).difference(found)
-    if not found or (not pattern and others and all(map(_is_companion, found))):
+    chosen = [file for file in there if _is_chosen(file, pattern, pattern_setting)]
+    others = set(there).difference(chosen)
+    if not chosen or (not pattern and others and all(map(_is_companion, chosen))):
         raise DataError(_nothing_chosen(path, pattern, setting, pattern_setting, there))
     unread = [file.name for file in others if Path(stem_name(file)).suffix in REFUSED]
     if unread and not pattern:
         names = ", ".join(sorted(unread)[:5])
         _warn(f"{path}: left out {len(unread)} files that are not read: {names}")
-    return [_regular(file) for file in found]
+    return [_regular(file) for file in chosen]
 
 
 @functools.lru_cache(maxsize=256)
@@ -267,7 +267,7 @@ def _walk(root: Path, setting: str) -> Iterator[Path]:
     if os.path.isdir(root / "blobs") and os.path.isdir(root / "snapshots"):
         revisions = sorted((root / "snapshots").glob("*/"))
         if len(revisions) > 1:
-            names = " or ".join(str(each) for each in revisions)
+            names = " or ".join(str(revision) for revision in revisions)
             raise DataError(f"{root} holds several revisions: set {setting} to {names}.")
     entered: set[tuple[int, int]] = set()
 
@@ -289,15 +289,15 @@ def _glob(root: Path, path: str, setting: str) -> list[Path]:
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, rest = Path(root.anchor, *parts[:fixed]), Path(*parts[fixed:])
     try:
-        found = sorted(base.glob(str(rest)), key=lambda file: file.as_posix())
+        matches = sorted(base.glob(str(rest)), key=lambda file: file.as_posix())
     except (ValueError, OSError, NotImplementedError) as error:
         raise DataError(f"{setting}={path!r} is no glob pattern that works: {error}.") from None
     if not any(part.startswith(".") for part in rest.parts):
-        hidden = [any(p.startswith(".") for p in f.relative_to(base).parts) for f in found]
-        found = [file for file, is_hidden in zip(found, hidden, strict=True) if not is_hidden]
-    files = [file for file in found if not os.path.isdir(file)]
+        hidden = [any(p.startswith(".") for p in f.relative_to(base).parts) for f in matches]
+        matches = [file for file, is_hidden in zip(matches, hidden, strict=True) if not is_hidden]
+    files = [file for file in matches if not os.path.isdir(file)]
     if not files:
-        what = "matches folders alone" if found else "matches nothing"
+        what = "matches folders alone" if matches else "matches nothing"
         raise DataError(f"no file matches {setting}={path!r}: the pattern {what}.")
     return [_regular(file) for file in files]
 

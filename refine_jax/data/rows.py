@@ -76,11 +76,11 @@ class Statistics:
             if count:
                 words = UNREAD.get(reason, reason.replace("_", " "))
                 parts.append(f"{count:,} {words}")
-        found = f"left out of {self.documents:,} documents: {'; '.join(parts)}" if parts else ""
+        left_out = f"left out of {self.documents:,} documents: {'; '.join(parts)}" if parts else ""
         if not self.split_rows:
-            return found
+            return left_out
         split = "the last rows of the one document are held out, as there is no other document"
-        return f"{split}; {found}" if found else split
+        return f"{split}; {left_out}" if left_out else split
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,10 @@ def open_source(options: DataConfig) -> TextSource:
             _stdlib_files(setting("source")), setting("files"), importlib.util.decode_source
         )
     if source.startswith("tfds:") or is_tfds_folder(source):
-        found: TextSource = TfdsSource(options)
-        if len(found) == 0:
+        documents: TextSource = TfdsSource(options)
+        if len(documents) == 0:
             raise DataError(f"{setting('source')}={source!r} holds no documents")
-        return found
+        return documents
     names = (setting("source"), setting("files"), setting("text_field"))
     return open_texts(source, options.text_field, options.files, *names)
 
@@ -190,9 +190,9 @@ def open_texts(
     files, kind = files_of(path, pattern, setting, pattern_setting)
     if kind == "text":
         return FilesSource(files, pattern_setting or setting)
-    found = RecordsSource(files, field, field_setting)
-    nulls = found.dropped["null"]
-    if len(found) == 0:
+    documents = RecordsSource(files, field, field_setting)
+    nulls = documents.dropped["null"]
+    if len(documents) == 0:
         why = f": {field!r} is null in all of its {nulls} records" if nulls else ""
         raise DataError(f"{setting}={path!r} holds no documents{why}")
     if nulls:
@@ -200,10 +200,10 @@ def open_texts(
             "%s: left out %d of %d records, whose %r is null",
             path,
             nulls,
-            nulls + len(found),
+            nulls + len(documents),
             field,
         )
-    return found
+    return documents
 
 
 def _stdlib_files(setting: str) -> list[Path]:

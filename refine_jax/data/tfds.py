@@ -88,8 +88,8 @@ def open_tfds(
     with _one_message(source, split):
         if is_tfds_folder(folder):
             builder = _from_folder(folder)
-        elif found := _NAME.fullmatch(source):
-            builder = _from_name(found, _data_dir(data_dir), setting)
+        elif match := _NAME.fullmatch(source):
+            builder = _from_name(match, _data_dir(data_dir), setting)
         elif folder.is_dir():
             names = (INFO_FILE, FEATURES_FILE)
             lacks = " and ".join(name for name in names if not (folder / name).is_file())
@@ -169,25 +169,25 @@ def _from_folder(folder: Path) -> Any:
     return tfds.builder_from_directory(folder.absolute())
 
 
-def _from_name(found: re.Match, data_dir: Path, setting: str) -> Any:
+def _from_name(match: re.Match, data_dir: Path, setting: str) -> Any:
     """The builder of a name that tensorflow-datasets knows, or the folder of that name."""
     import tensorflow_datasets as tfds
 
     for group in _TEXT_GROUPS:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{group}")
-    name, config, version = found["name"], found["config"], found["version"]
+    name, config, version = match["name"], match["config"], match["version"]
     names = tfds.list_builders(with_community_datasets=False)
     known = tfds.builder_cls(name) if name in names else None
     # As in tensorflow-datasets: code goes before files, unless it lacks what is asked for.
     if known is None or version or (config and config not in known.builder_configs):
-        folder = _prepared(data_dir / name, config, version, found.string)
+        folder = _prepared(data_dir / name, config, version, match.string)
         if folder is not None:
             return _from_folder(folder)
     if known is None:
         near = difflib.get_close_matches(name, names, 3, cutoff=0.0)
         raise DataError(
-            f"tensorflow-datasets cannot read {setting}={found.string!r}: it has no data set of "
+            f"tensorflow-datasets cannot read {setting}={match.string!r}: it has no data set of "
             f"that name, and {data_dir} holds none that is prepared. Close to it: "
             f"{', '.join(near)}."
         )
@@ -208,13 +208,13 @@ def _prepared(root: Path, config: str | None, version: str | None, asked: str) -
     """The folder of the newest version in ROOT or ROOT/CONFIG; None if there is none."""
     base = root / config if config else root
     wanted = version or "*"
-    found = [
+    folders = [
         path.parent
         for path in base.glob(f"*/{INFO_FILE}")
         if _VERSION.fullmatch(path.parent.name) and fnmatch.fnmatchcase(path.parent.name, wanted)
     ]
-    if found:
-        return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
+    if folders:
+        return max(folders, key=lambda path: [int(part) for part in path.name.split(".")])
     if not config:
         configs = sorted({path.parents[1].name for path in base.glob(f"*/*/{INFO_FILE}")})
         if len(configs) == 1:

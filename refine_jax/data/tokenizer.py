@@ -183,7 +183,7 @@ class SentencePieceTokenizer:
     def _cuts(self, text: str) -> list[int]:
         # Such pieces are user-defined symbols, which are found as they are written.
         pieces = "|".join(re.escape(self._model.id_to_piece(i)) for i in self._reserved)
-        return [found.start() + 1 for found in re.finditer(pieces, text) if len(found[0]) > 1]
+        return [match.start() + 1 for match in re.finditer(pieces, text) if len(match[0]) > 1]
 
     def _id_of(self, named: Named, text: str) -> int | None:
         index = self._model.piece_to_id(text)  # the unknown piece's, if there is none
@@ -282,9 +282,9 @@ class HuggingFaceTokenizer:
             return [np.array(item.ids, np.int32) for item in batch]
 
     def _cuts(self, text: str) -> list[int]:
-        found = self._model.encode(text, add_special_tokens=False)
-        special = np.isin(found.ids, self._reserved)
-        spans = [span for span, taken in zip(found.offsets, special, strict=True) if taken]
+        encoding = self._model.encode(text, add_special_tokens=False)
+        special = np.isin(encoding.ids, self._reserved)
+        spans = [span for span, taken in zip(encoding.offsets, special, strict=True) if taken]
         return [begin + 1 for begin, end in spans if end - begin > 1]
 
 

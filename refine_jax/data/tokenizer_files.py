@@ -170,7 +170,7 @@ def _tokens(path: Path) -> dict[str, int]:
     try:
         if isinstance(vocabulary, list):
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        tokens = dict(vocabulary) | {each["content"]: each["id"] for each in added}
+        tokens = dict(vocabulary) | {token["content"]: token["id"] for token in added}
     except (TypeError, ValueError, KeyError):
         tokens = {}
     if not tokens:
@@ -225,7 +225,7 @@ def _texts(value: Any, where: str, *, several: bool) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, list) and several:
-        texts = tuple(text for each in value for text in _texts(each, where, several=False))
+        texts = tuple(text for entry in value for text in _texts(entry, where, several=False))
         if len(texts) < len(value) or not value:
             raise DataError(f"{where} must name a token, or a list of them. Got: {short(value)}.")
         return texts
@@ -282,15 +282,15 @@ def ids_of(named: Named, find_id: Callable[[str], int | None], path: Path) -> Sp
       DataError: The vocabulary lacks the token that begins or one that ends a text. Without the
         others nothing changes: a warning names them.
     """
-    found = {}
+    ids = {}
     for role, texts in (
         ("bos_token", (named.bos,)),
         ("eos_token", named.ends),
         ("pad_token", (named.pad,)),
         ("unk_token", (named.unk,)),
     ):
-        found[role] = [find_id(text) for text in texts if text is not None]
-        for text, index in zip(texts, found[role], strict=False):
+        ids[role] = [find_id(text) for text in texts if text is not None]
+        for text, index in zip(texts, ids[role], strict=False):
             if index is not None:
                 continue
             message = (
@@ -300,9 +300,9 @@ def ids_of(named: Named, find_id: Callable[[str], int | None], path: Path) -> Sp
             if role in ("bos_token", "eos_token"):
                 raise DataError(f"{message} Correct the name, or take the tokenizer's own files.")
             logging.warning("%s It is not used.", message)
-    ends = tuple(dict.fromkeys(found["eos_token"]))
+    ends = tuple(dict.fromkeys(ids["eos_token"]))
     bos, pad, unk = (
-        next(iter(found[role]), None) for role in ("bos_token", "pad_token", "unk_token")
+        next(iter(ids[role]), None) for role in ("bos_token", "pad_token", "unk_token")
     )
     return SpecialIds(bos, ends, pad, unk)
 

@@ -201,11 +201,11 @@ class TokenStore:
             return
         if meta.get("documents") != self.fingerprint:
             raise DataError(f"{INDEX_FILE} is not as it was written")
-        found = 0
+        checksum = 0
         with path.open("rb") as file:
             while block := file.read(CHECK_BYTES):
-                found = zlib.crc32(block, found)
-        if found != written:
+                checksum = zlib.crc32(block, checksum)
+        if checksum != written:
             raise DataError(f"{TOKENS_FILE} is not as it was written")
 
     def __reduce__(self) -> tuple:
@@ -300,9 +300,9 @@ def _counts(value: object) -> dict[str, int]:
     return dict(value)
 
 
-def _with_limit(dropped: Mapping[str, int], found: int, options: DataConfig) -> dict[str, int]:
-    """The documents left out, with those beyond `options.limit_documents` of the `found` ones."""
-    beyond = max(found - (options.limit_documents or found), 0)
+def _with_limit(dropped: Mapping[str, int], total: int, options: DataConfig) -> dict[str, int]:
+    """Count the documents left out, with those of `total` beyond `options.limit_documents`."""
+    beyond = max(total - (options.limit_documents or total), 0)
     counts = {**dropped, "limit_documents": dropped.get("limit_documents", 0) + beyond}
     return {reason: int(count) for reason, count in counts.items() if count}
 

@@ -105,10 +105,10 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"{'mean':{width}}{100 * results['mean']:>10.1f}")
     lines += ["", f"{results['tokens_per_second']:,.0f} tokens a second, prompts included"]
     if cost := results["adaptation"]:
-        each, total = cost["seconds_per_example"], f"{cost['seconds']:.1f} s in all"
+        median, total = cost["seconds_per_example"], f"{cost['seconds']:.1f} s in all"
         seconds = f"{total}, compilation included"
-        if each is not None:
-            seconds = f"{each:.2f} s an example (median, without compilation), {total}"
+        if median is not None:
+            seconds = f"{median:.2f} s an example (median, without compilation), {total}"
         lines.append(
             f"adaptation: {seconds}; {cost['tokens_per_example']:,.0f} prompt and "
             f"{cost['rollout_tokens_per_example']:,.0f} rollout tokens an example"

@@ -38,16 +38,16 @@ def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
 
 
 def _prefill_each(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
-    each = jax.vmap(functools.partial(prefill, model))
-    return _join(each(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
+    vmapped = jax.vmap(functools.partial(prefill, model))
+    return _join(vmapped(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
 
 
 def _advance_each(
     model: Model, params: Params, prefix: Prefix, tokens: jax.Array, taken: jax.Array
 ) -> Prefix:
-    each = jax.vmap(functools.partial(advance, model))
+    vmapped = jax.vmap(functools.partial(advance, model))
     params = _for_rows(params, len(tokens))
-    return _join(each(params, _split(prefix), tokens[:, None], taken[:, None]))
+    return _join(vmapped(params, _split(prefix), tokens[:, None], taken[:, None]))
 
 
 def _decode_each(
@@ -60,10 +60,10 @@ def _decode_each(
 ) -> tuple[jax.Array, Prefix]:
     # All rows go on as far as the longest budget, which leaves the loop's end common to them: ends
     # of their own would copy the states in every step. The caller cuts the rows.
-    each = jax.vmap(functools.partial(decode, model, block=BLOCK), in_axes=(0, 0, 0, None, None))
+    vmapped = jax.vmap(functools.partial(decode, model, block=BLOCK), in_axes=(0, 0, 0, None, None))
     params = _for_rows(params, len(budgets))
     common = jnp.max(budgets, keepdims=True)
-    tokens, prefix = each(params, _split(prefix), keys[:, None], sampler, common)
+    tokens, prefix = vmapped(params, _split(prefix), keys[:, None], sampler, common)
     return tokens[:, 0], _join(prefix)
 
 

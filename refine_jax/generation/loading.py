@@ -50,9 +50,9 @@ def load(
       DataError: No such tokenizer, or the checkpoint has none.
     """
     folder = local_path(checkpoint, "the checkpoint", CheckpointError)
-    found = load_model(folder, step=step)
-    model = Model(model_config(found.config), ComputePolicy(compute_dtype=compute_dtype))
-    name = tokenizer or found.tokenizer
+    saved = load_model(folder, step=step)
+    model = Model(model_config(saved.config), ComputePolicy(compute_dtype=compute_dtype))
+    name = tokenizer or saved.tokenizer
     if name is None:
         name = trained_with(folder)
         if name is None:
@@ -61,9 +61,9 @@ def load(
                 "bytes or a path."
             )
         logging.warning("%s has no tokenizer files: its %s names %s.", checkpoint, RUN, name)
-    ends = further_ends(found.config, found.files.get(GENERATION))
+    ends = further_ends(saved.config, saved.files.get(GENERATION))
     return Loaded(
-        model, jax.device_put(found.params), with_ends(load_tokenizer(os.fspath(name)), ends)
+        model, jax.device_put(saved.params), with_ends(load_tokenizer(os.fspath(name)), ends)
     )
 
 
@@ -129,9 +129,9 @@ def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...
     return tuple(dict.fromkeys(ends))
 
 
-def _ids(found: Mapping[str, Any], where: Any, fields: Mapping[str, Any]) -> list[int]:
+def _ids(saved: Mapping[str, Any], where: Any, fields: Mapping[str, Any]) -> list[int]:
     kinds = (int, list)
-    value = json_field(found, "eos_token_id", kinds, where=where, error=CheckpointError, default=[])
+    value = json_field(saved, "eos_token_id", kinds, where=where, error=CheckpointError, default=[])
     ids = value if isinstance(value, list) else [value]
     vocab_size = model_config(dict(fields)).vocab_size
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):

@@ -53,10 +53,10 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        stops = [at for at in map(text.find, self._stop) if at >= 0]
+        if stops:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         hold = max(
             (
                 size

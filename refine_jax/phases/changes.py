@@ -133,11 +133,11 @@ class Changes:
 
     def describe(self) -> str:
         """The changes of this start, as the end of a sentence; empty where there are none."""
-        each = [
+        texts = [
             f"{change['setting']}={short(change['to'])} (was {short(change['from'])})"
             for change in self._of_this_start
         ]
-        return f" with {', '.join(each)}" if each else ""
+        return f" with {', '.join(texts)}" if texts else ""
 
     @property
     def _of_this_start(self) -> tuple[Mapping[str, Any], ...]:

@@ -262,7 +262,7 @@ def _stack_times(axis, training) -> None:
     }
     totals = np.sum(list(values.values()), axis=0)
     # What takes no time that could be seen, as where nothing is collected, is no part.
-    values = {label: each for label, each in values.items() if each.max() > 1e-3 * totals.max()}
+    values = {label: part for label, part in values.items() if part.max() > 1e-3 * totals.max()}
     axis.stackplot(
         steps,
         list(values.values()),

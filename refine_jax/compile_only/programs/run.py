@@ -208,6 +208,6 @@ class AbstractRun:
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
         """Operations of rows in `trunk` forward passes, and of their rollouts in `rollouts`."""
         config, length = self.config.refine, self.config.data.sequence_length
-        each = config.num_positions * config.rollouts_per_position * config.rollout_length
-        tokens = rows * (trunk * length + rollouts * each)
+        rollout_tokens = config.num_positions * config.rollouts_per_position * config.rollout_length
+        tokens = rows * (trunk * length + rollouts * rollout_tokens)
         return tokens * forward_flops(self.model.config, length)

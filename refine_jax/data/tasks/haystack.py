@@ -92,12 +92,12 @@ def load_essays(essays: str | Essays | None, setting: Naming = str) -> Essays:
 
 def hide(needles: Iterable[tuple[int, str]], pieces: Sequence[str]) -> list[str]:
     """Return the pieces with each needle, (depth, text), after `depth` per cent of them."""
-    found, taken = [], 0
+    hidden, taken = [], 0
     for depth, needle in sorted(needles):
         place = len(pieces) * depth // 100
-        found += [*pieces[taken:place], needle]
+        hidden += [*pieces[taken:place], needle]
         taken = place
-    return found + list(pieces[taken:])
+    return hidden + list(pieces[taken:])
 
 
 def count_tokens(tokenizer: Tokenizer, prompt: str) -> int:

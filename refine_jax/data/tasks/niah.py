@@ -162,10 +162,10 @@ def make_example(
 def _fresh(kind: str, draw: Draw, used: set[str], essays: Essays | None) -> str:
     """Return a key or value that is nowhere yet."""
     while True:
-        found = _KINDS[kind](draw)
-        if found not in used and not (essays and found in essays.text):
-            used.add(found)
-            return found
+        word = _KINDS[kind](draw)
+        if word not in used and not (essays and word in essays.text):
+            used.add(word)
+            return word
 
 
 def _needle(spec: Needles, key: str, value: str) -> str:

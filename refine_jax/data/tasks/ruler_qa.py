@@ -167,8 +167,8 @@ def _read(task: Task, path: str, setting: str) -> tuple[list[PassageQuestion], l
 
 
 def _answers(value: Any, path: str) -> tuple[str, ...]:
-    found = read_references(value, lambda: f"an answer in {path}")
-    return tuple(answer for answer in found if answer)
+    references = read_references(value, lambda: f"an answer in {path}")
+    return tuple(answer for answer in references if answer)
 
 
 def _text(value: Any) -> str:

@@ -137,11 +137,11 @@ def _common_words(draw: Draw, length: int, tokenizer: Tokenizer) -> _Made:
     example, words = words[:shown], words[shown:]
     known = set(words)
 
-    def numbered(found: Sequence[str]) -> str:
-        return " ".join(f"{i}. {word}" for i, word in enumerate(found, 1))
+    def numbered(words: Sequence[str]) -> str:
+        return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
-    def listed(found: Sequence[str], often: int, seldom: int, order: Draw) -> str:
-        entries = [*found[:_COMMON] * often, *found[_COMMON:] * seldom]
+    def listed(words: Sequence[str], often: int, seldom: int, order: Draw) -> str:
+        entries = [*words[:_COMMON] * often, *words[_COMMON:] * seldom]
         return _CWE.format(context=numbered(order.shuffled(entries)))
 
     answer = numbered(example[:_COMMON])
@@ -173,10 +173,10 @@ def _frequent_words(draw: Draw, length: int, tokenizer: Tokenizer) -> _Made:
 
 def _codes(draw: Draw, alphabet: str, letters: int, count: int) -> list[str]:
     """Return different words of random letters."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(draw.choice(alphabet) for _ in range(letters))] = None
-    return list(found)
+    codes: dict[str, None] = {}
+    while len(codes) < count:
+        codes["".join(draw.choice(alphabet) for _ in range(letters))] = None
+    return list(codes)
 
 
 _MAKERS = {"vt": _variable_tracking, "cwe": _common_words, "fwe": _frequent_words}

@@ -101,10 +101,10 @@ def name_of(source: str) -> str:
 
     for part in reversed(parts):
         stem = re.sub(r"(\.(jsonl?|ndjson|parquet|txt|md|csv|gz|zst|bz2|xz))+$", "", part.lower())
-        found = re.findall(r"[a-z0-9]+", stem)
-        if words and not fits(found + words):
+        pieces = re.findall(r"[a-z0-9]+", stem)
+        if words and not fits(pieces + words):
             break
-        words = found + words
+        words = pieces + words
     while not fits(words):  # of one component: its first words
         words.pop()
     return "_".join(words) or "documents"
