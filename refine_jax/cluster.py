@@ -55,8 +55,7 @@ def check_address(
 def split_address(address: str) -> tuple[str, int]:
     """(host, port) of HOST:PORT, where an address of IPv6 is in brackets, [::1]:8476.
 
-    Raises:
-      ConfigError: It is none.
+    Raises ConfigError: it is none.
     """
     match = _ADDRESS.fullmatch(address)
     if not match or not 0 < int(match["port"]) < 1 << 16:
@@ -70,8 +69,7 @@ def split_address(address: str) -> tuple[str, int]:
 def resolve(address: str) -> list[str]:
     """The IP addresses of the host of HOST:PORT.
 
-    Raises:
-      ConfigError: There is no such host.
+    Raises ConfigError: there is no such host.
     """
     host, port = split_address(address)
     try:
@@ -104,8 +102,7 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     So it must be where others know the machine by a name that is not its own (NAT), or that means
     the machine itself to it, as Debian's 127.0.1.1 does.
 
-    Raises:
-      ConfigError: Another program listens there.
+    Raises ConfigError: another program listens there.
     """
     if os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return None

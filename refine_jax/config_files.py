@@ -39,8 +39,7 @@ def kind_of_setting(name: str) -> Any:
     Fields of `config.model.fresh` depend on the model: str stands for theirs, which
     `override` knows.
 
-    Raises:
-      ConfigError: There is no such section or field.
+    Raises ConfigError: there is no such section or field.
     """
     prefix, _, rest = name.partition(".")
     if prefix != "config" or not rest:
@@ -68,8 +67,7 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
     A field of `model.fresh` is one of the family that `model_type` names, whether or not the
     configuration sets it.
 
-    Raises:
-      ConfigError: A value that is none of its type; a field that the family has not.
+    Raises ConfigError: a value that is none of its type; a field that the family has not.
     """
     # The family decides which fields there are.
     order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
@@ -151,8 +149,7 @@ def parsed(text: str | bool, hint: Any, name: str) -> Any:
 def load_config(name: str) -> ConfigDict:
     """The configuration of a file `FILE` or `FILE:FORM`, whole: what it leaves out has its default.
 
-    Raises:
-      ConfigError: There is no such file, or it makes no configuration; the message says where.
+    Raises ConfigError: there is no such file, or it makes no configuration; the message says where.
     """
     text, _, form = name.partition(":")
     path = local_path(name if form.startswith("/") else text, "--config")

@@ -68,8 +68,7 @@ def start(
         three or none.
     timeout: seconds to wait for the others; then this process ends with a message and code 1.
 
-    Raises:
-      ConfigError: A part of the three is missing or wrong, or there is nothing to find.
+    Raises ConfigError: a part of the three is missing or wrong, or there is nothing to find.
     """
     told = check_address(mode, coordinator, num_processes, process_id)
     bind = None

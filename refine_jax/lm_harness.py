@@ -146,8 +146,7 @@ _LOADING = (
 def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
     """lm-eval's tasks and groups of these names, patterns, YAML files and folders of such files.
 
-    Raises:
-      DataError: One is not there, or lm-eval cannot load it or its data.
+    Raises DataError: one is not there, or lm-eval cannot load it or its data.
     """
     from lm_eval.tasks import TaskManager
 

@@ -72,8 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
     The devices of a process are neighbours along the last axes, where most is communicated.
 
-    Raises:
-      ConfigError: The sizes do not make up the number of devices.
+    Raises ConfigError: the sizes do not make up the number of devices.
     """
     sizes = [getattr(config, name) for name in AXES]
     given = math.prod(size for size in sizes if size != -1)
@@ -101,8 +100,7 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
 
     alone: of this process's devices only, where each of several processes works for itself.
 
-    Raises:
-      ConfigError: The sizes do not make up the number of devices.
+    Raises ConfigError: the sizes do not make up the number of devices.
     """
     devices = default_devices()
     if alone:
@@ -119,8 +117,7 @@ def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
 
     sizes: of the mesh's axes. tokens: of a row. model: its configuration.
 
-    Raises:
-      ConfigError: What does not divide.
+    Raises ConfigError: what does not divide.
     """
     for name in ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads"):
         heads = getattr(model, name, 0)

@@ -25,8 +25,7 @@ from refine_jax.commands import Command, Options
 def summarize_run(workdir: Path) -> dict:
     """Draw the plots in `workdir`, write its results.json, print its table; returns the figures.
 
-    Raises:
-      DataError: The folder holds no records of a run.
+    Raises DataError: the folder holds no records of a run.
     """
     from refine_jax.checkpoint.folders import RUN
     from refine_jax.checkpoint.record import read_config

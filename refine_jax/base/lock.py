@@ -62,8 +62,7 @@ class Lock:
     def take(self) -> None:
         """Take the lock.
 
-        Raises:
-          RunError: Another run holds it, or the folder cannot be written in.
+        Raises RunError: another run holds it, or the folder cannot be written in.
         """
         try:
             self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]

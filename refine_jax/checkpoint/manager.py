@@ -123,9 +123,8 @@ class CheckpointManager:
         run_record: more fields of run.json, JSON values.
         files: {name: path} of the tokenizer's files.
 
-        Raises:
-          CheckpointError: The folder belongs to another model; its run.json or the figures of a
-            step are damaged; or something else has the name of a step to come.
+        Raises CheckpointError: the folder belongs to another model; its run.json or the figures of
+        a step are damaged; or something else has the name of a step to come.
         """
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
@@ -283,8 +282,7 @@ class CheckpointManager:
             sharding that the result shall have (which may differ from the one saved). Leaves
             without a sharding go to the default device.
 
-        Raises:
-          CheckpointError: No such step; it is corrupt; or it is not of this state.
+        Raises CheckpointError: no such step; it is corrupt; or it is not of this state.
         """
         steps = self.steps()
         if step not in steps:
@@ -383,9 +381,8 @@ def load_model(
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
 
-    Raises:
-      CheckpointError: Not a checkpoint, a corrupt one, or one whose arrays are not those of its
-        config.json.
+    Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
+    its config.json.
     """
     folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
     if (folder / "checkpoints" / CONFIG).exists():

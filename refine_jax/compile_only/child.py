@@ -46,8 +46,7 @@ _SHOWN_BUFFERS = 12
 def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices to compile for.
 
-    Raises:
-      ConfigError: libtpu has no such slice.
+    Raises ConfigError: libtpu has no such slice.
     """
     from jax.experimental import topologies
 

@@ -71,8 +71,7 @@ _COMPANIONS += ("tokenizer*.json", "special_tokens_map.json", "package.json", "p
 def kind_of(path: Path) -> str:
     """The kind of a file: "parquet", "jsonl" or "text".
 
-    Raises:
-        DataError: a format that is not read, or an unreadable file.
+    Raises DataError: a format that is not read, or an unreadable file.
     """
     suffix = Path(stem_name(path)).suffix
     if suffix in REFUSED:
@@ -89,8 +88,7 @@ def kind_of(path: Path) -> str:
 def check_head(head: bytes, path: Path) -> None:
     """Refuse a file by its first bytes, unpacked, where UTF-8 text is expected.
 
-    Raises:
-        DataError: it is another format, a pointer of git-lfs, or in another encoding.
+    Raises DataError: it is another format, a pointer of git-lfs, or in another encoding.
     """
     check_format(head, path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in head[:4]:
@@ -100,8 +98,7 @@ def check_head(head: bytes, path: Path) -> None:
 def check_format(head: bytes, path: Path) -> None:
     """Refuse a file whose first bytes, unpacked, are those of a format that is not read.
 
-    Raises:
-        DataError: it is one of them, or a pointer of git-lfs.
+    Raises DataError: it is one of them, or a pointer of git-lfs.
     """
     if is_lfs_pointer(head):
         raise DataError(not_fetched(str(path)))
@@ -123,8 +120,7 @@ def files_of(
     What accompanies data is passed over where there is data: a README beside parquet files, and
     plain .json files beside others, which is said unless they are known to be none.
 
-    Raises:
-        DataError: nothing is there, several kinds, or a format that is not read.
+    Raises DataError: nothing is there, several kinds, or a format that is not read.
     """
     by_kind = _by_kind(find_files(source, pattern, setting, pattern_setting), pattern)
     if len(by_kind) > 1:
@@ -143,8 +139,7 @@ def files_of(
 def record_files(source: str, setting: str) -> list[Path]:
     """The files of records, parquet or JSON, that a path names, sorted; texts are passed over.
 
-    Raises:
-        DataError: there are none, or a format that is not read.
+    Raises DataError: there are none, or a format that is not read.
     """
     by_kind = _by_kind(find_files(source, setting=setting))
     texts = by_kind.pop("text", [])
@@ -185,15 +180,13 @@ def find_files(
 ) -> list[Path]:
     """Return the files that `path` names, sorted; none is hidden.
 
-    Args:
-        path: a file, a folder (searched recursively, also behind links) or a glob pattern.
-        pattern: file name pattern for a folder; "" is every known suffix.
-        setting: what the path was given as, for errors.
-        pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
+    path: a file, a folder (searched recursively, also behind links) or a glob pattern.
+    pattern: file name pattern for a folder; "" is every known suffix.
+    setting: what the path was given as, for errors.
+    pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
 
-    Raises:
-        DataError: nothing is there, it cannot be read, a link is broken, or what is there is no
-            regular file.
+    Raises DataError: nothing is there, it cannot be read, a link is broken, or what is there is no
+    regular file.
     """
     root = local_path(path, setting, DataError)
     try:

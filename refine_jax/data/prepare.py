@@ -35,16 +35,13 @@ _FIELDS = (
 def prepare(options: DataConfig, out: str) -> dict[str, Any]:
     """Write the documents of `options` as tokenised ArrayRecord.
 
-    Args:
-        options: source, tokenizer and what else decides the tokens of a document.
-        out: folder under which the records' own folder is made.
+    options: source, tokenizer and what else decides the tokens of a document.
+    out: folder under which the records' own folder is made.
 
-    Returns:
-        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
-        "dropped": {reason: documents of the source that were left out}}.
+    Returns {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
+    "dropped": {reason: documents of the source that were left out}}.
 
-    Raises:
-        DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
+    Raises DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
     """
     from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
     from refine_jax.data.sources import open_source

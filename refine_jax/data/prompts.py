@@ -45,8 +45,7 @@ def cut_prompt(
         stand there. "left" keeps the end.
     bos_id: beginning of sequence; if the prompt begins with it, a "left" cut keeps it as well.
 
-    Raises:
-        ValueError: `max_tokens` is below 1 (below 2 where bos is kept), or `how` is unknown.
+    Raises ValueError: `max_tokens` is below 1 (below 2 where bos is kept), or `how` is unknown.
     """
     ids = np.asarray(ids)
     keeps_bos = how == "left" and bos_id is not None and len(ids) > 0 and ids[0] == bos_id
@@ -248,8 +247,7 @@ class PromptCorpus:
 
         A prompt that occurs several times stands in one split only.
 
-        Raises:
-            DataError: no rows, or a batch without rows.
+        Raises DataError: no rows, or a batch without rows.
         """
         table, made = make_rows(
             self._tokens.lengths, self._tokens.hashes, self._options, split, self._validation_rows
@@ -418,8 +416,7 @@ def load_prompts(
     `sequence_length`, `holdout`, `epochs` and `workers` count. `alternatives`: see
     `refine_jax.data.references.read_references`; `seed`, `validation_rows`: see `load_corpus`.
 
-    Raises:
-        DataError: the source is missing, unreadable or empty, or lacks a field.
+    Raises DataError: the source is missing, unreadable or empty, or lacks a field.
     """
     if options.source == "recall":
         room = options.sequence_length - prompts.max_answer_tokens

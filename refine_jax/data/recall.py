@@ -35,10 +35,9 @@ THINGS = (
 class RecallPrompts:
     """`RECORDS` prompts of facts and a question, each with one answer.
 
-    Args:
-        room: tokens that a prompt may have; prompts have between half of it and all.
-        tokenizer: counts them.
-        seed: of names, numbers and questions.
+    room: tokens that a prompt may have; prompts have between half of it and all.
+    tokenizer: counts them.
+    seed: of names, numbers and questions.
     """
 
     def __init__(self, room: int, tokenizer: Tokenizer, *, seed: int = 0) -> None:

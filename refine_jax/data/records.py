@@ -64,14 +64,12 @@ class Records:
     ) -> None:
         """Index the files.
 
-        Args:
-            files: the files, in order; see `refine_jax.data.formats.files_of`.
-            fields: {name of a field or column: the setting that names it, "" where none does};
-                None reads all.
-            text_field: one of `fields` that must hold text; records where it is null are left out.
+        files: the files, in order; see `refine_jax.data.formats.files_of`.
+        fields: {name of a field or column: the setting that names it, "" where none does}; None
+            reads all.
+        text_field: one of `fields` that must hold text; records where it is null are left out.
 
-        Raises:
-            DataError: a file that is missing, broken, cut off, or lacks a column.
+        Raises DataError: a file that is missing, broken, cut off, or lacks a column.
         """
         contents = Contents()
         kinds = [kind_of(path) for path in files]

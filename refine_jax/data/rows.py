@@ -167,15 +167,13 @@ def make_rows(
 
     Held out are whole documents, or where all documents are equal, the last rows of the first.
 
-    Args:
-        lengths: tokens of each document, [N] int64.
-        hashes: equal for equal documents, [N] uint64.
-        options: the filters, the hold-out, the chunking and the packing.
-        split: "train" or "validation".
-        validation_rows: so many rows of the held-out documents, evenly spread; None: all.
+    lengths: tokens of each document, [N] int64.
+    hashes: equal for equal documents, [N] uint64.
+    options: the filters, the hold-out, the chunking and the packing.
+    split: "train" or "validation".
+    validation_rows: so many rows of the held-out documents, evenly spread; None: all.
 
-    Raises:
-        DataError: no document passes the filters, or too little to hold some out.
+    Raises DataError: no document passes the filters, or too little to hold some out.
     """
     if split not in SPLITS:
         raise DataError(f"split must be train or validation. Got: {split!r}.")

@@ -53,10 +53,9 @@ class TextSource(Protocol):
 class FilesSource:
     """One document a file, also of compressed ones.
 
-    Args:
-        files: the files, in order.
-        setting: what chooses files, for messages.
-        decode: bytes to text; UTF-8 by default, unchanged line ends.
+    files: the files, in order.
+    setting: what chooses files, for messages.
+    decode: bytes to text; UTF-8 by default, unchanged line ends.
     """
 
     def __init__(
@@ -149,8 +148,7 @@ class RecordsSource:
 def open_source(options: DataConfig) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
-    Raises:
-        DataError: the source is missing, unreadable, empty, or mixes kinds of files.
+    Raises DataError: the source is missing, unreadable, empty, or mixes kinds of files.
     """
     source, setting = options.source, options.setting
     if source == "stdlib":
@@ -176,16 +174,13 @@ def open_texts(
 ) -> TextSource:
     """Return the texts of files: whole text files, or a field of records; it is never empty.
 
-    Args:
-        path: a file, a folder or a glob pattern; see `refine_jax.data.formats.files_of`.
-        field: parquet column or JSON field that holds the text.
-        pattern: file name pattern for a folder; "" is every known suffix.
-        setting: what the path was given as, for errors; `pattern_setting` and `field_setting`
-            likewise,
-            "" where there is nothing to set it with.
+    path: a file, a folder or a glob pattern; see `refine_jax.data.formats.files_of`.
+    field: parquet column or JSON field that holds the text.
+    pattern: file name pattern for a folder; "" is every known suffix.
+    setting: what the path was given as, for errors; `pattern_setting` and `field_setting` likewise,
+        "" where there is nothing to set it with.
 
-    Raises:
-        DataError: nothing is there, it cannot be read, or there is no text in it.
+    Raises DataError: nothing is there, it cannot be read, or there is no text in it.
     """
     files, kind = files_of(path, pattern, setting, pattern_setting)
     if kind == "text":

@@ -73,16 +73,14 @@ def open_tfds(
 ) -> Opened:
     """Open a split of a data set, and prepare the data set first if need be.
 
-    Args:
-        source: a prepared folder, or a name: NAME, NAME/CONFIG, either with :VERSION. A name is one
-            that tensorflow-datasets knows, or of a folder that is prepared in `data_dir`.
-        split: e.g. "train" or "train[:10%]".
-        data_dir: where tensorflow-datasets keeps its data; "" is its own default.
-        setting: what the source was given as, for errors.
+    source: a prepared folder, or a name: NAME, NAME/CONFIG, either with :VERSION. A name is one
+        that tensorflow-datasets knows, or of a folder that is prepared in `data_dir`.
+    split: e.g. "train" or "train[:10%]".
+    data_dir: where tensorflow-datasets keeps its data; "" is its own default.
+    setting: what the source was given as, for errors.
 
-    Raises:
-        DataError: there is no such data set or split, it cannot be prepared, or a file of the
-            folder asks for a class or a path that is none of its own.
+    Raises DataError: there is no such data set or split, it cannot be prepared, or a file of the
+    folder asks for a class or a path that is none of its own.
     """
     folder = local_path(source, setting, DataError)
     with _one_message(source, split):
@@ -259,9 +257,8 @@ def _answers(host: str) -> bool:
 def check_folder(folder: Path) -> None:
     """Refuse a prepared folder whose files would import something, or lead out of the folder.
 
-    Raises:
-        DataError: a feature whose class is none of tensorflow-datasets' own; a name or a file
-            template with a path; a file that is not as tensorflow-datasets writes it.
+    Raises DataError: a feature whose class is none of tensorflow-datasets' own; a name or a file
+    template with a path; a file that is not as tensorflow-datasets writes it.
     """
     path = folder / INFO_FILE
     info = read_json(path, DataError)

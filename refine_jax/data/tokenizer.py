@@ -340,13 +340,11 @@ def with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """Return the tokenizer of that name, or the one found at that path.
 
-    Args:
-        name_or_path: "mistral-v1", "bytes", a `.model` file (SentencePiece), a `.json` file
-            (`tokenizers` library), or a folder that holds `tokenizer.model` or `tokenizer.json`
-            (a Hugging Face folder or a converted checkpoint), itself or in `tokenizer/`.
+    name_or_path: "mistral-v1", "bytes", a `.model` file (SentencePiece), a `.json` file
+        (`tokenizers` library), or a folder that holds `tokenizer.model` or `tokenizer.json` (a
+        Hugging Face folder or a converted checkpoint), itself or in `tokenizer/`.
 
-    Raises:
-        DataError: there is no such name or file.
+    Raises DataError: there is no such name or file.
     """
     if name_or_path == "bytes":
         return ByteTokenizer()

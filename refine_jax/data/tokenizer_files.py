@@ -82,8 +82,7 @@ def find_tokenizer(path: Path) -> Path:
     Of two files it is the one that holds all tokens; a warning says where they disagree. What both
     hold alike is read from tokenizer.model, which needs no further library.
 
-    Raises:
-      DataError: The folder holds none.
+    Raises DataError: the folder holds none.
     """
     for folder in (path, path / "tokenizer"):
         model, fast = folder / MODEL, folder / FAST
@@ -183,8 +182,7 @@ def read_named(folder: Path) -> Named:
 
     tokenizer_config.json has the last word; a warning says where the files disagree.
 
-    Raises:
-      DataError: A file is no JSON object, or a field is of another type.
+    Raises DataError: a file is no JSON object, or a field is of another type.
     """
     fields, files = {}, {}
     for name in (CONFIG, MAP, ADDED):
@@ -278,9 +276,8 @@ def _added_tokens(folder: Path, fields: Mapping[str, dict]) -> dict[str, int]:
 def ids_of(named: Named, find_id: Callable[[str], int | None], path: Path) -> SpecialIds:
     """Ids of the named tokens in the vocabulary of `path`, which `find_id` looks them up in.
 
-    Raises:
-      DataError: The vocabulary lacks the token that begins or one that ends a text. Without the
-        others nothing changes: a warning names them.
+    Raises DataError: the vocabulary lacks the token that begins or one that ends a text. Without
+    the others nothing changes: a warning names them.
     """
     ids = {}
     for role, texts in (

@@ -85,12 +85,10 @@ class DocumentIndex:
     def load(cls, folder: str | os.PathLike, documents: int | None = None) -> DocumentIndex:
         """Read the index in `folder`.
 
-        Args:
-            folder: where `save` wrote it.
-            documents: how many it must hold; None: any number.
+        folder: where `save` wrote it.
+        documents: how many it must hold; None: any number.
 
-        Raises:
-            DataError: it is missing or broken.
+        Raises DataError: it is missing or broken.
         """
         path = Path(folder) / INDEX_FILE
         try:
@@ -138,12 +136,11 @@ class IndexBuilder:
 class TokenStore:
     """Tokens of all documents in one array.
 
-    Args:
-        tokens: all documents, one after the other, [sum of lengths] unsigned integers.
-        index: of the documents.
-        folder: where `tokens` is mapped from; processes that read ahead map it again instead of
-            receiving a copy.
-        dropped: documents of the source that are not among them, by reason.
+    tokens: all documents, one after the other, [sum of lengths] unsigned integers.
+    index: of the documents.
+    folder: where `tokens` is mapped from; processes that read ahead map it again instead of
+        receiving a copy.
+    dropped: documents of the source that are not among them, by reason.
     """
 
     def __init__(
@@ -164,13 +161,11 @@ class TokenStore:
     def open(cls, folder: str | os.PathLike, check: bool = True) -> TokenStore:
         """Map a cache folder.
 
-        Args:
-            folder: the folder.
-            check: read all tokens once and compare them with what was written, about a second for
-                three gigabytes.
+        folder: the folder.
+        check: read all tokens once and compare them with what was written, about a second for three
+            gigabytes.
 
-        Raises:
-            DataError: the folder is damaged.
+        Raises DataError: the folder is damaged.
         """
         folder = Path(folder)
         path = folder / TOKENS_FILE
@@ -251,8 +246,7 @@ class TokenRecords:
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Return tokens start .. start + length of a document, [length] int32.
 
-        Raises:
-            DataError: the document is not as it was written.
+        Raises DataError: the document is not as it was written.
         """
         with damage("tokenised records", self._folder, "and prepare them again"):
             tokens = np.asarray(self._records[document]["tokens"])
@@ -269,10 +263,9 @@ class TokenRecords:
 def damage(what: str, folder: Path, why: str) -> Iterator[None]:
     """Turn any error of reading a folder that this package wrote into one that says what to do.
 
-    Args:
-        what: the folder holds.
-        folder: to remove.
-        why: end of "Remove the folder".
+    what: the folder holds.
+    folder: to remove.
+    why: end of "Remove the folder".
     """
     try:
         yield
@@ -326,8 +319,7 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
     depends on the source's files, the tokenizer and the options that change tokens. A cache folder
     appears complete or not at all, and several processes may make it at the same time.
 
-    Raises:
-        DataError: as `open_source`, or the cache is broken.
+    Raises DataError: as `open_source`, or the cache is broken.
     """
     if is_token_folder(options.source):
         return TokenRecords(options.source, tokenizer, options)

@@ -56,8 +56,7 @@ def is_packed(path: Path) -> bool:
 def blocks(path: Path) -> Iterator[bytes]:
     """Yield the content of a file, unpacked, in blocks of a few megabytes at most.
 
-    Raises:
-        DataError: the file is damaged, cut off or unreadable.
+    Raises DataError: the file is damaged, cut off or unreadable.
     """
     try:
         with path.open("rb") as file:
@@ -77,8 +76,7 @@ def blocks(path: Path) -> Iterator[bytes]:
 def unpack(path: Path, target: BinaryIO) -> None:
     """Append the content of a compressed file to `target`, a temporary file.
 
-    Raises:
-        DataError: the file is damaged, or there is no room for its content.
+    Raises DataError: the file is damaged, or there is no room for its content.
     """
     for block in blocks(path):
         try:
@@ -90,8 +88,7 @@ def unpack(path: Path, target: BinaryIO) -> None:
 def temporary_file(path: Path) -> BinaryIO:
     """A file without a name, for what `path` unpacks to; it goes when it is closed.
 
-    Raises:
-        DataError: no folder for temporary files can be written.
+    Raises DataError: no folder for temporary files can be written.
     """
     try:
         return tempfile.TemporaryFile()
@@ -184,8 +181,7 @@ class Contents:
     def add(self, path: Path) -> tuple[int, int]:
         """Where the content of a file begins and ends in `stream(path)`, in bytes.
 
-        Raises:
-            DataError: the file is damaged or unreadable, or there is no room to unpack it.
+        Raises DataError: the file is damaged or unreadable, or there is no room to unpack it.
         """
         if is_packed(path):
             if self._unpacked is None:

@@ -65,8 +65,7 @@ def position_edges(length: int, spacing: str = "log", count: int | None = None) 
     "linear" (equal widths). count: buckets, fewer where they would be empty; None: one an octave of
     "log", 16 of "linear".
 
-    Raises:
-      DataError: An option that cannot work.
+    Raises DataError: an option that cannot work.
     """
     if spacing not in ("log", "linear"):
         raise DataError(f"spacing must be log or linear. Got: {spacing!r}.")
@@ -99,7 +98,7 @@ def measure(
 
     Raises:
       DataError: There is no token to predict.
-      ValueError: A document is longer than the edges allow.
+      ValueError: a document is longer than the edges allow.
     """
     # Per document and bucket: tokens, and the sums of losses and of hits.
     columns = [np.zeros((0, 3, len(edges) - 1))]

@@ -102,8 +102,7 @@ class RefineLM(TemplateLM):
             the prompt, to leave room). None: no limit, which the models do not have. add_bos: None
             does what the tokenizer can. seed: of sampled generations.
 
-        Raises:
-          DataError: Options or a tokenizer that cannot work with the model.
+        Raises DataError: options or a tokenizer that cannot work with the model.
         """
         super().__init__()
         check_options(batch_size, max_length, seed)
@@ -199,7 +198,7 @@ class RefineLM(TemplateLM):
         """(log-probability, is it the greedy one) of each continuation after its context.
 
         Raises:
-          DataError: A continuation without tokens, which lm-eval's Hugging Face models refuse, too.
+          DataError: a continuation without tokens, which lm-eval's Hugging Face models refuse, too.
         """
         pairs = []
         for request in requests:
@@ -353,8 +352,7 @@ def check_options(batch_size: int, max_length: int | None, seed: int) -> None:
 def read_sampling(arguments: Mapping[str, Any], seed: int = 0) -> Sampling:
     """lm-eval's generation arguments as ours.
 
-    Raises:
-      DataError: One that is not supported, unless its value changes nothing, or a bad value.
+    Raises DataError: one that is not supported, unless its value changes nothing, or a bad value.
     """
 
     def check(name: str, fits: bool, wanted: str) -> None:

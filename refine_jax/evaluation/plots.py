@@ -71,9 +71,8 @@ def _bins(ends: Sequence[int]) -> list[str]:
 def plot_positions(path: Path, results: Mapping[str, Mapping]) -> None:
     """Next-token loss and accuracy over the tokens of context, a curve a model.
 
-    Args:
-      path: PNG file to write.
-      results: By a model's name, what `refine_jax.evaluation.by_position.evaluate` returns.
+    path: PNG file to write.
+    results: by a model's name, what `refine_jax.evaluation.by_position.evaluate` returns.
     """
     figure, axes = new_figure(1, 2, (12, 4.5))
     logarithmic = all(result["spacing"] == "log" for result in results.values())

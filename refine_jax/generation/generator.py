@@ -112,8 +112,7 @@ class Generator:
     def read(self, params: Params, prompts: Sequence[Sequence[int]]) -> Prefix:
         """Read prompts of ids, of any lengths >= 1.
 
-        Raises:
-          DataError: A prompt without tokens, or with one that is not in the vocabulary.
+        Raises DataError: a prompt without tokens, or with one that is not in the vocabulary.
         """
         prompts = self._check(prompts, shortest=1)
         parts, places, start = [], np.zeros(len(prompts), np.int32), 0
@@ -133,8 +132,7 @@ class Generator:
 
         The result is that of `read` with the whole sequences, up to rounding.
 
-        Raises:
-          DataError: Not one continuation a row, or an id that is not in the vocabulary.
+        Raises DataError: not one continuation a row, or an id that is not in the vocabulary.
         """
         rows = prefix.length.shape[0]
         if len(continuations) != rows:
@@ -156,8 +154,7 @@ class Generator:
     ) -> list[Generated]:
         """Generate from every row of `prefix`, which stays as it is.
 
-        Raises:
-          RunError: The model's predictions are not finite.
+        Raises RunError: the model's predictions are not finite.
 
 
         max_new_tokens: of each row; None: that of `sampling`. ids: numbers >= 0 that, with the

@@ -118,8 +118,7 @@ def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...
         default of the family in most of them, whatever the tokenizer. path: of its
         generation_config.json, None if there is none; of this file nothing else is used.
 
-    Raises:
-      CheckpointError: A field is no id of the model's vocabulary, nor a list of them.
+    Raises CheckpointError: a field is no id of the model's vocabulary, nor a list of them.
     """
     ends: list[int] = []
     if isinstance(fields.get("eos_token_id"), list):

@@ -30,8 +30,7 @@ class Sampling:
     stop: strings that end a row; they are not part of its text.
     seed: of the draws, 0 <= seed < 2**32.
 
-    Raises:
-      ConfigError: A field that cannot work.
+    Raises ConfigError: a field that cannot work.
     """
 
     temperature: float = 0.0

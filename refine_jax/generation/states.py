@@ -78,9 +78,8 @@ def load_prefix(
 ) -> Prefix:
     """Read what `save_prefix` wrote, bit for bit.
 
-    Raises:
-      CheckpointError: No saved state, a corrupt one, or one of another model, other parameters,
-        another dtype or another tokenizer.
+    Raises CheckpointError: no saved state, a corrupt one, or one of another model, other
+    parameters, another dtype or another tokenizer.
     """
     folder = local_path(path, "the saved state", CheckpointError).resolve()
     if not (folder / _RECORD).is_file():

@@ -95,8 +95,7 @@ class Changes:
     def check_data(self, fingerprint: str, config: Config) -> "Changes":
         """The changes, with the training data that there is now.
 
-        Raises:
-          ConfigError: It is other data than the run's, and no setting of the data may change.
+        Raises ConfigError: it is other data than the run's, and no setting of the data may change.
         """
         known = dataclasses.replace(self, data=fingerprint)
         if self.before is None:
@@ -153,8 +152,7 @@ class Changes:
 def allowed_names(given: Iterable[str]) -> tuple[str, ...]:
     """The settings that a user allows to change: `section.field`, several joined by commas.
 
-    Raises:
-      ConfigError: One is no setting, or one that a run cannot change.
+    Raises ConfigError: one is no setting, or one that a run cannot change.
     """
     known = list(_HOW)
     names = [name.strip().removeprefix("config.") for text in given for name in text.split(",")]

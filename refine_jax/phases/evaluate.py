@@ -128,8 +128,7 @@ def describe(
 def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
     """Refuse to continue an evaluation that something else would go on with.
 
-    Raises:
-      ConfigError: The folder holds records of another configuration, model or tokenizer.
+    Raises ConfigError: the folder holds records of another configuration, model or tokenizer.
     """
     if not (workdir / PREDICTIONS).is_file():
         return
@@ -177,13 +176,11 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 def run(config: Config, workdir: str | Path) -> dict:
     """Evaluate, or go on evaluating, and report.
 
-    Args:
-      config: The evaluation.
-      workdir: Its folder, made if it is not there.
+    config: the evaluation.
+    workdir: its folder, made if it is not there.
 
-    Returns:
-      The figures of `refine_jax.evaluation.report.summarize`. After SIGTERM or SIGINT:
-      {"interrupted": signal name, "done": examples with a record, "samples": all}.
+    Returns the figures of `refine_jax.evaluation.report.summarize`. After SIGTERM or SIGINT:
+    {"interrupted": signal name, "done": examples with a record, "samples": all}.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
@@ -197,8 +194,7 @@ def run(config: Config, workdir: str | Path) -> dict:
 def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Answerer:
     """What answers the questions; with an `adapter`, its parameters do.
 
-    Raises:
-      ConfigError: Settings of `generation` that exclude each other.
+    Raises ConfigError: settings of `generation` that exclude each other.
     """
     options = parts.config.generation
     if adapter is not None and adapter.copies > 1:

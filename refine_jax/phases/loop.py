@@ -152,9 +152,8 @@ class Loop(abc.ABC):
 
         check: called between steps; raises what ends the run.
 
-        Returns:
-          The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
-          {"interrupted": signal name, "step": the last step, which is saved}.
+        Returns the figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
+        {"interrupted": signal name, "step": the last step, which is saved}.
 
         Raises:
           CheckpointError: The folder holds another model's checkpoints, or a corrupt one.

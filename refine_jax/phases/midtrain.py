@@ -40,16 +40,14 @@ def _load(config: Config, tokenizer: Tokenizer) -> Corpus:
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
     """Train, or go on training, and report.
 
-    Args:
-      config: The run.
-      workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
-        the run continues from the latest.
-      allow_change: Settings that may be others than those the run was started with, such as
+    config: the run.
+    workdir: its folder, made if it is not there. If it holds checkpoints of this configuration, the
+        run continues from the latest.
+    allow_change: settings that may be others than those the run was started with, such as
         "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
-    Returns:
-      The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT: {"interrupted":
-      signal name, "step": the last step, which is saved}.
+    Returns the figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
+    {"interrupted": signal name, "step": the last step, which is saved}.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.

@@ -40,8 +40,7 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
     Gives a function to call between steps, which raises RunError if another run has taken the
     folder over nonetheless. Process 0 holds the lock: where it is refused, it ends the others.
 
-    Raises:
-      RunError: Another run is using the folder, or it cannot be written in.
+    Raises RunError: another run is using the folder, or it cannot be written in.
     """
     if not distributed.is_writer():
         yield lambda: None
@@ -90,8 +89,7 @@ def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
 def make_model(start: ModelCheckpoint, config: ModelConfig) -> Model:
     """The model, computing as the configuration says.
 
-    Raises:
-      ConfigError: The configured implementation cannot run this model.
+    Raises ConfigError: the configured implementation cannot run this model.
     """
     policy = ComputePolicy(
         compute_dtype=config.compute_dtype,
@@ -177,8 +175,7 @@ def with_tokenizer_files(start: ModelCheckpoint, tokenizer: Tokenizer) -> ModelC
 def check_mesh(config: Config, model: Model) -> None:
     """Refuse a mesh that cannot divide the model, or would leave devices idle in training.
 
-    Raises:
-      ConfigError: What does not divide.
+    Raises ConfigError: what does not divide.
     """
     sizes = axis_sizes()
     updates = {"train": config.train.mini_batch}
@@ -201,8 +198,7 @@ def check_room(config: Config, model: Model) -> None:
 
     The backward pass needs the input of each layer, and a host its share of a batch.
 
-    Raises:
-      ConfigError: With the bytes that are needed at least, and those that there are.
+    Raises ConfigError: with the bytes that are needed at least, and those that there are.
     """
     length, rows = config.data.sequence_length, rows_at_once(config)
     fields = model.config
@@ -247,8 +243,7 @@ def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Datase
 def check_enough_batches(config: Config, training: Dataset) -> None:
     """Refuse a run that its data ends before.
 
-    Raises:
-      ConfigError: data.epochs gives fewer batches than train.steps.
+    Raises ConfigError: data.epochs gives fewer batches than train.steps.
     """
     if training.batches is not None and training.batches < config.train.steps:
         raise ConfigError(

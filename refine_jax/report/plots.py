@@ -33,10 +33,9 @@ def write_report(
 def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | None) -> None:
     """Training curves of the records of `metrics.jsonl`: losses, rewards, gradients, speed.
 
-    Args:
-      path: PNG file to write.
-      history: Records, one a step (`refine_jax.report.monitor.Monitor.history`).
-      clip_norm: Largest gradient norm that is not clipped, drawn as a line; None: none.
+    path: PNG file to write.
+    history: records, one a step (`refine_jax.report.monitor.Monitor.history`).
+    clip_norm: largest gradient norm that is not clipped, drawn as a line; None: none.
     """
     training = [record for record in history if "time/step" in record]
     if not training:
@@ -98,14 +97,13 @@ def plot_rollouts(
 ) -> None:
     """One sequence: its entropy, where rollouts start, and the reward of each.
 
-    Args:
-      path: PNG file to write.
-      entropy: [T] nats of the prediction at each token, NaN where there is no real token.
-      starts: [c] index of the first token of the rollouts of each position.
-      rewards: [c, n] their rewards.
-      length: Tokens of a rollout.
-      reward_name: What the reward compares, for the label.
-      texts: c pairs (true continuation, first rollout), listed under the plot if given.
+    path: PNG file to write.
+    entropy: [T] nats of the prediction at each token, NaN where there is no real token.
+    starts: [c] index of the first token of the rollouts of each position.
+    rewards: [c, n] their rewards.
+    length: tokens of a rollout.
+    reward_name: what the reward compares, for the label.
+    texts: c pairs (true continuation, first rollout), listed under the plot if given.
     """
     c, n = rewards.shape
     rows = 3 if texts else 2

@@ -85,8 +85,7 @@ class Topology:
 def parse_topology(name: str | None) -> Topology:
     """The slice of that name, as v5p:4x4x4.
 
-    Raises:
-      ConfigError: No such generation, or sizes that it does not have.
+    Raises ConfigError: no such generation, or sizes that it does not have.
     """
     match = re.fullmatch(r"(\w+):([0-9]{1,4}(?:x[0-9]{1,4})+)", name or "")
     generation = match[1] if match else ""

@@ -55,8 +55,7 @@ class Program:
 def describe_model(config: Config) -> ModelCheckpoint:
     """The model of the run, by its config.json or the fields of `model.fresh`; no parameters.
 
-    Raises:
-      ConfigError, ModelConfigError: Neither describes a model.
+    Raises ConfigError, ModelConfigError: neither describes a model.
     """
     if config.model.checkpoint is not None:
         folder = Path(config.model.checkpoint)

@@ -74,18 +74,16 @@ def read_examples(
 ) -> list[Example]:
     """Return the examples of a task that a file holds, in its order.
 
-    Args:
-        task: the task; rows of others are passed over. Its metric says whether every reference
-            counts.
-        data: a parquet or JSON file, a folder or a glob pattern.
-        length: the most tokens of bos, prompt and answer: longer rows are left out. In files of
-            sets that were built for a length (`max_seq_length`), only sets of this length count.
-            None takes every row.
-        samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
-        tokenizer: counts the tokens.
-        seed: of the choice.
-        report: takes a sentence for each kind of rows that were left out.
-        setting: names the arguments for errors.
+    task: the task; rows of others are passed over. Its metric says whether every reference counts.
+    data: a parquet or JSON file, a folder or a glob pattern.
+    length: the most tokens of bos, prompt and answer: longer rows are left out. In files of sets
+        that were built for a length (`max_seq_length`), only sets of this length count. None takes
+        every row.
+    samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
+    tokenizer: counts the tokens.
+    seed: of the choice.
+    report: takes a sentence for each kind of rows that were left out.
+    setting: names the arguments for errors.
 
     Raises:
         NoExamplesError: there are no such rows.
@@ -132,8 +130,7 @@ def read_examples(
 def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None:
     """Write examples to a .parquet or .jsonl file, which appears when it is complete.
 
-    Raises:
-        DataError: the file cannot be written, or has another suffix.
+    Raises DataError: the file cannot be written, or has another suffix.
     """
     path = local_path(path, "the file", DataError)
     if path.suffix not in SUFFIXES:

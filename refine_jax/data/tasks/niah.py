@@ -91,16 +91,14 @@ def make_example(
 ) -> Example:
     """Return a sample.
 
-    Args:
-        task: a name of `NEEDLES`.
-        index: which sample.
-        length: the most tokens of bos, prompt and answer.
-        tokenizer: counts the tokens.
-        seed: of the set.
-        essays: the haystack of the tasks that hide needles in essays.
+    task: a name of `NEEDLES`.
+    index: which sample.
+    length: the most tokens of bos, prompt and answer.
+    tokenizer: counts the tokens.
+    seed: of the set.
+    essays: the haystack of the tasks that hide needles in essays.
 
-    Raises:
-        DataError: the length is too short.
+    Raises DataError: the length is too short.
     """
     spec = NEEDLES[task]
     draw = Draw("ruler", 1, seed, task, length, index)

@@ -60,19 +60,17 @@ def build_examples(
 ) -> list[Example]:
     """Return samples of a length.
 
-    Args:
-        task: one of `RULER_QA`.
-        path: SQuAD's file (train-v2.0.json, dev-v2.0.json, or of version 1.1), or HotpotQA's
-            (hotpot_dev_distractor_v1.json and the like).
-        length: the most tokens of bos, prompt and answer. Questions whose own passages need more
-            are passed over.
-        samples: how many.
-        tokenizer: counts the tokens.
-        seed: of the choice of questions and passages.
-        setting: names the arguments for errors.
+    task: one of `RULER_QA`.
+    path: SQuAD's file (train-v2.0.json, dev-v2.0.json, or of version 1.1), or HotpotQA's
+        (hotpot_dev_distractor_v1.json and the like).
+    length: the most tokens of bos, prompt and answer. Questions whose own passages need more are
+        passed over.
+    samples: how many.
+    tokenizer: counts the tokens.
+    seed: of the choice of questions and passages.
+    setting: names the arguments for errors.
 
-    Raises:
-        DataError: the file is not what the task needs, or too few questions fit.
+    Raises DataError: the file is not what the task needs, or too few questions fit.
     """
     questions, passages = _read(task, path, setting("data"))
     budget = length - task.max_new_tokens

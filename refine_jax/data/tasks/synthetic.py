@@ -66,15 +66,13 @@ _Made = tuple[Callable[[int], str], int, Sequence[str], dict]
 def make_example(task: str, index: int, *, length: int, tokenizer: Tokenizer, seed: int) -> Example:
     """Return a sample.
 
-    Args:
-        task: "vt", "cwe" or "fwe".
-        index: which sample.
-        length: the most tokens of bos, prompt and answer.
-        tokenizer: counts the tokens.
-        seed: of the set.
+    task: "vt", "cwe" or "fwe".
+    index: which sample.
+    length: the most tokens of bos, prompt and answer.
+    tokenizer: counts the tokens.
+    seed: of the set.
 
-    Raises:
-        DataError: the length is too short.
+    Raises DataError: the length is too short.
     """
     draw = Draw("ruler", 1, seed, task, length, index)
     prompt, least, answers, metadata = _MAKERS[task](draw, length, tokenizer)

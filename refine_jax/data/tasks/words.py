@@ -24,8 +24,7 @@ _KINDS = ("noun", "adjective", "verb")
 def word_lists() -> dict[str, tuple[str, ...]]:
     """Return {"noun": words, "adjective": words, "verb": words}, each sorted, without doubles.
 
-    Raises:
-        DataError: wonderwords is not installed, or is another version.
+    Raises DataError: wonderwords is not installed, or is another version.
     """
     spec = importlib.util.find_spec("wonderwords")
     if spec is None or spec.origin is None:

@@ -37,11 +37,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     ) -> None:
         """Set up; `prepare` is the way to call it.
 
-        Args:
-            source: the documents.
-            tokenizer: turns them into tokens.
-            options: `add_bos`, `add_eos` and `limit_documents` count.
-            **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
+        source: the documents.
+        tokenizer: turns them into tokens.
+        options: `add_bos`, `add_eos` and `limit_documents` count.
+        **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
         """
         self._source, self._tokenizer, self._options = source, tokenizer, options
         name = f"{name_of(options.source)}-{content_key(source, tokenizer, options)}"
