@@ -222,11 +222,7 @@ def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
 
 @contextlib.contextmanager
 def _explained(
-    what: str,
-    hint: str = "",
-    *,
-    ours: str = "",
-    said: Sequence[python_logging.LogRecord] = (),
+    what: str, hint: str = "", *, ours: str = "", said: Sequence[python_logging.LogRecord] = ()
 ) -> Iterator[None]:
     """Turn what lm-eval and its libraries raise about tasks and their data into one message.
 

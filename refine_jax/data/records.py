@@ -30,14 +30,7 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, clean_text, names_of
 from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import check_format, check_head, kind_of
-from refine_jax.data.unpack import (
-    Contents,
-    is_packed,
-    read_head,
-    stem_name,
-    temporary_file,
-    unpack,
-)
+from refine_jax.data.unpack import Contents, is_packed, read_head, stem_name, temporary_file, unpack
 
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20

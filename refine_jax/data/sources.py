@@ -59,10 +59,7 @@ class FilesSource:
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        setting: str,
-        decode: Callable[[bytes], str] | None = None,
+        self, files: Sequence[Path], setting: str, decode: Callable[[bytes], str] | None = None
     ) -> None:
         self._files, self._setting = tuple(files), setting
         self._decode = decode or (lambda content: content.decode("utf-8"))

@@ -12,14 +12,7 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.generation.engine import (
-    Prefix,
-    advance,
-    decode,
-    gather_rows,
-    prefill,
-    take_rows,
-)
+from refine_jax.generation.engine import Prefix, advance, decode, gather_rows, prefill, take_rows
 from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
 from refine_jax.models.config import Architecture

@@ -28,11 +28,7 @@ from refine_jax.base.files import (
 )
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import check_free, new_folder
-from refine_jax.checkpoint.tree import (
-    fingerprints,
-    flatten,
-    unflatten,
-)
+from refine_jax.checkpoint.tree import fingerprints, flatten, unflatten
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, empty_prefix
 from refine_jax.generation.sampling import not_finite

@@ -38,12 +38,7 @@ from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.setup import (
-    has_checkpoints,
-    initial_params,
-    only_run_in,
-    prepare_model,
-)
+from refine_jax.phases.setup import has_checkpoints, initial_params, only_run_in, prepare_model
 from refine_jax.refine.adapt import Adapter
 from refine_jax.report.metrics import write_results
 
@@ -236,11 +231,7 @@ def run_parts(
                 f"{interrupt.signal}: {done} of {len(parts.questions)} examples are done. The same "
                 "command continues the evaluation."
             )
-            return {
-                "interrupted": interrupt.signal,
-                "done": done,
-                "samples": len(parts.questions),
-            }
+            return {"interrupted": interrupt.signal, "done": done, "samples": len(parts.questions)}
         return report([predictions.records[q.name] for q in parts.questions], workdir)
 
 

@@ -104,9 +104,7 @@ class Loop(abc.ABC):
         self.parts, self.config, self.workdir = parts, parts.config, workdir
         train = self.config.train
         self.optimizer = make_optimizer(
-            self.config.optimizer,
-            steps=train.steps,
-            updates_per_step=self.config.updates_per_step,
+            self.config.optimizer, steps=train.steps, updates_per_step=self.config.updates_per_step
         )
         self.schedule = make_schedule(self.config.optimizer, train.steps)
         key = jax.random.key(train.seed)
@@ -167,11 +165,7 @@ class Loop(abc.ABC):
             self.introduce(step)
             writes = distributed.is_writer()
             with Monitor(
-                self.workdir,
-                steps=train.steps,
-                start=step,
-                log_every=train.log_every,
-                write=writes,
+                self.workdir, steps=train.steps, start=step, log_every=train.log_every, write=writes
             ) as monitor:
                 say = monitor.say if writes and train.log_every else None
                 with Compilations(say) as self.compilations:

@@ -37,12 +37,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
-from refine_jax.data.prompts import (
-    PromptCorpus,
-    load_prompts,
-    trim_batch,
-    trimmed_width,
-)
+from refine_jax.data.prompts import PromptCorpus, load_prompts, trim_batch, trimmed_width
 from refine_jax.data.references import FRACTIONS
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score

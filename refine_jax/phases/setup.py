@@ -92,9 +92,7 @@ def make_model(start: ModelCheckpoint, config: ModelConfig) -> Model:
     Raises ConfigError: the configured implementation cannot run this model.
     """
     policy = ComputePolicy(
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        implementation=config.implementation,
+        compute_dtype=config.compute_dtype, remat=config.remat, implementation=config.implementation
     )
     model = Model(model_config(dict(start.config)), policy)
     if config.implementation is not None:

@@ -250,10 +250,7 @@ def _check_aggregation(aggregation: str) -> None:
 
 
 def aggregate(
-    values: jax.Array,
-    mask: jax.Array,
-    aggregation: str,
-    mini_batch_mask: jax.Array | None = None,
+    values: jax.Array, mask: jax.Array, aggregation: str, mini_batch_mask: jax.Array | None = None
 ) -> jax.Array:
     """Compute the loss over `values` [N, k] where `mask` [N, k] is not 0 (`loss_sum`): scalar
     float32.

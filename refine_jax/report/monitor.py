@@ -32,13 +32,7 @@ class Monitor:
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        *,
-        steps: int,
-        start: int = 0,
-        log_every: int = 10,
-        write: bool = True,
+        self, workdir: Path, *, steps: int, start: int = 0, log_every: int = 10, write: bool = True
     ):
         self._steps, self._log_every = steps, log_every if write else 0
         path = Path(workdir) / METRICS_FILE

@@ -115,9 +115,7 @@ class Shapes:
             single = SingleDeviceSharding(self._device)
             shardings = jax.tree.map(lambda _: single, tree)
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            tree,
-            shardings,
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
         )
 
     def integers(self, *shape: int) -> jax.ShapeDtypeStruct:
