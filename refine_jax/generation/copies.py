@@ -17,7 +17,7 @@ from refine_jax.models.transformer import Model, Params
 
 
 class CopiesGenerator(Generator):
-    """A Generator whose `params` have leaves [n, ...]: row i is read and continued by copy i.
+    """A Generator whose `params` have leaves [n, ...]: copy i reads and continues row i.
 
     It takes at most n prompts at a time; they are read in one pass, so they should be of similar
     length. Up to rounding, rows are what a Generator makes of them with their copy alone.
@@ -29,7 +29,7 @@ class CopiesGenerator(Generator):
 
 
 def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
-    """Prefill, advance and decode of a CopiesGenerator, compiled."""
+    """Compile prefill, advance and decode of a CopiesGenerator."""
     return (
         jax.jit(functools.partial(_prefill_each, model)),
         jax.jit(functools.partial(_advance_each, model), donate_argnums=1),
@@ -68,7 +68,7 @@ def _decode_each(
 
 
 def _for_rows(params: Params, rows: int) -> Params:
-    """As many copies as there are rows: those beyond the last one are filling."""
+    """Take as many copies as there are rows: those beyond the last one are filling."""
     copies = len(jax.tree.leaves(params)[0])
     if copies == rows:
         return params
@@ -76,12 +76,12 @@ def _for_rows(params: Params, rows: int) -> Params:
 
 
 def _split(prefix: Prefix) -> Prefix:
-    """Rows [n] as n prefixes of one row, on a leading axis."""
+    """Split n rows into n prefixes of one row, on a leading axis."""
     state = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], prefix.state)
     return Prefix(state, prefix.hidden[:, None], prefix.length[:, None])
 
 
 def _join(prefixes: Prefix) -> Prefix:
-    """Inverse of `_split`."""
+    """Undo `_split`."""
     state = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), prefixes.state)
     return Prefix(state, prefixes.hidden[:, 0], prefixes.length[:, 0])

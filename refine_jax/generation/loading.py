@@ -23,7 +23,7 @@ _MOST_RUNS = 8  # that start from each other's checkpoints, of which one names t
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint gives: a model, its parameters on the device, and a tokenizer."""
+    """A model, its parameters on the device, and a tokenizer, of a checkpoint."""
 
     model: Model
     params: Params
@@ -68,9 +68,8 @@ def load(
 
 
 def trained_with(checkpoint: Path) -> str | None:
-    """The tokenizer that the run in a folder was trained with, as a name or path.
-
-    None: the folder holds no run.
+    """Name the tokenizer, or its path, that the run in a folder was trained with; None without a
+    run.
 
     Raises:
       CheckpointError: The record of the run is damaged.
@@ -112,13 +111,12 @@ def _object(fields: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]
 
 
 def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...]:
-    """The tokens that end a text according to the files of a checkpoint.
+    """List the tokens that end a text according to the files of a checkpoint.
 
     fields: of its config.json, where `eos_token_id` counts if it is a list: one number is the
-        default of the family in most of them, whatever the tokenizer. path: of its
-        generation_config.json, None if there is none; of this file nothing else is used.
-
-    Raises CheckpointError: a field is no id of the model's vocabulary, nor a list of them.
+    default of the family in most of them, whatever the tokenizer. path: of its
+    generation_config.json, None if there is none; of this file nothing else is used. Raises
+    CheckpointError: a field is no id of the model's vocabulary, nor a list of them.
     """
     ends: list[int] = []
     if isinstance(fields.get("eos_token_id"), list):

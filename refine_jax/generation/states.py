@@ -38,7 +38,7 @@ _RECORD, _ARRAYS = "state.json", "arrays"
 
 
 def check_state_path(path: str | os.PathLike) -> Path:
-    """The new folder that a state may be written to.
+    """Return the new folder that a state may be written to.
 
     Raises CheckpointError if it exists, or its parent is no folder that may be written to.
     """
@@ -104,7 +104,7 @@ def _describe(model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, A
 
 
 def _check_record(path: Path, model: Model, mine: dict[str, Any], again: str) -> list[int]:
-    """The lengths [B] of a saved state, which `model`, with the description `mine`, would continue.
+    """Read the lengths [B] of a saved state, which `model`, described by `mine`, would continue.
 
     Raises CheckpointError if it was made by something else, or the record is damaged.
     """

@@ -38,13 +38,10 @@ def _load(config: Config, tokenizer: Tokenizer) -> Corpus:
 
 
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
-    """Train, or go on training, and report.
+    """Train in the folder `workdir`, or go on from its latest checkpoint, and report.
 
-    config: the run.
-    workdir: its folder, made if it is not there. If it holds checkpoints of this configuration, the
-        run continues from the latest.
     allow_change: settings that may be others than those the run was started with, such as
-        "optimizer.learning_rate" (`refine_jax.phases.changes`).
+    "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
     Returns the figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
     {"interrupted": signal name, "step": the last step, which is saved}.
@@ -93,7 +90,7 @@ class MidtrainLoop(Loop):
         return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
-        """Without segments, which makes the program faster, where they say nothing."""
+        """Drop the segments where they say nothing, which makes the program faster."""
         if dataset.full_rows:
             batch = {"tokens": batch["tokens"]}
         return super().place(batch, dataset)
@@ -118,7 +115,7 @@ class MidtrainLoop(Loop):
         return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out figures; the same documents and random keys every time.
+        """Compute held-out figures; the same documents and random keys every time.
 
         loss and entropy in nats a token, accuracy as a fraction, reward as a mean over rollouts.
         """
