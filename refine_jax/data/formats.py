@@ -69,7 +69,7 @@ _COMPANIONS += ("tokenizer*.json", "special_tokens_map.json", "package.json", "p
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a file: "parquet", "jsonl" or "text".
+    """Tell the kind of a file: "parquet", "jsonl" or "text".
 
     Raises DataError: a format that is not read, or an unreadable file.
     """
@@ -115,7 +115,7 @@ def looks_like_records(text: str) -> bool:
 def files_of(
     source: str, pattern: str = "", setting: str = "data.source", pattern_setting: str = ""
 ) -> tuple[list[Path], str]:
-    """The files that a path names, sorted, and their kind; see `find_files`.
+    """Return the files that a path names, sorted, and their kind; see `find_files`.
 
     What accompanies data is passed over where there is data: a README beside parquet files, and
     plain .json files beside others, which is said unless they are known to be none.
@@ -137,7 +137,7 @@ def files_of(
 
 
 def record_files(source: str, setting: str) -> list[Path]:
-    """The files of records, parquet or JSON, that a path names, sorted; texts are passed over.
+    """Return the files of records, parquet or JSON, that a path names, sorted; no texts.
 
     Raises DataError: there are none, or a format that is not read.
     """
@@ -296,7 +296,7 @@ def _glob(root: Path, path: str, setting: str) -> list[Path]:
 
 
 def _regular(path: Path) -> Path:
-    """The path, if a regular file is there: a device or a pipe may never end."""
+    """Return the path of a regular file: a device or a pipe may never end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

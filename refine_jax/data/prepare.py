@@ -75,7 +75,7 @@ def prepare(options: DataConfig, out: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return command().run(run, arguments)
 
 
@@ -86,7 +86,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     made = Command("refine_jax.data.prepare", __doc__, "--out=DIR")
     made.group("records")
     made.flag("out", "folder to write to", metavar="DIR", needed=True)

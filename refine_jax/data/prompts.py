@@ -39,7 +39,7 @@ BUCKETS = 4  # widths that batches may have, so that few programs are compiled
 def cut_prompt(
     ids: np.ndarray, max_tokens: int, how: str = "middle", *, bos_id: int | None = None
 ) -> np.ndarray:
-    """The prompt `ids` [P] as it is, or cut to exactly `max_tokens` tokens.
+    """Cut the prompt `ids` [P] to exactly `max_tokens` tokens where it has more.
 
     how: "middle" keeps both ends in equal parts, the end the odd token: instructions and question
         stand there. "left" keeps the end.
@@ -151,7 +151,7 @@ class PromptStatistics:
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
-        """What a user must know, in a line."""
+        """Say in a line what a user must know."""
         parts = [f"{self.prompts:,} prompts, the longest of {self.longest_prompt:,} tokens"]
         if self.prompts_cut:
             parts.append(f"{self.prompts_cut:,} cut by {self.prompt_tokens_cut:,} tokens in all")
@@ -384,7 +384,7 @@ class _PromptTexts:
 
 
 def trimmed_width(batch: Batch) -> int:
-    """Slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
+    """Count the slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
 
     Beyond them all rows are padding. Few widths, so that few programs are compiled; those of the
     parts of a batch that several processes read may differ.
@@ -396,7 +396,7 @@ def trimmed_width(batch: Batch) -> int:
 
 
 def trim_batch(batch: Batch, width: int) -> Batch:
-    """The first `width` slots of the arrays [B, T] of a batch."""
+    """Keep the first `width` slots of the arrays [B, T] of a batch."""
     return {name: x[:, :width] if x.ndim == 2 else x for name, x in batch.items()}
 
 

@@ -91,7 +91,7 @@ class Records:
         return part.read(index)
 
     def place(self, index: int) -> str:
-        """Where a record stands, for messages."""
+        """Say where a record stands, for messages."""
         part, index = self._locate(index)
         return part.place(index)
 
@@ -103,7 +103,7 @@ class Records:
 
 
 def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
-    """A name for what files hold, by their paths, sizes and dates; raises DataError for none."""
+    """Name what files hold by their paths, sizes and dates; raises DataError for a missing file."""
     digest = hashlib.blake2b(json.dumps([READER, kind, *settings]).encode(), digest_size=8)
     for path in files:
         try:
@@ -116,7 +116,7 @@ def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
 
 
 def clean(value: Any) -> Any:
-    """A value of JSON or parquet with every text in it cleaned; bytes become text if they are."""
+    """Clean every text in a value of JSON or parquet; bytes become text if they are."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, bytes):
@@ -188,7 +188,7 @@ class _JsonFile:
         return f"{self._path}, {'line' if self._is_lines else 'record'} {number}"
 
     def _read(self, offset: int, size: int, *, line: bool = False) -> bytes:
-        """A part of the content, of at most `LONGEST_BYTES`; `line`: up to the end of its line."""
+        """Read a part of the content, of at most `LONGEST_BYTES`; `line`: up to its line's end."""
         stream = self._contents.stream(self._path)
         try:
             stream.seek(offset)
@@ -252,7 +252,7 @@ class _JsonFile:
             yield offset, self._is_null(value)
 
     def _is_null(self, value: Any) -> int:
-        """1 if the text of a record, or of a line with one, is null, and count it; else 0."""
+        """Return 1 if the text of a record, or of its line, is null, and count it; else 0."""
         if isinstance(value, bytes):
             try:
                 value = _parse(value, "", whole=True)
@@ -268,7 +268,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _parse(raw: bytes, place: str, *, whole: bool) -> Any:
-    """The JSON value that bytes begin with; `whole`: nothing may follow it."""
+    """Parse the JSON value that bytes begin with; `whole`: nothing may follow it."""
     hint = ""
     try:
         text = raw.decode("utf-8").removeprefix(MARK).strip(" \t\r\n")
@@ -315,7 +315,7 @@ class _Window:
         self.offset += count if dropped.isascii() else len(dropped.encode("utf-8"))
 
     def value(self) -> Any:
-        """The value that begins here, which is passed; raises DataError if there is none."""
+        """Parse the value that begins here and pass it; raises DataError if there is none."""
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
@@ -336,7 +336,7 @@ class _Window:
                     return value
 
     def error(self, reason: str, place: int | None = None) -> DataError:
-        """What is wrong with the value that begins here, or at a place of the stream."""
+        """Say what is wrong with the value that begins here, or at a place of the stream."""
         self._stream.seek(self._start)
         line, left = 1, (self.offset if place is None else place) - self._start
         while left > 0 and (block := self._stream.read(min(left, PIECE_BYTES))):
@@ -444,7 +444,7 @@ class _ParquetFile:
         return f"row {self._firsts[group] + row} of {self._path}"
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """The row group of a record, and its row in it."""
+        """Find the row group of a record, and its row in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[group - 1]) if group else 0)
         return group, int(self._kept[group][row]) if group in self._kept else row

@@ -63,7 +63,7 @@ class Statistics:
     split_rows: bool = False
 
     def summary(self) -> str:
-        """What was left out of this split and why, in a line; "" if nothing was."""
+        """Say in a line what was left out of this split and why; "" if nothing was."""
         parts = []
         for reason, words in REASONS.items():
             documents = self.dropped_documents.get(reason, 0)
@@ -331,7 +331,7 @@ def _pack(table: RowTable, size: int, max_documents: int) -> RowTable:
 
 
 def _last_rows(table: RowTable, fraction: float) -> np.ndarray:
-    """Mask [N] of the last rows, at least one of them and at most N - 1."""
+    """Mark the last rows [N], at least one of them and at most N - 1."""
     count = min(max(1, round(fraction * len(table))), len(table) - 1)
     return np.arange(len(table)) >= len(table) - count
 

@@ -150,7 +150,7 @@ def _one_message(source: str, split: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, cut where it is long."""
+    """Return the first line of an error's message that says something, cut where it is long."""
     lines = [line.strip() for line in describe(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
@@ -168,7 +168,7 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _from_name(match: re.Match, data_dir: Path, setting: str) -> Any:
-    """The builder of a name that tensorflow-datasets knows, or the folder of that name."""
+    """Build by a name that tensorflow-datasets knows, or from the folder of that name."""
     import tensorflow_datasets as tfds
 
     for group in _TEXT_GROUPS:
@@ -203,7 +203,7 @@ def _from_name(match: re.Match, data_dir: Path, setting: str) -> Any:
 
 
 def _prepared(root: Path, config: str | None, version: str | None, asked: str) -> Path | None:
-    """The folder of the newest version in ROOT or ROOT/CONFIG; None if there is none."""
+    """Find the folder of the newest version in ROOT or ROOT/CONFIG; None if there is none."""
     base = root / config if config else root
     wanted = version or "*"
     folders = [
@@ -264,7 +264,7 @@ def check_folder(folder: Path) -> None:
     info = read_json(path, DataError)
 
     def field(fields: Mapping, name: str, kind: Any, default: Any) -> Any:
-        """A field under the name that protocol buffers write, or under the one they define."""
+        """Read a field by the name that protocol buffers write, or by the one they define."""
         other = re.sub(r"[A-Z]", lambda letter: "_" + letter[0].lower(), name)
         name = name if fields.get(name) is not None else other
         return json_field(fields, name, kind, where=path, error=DataError, default=default)
@@ -319,7 +319,7 @@ def _check_features(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _own_features() -> set[str]:
-    """Full names of the features of tensorflow-datasets."""
+    """List the full names of the features of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
     home = "tensorflow_datasets.core.features."

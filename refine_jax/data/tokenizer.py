@@ -252,7 +252,7 @@ class HuggingFaceTokenizer:
         self._model.encode_special_tokens = True  # in a text they are text
 
     def _unknown(self) -> set[int]:
-        """Ids of what the model does not know: what it makes of no character."""
+        """List the ids of what the model does not know: what it makes of no character."""
         try:
             return set(self._model.encode("\U0010fffe", add_special_tokens=False).ids)
         except Exception:  # the library's, of a model without an unknown token
@@ -320,7 +320,7 @@ def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.
 
 
 def _continuations(encode: Callable, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode_continuations`, by the ids [T] of each text of a list."""
+    """Do `encode_continuations` by the ids [T] of each text of a list."""
     (lead,) = encode(["\n"])
     behind, alone = encode(["\n" + text for text in texts]), encode(texts)
     return [
@@ -331,7 +331,7 @@ def _continuations(encode: Callable, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
-    """The tokenizer, with `ids` as further tokens that end a text that is generated."""
+    """Add `ids` to the tokens that end a generated text."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.end_ids = tuple(dict.fromkeys([*tokenizer.end_ids, *ids]))
     return tokenizer

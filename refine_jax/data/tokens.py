@@ -285,7 +285,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _counts(value: object) -> dict[str, int]:
-    """Counts by reason as they are written in a folder; raises DataError if they are none."""
+    """Check counts by reason, as a folder has them; raises DataError if they are none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(type(x) is int and x >= 0 for x in value.values()):

@@ -27,7 +27,7 @@ _GZIP, _ZSTD, _SKIPPABLE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 
 
 def stem_name(path: Path) -> str:
-    """The name of a file in lower case, without the suffix of a compression."""
+    """Return the name of a file in lower case, without the suffix of a compression."""
     name = path.name.lower()
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -35,7 +35,7 @@ def stem_name(path: Path) -> str:
 
 
 def read_head(path: Path, size: int = 4096) -> bytes:
-    """The first bytes of a file, unpacked; raises DataError if it cannot be read."""
+    """Read the first bytes of a file, unpacked; raises DataError if it cannot be read."""
     head = b""
     for block in blocks(path):
         head += block[: size - len(head)]
@@ -86,7 +86,7 @@ def unpack(path: Path, target: BinaryIO) -> None:
 
 
 def temporary_file(path: Path) -> BinaryIO:
-    """A file without a name, for what `path` unpacks to; it goes when it is closed.
+    """Open a file without a name, for what `path` unpacks to; it goes when it is closed.
 
     Raises DataError: no folder for temporary files can be written.
     """
@@ -179,7 +179,7 @@ class Contents:
         self._spans: dict[Path, tuple[int, int]] = {}
 
     def add(self, path: Path) -> tuple[int, int]:
-        """Where the content of a file begins and ends in `stream(path)`, in bytes.
+        """Find where the content of a file begins and ends in `stream(path)`, in bytes.
 
         Raises DataError: the file is damaged or unreadable, or there is no room to unpack it.
         """
@@ -194,7 +194,7 @@ class Contents:
         return 0, self.stream(path).seek(0, os.SEEK_END)
 
     def stream(self, path: Path) -> BinaryIO:
-        """The stream that holds a file, at any position; raises DataError if it cannot be read."""
+        """Open the stream of a file, at any position; raises DataError if it cannot be read."""
         if path in self._spans:
             return self._unpacked
         if self._open[0] != path:

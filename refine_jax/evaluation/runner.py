@@ -146,7 +146,7 @@ class Answerer:
     adapter: Adapter | None = None
 
     def prepare(self, group: Sequence[Question]) -> tuple[Params, list[Cost | None]]:
-        """The parameters to answer a group with, and what they cost."""
+        """Return the parameters to answer a group with, and what they cost."""
         if self.adapter is None:
             return self.params, [None] * len(group)
         adapted = self.adapter.adapt([q.tokens for q in group], [q.name for q in group])
@@ -247,7 +247,7 @@ def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:
 
 
 def _facts(question: Question) -> dict[str, Any]:
-    """What a record says of its question."""
+    """Return what a record says of its question."""
     example = question.example
     return {
         "id": question.name,
@@ -283,7 +283,7 @@ def _record(
 
 
 def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
-    """A parser of the lines of one `predictions.jsonl`: each question once."""
+    """Make a parser of the lines of one `predictions.jsonl`: each question once."""
     seen: set[str] = set()
 
     def get(fields: dict, name: str, kind: Any) -> Any:
@@ -310,7 +310,7 @@ def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]
 
 
 def _number(name: str) -> int:
-    """A number of 32 bits that stands for a question where texts are drawn at random."""
+    """Hash a question to 32 bits, for where texts are drawn at random."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 

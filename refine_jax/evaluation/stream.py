@@ -73,7 +73,7 @@ class Reader:
 
 
 def _step(model: Model, params: Params, state: State, tokens: jax.Array):
-    """nll, correct [B, S] of the last S of tokens [B, S + 1], and the state before the last."""
+    """Compute nll, correct [B, S] of tokens [B, S + 1] but the first; state before the last."""
     hidden, state = model.extend(params, tokens[:, None, :-1], state)
     weights = jnp.zeros((tokens.shape[0], tokens.shape[1] - 1), jnp.float32)  # no sum is wanted
     _, stats = next_token_loss(

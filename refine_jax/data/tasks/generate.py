@@ -37,7 +37,7 @@ _FIELDS = ("tasks", "lengths", "samples", "seed", "essays", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return command().run(run, arguments)
 
 
@@ -69,7 +69,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     made = Command("refine_jax.data.tasks.generate", __doc__, "--out=DIR")
     made.group("sets")
     defaults = {"tasks": ["niah_single_1"], "lengths": ["4096"], "samples": 500}
