@@ -63,10 +63,9 @@ def start(
     """Join the processes of a run; before anything else uses jax.
 
     mode: "auto": where the environment says that there are several processes; "on": always, jax
-        finds them (needed on Kubernetes without TPUs); "off": never.
-    coordinator: HOST:PORT that process 0 listens on. num_processes: P. process_id: 0 .. P - 1. All
-        three or none.
-    timeout: seconds to wait for the others; then this process ends with a message and code 1.
+    finds them (needed on Kubernetes without TPUs); "off": never. coordinator: HOST:PORT that
+    process 0 listens on. num_processes: P. process_id: 0 .. P - 1. All three or none. timeout:
+    seconds to wait for the others; then this process ends with a message and code 1.
 
     Raises ConfigError: a part of the three is missing or wrong, or there is nothing to find.
     """

@@ -77,11 +77,9 @@ def entropy_html(
 ) -> str:
     """A text as HTML, each token the darker the less sure the model was before it.
 
-    tokenizer: of the model.
-    tokens: [T] ids.
-    entropy: [T] nats, of the prediction at each token: of the token after it.
-    starts: places of the first tokens of rollouts; the `length` tokens from there are framed.
-    length: tokens of a rollout.
+    tokenizer: of the model. tokens: [T] ids. entropy: [T] nats, of the prediction at each token: of
+    the token after it. starts: places of the first tokens of rollouts; the `length` tokens from
+    there are framed. length: tokens of a rollout.
     """
     entropy = np.asarray(entropy, np.float64)
     shades = np.concatenate([[0.0], entropy[:-1] / max(entropy.max(), 1e-9)])

@@ -50,12 +50,9 @@ def run(
 ) -> int:
     """Compile the programs of a run and print what they need; returns the exit code.
 
-    config: the run.
-    topology: the slice, as v5p:4x4x4.
-    out: a file for all figures, as JSON.
-    plan: stop before code is made, which takes most of the time (`estimate/cost.py` says how times
-        are estimated then).
-    debug: let the processes print where an error came from.
+    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures, as JSON. plan:
+    stop before code is made, which takes most of the time (`estimate/cost.py` says how times are
+    estimated then). debug: let the processes print where an error came from.
 
     Returns:
       0: all fits. `NOT_FITTING`: a program of the run does not. `FAILED`: one does not compile.

@@ -61,9 +61,8 @@ class Corpus:
         it is filled up with rows of padding (all segments 0), so that shapes stay the same and no
         row is dropped.
 
-        split: "train" or "validation".
-        batch_size: B, rows of a global batch.
-        share: the rows of each batch that this process reads, ascending; None: all.
+        split: "train" or "validation". batch_size: B, rows of a global batch. share: the rows of
+        each batch that this process reads, ascending; None: all.
 
         Raises DataError: no rows, or a batch without rows.
         """

@@ -101,7 +101,6 @@ class FilePrompts:
         self.fingerprint = self._records.fingerprint
 
     def __len__(self) -> int:
-        """Return the number of records."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
@@ -328,7 +327,6 @@ class PromptRows:
         )
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Batch:

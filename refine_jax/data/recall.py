@@ -35,9 +35,8 @@ THINGS = (
 class RecallPrompts:
     """`RECORDS` prompts of facts and a question, each with one answer.
 
-    room: tokens that a prompt may have; prompts have between half of it and all.
-    tokenizer: counts them.
-    seed: of names, numbers and questions.
+    room: tokens that a prompt may have; prompts have between half of it and all. tokenizer: counts
+    them. seed: of names, numbers and questions.
     """
 
     def __init__(self, room: int, tokenizer: Tokenizer, *, seed: int = 0) -> None:
@@ -60,11 +59,9 @@ class RecallPrompts:
         return len(self._tokenizer.encode(text, bos=False))
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return RECORDS
 
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """Return (prompt, (answer,))."""
         random = np.random.default_rng((self._seed, index))
         facts = int(random.integers((self._most + 1) // 2, self._most + 1))
         names = random.choice(len(COLOURS) * len(THINGS), facts, replace=False)

@@ -57,10 +57,9 @@ class Records:
     ) -> None:
         """Index the files.
 
-        files: the files, in order; see `refine_jax.data.formats.files_of`.
-        fields: {name of a field or column: the setting that names it, "" where none does}; None
-            reads all.
-        text_field: one of `fields` that must hold text; records where it is null are left out.
+        files: the files, in order; see `refine_jax.data.formats.files_of`. fields: {name of a field
+        or column: the setting that names it, "" where none does}; None reads all. text_field: one
+        of `fields` that must hold text; records where it is null are left out.
 
         Raises DataError: a file that is missing, broken, cut off, or lacks a column.
         """
@@ -82,7 +81,6 @@ class Records:
         )
 
     def __len__(self) -> int:
-        """Return the number of records of all files."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -100,7 +100,6 @@ class RowTable:
     ends: np.ndarray
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.ends)
 
     @property
@@ -130,7 +129,6 @@ class DocumentRows:
         self.full = len(table.length) == len(table) and bool(np.all(table.length == length))
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -167,11 +165,9 @@ def make_rows(
 
     Held out are whole documents, or where all documents are equal, the last rows of the first.
 
-    lengths: tokens of each document, [N] int64.
-    hashes: equal for equal documents, [N] uint64.
-    options: the filters, the hold-out, the chunking and the packing.
-    split: "train" or "validation".
-    validation_rows: so many rows of the held-out documents, evenly spread; None: all.
+    lengths: tokens of each document, [N] int64. hashes: equal for equal documents, [N] uint64.
+    options: the filters, the hold-out, the chunking and the packing. split: "train" or
+    "validation". validation_rows: so many rows of the held-out documents, evenly spread; None: all.
 
     Raises DataError: no document passes the filters, or too little to hold some out.
     """

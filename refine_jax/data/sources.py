@@ -53,9 +53,8 @@ class TextSource(Protocol):
 class FilesSource:
     """One document a file, also of compressed ones.
 
-    files: the files, in order.
-    setting: what chooses files, for messages.
-    decode: bytes to text; UTF-8 by default, unchanged line ends.
+    files: the files, in order. setting: what chooses files, for messages. decode: bytes to text;
+    UTF-8 by default, unchanged line ends.
     """
 
     def __init__(
@@ -68,11 +67,9 @@ class FilesSource:
         self.fingerprint = _fingerprint("text", files=self._files)
 
     def __len__(self) -> int:
-        """Return the number of files."""
         return len(self._files)
 
     def __getitem__(self, index: int) -> str:
-        """Return the text of a file."""
         path = self._files[index]
         try:
             content = _unpacked(path) if is_packed(path) else path.read_bytes()
@@ -123,7 +120,6 @@ class RecordsSource:
         self.dropped: Mapping[str, int] = self._records.dropped
 
     def __len__(self) -> int:
-        """Return the number of records with text."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:

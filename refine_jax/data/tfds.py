@@ -114,7 +114,6 @@ class TfdsExamples(Sequence[Mapping[str, Any]]):
         self._source = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
@@ -358,11 +357,9 @@ class TfdsSource:
         self.fingerprint = f"tfds-{digest}"
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        """Return the text of an example."""
         place = f"example {index} of {self._name}"
         with _one_message(place, self._feature):
             text = self._records[index][self._feature]

@@ -85,8 +85,7 @@ class DocumentIndex:
     def load(cls, folder: str | os.PathLike, documents: int | None = None) -> DocumentIndex:
         """Read the index in `folder`.
 
-        folder: where `save` wrote it.
-        documents: how many it must hold; None: any number.
+        folder: where `save` wrote it. documents: how many it must hold; None: any number.
 
         Raises DataError: it is missing or broken.
         """
@@ -136,11 +135,9 @@ class IndexBuilder:
 class TokenStore:
     """Tokens of all documents in one array.
 
-    tokens: all documents, one after the other, [sum of lengths] unsigned integers.
-    index: of the documents.
-    folder: where `tokens` is mapped from; processes that read ahead map it again instead of
-        receiving a copy.
-    dropped: documents of the source that are not among them, by reason.
+    tokens: all documents, one after the other, [sum of lengths] unsigned integers. index: of the
+    documents. folder: where `tokens` is mapped from; processes that read ahead map it again instead
+    of receiving a copy. dropped: documents of the source that are not among them, by reason.
     """
 
     def __init__(
@@ -161,9 +158,8 @@ class TokenStore:
     def open(cls, folder: str | os.PathLike, check: bool = True) -> TokenStore:
         """Map a cache folder.
 
-        folder: the folder.
-        check: read all tokens once and compare them with what was written, about a second for three
-            gigabytes.
+        folder: the folder. check: read all tokens once and compare them with what was written,
+        about a second for three gigabytes.
 
         Raises DataError: the folder is damaged.
         """
@@ -263,9 +259,7 @@ class TokenRecords:
 def damage(what: str, folder: Path, why: str) -> Iterator[None]:
     """Turn any error of reading a folder that this package wrote into one that says what to do.
 
-    what: the folder holds.
-    folder: to remove.
-    why: end of "Remove the folder".
+    what: the folder holds. folder: to remove. why: end of "Remove the folder".
     """
     try:
         yield

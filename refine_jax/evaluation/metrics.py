@@ -89,9 +89,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score(metric: str, response: str, answers: Sequence[str]) -> float:
     """Return the score of a response, from 0 to 1.
 
-    metric: a name of `METRICS`.
-    response: the text that the model wrote, as it is.
-    answers: the references; without any the score is 0.
+    metric: a name of `METRICS`. response: the text that the model wrote, as it is. answers: the
+    references; without any the score is 0.
 
     Raises KeyError: there is no such metric.
     """

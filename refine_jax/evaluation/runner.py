@@ -61,8 +61,7 @@ class Predictions:
     Every process has all of them; process 0 reads and writes. Lines that are no records go to
     `predictions.jsonl.dropped`, which is said; their questions are answered again.
 
-    workdir: existing folder.
-    required: fields that a record must have.
+    workdir: existing folder. required: fields that a record must have.
 
     Attributes:
       records: {name of the question: record} of all that are done.

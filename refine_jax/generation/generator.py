@@ -162,14 +162,13 @@ class Generator:
         prefix: Prefix,
         sampling: Sampling,
         *,
-        max_new_tokens: Sequence[int] | None = None,
         ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, str | Generated]]:
         """`generate` as it goes: yields (row, piece of text) and, at a row's end, (row, Generated).
 
         The pieces of a row put together are the text of its Generated.
         """
-        rows = self._rows(prefix, sampling, max_new_tokens)
+        rows = self._rows(prefix, sampling, None)
         yield from self._run(params, prefix, sampling, rows, ids, 1)
 
     def complete(self, params: Params, texts: Sequence[str], sampling: Sampling) -> list[Generated]:

@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.parallel import take_tokens
-
 MATCH_REWARDS = ("whole", "prefix")
 
 
@@ -102,24 +100,16 @@ def expected_match_loss(
     counted: jax.Array,
     *,
     reward: str = "whole",
-    starts: jax.Array | None = None,
-    valid: jax.Array | None = None,
     denominator: jax.Array | None = None,
 ) -> jax.Array:
-    """Minus the mean expected reward over the windows that count: scalar float32 in -1..0.
+    """Average minus the expected reward over the windows that count: scalar float32 in -1..0.
 
-    probabilities, counted: [B, T, k] and [B, T], of `match_probabilities`; differentiated through.
-    starts, valid: [B, R], slots of the first tokens of chosen rollouts, and whether each has a
-        truth (`selection.Selection`); the mean then runs over these alone. The window of a start
-        is that of the slot before it, which predicts its first token.
-    denominator: scalar, where the rows are one micro-batch: `match_count` of the whole mini-batch.
-        The losses of the micro-batches then add up to the mini-batch's. None: that of these rows.
-
-    Raises ValueError for a reward that has no exact expectation here.
+    probabilities, counted: [..., k] and [...], of `match_probabilities` at every slot, or at the
+    slots before the first tokens of chosen rollouts; differentiated through. denominator: scalar,
+    where the rows are one micro-batch: `match_count` of the whole mini-batch, whose losses then add
+    up to the mini-batch's. None: that of these rows. Raises ValueError for a reward that has no
+    exact expectation here.
     """
     expected = expected_match(probabilities, reward)
-    if starts is not None:
-        expected, counted = take_tokens(expected, starts - 1), valid
-    if denominator is None:
-        denominator = match_count(counted)
+    denominator = match_count(counted) if denominator is None else denominator
     return -jnp.sum(jnp.where(counted, expected, 0.0)) / denominator

@@ -97,13 +97,10 @@ def plot_rollouts(
 ) -> None:
     """One sequence: its entropy, where rollouts start, and the reward of each.
 
-    path: PNG file to write.
-    entropy: [T] nats of the prediction at each token, NaN where there is no real token.
-    starts: [c] index of the first token of the rollouts of each position.
-    rewards: [c, n] their rewards.
-    length: tokens of a rollout.
-    reward_name: what the reward compares, for the label.
-    texts: c pairs (true continuation, first rollout), listed under the plot if given.
+    path: PNG file to write. entropy: [T] nats of the prediction at each token, NaN where there is
+    no real token. starts: [c] index of the first token of the rollouts of each position. rewards:
+    [c, n] their rewards. length: tokens of a rollout. reward_name: what the reward compares, for
+    the label. texts: c pairs (true continuation, first rollout), listed under the plot if given.
     """
     c, n = rewards.shape
     rows = 3 if texts else 2

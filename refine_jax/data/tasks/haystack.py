@@ -61,11 +61,10 @@ def load_essays(essays: str | Essays | None, setting: Naming = str) -> Essays:
     """Return the text of the essay haystack, read once where it is given on.
 
     essays: a text file, a folder of text files or a glob pattern; of JSON, such as RULER's own
-        {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the Python
-        language that comes with every Python: English prose about one subject, and another text in
-        every version of Python. That is good for a trial, not for figures to publish. `Essays` come
-        back as they are.
-    setting: names the argument for errors.
+    {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the Python
+    language that comes with every Python: English prose about one subject, and another text in
+    every version of Python. That is good for a trial, not for figures to publish. `Essays` come
+    back as they are. setting: names the argument for errors.
 
     Raises DataError: nothing is given, or there is no text in it.
     """
@@ -116,12 +115,9 @@ def fit(
 
     The number of tokens must grow with the size, nearly evenly: then it takes some five tries.
 
-    make: from a size to the prompt.
-    tokenizer: counts the tokens.
-    budget: the most tokens of a prompt, bos counted.
-    least: the smallest size to try.
-    what: the sample, for the error.
-    most: the largest size there is; None is no limit.
+    make: from a size to the prompt. tokenizer: counts the tokens. budget: the most tokens of a
+    prompt, bos counted. least: the smallest size to try. what: the sample, for the error. most: the
+    largest size there is; None is no limit.
 
     Raises DataError: not even the smallest fits.
     """

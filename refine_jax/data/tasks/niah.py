@@ -91,12 +91,9 @@ def make_example(
 ) -> Example:
     """Return a sample.
 
-    task: a name of `NEEDLES`.
-    index: which sample.
-    length: the most tokens of bos, prompt and answer.
-    tokenizer: counts the tokens.
-    seed: of the set.
-    essays: the haystack of the tasks that hide needles in essays.
+    task: a name of `NEEDLES`. index: which sample. length: the most tokens of bos, prompt and
+    answer. tokenizer: counts the tokens. seed: of the set. essays: the haystack of the tasks that
+    hide needles in essays.
 
     Raises DataError: the length is too short.
     """

@@ -66,11 +66,8 @@ _Made = tuple[Callable[[int], str], int, Sequence[str], dict]
 def make_example(task: str, index: int, *, length: int, tokenizer: Tokenizer, seed: int) -> Example:
     """Return a sample.
 
-    task: "vt", "cwe" or "fwe".
-    index: which sample.
-    length: the most tokens of bos, prompt and answer.
-    tokenizer: counts the tokens.
-    seed: of the set.
+    task: "vt", "cwe" or "fwe". index: which sample. length: the most tokens of bos, prompt and
+    answer. tokenizer: counts the tokens. seed: of the set.
 
     Raises DataError: the length is too short.
     """
