@@ -8,8 +8,6 @@
 Every command is made this way, so that all take flags, print help and fail alike.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

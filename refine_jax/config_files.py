@@ -3,8 +3,6 @@
 What is wrong with either is a ConfigError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.machinery

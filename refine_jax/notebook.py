@@ -6,8 +6,6 @@
 Only `live_curves` needs IPython, which every notebook has.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import html

@@ -13,8 +13,6 @@ Pallas kernels, on each device's part (`over_shards`). Without an ambient mesh o
 all of this does nothing, and the programs are those of one device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,8 @@
 """The paper's training runs (ReFINE, arXiv 2602.16704), of any architecture: for configs/.
 
 Each takes the name of the configuration file and its form, `model.fresh`, and the fields of that
-which make the model small for the form `runlocal`.
+which make the model small for the form `runlocal`. What is not set here, such as the tokenizer and
+the optimizer, has its default, which is the paper's.
 """
 
 from collections.abc import Mapping
@@ -47,8 +48,7 @@ def posttrain(
     config = _start(fresh)
     config.phase = "posttrain"
     config.data.update(source=source, holdout=0.05)
-    config.prompts.update(answer_field="answer", max_answer_tokens=32, cut="middle")
-    config.posttrain.update(nested=not forms & {"sft", "grpo"}, metric="ruler_qa_refine")
+    config.posttrain.nested = not forms & {"sft", "grpo"}
     config.posttrain.answers = "grpo" if "grpo" in forms else "sft"
     config.refine.update(objective="ntp" if "nested_sft" in forms else "refine", reward="hybrid")
     config.train.update(steps=25, batch_size=64, mini_batch_size=16)
@@ -69,10 +69,6 @@ def _start(fresh: Mapping[str, Any]) -> ConfigDict:
     """State what both phases have in common."""
     config = defaults()
     config.model.update(fresh=dict(fresh), remat="full")
-    config.data.update(tokenizer="mistral-v1", sequence_length=16384)
     config.refine.update(num_positions=8, rollout_length=5, lambda_sft=1.0, lambda_rl=0.2)
-    config.optimizer.update(
-        learning_rate=1e-6, schedule="constant", weight_decay=0.01, clip_norm=0.2
-    )
     config.train.update(micro_batch_size=1, log_every=1)
     return config

@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.summary --workdir=runs/ruler
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

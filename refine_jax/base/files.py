@@ -1,7 +1,5 @@
 """Files: paths as users name them, text and JSON read strictly, writing in full or not at all."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import contextlib

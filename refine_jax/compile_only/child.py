@@ -7,8 +7,6 @@ TASK: {"config", "topology", "program", "plan", "debug"}; with plan, stop before
 RESULT: the figures of `compile_program`, or {"error": "input" or "compile", "message"}.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

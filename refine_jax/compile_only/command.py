@@ -4,8 +4,6 @@ Each program is compiled in a process of its own (`child.py`), one after the oth
 compiler, runs on any Linux machine.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -6,8 +6,6 @@ Thrift's compact protocol, with the fields of parquet.thrift:
 https://parquet.apache.org/docs/file-format.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any, BinaryIO
 

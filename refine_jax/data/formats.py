@@ -5,8 +5,6 @@ document a file). Each may be compressed. A kind follows from the suffix; where 
 from the first bytes. Formats that are not read are refused by name.
 """
 
-from __future__ import annotations
-
 import collections
 import fnmatch
 import functools

@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.data.prepare --source=texts/ --files='*.md' --tokenizer=bytes --out=DIR
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

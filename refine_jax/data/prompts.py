@@ -12,8 +12,6 @@ followed by " 1066"), for other tokenizers the prompt should end with the space.
 resuming and the held-out split are those of `refine_jax.data.pipeline`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

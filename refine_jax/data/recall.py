@@ -9,8 +9,6 @@ Answering means to have kept the fact in the state. Nothing is downloaded or rea
 depends on the seed, i, the room and the tokenizer alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -9,8 +9,6 @@ The values come from JSON lines or parquet: they may be numpy's or pyarrow's, da
 bytes. Text is cleaned here: lone surrogates become "?", a byte order mark goes.
 """
 
-from __future__ import annotations
-
 import datetime
 import decimal
 import math

@@ -4,8 +4,6 @@ No token is dropped without being counted: the tokens of the source equal the to
 plus those of `Statistics.dropped_tokens`, whose keys say why.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ order of the documents is the same on every machine. Each failure is one `DataEr
 file and what to do.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ records are, and tensorflow-datasets imports any module that it finds there. So 
 `check_folder` before tensorflow-datasets sees it: data never runs code, nor reads files elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import fnmatch

@@ -4,8 +4,6 @@
 which the published LaCT-760M and DeltaNet-1.3B use), "bytes", or the path of a tokenizer file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

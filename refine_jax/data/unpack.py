@@ -3,8 +3,6 @@
 A file is compressed if its first bytes say so; a name that ends in .gz or .zst must keep its word.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import zlib

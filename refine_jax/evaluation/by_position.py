@@ -3,8 +3,6 @@
 `refine_jax.evaluation.position` is the command.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

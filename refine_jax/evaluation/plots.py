@@ -1,7 +1,5 @@
 """PNG plots of an evaluation: bars with intervals, recall by length and depth, loss by position."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

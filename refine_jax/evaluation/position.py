@@ -11,8 +11,6 @@ Examples:
     python -m refine_jax.evaluation.position --checkpoint=runs/demo --step=best --holdout=0.05
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The examples of an evaluation as token ids, in the order in which they are answered."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

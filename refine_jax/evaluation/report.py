@@ -1,7 +1,5 @@
 """Figures of an evaluation: means with 95 % intervals, speed, what adaptation cost; as a table."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

@@ -8,8 +8,6 @@ MAX_BATCH_TOKENS are read in blocks, with memory that does not depend on their l
 Letters: B rows of a batch, T tokens of a row, R forks of a row, S tokens of a fork.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools

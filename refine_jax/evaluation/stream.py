@@ -4,8 +4,6 @@ A text is read in blocks of one size, each by extending the decode states that t
 left: one program for all of them, however long the text is.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

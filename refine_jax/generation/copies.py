@@ -1,7 +1,5 @@
 """Generation by several copies of a model at once, each with parameters of its own."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ Pure functions; `Generator` calls them for prompts of any number and lengths. Le
 T tokens, S tokens of one extend, n tokens of one block, D model dim.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

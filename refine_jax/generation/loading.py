@@ -1,7 +1,5 @@
 """A checkpoint as what generation and evaluation need of it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

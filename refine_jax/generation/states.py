@@ -4,8 +4,6 @@ A folder holds `arrays/` (Orbax, with fingerprints of their values) and `state.j
 which model, parameters and tokenizer the state was made: it means nothing to others.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Text of tokens as they come: whole characters only, cut at the first stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 _UNKNOWN = "�"

@@ -14,8 +14,6 @@ A prompt that is too short for rollouts (`has_rollouts`) is trained on by next-t
 without any next token not at all; the `Cost` of each prompt says so.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -7,8 +7,6 @@ padded on the right, whose end is the answer. Letters beyond those of DESIGN: A 
 at most, n sampled answers a prompt.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import operator

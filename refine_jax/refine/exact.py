@@ -16,8 +16,6 @@ weighs the sum of P_k over the windows that hold it (at most k), constants for t
 `prefix`, the mean over l of the sums of P_l.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax

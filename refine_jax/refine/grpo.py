@@ -20,16 +20,13 @@ The aggregation `seq-mean-token-sum` has this scale; `token-mean` and `seq-mean-
 1 / k of it.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from refine_jax.config import RefineConfig
+from refine_jax.config import RefineConfig
 
 GROUPINGS = ("sequence", "position")
 CREDITS = ("sequence", "reward_to_go")

@@ -9,8 +9,6 @@ Letters: B rows, T tokens, D model dim, c positions a row, n rollouts a position
 tokens a rollout.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ A `Batch` of rows is {"tokens": [B, T] int32, "segments": [B, T] int32}; segment
 other number a document. Without "segments" every row is one document that fills it.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -8,8 +8,6 @@ Each reward is one of tokens, [..., k]; that of a rollout is the mean over its t
 has another source, the probabilities of the true tokens, which `token_rewards` takes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax.numpy as jnp

@@ -3,8 +3,6 @@
 Letters: B rows, T tokens, R = c * n forks of a row, k tokens a rollout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

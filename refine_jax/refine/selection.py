@@ -10,8 +10,6 @@ reward, sends them to what is sometimes right: only there a reward says somethin
 arXiv 2602.01601).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

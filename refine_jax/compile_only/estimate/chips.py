@@ -3,8 +3,6 @@
 The figures are those that Google publishes (cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -4,8 +4,6 @@ Only products of matrices count, 2 for each multiplication and addition. Shapes 
 of whole arrays, inside a `shard_map` those of one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The programs of test-time training and of generation."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

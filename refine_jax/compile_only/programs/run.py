@@ -1,7 +1,5 @@
 """What the programs of a run are made of: its model and state as shapes with their places."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -11,8 +11,6 @@
 `python -m refine_jax.data.tasks.generate` writes such sets to files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Callable

@@ -10,8 +10,6 @@ Rows without a prompt or without an answer are left out, and so are empty answer
 both are counted and said.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.data.tasks.generate --tasks=niah_single_2 --essays=stdlib --out=DIR
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Text around needles, and how much of it fits."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

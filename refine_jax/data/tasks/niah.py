@@ -13,8 +13,6 @@ Tasks, wording, parameters and the grid of 40 depths are RULER's. What is ours:
 * Sentences end where a word ends in . ! or ?, without a trained splitter.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ questions are chosen by the seed, the same at every length, where RULER takes th
 are all about one or two articles; and passages are fitted one by one, none twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -11,8 +11,6 @@ sample (of other words than the question), the grid of depths for the assignment
 the ends of lines: at the end of a prompt one would be a token that begins no answer.
 """
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A set of needles is only the same set again if the words are, so exactly one ver
 is accepted. Words with capitals, spaces or hyphens are left out: keys are made as adjective-noun.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.util

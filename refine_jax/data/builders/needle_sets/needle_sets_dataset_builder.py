@@ -7,8 +7,6 @@
 The examples are those of `refine_jax.data.tasks.load_examples`, in its order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence

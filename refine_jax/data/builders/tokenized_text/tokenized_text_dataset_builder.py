@@ -5,8 +5,6 @@ tokens were made, and `documents.npz` holds each document's length and content h
 can plan its rows without reading the records.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any
