@@ -1,7 +1,7 @@
 """Test-time training: ReFINE, or next-token training, on prompts before they are answered.
 
-`update_copies` is the step as a pure function; an `Adapter` keeps the parameters between prompts
-as `testtime.reset` says:
+`make_update` compiles the step; an `Adapter` keeps the parameters between prompts as
+`testtime.reset` says:
 
     example   every prompt adapts a copy of the trained parameters. Its padded length, its random
               numbers and its optimizer state depend on that prompt alone, so results do not depend
@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -87,20 +87,31 @@ def prompt_key(key: jax.Array, name: str) -> jax.Array:
     return key
 
 
-def update_copies(
-    objective: Objective,
+def make_update(
+    model: Model,
     optimizer: optax.GradientTransformation,
-    states: TrainState,
-    batch: Batch,
+    config: RefineConfig,
+    options: TestTimeConfig,
     *,
-    steps: int | None = None,
-) -> tuple[TrainState, Metrics]:
-    """Step each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
+    eos_id: int | Sequence[int] | None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile `update(state, batch)` as `options.reset` says; it gives the state's buffers away.
 
-    Pure. Returns states and metrics with leaves [n, ...].
+    With `example` batches have a row, or, with n copies, leaves of states and batches a leading n.
     """
-    update = functools.partial(update_rows, objective, optimizer, steps=steps)
-    return jax.vmap(update)(states, batch)
+    if options.reset != "example":
+        return make_train_step(
+            model,
+            optimizer,
+            config,
+            mini_batch=options.mini_batch_size,
+            micro_batch=options.micro_batch,
+            eos_id=eos_id,
+            steps=options.steps,
+        )
+    objective = Objective(model, config, eos_id=eos_id, max_documents=1)
+    update = functools.partial(update_rows, objective, optimizer, steps=options.steps)
+    return jax.jit(update if options.copies == 1 else jax.vmap(update), donate_argnums=0)
 
 
 class Adapter:
@@ -125,7 +136,7 @@ class Adapter:
         pad_id: int,
     ):
         self._trained = params
-        self._optimizer, self._config, self._options = optimizer, config, options
+        self._config, self._options = config, options
         self._key, self._pad_id = key, pad_id
         self._state: TrainState | None = None  # of reset `never`, between groups
         self._compiled: set[tuple[int, int]] = set()
@@ -136,20 +147,7 @@ class Adapter:
             return TrainState.create(params, optimizer, key, config)
 
         self._fresh = jax.jit(fresh if self.copies == 1 else jax.vmap(fresh, (None, 0)))
-        objective = Objective(model, config, eos_id=eos_id, max_documents=1)
-        update = update_rows if self.copies == 1 else update_copies
-        self._update = jax.jit(
-            functools.partial(update, objective, optimizer, steps=options.steps), donate_argnums=0
-        )
-        self._train_step = make_train_step(
-            model,
-            optimizer,
-            config,
-            mini_batch=options.mini_batch_size,
-            micro_batch=options.micro_batch,
-            eos_id=eos_id,
-            steps=options.steps,
-        )
+        self._update = make_update(model, optimizer, config, options, eos_id=eos_id)
 
     @property
     def copies(self) -> int:
@@ -242,7 +240,7 @@ class Adapter:
             shape = (rows, row_length(max(map(len, usable))))
             batch = pad_rows(usable, rows=rows, length=shape[1], pad_id=self._pad_id)
             for _ in range(self._options.steps):
-                state, metrics = self._train_step(state, batch)
+                state, metrics = self._update(state, batch)
             metrics["update/skipped"] = int(state.skipped) - skipped
         if self._options.reset == "never":
             # The caller answers with these while the next group's steps give their state away.

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.config import RefineConfig
+from refine_jax.refine.optimizer import decayed
 
 GROUPINGS = ("sequence", "position")
 CREDITS = ("sequence", "reward_to_go")
@@ -374,12 +375,8 @@ def policy_weight(
     # Rounded first: 0.7 * 10 is a little more than 7 in floating point.
     end = math.ceil(round(config.lambda_rl_until * steps, 6))
     x = jnp.minimum(jnp.asarray(step, jnp.float32) / (config.lambda_rl_until * steps), 1.0)
-    shape = {
-        "constant": jnp.ones_like(x),
-        "linear": 1.0 - x,
-        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
-    }[config.lambda_rl_schedule]
-    return jnp.where(step < end, config.lambda_rl * shape, 0.0)
+    weight = config.lambda_rl * decayed(config.lambda_rl_schedule, x)
+    return jnp.where(step < end, weight, 0.0)
 
 
 def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, kind: str) -> jax.Array:

@@ -7,6 +7,15 @@ import optax
 from refine_jax.config import OptimizerConfig
 
 
+def decayed(schedule: str, done: jax.Array) -> jax.Array:
+    """Decay from 1 to 0 as `done` goes from 0 to 1; "constant" stays at 1."""
+    return {
+        "constant": jnp.ones_like(done),
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+    }[schedule]
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Make the learning rate of training step 0, 1, ...: linear warm-up, then constant or decay.
 
@@ -17,11 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         done = jnp.clip((step - warmup) / max(steps - 1 - warmup, 1), 0.0, 1.0)
-        decay = {
-            "constant": jnp.ones_like(done),
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
-        }[config.schedule]
+        decay = decayed(config.schedule, done)
         if config.schedule != "constant":
             decay = config.final_fraction + (1.0 - config.final_fraction) * decay
         # The first step already learns: step 0 of 10 warm-up steps has a tenth of the peak.
