@@ -10,6 +10,7 @@ RESULT: the figures of `compile_program`, or {"error": "input" or "compile", "me
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -78,11 +79,8 @@ def bytes_of(tree: Any) -> int:
         shape, sharding = leaf.shape, getattr(leaf, "sharding", None)
         if sharding is not None:
             shape = sharding.shard_shape(shape)
-        size = 1
-        for side in shape:
-            size *= side
         random_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        total += size * (8 if random_key else leaf.dtype.itemsize)
+        total += math.prod(shape) * (8 if random_key else leaf.dtype.itemsize)
     return total
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, advance, decode, prefill
 from refine_jax.generation.generator import BLOCK, Generator
-from refine_jax.generation.sampling import Sampler
 from refine_jax.models.transformer import Model, Params
 
 
@@ -28,41 +27,32 @@ class CopiesGenerator(Generator):
 
 def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
     """Compile prefill, advance and decode of a CopiesGenerator."""
+
+    def prefill_each(params, tokens, lengths):
+        vmapped = jax.vmap(functools.partial(prefill, model))
+        return _join(vmapped(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
+
+    def advance_each(params, prefix, tokens, taken):
+        vmapped, params = (
+            jax.vmap(functools.partial(advance, model)),
+            _for_rows(params, len(tokens)),
+        )
+        return _join(vmapped(params, _split(prefix), tokens[:, None], taken[:, None]))
+
+    def decode_each(params, prefix, keys, sampler, budgets):
+        # All rows go on as far as the longest budget, which leaves the loop's end common to them:
+        # ends of their own would copy the states in every step. The caller cuts the rows.
+        vmapped = jax.vmap(functools.partial(decode, model, block=BLOCK), (0, 0, 0, None, None))
+        params = _for_rows(params, len(budgets))
+        common = jnp.max(budgets, keepdims=True)
+        tokens, prefix = vmapped(params, _split(prefix), keys[:, None], sampler, common)
+        return tokens[:, 0], _join(prefix)
+
     return (
-        jax.jit(functools.partial(_prefill_each, model)),
-        jax.jit(functools.partial(_advance_each, model), donate_argnums=1),
-        jax.jit(functools.partial(_decode_each, model), donate_argnums=1),
+        jax.jit(prefill_each),
+        jax.jit(advance_each, donate_argnums=1),
+        jax.jit(decode_each, donate_argnums=1),
     )
-
-
-def _prefill_each(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
-    vmapped = jax.vmap(functools.partial(prefill, model))
-    return _join(vmapped(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
-
-
-def _advance_each(
-    model: Model, params: Params, prefix: Prefix, tokens: jax.Array, taken: jax.Array
-) -> Prefix:
-    vmapped = jax.vmap(functools.partial(advance, model))
-    params = _for_rows(params, len(tokens))
-    return _join(vmapped(params, _split(prefix), tokens[:, None], taken[:, None]))
-
-
-def _decode_each(
-    model: Model,
-    params: Params,
-    prefix: Prefix,
-    keys: jax.Array,
-    sampler: Sampler,
-    budgets: jax.Array,
-) -> tuple[jax.Array, Prefix]:
-    # All rows go on as far as the longest budget, which leaves the loop's end common to them: ends
-    # of their own would copy the states in every step. The caller cuts the rows.
-    vmapped = jax.vmap(functools.partial(decode, model, block=BLOCK), in_axes=(0, 0, 0, None, None))
-    params = _for_rows(params, len(budgets))
-    common = jnp.max(budgets, keepdims=True)
-    tokens, prefix = vmapped(params, _split(prefix), keys[:, None], sampler, common)
-    return tokens[:, 0], _join(prefix)
 
 
 def _for_rows(params: Params, rows: int) -> Params:
