@@ -48,7 +48,7 @@ def execute(
 ) -> int:
     """Run a configuration and print its figures; returns the exit code.
 
-    values: A ConfigDict or nested dict of fields. workdir: folder of the run. debug: let errors of
+    values: a ConfigDict or nested dict of fields. workdir: folder of the run. debug: let errors of
     the user's input through, with their traceback. join: called before anything computes; joins the
     other processes. allow_change: settings that a run which is continued may change.
     """
@@ -139,7 +139,7 @@ def compile_for(
 ) -> int:
     """Compile a configuration for a TPU slice and print what it needs; returns the exit code.
 
-    values: A ConfigDict or nested dict of fields. topology: the slice, as v5p:4x4x4. workdir: an
+    values: a ConfigDict or nested dict of fields. topology: the slice, as v5p:4x4x4. workdir: an
     optional folder for compile_only.json, made if it is not there. file: another file for the same,
     optional. plan: stop before code is made. debug: show where an error came from.
     """

@@ -90,7 +90,7 @@ class ModelCheckpoint(NamedTuple):
     step: int | None = None
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager):
     """Asynchronous, atomic checkpoints of a run. Use as a context manager, or call `close`.
 
     A step's folder appears under its number only when everything in it is written; what an
@@ -322,9 +322,6 @@ class CheckpointManager:
         """Wait for the save under way and release what the manager holds."""
         with self._reporting_failure():
             self._orbax.close()
-
-    def __enter__(self) -> "CheckpointManager":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()

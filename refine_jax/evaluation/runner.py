@@ -8,8 +8,8 @@ Several processes answer groups side by side, each with the whole model; all get
 process 0 writes them.
 """
 
-from __future__ import annotations
-
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -55,7 +55,7 @@ FIELDS: dict[str, type] = {
 _COSTS = ("seconds", "compiled", "tokens", "rollout_tokens", "steps", "skipped")
 
 
-class Predictions:
+class Predictions(contextlib.AbstractContextManager):
     """The records of an evaluation, one JSON object a question; written as they come.
 
     Every process has all of them; process 0 reads and writes. Lines that are no records go to
@@ -124,9 +124,6 @@ class Predictions:
         if self._file:
             self._file.close()
 
-    def __enter__(self) -> Predictions:
-        return self
-
     def __exit__(self, *exception) -> None:
         self.close()
 
@@ -193,16 +190,13 @@ def evaluate(
     stop: asked before each group (of each process); True ends the evaluation there, and is to be
         the same on all processes.
     """
-    left = {
-        set_name: sum(q.set_name == set_name for q in _all(groups)) for set_name in _sets(groups)
-    }
-    total = sum(left.values())
+    left = collections.Counter(question.set_name for question in _all(groups))
     carries = answerer.adapter is not None and answerer.adapter.carries_over
     index, count = jax.process_index(), jax.process_count()
     # disable=None: no bar where standard error is not a terminal.
     hidden = None if distributed.is_writer() else True
     with (
-        tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar,
+        tqdm(total=left.total(), unit="example", disable=hidden, dynamic_ncols=True) as bar,
         Compilations(_say) as compilations,
     ):
         for first in range(0, len(groups), count):
@@ -234,10 +228,6 @@ def _say(message: str) -> None:
 
 def _all(groups: Sequence[Sequence[Question]]) -> Iterator[Question]:
     return (question for group in groups for question in group)
-
-
-def _sets(groups: Sequence[Sequence[Question]]) -> list[str]:
-    return list(dict.fromkeys(question.set_name for question in _all(groups)))
 
 
 def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:

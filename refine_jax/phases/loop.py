@@ -245,14 +245,10 @@ class Loop(abc.ABC):
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; {plan}"
         )
-        for line in (
-            self.describe_left_out(),
-            ""
-            if self.parts.held_out
-            else "nothing is held out (config.data.holdout=0): no evaluation",
-        ):
-            if line:
-                distributed.say(line)
+        if left_out := self.describe_left_out():
+            distributed.say(left_out)
+        if not self.parts.held_out:
+            distributed.say("nothing is held out (config.data.holdout=0): no evaluation")
 
     def train(
         self,

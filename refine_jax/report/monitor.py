@@ -15,7 +15,7 @@ from refine_jax.base.files import numbered, read_lines, recover_lines, replacing
 from refine_jax.report.metrics import EDGE, METRICS_FILE, step_parser, total_seconds
 
 
-class Monitor:
+class Monitor(contextlib.AbstractContextManager):
     """Writes the metrics of a run as it goes and remembers them for the closing table.
 
     workdir: existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
@@ -100,9 +100,6 @@ class Monitor:
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-
-    def __enter__(self) -> "Monitor":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
