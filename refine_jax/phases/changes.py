@@ -127,7 +127,7 @@ class Changes:
         return any(change["step"] >= step and _is_of_data(change) for change in self.made)
 
     def record(self) -> dict[str, Any]:
-        """What `run.json` keeps beside the configuration."""
+        """Return what `run.json` keeps beside the configuration."""
         return {"changes": [dict(change) for change in self.made], "data": self.data}
 
     def describe(self) -> str:

@@ -81,12 +81,12 @@ class MidtrainLoop(Loop):
         self.eval_step = make_eval_step(parts.model, refine, **rows)
 
     def describe_data(self) -> str:
-        """Rows and their length."""
+        """Count the rows, and give their length."""
         rows, length = self.parts.training.rows, self.config.data.sequence_length
         return f"{rows:,} rows of {length:,} tokens"
 
     def describe_left_out(self) -> str:
-        """Documents and tokens that are not trained on, by reason."""
+        """Count documents and tokens that are not trained on, by reason."""
         return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
@@ -98,7 +98,7 @@ class MidtrainLoop(Loop):
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Training step number `step` (from 0)."""
+        """Run training step number `step` (from 0)."""
         warmup, objective = self.config.train.warmup_ntp_steps, self.objective(step)
         if state.reference_params is not None and step == warmup > 0:
             # The divergence is from the policy that ReFINE starts with, not from random weights.
@@ -107,11 +107,11 @@ class MidtrainLoop(Loop):
         return self.train_steps[objective](state, batch)
 
     def objective(self, step: int) -> str:
-        """The objective of step number `step`."""
+        """Choose the objective of step number `step`."""
         return "ntp" if step < self.config.train.warmup_ntp_steps else self.config.refine.objective
 
     def describe_step(self, step: int) -> str:
-        """The step and its objective."""
+        """Name the step and its objective."""
         return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
     def evaluate(self, state: TrainState) -> dict[str, float]:

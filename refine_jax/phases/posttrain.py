@@ -126,7 +126,7 @@ class PosttrainLoop(Loop):
         self.answer_eval = make_answer_eval(method)
 
     def describe_data(self) -> str:
-        """What became of the prompts."""
+        """Say what became of the prompts."""
         return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
@@ -137,7 +137,7 @@ class PosttrainLoop(Loop):
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Training step number `step` (from 0)."""
+        """Run training step number `step` (from 0)."""
         rows = _rows(batch)
         metrics: dict[str, Any] = {}
         if self.config.posttrain.nested:
@@ -157,7 +157,7 @@ class PosttrainLoop(Loop):
         return state, metrics | on_answers
 
     def describe_step(self, step: int) -> str:
-        """The step; prompts of another width make it another program."""
+        """Name the step; prompts of another width make it another program."""
         return "the training step"
 
     def rewards(self, examples: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:

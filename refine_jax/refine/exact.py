@@ -51,7 +51,7 @@ def match_probabilities(
 
 
 def _ahead(values: jax.Array, distance: int) -> jax.Array:
-    """Shift `values` [B, T] by `distance` slots to the front; zeros (False) fill the row's end."""
+    """Shift `values` [B, T] forward by `distance` slots; zeros (False) fill the row's end."""
     return jnp.pad(values[:, distance:], ((0, 0), (0, min(distance, values.shape[1]))))
 
 

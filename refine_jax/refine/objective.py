@@ -138,7 +138,7 @@ class Objective:
         return self.config.rollouts_per_position if self.rolls_out else 1
 
     def _spans(self, layout: Layout | None, shape: tuple[int, int]) -> dict[str, Any]:
-        """Arguments of `selection` that say where positions of rows [B, T] may be."""
+        """Tell `selection` where positions of rows [B, T] may be."""
         config = self.config
         return {
             "mask": jnp.ones(shape, bool) if layout is None else layout.mask,

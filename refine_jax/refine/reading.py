@@ -34,7 +34,7 @@ def layout_of(batch: Batch, max_documents: int) -> Layout | None:
 
 
 def target_weights(tokens: jax.Array, layout: Layout | None) -> jax.Array:
-    """[B, T] float32: 1 where slot t and its target t + 1 are real and of one document."""
+    """Weigh slot t by 1 where its target t + 1 is real and of its document, else 0: [B, T] float32."""
     if layout is None:
         return jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
     same = layout.document[:, 1:] == layout.document[:, :-1]
