@@ -269,7 +269,7 @@ class Generator:
         *,
         consume: bool = False,
     ) -> Iterator[tuple[int, str | Generated]]:
-        """Generate in blocks of `every` tokens until all rows are done; yields pieces and results."""
+        """Generate in blocks of `every` tokens until all rows are done: pieces and results."""
         own = self._own(prefix, consume)
         padding = [0] * (own.length.shape[0] - len(rows))
         ids = [*(range(len(rows)) if ids is None else ids), *padding]

@@ -34,7 +34,7 @@ def layout_of(batch: Batch, max_documents: int) -> Layout | None:
 
 
 def target_weights(tokens: jax.Array, layout: Layout | None) -> jax.Array:
-    """Weigh slot t by 1 where its target t + 1 is real and of its document, else 0: [B, T] float32."""
+    """Give weight 1 to real slots with a next token in their document: [B, T] float32."""
     if layout is None:
         return jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0)
     same = layout.document[:, 1:] == layout.document[:, :-1]
