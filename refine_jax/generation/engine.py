@@ -4,8 +4,6 @@ Pure functions; `Generator` calls them for prompts of any number and lengths. Le
 T tokens, S tokens of one extend, n tokens of one block, D model dim.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax
@@ -18,7 +16,7 @@ from refine_jax.models.transformer import Model, Params, State
 
 
 class Prefix(NamedTuple):
-    """What is known after reading B sequences of unequal length; its size depends on B alone.
+    """What a model keeps of B sequences of unequal length; its size depends on B alone.
 
     state: decode states, every leaf [L, B, 1, ...]. hidden: [B, D] final-norm output at the last
     token read, which predicts the next. length: [B] int32, tokens read.
@@ -30,7 +28,7 @@ class Prefix(NamedTuple):
 
 
 def empty_prefix(model: Model, params: Params, rows: int) -> Prefix:
-    """The Prefix before any token; its `hidden` predicts nothing yet."""
+    """Make the Prefix before any token; its `hidden` predicts nothing yet."""
     return Prefix(
         model.init_state(params, (rows, 1)),
         jnp.zeros((rows, model.config.hidden_size), model.dtype),
@@ -39,7 +37,7 @@ def empty_prefix(model: Model, params: Params, rows: int) -> Prefix:
 
 
 def take_rows(prefix: Prefix, rows: jax.Array) -> Prefix:
-    """The Prefix of `rows` [R] int32 of `prefix`; a row may be taken any number of times."""
+    """Take `rows` [R] int32 of a Prefix; a row may be taken any number of times."""
     return Prefix(
         jax.tree.map(lambda x: x[:, rows], prefix.state), prefix.hidden[rows], prefix.length[rows]
     )
@@ -96,19 +94,17 @@ def decode(
     block: int,
     end: int | tuple[int, ...] | None = None,
 ) -> tuple[jax.Array, Prefix]:
-    """Generate up to `block` tokens a row.
+    """Generate up to `block` tokens a row. Pure; one program for any sampler and budgets.
 
     keys: [B], one a row (`row_keys`). A draw depends on the row's key and on how many tokens its
-        sequence has, on nothing else: two blocks of 8 draw what one of 16 does.
-    budgets: [B] int32, most tokens of each row; no more steps are made than the largest asks for.
-    end: the token or tokens after which a row has no more; all rows ended, nothing more is
-        computed. None: no such token; then vmapping over params leaves the loop's end common to
-        all.
+    sequence has, on nothing else: two blocks of 8 draw what one of 16 does. budgets: [B] int32,
+    most tokens of each row; no more steps are made than the largest asks for. end: the token or
+    tokens after which a row has no more; when all rows have ended, nothing more is computed. None:
+    no such token; then vmapping over params leaves the loop's end common to all.
 
     Returns tokens [B, block] int32, -1 where a row has none and NOT_FINITE where its logits are not
     finite, and the Prefix after as many tokens as the longest row has. Rows that ended before it
     are of no further use (`Generator.extend` continues them from their own tokens).
-    Pure; one program for any sampler and budgets.
     """
     head = model.head(params)
     ends = as_ends(end)
@@ -133,18 +129,3 @@ def decode(
     carry = jnp.int32(0), budgets > 0, tokens, prefix
     _, _, tokens, prefix = lax.while_loop(running, step, carry)
     return tokens.T, prefix
-
-
-def round_rows(count: int) -> int:
-    """`count`, or up to a third more: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = 1 << max(count - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
-
-
-def round_length(length: int) -> int:
-    """`length`, or up to a quarter (at least 64) more: 64, 128, 192, 256, 320, 384, ...
-
-    Four sizes an octave.
-    """
-    step = max(64, 1 << max(int(length).bit_length() - 3, 0))
-    return -(-int(length) // step) * step

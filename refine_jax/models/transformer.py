@@ -83,6 +83,11 @@ class ComputePolicy:
         if self.remat not in ("none", *_REMAT_POLICIES):
             raise ValueError(f"remat must be 'none', 'dots' or 'full'. Got: remat={self.remat!r}.")
 
+    @property
+    def head_implementation(self) -> str | None:
+        """Implementation of the head's loss, which has no kernels of the mixers' other names."""
+        return "xla" if self.implementation == "xla" else None
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

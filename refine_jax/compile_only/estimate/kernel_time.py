@@ -6,8 +6,6 @@ for the shapes of the published models is kept here as a share of the chip's pea
 as long as their blocks stay the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from refine_jax.compile_only.estimate.chips import Chip
