@@ -26,65 +26,16 @@ sometimes, such as the result of `:sft`.
 from ml_collections import ConfigDict
 
 from refine_jax.architectures import DELTANET_1_3B
-from refine_jax.config import defaults
-
-FORMS = ("nested_refine", "nested_sft", "sft", "grpo", "runlocal")
+from refine_jax.recipes import posttrain
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The paper's configuration; `arg` names forms, joined by commas."""
-    forms = set(arg.split(",")) if arg else set()
-    if unknown := forms - set(FORMS):
-        raise ValueError(
-            f"posttrain_deltanet_1_3b.py has the forms {', '.join(FORMS)}. Got: {sorted(unknown)}."
-        )
-    if len(variants := sorted(forms - {"runlocal"})) > 1:
-        raise ValueError(
-            f"posttrain_deltanet_1_3b.py takes one form beside runlocal. Got: {variants}."
-        )
-    config = defaults()
-    config.phase = "posttrain"
-    config.model.fresh = dict(DELTANET_1_3B)
-    config.model.remat = "full"
-    config.data.update(
-        source="data/ruler/ruler_squadqa_delta_net_16384_1600_train.parquet",
-        tokenizer="mistral-v1",
-        sequence_length=16384,
-        holdout=0.05,
+    return posttrain(
+        "posttrain_deltanet_1_3b.py",
+        arg,
+        DELTANET_1_3B,
+        "data/ruler/ruler_squadqa_delta_net_16384_1600_train.parquet",
+        num_hidden_layers=2,
+        num_heads=2,
     )
-    config.prompts.update(answer_field="answer", max_answer_tokens=32, cut="middle")
-    config.posttrain.update(nested=not forms & {"sft", "grpo"}, metric="ruler_qa_refine")
-    config.posttrain.answers = "grpo" if "grpo" in forms else "sft"
-    config.refine.update(
-        objective="ntp" if "nested_sft" in forms else "refine",
-        reward="hybrid",
-        num_positions=8,
-        rollout_length=5,
-        lambda_sft=1.0,
-        lambda_rl=0.2,
-    )
-    config.optimizer.update(
-        learning_rate=1e-6, schedule="constant", weight_decay=0.01, clip_norm=0.2
-    )
-    config.train.update(
-        steps=25,
-        batch_size=64,
-        mini_batch_size=16,
-        micro_batch_size=1,
-        eval_every=5,
-        eval_batches=80,
-        checkpoint_every=5,
-        log_every=1,
-    )
-    if "runlocal" in forms:
-        config.model.fresh.update(
-            hidden_size=64, num_hidden_layers=2, num_heads=2, intermediate_size=128
-        )
-        config.model.remat = "none"
-        config.data.update(source="recall", sequence_length=256, limit_documents=500)
-        config.prompts.max_answer_tokens = 16
-        config.posttrain.samples = 4
-        config.optimizer.learning_rate = 1e-3
-        config.train.update(steps=10, batch_size=8, mini_batch_size=4, micro_batch_size=4)
-        config.train.update(eval_every=5, eval_batches=4, checkpoint_every=5)
-    return config

@@ -23,7 +23,14 @@ from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_
 from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
 from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
-from refine_jax.kernels.fork_reads import ForkRows, attend_windows, read_weights
+from refine_jax.kernels.fork_reads import (
+    ForkRows,
+    Reach,
+    attend_row,
+    attend_row_backward,
+    attend_windows,
+    read_weights,
+)
 from refine_jax.kernels.lact import (
     FastState,
     Options,
@@ -352,6 +359,34 @@ def _fork_reads_cases(name, tokens, forks=8, count=5, groups=12, window=2048) ->
     )
 
 
+def _fork_rows_cases(name, tokens, queries=80, groups=12) -> tuple[Case, Case]:
+    """Attention of 8 forks of 5 tokens to a row of LaCT-760M, for its gradient, and that gradient.
+
+    queries: Of a group of two heads. Every query is taken to meet all keys of the row, in two
+    products of 2 T hd operations forward and five backward.
+    """
+    query = _array(1, 1, groups, queries, 128, dtype=jnp.bfloat16)
+    row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
+    slot = _array(1, 1, queries, dtype=jnp.int32)
+    args = query, row, row, Reach(slot, slot)
+    out, rest = (_array(1, 1, groups, queries, *size) for size in ((128,), ()))
+
+    def forward(implementation):
+        del implementation  # one form for all
+        return lambda *args: attend_row(*args, 0.125)
+
+    def backward(implementation):
+        del implementation
+        return lambda args, *more: attend_row_backward(*args, 0.125, *more)
+
+    shape = f"{queries} queries of {groups} groups of 128, T {tokens}, bfloat16"
+    flops = 2 * queries * groups * tokens * 128
+    return (
+        Case(name.format("fwd"), shape, forward, args, 2 * flops),
+        Case(name.format("bwd"), shape, backward, (args, rest, out, rest), 5 * flops),
+    )
+
+
 def _lact_outputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
     """What the fast weights of LaCT-760M read, added to attention's output, of one row."""
 
@@ -390,5 +425,6 @@ _ALL = (
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
     *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
     *_fork_reads_cases("fork_{}_16k", 16384),
+    *_fork_rows_cases("fork_rows_{}_16k", 16384),
 )
 CASES = {each.name: each for each in _ALL}

@@ -26,7 +26,7 @@ from refine_jax.models.head import logits, next_token_loss, token_log_probs
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.grpo import group_advantages, policy_loss
 from refine_jax.refine.objective import Experience
-from refine_jax.refine.rewards import rollout_rewards
+from refine_jax.refine.rewards import token_rewards
 from refine_jax.refine.selection import select_positions
 
 
@@ -181,9 +181,9 @@ class TruncatedPrefixStep:
         config = self.config
         row = jnp.arange(starts.shape[0])[:, None, None]
         slots = starts[..., None] + jnp.arange(config.rollout_length)
-        rewards = rollout_rewards(
+        rewards = token_rewards(
             config.reward, states, hidden[row, slots], rollouts, tokens[row, slots]
-        )
+        ).mean(-1)
         group = (starts.shape[0], config.num_positions, config.rollouts_per_position)
         advantages = group_advantages(
             rewards.reshape(group),

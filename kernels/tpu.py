@@ -110,6 +110,11 @@ def nt(a: jax.Array, b: jax.Array) -> jax.Array:
     return _product(a, b, (1, 1))
 
 
+def tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply the transpose of a [n, m] by b [n, p]; float32."""
+    return _product(a, b, (0, 0))
+
+
 def computed_once(x: jax.Array) -> jax.Array:
     """Keep XLA from computing x [...] again inside of each product that takes it.
 

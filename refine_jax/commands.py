@@ -8,8 +8,6 @@
 Every command is made this way, so that all take flags, print help and fail alike.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect
@@ -95,12 +93,11 @@ class Command:
     Flags are `--name=value` or `--name value`; switches are `--name`, `--noname` or `--name=true`.
     A flag has its whole name. `--flagfile=FILE` stands for the flags in a file, a line each.
 
-    Args:
-      module: What `python -m` runs.
-      doc: The docstring: what the command does, then `Examples:`.
-      usage: What is needed, for the first line of the page.
-      words: {name: meaning} of what is given without a flag, all of it needed.
-      settings: Whether the settings of a run are flags, too: --config.SECTION.FIELD=VALUE.
+    module: what `python -m` runs.
+    doc: the docstring: what the command does, then `Examples:`.
+    usage: what is needed, for the first line of the page.
+    words: {name: meaning} of what is given without a flag, all of it needed.
+    settings: whether the settings of a run are flags, too: --config.SECTION.FIELD=VALUE.
     """
 
     def __init__(
@@ -147,8 +144,7 @@ class Command:
 
         `notes` of the options say what the user should know, such as flags that are given twice.
 
-        Raises:
-          ConfigError: A flag is unknown, has no value or a wrong one; something is missing.
+        Raises ConfigError: a flag is unknown, has no value or a wrong one; something is missing.
         """
         left = _with_flag_files(sys.argv[1:] if arguments is None else arguments)
         words: list[str] = []

@@ -20,8 +20,7 @@ _ALARM = 60.0  # before XLA's, at 120 s
 class Compilations:
     """What the thread that enters it compiles.
 
-    Args:
-      say: Prints a line; None: nothing is said. Called from another thread.
+    say: prints a line; None: nothing is said. Called from another thread.
 
     Attributes:
       what: Name of what is compiled next, such as "the training step"; "": it is not announced.

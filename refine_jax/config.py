@@ -1,8 +1,9 @@
-"""The configuration of a run: frozen dataclasses, built from an ml_collections ConfigDict.
+"""The configuration of a run, built from an ml_collections ConfigDict; what its settings must be
+together.
 
-Every field states its default, its meaning and what it allows in one line, and is checked when the
-dataclass is made; `Config` then checks what depends on several fields. An error names the field,
-what was got and what is allowed. A config file starts from `defaults()` and sets what it needs:
+Each section (`refine_jax.sections`) checks its own fields. `Config` checks what depends on several:
+an error names the fields, what was got and what is allowed. A config file starts from `defaults()`
+and sets what it needs:
 
     from refine_jax.config import defaults
 
@@ -13,540 +14,38 @@ what was got and what is allowed. A config file starts from `defaults()` and set
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 from ml_collections import ConfigDict, config_dict
 
-from refine_jax import config_checks
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
-from refine_jax.presets import PRESETS, GivenFields, expand
+from refine_jax.presets import GivenFields, expand
+from refine_jax.sections import (
+    DataConfig,
+    EvaluateConfig,
+    GenerationConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PosttrainConfig,
+    PromptsConfig,
+    RefineConfig,
+    TestTimeConfig,
+    TrainConfig,
+)
 from refine_jax.settings import (
-    CONTENT,
-    COUNT,
-    DEVICES,
-    DOCUMENTS,
-    FREELY,
-    ITEMS,
     LEAST,
-    MOST_TOKENS,
-    PATH,
-    ROWS,
-    SEEDS,
-    STEPS,
-    TOKENS,
-    WEIGHTS,
-    Section,
-    above,
-    between,
+    MOST_AT_ONCE,
+    MOST_MATCHED,
+    MOST_ROWS,
     check_names,
     inner_type,
-    listed,
-    never,
-    one_of,
     plain,
-    setting,
     suggestion,
 )
-
-CUTS = ("middle", "left")
-"""Where a prompt that is too long is cut."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(Section):
-    """Which model, and how it computes."""
-
-    checkpoint: str | None = setting(
-        None,
-        "checkpoint to start from, made by refine_jax.convert or by a run; replaces `fresh`",
-        PATH,
-        FREELY,
-    )
-    fresh: Mapping | None = setting(
-        None,
-        "a randomly initialised model: `model_type` and fields of a Hugging Face config.json",
-        never("it is the model"),
-    )
-    compute_dtype: str | None = setting(
-        None,
-        "activations and matmul operands; None: float32 on CPU, bfloat16 on accelerators",
-        one_of("float32", "bfloat16"),
-    )
-    param_dtype: str = setting(
-        "float32",
-        "parameters and optimizer moments",
-        one_of("float32", "bfloat16"),
-        never("the saved parameters have it"),
-    )
-    remat: str = setting(
-        "none", "what a layer's backward pass recomputes", one_of("none", "full", "dots"), FREELY
-    )
-    implementation: str | None = setting(
-        None,
-        "kernels of the mixers; xla: everywhere; None: the best for the device",
-        one_of("xla", "reference", "pallas_tpu", "pallas_gpu"),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig(Section):
-    """How many devices share what (`refine_jax.parallel`); one size may be -1: all that are left.
-
-    Does not change what is computed.
-    """
-
-    data: int = setting(1, "devices that share the rows of a batch", DEVICES, FREELY)
-    fsdp: int = setting(
-        -1, "devices that share the rows, and parameters and optimizer state too", DEVICES, FREELY
-    )
-    tensor: int = setting(1, "devices that share heads, MLP and vocabulary", DEVICES, FREELY)
-    sequence: int = setting(1, "devices that share the tokens of a row", DEVICES, FREELY)
-
-    def __post_init__(self):
-        super().__post_init__()
-        sizes = dataclasses.asdict(self)
-        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
-            got = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise ConfigError(
-                f"config.mesh: sizes are at least 1, and only one may be -1. Got: {got}."
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class RefineConfig(Section):
-    """The method (DESIGN section 5; ReFINE, arXiv 2602.16704). Defaults are mid-training's."""
-
-    preset: str | None = setting(
-        None,
-        "several of these together: the published estimator, no sampling, or rollouts that are "
-        "unbiased and of low noise; what is set beside it wins",
-        one_of(*PRESETS),
-    )
-    objective: str = setting(
-        "refine", "`ntp`: next-token loss alone (the paper's SFT)", one_of("refine", "ntp")
-    )
-    estimator: str = setting(
-        "rollouts",
-        "sampled rollouts, or the exact probabilities that they would be right, without sampling",
-        one_of("rollouts", "exact"),
-    )
-    rollouts: str = setting(
-        "update",
-        "which parameters roll out: those that the same pass updates, or, as published, those at "
-        "the start of the step",
-        one_of("update", "batch"),
-    )
-    selection: str = setting(
-        "entropy",
-        "how a position is picked in each span; variance: of the whole-match reward; all: every "
-        "position counts, for `exact` alone",
-        one_of("entropy", "uniform", "argmax", "argmin", "variance", "all"),
-    )
-    reward: str = setting(
-        "cosine",
-        "similarity to the true continuation: of hidden states, of tokens, or the sum; whether all "
-        "tokens match, the share before the first mistake, or the probability of the true tokens",
-        one_of("cosine", "binary", "hybrid", "whole", "prefix", "expected"),
-    )
-    grouping: str = setting(
-        "sequence",
-        "rollouts whose rewards are compared: all of a sequence, or those of one position",
-        one_of("sequence", "position"),
-    )
-    credit: str = setting(
-        "sequence",
-        "what a token is credited with: the reward of its rollout, or the part from it on",
-        one_of("sequence", "reward_to_go"),
-    )
-    baseline: str = setting(
-        "group",
-        "what a reward is compared with: the mean of its group, of the others in it, or the mean "
-        "weighted by the energy of gradients (arXiv 2602.07078)",
-        one_of("group", "leave_one_out", "optimal_token"),
-    )
-    rollout_length: int = setting(5, "k: tokens a rollout", between(1, 2**16))
-    num_positions: int = setting(8, "c: positions a sequence", between(1, 2**16))
-    rollouts_per_position: int = setting(1, "n: rollouts a position", between(1, 2**12))
-    selection_temperature: float = setting(
-        1.0,
-        "tau: of the entropies, or of the variances' logarithms, when picking",
-        between(LEAST, 1e6),
-    )
-    sampling_temperature: float = setting(
-        1.0, "of the policy when rolling out", between(LEAST, 1e6)
-    )
-    forbid_eos: bool = setting(True, "rollouts never sample the end-of-sequence token")
-    clip_low: float = setting(0.2, "ratio is clipped below 1 - clip_low", above(0, 1))
-    clip_high: float = setting(0.2, "ratio is clipped above 1 + clip_high", above(0, 1e6))
-    dual_clip: float = setting(3.0, "bound on the loss of negative advantages", above(1, 1e6))
-    normalize_std: bool = setting(True, "advantages are divided by the group's deviation")
-    loss_aggregation: str = setting(
-        "token-mean",
-        "how the policy loss of tokens is combined",
-        one_of(
-            "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-        ),
-    )
-    lambda_sft: float = setting(1.0, "weight of the next-token loss", WEIGHTS)
-    lambda_rl: float = setting(0.2, "weight of the policy loss, or of the expected reward", WEIGHTS)
-    lambda_rl_schedule: str = setting(
-        "constant", "of lambda_rl over the run", one_of("constant", "linear", "cosine")
-    )
-    lambda_rl_until: float = setting(
-        1.0,
-        "part of the training steps after which lambda_rl is 0, and where its schedule ends",
-        above(0, 1),
-    )
-    kl_coef: float = setting(0.0, "weight of the divergence from the initial policy", WEIGHTS)
-    kl_type: str = setting("low_var_kl", "its estimator", one_of("low_var_kl", "kl", "abs", "mse"))
-    edge_margin: int = setting(20, "tokens kept free of rollouts at both ends", TOKENS)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.preset is not None:
-            raise ConfigError(
-                "config.refine.preset is replaced by its values in Config.from_dict; "
-                f"RefineConfig takes PRESETS[{self.preset!r}] of refine_jax.presets instead."
-            )
-
-    @property
-    def tokens_needed(self) -> int:
-        """Shortest document, in tokens, that holds c rollouts of k tokens between the margins.
-
-        One that holds k tokens to predict, where every position counts.
-        """
-        if self.selection == "all":
-            return self.rollout_length + 1
-        return 2 * self.edge_margin + self.num_positions * self.rollout_length
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay on all parameters, after clipping by the global norm."""
-
-    learning_rate: float = setting(1e-6, "peak learning rate", between(0, 1e3))
-    b1: float = setting(0.9, "decay of the first moment", between(0, 0.99999))
-    b2: float = setting(0.999, "decay of the second moment", between(0, 0.9999999))
-    eps: float = setting(1e-8, "added to the root of the second moment", between(1e-30, 1e3))
-    weight_decay: float = setting(0.01, "decoupled, on all parameters", between(0, 1e3))
-    clip_norm: float | None = setting(
-        0.2, "largest global norm of a gradient; None: any", between(1e-30, 1e30)
-    )
-    first_moment_dtype: str | None = setting(
-        None,
-        "of the first moments; None: as the parameters. Second ones would lose their small changes",
-        one_of("float32", "bfloat16"),
-        never("the saved moments have it"),
-    )
-    schedule: str = setting("constant", "after the warm-up", one_of("constant", "cosine", "linear"))
-    warmup_steps: int = setting(0, "training steps of linear warm-up from 0", COUNT)
-    final_fraction: float = setting(
-        0.0, "where `cosine` and `linear` end, of the peak", between(0, 1)
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig(Section):
-    """The loop."""
-
-    steps: int = setting(100, "training steps, one batch each", STEPS)
-    warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", COUNT)
-    batch_size: int = setting(128, "sequences a step", ROWS)
-    mini_batch_size: int | None = setting(
-        None, "sequences an optimizer update; None: batch_size", ROWS
-    )
-    micro_batch_size: int | None = setting(
-        None,
-        "sequences of one forward and backward pass on each device that shares the rows; "
-        "None: mini_batch_size",
-        ROWS,
-    )
-    eval_every: int = setting(
-        0, "steps between evaluations; 0: before and after only", COUNT, FREELY
-    )
-    eval_batches: int = setting(
-        8, "held-out batches of micro_batch_size an evaluation", ROWS, FREELY
-    )
-    time_rollouts: bool = setting(
-        False,
-        "with `refine.rollouts` `batch`, time the rollouts, in a program of their own",
-        FREELY,
-    )
-    log_every: int = setting(10, "steps between lines on the terminal; 0: none", COUNT, FREELY)
-    checkpoint_every: int = setting(
-        100, "steps between checkpoints; 0: at the end only", COUNT, FREELY
-    )
-    keep_checkpoints: int = setting(2, "newest checkpoints to keep", ROWS, FREELY)
-    best_metric: str | None = setting(
-        None,
-        "also keep the checkpoint that is best on held-out documents; needs eval_every",
-        one_of("loss", "accuracy", "reward", "score"),
-    )
-    max_nonfinite_updates: int = setting(
-        10, "updates skipped in a row for non-finite gradients before the run stops", STEPS, FREELY
-    )
-    seed: int = setting(
-        0,
-        "of the initial weights, the rollouts and the order of the data",
-        SEEDS,
-        never("the order of the data and all random numbers come from it"),
-    )
-
-    @property
-    def mini_batch(self) -> int:
-        """Sequences of one optimizer update."""
-        return self.mini_batch_size or self.batch_size
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of one forward and backward pass on one device."""
-        return self.micro_batch_size or self.mini_batch
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer updates in a training step."""
-        return self.batch_size // self.mini_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig(Section):
-    """Which documents, and how they become rows of tokens (`refine_jax.data`)."""
-
-    source: str = setting(
-        "stdlib",
-        "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
-        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
-        PATH,
-        CONTENT,
-    )
-    text_field: str = setting(
-        "text", "parquet column, JSON field or tfds feature with the text", CONTENT, DOCUMENTS
-    )
-    files: str = setting(
-        "", "pattern of file names in folders, e.g. `*.py`; '': known suffixes", CONTENT
-    )
-    tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
-    tfds_data_dir: str = setting(
-        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
-    )
-    limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
-    tokenizer: str = setting(
-        "mistral-v1",
-        "`mistral-v1`, `bytes`, `checkpoint` (that of model.checkpoint), or a path",
-        PATH,
-        CONTENT,
-    )
-    add_bos: bool = setting(True, "begin-of-sequence token before each document")
-    add_eos: bool = setting(False, "end-of-sequence token after each document", DOCUMENTS)
-    sequence_length: int = setting(16384, "T: tokens of a row", between(2, MOST_TOKENS))
-    min_tokens: int | None = setting(
-        None, "drop documents with fewer tokens; None: sequence_length", ITEMS, DOCUMENTS
-    )
-    max_tokens: int | None = setting(
-        None, "drop documents with more tokens; None: no limit", ITEMS, DOCUMENTS
-    )
-    chunking: str = setting(
-        "all",
-        "longer documents: cut into rows, or keep the first row",
-        one_of("all", "first"),
-        DOCUMENTS,
-    )
-    min_remainder: int | None = setting(
-        None,
-        "keep the last piece of a cut document if it has so many tokens; None: as many as the "
-        "rollouts of `refine` need, also for `ntp`, which then sees the same rows",
-        TOKENS,
-        DOCUMENTS,
-    )
-    pack: bool = setting(False, "short documents share a row", DOCUMENTS)
-    max_documents: int = setting(8, "most documents of a packed row", ROWS, DOCUMENTS)
-    holdout: float = setting(
-        0.05,
-        "fraction of the documents held out for evaluation, of the rows where there is one "
-        "document; 0: no evaluation",
-        between(0, 0.5),
-    )
-    epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
-    workers: int = setting(
-        0, "processes that read ahead; 0: threads of this one", between(0, 256), FREELY
-    )
-    cache_dir: str = setting(
-        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
-    )
-
-    @property
-    def shortest(self) -> int:
-        """The fewest tokens of a document that is kept."""
-        return self.sequence_length if self.min_tokens is None else self.min_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptsConfig(Section):
-    """Which prompts and answers, and how they become rows (`refine_jax.data.prompts`).
-
-    They come from `data.source`: `recall` (made up), or parquet or jsonl files.
-    """
-
-    prompt_field: str = setting("prompt", "parquet column or JSON field with the prompt")
-    answer_field: str = setting(
-        "answer", "the one with the reference answer: a string or a list of strings"
-    )
-    target: str = setting(
-        "first",
-        "which of several answers is trained on; random: drawn for each prompt and epoch",
-        one_of("first", "random"),
-    )
-    max_answer_tokens: int = setting(
-        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", TOKENS
-    )
-    cut: str = setting(
-        "middle",
-        "where prompts of more than data.sequence_length - A tokens are cut",
-        one_of(*CUTS),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class PosttrainConfig(Section):
-    """A step of post-training: first on the prompts, then on the answers of the same batch."""
-
-    nested: bool = setting(
-        True, "train on the prompts first, with refine.objective; False: on the answers alone"
-    )
-    answers: str = setting(
-        "sft",
-        "on the reference answers, or on sampled ones with the task's score as reward",
-        one_of("sft", "grpo"),
-    )
-    mini_batch_size: int | None = setting(
-        None, "prompts of an update on answers; None: train.batch_size, as officially", ROWS
-    )
-    samples: int = setting(8, "n: answers sampled for a prompt by `grpo`", between(2, 2**12))
-    metric: str = setting(
-        "ruler_qa_refine", "score of answers in evaluations, and the reward of `grpo`"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerationConfig(Section):
-    """How phases that generate do it (`refine_jax.generation`)."""
-
-    temperature: float = setting(0.0, "of the policy when generating; 0: greedy", WEIGHTS)
-    top_k: int | None = setting(
-        None, "draw among the k most likely tokens only; None: among all", STEPS
-    )
-    top_p: float | None = setting(
-        None,
-        "draw among the fewest most likely tokens of this total probability; None: among all",
-        between(LEAST, 1),
-    )
-    max_new_tokens: int | None = setting(
-        None, "most tokens of an answer; None: as many as its task allows", TOKENS
-    )
-    prefill_tokens: int = setting(
-        32768,
-        "most tokens, padding included, of one forward pass over prompts; what is longer is read "
-        "in pieces",
-        TOKENS,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class TestTimeConfig(Section):
-    """Training on a prompt before it is answered, by the `refine` and `optimizer` sections."""
-
-    __test__: ClassVar[bool] = False  # not a test case, whatever its name
-
-    steps: int = setting(1, "passes over a prompt, or over a batch of prompts", ROWS)
-    reset: str = setting(
-        "example",
-        "when the trained parameters come back: for each prompt, which then adapts a copy of its "
-        "own; for each batch; or never (the official code), where scores depend on the order",
-        one_of("example", "batch", "never"),
-    )
-    copies: int = setting(
-        1, "`example`: prompts adapted at once, vmapped; 1: one after the other", between(1, 2**10)
-    )
-    batch_size: int = setting(
-        8, "`batch` and `never`: prompts adapted together and answered with one result", ROWS
-    )
-    mini_batch_size: int = setting(4, "prompts an optimizer update", ROWS)
-    micro_batch_size: int | None = setting(
-        None, "prompts of one forward and backward pass; None: mini_batch_size", ROWS
-    )
-
-    @property
-    def micro_batch(self) -> int:
-        """Prompts of one forward and backward pass."""
-        return self.micro_batch_size or self.mini_batch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig(Section):
-    """Which tasks are answered and scored, by the phases `evaluate` and `testtime`."""
-
-    tasks: str = setting(
-        "niah_single_1", "names of `refine_jax.data.tasks.TASKS`, joined by commas"
-    )
-    lengths: str = setting(
-        "4096,8192,16384",
-        "most tokens of prompt and answer, joined by commas: RULER's tasks are made or read at "
-        "each; '': all that the files hold (LongBench always)",
-    )
-    samples: int | None = setting(
-        None, "examples of a task and length; None: all of a file; needed by what is made", ITEMS
-    )
-    data: str = setting(
-        "",
-        "of LongBench and RULER's question answering: parquet or JSON files, or SQuAD's or "
-        "HotpotQA's .json; a file, folder or glob",
-        PATH,
-    )
-    essays: str = setting(
-        "",
-        "text that needles are hidden in: a file, folder, glob, or `stdlib`; '': none needed",
-        PATH,
-    )
-    ruler_qa: str = setting(
-        "refine",
-        "convention that scores RULER's question answering",
-        one_of("refine", "nvidia", "lm_eval"),
-    )
-    max_tokens: int | None = setting(
-        None,
-        "most tokens of prompt and answer; longer prompts are cut; None: as they are",
-        between(2, MOST_TOKENS),
-    )
-    cut: str = setting("middle", "where they are cut", one_of(*CUTS))
-    batch_size: int = setting(8, "prompts answered at once, where parameters are shared", ROWS)
-    seed: int = setting(0, "of the examples that are made or chosen", SEEDS)
-    order_seed: int | None = setting(
-        None, "shuffles the order of evaluation; None: as the tasks come", SEEDS
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _ = self.token_lengths
-
-    @property
-    def task_names(self) -> list[str]:
-        """The tasks, each once."""
-        return listed(self.tasks)
-
-    @property
-    def token_lengths(self) -> list[int | None]:
-        """The lengths, each once; [None] for as they come. Raises ConfigError for other texts."""
-        words = listed(self.lengths)
-        fits = [word.isdecimal() and len(word) < 10 for word in words]
-        if not all(fits) or not all(0 < int(word) <= MOST_TOKENS for word in words):
-            raise ConfigError(
-                f"{self.prefix}lengths must be whole numbers from 1 to {MOST_TOKENS:,}, without "
-                f"signs in them, joined by commas. Got: {short(self.lengths)}."
-            )
-        return list(dict.fromkeys(map(int, words))) or [None]
-
 
 # What a run does; each is a module of refine_jax.phases.
 PHASES = ("midtrain", "posttrain", "testtime", "evaluate")
@@ -558,16 +57,16 @@ class Config:
 
     model: ModelConfig
     phase: str = "midtrain"
-    mesh: MeshConfig = MeshConfig()
-    data: DataConfig = DataConfig()
-    refine: RefineConfig = RefineConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    prompts: PromptsConfig = PromptsConfig()
-    posttrain: PosttrainConfig = PosttrainConfig()
-    generation: GenerationConfig = GenerationConfig()
-    testtime: TestTimeConfig = TestTimeConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    refine: RefineConfig = dataclasses.field(default_factory=RefineConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
+    posttrain: PosttrainConfig = dataclasses.field(default_factory=PosttrainConfig)
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
 
     def __post_init__(self):
         if self.phase not in PHASES:
@@ -576,7 +75,7 @@ class Config:
                 f"Got: {short(self.phase)}."
                 f"{suggestion(self.phase, PHASES)}"
             )
-        config_checks.check(self)
+        _check(self)
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "Config":
@@ -636,3 +135,203 @@ def defaults() -> ConfigDict:
     values.lock()
     values.model.fresh.unlock()
     return values
+
+
+def _check(config: Config) -> None:
+    """Raise ConfigError for settings that do not fit each other."""
+    model, train, refine, testtime = config.model, config.train, config.refine, config.testtime
+    if model.checkpoint is None and "model_type" not in (model.fresh or {}):
+        raise ConfigError(
+            "config.model needs `checkpoint` (a folder made by refine_jax.convert) or `fresh` with "
+            f"a `model_type` and the fields of the model. Got: checkpoint=None, "
+            f"fresh={short(model.fresh)}."
+        )
+    _check_batches(train, train.mini_batch)
+    _check_sizes(config)
+    _check_steps(train, config.optimizer)
+    _check_lengths(config.data, refine)
+    _check_estimator(refine)
+    if train.best_metric and not config.data.holdout:
+        raise ConfigError(
+            "config.train.best_metric needs held-out documents: set config.data.holdout. "
+            f"Got: best_metric={train.best_metric!r}, holdout=0."
+        )
+    if testtime.copies > 1 and testtime.reset != "example":
+        raise ConfigError(
+            "config.testtime.copies is for reset='example', where each prompt adapts a copy of its "
+            f"own. Got: copies={testtime.copies}, reset={testtime.reset!r}."
+        )
+    _check_batches(testtime, testtime.mini_batch_size)
+    scheduled = refine.lambda_rl_schedule != "constant" or refine.lambda_rl_until < 1
+    if config.phase == "testtime" and testtime.reset == "never" and scheduled:
+        raise ConfigError(
+            "config.refine.lambda_rl_schedule and lambda_rl_until run over the steps on a prompt, "
+            "which config.testtime.reset='never' does not begin again. Got: "
+            f"{refine.lambda_rl_schedule!r}, {refine.lambda_rl_until}."
+        )
+    if 0 < config.generation.temperature < LEAST:
+        raise ConfigError(
+            f"config.generation.temperature must be 0, for greedy, or at least {LEAST}. "
+            f"Got: {config.generation.temperature}."
+        )
+    if config.phase == "posttrain":
+        _check_posttrain(config)
+    elif train.best_metric == "score":
+        raise ConfigError(
+            "config.train.best_metric='score' is the score of answers: it needs phase "
+            f"'posttrain'. Got: {config.phase!r}."
+        )
+
+
+def _check_batches(section: TrainConfig | TestTimeConfig, mini: int) -> None:
+    sizes = {"batch_size": section.batch_size, "mini_batch_size": mini}
+    sizes["micro_batch_size"] = section.micro_batch
+    for (larger, whole), (smaller, part) in itertools.pairwise(sizes.items()):
+        if whole % part:
+            raise ConfigError(
+                f"{section.prefix}{smaller} must divide {section.prefix}{larger}. "
+                f"Got: {smaller}={part}, {larger}={whole}."
+            )
+
+
+def _check_sizes(config: Config) -> None:
+    """Refuse what no memory holds, before anything makes arrays of it."""
+    train, data, refine = config.train, config.data, config.refine
+    mesh = math.prod(max(size, 1) for size in dataclasses.asdict(config.mesh).values())
+    if mesh > MOST_ROWS:
+        raise ConfigError(
+            f"config.mesh: its sizes are of at most {MOST_ROWS:,} devices in all. Got: {mesh:,}."
+        )
+    rollouts = {
+        "refine.num_positions": refine.num_positions,
+        "refine.rollouts_per_position": refine.rollouts_per_position,
+        "refine.rollout_length": refine.rollout_length,
+    }
+    row, batch = (
+        {"data.sequence_length": data.sequence_length},
+        {"train.batch_size": train.batch_size},
+    )
+    products = [batch | row, batch | rollouts]
+    if config.phase == "posttrain" and config.posttrain.answers == "grpo":
+        samples = {"posttrain.samples": config.posttrain.samples}
+        products.append(batch | samples | row)
+    for sizes in products:
+        tokens = math.prod(sizes.values())
+        if tokens > MOST_AT_ONCE:
+            got = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"config: {' * '.join(sizes)} must be at most {MOST_AT_ONCE:,} tokens, which are "
+                f"in memory together: 4 bytes each are {tokens * 4 / 2**30:,.0f} GiB. Got: {got}."
+            )
+    if data.pack and data.max_documents > data.sequence_length:
+        raise ConfigError(
+            "config.data.max_documents must be at most config.data.sequence_length: a document has "
+            f"a token. Got: max_documents={data.max_documents}, "
+            f"sequence_length={data.sequence_length}."
+        )
+
+
+def _check_steps(train: TrainConfig, optimizer: OptimizerConfig) -> None:
+    for section, name in ((train, "warmup_ntp_steps"), (optimizer, "warmup_steps")):
+        if getattr(section, name) > train.steps:
+            raise ConfigError(
+                f"{section.prefix}{name} must be at most config.train.steps. "
+                f"Got: {name}={getattr(section, name)}, steps={train.steps}."
+            )
+    if train.best_metric and not train.eval_every:
+        raise ConfigError(
+            "config.train.best_metric needs evaluations during the run: set "
+            f"config.train.eval_every. Got: best_metric={train.best_metric!r}, eval_every=0."
+        )
+
+
+def _check_lengths(data: DataConfig, refine: RefineConfig) -> None:
+    """Every rollout, and the truth it is compared with, must lie between the margins."""
+    length, margin = data.sequence_length, refine.edge_margin
+    shortest = data.shortest
+    k, c = refine.rollout_length, refine.num_positions
+    if k + 2 > length:
+        raise ConfigError(
+            "config.refine.rollout_length must leave two tokens of config.data.sequence_length "
+            f"(evaluation rolls out for every objective). Got: rollout_length={k}, "
+            f"sequence_length={length}."
+        )
+    if refine.objective == "ntp":
+        return
+    if k > margin:
+        raise ConfigError(
+            "config.refine.rollout_length must be at most config.refine.edge_margin, or a rollout "
+            f"could pass the end of its sequence. Got: rollout_length={k}, edge_margin={margin}."
+        )
+    for name, tokens in (("sequence_length", length), ("min_tokens", shortest)):
+        if refine.tokens_needed > tokens:
+            room = max(tokens - 2 * margin, 0)
+            raise ConfigError(
+                f"config.refine: {c} positions (num_positions) with rollouts of {k} tokens "
+                f"(rollout_length) do not fit config.data.{name}={tokens}: {refine.tokens_needed} "
+                f"tokens are needed, {margin} of them at both ends (edge_margin). Allowed at this "
+                f"length: num_positions * rollout_length <= {room}."
+            )
+
+
+def _check_estimator(refine: RefineConfig) -> None:
+    """What an exact expectation is known of, and what it leaves no room for."""
+    k, exact = refine.rollout_length, refine.estimator == "exact"
+    if exact and refine.reward not in ("whole", "prefix"):
+        raise ConfigError(
+            "config.refine.estimator='exact' needs config.refine.reward='whole' or 'prefix': of "
+            f"other rewards only rollouts tell the expectation. Got: reward={refine.reward!r}."
+        )
+    if exact and refine.kl_coef:
+        raise ConfigError(
+            "config.refine.kl_coef is a divergence on rollouts, of which "
+            f"config.refine.estimator='exact' makes none. Got: kl_coef={refine.kl_coef}."
+        )
+    if refine.selection == "all" and not exact:
+        raise ConfigError(
+            "config.refine.selection='all' is for config.refine.estimator='exact': rollouts start "
+            "at a position of each span. Got: estimator='rollouts'."
+        )
+    if (exact or refine.selection == "variance") and k > MOST_MATCHED:
+        raise ConfigError(
+            f"config.refine.rollout_length must be at most {MOST_MATCHED} with "
+            "config.refine.estimator='exact' and config.refine.selection='variance', which keep a "
+            f"probability for each of its tokens at every position. Got: rollout_length={k}."
+        )
+
+
+def _check_posttrain(config: Config) -> None:
+    """Settings of mid-training that would be ignored are refused; batches and lengths must fit."""
+    data, train, posttrain = config.data, config.train, config.posttrain
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if field.metadata["documents_only"] and value != field.default:
+            raise ConfigError(
+                f"config.data.{field.name} is for documents; config.prompts says how prompts "
+                f"become rows (phase 'posttrain'). Got: {value!r}."
+            )
+    if train.warmup_ntp_steps:
+        raise ConfigError(
+            "config.train.warmup_ntp_steps is for mid-training. Got: "
+            f"{train.warmup_ntp_steps} in phase 'posttrain'."
+        )
+    if config.refine.kl_coef and not posttrain.nested:
+        raise ConfigError(
+            "config.refine.kl_coef belongs to the training on prompts (config.posttrain.nested). "
+            f"Got: kl_coef={config.refine.kl_coef}, nested=False."
+        )
+    mini_batch = posttrain.mini_batch_size or train.batch_size
+    if train.batch_size % mini_batch or mini_batch % train.micro_batch:
+        raise ConfigError(
+            "config.posttrain.mini_batch_size must divide config.train.batch_size and be a "
+            f"multiple of config.train.micro_batch_size. Got: mini_batch_size={mini_batch}, "
+            f"batch_size={train.batch_size}, micro_batch_size={train.micro_batch}."
+        )
+    room = data.sequence_length - config.prompts.max_answer_tokens
+    needed = config.refine.tokens_needed if config.refine.objective == "refine" else 2
+    if room < needed:
+        raise ConfigError(
+            f"config.data.sequence_length must hold {needed} tokens of a prompt (for the rollouts "
+            "of config.refine) beside config.prompts.max_answer_tokens. Got: sequence_length="
+            f"{data.sequence_length}, max_answer_tokens={config.prompts.max_answer_tokens}."
+        )

@@ -3,8 +3,6 @@
 What is wrong with either is a ConfigError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.machinery
@@ -39,8 +37,7 @@ def kind_of_setting(name: str) -> Any:
     Fields of `config.model.fresh` depend on the model: str stands for theirs, which
     `override` knows.
 
-    Raises:
-      ConfigError: There is no such section or field.
+    Raises ConfigError: there is no such section or field.
     """
     prefix, _, rest = name.partition(".")
     if prefix != "config" or not rest:
@@ -68,8 +65,7 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
     A field of `model.fresh` is one of the family that `model_type` names, whether or not the
     configuration sets it.
 
-    Raises:
-      ConfigError: A value that is none of its type; a field that the family has not.
+    Raises ConfigError: a value that is none of its type; a field that the family has not.
     """
     # The family decides which fields there are.
     order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
@@ -92,8 +88,8 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
             value = parsed(given[name], hint, name)
             _put(values[section], field, value)
             if (section, field) == ("refine", "preset"):
-                for each, preset_value in PRESETS.get(value, {}).items():
-                    _put(values.refine, each, preset_value)
+                for preset_field, preset_value in PRESETS.get(value, {}).items():
+                    _put(values.refine, preset_field, preset_value)
 
 
 def _put(section: ConfigDict, name: str, value: Any) -> None:
@@ -151,8 +147,7 @@ def parsed(text: str | bool, hint: Any, name: str) -> Any:
 def load_config(name: str) -> ConfigDict:
     """The configuration of a file `FILE` or `FILE:FORM`, whole: what it leaves out has its default.
 
-    Raises:
-      ConfigError: There is no such file, or it makes no configuration; the message says where.
+    Raises ConfigError: there is no such file, or it makes no configuration; the message says where.
     """
     text, _, form = name.partition(":")
     path = local_path(name if form.startswith("/") else text, "--config")

@@ -106,11 +106,7 @@ def answer(options: Options) -> None:
 
 
 def run_adapted(
-    generator: Generator,
-    adapter: Adapter,
-    texts: list[str],
-    sampling: Sampling,
-    options: Options,
+    generator: Generator, adapter: Adapter, texts: list[str], sampling: Sampling, options: Options
 ) -> None:
     """Adapt a copy of the parameters to each prompt and generate with it, prompt by prompt."""
     import jax

@@ -146,8 +146,7 @@ _LOADING = (
 def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
     """lm-eval's tasks and groups of these names, patterns, YAML files and folders of such files.
 
-    Raises:
-      DataError: One is not there, or lm-eval cannot load it or its data.
+    Raises DataError: one is not there, or lm-eval cannot load it or its data.
     """
     from lm_eval.tasks import TaskManager
 
@@ -162,8 +161,8 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
         known = {*manager.all_subtasks}
         if not all(name in known or Path(name).exists() for name in names):
             manager = TaskManager(include_path=include_path)
-        found = find(manager)
-    missing = [name for name, matches in found.items() if not matches]
+        matches_of = find(manager)
+    missing = [name for name, matches in matches_of.items() if not matches]
     if missing or not names:
         lines = [" ".join(record.getMessage().split()) for record in said]
         mine = [line for line in lines if line.startswith("Skip ") and f" {include_path}" in line]
@@ -173,7 +172,7 @@ def _load_tasks(names: Sequence[str], include_path: str | None) -> list:
             + "".join(f" It does not read {line.removeprefix('Skip ')}." for line in set(mine[:5]))
         )
     loaded = []
-    for name in dict.fromkeys(match for matches in found.values() for match in matches):
+    for name in dict.fromkeys(match for matches in matches_of.values() for match in matches):
         held = _held_back("datasets", "lm_eval")
         with held as said, _no_bars(), _explained(f"load the task {name}", _LOADING, said=said):
             one = manager.load(name)
@@ -197,12 +196,12 @@ def _matches(name: str, manager) -> list[str]:
     """What a name of --tasks stands for: names of the index, or YAML files, as lm-eval has it."""
     if name.endswith(".yaml"):
         return sorted(glob.glob(name))
-    found = sorted(manager.match_tasks([name]))
-    if not found and Path(name).is_file():
+    tasks = sorted(manager.match_tasks([name]))
+    if not tasks and Path(name).is_file():
         return [name]
-    if not found and Path(name).is_dir():
+    if not tasks and Path(name).is_dir():
         return sorted(map(str, Path(name).glob("*.yaml")))
-    return found
+    return tasks
 
 
 def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
@@ -223,11 +222,7 @@ def _check_generation(loaded: Sequence, gen_kwargs: str | None) -> None:
 
 @contextlib.contextmanager
 def _explained(
-    what: str,
-    hint: str = "",
-    *,
-    ours: str = "",
-    said: Sequence[python_logging.LogRecord] = (),
+    what: str, hint: str = "", *, ours: str = "", said: Sequence[python_logging.LogRecord] = ()
 ) -> Iterator[None]:
     """Turn what lm-eval and its libraries raise about tasks and their data into one message.
 
@@ -251,7 +246,7 @@ def _explained(
         errors = [record.getMessage() for record in said if record.levelno >= python_logging.ERROR]
         for line in errors[-1:]:
             # It repeats the reasons, and says of what file they are.
-            reasons = [each for each in reasons if each[1] not in line] + [("", _cut(line))]
+            reasons = [pair for pair in reasons if pair[1] not in line] + [("", _cut(line))]
         text = "; ".join(kind + message for kind, message in reasons)
         raise DataError(f"lm-eval cannot {what}: {text}{hint}") from error
 

@@ -48,12 +48,9 @@ def execute(
 ) -> int:
     """Run a configuration and print its figures; returns the exit code.
 
-    Args:
-      values: A ConfigDict or nested dict of fields.
-      workdir: Folder of the run.
-      debug: Let errors of the user's input through, with their traceback.
-      join: Called before anything computes; joins the other processes.
-      allow_change: Settings that a run which is continued may change.
+    values: a ConfigDict or nested dict of fields. workdir: folder of the run. debug: let errors of
+    the user's input through, with their traceback. join: called before anything computes; joins the
+    other processes. allow_change: settings that a run which is continued may change.
     """
     from refine_jax import distributed
     from refine_jax.config import Config
@@ -104,8 +101,7 @@ def _out_of_memory(error: RuntimeError, config: Config) -> RunError:
 def _permission(config: Config, allow_change: Sequence[str]) -> dict[str, Sequence[str]]:
     """What training phases are told of settings that may change; others cannot continue with any.
 
-    Raises:
-      ConfigError: The phase keeps no state to go on with under other settings.
+    Raises ConfigError: the phase keeps no state to go on with under other settings.
     """
     if not allow_change:
         return {}
@@ -143,13 +139,9 @@ def compile_for(
 ) -> int:
     """Compile a configuration for a TPU slice and print what it needs; returns the exit code.
 
-    Args:
-      values: A ConfigDict or nested dict of fields.
-      topology: The slice, as v5p:4x4x4.
-      workdir: An optional folder for compile_only.json, made if it is not there.
-      file: Another file for the same, optional.
-      plan: Stop before code is made.
-      debug: Show where an error came from.
+    values: a ConfigDict or nested dict of fields. topology: the slice, as v5p:4x4x4. workdir: an
+    optional folder for compile_only.json, made if it is not there. file: another file for the same,
+    optional. plan: stop before code is made. debug: show where an error came from.
     """
     from refine_jax.config import Config
 

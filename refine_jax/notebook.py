@@ -6,8 +6,6 @@
 Only `live_curves` needs IPython, which every notebook has.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import html
@@ -77,12 +75,9 @@ def entropy_html(
 ) -> str:
     """A text as HTML, each token the darker the less sure the model was before it.
 
-    Args:
-      tokenizer: Of the model.
-      tokens: [T] ids.
-      entropy: [T] nats, of the prediction at each token: of the token after it.
-      starts: Places of the first tokens of rollouts; the `length` tokens from there are framed.
-      length: Tokens of a rollout.
+    tokenizer: of the model. tokens: [T] ids. entropy: [T] nats, of the prediction at each token: of
+    the token after it. starts: places of the first tokens of rollouts; the `length` tokens from
+    there are framed. length: tokens of a rollout.
     """
     entropy = np.asarray(entropy, np.float64)
     shades = np.concatenate([[0.0], entropy[:-1] / max(entropy.max(), 1e-9)])

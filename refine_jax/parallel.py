@@ -13,8 +13,6 @@ Pallas kernels, on each device's part (`over_shards`). Without an ambient mesh o
 all of this does nothing, and the programs are those of one device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math
@@ -74,8 +72,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
     The devices of a process are neighbours along the last axes, where most is communicated.
 
-    Raises:
-      ConfigError: The sizes do not make up the number of devices.
+    Raises ConfigError: the sizes do not make up the number of devices.
     """
     sizes = [getattr(config, name) for name in AXES]
     given = math.prod(size for size in sizes if size != -1)
@@ -103,8 +100,7 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
 
     alone: of this process's devices only, where each of several processes works for itself.
 
-    Raises:
-      ConfigError: The sizes do not make up the number of devices.
+    Raises ConfigError: the sizes do not make up the number of devices.
     """
     devices = default_devices()
     if alone:
@@ -121,8 +117,7 @@ def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
 
     sizes: of the mesh's axes. tokens: of a row. model: its configuration.
 
-    Raises:
-      ConfigError: What does not divide.
+    Raises ConfigError: what does not divide.
     """
     names = ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads")
     for name in (*names, "num_attention_heads"):
@@ -419,8 +414,8 @@ def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> 
         def slab(index):
             row, fork = index // start.shape[1], index % start.shape[1]
             origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
-            found = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
-            return found if name is None else _moved(found, -behind[row, fork])
+            tokens = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
+            return tokens if name is None else _moved(tokens, -behind[row, fork])
 
         # One by one: all at once would be a gather, whose result XLA fills with zeros first.
         slabs = lax.map(slab, jnp.arange(start.size)).reshape(*start.shape, size, *x.shape[2:])

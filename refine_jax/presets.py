@@ -8,8 +8,6 @@ flag wins over the file, as flags do. `Config.from_dict` replaces a preset by it
 the configuration of a run, as it is recorded and compared, says what was computed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -8,7 +8,7 @@ import numbers
 import operator
 import os
 import typing
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
@@ -31,6 +31,11 @@ def setting(default: Any, doc: str, *properties: Mapping[str, Any]) -> Any:
     none = dict.fromkeys(("choices", "low", "high", "above", "path", "documents_only"))
     metadata = functools.reduce(operator.or_, properties, {"doc": doc, "change": BY_NAME} | none)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def choice(choices: Sequence[str], doc: str, *properties: Mapping[str, Any]) -> Any:
+    """A `setting` that is one of these texts, by default the first."""
+    return setting(choices[0], doc, one_of(*choices), *properties)
 
 
 def one_of(*choices: str) -> dict[str, Any]:
@@ -214,21 +219,21 @@ def _converted(value, hint, path: str):
 def _json_object(value: Mapping, path: str) -> dict[str, Any]:
     """Fields as JSON values, numbers of numpy as Python's; raises ConfigError for others."""
     fields = {}
-    for name, each in value.items():
+    for name, field in value.items():
         where = f"{path}.{name}"
         if not isinstance(name, str):
             raise ConfigError(f"{path}: names of fields must be strings. Got: {short(name)}.")
-        if isinstance(each, Mapping):
-            each = _json_object(each, where)
-        elif isinstance(each, list | tuple):
-            each = list(_json_object({str(n): x for n, x in enumerate(each)}, where).values())
-        elif isinstance(each, numbers.Integral) and not isinstance(each, bool):
-            each = int(each)
-        elif isinstance(each, numbers.Real) and not isinstance(each, int):
-            each = _converted(each, float, where)
-        elif not (each is None or isinstance(each, str | bool)):
-            raise ConfigError(f"{where} must be a JSON value. Got: {short(each)}.")
-        fields[name] = each
+        if isinstance(field, Mapping):
+            field = _json_object(field, where)
+        elif isinstance(field, list | tuple):
+            field = list(_json_object({str(n): x for n, x in enumerate(field)}, where).values())
+        elif isinstance(field, numbers.Integral) and not isinstance(field, bool):
+            field = int(field)
+        elif isinstance(field, numbers.Real) and not isinstance(field, int):
+            field = _converted(field, float, where)
+        elif not (field is None or isinstance(field, str | bool)):
+            raise ConfigError(f"{where} must be a JSON value. Got: {short(field)}.")
+        fields[name] = field
     return fields
 
 

@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.summary --workdir=runs/ruler
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -25,8 +23,7 @@ from refine_jax.commands import Command, Options
 def summarize_run(workdir: Path) -> dict:
     """Draw the plots in `workdir`, write its results.json, print its table; returns the figures.
 
-    Raises:
-      DataError: The folder holds no records of a run.
+    Raises DataError: the folder holds no records of a run.
     """
     from refine_jax.checkpoint.folders import RUN
     from refine_jax.checkpoint.record import read_config

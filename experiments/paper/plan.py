@@ -23,6 +23,8 @@ from refine_jax.settings import expand_flags
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TITLES = {"lact": "LaCT-760M", "deltanet": "DeltaNet-1.3B"}
 MODELS = tuple(TITLES)
+METHODS = {"": None, " + SFT MidTr": "ntp", " + ReFINE MidTr": "refine"}
+"""Endings of the rows of Tables 3 and E.1, and how these are mid-trained."""
 # In names of configuration files, and of the official code's data.
 _CONFIG_NAMES = {"lact": "lact_760m", "deltanet": "deltanet_1_3b"}
 _DATA_NAMES = {"lact": "lact", "deltanet": "delta_net"}
@@ -178,11 +180,15 @@ class Paper:
             return getattr(self.options, model)
         return self._phase(f"{model}/base", small.CONFIGS[model], None, small.base(model))
 
-    def midtrain(self, model: str, method: str, *, seed: int = 0, **changes: Any) -> Run:
-        """Mid-training with `method`, "ntp" (the paper's SFT) or "refine".
+    def midtrain(
+        self, model: str, method: str | None, *, seed: int = 0, **changes: Any
+    ) -> Run | str:
+        """Mid-train with `method`, "ntp" (the paper's SFT) or "refine"; None: the published model.
 
         changes: fields of `refine` other than the paper's (cosine reward, k 5, c 8, entropy).
         """
+        if method is None:
+            return self.base(model)
         paper = {"reward": "cosine", "rollout_length": 5, "num_positions": 8}
         paper |= {"selection": "entropy"}
         changes = {name: value for name, value in changes.items() if value != paper[name]}
@@ -330,13 +336,13 @@ class Paper:
 def ablation(
     paper: Paper, field: str, published: Mapping[str, Mapping[str, float]]
 ) -> tuple[Value, ...]:
-    """LongBench means of models mid-trained with each choice of a field of `refine`.
+    """Values of LongBench after mid-training with each choice of a field of `refine`.
 
     published: {model: {choice: what the paper has}}.
     """
     values = []
-    for model, numbers in published.items():
-        for choice, number in numbers.items():
+    for model in paper.models:
+        for choice, number in published[model].items():
             mean = paper.longbench_mean(model, paper.midtrain(model, "refine", **{field: choice}))
             row = f"{TITLES[model]}: {choice}"
             values.append(Value(row, "LongBench mean", (mean,), number))

@@ -193,7 +193,7 @@ def _run_entropy(run: Run, workdir: Path) -> dict[str, Any]:
     """Entropies of the first document that is long enough."""
     from refine_jax.data.pipeline import load_corpus
     from refine_jax.generation import load
-    from refine_jax.refine.objective import read_rows
+    from refine_jax.refine.reading import read_rows
 
     loaded = load(start_folder(run, workdir), step="latest", tokenizer=None, compute_dtype=None)
     model, params, tokenizer = loaded

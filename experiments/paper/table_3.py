@@ -25,7 +25,6 @@ COLUMNS = {
     "MQ-NIAH": "niah_multiquery",
     "MV-NIAH": "niah_multivalue",
 }
-METHODS = {"": None, " + SFT MidTr": "ntp", " + ReFINE MidTr": "refine"}
 # Of each column: at 4K, 8K and 16K tokens, and the mean.
 PUBLISHED = {
     ("lact", ""): (
@@ -59,8 +58,8 @@ def describe(paper: plan.Paper) -> plan.Table:
     """Values of all rows."""
     values = []
     for model in paper.models:
-        for label, method in METHODS.items():
-            start = paper.midtrain(model, method) if method else paper.base(model)
+        for label, method in plan.METHODS.items():
+            start = paper.midtrain(model, method)
             run = paper.needles(model, start, COLUMNS.values())
             row = plan.TITLES[model] + label
             published = iter(PUBLISHED[model, label])

@@ -65,7 +65,7 @@ def describe(paper: plan.Paper) -> plan.Table:
             for task, column in tasks.items():
                 sources = {}
                 for length in paper.lengths:
-                    start = paper.midtrain(model, midtrain) if midtrain else paper.base(model)
+                    start = paper.midtrain(model, midtrain)
                     if posttrain:
                         start = paper.posttrain(model, posttrain, task, length)
                     run = paper.ruler_qa(model, start, task, length, ttt)

@@ -59,7 +59,7 @@ def describe(paper: plan.Paper) -> plan.Table:
     values = []
     for model in paper.models:
         for midtrain, ttt, published in ROWS[model]:
-            start = paper.midtrain(model, midtrain) if midtrain else paper.base(model)
+            start = paper.midtrain(model, midtrain)
             runs = paper.longbench(model, start, ttt)
             sources = {task: plan.set_score(run, task) for task, run in runs.items()}
             row = f"{plan.TITLES[model]}: {LABELS[midtrain]}, {LABELS[ttt]}"

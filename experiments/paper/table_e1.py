@@ -32,7 +32,6 @@ COLUMNS = {
     "ARC-c": ("arc_challenge", "acc_norm,none", "", 100.0),
 }
 AVERAGED = 6
-METHODS = {"": None, " + SFT MidTr": "ntp", " + ReFINE MidTr": "refine"}
 PUBLISHED = {
     ("lact", ""): (20.8, 29.8, 36.7, 66.0, 32.4, 67.5, 41.5, 53.4, 48.4, 27.6, 45.1),
     ("lact", " + SFT MidTr"): (20.7, 28.9, 37.2, 66.2, 32.9, 67.4, 41.4, 52.5, 48.4, 27.1, 45.0),
@@ -53,8 +52,8 @@ def describe(paper: plan.Paper) -> plan.Table:
     """Values of all rows."""
     values = []
     for model in paper.models:
-        for label, method in METHODS.items():
-            start = paper.midtrain(model, method) if method else paper.base(model)
+        for label, method in plan.METHODS.items():
+            start = paper.midtrain(model, method)
             run = paper.lm_eval(model, start, [task for task, *_ in COLUMNS.values()])
             row, numbers = plan.TITLES[model] + label, PUBLISHED[model, label]
             sources = []

@@ -23,8 +23,9 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.answers import AnswerMethod, make_supervised_step, prompts_of
-from refine_jax.refine.objective import Objective, read_rows
+from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
+from refine_jax.refine.reading import read_rows
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
 
 # First numbers of the keys that rows are drawn with.

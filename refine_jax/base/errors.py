@@ -1,7 +1,5 @@
 """Errors that a user can mend, and how commands print them."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Files: paths as users name them, text and JSON read strictly, writing in full or not at all."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import contextlib
@@ -201,7 +199,7 @@ def json_field(
     kinds = kind if isinstance(kind, tuple) else (kind,)
     fits = isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     if not fits or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(_KINDS[each] for each in kinds)
+        wanted = " or ".join(_KINDS[kind] for kind in kinds)
         raise error(f"{where}: {name} must be {wanted}. Got: {short(value)}.")
     return value
 
@@ -298,14 +296,14 @@ def numbered(noun: str, numbers: Sequence[int]) -> str:
 
 def spans(numbers: Sequence[int], most: int = 8) -> str:
     """Ascending numbers in words: "3, 5 to 9"; no more than `most` spans of them."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            found.append([number, number])
-    texts = [str(a) if a == b else f"{a} to {b}" for a, b in found[:most]]
-    return ", ".join(texts) + (f" and others up to {numbers[-1]}" if len(found) > most else "")
+            runs.append([number, number])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in runs[:most]]
+    return ", ".join(texts) + (f" and others up to {numbers[-1]}" if len(runs) > most else "")
 
 
 def names_of(fields: Iterable[str]) -> str:

@@ -62,8 +62,7 @@ class Lock:
     def take(self) -> None:
         """Take the lock.
 
-        Raises:
-          RunError: Another run holds it, or the folder cannot be written in.
+        Raises RunError: another run holds it, or the folder cannot be written in.
         """
         try:
             self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
@@ -170,8 +169,8 @@ class Lock:
         except OSError:
             descriptor = None
         try:
-            found = os.lstat(path) if descriptor is None else os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.lstat(path) if descriptor is None else os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise RunError(
                     f"{path} is no lock of a run but a link, folder or device. Remove it."
                 )
@@ -181,7 +180,7 @@ class Lock:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-        return _Seen(_read_owner(text), found.st_mtime, (found.st_dev, found.st_ino))
+        return _Seen(_read_owner(text), status.st_mtime, (status.st_dev, status.st_ino))
 
     def _now(self) -> float:
         """The time by the clock that dates the lock's file: those of hosts differ."""

@@ -50,9 +50,8 @@ def read_arrays(
         under the name of such a file are compared.
     fix: what the user can do about a damaged folder; ends the error message.
 
-    Raises:
-      CheckpointError: The folder is damaged, does not hold exactly what `abstract` names, or was
-        saved beside other files.
+    Raises CheckpointError: the folder is damaged, does not hold exactly what `abstract` names, or
+    was saved beside other files.
     """
     folder = epath.Path(folder)
     quiet_orbax()

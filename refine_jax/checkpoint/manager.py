@@ -90,7 +90,7 @@ class ModelCheckpoint(NamedTuple):
     step: int | None = None
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager):
     """Asynchronous, atomic checkpoints of a run. Use as a context manager, or call `close`.
 
     A step's folder appears under its number only when everything in it is written; what an
@@ -123,9 +123,8 @@ class CheckpointManager:
         run_record: more fields of run.json, JSON values.
         files: {name: path} of the tokenizer's files.
 
-        Raises:
-          CheckpointError: The folder belongs to another model; its run.json or the figures of a
-            step are damaged; or something else has the name of a step to come.
+        Raises CheckpointError: the folder belongs to another model; its run.json or the figures of
+        a step are damaged; or something else has the name of a step to come.
         """
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
@@ -283,8 +282,7 @@ class CheckpointManager:
             sharding that the result shall have (which may differ from the one saved). Leaves
             without a sharding go to the default device.
 
-        Raises:
-          CheckpointError: No such step; it is corrupt; or it is not of this state.
+        Raises CheckpointError: no such step; it is corrupt; or it is not of this state.
         """
         steps = self.steps()
         if step not in steps:
@@ -293,7 +291,7 @@ class CheckpointManager:
         fix = how_to_fix(folder, [s for s in steps if s != step])
         abstract = flatten(abstract_state)
         data = _read_data(folder / DATA, fix)
-        digests = {self.directory / name: found for name, found in self._digests.items()}
+        digests = {self.directory / name: saved for name, saved in self._digests.items()}
         arrays = read_arrays(
             folder / STATE,
             {name: _placed(plain_leaf(leaf)) for name, leaf in abstract.items()},
@@ -324,9 +322,6 @@ class CheckpointManager:
         """Wait for the save under way and release what the manager holds."""
         with self._reporting_failure():
             self._orbax.close()
-
-    def __enter__(self) -> "CheckpointManager":
-        return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
@@ -383,9 +378,8 @@ def load_model(
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
 
-    Raises:
-      CheckpointError: Not a checkpoint, a corrupt one, or one whose arrays are not those of its
-        config.json.
+    Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
+    its config.json.
     """
     folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
     if (folder / "checkpoints" / CONFIG).exists():
@@ -401,7 +395,7 @@ def load_model(
         step, others = _choose_step(folder, step)
         source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
-        digests = {folder / name: found for name, found in file_digests(folder).items()}
+        digests = {folder / name: saved for name, saved in file_digests(folder).items()}
     else:
         raise CheckpointError(
             f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "

@@ -42,8 +42,7 @@ def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
 
     verify: also compare its digest. Versions before had none.
 
-    Raises:
-      CheckpointError: It is missing, damaged, or (`verify`) not as it was written.
+    Raises CheckpointError: it is missing, damaged, or (`verify`) not as it was written.
     """
     path = Path(folder) / RUN
     fields = read_json(path, CheckpointError)

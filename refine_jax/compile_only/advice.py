@@ -1,7 +1,5 @@
 """What to change in a run that does not fit, the most effective first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 from refine_jax.base.errors import ConfigError

@@ -7,11 +7,10 @@ TASK: {"config", "topology", "program", "plan", "debug"}; with plan, stop before
 RESULT: the figures of `compile_program`, or {"error": "input" or "compile", "message"}.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
@@ -46,8 +45,7 @@ _SHOWN_BUFFERS = 12
 def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices to compile for.
 
-    Raises:
-      ConfigError: libtpu has no such slice.
+    Raises ConfigError: libtpu has no such slice.
     """
     from jax.experimental import topologies
 
@@ -81,11 +79,8 @@ def bytes_of(tree: Any) -> int:
         shape, sharding = leaf.shape, getattr(leaf, "sharding", None)
         if sharding is not None:
             shape = sharding.shard_shape(shape)
-        size = 1
-        for side in shape:
-            size *= side
         random_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        total += size * (8 if random_key else leaf.dtype.itemsize)
+        total += math.prod(shape) * (8 if random_key else leaf.dtype.itemsize)
     return total
 
 
@@ -220,10 +215,10 @@ def _dumped(dump: Path, compiled) -> str:
 
 def _largest(dump: Path, pattern: str) -> str:
     """The largest of the files of that name: the program's, not that of some constant; or ''."""
-    found = list(dump.rglob(pattern))
-    if not found:
+    files = list(dump.rglob(pattern))
+    if not files:
         return ""
-    return max(found, key=lambda path: path.stat().st_size).read_text(errors="replace")
+    return max(files, key=lambda path: path.stat().st_size).read_text(errors="replace")
 
 
 def _first_line(message: str) -> str:

@@ -4,8 +4,6 @@ Each program is compiled in a process of its own (`child.py`), one after the oth
 compiler, runs on any Linux machine.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -50,19 +48,14 @@ def run(
 ) -> int:
     """Compile the programs of a run and print what they need; returns the exit code.
 
-    Args:
-      config: The run.
-      topology: The slice, as v5p:4x4x4.
-      out: A file for all figures, as JSON.
-      plan: Stop before code is made, which takes most of the time (`estimate/cost.py` says how
-        times are estimated then).
-      debug: Let the processes print where an error came from.
+    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures, as JSON. plan:
+    stop before code is made, which takes most of the time (`estimate/cost.py` says how times are
+    estimated then). debug: let the processes print where an error came from.
 
     Returns:
       0: all fits. `NOT_FITTING`: a program of the run does not. `FAILED`: one does not compile.
 
-    Raises:
-      ConfigError: No such slice, no libtpu, or a mesh that the run does not fit.
+    Raises ConfigError: no such slice, no libtpu, or a mesh that the run does not fit.
     """
     slice_ = parse_topology(topology)
     if out is not None:
@@ -90,8 +83,7 @@ def compile_programs(
 ) -> Report:
     """Compile programs of a run, by default all, one after the other; `say` prints their lines.
 
-    Raises:
-      ConfigError: A mesh that the run does not fit.
+    Raises ConfigError: a mesh that the run does not fit.
     """
     task = {"config": config.to_dict(), "topology": topology.name, "plan": plan, "debug": debug}
     facts = in_child(task | {"program": None})

@@ -1,7 +1,5 @@
 """What is printed of the compiled programs, for people and as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -6,8 +6,6 @@ Thrift's compact protocol, with the fields of parquet.thrift:
 https://parquet.apache.org/docs/file-format.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any, BinaryIO
 
@@ -30,12 +28,12 @@ def null_counts(file: BinaryIO, column: str) -> list[int | None]:
 
 
 def _nulls(group: dict[int, Any], column: str) -> int | None:
-    found = [
+    counts = [
         chunk[_META_DATA].get(_STATISTICS, {}).get(_NULL_COUNT)
         for chunk in group[_COLUMNS]
         if chunk[_META_DATA][_PATH] == [column.encode()]
     ]
-    return found[0] if len(found) == 1 else None
+    return counts[0] if len(counts) == 1 else None
 
 
 class _Compact:

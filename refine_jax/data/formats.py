@@ -5,8 +5,6 @@ document a file). Each may be compressed. A kind follows from the suffix; where 
 from the first bytes. Formats that are not read are refused by name.
 """
 
-from __future__ import annotations
-
 import collections
 import fnmatch
 import functools
@@ -69,10 +67,9 @@ _COMPANIONS += ("tokenizer*.json", "special_tokens_map.json", "package.json", "p
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a file: "parquet", "jsonl" or "text".
+    """Tell the kind of a file: "parquet", "jsonl" or "text".
 
-    Raises:
-        DataError: a format that is not read, or an unreadable file.
+    Raises DataError: a format that is not read, or an unreadable file.
     """
     suffix = Path(stem_name(path)).suffix
     if suffix in REFUSED:
@@ -89,8 +86,7 @@ def kind_of(path: Path) -> str:
 def check_head(head: bytes, path: Path) -> None:
     """Refuse a file by its first bytes, unpacked, where UTF-8 text is expected.
 
-    Raises:
-        DataError: it is another format, a pointer of git-lfs, or in another encoding.
+    Raises DataError: it is another format, a pointer of git-lfs, or in another encoding.
     """
     check_format(head, path)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or 0 in head[:4]:
@@ -100,8 +96,7 @@ def check_head(head: bytes, path: Path) -> None:
 def check_format(head: bytes, path: Path) -> None:
     """Refuse a file whose first bytes, unpacked, are those of a format that is not read.
 
-    Raises:
-        DataError: it is one of them, or a pointer of git-lfs.
+    Raises DataError: it is one of them, or a pointer of git-lfs.
     """
     if is_lfs_pointer(head):
         raise DataError(not_fetched(str(path)))
@@ -118,13 +113,12 @@ def looks_like_records(text: str) -> bool:
 def files_of(
     source: str, pattern: str = "", setting: str = "data.source", pattern_setting: str = ""
 ) -> tuple[list[Path], str]:
-    """The files that a path names, sorted, and their kind; see `find_files`.
+    """Return the files that a path names, sorted, and their kind; see `find_files`.
 
     What accompanies data is passed over where there is data: a README beside parquet files, and
     plain .json files beside others, which is said unless they are known to be none.
 
-    Raises:
-        DataError: nothing is there, several kinds, or a format that is not read.
+    Raises DataError: nothing is there, several kinds, or a format that is not read.
     """
     by_kind = _by_kind(find_files(source, pattern, setting, pattern_setting), pattern)
     if len(by_kind) > 1:
@@ -141,10 +135,9 @@ def files_of(
 
 
 def record_files(source: str, setting: str) -> list[Path]:
-    """The files of records, parquet or JSON, that a path names, sorted; texts are passed over.
+    """Return the files of records, parquet or JSON, that a path names, sorted; no texts.
 
-    Raises:
-        DataError: there are none, or a format that is not read.
+    Raises DataError: there are none, or a format that is not read.
     """
     by_kind = _by_kind(find_files(source, setting=setting))
     texts = by_kind.pop("text", [])
@@ -185,15 +178,13 @@ def find_files(
 ) -> list[Path]:
     """Return the files that `path` names, sorted; none is hidden.
 
-    Args:
-        path: a file, a folder (searched recursively, also behind links) or a glob pattern.
-        pattern: file name pattern for a folder; "" is every known suffix.
-        setting: what the path was given as, for errors.
-        pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
+    path: a file, a folder (searched recursively, also behind links) or a glob pattern.
+    pattern: file name pattern for a folder; "" is every known suffix.
+    setting: what the path was given as, for errors.
+    pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
 
-    Raises:
-        DataError: nothing is there, it cannot be read, a link is broken, or what is there is no
-            regular file.
+    Raises DataError: nothing is there, it cannot be read, a link is broken, or what is there is no
+    regular file.
     """
     root = local_path(path, setting, DataError)
     try:
@@ -207,15 +198,15 @@ def find_files(
     there = sorted(_walk(root, setting), key=lambda file: file.as_posix())
     if not there:
         raise DataError(f"no file at all in {setting}={path!r}: the folder is empty.")
-    found = [file for file in there if _is_chosen(file, pattern, pattern_setting)]
-    others = set(there).difference(found)
-    if not found or (not pattern and others and all(map(_is_companion, found))):
+    chosen = [file for file in there if _is_chosen(file, pattern, pattern_setting)]
+    others = set(there).difference(chosen)
+    if not chosen or (not pattern and others and all(map(_is_companion, chosen))):
         raise DataError(_nothing_chosen(path, pattern, setting, pattern_setting, there))
     unread = [file.name for file in others if Path(stem_name(file)).suffix in REFUSED]
     if unread and not pattern:
         names = ", ".join(sorted(unread)[:5])
         _warn(f"{path}: left out {len(unread)} files that are not read: {names}")
-    return [_regular(file) for file in found]
+    return [_regular(file) for file in chosen]
 
 
 @functools.lru_cache(maxsize=256)
@@ -267,7 +258,7 @@ def _walk(root: Path, setting: str) -> Iterator[Path]:
     if os.path.isdir(root / "blobs") and os.path.isdir(root / "snapshots"):
         revisions = sorted((root / "snapshots").glob("*/"))
         if len(revisions) > 1:
-            names = " or ".join(str(each) for each in revisions)
+            names = " or ".join(str(revision) for revision in revisions)
             raise DataError(f"{root} holds several revisions: set {setting} to {names}.")
     entered: set[tuple[int, int]] = set()
 
@@ -289,21 +280,21 @@ def _glob(root: Path, path: str, setting: str) -> list[Path]:
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     base, rest = Path(root.anchor, *parts[:fixed]), Path(*parts[fixed:])
     try:
-        found = sorted(base.glob(str(rest)), key=lambda file: file.as_posix())
+        matches = sorted(base.glob(str(rest)), key=lambda file: file.as_posix())
     except (ValueError, OSError, NotImplementedError) as error:
         raise DataError(f"{setting}={path!r} is no glob pattern that works: {error}.") from None
     if not any(part.startswith(".") for part in rest.parts):
-        hidden = [any(p.startswith(".") for p in f.relative_to(base).parts) for f in found]
-        found = [file for file, is_hidden in zip(found, hidden, strict=True) if not is_hidden]
-    files = [file for file in found if not os.path.isdir(file)]
+        hidden = [any(p.startswith(".") for p in f.relative_to(base).parts) for f in matches]
+        matches = [file for file, is_hidden in zip(matches, hidden, strict=True) if not is_hidden]
+    files = [file for file in matches if not os.path.isdir(file)]
     if not files:
-        what = "matches folders alone" if found else "matches nothing"
+        what = "matches folders alone" if matches else "matches nothing"
         raise DataError(f"no file matches {setting}={path!r}: the pattern {what}.")
     return [_regular(file) for file in files]
 
 
 def _regular(path: Path) -> Path:
-    """The path, if a regular file is there: a device or a pipe may never end."""
+    """Return the path of a regular file: a device or a pipe may never end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

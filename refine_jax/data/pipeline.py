@@ -61,13 +61,10 @@ class Corpus:
         it is filled up with rows of padding (all segments 0), so that shapes stay the same and no
         row is dropped.
 
-        Args:
-            split: "train" or "validation".
-            batch_size: B, rows of a global batch.
-            share: the rows of each batch that this process reads, ascending; None: all.
+        split: "train" or "validation". batch_size: B, rows of a global batch. share: the rows of
+        each batch that this process reads, ascending; None: all.
 
-        Raises:
-            DataError: no rows, or a batch without rows.
+        Raises DataError: no rows, or a batch without rows.
         """
         table, statistics = make_rows(
             self._tokens.lengths, self._tokens.hashes, self.options, split, self._validation_rows
@@ -295,14 +292,12 @@ def load_corpus(
 ) -> Corpus:
     """Read and tokenise the documents of `options`.
 
-    Args:
-        options: the section `data` of a configuration.
-        tokenizer: used instead of `options.tokenizer`.
-        seed: decides the order of the training rows (0 <= seed < 2**32).
-        validation_rows: use so many rows of the held-out documents, evenly spread; None uses all.
+    options: the section `data` of a configuration.
+    tokenizer: used instead of `options.tokenizer`.
+    seed: decides the order of the training rows (0 <= seed < 2**32).
+    validation_rows: use so many rows of the held-out documents, evenly spread; None uses all.
 
-    Raises:
-        DataError: the source or the tokenizer is missing, unreadable or empty.
+    Raises DataError: the source or the tokenizer is missing, unreadable or empty.
     """
     _check_lengths(options)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)

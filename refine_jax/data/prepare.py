@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.data.prepare --source=texts/ --files='*.md' --tokenizer=bytes --out=DIR
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys
@@ -35,16 +33,13 @@ _FIELDS = (
 def prepare(options: DataConfig, out: str) -> dict[str, Any]:
     """Write the documents of `options` as tokenised ArrayRecord.
 
-    Args:
-        options: source, tokenizer and what else decides the tokens of a document.
-        out: folder under which the records' own folder is made.
+    options: source, tokenizer and what else decides the tokens of a document.
+    out: folder under which the records' own folder is made.
 
-    Returns:
-        {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
-        "dropped": {reason: documents of the source that were left out}}.
+    Returns {"folder": the records' folder, "documents": their number, "tokens": the sum of tokens,
+    "dropped": {reason: documents of the source that were left out}}.
 
-    Raises:
-        DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
+    Raises DataError: as `open_source` and `load_tokenizer`, or the folder cannot be written.
     """
     from refine_jax.data.builders.tokenized_text import tokenized_text_dataset_builder as module
     from refine_jax.data.sources import open_source
@@ -78,7 +73,7 @@ def prepare(options: DataConfig, out: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return command().run(run, arguments)
 
 
@@ -89,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     made = Command("refine_jax.data.prepare", __doc__, "--out=DIR")
     made.group("records")
     made.flag("out", "folder to write to", metavar="DIR", needed=True)

@@ -12,8 +12,6 @@ followed by " 1066"), for other tokenizers the prompt should end with the space.
 resuming and the held-out split are those of `refine_jax.data.pipeline`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -23,7 +21,6 @@ from typing import Protocol
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.config import CUTS, DataConfig, PromptsConfig
 from refine_jax.data.formats import files_of
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
@@ -32,6 +29,7 @@ from refine_jax.data.references import read_prompt, read_references
 from refine_jax.data.rows import REASONS, UNREAD, make_rows
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, tokenize, unread
+from refine_jax.sections import CUTS, DataConfig, PromptsConfig
 
 BUCKETS = 4  # widths that batches may have, so that few programs are compiled
 
@@ -39,14 +37,13 @@ BUCKETS = 4  # widths that batches may have, so that few programs are compiled
 def cut_prompt(
     ids: np.ndarray, max_tokens: int, how: str = "middle", *, bos_id: int | None = None
 ) -> np.ndarray:
-    """The prompt `ids` [P] as it is, or cut to exactly `max_tokens` tokens.
+    """Cut the prompt `ids` [P] to exactly `max_tokens` tokens where it has more.
 
     how: "middle" keeps both ends in equal parts, the end the odd token: instructions and question
         stand there. "left" keeps the end.
     bos_id: beginning of sequence; if the prompt begins with it, a "left" cut keeps it as well.
 
-    Raises:
-        ValueError: `max_tokens` is below 1 (below 2 where bos is kept), or `how` is unknown.
+    Raises ValueError: `max_tokens` is below 1 (below 2 where bos is kept), or `how` is unknown.
     """
     ids = np.asarray(ids)
     keeps_bos = how == "left" and bos_id is not None and len(ids) > 0 and ids[0] == bos_id
@@ -102,7 +99,6 @@ class FilePrompts:
         self.fingerprint = self._records.fingerprint
 
     def __len__(self) -> int:
-        """Return the number of records."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
@@ -152,7 +148,7 @@ class PromptStatistics:
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> str:
-        """What a user must know, in a line."""
+        """Say in a line what a user must know."""
         parts = [f"{self.prompts:,} prompts, the longest of {self.longest_prompt:,} tokens"]
         if self.prompts_cut:
             parts.append(f"{self.prompts_cut:,} cut by {self.prompt_tokens_cut:,} tokens in all")
@@ -248,8 +244,7 @@ class PromptCorpus:
 
         A prompt that occurs several times stands in one split only.
 
-        Raises:
-            DataError: no rows, or a batch without rows.
+        Raises DataError: no rows, or a batch without rows.
         """
         table, made = make_rows(
             self._tokens.lengths, self._tokens.hashes, self._options, split, self._validation_rows
@@ -330,7 +325,6 @@ class PromptRows:
         )
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Batch:
@@ -386,7 +380,7 @@ class _PromptTexts:
 
 
 def trimmed_width(batch: Batch) -> int:
-    """Slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
+    """Count the slots that a batch needs: one of `BUCKETS` widths, multiples of T / BUCKETS.
 
     Beyond them all rows are padding. Few widths, so that few programs are compiled; those of the
     parts of a batch that several processes read may differ.
@@ -398,7 +392,7 @@ def trimmed_width(batch: Batch) -> int:
 
 
 def trim_batch(batch: Batch, width: int) -> Batch:
-    """The first `width` slots of the arrays [B, T] of a batch."""
+    """Keep the first `width` slots of the arrays [B, T] of a batch."""
     return {name: x[:, :width] if x.ndim == 2 else x for name, x in batch.items()}
 
 
@@ -418,8 +412,7 @@ def load_prompts(
     `sequence_length`, `holdout`, `epochs` and `workers` count. `alternatives`: see
     `refine_jax.data.references.read_references`; `seed`, `validation_rows`: see `load_corpus`.
 
-    Raises:
-        DataError: the source is missing, unreadable or empty, or lacks a field.
+    Raises DataError: the source is missing, unreadable or empty, or lacks a field.
     """
     if options.source == "recall":
         room = options.sequence_length - prompts.max_answer_tokens

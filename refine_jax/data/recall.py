@@ -9,8 +9,6 @@ Answering means to have kept the fact in the state. Nothing is downloaded or rea
 depends on the seed, i, the room and the tokenizer alone.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -35,10 +33,8 @@ THINGS = (
 class RecallPrompts:
     """`RECORDS` prompts of facts and a question, each with one answer.
 
-    Args:
-        room: tokens that a prompt may have; prompts have between half of it and all.
-        tokenizer: counts them.
-        seed: of names, numbers and questions.
+    room: tokens that a prompt may have; prompts have between half of it and all. tokenizer: counts
+    them. seed: of names, numbers and questions.
     """
 
     def __init__(self, room: int, tokenizer: Tokenizer, *, seed: int = 0) -> None:
@@ -61,11 +57,9 @@ class RecallPrompts:
         return len(self._tokenizer.encode(text, bos=False))
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return RECORDS
 
     def __getitem__(self, index: int) -> tuple[str, tuple[str, ...]]:
-        """Return (prompt, (answer,))."""
         random = np.random.default_rng((self._seed, index))
         facts = int(random.integers((self._most + 1) // 2, self._most + 1))
         names = random.choice(len(COLOURS) * len(THINGS), facts, replace=False)

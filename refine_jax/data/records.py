@@ -22,7 +22,7 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,32 +30,14 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, clean_text, names_of
 from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import check_format, check_head, kind_of
-from refine_jax.data.unpack import (
-    Contents,
-    is_packed,
-    read_head,
-    stem_name,
-    temporary_file,
-    unpack,
-)
+from refine_jax.data.unpack import Contents, is_packed, read_head, stem_name, temporary_file, unpack
 
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
 LONGEST_BYTES = 1 << 26  # of a record of JSON: what is longer is damaged, or a bomb
+Fields = Mapping[str, str] | None  # names, and the settings that name them
 _MARK_BYTES = MARK.encode()
 _SPACE = re.compile(r"[ \t\n\r]*")
-
-
-class _Part(Protocol):
-    """The records of one file."""
-
-    left_out: int
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> dict[str, Any]: ...
-
-    def place(self, index: int) -> str: ...
 
 
 class Records:
@@ -71,29 +53,22 @@ class Records:
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        fields: Mapping[str, str] | None = None,
-        *,
-        text_field: str | None = None,
+        self, files: Sequence[Path], fields: Fields = None, *, text_field: str | None = None
     ) -> None:
         """Index the files.
 
-        Args:
-            files: the files, in order; see `refine_jax.data.formats.files_of`.
-            fields: {name of a field or column: the setting that names it, "" where none does};
-                None reads all.
-            text_field: one of `fields` that must hold text; records where it is null are left out.
+        files: the files, in order; see `refine_jax.data.formats.files_of`. fields: {name of a field
+        or column: the setting that names it, "" where none does}; None reads all. text_field: one
+        of `fields` that must hold text; records where it is null are left out.
 
-        Raises:
-            DataError: a file that is missing, broken, cut off, or lacks a column.
+        Raises DataError: a file that is missing, broken, cut off, or lacks a column.
         """
         contents = Contents()
         kinds = [kind_of(path) for path in files]
         for path, kind in zip(files, kinds, strict=True):
             if kind == "text":
                 raise DataError(f"records come from parquet or JSON files. Got: {path}, a text.")
-        self._parts: list[_Part] = [
+        self._parts = [
             _ParquetFile(path, fields, text_field)
             if kind == "parquet"
             else _JsonFile(path, fields, text_field, contents)
@@ -106,7 +81,6 @@ class Records:
         )
 
     def __len__(self) -> int:
-        """Return the number of records of all files."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -115,11 +89,11 @@ class Records:
         return part.read(index)
 
     def place(self, index: int) -> str:
-        """Where a record stands, for messages."""
+        """Say where a record stands, for messages."""
         part, index = self._locate(index)
         return part.place(index)
 
-    def _locate(self, index: int) -> tuple[_Part, int]:
+    def _locate(self, index: int) -> tuple[_JsonFile | _ParquetFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
@@ -127,7 +101,7 @@ class Records:
 
 
 def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
-    """A name for what files hold, by their paths, sizes and dates; raises DataError for none."""
+    """Name what files hold by their paths, sizes and dates; raises DataError for a missing file."""
     digest = hashlib.blake2b(json.dumps([READER, kind, *settings]).encode(), digest_size=8)
     for path in files:
         try:
@@ -140,7 +114,7 @@ def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
 
 
 def clean(value: Any) -> Any:
-    """A value of JSON or parquet with every text in it cleaned; bytes become text if they are."""
+    """Clean every text in a value of JSON or parquet; bytes become text if they are."""
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, bytes):
@@ -157,11 +131,7 @@ class _JsonFile:
     """The objects of a file: JSON lines (blank ones are skipped), an array, or a sequence."""
 
     def __init__(
-        self,
-        path: Path,
-        fields: Mapping[str, str] | None,
-        text_field: str | None,
-        contents: Contents,
+        self, path: Path, fields: Fields, text_field: str | None, contents: Contents
     ) -> None:
         self._path, self._fields, self._text = path, fields, text_field
         self._contents, self.left_out = contents, 0
@@ -216,7 +186,7 @@ class _JsonFile:
         return f"{self._path}, {'line' if self._is_lines else 'record'} {number}"
 
     def _read(self, offset: int, size: int, *, line: bool = False) -> bytes:
-        """A part of the content, of at most `LONGEST_BYTES`; `line`: up to the end of its line."""
+        """Read a part of the content, of at most `LONGEST_BYTES`; `line`: up to its line's end."""
         stream = self._contents.stream(self._path)
         try:
             stream.seek(offset)
@@ -280,7 +250,7 @@ class _JsonFile:
             yield offset, self._is_null(value)
 
     def _is_null(self, value: Any) -> int:
-        """1 if the text of a record, or of a line with one, is null, and count it; else 0."""
+        """Return 1 if the text of a record, or of its line, is null, and count it; else 0."""
         if isinstance(value, bytes):
             try:
                 value = _parse(value, "", whole=True)
@@ -296,7 +266,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _parse(raw: bytes, place: str, *, whole: bool) -> Any:
-    """The JSON value that bytes begin with; `whole`: nothing may follow it."""
+    """Parse the JSON value that bytes begin with; `whole`: nothing may follow it."""
     hint = ""
     try:
         text = raw.decode("utf-8").removeprefix(MARK).strip(" \t\r\n")
@@ -343,7 +313,7 @@ class _Window:
         self.offset += count if dropped.isascii() else len(dropped.encode("utf-8"))
 
     def value(self) -> Any:
-        """The value that begins here, which is passed; raises DataError if there is none."""
+        """Parse the value that begins here and pass it; raises DataError if there is none."""
         while True:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
@@ -364,7 +334,7 @@ class _Window:
                     return value
 
     def error(self, reason: str, place: int | None = None) -> DataError:
-        """What is wrong with the value that begins here, or at a place of the stream."""
+        """Say what is wrong with the value that begins here, or at a place of the stream."""
         self._stream.seek(self._start)
         line, left = 1, (self.offset if place is None else place) - self._start
         while left > 0 and (block := self._stream.read(min(left, PIECE_BYTES))):
@@ -415,9 +385,7 @@ def _values(window: _Window) -> Iterator[tuple[int, Any]]:
 class _ParquetFile:
     """The rows of a parquet file; a row group at a time is decoded and kept."""
 
-    def __init__(
-        self, path: Path, fields: Mapping[str, str] | None, text_field: str | None
-    ) -> None:
+    def __init__(self, path: Path, fields: Fields, text_field: str | None) -> None:
         self._path, self.left_out = path, 0
         check_format(read_head(path), path)
         self._unpacked: BinaryIO | None = None
@@ -434,13 +402,16 @@ class _ParquetFile:
                 if names.count(name) > 1:
                     raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
             self._columns = list(names if fields is None else fields)
-            if text_field:
-                _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
             groups = range(file.metadata.num_row_groups)
             counts = [file.metadata.row_group(group).num_rows for group in groups]
             # The rows that are kept, of groups with nulls.
             self._kept: dict[int, np.ndarray] = {}
-            nulls = self._null_counts(text_field) if text_field else [0] * len(counts)
+            nulls: list[int | None] = [0] * len(counts)
+            if text_field:
+                _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
+                packed = contextlib.nullcontext(self._unpacked) if self._unpacked else None
+                with packed or path.open("rb") as stream:
+                    nulls = null_counts(stream, text_field)
             for group, count in enumerate(counts):
                 if count and (group >= len(nulls) or nulls[group] != 0):
                     batches = file.iter_batches(row_groups=[group], columns=[text_field])
@@ -471,16 +442,10 @@ class _ParquetFile:
         return f"row {self._firsts[group] + row} of {self._path}"
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """The row group of a record, and its row in it."""
+        """Find the row group of a record, and its row in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         row = index - (int(self._ends[group - 1]) if group else 0)
         return group, int(self._kept[group][row]) if group in self._kept else row
-
-    def _null_counts(self, column: str) -> list[int | None]:
-        if self._unpacked is not None:
-            return null_counts(self._unpacked, column)
-        with self._path.open("rb") as file:
-            return null_counts(file, column)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator:

@@ -9,8 +9,6 @@ The values come from JSON lines or parquet: they may be numpy's or pyarrow's, da
 bytes. Text is cleaned here: lone surrogates become "?", a byte order mark goes.
 """
 
-from __future__ import annotations
-
 import datetime
 import decimal
 import math
@@ -34,8 +32,7 @@ Where = Callable[[], str]
 def read_prompt(value: Any, where: Where) -> str | None:
     """Return the prompt that a field of a data set holds; None for null.
 
-    Raises:
-        DataError: no text, such as the messages of a chat.
+    Raises DataError: no text, such as the messages of a chat.
     """
     value = plain_value(value)
     if value is None:
@@ -57,16 +54,14 @@ def read_references(value: Any, where: Where, *, alternatives: bool = True) -> t
     Null, NaN and blank text are "", which callers leave out and count: it would be found in every
     response.
 
-    Args:
-        value: a text, or an object that has it as "text" (SQuAD), or lists of these. Numbers and
-            booleans are read as JSON writes them, dates in ISO 8601, bytes as UTF-8.
-        where: names the field and the row.
-        alternatives: whether lists in lists are flattened, which is right where the best reference
-            counts. For `FRACTIONS`, False: they would be names of one reference, which cannot be
-            told from several references.
+    value: a text, or an object that has it as "text" (SQuAD), or lists of these. Numbers and
+        booleans are read as JSON writes them, dates in ISO 8601, bytes as UTF-8.
+    where: names the field and the row.
+    alternatives: whether lists in lists are flattened, which is right where the best reference
+        counts. For `FRACTIONS`, False: they would be names of one reference, which cannot be told
+        from several references.
 
-    Raises:
-        DataError: a value of another form.
+    Raises DataError: a value of another form.
     """
     return tuple(_texts(value, where, alternatives, depth=0))
 

@@ -4,8 +4,6 @@ No token is dropped without being counted: the tokens of the source equal the to
 plus those of `Statistics.dropped_tokens`, whose keys say why.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 
@@ -63,7 +61,7 @@ class Statistics:
     split_rows: bool = False
 
     def summary(self) -> str:
-        """What was left out of this split and why, in a line; "" if nothing was."""
+        """Say in a line what was left out of this split and why; "" if nothing was."""
         parts = []
         for reason, words in REASONS.items():
             documents = self.dropped_documents.get(reason, 0)
@@ -76,11 +74,11 @@ class Statistics:
             if count:
                 words = UNREAD.get(reason, reason.replace("_", " "))
                 parts.append(f"{count:,} {words}")
-        found = f"left out of {self.documents:,} documents: {'; '.join(parts)}" if parts else ""
+        left_out = f"left out of {self.documents:,} documents: {'; '.join(parts)}" if parts else ""
         if not self.split_rows:
-            return found
+            return left_out
         split = "the last rows of the one document are held out, as there is no other document"
-        return f"{split}; {found}" if found else split
+        return f"{split}; {left_out}" if left_out else split
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ class RowTable:
     ends: np.ndarray
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.ends)
 
     @property
@@ -130,7 +127,6 @@ class DocumentRows:
         self.full = len(table.length) == len(table) and bool(np.all(table.length == length))
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -167,15 +163,11 @@ def make_rows(
 
     Held out are whole documents, or where all documents are equal, the last rows of the first.
 
-    Args:
-        lengths: tokens of each document, [N] int64.
-        hashes: equal for equal documents, [N] uint64.
-        options: the filters, the hold-out, the chunking and the packing.
-        split: "train" or "validation".
-        validation_rows: so many rows of the held-out documents, evenly spread; None: all.
+    lengths: tokens of each document, [N] int64. hashes: equal for equal documents, [N] uint64.
+    options: the filters, the hold-out, the chunking and the packing. split: "train" or
+    "validation". validation_rows: so many rows of the held-out documents, evenly spread; None: all.
 
-    Raises:
-        DataError: no document passes the filters, or too little to hold some out.
+    Raises DataError: no document passes the filters, or too little to hold some out.
     """
     if split not in SPLITS:
         raise DataError(f"split must be train or validation. Got: {split!r}.")
@@ -333,7 +325,7 @@ def _pack(table: RowTable, size: int, max_documents: int) -> RowTable:
 
 
 def _last_rows(table: RowTable, fraction: float) -> np.ndarray:
-    """Mask [N] of the last rows, at least one of them and at most N - 1."""
+    """Mark the last rows [N], at least one of them and at most N - 1."""
     count = min(max(1, round(fraction * len(table))), len(table) - 1)
     return np.arange(len(table)) >= len(table) - count
 

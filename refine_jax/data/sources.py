@@ -5,8 +5,6 @@ order of the documents is the same on every machine. Each failure is one `DataEr
 file and what to do.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
@@ -53,17 +51,12 @@ class TextSource(Protocol):
 class FilesSource:
     """One document a file, also of compressed ones.
 
-    Args:
-        files: the files, in order.
-        setting: what chooses files, for messages.
-        decode: bytes to text; UTF-8 by default, unchanged line ends.
+    files: the files, in order. setting: what chooses files, for messages. decode: bytes to text;
+    UTF-8 by default, unchanged line ends.
     """
 
     def __init__(
-        self,
-        files: Sequence[Path],
-        setting: str,
-        decode: Callable[[bytes], str] | None = None,
+        self, files: Sequence[Path], setting: str, decode: Callable[[bytes], str] | None = None
     ) -> None:
         self._files, self._setting = tuple(files), setting
         self._decode = decode or (lambda content: content.decode("utf-8"))
@@ -72,11 +65,9 @@ class FilesSource:
         self.fingerprint = _fingerprint("text", files=self._files)
 
     def __len__(self) -> int:
-        """Return the number of files."""
         return len(self._files)
 
     def __getitem__(self, index: int) -> str:
-        """Return the text of a file."""
         path = self._files[index]
         try:
             content = _unpacked(path) if is_packed(path) else path.read_bytes()
@@ -127,7 +118,6 @@ class RecordsSource:
         self.dropped: Mapping[str, int] = self._records.dropped
 
     def __len__(self) -> int:
-        """Return the number of records with text."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
@@ -149,8 +139,7 @@ class RecordsSource:
 def open_source(options: DataConfig) -> TextSource:
     """Return the documents that `options.source` names; it is never empty.
 
-    Raises:
-        DataError: the source is missing, unreadable, empty, or mixes kinds of files.
+    Raises DataError: the source is missing, unreadable, empty, or mixes kinds of files.
     """
     source, setting = options.source, options.setting
     if source == "stdlib":
@@ -158,10 +147,10 @@ def open_source(options: DataConfig) -> TextSource:
             _stdlib_files(setting("source")), setting("files"), importlib.util.decode_source
         )
     if source.startswith("tfds:") or is_tfds_folder(source):
-        found: TextSource = TfdsSource(options)
-        if len(found) == 0:
+        documents: TextSource = TfdsSource(options)
+        if len(documents) == 0:
             raise DataError(f"{setting('source')}={source!r} holds no documents")
-        return found
+        return documents
     names = (setting("source"), setting("files"), setting("text_field"))
     return open_texts(source, options.text_field, options.files, *names)
 
@@ -176,23 +165,20 @@ def open_texts(
 ) -> TextSource:
     """Return the texts of files: whole text files, or a field of records; it is never empty.
 
-    Args:
-        path: a file, a folder or a glob pattern; see `refine_jax.data.formats.files_of`.
-        field: parquet column or JSON field that holds the text.
-        pattern: file name pattern for a folder; "" is every known suffix.
-        setting: what the path was given as, for errors; `pattern_setting` and `field_setting`
-            likewise,
-            "" where there is nothing to set it with.
+    path: a file, a folder or a glob pattern; see `refine_jax.data.formats.files_of`.
+    field: parquet column or JSON field that holds the text.
+    pattern: file name pattern for a folder; "" is every known suffix.
+    setting: what the path was given as, for errors; `pattern_setting` and `field_setting` likewise,
+        "" where there is nothing to set it with.
 
-    Raises:
-        DataError: nothing is there, it cannot be read, or there is no text in it.
+    Raises DataError: nothing is there, it cannot be read, or there is no text in it.
     """
     files, kind = files_of(path, pattern, setting, pattern_setting)
     if kind == "text":
         return FilesSource(files, pattern_setting or setting)
-    found = RecordsSource(files, field, field_setting)
-    nulls = found.dropped["null"]
-    if len(found) == 0:
+    documents = RecordsSource(files, field, field_setting)
+    nulls = documents.dropped["null"]
+    if len(documents) == 0:
         why = f": {field!r} is null in all of its {nulls} records" if nulls else ""
         raise DataError(f"{setting}={path!r} holds no documents{why}")
     if nulls:
@@ -200,10 +186,10 @@ def open_texts(
             "%s: left out %d of %d records, whose %r is null",
             path,
             nulls,
-            nulls + len(found),
+            nulls + len(documents),
             field,
         )
-    return found
+    return documents
 
 
 def _stdlib_files(setting: str) -> list[Path]:

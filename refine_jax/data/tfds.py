@@ -5,8 +5,6 @@ records are, and tensorflow-datasets imports any module that it finds there. So 
 `check_folder` before tensorflow-datasets sees it: data never runs code, nor reads files elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import fnmatch
@@ -73,23 +71,21 @@ def open_tfds(
 ) -> Opened:
     """Open a split of a data set, and prepare the data set first if need be.
 
-    Args:
-        source: a prepared folder, or a name: NAME, NAME/CONFIG, either with :VERSION. A name is one
-            that tensorflow-datasets knows, or of a folder that is prepared in `data_dir`.
-        split: e.g. "train" or "train[:10%]".
-        data_dir: where tensorflow-datasets keeps its data; "" is its own default.
-        setting: what the source was given as, for errors.
+    source: a prepared folder, or a name: NAME, NAME/CONFIG, either with :VERSION. A name is one
+        that tensorflow-datasets knows, or of a folder that is prepared in `data_dir`.
+    split: e.g. "train" or "train[:10%]".
+    data_dir: where tensorflow-datasets keeps its data; "" is its own default.
+    setting: what the source was given as, for errors.
 
-    Raises:
-        DataError: there is no such data set or split, it cannot be prepared, or a file of the
-            folder asks for a class or a path that is none of its own.
+    Raises DataError: there is no such data set or split, it cannot be prepared, or a file of the
+    folder asks for a class or a path that is none of its own.
     """
     folder = local_path(source, setting, DataError)
     with _one_message(source, split):
         if is_tfds_folder(folder):
             builder = _from_folder(folder)
-        elif found := _NAME.fullmatch(source):
-            builder = _from_name(found, _data_dir(data_dir), setting)
+        elif match := _NAME.fullmatch(source):
+            builder = _from_name(match, _data_dir(data_dir), setting)
         elif folder.is_dir():
             names = (INFO_FILE, FEATURES_FILE)
             lacks = " and ".join(name for name in names if not (folder / name).is_file())
@@ -116,7 +112,6 @@ class TfdsExamples(Sequence[Mapping[str, Any]]):
         self._source = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._source)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
@@ -152,7 +147,7 @@ def _one_message(source: str, split: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, cut where it is long."""
+    """Return the first line of an error's message that says something, cut where it is long."""
     lines = [line.strip() for line in describe(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
@@ -169,25 +164,25 @@ def _from_folder(folder: Path) -> Any:
     return tfds.builder_from_directory(folder.absolute())
 
 
-def _from_name(found: re.Match, data_dir: Path, setting: str) -> Any:
-    """The builder of a name that tensorflow-datasets knows, or the folder of that name."""
+def _from_name(match: re.Match, data_dir: Path, setting: str) -> Any:
+    """Build by a name that tensorflow-datasets knows, or from the folder of that name."""
     import tensorflow_datasets as tfds
 
     for group in _TEXT_GROUPS:
         with contextlib.suppress(ImportError):
             importlib.import_module(f"tensorflow_datasets.{group}")
-    name, config, version = found["name"], found["config"], found["version"]
+    name, config, version = match["name"], match["config"], match["version"]
     names = tfds.list_builders(with_community_datasets=False)
     known = tfds.builder_cls(name) if name in names else None
     # As in tensorflow-datasets: code goes before files, unless it lacks what is asked for.
     if known is None or version or (config and config not in known.builder_configs):
-        folder = _prepared(data_dir / name, config, version, found.string)
+        folder = _prepared(data_dir / name, config, version, match.string)
         if folder is not None:
             return _from_folder(folder)
     if known is None:
         near = difflib.get_close_matches(name, names, 3, cutoff=0.0)
         raise DataError(
-            f"tensorflow-datasets cannot read {setting}={found.string!r}: it has no data set of "
+            f"tensorflow-datasets cannot read {setting}={match.string!r}: it has no data set of "
             f"that name, and {data_dir} holds none that is prepared. Close to it: "
             f"{', '.join(near)}."
         )
@@ -205,16 +200,16 @@ def _from_name(found: re.Match, data_dir: Path, setting: str) -> Any:
 
 
 def _prepared(root: Path, config: str | None, version: str | None, asked: str) -> Path | None:
-    """The folder of the newest version in ROOT or ROOT/CONFIG; None if there is none."""
+    """Find the folder of the newest version in ROOT or ROOT/CONFIG; None if there is none."""
     base = root / config if config else root
     wanted = version or "*"
-    found = [
+    folders = [
         path.parent
         for path in base.glob(f"*/{INFO_FILE}")
         if _VERSION.fullmatch(path.parent.name) and fnmatch.fnmatchcase(path.parent.name, wanted)
     ]
-    if found:
-        return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
+    if folders:
+        return max(folders, key=lambda path: [int(part) for part in path.name.split(".")])
     if not config:
         configs = sorted({path.parents[1].name for path in base.glob(f"*/*/{INFO_FILE}")})
         if len(configs) == 1:
@@ -259,15 +254,14 @@ def _answers(host: str) -> bool:
 def check_folder(folder: Path) -> None:
     """Refuse a prepared folder whose files would import something, or lead out of the folder.
 
-    Raises:
-        DataError: a feature whose class is none of tensorflow-datasets' own; a name or a file
-            template with a path; a file that is not as tensorflow-datasets writes it.
+    Raises DataError: a feature whose class is none of tensorflow-datasets' own; a name or a file
+    template with a path; a file that is not as tensorflow-datasets writes it.
     """
     path = folder / INFO_FILE
     info = read_json(path, DataError)
 
     def field(fields: Mapping, name: str, kind: Any, default: Any) -> Any:
-        """A field under the name that protocol buffers write, or under the one they define."""
+        """Read a field by the name that protocol buffers write, or by the one they define."""
         other = re.sub(r"[A-Z]", lambda letter: "_" + letter[0].lower(), name)
         name = name if fields.get(name) is not None else other
         return json_field(fields, name, kind, where=path, error=DataError, default=default)
@@ -322,7 +316,7 @@ def _check_features(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _own_features() -> set[str]:
-    """Full names of the features of tensorflow-datasets."""
+    """List the full names of the features of tensorflow-datasets."""
     import tensorflow_datasets as tfds
 
     home = "tensorflow_datasets.core.features."
@@ -361,11 +355,9 @@ class TfdsSource:
         self.fingerprint = f"tfds-{digest}"
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> str:
-        """Return the text of an example."""
         place = f"example {index} of {self._name}"
         with _one_message(place, self._feature):
             text = self._records[index][self._feature]

@@ -4,8 +4,6 @@
 which the published LaCT-760M and DeltaNet-1.3B use), "bytes", or the path of a tokenizer file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -108,7 +106,45 @@ class ByteTokenizer:
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
 
-class SentencePieceTokenizer:
+class _LibraryTokenizer:
+    """Encodes with a library, which may take words of a text, as "</s>", for special tokens.
+
+    Subclasses have `_encode(texts)` by the library, `_reserved`, the special tokens that no text
+    may become, and `_cuts(text)`, a place within each of these in a text.
+    """
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
+        """Return the ids [T] int32 of `text`; a special token in a text is plain text."""
+        return self.encode_batch([text], bos, eos)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = True, eos: bool = False
+    ) -> list[np.ndarray]:
+        """Return `encode` of each text, [T] int32, in the library's threads."""
+        batch = self._encode_as_text([valid_unicode(text) for text in texts])
+        return [_with_ends(self, ids, bos, eos) for ids in batch]
+
+    def _encode_as_text(self, texts: Sequence[str], tries: int = 8) -> list[np.ndarray]:
+        """Return the ids [T] int32 of each text; none of them is a special token.
+
+        A text with a special token is encoded in parts, each of which ends within it. A special
+        token of one character remains: the vocabulary has nothing else for it.
+        """
+        batch = self._encode(texts) if texts else []
+        reserved = self._reserved if tries else []
+        if not batch or not reserved or not np.isin(np.concatenate(batch), reserved).any():
+            return batch
+        for place, ids in enumerate(batch):
+            if np.isin(ids, reserved).any() and (cuts := self._cuts(texts[place])):
+                ends = [0, *cuts, len(texts[place])]
+                parts = [texts[place][a:b] for a, b in itertools.pairwise(ends)]
+                encode = functools.partial(self._encode_as_text, tries=tries - 1)
+                rest = _continuations(encode, parts[1:])
+                batch[place] = np.concatenate([*encode(parts[:1]), *rest])
+        return batch
+
+
+class SentencePieceTokenizer(_LibraryTokenizer):
     """A SentencePiece model file (`tokenizer.model`).
 
     Files in the same folder (`tokenizer_config.json` or `special_tokens_map.json`) may name other
@@ -157,17 +193,6 @@ class SentencePieceTokenizer:
             if i is not None and i < self._pieces and not self._model.is_control(i)
         ]
 
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-        """Return the pieces of `text` as ids [T] int32; "<s>" in a text is plain text."""
-        return self.encode_batch([text], bos, eos)[0]
-
-    def encode_batch(
-        self, texts: Sequence[str], bos: bool = True, eos: bool = False
-    ) -> list[np.ndarray]:
-        """Return `encode` of each text, [T] int32, in as many threads as there are cores."""
-        batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
-        return [_with_ends(self, ids, bos, eos) for ids in batch]
-
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids`; special tokens have none."""
         known = [int(i) for i in ids if i < self._pieces and i not in self._reserved]
@@ -183,7 +208,7 @@ class SentencePieceTokenizer:
     def _cuts(self, text: str) -> list[int]:
         # Such pieces are user-defined symbols, which are found as they are written.
         pieces = "|".join(re.escape(self._model.id_to_piece(i)) for i in self._reserved)
-        return [found.start() + 1 for found in re.finditer(pieces, text) if len(found[0]) > 1]
+        return [match.start() + 1 for match in re.finditer(pieces, text) if len(match[0]) > 1]
 
     def _id_of(self, named: Named, text: str) -> int | None:
         index = self._model.piece_to_id(text)  # the unknown piece's, if there is none
@@ -193,7 +218,7 @@ class SentencePieceTokenizer:
         return self._model.id_to_piece(index) if index < self._pieces else None
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_LibraryTokenizer):
     """A `tokenizer.json` of the `tokenizers` library (an optional dependency).
 
     The names of bos, eos and pad come from `tokenizer_config.json` or `special_tokens_map.json`
@@ -252,22 +277,11 @@ class HuggingFaceTokenizer:
         self._model.encode_special_tokens = True  # in a text they are text
 
     def _unknown(self) -> set[int]:
-        """Ids of what the model does not know: what it makes of no character."""
+        """List the ids of what the model does not know: what it makes of no character."""
         try:
             return set(self._model.encode("\U0010fffe", add_special_tokens=False).ids)
         except Exception:  # the library's, of a model without an unknown token
             return set()
-
-    def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
-        """Return the ids [T] int32 of `text`; a special token in a text is plain text."""
-        return self.encode_batch([text], bos, eos)[0]
-
-    def encode_batch(
-        self, texts: Sequence[str], bos: bool = True, eos: bool = False
-    ) -> list[np.ndarray]:
-        """Return `encode` of each text, [T] int32, in the library's threads."""
-        batch = _encode_as_text(self, [valid_unicode(text) for text in texts])
-        return [_with_ends(self, ids, bos, eos) for ids in batch]
 
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids` without special tokens."""
@@ -282,32 +296,10 @@ class HuggingFaceTokenizer:
             return [np.array(item.ids, np.int32) for item in batch]
 
     def _cuts(self, text: str) -> list[int]:
-        found = self._model.encode(text, add_special_tokens=False)
-        special = np.isin(found.ids, self._reserved)
-        spans = [span for span, taken in zip(found.offsets, special, strict=True) if taken]
+        encoding = self._model.encode(text, add_special_tokens=False)
+        special = np.isin(encoding.ids, self._reserved)
+        spans = [span for span, taken in zip(encoding.offsets, special, strict=True) if taken]
         return [begin + 1 for begin, end in spans if end - begin > 1]
-
-
-def _encode_as_text(
-    tokenizer: SentencePieceTokenizer | HuggingFaceTokenizer, texts: Sequence[str], tries: int = 8
-) -> list[np.ndarray]:
-    """Return the ids [T] int32 of each text; none of them is a special token.
-
-    A vocabulary may hold special tokens among its words, which the library then finds in a text
-    ("</s>"). Such a text is encoded in parts, each of which ends within what was taken for a token.
-    A special token of one character remains: the vocabulary has nothing else for it.
-    """
-    batch = tokenizer._encode(texts) if texts else []
-    reserved = tokenizer._reserved if tries else []
-    if not batch or not reserved or not np.isin(np.concatenate(batch), reserved).any():
-        return batch
-    for place, ids in enumerate(batch):
-        if np.isin(ids, reserved).any() and (cuts := tokenizer._cuts(texts[place])):
-            ends = [0, *cuts, len(texts[place])]
-            parts = [texts[place][a:b] for a, b in itertools.pairwise(ends)]
-            encode = functools.partial(_encode_as_text, tokenizer, tries=tries - 1)
-            batch[place] = np.concatenate([*encode(parts[:1]), *_continuations(encode, parts[1:])])
-    return batch
 
 
 def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -320,7 +312,7 @@ def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.
 
 
 def _continuations(encode: Callable, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode_continuations`, by the ids [T] of each text of a list."""
+    """Do `encode_continuations` by the ids [T] of each text of a list."""
     (lead,) = encode(["\n"])
     behind, alone = encode(["\n" + text for text in texts]), encode(texts)
     return [
@@ -331,7 +323,7 @@ def _continuations(encode: Callable, texts: Sequence[str]) -> list[np.ndarray]:
 
 
 def with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
-    """The tokenizer, with `ids` as further tokens that end a text that is generated."""
+    """Add `ids` to the tokens that end a generated text."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.end_ids = tuple(dict.fromkeys([*tokenizer.end_ids, *ids]))
     return tokenizer
@@ -340,13 +332,11 @@ def with_ends(tokenizer: Tokenizer, ids: Sequence[int]) -> Tokenizer:
 def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
     """Return the tokenizer of that name, or the one found at that path.
 
-    Args:
-        name_or_path: "mistral-v1", "bytes", a `.model` file (SentencePiece), a `.json` file
-            (`tokenizers` library), or a folder that holds `tokenizer.model` or `tokenizer.json`
-            (a Hugging Face folder or a converted checkpoint), itself or in `tokenizer/`.
+    name_or_path: "mistral-v1", "bytes", a `.model` file (SentencePiece), a `.json` file
+        (`tokenizers` library), or a folder that holds `tokenizer.model` or `tokenizer.json` (a
+        Hugging Face folder or a converted checkpoint), itself or in `tokenizer/`.
 
-    Raises:
-        DataError: there is no such name or file.
+    Raises DataError: there is no such name or file.
     """
     if name_or_path == "bytes":
         return ByteTokenizer()

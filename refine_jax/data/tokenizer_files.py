@@ -54,7 +54,7 @@ class SpecialIds(NamedTuple):
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a tokenizer's file.
+    """Read a tokenizer's file.
 
     Raises:
       DataError: It cannot be read, is empty, larger than any tokenizer, or a pointer of git-lfs.
@@ -77,13 +77,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The file of the tokenizer that a folder holds, itself or in `tokenizer/`.
+    """Find the file of the tokenizer that a folder holds, itself or in `tokenizer/`.
 
     Of two files it is the one that holds all tokens; a warning says where they disagree. What both
     hold alike is read from tokenizer.model, which needs no further library.
 
-    Raises:
-      DataError: The folder holds none.
+    Raises DataError: the folder holds none.
     """
     for folder in (path, path / "tokenizer"):
         model, fast = folder / MODEL, folder / FAST
@@ -102,7 +101,7 @@ def find_tokenizer(path: Path) -> Path:
 
 
 def _fuller(model: Path, fast: Path) -> Path:
-    """The one of two files that holds all tokens; the other one, where one is damaged."""
+    """Choose the one of two files that holds all tokens; the other one, where one is damaged."""
     try:
         pieces = _pieces(model)
     except DataError as error:
@@ -138,7 +137,7 @@ def _fuller(model: Path, fast: Path) -> Path:
 
 
 def open_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, bytes]:
-    """The SentencePiece model in a file, and the file's content.
+    """Open the SentencePiece model in a file; returns the file's content, too.
 
     Raises DataError if the file holds none.
     """
@@ -155,13 +154,13 @@ def open_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, bytes]:
 
 
 def _pieces(path: Path) -> dict[str, int]:
-    """{token: id} of a tokenizer.model."""
+    """Read {token: id} of a tokenizer.model."""
     model, _ = open_sentencepiece(path)
     return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
 
 
 def _tokens(path: Path) -> dict[str, int]:
-    """{token: id} of a tokenizer.json, read without its library."""
+    """Read {token: id} of a tokenizer.json without its library."""
     fields = parse_object(read_bytes(path), path, DataError)
     model = json_field(fields, "model", dict, where=path, error=DataError, default={})
     kinds = (dict, list)  # a list of (token, score) in a Unigram model
@@ -170,7 +169,7 @@ def _tokens(path: Path) -> dict[str, int]:
     try:
         if isinstance(vocabulary, list):
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        tokens = dict(vocabulary) | {each["content"]: each["id"] for each in added}
+        tokens = dict(vocabulary) | {token["content"]: token["id"] for token in added}
     except (TypeError, ValueError, KeyError):
         tokens = {}
     if not tokens:
@@ -179,12 +178,11 @@ def _tokens(path: Path) -> dict[str, int]:
 
 
 def read_named(folder: Path) -> Named:
-    """The special and added tokens that the files in `folder` name.
+    """Read which special and added tokens the files in `folder` name.
 
     tokenizer_config.json has the last word; a warning says where the files disagree.
 
-    Raises:
-      DataError: A file is no JSON object, or a field is of another type.
+    Raises DataError: a file is no JSON object, or a field is of another type.
     """
     fields, files = {}, {}
     for name in (CONFIG, MAP, ADDED):
@@ -221,11 +219,11 @@ def read_named(folder: Path) -> Named:
 
 
 def _texts(value: Any, where: str, *, several: bool) -> tuple[str, ...]:
-    """The texts of the token, or tokens, that a field names."""
+    """List the texts of the token, or tokens, that a field names."""
     if value is None or value == "":
         return ()
     if isinstance(value, list) and several:
-        texts = tuple(text for each in value for text in _texts(each, where, several=False))
+        texts = tuple(text for entry in value for text in _texts(entry, where, several=False))
         if len(texts) < len(value) or not value:
             raise DataError(f"{where} must name a token, or a list of them. Got: {short(value)}.")
         return texts
@@ -239,7 +237,7 @@ def _texts(value: Any, where: str, *, several: bool) -> tuple[str, ...]:
 
 
 def _added_tokens(folder: Path, fields: Mapping[str, dict]) -> dict[str, int]:
-    """{text: id} of added_tokens.json and of tokenizer_config.json's added_tokens_decoder."""
+    """Read {text: id} of added_tokens.json and tokenizer_config.json's added_tokens_decoder."""
     added = {}
     decoder = json_field(
         fields[CONFIG],
@@ -276,21 +274,20 @@ def _added_tokens(folder: Path, fields: Mapping[str, dict]) -> dict[str, int]:
 
 
 def ids_of(named: Named, find_id: Callable[[str], int | None], path: Path) -> SpecialIds:
-    """Ids of the named tokens in the vocabulary of `path`, which `find_id` looks them up in.
+    """Look up the ids of the named tokens in the vocabulary of `path` with `find_id`.
 
-    Raises:
-      DataError: The vocabulary lacks the token that begins or one that ends a text. Without the
-        others nothing changes: a warning names them.
+    Raises DataError: the vocabulary lacks the token that begins or one that ends a text. Without
+    the others nothing changes: a warning names them.
     """
-    found = {}
+    ids = {}
     for role, texts in (
         ("bos_token", (named.bos,)),
         ("eos_token", named.ends),
         ("pad_token", (named.pad,)),
         ("unk_token", (named.unk,)),
     ):
-        found[role] = [find_id(text) for text in texts if text is not None]
-        for text, index in zip(texts, found[role], strict=False):
+        ids[role] = [find_id(text) for text in texts if text is not None]
+        for text, index in zip(texts, ids[role], strict=False):
             if index is not None:
                 continue
             message = (
@@ -300,9 +297,9 @@ def ids_of(named: Named, find_id: Callable[[str], int | None], path: Path) -> Sp
             if role in ("bos_token", "eos_token"):
                 raise DataError(f"{message} Correct the name, or take the tokenizer's own files.")
             logging.warning("%s It is not used.", message)
-    ends = tuple(dict.fromkeys(found["eos_token"]))
+    ends = tuple(dict.fromkeys(ids["eos_token"]))
     bos, pad, unk = (
-        next(iter(found[role]), None) for role in ("bos_token", "pad_token", "unk_token")
+        next(iter(ids[role]), None) for role in ("bos_token", "pad_token", "unk_token")
     )
     return SpecialIds(bos, ends, pad, unk)
 

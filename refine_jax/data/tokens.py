@@ -85,12 +85,9 @@ class DocumentIndex:
     def load(cls, folder: str | os.PathLike, documents: int | None = None) -> DocumentIndex:
         """Read the index in `folder`.
 
-        Args:
-            folder: where `save` wrote it.
-            documents: how many it must hold; None: any number.
+        folder: where `save` wrote it. documents: how many it must hold; None: any number.
 
-        Raises:
-            DataError: it is missing or broken.
+        Raises DataError: it is missing or broken.
         """
         path = Path(folder) / INDEX_FILE
         try:
@@ -138,12 +135,9 @@ class IndexBuilder:
 class TokenStore:
     """Tokens of all documents in one array.
 
-    Args:
-        tokens: all documents, one after the other, [sum of lengths] unsigned integers.
-        index: of the documents.
-        folder: where `tokens` is mapped from; processes that read ahead map it again instead of
-            receiving a copy.
-        dropped: documents of the source that are not among them, by reason.
+    tokens: all documents, one after the other, [sum of lengths] unsigned integers. index: of the
+    documents. folder: where `tokens` is mapped from; processes that read ahead map it again instead
+    of receiving a copy. dropped: documents of the source that are not among them, by reason.
     """
 
     def __init__(
@@ -164,13 +158,10 @@ class TokenStore:
     def open(cls, folder: str | os.PathLike, check: bool = True) -> TokenStore:
         """Map a cache folder.
 
-        Args:
-            folder: the folder.
-            check: read all tokens once and compare them with what was written, about a second for
-                three gigabytes.
+        folder: the folder. check: read all tokens once and compare them with what was written,
+        about a second for three gigabytes.
 
-        Raises:
-            DataError: the folder is damaged.
+        Raises DataError: the folder is damaged.
         """
         folder = Path(folder)
         path = folder / TOKENS_FILE
@@ -201,11 +192,11 @@ class TokenStore:
             return
         if meta.get("documents") != self.fingerprint:
             raise DataError(f"{INDEX_FILE} is not as it was written")
-        found = 0
+        checksum = 0
         with path.open("rb") as file:
             while block := file.read(CHECK_BYTES):
-                found = zlib.crc32(block, found)
-        if found != written:
+                checksum = zlib.crc32(block, checksum)
+        if checksum != written:
             raise DataError(f"{TOKENS_FILE} is not as it was written")
 
     def __reduce__(self) -> tuple:
@@ -251,8 +242,7 @@ class TokenRecords:
     def read(self, document: int, start: int, length: int) -> np.ndarray:
         """Return tokens start .. start + length of a document, [length] int32.
 
-        Raises:
-            DataError: the document is not as it was written.
+        Raises DataError: the document is not as it was written.
         """
         with damage("tokenised records", self._folder, "and prepare them again"):
             tokens = np.asarray(self._records[document]["tokens"])
@@ -269,10 +259,7 @@ class TokenRecords:
 def damage(what: str, folder: Path, why: str) -> Iterator[None]:
     """Turn any error of reading a folder that this package wrote into one that says what to do.
 
-    Args:
-        what: the folder holds.
-        folder: to remove.
-        why: end of "Remove the folder".
+    what: the folder holds. folder: to remove. why: end of "Remove the folder".
     """
     try:
         yield
@@ -292,7 +279,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _counts(value: object) -> dict[str, int]:
-    """Counts by reason as they are written in a folder; raises DataError if they are none."""
+    """Check counts by reason, as a folder has them; raises DataError if they are none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(type(x) is int and x >= 0 for x in value.values()):
@@ -300,9 +287,9 @@ def _counts(value: object) -> dict[str, int]:
     return dict(value)
 
 
-def _with_limit(dropped: Mapping[str, int], found: int, options: DataConfig) -> dict[str, int]:
-    """The documents left out, with those beyond `options.limit_documents` of the `found` ones."""
-    beyond = max(found - (options.limit_documents or found), 0)
+def _with_limit(dropped: Mapping[str, int], total: int, options: DataConfig) -> dict[str, int]:
+    """Count the documents left out, with those of `total` beyond `options.limit_documents`."""
+    beyond = max(total - (options.limit_documents or total), 0)
     counts = {**dropped, "limit_documents": dropped.get("limit_documents", 0) + beyond}
     return {reason: int(count) for reason, count in counts.items() if count}
 
@@ -326,8 +313,7 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
     depends on the source's files, the tokenizer and the options that change tokens. A cache folder
     appears complete or not at all, and several processes may make it at the same time.
 
-    Raises:
-        DataError: as `open_source`, or the cache is broken.
+    Raises DataError: as `open_source`, or the cache is broken.
     """
     if is_token_folder(options.source):
         return TokenRecords(options.source, tokenizer, options)

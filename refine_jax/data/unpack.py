@@ -3,8 +3,6 @@
 A file is compressed if its first bytes say so; a name that ends in .gz or .zst must keep its word.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import zlib
@@ -27,7 +25,7 @@ _GZIP, _ZSTD, _SKIPPABLE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 
 
 def stem_name(path: Path) -> str:
-    """The name of a file in lower case, without the suffix of a compression."""
+    """Return the name of a file in lower case, without the suffix of a compression."""
     name = path.name.lower()
     for suffix in PACKED_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -35,7 +33,7 @@ def stem_name(path: Path) -> str:
 
 
 def read_head(path: Path, size: int = 4096) -> bytes:
-    """The first bytes of a file, unpacked; raises DataError if it cannot be read."""
+    """Read the first bytes of a file, unpacked; raises DataError if it cannot be read."""
     head = b""
     for block in blocks(path):
         head += block[: size - len(head)]
@@ -56,8 +54,7 @@ def is_packed(path: Path) -> bool:
 def blocks(path: Path) -> Iterator[bytes]:
     """Yield the content of a file, unpacked, in blocks of a few megabytes at most.
 
-    Raises:
-        DataError: the file is damaged, cut off or unreadable.
+    Raises DataError: the file is damaged, cut off or unreadable.
     """
     try:
         with path.open("rb") as file:
@@ -77,8 +74,7 @@ def blocks(path: Path) -> Iterator[bytes]:
 def unpack(path: Path, target: BinaryIO) -> None:
     """Append the content of a compressed file to `target`, a temporary file.
 
-    Raises:
-        DataError: the file is damaged, or there is no room for its content.
+    Raises DataError: the file is damaged, or there is no room for its content.
     """
     for block in blocks(path):
         try:
@@ -88,10 +84,9 @@ def unpack(path: Path, target: BinaryIO) -> None:
 
 
 def temporary_file(path: Path) -> BinaryIO:
-    """A file without a name, for what `path` unpacks to; it goes when it is closed.
+    """Open a file without a name, for what `path` unpacks to; it goes when it is closed.
 
-    Raises:
-        DataError: no folder for temporary files can be written.
+    Raises DataError: no folder for temporary files can be written.
     """
     try:
         return tempfile.TemporaryFile()
@@ -182,10 +177,9 @@ class Contents:
         self._spans: dict[Path, tuple[int, int]] = {}
 
     def add(self, path: Path) -> tuple[int, int]:
-        """Where the content of a file begins and ends in `stream(path)`, in bytes.
+        """Find where the content of a file begins and ends in `stream(path)`, in bytes.
 
-        Raises:
-            DataError: the file is damaged or unreadable, or there is no room to unpack it.
+        Raises DataError: the file is damaged or unreadable, or there is no room to unpack it.
         """
         if is_packed(path):
             if self._unpacked is None:
@@ -198,7 +192,7 @@ class Contents:
         return 0, self.stream(path).seek(0, os.SEEK_END)
 
     def stream(self, path: Path) -> BinaryIO:
-        """The stream that holds a file, at any position; raises DataError if it cannot be read."""
+        """Open the stream of a file, at any position; raises DataError if it cannot be read."""
         if path in self._spans:
             return self._unpacked
         if self._open[0] != path:

@@ -3,8 +3,6 @@
 `refine_jax.evaluation.position` is the command.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -21,7 +19,7 @@ from refine_jax.config import DataConfig
 from refine_jax.evaluation.stream import Reader
 from refine_jax.generation import load
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.objective import read_rows
+from refine_jax.refine.reading import read_rows
 
 # Tokens of a batch that one forward pass reads, faster than blocks.
 WHOLE_TOKENS = 65536
@@ -59,14 +57,13 @@ class Bucket:
 
 
 def position_edges(length: int, spacing: str = "log", count: int | None = None) -> np.ndarray:
-    """Edges [K + 1] of buckets for documents of at most `length` tokens, contexts 1 .. length - 1.
+    """Choose edges [K + 1] of buckets for documents of `length` tokens: contexts 1 .. length - 1.
 
     Bucket k holds the contexts edges[k] <= n < edges[k + 1]. spacing: "log" (equal ratios) or
     "linear" (equal widths). count: buckets, fewer where they would be empty; None: one an octave of
     "log", 16 of "linear".
 
-    Raises:
-      DataError: An option that cannot work.
+    Raises DataError: an option that cannot work.
     """
     if spacing not in ("log", "linear"):
         raise DataError(f"spacing must be log or linear. Got: {spacing!r}.")
@@ -91,7 +88,7 @@ def measure(
     *,
     max_documents: int = 1,
 ) -> tuple[Bucket, list[Bucket]]:
-    """Loss and accuracy over all positions, and by position.
+    """Measure loss and accuracy over all positions, and by position.
 
     batches: {"tokens": [B, T] int32, "segments": [B, T] int32} of one shape, as the data pipeline
     gives them: segment 0 is padding, each run of another number a document, of which a row has at
@@ -99,7 +96,7 @@ def measure(
 
     Raises:
       DataError: There is no token to predict.
-      ValueError: A document is longer than the edges allow.
+      ValueError: a document is longer than the edges allow.
     """
     # Per document and bucket: tokens, and the sums of losses and of hits.
     columns = [np.zeros((0, 3, len(edges) - 1))]
@@ -126,13 +123,13 @@ def measure(
 
 @functools.partial(jax.jit, static_argnames=("model", "max_documents"))
 def _predict(model: Model, params: Params, rows: Mapping[str, jax.Array], max_documents: int):
-    """[B, T] each: losses, hits, weights (1 where a token is predicted), tokens of context."""
+    """Compute losses, hits, weights (1 at predictions) and tokens of context: [B, T] each."""
     trunk = read_rows(model, params, rows, with_trace=False, max_documents=max_documents)
     return trunk.stats.nll, trunk.stats.correct, trunk.weights, trunk.layout.position + 1
 
 
 def _read(reader: Reader, tokens: np.ndarray, segments: np.ndarray):
-    """What `_predict` finds, by blocks: as many documents at a time as there are rows."""
+    """Do what `_predict` does, by blocks: as many documents at a time as there are rows."""
     nll, correct, weights = np.zeros((3, *tokens.shape), np.float32)
     context = np.zeros(tokens.shape, np.int32)
     edges = np.diff(segments, axis=1, prepend=0, append=0) != 0
@@ -158,7 +155,7 @@ def _read(reader: Reader, tokens: np.ndarray, segments: np.ndarray):
 
 
 def _sum_documents(nll, correct, weights, context, segments, edges) -> np.ndarray:
-    """[documents, 3, K] float64: tokens, losses and hits of a batch's documents by bucket."""
+    """Sum tokens, losses and hits of a batch's documents by bucket: [documents, 3, K] float64."""
     predicted = weights > 0
     starts = np.diff(segments, axis=1, prepend=0) != 0
     document = np.cumsum(starts & (segments > 0)).reshape(segments.shape) - 1
@@ -182,7 +179,7 @@ def _sum_documents(nll, correct, weights, context, segments, edges) -> np.ndarra
 
 
 def _bucket(first: int, last: int, sums: np.ndarray) -> Bucket:
-    """The figures of a bucket, from sums [documents, 3] of tokens, losses and hits."""
+    """Make a bucket from sums [documents, 3] of tokens, losses and hits."""
     sums = sums[sums[:, 0] > 0]
     tokens, losses, hits = sums.T
     return Bucket(
@@ -216,7 +213,7 @@ def evaluate(
     buckets: int | None = None,
     batch_size: int = 4,
 ) -> dict:
-    """`measure` a checkpoint on the documents of `options`; JSON values.
+    """Apply `measure` to a checkpoint on the documents of `options`; returns JSON values.
 
     The tokenizer `checkpoint` of the options is that of the checkpoint. With a holdout, its
     documents alone are read, those that a run with the same options does not train on.

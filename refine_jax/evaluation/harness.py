@@ -102,8 +102,7 @@ class RefineLM(TemplateLM):
             the prompt, to leave room). None: no limit, which the models do not have. add_bos: None
             does what the tokenizer can. seed: of sampled generations.
 
-        Raises:
-          DataError: Options or a tokenizer that cannot work with the model.
+        Raises DataError: options or a tokenizer that cannot work with the model.
         """
         super().__init__()
         check_options(batch_size, max_length, seed)
@@ -162,7 +161,7 @@ class RefineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after bos if `add_special_tokens`, by default `add_bos`, says so.
+        """Encode a text, after bos if `add_special_tokens`, by default `add_bos`, says so.
 
         Lone surrogates become "?". All texts of tasks come through here.
         """
@@ -172,7 +171,7 @@ class RefineLM(TemplateLM):
         return self.tokenizer.encode(valid_unicode(string), bos=bos).tolist()
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
-        """Refused: these are language models, not chat models."""
+        """Refuse: these are language models, not chat models."""
         del chat_history, add_generation_prompt
         raise DataError(
             "these models have no chat template: run lm-eval without apply_chat_template and "
@@ -180,7 +179,7 @@ class RefineLM(TemplateLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results."""
+        """Describe the model, for what lm-eval writes beside the results."""
         leaves = jax.tree.leaves(self.params)
         return {
             "model_type": self.model.config.model_type,
@@ -196,10 +195,10 @@ class RefineLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, is it the greedy one) of each continuation after its context.
+        """Score each continuation after its context: (log-probability, whether it is greedy).
 
         Raises:
-          DataError: A continuation without tokens, which lm-eval's Hugging Face models refuse, too.
+          DataError: a continuation without tokens, which lm-eval's Hugging Face models refuse, too.
         """
         pairs = []
         for request in requests:
@@ -228,7 +227,7 @@ class RefineLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Scores of (strings, context, continuation), which share what their tokens share."""
+        """Score (strings, context, continuation), which share what their tokens share."""
         del kwargs
         whole, longest = [], 0
         for _, context, continuation in requests:
@@ -252,7 +251,7 @@ class RefineLM(TemplateLM):
         return [tuple(score) for score in results]
 
     def _fit(self, context: list[int], continuation: list[int]) -> Request:
-        """A request whose input, all tokens but the last, has at most max_length tokens."""
+        """Cut a request: its input, all tokens but the last, has at most max_length tokens."""
         tokens = np.array(context + continuation, np.int32)
         if self.max_length is not None:
             if len(continuation) > self.max_length:
@@ -266,7 +265,7 @@ class RefineLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts; each token is scored once, in windows of max_length."""
+        """Score whole texts; each token is scored once, in windows of max_length."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -286,7 +285,7 @@ class RefineLM(TemplateLM):
     # Generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated after each context, up to a stop string or the end of sequence.
+        """Generate after each context, up to a stop string or the end of sequence.
 
         Raises:
           DataError: Arguments that are not supported, or no room; before anything is generated.
@@ -308,7 +307,7 @@ class RefineLM(TemplateLM):
         return results
 
     def _batches(self, prompts: Mapping[int, tuple[int, ...]]) -> Iterator[list[int]]:
-        """Requests to generate from together: of similar length, equal prompts side by side."""
+        """Group requests to generate from: of similar length, equal prompts side by side."""
         order = sorted(prompts, key=lambda i: (-len(prompts[i]), prompts[i]))
         for first in range(0, len(order), self.batch_size):
             yield order[first : first + self.batch_size]
@@ -316,7 +315,7 @@ class RefineLM(TemplateLM):
     def _generate(
         self, batch: list[int], prompts: Mapping[int, tuple[int, ...]], sampling: Sampling
     ) -> Iterator[tuple[int, str]]:
-        """(request, text) of a batch. Equal prompts (repeats of a sampled one) are read once."""
+        """Generate (request, text) of a batch; equal prompts are read once."""
         unique = list(dict.fromkeys(prompts[i] for i in batch))
         prefix = self.generator.read(self.params, unique)
         rows = jnp.array([unique.index(prompts[i]) for i in batch], jnp.int32)
@@ -351,10 +350,9 @@ def check_options(batch_size: int, max_length: int | None, seed: int) -> None:
 
 
 def read_sampling(arguments: Mapping[str, Any], seed: int = 0) -> Sampling:
-    """lm-eval's generation arguments as ours.
+    """Translate lm-eval's generation arguments into ours.
 
-    Raises:
-      DataError: One that is not supported, unless its value changes nothing, or a bad value.
+    Raises DataError: one that is not supported, unless its value changes nothing, or a bad value.
     """
 
     def check(name: str, fits: bool, wanted: str) -> None:

@@ -54,8 +54,7 @@ class Comparison:
 def interval(scores: Sequence[float], level: float = LEVEL) -> Interval:
     """Return the mean of scores from 0 to 1 and its confidence interval.
 
-    Raises:
-        ValueError: there are no scores, or one is not from 0 to 1.
+    Raises ValueError: there are no scores, or one is not from 0 to 1.
     """
     values = _checked(scores)
     count, mean = len(values), float(values.mean())
@@ -72,14 +71,12 @@ def compare(
 ) -> Comparison:
     """Return whether the second model's scores differ from the first's.
 
-    Args:
-        first: scores from 0 to 1, of the same samples in the same order as `second`.
-        second: scores of the other model.
-        level: of the interval.
-        seed: of the random flips, which are taken where there are too many for all.
+    first: scores from 0 to 1, of the same samples in the same order as `second`.
+    second: scores of the other model.
+    level: of the interval.
+    seed: of the random flips, which are taken where there are too many for all.
 
-    Raises:
-        ValueError: there are no scores, one is not from 0 to 1, or their numbers differ.
+    Raises ValueError: there are no scores, one is not from 0 to 1, or their numbers differ.
     """
     one, two = _checked(first), _checked(second)
     if len(one) != len(two):

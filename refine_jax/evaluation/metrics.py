@@ -89,13 +89,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 def score(metric: str, response: str, answers: Sequence[str]) -> float:
     """Return the score of a response, from 0 to 1.
 
-    Args:
-        metric: a name of `METRICS`.
-        response: the text that the model wrote, as it is.
-        answers: the references; without any the score is 0.
+    metric: a name of `METRICS`. response: the text that the model wrote, as it is. answers: the
+    references; without any the score is 0.
 
-    Raises:
-        KeyError: there is no such metric.
+    Raises KeyError: there is no such metric.
     """
     if metric not in METRICS:
         raise KeyError(f"metric must be one of {', '.join(METRICS)}. Got: {metric!r}.")
@@ -130,7 +127,7 @@ def _best(
 
 
 def _words(text: str) -> list[str]:
-    """Words of an answer in SQuAD's normal form: no case, punctuation or articles."""
+    """List the words of an answer in SQuAD's normal form: no case, punctuation or articles."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -144,7 +141,7 @@ def _f1(text: str, answer: str) -> float:
 
 
 def _rouge_l(text: str, answer: str) -> float:
-    """Summary-level ROUGE-L F, as the package rouge 1.0.1 computes it.
+    """Compute summary-level ROUGE-L F, as the package rouge 1.0.1 does.
 
     It differs from the paper's: lengths and matches count distinct words, over all sentences.
     (That package recurses, and gives up with a score of 0 on two sentences of about 1,000 words
@@ -168,7 +165,7 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def _lcs_words(left: list[str], right: list[str]) -> set[str]:
-    """Distinct words of a longest common subsequence.
+    """List the distinct words of a longest common subsequence.
 
     There may be several: of two that are equally long it is the one that skips a word of `right`
     first, read from the end.
@@ -198,7 +195,7 @@ def _class_score(text: str, answer: str) -> float:
 
 
 def _code_line(response: str) -> str:
-    """The first line without a sign of a comment or a code fence, else the whole response."""
+    """Return the first line without a sign of a comment or a code fence, else all."""
     for line in response.lstrip("\n").split("\n"):
         if not any(sign in line for sign in ("`", "#", "//")):
             return line
@@ -206,7 +203,7 @@ def _code_line(response: str) -> str:
 
 
 def _similarity(text: str, answer: str) -> float:
-    """`fuzz.ratio` of the package fuzzywuzzy in its pure form, over 100."""
+    """Compute `fuzz.ratio` of the package fuzzywuzzy in its pure form, over 100."""
     if text == answer:
         return 1.0
     if not text or not answer:
@@ -218,7 +215,7 @@ def _similarity(text: str, answer: str) -> float:
 
 
 def _plain(text: str) -> str:
-    """A response in RULER's normal form: control characters are line ends, none at the ends."""
+    """Bring a response into RULER's normal form: control characters are line ends."""
     return _CONTROL.sub("\n", text.strip()).strip()
 
 

@@ -1,7 +1,5 @@
 """PNG plots of an evaluation: bars with intervals, recall by length and depth, loss by position."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ _COLOURS = (BLUE, ORANGE, GREEN, GREY, "#7b4ea3", "#b8860b")
 
 
 def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Mean scores with their intervals, a group of bars a task, one bar a length.
+    """Plot mean scores with their intervals, a group of bars a task, one bar a length.
 
     sets: `results["sets"]` of `refine_jax.evaluation.report.summarize`.
     """
@@ -43,7 +41,7 @@ def plot_scores(path: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def plot_recall(path: Path, recalls: Mapping[str, DepthRecall]) -> None:
-    """Heatmaps of recall, one a task: length across, depth of the needle downwards."""
+    """Plot heatmaps of recall, one a task: length across, depth of the needle downwards."""
     figure, axes = new_figure(1, len(recalls), (1.5 + 3.2 * len(recalls), 4.2))
     for axis, (task, recall) in zip(axes[0], recalls.items(), strict=True):
         values = np.array(
@@ -69,11 +67,10 @@ def _bins(ends: Sequence[int]) -> list[str]:
 
 
 def plot_positions(path: Path, results: Mapping[str, Mapping]) -> None:
-    """Next-token loss and accuracy over the tokens of context, a curve a model.
+    """Plot next-token loss and accuracy over the tokens of context, a curve a model.
 
-    Args:
-      path: PNG file to write.
-      results: By a model's name, what `refine_jax.evaluation.by_position.evaluate` returns.
+    path: PNG file to write.
+    results: by a model's name, what `refine_jax.evaluation.by_position.evaluate` returns.
     """
     figure, axes = new_figure(1, 2, (12, 4.5))
     logarithmic = all(result["spacing"] == "log" for result in results.values())

@@ -11,8 +11,6 @@ Examples:
     python -m refine_jax.evaluation.position --checkpoint=runs/demo --step=best --holdout=0.05
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -33,7 +31,7 @@ _FIELDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return command().run(run, arguments, imports=("jax", "refine_jax.evaluation.by_position"))
 
 
@@ -66,7 +64,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     made = Command("refine_jax.evaluation.position", __doc__, "--checkpoint=DIR")
     made.group("model")
     text = "made by refine_jax.convert, or a run's work folder"

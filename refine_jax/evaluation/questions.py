@@ -1,7 +1,5 @@
 """The examples of an evaluation as token ids, in the order in which they are answered."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -60,7 +58,7 @@ def load_questions(
     max_new_tokens: int | None = None,
     report: Callable[[str], None] = logging.warning,
 ) -> list[Question]:
-    """All questions of an evaluation, as its tasks come.
+    """Load all questions of an evaluation, as its tasks come.
 
     Of tasks and lengths that are read from files, those that the files lack are left out.
 
@@ -136,7 +134,7 @@ def load_questions(
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """A hash of all that answers and scores depend on; equal for equal questions, in their order.
+    """Hash all that answers and scores depend on; equal for equal questions, in their order.
 
     It does not depend on where the files of a set are.
     """
@@ -155,14 +153,14 @@ def digest(questions: Sequence[Question]) -> str:
 
 
 def _sources(config: EvaluateConfig, task: Task, essays: Essays | None) -> dict[str, Any]:
-    """What the examples of a task are made or read from, as `load_examples` takes it."""
+    """Tell `load_examples` what the examples of a task are made or read from."""
     # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
     data = config.data if task.group in ("ruler_qa", "longbench") else ""
     return {"samples": config.samples, "data": data or None, "essays": essays}
 
 
 def shuffled(questions: Sequence[Question], seed: int | None) -> list[Question]:
-    """The questions in an order that the seed decides; None: as they are."""
+    """Shuffle the questions by a seed; None: as they are."""
     if seed is None:
         return list(questions)
     order = np.random.default_rng(seed).permutation(len(questions))
@@ -190,7 +188,7 @@ def _question(
 
 
 def _room(config: EvaluateConfig, budget: int, name: str) -> int | None:
-    """Most tokens of a prompt whose answer has up to `budget`; None: any number."""
+    """Count the most tokens of a prompt whose answer has up to `budget`; None: any number."""
     if config.max_tokens is None:
         return None
     room = config.max_tokens - budget
@@ -203,7 +201,7 @@ def _room(config: EvaluateConfig, budget: int, name: str) -> int | None:
 
 
 def group_by_length(questions: Sequence[Question], size: int, length_of) -> list[list[Question]]:
-    """Groups of up to `size` questions whose prompts have one `length_of(tokens)`, in order.
+    """Group up to `size` questions whose prompts have one `length_of(tokens)`, in order.
 
     How long a row a prompt is computed in then depends on that prompt alone.
     """
@@ -220,5 +218,5 @@ def group_by_length(questions: Sequence[Question], size: int, length_of) -> list
 
 
 def group_in_order(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """Groups of `size` questions one after the other, the last one smaller."""
+    """Group `size` questions one after the other, the last group smaller."""
     return [list(questions[at : at + size]) for at in range(0, len(questions), size)]

@@ -1,7 +1,5 @@
 """Figures of an evaluation: means with 95 % intervals, speed, what adaptation cost; as a table."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics
@@ -15,7 +13,7 @@ Record = Mapping[str, Any]
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """What `results.json` holds, from the records of `predictions.jsonl`.
+    """Compute the content of `results.json` from the records of `predictions.jsonl`.
 
     sets: for each task and length its figures (`summarize_set`). mean: of the sets' means.
     mean_by_task: over the lengths of a task. seconds, new_tokens, tokens_per_second: of
@@ -45,7 +43,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def summarize_set(records: Sequence[Record]) -> dict[str, Any]:
-    """Mean score of one task and length with its interval, and what the prompts were like."""
+    """Average the scores of one task and length, with interval, and describe the prompts."""
     first = records[0]
     score = interval([record["score"] for record in records])
     return {
@@ -64,7 +62,7 @@ def summarize_set(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def summarize_adaptation(records: Sequence[Record]) -> dict[str, Any] | None:
-    """What adapting to the prompts cost, and how many were too short for all of it.
+    """Sum what adapting to the prompts cost, and count those too short for all of it.
 
     seconds_per_example is the median over examples whose time includes no compilation, None where
     there are none; seconds is the sum over all.
@@ -85,7 +83,7 @@ def summarize_adaptation(records: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The closing table, with a line for each task and length."""
+    """Format the closing table, with a line for each task and length."""
     sets = results["sets"]
     width = max(12, *map(len, sets)) + 2
     head = f"{'':{width}}{'score (%)':>10}{'95 % interval':>18}{'samples':>9}  metric"
@@ -105,10 +103,10 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(f"{'mean':{width}}{100 * results['mean']:>10.1f}")
     lines += ["", f"{results['tokens_per_second']:,.0f} tokens a second, prompts included"]
     if cost := results["adaptation"]:
-        each, total = cost["seconds_per_example"], f"{cost['seconds']:.1f} s in all"
+        median, total = cost["seconds_per_example"], f"{cost['seconds']:.1f} s in all"
         seconds = f"{total}, compilation included"
-        if each is not None:
-            seconds = f"{each:.2f} s an example (median, without compilation), {total}"
+        if median is not None:
+            seconds = f"{median:.2f} s an example (median, without compilation), {total}"
         lines.append(
             f"adaptation: {seconds}; {cost['tokens_per_example']:,.0f} prompt and "
             f"{cost['rollout_tokens_per_example']:,.0f} rollout tokens an example"
@@ -139,7 +137,7 @@ class DepthRecall:
 
 
 def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> DepthRecall | None:
-    """How often needles at each depth were found; None where a task has no depths or lengths.
+    """Count how often needles at each depth were found; None for a task without depths or lengths.
 
     A needle counts as found if its own answer is part of the response (case aside).
     """
@@ -164,7 +162,7 @@ def recall_by_depth(records: Sequence[Record], task: str, bins: int = 10) -> Dep
 
 
 def _depths(record: Record) -> Sequence[float]:
-    """Where in the context the needle of each answer lies, in per cent; empty if unknown.
+    """Find where in the context each answer's needle lies, in per cent; empty if unknown.
 
     What files hold under this name may be something else.
     """
@@ -176,7 +174,7 @@ def _depths(record: Record) -> Sequence[float]:
 
 
 def _length(record: Record) -> int | None:
-    """The length that a set was asked for, as its name says."""
+    """Return the length that a set was asked for, as its name says."""
     task, _, length = record["set"].partition("/")
     del task
     return int(length) if length else None

@@ -8,8 +8,8 @@ Several processes answer groups side by side, each with the whole model; all get
 process 0 writes them.
 """
 
-from __future__ import annotations
-
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -55,15 +55,13 @@ FIELDS: dict[str, type] = {
 _COSTS = ("seconds", "compiled", "tokens", "rollout_tokens", "steps", "skipped")
 
 
-class Predictions:
+class Predictions(contextlib.AbstractContextManager):
     """The records of an evaluation, one JSON object a question; written as they come.
 
     Every process has all of them; process 0 reads and writes. Lines that are no records go to
     `predictions.jsonl.dropped`, which is said; their questions are answered again.
 
-    Args:
-      workdir: Existing folder.
-      required: Fields that a record must have.
+    workdir: existing folder. required: fields that a record must have.
 
     Attributes:
       records: {name of the question: record} of all that are done.
@@ -126,9 +124,6 @@ class Predictions:
         if self._file:
             self._file.close()
 
-    def __enter__(self) -> Predictions:
-        return self
-
     def __exit__(self, *exception) -> None:
         self.close()
 
@@ -147,7 +142,7 @@ class Answerer:
     adapter: Adapter | None = None
 
     def prepare(self, group: Sequence[Question]) -> tuple[Params, list[Cost | None]]:
-        """The parameters to answer a group with, and what they cost."""
+        """Return the parameters to answer a group with, and what they cost."""
         if self.adapter is None:
             return self.params, [None] * len(group)
         adapted = self.adapter.adapt([q.tokens for q in group], [q.name for q in group])
@@ -195,16 +190,13 @@ def evaluate(
     stop: asked before each group (of each process); True ends the evaluation there, and is to be
         the same on all processes.
     """
-    left = {
-        set_name: sum(q.set_name == set_name for q in _all(groups)) for set_name in _sets(groups)
-    }
-    total = sum(left.values())
+    left = collections.Counter(question.set_name for question in _all(groups))
     carries = answerer.adapter is not None and answerer.adapter.carries_over
     index, count = jax.process_index(), jax.process_count()
     # disable=None: no bar where standard error is not a terminal.
     hidden = None if distributed.is_writer() else True
     with (
-        tqdm(total=total, unit="example", disable=hidden, dynamic_ncols=True) as bar,
+        tqdm(total=left.total(), unit="example", disable=hidden, dynamic_ncols=True) as bar,
         Compilations(_say) as compilations,
     ):
         for first in range(0, len(groups), count):
@@ -238,17 +230,13 @@ def _all(groups: Sequence[Sequence[Question]]) -> Iterator[Question]:
     return (question for group in groups for question in group)
 
 
-def _sets(groups: Sequence[Sequence[Question]]) -> list[str]:
-    return list(dict.fromkeys(question.set_name for question in _all(groups)))
-
-
 def _line_of_set(set_name: str, groups, predictions: Predictions) -> str:
     scores = [predictions.records[q.name]["score"] for q in _all(groups) if q.set_name == set_name]
     return f"{set_name}: {100 * math.fsum(scores) / len(scores):.1f} % of {len(scores)}"
 
 
 def _facts(question: Question) -> dict[str, Any]:
-    """What a record says of its question."""
+    """Return what a record says of its question."""
     example = question.example
     return {
         "id": question.name,
@@ -284,7 +272,7 @@ def _record(
 
 
 def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]]:
-    """A parser of the lines of one `predictions.jsonl`: each question once."""
+    """Make a parser of the lines of one `predictions.jsonl`: each question once."""
     seen: set[str] = set()
 
     def get(fields: dict, name: str, kind: Any) -> Any:
@@ -311,7 +299,7 @@ def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]
 
 
 def _number(name: str) -> int:
-    """A number of 32 bits that stands for a question where texts are drawn at random."""
+    """Hash a question to 32 bits, for where texts are drawn at random."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 

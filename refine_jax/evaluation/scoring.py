@@ -8,8 +8,6 @@ MAX_BATCH_TOKENS are read in blocks, with memory that does not depend on their l
 Letters: B rows of a batch, T tokens of a row, R forks of a row, S tokens of a fork.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import functools
@@ -78,7 +76,7 @@ class Trunk:
 
 
 def find_trunks(requests: Sequence[Request]) -> list[Trunk]:
-    """Which requests are read whole, and which fork from them; longest trunks first.
+    """Choose requests that are read whole, and those that fork from them; longest trunks first.
 
     A request joins the trunk with which it shares most, if that holds its context (of more than
     the one token that texts without a context begin with) or half of its tokens, and at most
@@ -149,7 +147,7 @@ class Scorer:
         self.usage.requests += len(requests)
 
     def _score_long(self, requests: Sequence[Request], trunk: Trunk) -> Iterator[tuple[int, Score]]:
-        """Scores of what belongs to one trunk, read in blocks.
+        """Score what belongs to one trunk, read in blocks.
 
         The blocks that all of its requests share are read once.
         """
@@ -183,7 +181,7 @@ class Scorer:
     def _score_batch(
         self, requests: Sequence[Request], trunks: Sequence[Trunk], shape: tuple[int, int]
     ) -> Iterator[tuple[int, Score]]:
-        """Scores of what belongs to some trunks, of which `shape` (B, T) holds all."""
+        """Score what belongs to some trunks, of which `shape` (B, T) holds all."""
         rows = [requests[trunk.request].tokens for trunk in trunks]
         tails = [self._tails(requests, trunk) for trunk in trunks]
         longest_tail = max((len(tail) for row in tails for _, _, tail in row), default=0)
@@ -220,12 +218,12 @@ class Scorer:
                     yield index, _total(losses, hits)
 
     def _tails(self, requests, trunk: Trunk) -> list[tuple[int, int, np.ndarray]]:
-        """(request, tokens shared, tokens beyond) of the trunk's forks, longest first."""
+        """List (request, tokens shared, tokens beyond) of the trunk's forks, longest first."""
         tails = [(i, start, requests[i].tokens[start:]) for i, start in trunk.forks]
         return sorted((t for t in tails if len(t[2])), key=lambda tail: -len(tail[2]))
 
     def _score_forks(self, wave, width: int, hidden: jax.Array, trace: Trace | None) -> TokenStats:
-        """Statistics [B, R, S] of the tails of a wave."""
+        """Compute statistics [B, R, S] of the tails of a wave."""
         longest = max(len(tail) for forks in wave for _, _, tail in forks)
         read = _round_up(longest - 1, _SHORTEST_FORK) if longest > 1 else 0
         starts = np.ones((hidden.shape[0], width), np.int32)
@@ -245,7 +243,7 @@ class Scorer:
 
 
 def _read(model: Model, params: Params, tokens, targets, *, with_trace: bool):
-    """Statistics [B, T] of `targets` [B, T], the tokens after `tokens`; hidden states, trace."""
+    """Predict `targets` [B, T], the tokens after `tokens`: statistics, hidden states, trace."""
     hidden, trace = model.forward(params, tokens, with_trace=with_trace)
     weights = jnp.zeros(targets.shape, jnp.float32)  # the sum is not wanted
     _, stats = next_token_loss(hidden, model.head(params), targets, weights)
@@ -253,7 +251,7 @@ def _read(model: Model, params: Params, tokens, targets, *, with_trace: bool):
 
 
 def _branch(model: Model, params: Params, hidden, trace: Trace | None, starts, tails) -> TokenStats:
-    """Statistics [B, R, S] of `tails` [B, R, S], which follow the first `starts` [B, R] tokens."""
+    """Predict `tails` [B, R, S], which follow the first `starts` [B, R] tokens: statistics."""
     predictors = take_tokens(hidden, starts - 1)[:, :, None]
     if trace is not None:
         states = model.forward_forks(params, trace, starts, tails[..., :-1])
@@ -269,7 +267,7 @@ def _branch(model: Model, params: Params, hidden, trace: Trace | None, starts, t
 
 
 def _total(nll: np.ndarray, correct: np.ndarray) -> Score:
-    """The score of a request's tokens; raises RunError unless all predictions are finite."""
+    """Sum up a request's score; raises RunError unless all predictions are finite."""
     total = float(np.sum(nll, dtype=np.float64))
     if not math.isfinite(total):
         raise not_finite(f"for one of {nll.size} tokens to score")
@@ -283,7 +281,7 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _round_up(count: int, least: int) -> int:
-    """The first of least, 1.5 least, 2 least, 3 least, 4 least, 6 least, ... that is enough."""
+    """Return the first of least, 1.5, 2, 3, 4, 6, ... times least that is enough."""
     size = least
     while size < count:
         if count <= size * 3 // 2:

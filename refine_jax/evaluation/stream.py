@@ -4,8 +4,6 @@ A text is read in blocks of one size, each by extending the decode states that t
 left: one program for all of them, however long the text is.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -16,7 +14,6 @@ import numpy as np
 from refine_jax.generation.sampling import not_finite
 from refine_jax.models.head import next_token_loss
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.refine.objective import head_implementation
 
 BLOCK = 4096  # tokens
 
@@ -75,7 +72,7 @@ class Reader:
 
 
 def _step(model: Model, params: Params, state: State, tokens: jax.Array):
-    """nll, correct [B, S] of the last S of tokens [B, S + 1], and the state before the last."""
+    """Compute nll, correct [B, S] of tokens [B, S + 1] but the first; state before the last."""
     hidden, state = model.extend(params, tokens[:, None, :-1], state)
     weights = jnp.zeros((tokens.shape[0], tokens.shape[1] - 1), jnp.float32)  # no sum is wanted
     _, stats = next_token_loss(
@@ -83,6 +80,6 @@ def _step(model: Model, params: Params, state: State, tokens: jax.Array):
         model.head(params),
         tokens[:, 1:],
         weights,
-        implementation=head_implementation(model),
+        implementation=model.policy.head_implementation,
     )
     return stats.nll, stats.correct, state

@@ -10,14 +10,7 @@ generate from as often as wanted; `save_prefix` and `load_prefix` keep it in a f
 """
 
 from refine_jax.generation.copies import CopiesGenerator
-from refine_jax.generation.engine import (
-    Prefix,
-    advance,
-    decode,
-    empty_prefix,
-    prefill,
-    take_rows,
-)
+from refine_jax.generation.engine import Prefix, advance, decode, empty_prefix, prefill, take_rows
 from refine_jax.generation.generator import Generated, Generator
 from refine_jax.generation.loading import Loaded, load
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample

@@ -1,7 +1,5 @@
 """Generation by several copies of a model at once, each with parameters of its own."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -12,12 +10,11 @@ import numpy as np
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, advance, decode, prefill
 from refine_jax.generation.generator import BLOCK, Generator
-from refine_jax.generation.sampling import Sampler
 from refine_jax.models.transformer import Model, Params
 
 
 class CopiesGenerator(Generator):
-    """A Generator whose `params` have leaves [n, ...]: row i is read and continued by copy i.
+    """A Generator whose `params` have leaves [n, ...]: copy i reads and continues row i.
 
     It takes at most n prompts at a time; they are read in one pass, so they should be of similar
     length. Up to rounding, rows are what a Generator makes of them with their copy alone.
@@ -29,46 +26,37 @@ class CopiesGenerator(Generator):
 
 
 def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
-    """Prefill, advance and decode of a CopiesGenerator, compiled."""
+    """Compile prefill, advance and decode of a CopiesGenerator."""
+
+    def prefill_each(params, tokens, lengths):
+        vmapped = jax.vmap(functools.partial(prefill, model))
+        return _join(vmapped(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
+
+    def advance_each(params, prefix, tokens, taken):
+        vmapped, params = (
+            jax.vmap(functools.partial(advance, model)),
+            _for_rows(params, len(tokens)),
+        )
+        return _join(vmapped(params, _split(prefix), tokens[:, None], taken[:, None]))
+
+    def decode_each(params, prefix, keys, sampler, budgets):
+        # All rows go on as far as the longest budget, which leaves the loop's end common to them:
+        # ends of their own would copy the states in every step. The caller cuts the rows.
+        vmapped = jax.vmap(functools.partial(decode, model, block=BLOCK), (0, 0, 0, None, None))
+        params = _for_rows(params, len(budgets))
+        common = jnp.max(budgets, keepdims=True)
+        tokens, prefix = vmapped(params, _split(prefix), keys[:, None], sampler, common)
+        return tokens[:, 0], _join(prefix)
+
     return (
-        jax.jit(functools.partial(_prefill_each, model)),
-        jax.jit(functools.partial(_advance_each, model), donate_argnums=1),
-        jax.jit(functools.partial(_decode_each, model), donate_argnums=1),
+        jax.jit(prefill_each),
+        jax.jit(advance_each, donate_argnums=1),
+        jax.jit(decode_each, donate_argnums=1),
     )
 
 
-def _prefill_each(model: Model, params: Params, tokens: jax.Array, lengths: jax.Array) -> Prefix:
-    each = jax.vmap(functools.partial(prefill, model))
-    return _join(each(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
-
-
-def _advance_each(
-    model: Model, params: Params, prefix: Prefix, tokens: jax.Array, taken: jax.Array
-) -> Prefix:
-    each = jax.vmap(functools.partial(advance, model))
-    params = _for_rows(params, len(tokens))
-    return _join(each(params, _split(prefix), tokens[:, None], taken[:, None]))
-
-
-def _decode_each(
-    model: Model,
-    params: Params,
-    prefix: Prefix,
-    keys: jax.Array,
-    sampler: Sampler,
-    budgets: jax.Array,
-) -> tuple[jax.Array, Prefix]:
-    # All rows go on as far as the longest budget, which leaves the loop's end common to them: ends
-    # of their own would copy the states in every step. The caller cuts the rows.
-    each = jax.vmap(functools.partial(decode, model, block=BLOCK), in_axes=(0, 0, 0, None, None))
-    params = _for_rows(params, len(budgets))
-    common = jnp.max(budgets, keepdims=True)
-    tokens, prefix = each(params, _split(prefix), keys[:, None], sampler, common)
-    return tokens[:, 0], _join(prefix)
-
-
 def _for_rows(params: Params, rows: int) -> Params:
-    """As many copies as there are rows: those beyond the last one are filling."""
+    """Take as many copies as there are rows: those beyond the last one are filling."""
     copies = len(jax.tree.leaves(params)[0])
     if copies == rows:
         return params
@@ -76,12 +64,12 @@ def _for_rows(params: Params, rows: int) -> Params:
 
 
 def _split(prefix: Prefix) -> Prefix:
-    """Rows [n] as n prefixes of one row, on a leading axis."""
+    """Split n rows into n prefixes of one row, on a leading axis."""
     state = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], prefix.state)
     return Prefix(state, prefix.hidden[:, None], prefix.length[:, None])
 
 
 def _join(prefixes: Prefix) -> Prefix:
-    """Inverse of `_split`."""
+    """Undo `_split`."""
     state = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1), prefixes.state)
     return Prefix(state, prefixes.hidden[:, 0], prefixes.length[:, 0])

@@ -4,8 +4,6 @@ Pure functions; `Generator` calls them for prompts of any number and lengths. Le
 T tokens, S tokens of one extend, n tokens of one block, D model dim.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax
@@ -14,11 +12,11 @@ from jax import lax
 
 from refine_jax.generation.sampling import Sampler, as_ends, sample
 from refine_jax.models.head import logits
-from refine_jax.models.transformer import Model, Params, State, round_room
+from refine_jax.models.transformer import Model, Params, State
 
 
 class Prefix(NamedTuple):
-    """What is known after reading B sequences of unequal length.
+    """What a model keeps of B sequences of unequal length.
 
     Its size depends on B alone, but for models with full attention, whose states have room for some
     tokens (`with_room`).
@@ -33,7 +31,7 @@ class Prefix(NamedTuple):
 
 
 def empty_prefix(model: Model, params: Params, rows: int) -> Prefix:
-    """The Prefix before any token; its `hidden` predicts nothing yet."""
+    """Make the Prefix before any token; its `hidden` predicts nothing yet."""
     return Prefix(
         model.init_state(params, (rows, 1)),
         jnp.zeros((rows, model.config.hidden_size), model.dtype),
@@ -47,7 +45,7 @@ def with_room(model: Model, prefix: Prefix, num_new: int) -> Prefix:
 
 
 def take_rows(prefix: Prefix, rows: jax.Array) -> Prefix:
-    """The Prefix of `rows` [R] int32 of `prefix`; a row may be taken any number of times."""
+    """Take `rows` [R] int32 of a Prefix; a row may be taken any number of times."""
     return Prefix(
         jax.tree.map(lambda x: x[:, rows], prefix.state), prefix.hidden[rows], prefix.length[rows]
     )
@@ -109,17 +107,17 @@ def decode(
 ) -> tuple[jax.Array, Prefix]:
     """Generate up to `block` tokens a row, for which the Prefix has room (`with_room`).
 
+    Pure; one program for any sampler and budgets.
+
     keys: [B], one a row (`row_keys`). A draw depends on the row's key and on how many tokens its
-        sequence has, on nothing else: two blocks of 8 draw what one of 16 does.
-    budgets: [B] int32, most tokens of each row; no more steps are made than the largest asks for.
-    end: the token or tokens after which a row has no more; all rows ended, nothing more is
-        computed. None: no such token; then vmapping over params leaves the loop's end common to
-        all.
+    sequence has, on nothing else: two blocks of 8 draw what one of 16 does. budgets: [B] int32,
+    most tokens of each row; no more steps are made than the largest asks for. end: the token or
+    tokens after which a row has no more; when all rows have ended, nothing more is computed. None:
+    no such token; then vmapping over params leaves the loop's end common to all.
 
     Returns tokens [B, block] int32, -1 where a row has none and NOT_FINITE where its logits are not
     finite, and the Prefix after as many tokens as the longest row has. Rows that ended before it
     are of no further use (`Generator.extend` continues them from their own tokens).
-    Pure; one program for any sampler and budgets.
     """
     head = model.head(params)
     ends = as_ends(end)
@@ -144,17 +142,3 @@ def decode(
     carry = jnp.int32(0), budgets > 0, tokens, prefix
     _, _, tokens, prefix = lax.while_loop(running, step, carry)
     return tokens.T, prefix
-
-
-def round_rows(count: int) -> int:
-    """`count`, or up to a third more: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    power = 1 << max(count - 1, 0).bit_length()
-    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
-
-
-def round_length(length: int) -> int:
-    """`length`, or up to a quarter (at least 64) more: 64, 128, 192, 256, 320, 384, ...
-
-    Four sizes an octave.
-    """
-    return round_room(length)

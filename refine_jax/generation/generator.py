@@ -18,14 +18,13 @@ from refine_jax.generation.engine import (
     decode,
     gather_rows,
     prefill,
-    round_length,
-    round_rows,
     take_rows,
     with_room,
 )
 from refine_jax.generation.sampling import NOT_FINITE, Sampler, Sampling, not_finite, row_keys
 from refine_jax.generation.text import TextStream
 from refine_jax.models.config import Architecture
+from refine_jax.models.layout import round_length, round_rows
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 
 BLOCK = 16  # tokens generated between two looks at the stop strings
@@ -35,7 +34,7 @@ _SHORT = 512  # rows of at most so many tokens are padded to one length: little 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What was generated after one prompt.
+    """The continuation of one prompt.
 
     tokens: as sampled, up to and with a token that ends texts or the one that completed a stop
     string. text: `tokenizer.decode` of those before the end, cut before the stop string.
@@ -63,7 +62,7 @@ class _Programs(NamedTuple):
 def programs_of(
     config: Architecture, policy: ComputePolicy, end: int | tuple[int, ...]
 ) -> _Programs:
-    """The compiled functions of a model whose texts end with the token, or tokens, `end`."""
+    """Compile the functions of a model whose texts end with the token, or tokens, `end`."""
     model = Model(config, policy)
     return _Programs(
         jax.jit(functools.partial(prefill, model)),
@@ -114,8 +113,7 @@ class Generator:
     def read(self, params: Params, prompts: Sequence[Sequence[int]]) -> Prefix:
         """Read prompts of ids, of any lengths >= 1.
 
-        Raises:
-          DataError: A prompt without tokens, or with one that is not in the vocabulary.
+        Raises DataError: a prompt without tokens, or with one that is not in the vocabulary.
         """
         prompts = self._check(prompts, shortest=1)
         parts, places, start = [], np.zeros(len(prompts), np.int32), 0
@@ -133,10 +131,8 @@ class Generator:
     ) -> Prefix:
         """Read on: `continuations` of ids, one a row, of any lengths; `prefix` stays as it is.
 
-        The result is that of `read` with the whole sequences, up to rounding.
-
-        Raises:
-          DataError: Not one continuation a row, or an id that is not in the vocabulary.
+        The result is that of `read` with the whole sequences, up to rounding. Raises DataError: not
+        one continuation a row, or an id that is not in the vocabulary.
         """
         rows = prefix.length.shape[0]
         if len(continuations) != rows:
@@ -158,13 +154,10 @@ class Generator:
     ) -> list[Generated]:
         """Generate from every row of `prefix`, which stays as it is.
 
-        Raises:
-          RunError: The model's predictions are not finite.
-
-
         max_new_tokens: of each row; None: that of `sampling`. ids: numbers >= 0 that, with the
         seed, decide a row's draws wherever it stands and whatever stands beside it; None: 0, 1, ...
-        consume: `prefix` is not needed any more; saves the memory of a copy.
+        consume: `prefix` is not needed any more; saves the memory of a copy. Raises RunError: the
+        model's predictions are not finite.
         """
         rows = self._rows(prefix, sampling, max_new_tokens)
         for _ in self._run(params, prefix, sampling, rows, ids, BLOCK, consume=consume):
@@ -177,14 +170,13 @@ class Generator:
         prefix: Prefix,
         sampling: Sampling,
         *,
-        max_new_tokens: Sequence[int] | None = None,
         ids: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, str | Generated]]:
-        """`generate`, as it goes: (row, piece of text) and, at a row's end, (row, Generated).
+        """`generate` as it goes: yields (row, piece of text) and, at a row's end, (row, Generated).
 
         The pieces of a row put together are the text of its Generated.
         """
-        rows = self._rows(prefix, sampling, max_new_tokens)
+        rows = self._rows(prefix, sampling, None)
         yield from self._run(params, prefix, sampling, rows, ids, 1)
 
     def complete(self, params: Params, texts: Sequence[str], sampling: Sampling) -> list[Generated]:
@@ -195,7 +187,7 @@ class Generator:
     # Reading
 
     def _check(self, rows, shortest: int) -> list[np.ndarray]:
-        """Rows as arrays of ids, all of them in the vocabulary."""
+        """Make arrays of ids of the rows, and check that the vocabulary has them."""
         rows = [np.asarray(row, np.int32) for row in rows]
         if not rows:
             raise DataError("At least one prompt is needed. Got: none.")
@@ -211,7 +203,7 @@ class Generator:
         return rows
 
     def _groups(self, lengths: list[int]) -> list[list[int]]:
-        """Rows that are read together: of similar length, within `prefill_tokens`."""
+        """Group rows that are read together: of similar length, within `prefill_tokens`."""
         lengths = [min(length, self._prefill_tokens) for length in lengths]
         groups, width = [], 0
         for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -225,7 +217,7 @@ class Generator:
         return [sorted(group) for group in groups]
 
     def _read_group(self, params: Params, prompts: list[np.ndarray]) -> Prefix:
-        """The first `prefill_tokens` of the prompts, in one pass; some rows more than prompts."""
+        """Read the first `prefill_tokens` of the prompts in one pass; more rows may fill it up."""
         prompts = [prompt[: self._prefill_tokens] for prompt in prompts]
         lengths = np.ones(round_rows(len(prompts)), np.int32)
         lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
@@ -261,7 +253,7 @@ class Generator:
         return self._take_rows(own, np.arange(count, dtype=np.int32))
 
     def _own(self, prefix: Prefix, consume: bool) -> Prefix:
-        """A copy that may be overwritten; repeated rows fill it up to a common size."""
+        """Copy a Prefix to be overwritten; repeated rows fill it up to a common size."""
         count = prefix.length.shape[0]
         if consume and count == round_rows(count):
             return prefix
@@ -290,7 +282,7 @@ class Generator:
         *,
         consume: bool = False,
     ) -> Iterator[tuple[int, str | Generated]]:
-        """Generate in blocks of `every` tokens until all rows are done; pieces and results."""
+        """Generate in blocks of `every` tokens until all rows are done: pieces and results."""
         own = self._own(prefix, consume)
         padding = [0] * (own.length.shape[0] - len(rows))
         ids = [*(range(len(rows)) if ids is None else ids), *padding]
@@ -362,5 +354,5 @@ class _Row:
         return "".join(pieces)
 
     def result(self) -> Generated:
-        """What was generated."""
+        """Return what was generated."""
         return Generated(tuple(self._tokens), "".join(self._pieces), self.finish_reason)

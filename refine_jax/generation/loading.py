@@ -1,7 +1,5 @@
 """A checkpoint as what generation and evaluation need of it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,7 @@ _MOST_RUNS = 8  # that start from each other's checkpoints, of which one names t
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint gives: a model, its parameters on the device, and a tokenizer."""
+    """A model, its parameters on the device, and a tokenizer, of a checkpoint."""
 
     model: Model
     params: Params
@@ -50,9 +48,9 @@ def load(
       DataError: No such tokenizer, or the checkpoint has none.
     """
     folder = local_path(checkpoint, "the checkpoint", CheckpointError)
-    found = load_model(folder, step=step)
-    model = Model(model_config(found.config), ComputePolicy(compute_dtype=compute_dtype))
-    name = tokenizer or found.tokenizer
+    saved = load_model(folder, step=step)
+    model = Model(model_config(saved.config), ComputePolicy(compute_dtype=compute_dtype))
+    name = tokenizer or saved.tokenizer
     if name is None:
         name = trained_with(folder)
         if name is None:
@@ -61,16 +59,15 @@ def load(
                 "bytes or a path."
             )
         logging.warning("%s has no tokenizer files: its %s names %s.", checkpoint, RUN, name)
-    ends = further_ends(found.config, found.files.get(GENERATION))
+    ends = further_ends(saved.config, saved.files.get(GENERATION))
     return Loaded(
-        model, jax.device_put(found.params), with_ends(load_tokenizer(os.fspath(name)), ends)
+        model, jax.device_put(saved.params), with_ends(load_tokenizer(os.fspath(name)), ends)
     )
 
 
 def trained_with(checkpoint: Path) -> str | None:
-    """The tokenizer that the run in a folder was trained with, as a name or path.
-
-    None: the folder holds no run.
+    """Name the tokenizer, or its path, that the run in a folder was trained with; None without a
+    run.
 
     Raises:
       CheckpointError: The record of the run is damaged.
@@ -112,14 +109,12 @@ def _object(fields: Mapping[str, Any], name: str, where: Path) -> dict[str, Any]
 
 
 def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...]:
-    """The tokens that end a text according to the files of a checkpoint.
+    """List the tokens that end a text according to the files of a checkpoint.
 
     fields: of its config.json, where `eos_token_id` counts if it is a list: one number is the
-        default of the family in most of them, whatever the tokenizer. path: of its
-        generation_config.json, None if there is none; of this file nothing else is used.
-
-    Raises:
-      CheckpointError: A field is no id of the model's vocabulary, nor a list of them.
+    default of the family in most of them, whatever the tokenizer. path: of its
+    generation_config.json, None if there is none; of this file nothing else is used. Raises
+    CheckpointError: a field is no id of the model's vocabulary, nor a list of them.
     """
     ends: list[int] = []
     if isinstance(fields.get("eos_token_id"), list):
@@ -129,9 +124,9 @@ def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...
     return tuple(dict.fromkeys(ends))
 
 
-def _ids(found: Mapping[str, Any], where: Any, fields: Mapping[str, Any]) -> list[int]:
+def _ids(saved: Mapping[str, Any], where: Any, fields: Mapping[str, Any]) -> list[int]:
     kinds = (int, list)
-    value = json_field(found, "eos_token_id", kinds, where=where, error=CheckpointError, default=[])
+    value = json_field(saved, "eos_token_id", kinds, where=where, error=CheckpointError, default=[])
     ids = value if isinstance(value, list) else [value]
     vocab_size = model_config(dict(fields)).vocab_size
     if not all(type(i) is int and 0 <= i < vocab_size for i in ids):

@@ -22,16 +22,14 @@ MAX_NEW_TOKENS = 1_000_000
 class Sampling:
     """How to generate; the default is greedy.
 
-    temperature: 0 takes the most likely token; above, tokens are drawn from softmax(z / t).
-    top_k: draw among the k most likely tokens only; None: among all.
-    top_p: draw among the fewest most likely tokens whose probabilities, after temperature and
-        top_k, sum to at least top_p; None: among all.
-    max_new_tokens: most tokens of a row; 0 generates nothing. At most MAX_NEW_TOKENS.
-    stop: strings that end a row; they are not part of its text.
-    seed: of the draws, 0 <= seed < 2**32.
+    temperature: 0 takes the most likely token; above, tokens are drawn from softmax(z / t). top_k:
+    draw among the k most likely tokens only; None: among all. top_p: draw among the fewest most
+    likely tokens whose probabilities, after temperature and top_k, sum to at least top_p; None:
+    among all. max_new_tokens: most tokens of a row; 0 generates nothing. At most MAX_NEW_TOKENS.
+    stop: strings that end a row; they are not part of its text. seed: of the draws, 0 <= seed <
+    2**32.
 
-    Raises:
-      ConfigError: A field that cannot work.
+    Raises ConfigError: a field that cannot work.
     """
 
     temperature: float = 0.0
@@ -79,7 +77,7 @@ def _can_be_met(stop: Any) -> bool:
 
 
 class Sampler(NamedTuple):
-    """The numbers of a `Sampling`, as scalars of a compiled program: any values, one program.
+    """A `Sampling` as scalars of a compiled program: any values, one program.
 
     temperature: float32; 0 is greedy. top_k: int32, V or more for all. top_p: float32, 1 for all.
     """
@@ -90,7 +88,7 @@ class Sampler(NamedTuple):
 
     @classmethod
     def of(cls, sampling: Sampling) -> Sampler:
-        """The numbers of `sampling`."""
+        """Convert `sampling`."""
         everything = jnp.iinfo(jnp.int32).max
         return cls(
             jnp.float32(sampling.temperature),
@@ -105,7 +103,7 @@ NOT_FINITE = -2
 
 
 def not_finite(where: str) -> RunError:
-    """The error for a model whose predictions are NaN or infinite; `where` follows in it."""
+    """Make the error for predictions that are NaN or infinite; `where` follows in its message."""
     return RunError(
         f"The model's predictions are not finite (NaN or infinite) {where}. Its parameters hold "
         "NaN, or are too large for its dtype: check the checkpoint, try compute_dtype float32 and, "
@@ -114,19 +112,19 @@ def not_finite(where: str) -> RunError:
 
 
 def as_ends(end: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a text, of which there may be one, several or none."""
+    """List the tokens that end a text, given as one, several or None."""
     if end is None:
         return ()
     return (end,) if isinstance(end, Integral) else tuple(end)
 
 
 def row_keys(seed: int | jax.Array, ids: jax.Array) -> jax.Array:
-    """A random key for each row [B], of the seed and the row's id [B] alone."""
+    """Derive the random keys [B] of rows from the seed and the rows' ids [B] alone."""
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(ids)
 
 
 def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
-    """One token [B] int32 a row from logits z [B, V] float32; keys [B], one for each draw.
+    """Choose a token [B] int32 for each row from logits z [B, V] float32; keys [B], one a draw.
 
     NOT_FINITE where a logit is NaN or infinite (-inf of some tokens excludes them).
     """
@@ -149,7 +147,7 @@ def sample(z: jax.Array, keys: jax.Array, sampler: Sampler) -> jax.Array:
 
 
 def keep_likeliest(z: jax.Array, sampler: Sampler) -> jax.Array:
-    """Logits z [B, V] with -inf for the tokens that top_k and top_p leave out.
+    """Set logits z [B, V] to -inf for the tokens that top_k and top_p leave out.
 
     Of equal logits the lower id is the likelier, so that top_k keeps exactly k tokens and top_k 1
     is greedy.

@@ -4,8 +4,6 @@ A folder holds `arrays/` (Orbax, with fingerprints of their values) and `state.j
 which model, parameters and tokenizer the state was made: it means nothing to others.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -28,11 +26,7 @@ from refine_jax.base.files import (
 )
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import check_free, new_folder
-from refine_jax.checkpoint.tree import (
-    fingerprints,
-    flatten,
-    unflatten,
-)
+from refine_jax.checkpoint.tree import fingerprints, flatten, unflatten
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, empty_prefix
 from refine_jax.generation.sampling import not_finite
@@ -43,7 +37,7 @@ _MOST_ROOM = 2**32
 
 
 def check_state_path(path: str | os.PathLike) -> Path:
-    """The new folder that a state may be written to.
+    """Return the new folder that a state may be written to.
 
     Raises CheckpointError if it exists, or its parent is no folder that may be written to.
     """
@@ -82,9 +76,8 @@ def load_prefix(
 ) -> Prefix:
     """Read what `save_prefix` wrote, bit for bit.
 
-    Raises:
-      CheckpointError: No saved state, a corrupt one, or one of another model, other parameters,
-        another dtype or another tokenizer.
+    Raises CheckpointError: no saved state, a corrupt one, or one of another model, other
+    parameters, another dtype or another tokenizer.
     """
     folder = local_path(path, "the saved state", CheckpointError).resolve()
     if not (folder / _RECORD).is_file():
@@ -122,7 +115,7 @@ def _describe(model: Model, params: Params, tokenizer: Tokenizer) -> dict[str, A
 def _check_record(
     path: Path, model: Model, mine: dict[str, Any], again: str
 ) -> tuple[list[int], int]:
-    """The lengths [B] and the room of a saved state, which `model`, described by `mine`, continues.
+    """Read lengths [B] and room of a saved state, which `model`, described by `mine`, continues.
 
     Raises CheckpointError if it was made by something else, or the record is damaged.
     """

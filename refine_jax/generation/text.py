@@ -1,7 +1,5 @@
 """Text of tokens as they come: whole characters only, cut at the first stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 _UNKNOWN = "�"
@@ -28,7 +26,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain; "" after a stop string was met."""
+        """Take a token; returns the text that it makes certain, "" after a stop string."""
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         certain = len(text) - min(len(text) - len(text.rstrip(_UNKNOWN)), _MOST_UNKNOWN)
@@ -40,7 +38,7 @@ class TextStream:
         return self._release(new)
 
     def flush(self) -> str:
-        """What was held back, when no token follows."""
+        """Release what was held back, when no token follows."""
         text = self._decode(self._ids[self._start :])
         piece = self._release(text[self._out :])
         self._out = len(text)
@@ -49,14 +47,14 @@ class TextStream:
         return piece
 
     def _release(self, new: str) -> str:
-        """The part of held and new text that is not, and does not begin, a stop string."""
+        """Return the part of held and new text that is not, and does not begin, a stop string."""
         if self.stopped:
             return ""
         text = self._held + new
-        found = [at for at in map(text.find, self._stop) if at >= 0]
-        if found:
+        stops = [at for at in map(text.find, self._stop) if at >= 0]
+        if stops:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         hold = max(
             (
                 size

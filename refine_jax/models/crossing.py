@@ -83,7 +83,7 @@ def _forward(function, size, axis_name, shared, own, tokens, chunks, place):
 
     one = jax.eval_shape(result, 0, 0)
     out = jnp.zeros((*place.crosses.shape, *one.shape[2:]), one.dtype)
-    out = lax.fori_loop(0, number, write, out)
+    out = _loop_if_any(number, write, out)
     return (out, tokens, chunks), (shared, own, tokens, chunks, place)
 
 
@@ -103,11 +103,20 @@ def _backward(function, size, axis_name, residuals, cotangents):
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
     totals = zeros(shared), _Fork(zeros(own), d_tokens, d_chunks)
-    d_shared, d_arrays = lax.fori_loop(0, number, add_fork, totals)
+    d_shared, d_arrays = _loop_if_any(number, add_fork, totals)
     return d_shared, *d_arrays, None
 
 
 of_crossing.defvjp(_forward, _backward)
+
+
+def _loop_if_any(number: jax.Array, turn: Callable, carry: Any) -> Any:
+    """`lax.fori_loop` from 0 to `number`, under a condition.
+
+    XLA moves what a loop does not change in front of it, there to be computed for no turns too.
+    """
+    loop = functools.partial(lax.fori_loop, 0, number, turn)
+    return lax.cond(number > 0, loop, lambda carry: carry, carry)
 
 
 def crossing_forks(crosses: jax.Array):

@@ -13,25 +13,18 @@ row in J blocks, S tokens of a fork, M = n S R / J queries of a group, T tokens 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.kernels import heads
+from refine_jax.kernels import fork_reads, heads
+from refine_jax.kernels.fork_reads import Reach
 from refine_jax.models.attention import MASKED, product
 
 _SCORE_BYTES = 1 << 26  # most bytes of float32 scores at a time; more go by blocks of keys
 _FORKS = 8  # most forks of a block, where there are blocks
 _LANES = 128  # blocks are whole multiples of it
-
-
-class Reach(NamedTuple):
-    """The slots that a query sees: first ... last, [J, B, M] int32; none if first > last."""
-
-    first: jax.Array
-    last: jax.Array
 
 
 def fork_attention(
@@ -173,6 +166,9 @@ def attend_row(q, k, v, reach: Reach, scale: float, window: int):
 
 
 def _attend_row_forward(q, k, v, reach, scale, window):
+    if fork_reads.takes_row(q.shape, k.shape):
+        found = fork_reads.attend_row(q.astype(k.dtype), k, v, reach, scale)
+        return found, (q, k, v, reach, *found)
     block, by_reach = _block_size(q, k.shape[2], window), len(q) > 1
 
     def attend_forks(_, inputs):
@@ -204,8 +200,13 @@ def _attend_row_backward(scale, window, residuals, cotangents):
     """Recomputes the probabilities from the log of their denominator."""
     q, k, v, reach, out, log_total = residuals
     d_out, d_log = cotangents
-    block, by_reach = _block_size(q, k.shape[2], window), len(q) > 1
     rest = jnp.sum(d_out * out, -1) - d_log
+    if fork_reads.takes_row(q.shape, k.shape):
+        dq, dk, dv = fork_reads.attend_row_backward(
+            q.astype(k.dtype), k, v, reach, scale, log_total, d_out, rest
+        )
+        return dq.astype(q.dtype), dk, dv, None
+    block, by_reach = _block_size(q, k.shape[2], window), len(q) > 1
 
     def add_forks(totals, inputs):
         q, reach, d_out, rest, log_total = inputs

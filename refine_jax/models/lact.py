@@ -22,6 +22,7 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
+from refine_jax.kernels.tpu import computed_once
 from refine_jax.models.attention import push_to_ring, ring_attention
 from refine_jax.models.chunks import (
     ChunkPlan,
@@ -193,7 +194,9 @@ class LaCTMixer(LaCTLayer):
         in_axes = (forks, rows, chunks, ("heads",), ("heads",), batch)
         read = over_shards(read, in_axes, (forks, rows, chunks))
         new = *inputs, self._rates(x), self._momentum(x)
-        norms = row_norms(self._initial_weights())
+        # Made apart: libtpu 0.0.52 fails to sum their gradient over as many chips as there are
+        # heads and to spread it by rows in one operation.
+        norms = jax.tree.map(computed_once, row_norms(self._initial_weights()))
         fast, (row_k, row_v, *_), _ = read(
             new, trace[:4], trace.chunks, self._scales(1), norms, place
         )
@@ -241,7 +244,12 @@ class LaCTMixer(LaCTLayer):
         forks, batch = ("batch", None, "heads"), ("batch",)
         rows, chunks = (None, "batch", "heads"), (None, "batch", None, "heads")
         in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch, ())
-        norms = row_norms(self._initial_weights())
+        norms = jax.eval_shape(lambda: row_norms(self._initial_weights()))
+        norms = lax.cond(
+            place.crosses.any(),
+            lambda: row_norms(self._initial_weights()),
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), norms),
+        )
         attention, out = over_shards(read, in_axes, (forks, forks))(
             window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last, layer
         )

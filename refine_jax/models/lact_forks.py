@@ -202,23 +202,17 @@ def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name:
     outputs and gradients are 0: N R S tokens are few beside T, no weights are copied, and their
     gradient comes out by chunk, without a scatter.
     """
-    queries = jnp.swapaxes(q, 1, 2)  # [B, H, R, S, d]
-    by_chunk = jax.tree.map(lambda w: jnp.moveaxis(w, 1, 0), weights)
-    number = jnp.arange(len(by_chunk.w0))
+    queries = jnp.swapaxes(q, 1, 2)[:, None]  # [B, 1, H, R, S, d]
+    number = jnp.arange(weights.w0.shape[1])[:, None]
     if axis_name is not None:
         number += lax.axis_index(axis_name) * len(number)
-
-    @jax.checkpoint
-    def read(out, inputs):
-        number, weights = inputs
-        here = jnp.where((chunk == number)[:, None, :, None, None], queries, 0)
-        return out + apply_fast_weights(weights, here.reshape(out.shape)), None
-
-    out = jnp.zeros((*queries.shape[:2], queries[0, 0, ..., 0].size, q.shape[-1]), q.dtype)
-    out, _ = lax.scan(read, out, (number, by_chunk))
+    here = (chunk[:, None] == number)[:, :, None, :, None, None]
+    by_chunk = jnp.where(here, queries, 0)  # [B, N, H, R, S, d]
+    flat = by_chunk.reshape(*by_chunk.shape[:3], -1, q.shape[-1])
+    out = apply_fast_weights(weights, flat).reshape(by_chunk.shape).sum(1)
     if axis_name is not None:
         out = lax.psum(out, axis_name)
-    return jnp.swapaxes(out.reshape(queries.shape), 1, 2)
+    return jnp.swapaxes(out, 1, 2)
 
 
 def _read_next_chunk(

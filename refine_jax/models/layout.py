@@ -1,4 +1,4 @@
-"""Where the real tokens of a batch are: padding and packed documents."""
+"""Where the real tokens of a batch are: padding and packed documents; few sizes to pad to."""
 
 from __future__ import annotations
 
@@ -65,3 +65,27 @@ class Layout:
 jax.tree_util.register_dataclass(
     Layout, data_fields=["mask", "document", "position"], meta_fields=["max_documents"]
 )
+
+
+def round_rows(count: int) -> int:
+    """Round a number of rows up by a third at most: 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def round_length(length: int) -> int:
+    """Round a row's length up by a quarter (at least 64) at most: 64, 128, 192, 256, 320, 384, ...
+
+    Four sizes an octave.
+    """
+    step = max(64, 1 << max(int(length).bit_length() - 3, 0))
+    return -(-int(length) // step) * step
+
+
+def row_length(tokens: int) -> int:
+    """Choose the slots of the row that a prompt is padded to, by its own length alone.
+
+    Prompts of fewer than two tokens have no next token to train on. They get a row length of their
+    own, so that no other prompt is padded to it.
+    """
+    return 1 if tokens < 2 else round_length(tokens)

@@ -36,7 +36,7 @@ from refine_jax.models.hybrid_config import AttentionConfig, OlmoDeltaConfig, Qw
 from refine_jax.models.hybrid_delta import OlmoDeltaMixer, QwenDeltaMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
-from refine_jax.models.layout import Layout
+from refine_jax.models.layout import Layout, round_length
 from refine_jax.models.mixer import Mixer
 from refine_jax.models.pattern import Pattern
 from refine_jax.parallel import axis_size, constrain, gather_parameters
@@ -89,6 +89,11 @@ class ComputePolicy:
             )
         if self.remat not in ("none", *_REMAT_POLICIES):
             raise ValueError(f"remat must be 'none', 'dots' or 'full'. Got: remat={self.remat!r}.")
+
+    @property
+    def head_implementation(self) -> str | None:
+        """Implementation of the head's loss, which has no kernels of the mixers' other names."""
+        return "xla" if self.implementation == "xla" else None
 
 
 @jax.tree_util.register_dataclass
@@ -281,10 +286,17 @@ class Model:
         return gathered["weight"]
 
     def gather(self, params: Params) -> Params:
-        """The parameters whole on every device, as the layers take them: sent once, for many passes
-        over few tokens. Not for the gradient.
+        """The parameters whole on every device, linear maps in the activations' dtype: sent and
+        converted once, for many passes over few tokens, which wait for them to be read. Not for the
+        gradient.
         """
-        return {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
+
+        def convert(path, x):
+            is_linear = path[-1].key == "weight" and x.ndim > 1
+            return computed_once(x.astype(self.dtype)) if is_linear else x
+
+        whole = {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
+        return jax.tree_util.tree_map_with_path(convert, whole)
 
     def _embed(self, params: Params, tokens: jax.Array) -> jax.Array:
         table = gather_parameters({"embeddings": params["embeddings"]})["embeddings"]["weight"]
@@ -411,7 +423,7 @@ class Model:
             return state
         used = self._pattern.map(lambda kind, x: self._mixers[kind].used(x), state)
         needed = max(int(x.max()) for x in jax.tree.leaves(used)) + num_new
-        return self.resize(state, capacity if needed <= capacity else round_room(needed))
+        return self.resize(state, capacity if needed <= capacity else round_length(needed))
 
     @_exact_float32
     def forward_forks(
@@ -635,12 +647,6 @@ class Model:
             return None, self._block(kind, layer_params).attn.init_state(batch, self.dtype)
 
         return self._pattern.scan(layer, None, params["layers"])[1]
-
-
-def round_room(tokens: int) -> int:
-    """As many tokens, or up to a quarter (at least 64) more: four sizes an octave."""
-    step = max(64, 1 << max(int(tokens).bit_length() - 3, 0))
-    return -(-int(tokens) // step) * step
 
 
 def _run_rows(

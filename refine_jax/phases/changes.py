@@ -93,10 +93,9 @@ class Changes:
     data: str | None = None
 
     def check_data(self, fingerprint: str, config: Config) -> "Changes":
-        """The changes, with the training data that there is now.
+        """Add the change of the training data to that which there is now.
 
-        Raises:
-          ConfigError: It is other data than the run's, and no setting of the data may change.
+        Raises ConfigError: it is other data than the run's, and no setting of the data may change.
         """
         known = dataclasses.replace(self, data=fingerprint)
         if self.before is None:
@@ -128,16 +127,16 @@ class Changes:
         return any(change["step"] >= step and _is_of_data(change) for change in self.made)
 
     def record(self) -> dict[str, Any]:
-        """What is kept in `run.json` beside the configuration."""
+        """Return what `run.json` keeps beside the configuration."""
         return {"changes": [dict(change) for change in self.made], "data": self.data}
 
     def describe(self) -> str:
-        """The changes of this start, as the end of a sentence; empty where there are none."""
-        each = [
+        """Describe the changes of this start, as the end of a sentence; "" where there are none."""
+        texts = [
             f"{change['setting']}={short(change['to'])} (was {short(change['from'])})"
             for change in self._of_this_start
         ]
-        return f" with {', '.join(each)}" if each else ""
+        return f" with {', '.join(texts)}" if texts else ""
 
     @property
     def _of_this_start(self) -> tuple[Mapping[str, Any], ...]:
@@ -151,10 +150,9 @@ class Changes:
 
 
 def allowed_names(given: Iterable[str]) -> tuple[str, ...]:
-    """The settings that a user allows to change: `section.field`, several joined by commas.
+    """Split the settings that a user allows to change: `section.field`, several joined by commas.
 
-    Raises:
-      ConfigError: One is no setting, or one that a run cannot change.
+    Raises ConfigError: one is no setting, or one that a run cannot change.
     """
     known = list(_HOW)
     names = [name.strip().removeprefix("config.") for text in given for name in text.split(",")]
@@ -173,7 +171,7 @@ def allowed_names(given: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = ()) -> Changes:
-    """What this start changes of the run in `workdir`; reads the run's record, writes nothing.
+    """Compare this start with the record of the run in `workdir`; writes nothing.
 
     allow_change: names of settings that may change what is computed from here on.
 
@@ -234,7 +232,7 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
 
 
 def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None]:
-    """The configuration in a run's record, the changes by name before it, the data's fingerprint.
+    """Read the configuration in a run's record, the changes before it, the data's fingerprint.
 
     A run of a version without a setting had what is now its default, or what `_BEFORE` says.
     """
@@ -269,7 +267,7 @@ def _read(path: Path) -> tuple[Config, tuple[Mapping[str, Any], ...], str | None
 
 
 def _differences(before: Config, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """(name, value before, value now) of the settings that do not change freely."""
+    """List the settings that differ and do not change freely: (name, value before, value now)."""
     if before.phase != config.phase:
         yield "phase", before.phase, config.phase
     sections = config.to_dict()
@@ -287,7 +285,7 @@ def _differences(before: Config, config: Config) -> Iterator[tuple[str, Any, Any
 
 
 def _steps_decide(config: Config) -> str | None:
-    """What depends on the number of steps of the run, so that it cannot change freely."""
+    """Name a setting that depends on the number of steps, which then cannot change freely."""
     optimizer, refine = config.optimizer, config.refine
     if optimizer.schedule != "constant":
         return (
@@ -303,7 +301,7 @@ def _steps_decide(config: Config) -> str | None:
 
 
 def _why_never(name: str, before: Config, config: Config) -> str | None:
-    """Why a run cannot change a setting in this way; None if it can."""
+    """Say why a run cannot change a setting in this way; None if it can."""
     if name in _NEVER:
         return _NEVER[name]
     section, _, field = name.partition(".")
@@ -323,7 +321,7 @@ def _why_never(name: str, before: Config, config: Config) -> str | None:
 
 
 def _saved(optimizer: OptimizerConfig, refine: RefineConfig) -> Any:
-    """What a checkpoint holds of a single parameter: structure, shapes and dtypes."""
+    """Describe what a checkpoint holds of a single parameter: structure, shapes and dtypes."""
     state = jax.eval_shape(
         lambda params: TrainState.create(
             params, make_optimizer(optimizer, steps=1), jax.random.key(0), refine
@@ -335,7 +333,7 @@ def _saved(optimizer: OptimizerConfig, refine: RefineConfig) -> Any:
 
 
 def _value(config: Config, name: str) -> Any:
-    """The value of the setting `section.field`, as JSON has it."""
+    """Return the value of the setting `section.field`, as JSON has it."""
     section, _, field = name.partition(".")
     return json.loads(json.dumps(getattr(getattr(config, section), field)))
 

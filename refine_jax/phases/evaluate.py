@@ -34,16 +34,12 @@ from refine_jax.evaluation.questions import (
 from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
+from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
-from refine_jax.phases.setup import (
-    has_checkpoints,
-    initial_params,
-    only_run_in,
-    prepare_model,
-)
-from refine_jax.refine.adapt import Adapter, row_length
+from refine_jax.phases.setup import has_checkpoints, initial_params, only_run_in, prepare_model
+from refine_jax.refine.adapt import Adapter
 from refine_jax.report.metrics import write_results
 
 RECORD = "evaluation.json"
@@ -51,7 +47,7 @@ RECORD = "evaluation.json"
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationParts:
-    """What an evaluation is made of; nothing of it is written yet.
+    """What an evaluation is made of, before anything is written.
 
     record: all that its predictions depend on, as JSON values. notes: what of its data was left
     out, in sentences.
@@ -99,7 +95,7 @@ def describe(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
 ) -> dict[str, Any]:
-    """All that the predictions of an evaluation depend on, as JSON values.
+    """Record all that the predictions of an evaluation depend on, as JSON values.
 
     Of its data that is the content, not where it lies: files may move between two starts.
     """
@@ -125,10 +121,9 @@ def describe(
 
 
 def check_same_evaluation(mine: dict[str, Any], workdir: Path) -> None:
-    """Refuse to continue an evaluation that something else would go on with.
+    """Refuse to continue an evaluation with something else.
 
-    Raises:
-      ConfigError: The folder holds records of another configuration, model or tokenizer.
+    Raises ConfigError: the folder holds records of another configuration, model or tokenizer.
     """
     if not (workdir / PREDICTIONS).is_file():
         return
@@ -174,18 +169,11 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(config: Config, workdir: str | Path) -> dict:
-    """Evaluate, or go on evaluating, and report.
+    """Evaluate in the folder `workdir`, or go on evaluating, and report.
 
-    Args:
-      config: The evaluation.
-      workdir: Its folder, made if it is not there.
-
-    Returns:
-      The figures of `refine_jax.evaluation.report.summarize`. After SIGTERM or SIGINT:
-      {"interrupted": signal name, "done": examples with a record, "samples": all}.
-
-    Raises:
-      ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
+    Returns the figures of `refine_jax.evaluation.report.summarize`. After SIGTERM or SIGINT:
+    {"interrupted": signal name, "done": examples with a record, "samples": all}. Raises
+    ConfigError, ModelConfigError, DataError, CheckpointError: bad input; nothing was written.
     """
     workdir = local_path(workdir, "workdir").absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh, alone=True):
@@ -194,10 +182,9 @@ def run(config: Config, workdir: str | Path) -> dict:
 
 
 def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Answerer:
-    """What answers the questions; with an `adapter`, its parameters do.
+    """Make what answers the questions; with an `adapter`, its parameters do.
 
-    Raises:
-      ConfigError: Settings of `generation` that exclude each other.
+    Raises ConfigError: settings of `generation` that exclude each other.
     """
     options = parts.config.generation
     if adapter is not None and adapter.copies > 1:
@@ -239,16 +226,12 @@ def run_parts(
                 f"{interrupt.signal}: {done} of {len(parts.questions)} examples are done. The same "
                 "command continues the evaluation."
             )
-            return {
-                "interrupted": interrupt.signal,
-                "done": done,
-                "samples": len(parts.questions),
-            }
+            return {"interrupted": interrupt.signal, "done": done, "samples": len(parts.questions)}
         return report([predictions.records[q.name] for q in parts.questions], workdir)
 
 
 def make_groups(parts: EvaluationParts, adapter: Adapter | None) -> list[list[Question]]:
-    """The questions that are answered together.
+    """Group the questions that are answered together.
 
     Where questions do not depend on each other, those of a group have rows of one length, which
     then depends on each prompt alone.
@@ -263,7 +246,7 @@ def make_groups(parts: EvaluationParts, adapter: Adapter | None) -> list[list[Qu
 
 
 def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter | None) -> None:
-    """Say what runs, on what."""
+    """Say what is evaluated, and on which devices."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(parts.params))
     sizes = sorted({len(question.tokens) for question in parts.questions})
     span = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
@@ -288,7 +271,7 @@ def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter
 
 
 def report(records: Sequence[dict], workdir: Path) -> dict:
-    """Plots, results.json and the closing table."""
+    """Write plots and results.json, and print the closing table."""
     results = summarize(records)
     needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
     recalls = {task: recall_by_depth(records, task) for task in needles}

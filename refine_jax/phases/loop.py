@@ -53,7 +53,7 @@ _TRAIN_STREAM, _EVAL_STREAM = 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class TrainingParts:
-    """What a run is made of; nothing of it is written yet."""
+    """What a run is made of, before anything is written."""
 
     config: Config
     start: ModelCheckpoint
@@ -94,9 +94,8 @@ class Loop(abc.ABC):
     """The steps of one run, and what is written on the way.
 
     Attributes:
-      parts: What the run is made of; nothing of it is written before `run`.
-      optimizer, schedule: One optimizer for the whole run; all of its updates in a training step
-        have the learning rate of that step.
+      parts: What the run is made of.
+      optimizer, schedule: One optimizer for the whole run; all updates of a step have one rate.
       train_key, eval_key: Where the random numbers of steps and of evaluations come from.
     """
 
@@ -104,9 +103,7 @@ class Loop(abc.ABC):
         self.parts, self.config, self.workdir = parts, parts.config, workdir
         train = self.config.train
         self.optimizer = make_optimizer(
-            self.config.optimizer,
-            steps=train.steps,
-            updates_per_step=self.config.updates_per_step,
+            self.config.optimizer, steps=train.steps, updates_per_step=self.config.updates_per_step
         )
         self.schedule = make_schedule(self.config.optimizer, train.steps)
         key = jax.random.key(train.seed)
@@ -115,7 +112,7 @@ class Loop(abc.ABC):
         self.compilations = Compilations()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
-        """A batch as steps take it: spread over the mesh where there is one.
+        """Spread a batch over the mesh, if there is one.
 
         batch: the rows `dataset.share` of the global batch, which this process has read.
         """
@@ -125,22 +122,22 @@ class Loop(abc.ABC):
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Training step number `step` (from 0); gives the state's buffers away."""
+        """Run training step number `step` (from 0); gives the state's buffers away."""
 
     @abc.abstractmethod
     def describe_step(self, step: int) -> str:
-        """What training step number `step` (from 0) is, for words about its compilation."""
+        """Name training step number `step` (from 0), for words about its compilation."""
 
     @abc.abstractmethod
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out figures; the same examples and random keys every time."""
+        """Compute held-out figures; the same examples and random keys every time."""
 
     @abc.abstractmethod
     def describe_data(self) -> str:
-        """What is trained on, in a few words."""
+        """Say in a few words what is trained on."""
 
     def describe_left_out(self) -> str:
-        """What of the data is not trained on, and why, in a line; "" if there is nothing to say."""
+        """Say in a line what of the data is not trained on, and why; "" if there is nothing."""
         return ""
 
     @abc.abstractmethod
@@ -152,9 +149,8 @@ class Loop(abc.ABC):
 
         check: called between steps; raises what ends the run.
 
-        Returns:
-          The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
-          {"interrupted": signal name, "step": the last step, which is saved}.
+        Returns the figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
+        {"interrupted": signal name, "step": the last step, which is saved}.
 
         Raises:
           CheckpointError: The folder holds another model's checkpoints, or a corrupt one.
@@ -168,11 +164,7 @@ class Loop(abc.ABC):
             self.introduce(step)
             writes = distributed.is_writer()
             with Monitor(
-                self.workdir,
-                steps=train.steps,
-                start=step,
-                log_every=train.log_every,
-                write=writes,
+                self.workdir, steps=train.steps, start=step, log_every=train.log_every, write=writes
             ) as monitor:
                 say = monitor.say if writes and train.log_every else None
                 with Compilations(say) as self.compilations:
@@ -186,7 +178,7 @@ class Loop(abc.ABC):
         return self.report(state, monitor.history)
 
     def open_checkpoints(self) -> CheckpointManager:
-        """The checkpoints of this run; makes their folder."""
+        """Open the checkpoints of this run; makes their folder."""
         train, start = self.config.train, self.parts.start
         return CheckpointManager(
             self.workdir / CHECKPOINTS,
@@ -202,14 +194,14 @@ class Loop(abc.ABC):
         )
 
     def initial_state(self) -> TrainState:
-        """The state before the first step."""
+        """Make the state before the first step."""
         params = initial_params(self.parts.model, self.parts.start, self.config)
         state = TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
         shardings = state_shardings(state)
         return state if shardings is None else jax.device_put(state, shardings)
 
     def abstract_state(self) -> TrainState:
-        """Shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
+        """Give shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
         dtype = jnp.dtype(self.config.model.param_dtype)
         params = self.parts.model.abstract_params()
         state = jax.eval_shape(
@@ -222,7 +214,7 @@ class Loop(abc.ABC):
         return jax.tree.map(lambda x, place: x.update(sharding=place), state, shardings)
 
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
-        """Steps done, the state after them, and the batches that follow."""
+        """Return the steps done, the state after them, and the batches that follow."""
         batches = iter(self.parts.training)
         restored = manager.restore_latest(self.abstract_state())
         if restored is None:
@@ -236,7 +228,7 @@ class Loop(abc.ABC):
         return restored.step, restored.state, batches
 
     def introduce(self, step: int) -> None:
-        """Say what runs, on what."""
+        """Say what is trained, and on which devices."""
         config, model = self.config, self.parts.model
         count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
         device = jax.devices()[0]
@@ -253,14 +245,10 @@ class Loop(abc.ABC):
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; {plan}"
         )
-        for line in (
-            self.describe_left_out(),
-            ""
-            if self.parts.held_out
-            else "nothing is held out (config.data.holdout=0): no evaluation",
-        ):
-            if line:
-                distributed.say(line)
+        if left_out := self.describe_left_out():
+            distributed.say(left_out)
+        if not self.parts.held_out:
+            distributed.say("nothing is held out (config.data.holdout=0): no evaluation")
 
     def train(
         self,
@@ -272,7 +260,7 @@ class Loop(abc.ABC):
         interrupt: Interrupt,
         check: Callable[[], None],
     ) -> TrainState:
-        """All remaining steps, evaluations and checkpoints; stops early when interrupted."""
+        """Run all remaining steps, evaluations and checkpoints; stops early when interrupted."""
         train = self.config.train
         if step == 0 and not monitor.history and self.parts.held_out:
             monitor.record(0, self._timed_evaluation(state))
@@ -349,7 +337,7 @@ class Loop(abc.ABC):
         )
 
     def report(self, state: TrainState, history: list[dict]) -> dict:
-        """Plots, results.json, and the closing table."""
+        """Write plots and results.json, and print the closing table."""
         results = summarize(history)
         if self.parts.held_out:
             self.show_examples(state)
@@ -361,7 +349,7 @@ class Loop(abc.ABC):
 
 
 def _count_tokens(batch: Batch) -> int:
-    """Tokens of the whole batch that are not padding."""
+    """Count the tokens of the whole batch that are not padding."""
     if "segments" not in batch:
         return batch["tokens"].size
     count = np if isinstance(batch["segments"], np.ndarray) else jnp

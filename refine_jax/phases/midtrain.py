@@ -38,18 +38,13 @@ def _load(config: Config, tokenizer: Tokenizer) -> Corpus:
 
 
 def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -> dict:
-    """Train, or go on training, and report.
+    """Train in the folder `workdir`, or go on from its latest checkpoint, and report.
 
-    Args:
-      config: The run.
-      workdir: Its folder, made if it is not there. If it holds checkpoints of this configuration,
-        the run continues from the latest.
-      allow_change: Settings that may be others than those the run was started with, such as
-        "optimizer.learning_rate" (`refine_jax.phases.changes`).
+    allow_change: settings that may be others than those the run was started with, such as
+    "optimizer.learning_rate" (`refine_jax.phases.changes`).
 
-    Returns:
-      The figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT: {"interrupted":
-      signal name, "step": the last step, which is saved}.
+    Returns the figures of `refine_jax.report.metrics.summarize`. After SIGTERM or SIGINT:
+    {"interrupted": signal name, "step": the last step, which is saved}.
 
     Raises:
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
@@ -86,16 +81,16 @@ class MidtrainLoop(Loop):
         self.eval_step = make_eval_step(parts.model, refine, **rows)
 
     def describe_data(self) -> str:
-        """Rows and their length."""
+        """Count the rows, and give their length."""
         rows, length = self.parts.training.rows, self.config.data.sequence_length
         return f"{rows:,} rows of {length:,} tokens"
 
     def describe_left_out(self) -> str:
-        """Documents and tokens that are not trained on, by reason."""
+        """Count documents and tokens that are not trained on, by reason."""
         return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
-        """Without segments, which makes the program faster, where they say nothing."""
+        """Drop the segments where they say nothing, which makes the program faster."""
         if dataset.full_rows:
             batch = {"tokens": batch["tokens"]}
         return super().place(batch, dataset)
@@ -103,7 +98,7 @@ class MidtrainLoop(Loop):
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Training step number `step` (from 0)."""
+        """Run training step number `step` (from 0)."""
         warmup, objective = self.config.train.warmup_ntp_steps, self.objective(step)
         if state.reference_params is not None and step == warmup > 0:
             # The divergence is from the policy that ReFINE starts with, not from random weights.
@@ -112,15 +107,15 @@ class MidtrainLoop(Loop):
         return self.train_steps[objective](state, batch)
 
     def objective(self, step: int) -> str:
-        """The objective of step number `step`."""
+        """Choose the objective of step number `step`."""
         return "ntp" if step < self.config.train.warmup_ntp_steps else self.config.refine.objective
 
     def describe_step(self, step: int) -> str:
-        """The step and its objective."""
+        """Name the step and its objective."""
         return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out figures; the same documents and random keys every time.
+        """Compute held-out figures; the same documents and random keys every time.
 
         loss and entropy in nats a token, accuracy as a fraction, reward as a mean over rollouts.
         """

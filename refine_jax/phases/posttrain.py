@@ -37,12 +37,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
-from refine_jax.data.prompts import (
-    PromptCorpus,
-    load_prompts,
-    trim_batch,
-    trimmed_width,
-)
+from refine_jax.data.prompts import PromptCorpus, load_prompts, trim_batch, trimmed_width
 from refine_jax.data.references import FRACTIONS
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
@@ -131,18 +126,18 @@ class PosttrainLoop(Loop):
         self.answer_eval = make_answer_eval(method)
 
     def describe_data(self) -> str:
-        """What became of the prompts."""
+        """Say what became of the prompts."""
         return self.parts.training.statistics.summary()
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
-        """The batch without slots that are padding in all rows, as steps take it."""
+        """Cut off the slots that are padding in all rows, and place the batch."""
         width = max(distributed.gather(trimmed_width(batch)))
         return super().place(trim_batch(batch, width), dataset)
 
     def train_step(
         self, step: int, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Training step number `step` (from 0)."""
+        """Run training step number `step` (from 0)."""
         rows = _rows(batch)
         metrics: dict[str, Any] = {}
         if self.config.posttrain.nested:
@@ -162,11 +157,11 @@ class PosttrainLoop(Loop):
         return state, metrics | on_answers
 
     def describe_step(self, step: int) -> str:
-        """The step; prompts of another width make it another program."""
+        """Name the step; prompts of another width make it another program."""
         return "the training step"
 
     def rewards(self, examples: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Scores [B, n] of answers [B, n, A]; 0 in rows of padding (example -1)."""
+        """Score answers [B, n, A]: [B, n]; 0 in rows of padding (example -1)."""
         scores = np.zeros(tokens.shape[:2], np.float32)
         for row, sample in np.ndindex(*scores.shape):
             if examples[row] >= 0:
@@ -175,17 +170,17 @@ class PosttrainLoop(Loop):
         return scores
 
     def text(self, tokens: np.ndarray, mask: np.ndarray) -> str:
-        """The text of a sampled answer [A]; special tokens have none."""
+        """Decode a sampled answer [A]; special tokens have no text."""
         tokenizer = self.parts.tokenizer
         answer = tokens[mask != 0]
         return tokenizer.decode(answer[~np.isin(answer, tokenizer.end_ids)])
 
     def score(self, example: int, response: str) -> float:
-        """The configured score of a response."""
+        """Score a response as configured."""
         return score(self.config.posttrain.metric, response, self.parts.corpus.answers[example])
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Held-out figures; the same prompts and random keys every time.
+        """Compute held-out figures; the same prompts and random keys every time.
 
         Of the reference answers: loss in nats a token, accuracy of the likeliest token, exact:
         answers of which every token is the likeliest. score of the greedy answers. Of the prompts:
@@ -247,5 +242,5 @@ def _next(step: jax.Array) -> jax.Array:
 
 
 def _rows(batch: Batch) -> dict[str, jax.Array]:
-    """The rows for a step, without what says which prompts of the corpus they are."""
+    """Take the rows for a step, without what says which prompts of the corpus they are."""
     return {name: jnp.asarray(x) for name, x in batch.items() if name != "example"}

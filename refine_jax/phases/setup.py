@@ -40,8 +40,7 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
     Gives a function to call between steps, which raises RunError if another run has taken the
     folder over nonetheless. Process 0 holds the lock: where it is refused, it ends the others.
 
-    Raises:
-      RunError: Another run is using the folder, or it cannot be written in.
+    Raises RunError: another run is using the folder, or it cannot be written in.
     """
     if not distributed.is_writer():
         yield lambda: None
@@ -57,7 +56,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 
 def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
-    """The model of the interrupted run in `workdir`, else the one that the configuration names.
+    """Load the model of the interrupted run in `workdir`, else the configuration's.
 
     Raises:
       CheckpointError: `config.checkpoint` is no checkpoint, or a corrupt one.
@@ -88,15 +87,12 @@ def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
 
 
 def make_model(start: ModelCheckpoint, config: ModelConfig) -> Model:
-    """The model, computing as the configuration says.
+    """Make the model, computing as the configuration says.
 
-    Raises:
-      ConfigError: The configured implementation cannot run this model.
+    Raises ConfigError: the configured implementation cannot run this model.
     """
     policy = ComputePolicy(
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        implementation=config.implementation,
+        compute_dtype=config.compute_dtype, remat=config.remat, implementation=config.implementation
     )
     model = Model(model_config(dict(start.config)), policy)
     if config.implementation is not None:
@@ -109,7 +105,7 @@ def make_model(start: ModelCheckpoint, config: ModelConfig) -> Model:
 
 
 def initial_params(model: Model, start: ModelCheckpoint, config: Config) -> Params:
-    """Parameters before the first step, where an ambient mesh wants them, in their dtype."""
+    """Make parameters before the first step, where an ambient mesh wants them, in their dtype."""
     dtype = jnp.dtype(config.model.param_dtype)
     shardings = state_shardings(model.abstract_params())
 
@@ -123,10 +119,10 @@ def initial_params(model: Model, start: ModelCheckpoint, config: Config) -> Para
 
 
 def prepare_model(config: Config, workdir: Path) -> tuple[ModelCheckpoint, Model, Tokenizer]:
-    """What every phase starts from: the model of `load_start`, and the tokenizer with its files.
+    """Load what every phase starts from: the model of `load_start`, and the tokenizer with its
+    files.
 
-    Raises:
-      ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
+    Raises ConfigError, ModelConfigError, DataError, CheckpointError: bad input.
     """
     start = load_start(config.model, workdir)
     model = make_model(start, config.model)
@@ -135,7 +131,7 @@ def prepare_model(config: Config, workdir: Path) -> tuple[ModelCheckpoint, Model
 
 
 def load_matching_tokenizer(config: Config, start: ModelCheckpoint) -> Tokenizer:
-    """The configured tokenizer.
+    """Load the configured tokenizer.
 
     Raises:
       DataError: It is not there.
@@ -168,7 +164,7 @@ def load_matching_tokenizer(config: Config, start: ModelCheckpoint) -> Tokenizer
 
 
 def with_tokenizer_files(start: ModelCheckpoint, tokenizer: Tokenizer) -> ModelCheckpoint:
-    """The start with the files of the tokenizer, unless it comes with its own."""
+    """Add the files of the tokenizer to the start, unless it comes with its own."""
     if start.tokenizer is not None:
         return start
     return start._replace(files={**tokenizer.files, **start.files})
@@ -177,8 +173,7 @@ def with_tokenizer_files(start: ModelCheckpoint, tokenizer: Tokenizer) -> ModelC
 def check_mesh(config: Config, model: Model) -> None:
     """Refuse a mesh that cannot divide the model, or would leave devices idle in training.
 
-    Raises:
-      ConfigError: What does not divide.
+    Raises ConfigError: what does not divide.
     """
     sizes = axis_sizes()
     updates = {"train": config.train.mini_batch}
@@ -201,8 +196,7 @@ def check_room(config: Config, model: Model) -> None:
 
     The backward pass needs the input of each layer, and a host its share of a batch.
 
-    Raises:
-      ConfigError: With the bytes that are needed at least, and those that there are.
+    Raises ConfigError: with the bytes that are needed at least, and those that there are.
     """
     length, rows = config.data.sequence_length, rows_at_once(config)
     fields = model.config
@@ -227,13 +221,13 @@ def check_room(config: Config, model: Model) -> None:
 
 
 def rows_at_once(config: Config) -> int:
-    """Rows of one forward and backward pass of all devices together; at most a mini-batch."""
+    """Count the rows of one forward and backward pass of all devices; at most a mini-batch."""
     sizes, train = axis_sizes(), config.train
     return min(train.micro_batch * sizes["data"] * sizes["fsdp"], train.mini_batch)
 
 
 def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Dataset, Dataset | None]:
-    """Batches to train on and held-out ones; this process reads the rows that its devices hold.
+    """Make batches to train on and held-out ones; this process reads the rows its devices hold.
 
     With data.holdout=0 there are none that are held out.
     """
@@ -247,8 +241,7 @@ def training_data(corpus: Corpus | PromptCorpus, config: Config) -> tuple[Datase
 def check_enough_batches(config: Config, training: Dataset) -> None:
     """Refuse a run that its data ends before.
 
-    Raises:
-      ConfigError: data.epochs gives fewer batches than train.steps.
+    Raises ConfigError: data.epochs gives fewer batches than train.steps.
     """
     if training.batches is not None and training.batches < config.train.steps:
         raise ConfigError(
@@ -258,7 +251,7 @@ def check_enough_batches(config: Config, training: Dataset) -> None:
 
 
 def data_options(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The arguments of `load_corpus`: the data section, the loop's seed, the rows it evaluates."""
+    """List the arguments of `load_corpus`: data section, seed, and the rows that are evaluated."""
     remainder = config.data.min_remainder
     if remainder is None:
         remainder = min(config.refine.tokens_needed, config.data.sequence_length)

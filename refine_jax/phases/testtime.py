@@ -22,7 +22,7 @@ _STREAM = 3
 
 
 def make_adapter(parts: EvaluationParts) -> Adapter:
-    """What adapts the model to prompts, as the configuration says."""
+    """Make what adapts the model to prompts, as the configuration says."""
     config, options = parts.config, parts.config.testtime
     batches, updates = 1, 1
     if options.reset != "example":
@@ -44,8 +44,8 @@ def make_adapter(parts: EvaluationParts) -> Adapter:
 def run(config: Config, workdir: str | Path) -> dict:
     """Adapt, answer and report, or go on with it.
 
-    Arguments, result and errors are those of `refine_jax.phases.evaluate.run`; the figures say
-    what adaptation cost.
+    Arguments, result and errors are those of `refine_jax.phases.evaluate.run`; the figures say what
+    adaptation cost.
     """
     workdir = local_path(workdir, "workdir").absolute()
     if jax.process_count() > 1 and config.testtime.reset == "never":

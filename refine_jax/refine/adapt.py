@@ -1,7 +1,7 @@
 """Test-time training: ReFINE, or next-token training, on prompts before they are answered.
 
-`update_copies` is the step as a pure function; an `Adapter` keeps the parameters between prompts
-as `testtime.reset` says:
+`make_update` compiles the step; an `Adapter` keeps the parameters between prompts as
+`testtime.reset` says:
 
     example   every prompt adapts a copy of the trained parameters. Its padded length, its random
               numbers and its optimizer state depend on that prompt alone, so results do not depend
@@ -14,13 +14,11 @@ A prompt that is too short for rollouts (`has_rollouts`) is trained on by next-t
 without any next token not at all; the `Cost` of each prompt says so.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,9 +27,10 @@ import numpy as np
 import optax
 
 from refine_jax.config import RefineConfig, TestTimeConfig
-from refine_jax.generation.engine import round_length
+from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
-from refine_jax.refine.objective import Batch, Metrics, Objective
+from refine_jax.refine.objective import Metrics, Objective
+from refine_jax.refine.reading import Batch
 from refine_jax.refine.step import TrainState, make_train_step, update_rows
 
 
@@ -58,18 +57,10 @@ class Adapted(NamedTuple):
     costs: list[Cost]
 
 
-def row_length(tokens: int) -> int:
-    """Slots of the row that a prompt of so many tokens is padded to, by its own length alone.
-
-    A prompt without a next token is not trained on: its row is like that of no other.
-    """
-    return 1 if tokens < 2 else round_length(tokens)
-
-
 def has_rollouts(tokens: int, config: RefineConfig) -> bool:
     """Whether rollouts fit into a prompt of so many tokens, by the rules of `selection`.
 
-    Between this and `config.tokens_needed` they fit, but overlap.
+    Below `config.tokens_needed` they overlap.
     """
     if config.selection == "all":
         return config.objective == "refine" and tokens > config.rollout_length
@@ -80,7 +71,7 @@ def has_rollouts(tokens: int, config: RefineConfig) -> bool:
 def pad_rows(
     prompts: Sequence[Sequence[int]], *, rows: int, length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """{"tokens", "segments"} [rows, length] int32 of prompts, padded on the right and below."""
+    """Pad prompts on the right and below: {"tokens", "segments"} [rows, length] int32."""
     tokens = np.full((rows, length), pad_id, np.int32)
     segments = np.zeros((rows, length), np.int32)
     for row, prompt in enumerate(prompts):
@@ -90,39 +81,46 @@ def pad_rows(
 
 
 def prompt_key(key: jax.Array, name: str) -> jax.Array:
-    """Derive the random key, a scalar, of the prompt of that name; it is the same everywhere."""
+    """Derive the random key, a scalar, of the prompt of that name, the same everywhere."""
     for word in np.frombuffer(hashlib.blake2b(name.encode(), digest_size=8).digest(), "<u4"):
         key = jax.random.fold_in(key, word)
     return key
 
 
-def update_copies(
-    objective: Objective,
+def make_update(
+    model: Model,
     optimizer: optax.GradientTransformation,
-    states: TrainState,
-    batch: Batch,
+    config: RefineConfig,
+    options: TestTimeConfig,
     *,
-    steps: int | None = None,
-) -> tuple[TrainState, Metrics]:
-    """One step of each of n states (leaves [n, ...]) on a row of its own (batch leaves [n, 1, T]).
+    eos_id: int | Sequence[int] | None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile `update(state, batch)` as `options.reset` says; it gives the state's buffers away.
 
-    Pure. Returns states and metrics with leaves [n, ...].
+    With `example` batches have a row, or, with n copies, leaves of states and batches a leading n.
     """
-    update = functools.partial(update_rows, objective, optimizer, steps=steps)
-    return jax.vmap(update)(states, batch)
+    if options.reset != "example":
+        return make_train_step(
+            model,
+            optimizer,
+            config,
+            mini_batch=options.mini_batch_size,
+            micro_batch=options.micro_batch,
+            eos_id=eos_id,
+            steps=options.steps,
+        )
+    objective = Objective(model, config, eos_id=eos_id, max_documents=1)
+    update = functools.partial(update_rows, objective, optimizer, steps=options.steps)
+    return jax.jit(update if options.copies == 1 else jax.vmap(update), donate_argnums=0)
 
 
 class Adapter:
     """Adapts a model to prompts, group by group.
 
-    Args:
-      model, params: The trained model. `params` are left as they are.
-      optimizer: Of one training on a prompt, or, with reset `never`, of all of them.
-      config: The objective and its numbers.
-      options: How much, and when to reset.
-      key: Random key of all rollouts.
-      eos_id: The token, or tokens, that rollouts never sample, if `config.forbid_eos`.
-      pad_id: Any token.
+    model, params: the trained model; `params` are left as they are. optimizer: of one training on a
+    prompt, or, with reset `never`, of all of them. config: the objective and its numbers. options:
+    how much, and when to reset. key: random key of all rollouts. eos_id: see `Objective`. pad_id:
+    any token.
     """
 
     def __init__(
@@ -138,7 +136,7 @@ class Adapter:
         pad_id: int,
     ):
         self._trained = params
-        self._optimizer, self._config, self._options = optimizer, config, options
+        self._config, self._options = config, options
         self._key, self._pad_id = key, pad_id
         self._state: TrainState | None = None  # of reset `never`, between groups
         self._compiled: set[tuple[int, int]] = set()
@@ -149,24 +147,11 @@ class Adapter:
             return TrainState.create(params, optimizer, key, config)
 
         self._fresh = jax.jit(fresh if self.copies == 1 else jax.vmap(fresh, (None, 0)))
-        objective = Objective(model, config, eos_id=eos_id, max_documents=1)
-        update = update_rows if self.copies == 1 else update_copies
-        self._update = jax.jit(
-            functools.partial(update, objective, optimizer, steps=options.steps), donate_argnums=0
-        )
-        self._train_step = make_train_step(
-            model,
-            optimizer,
-            config,
-            mini_batch=options.mini_batch_size,
-            micro_batch=options.micro_batch,
-            eos_id=eos_id,
-            steps=options.steps,
-        )
+        self._update = make_update(model, optimizer, config, options, eos_id=eos_id)
 
     @property
     def copies(self) -> int:
-        """Copies of the parameters that adapt at once; 1: there is one set, without a copy axis."""
+        """Copies of the parameters that adapt at once; 1: one set, without a copy axis."""
         return self._options.copies if self._options.reset == "example" else 1
 
     @property
@@ -185,11 +170,11 @@ class Adapter:
         return self._options.reset == "never"
 
     def adapt(self, prompts: Sequence[Sequence[int]], names: Sequence[str]) -> Adapted:
-        """Parameters for the next group of prompts, given as token ids.
+        """Adapt to the next group of prompts, given as token ids.
 
-        names: one a prompt; all random numbers derive from them: with reset `example` from each
-        prompt's own, with `batch` from the group's first, with `never` from the first of all.
-        With `example`, the prompts of a group must have the same `row_length`.
+        names: one a prompt, from which all random numbers derive: with reset `example` from each
+        prompt's own, with `batch` from the group's first, with `never` from the first of all. With
+        `example`, the prompts of a group must have the same `row_length`.
         """
         begin = time.perf_counter()
         if self._options.reset == "example":
@@ -255,7 +240,7 @@ class Adapter:
             shape = (rows, row_length(max(map(len, usable))))
             batch = pad_rows(usable, rows=rows, length=shape[1], pad_id=self._pad_id)
             for _ in range(self._options.steps):
-                state, metrics = self._train_step(state, batch)
+                state, metrics = self._update(state, batch)
             metrics["update/skipped"] = int(state.skipped) - skipped
         if self._options.reset == "never":
             # The caller answers with these while the next group's steps give their state away.

@@ -7,8 +7,6 @@ padded on the right, whose end is the answer. Letters beyond those of DESIGN: A 
 at most, n sampled answers a prompt.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import operator
@@ -30,7 +28,8 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, loss_options, policy_loss
-from refine_jax.refine.objective import Batch, Metrics, head_implementation
+from refine_jax.refine.objective import Metrics
+from refine_jax.refine.reading import Batch
 from refine_jax.refine.rollout import fork_rollouts, sample_rollouts, score_rollouts
 from refine_jax.refine.step import (
     TrainState,
@@ -50,7 +49,7 @@ _ANSWER_STREAM = 3
 
 
 class AnswerSlots(NamedTuple):
-    """Where the answers of rows stand, A slots a row; what lies beyond an answer has weight 0."""
+    """Where the answers of rows stand, A slots a row; slots beyond an answer have weight 0."""
 
     predictors: jax.Array  # [B, A] int32, the slots before the answer's tokens
     targets: jax.Array  # [B, A] int32, the answer's tokens
@@ -67,7 +66,7 @@ class SampledAnswers(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=1)
 def prompts_of(batch: Batch, pad_id: int) -> Batch:
-    """The rows without their answers, as padding: {"tokens", "segments"}."""
+    """Replace the answers of rows by padding: {"tokens", "segments"} [B, T]."""
     is_prompt = batch["answer_mask"] == 0
     return {
         "tokens": jnp.where(is_prompt, batch["tokens"], pad_id),
@@ -76,12 +75,12 @@ def prompts_of(batch: Batch, pad_id: int) -> Batch:
 
 
 def prompt_lengths(batch: Batch) -> jax.Array:
-    """Tokens [B] int32 of each row that are not its answer."""
+    """Count the tokens [B] int32 of each row before its answer."""
     return jnp.sum((batch["segments"] != 0) & (batch["answer_mask"] == 0), axis=1, dtype=jnp.int32)
 
 
 def answer_slots(batch: Batch, max_answer_tokens: int) -> AnswerSlots:
-    """Slots, targets and weights of the answers; A is `max_answer_tokens`."""
+    """Find the slots, targets and weights of the answers; A is `max_answer_tokens`."""
     num_tokens = batch["tokens"].shape[1]
     slots = prompt_lengths(batch)[:, None] + jnp.arange(max_answer_tokens, dtype=jnp.int32)
     inside = jnp.minimum(slots, num_tokens - 1)
@@ -93,10 +92,10 @@ def answer_slots(batch: Batch, max_answer_tokens: int) -> AnswerSlots:
 def answer_nll(
     hidden: jax.Array, head: jax.Array, slots: AnswerSlots, *, implementation: str | None = None
 ) -> tuple[jax.Array, TokenStats]:
-    """Sum of -log p(answer token | all before it) in nats, and statistics [B, A] of the tokens.
+    """Sum -log p(answer token | all before it) in nats, with statistics [B, A] of the tokens.
 
     hidden: [B, T, D] of rows of prompt and answer. Only hidden states that predict a token of an
-    answer are read, so the loss depends on nothing that a prompt's own tokens are predicted with.
+    answer are read: the loss depends on nothing that predicts the prompt's own tokens.
     """
     predictors = take_tokens(hidden, slots.predictors)
     return next_token_loss(
@@ -105,7 +104,7 @@ def answer_nll(
 
 
 class AnswerMethod:
-    """Supervised and policy losses on answers, as pure functions of parameters and rows.
+    """Supervised and policy losses on answers: pure functions of parameters and rows.
 
     model: the policy. config: clipping, aggregation and advantages of the policy loss.
     max_answer_tokens: A. eos_id: the token or tokens that end an answer. pad_id: fills rows.
@@ -136,7 +135,7 @@ class AnswerMethod:
             hidden,
             self.model.head(params),
             slots,
-            implementation=head_implementation(self.model),
+            implementation=self.model.policy.head_implementation,
         )
         return nll_sum, stats, slots
 
@@ -153,7 +152,7 @@ class AnswerMethod:
         return loss, {"answer/loss": loss, "answer/accuracy": accuracy}
 
     def _prefill(self, params: Params, batch: Batch):
-        """Hidden states and trace of the prompts, and the slot [B, 1] after each."""
+        """Compute hidden states and trace of the prompts, and the slot [B, 1] after each."""
         prompts = prompts_of(batch, self.pad_id)
         layout = Layout.from_segments(prompts["segments"])
         hidden, trace = self.model.forward(params, prompts["tokens"], layout, with_trace=True)
@@ -161,7 +160,7 @@ class AnswerMethod:
         return hidden, trace, jnp.maximum(prompt_lengths(batch), 1)[:, None]
 
     def _respond(self, params: Params, batch: Batch, keys, samples: int, temperature: float):
-        """Tokens [B, n, A] and mask [B, n, A] of answers, and what scoring them needs."""
+        """Generate answers: tokens and mask [B, n, A], and what scoring them needs."""
         hidden, trace, ends = self._prefill(params, batch)
         starts = jnp.repeat(ends, samples, axis=1)
         last_hidden, state = fork_rollouts(
@@ -183,7 +182,7 @@ class AnswerMethod:
         return tokens, ((before == 0) & real).astype(jnp.float32), (hidden, trace, starts)
 
     def answer(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The likeliest answer, token by token, to each prompt: tokens and mask [B, A].
+        """Decode the answer to each prompt greedily: tokens and mask [B, A].
 
         The mask is 1 up to and including the end of sequence.
         """
@@ -194,17 +193,16 @@ class AnswerMethod:
     def sample(
         self, params: Params, batch: Batch, keys: jax.Array, *, samples: int, temperature: float
     ) -> SampledAnswers:
-        """n answers to every prompt, forked from one forward pass over it.
+        """Sample n answers to every prompt, forked from one forward pass over it.
 
-        keys: [B] random keys. temperature: of sampling. Answers run to A tokens; what follows an
-        end of sequence is masked.
+        keys: [B] random keys. Answers run to A tokens; what follows an end of sequence is masked.
         """
         tokens, mask, context = self._respond(params, batch, keys, samples, temperature)
         scores = score_rollouts(self.model, params, *context, tokens)
         return SampledAnswers(tokens, mask, scores.log_probs)
 
     def advantages(self, rewards: jax.Array, answers: SampledAnswers) -> jax.Array:
-        """Advantages [B, n] of the rewards [B, n]; the answers to one prompt are a group."""
+        """Compute advantages [B, n] of rewards [B, n]; the answers to one prompt are a group."""
         valid = jnp.any(answers.mask != 0, axis=-1)
         return group_advantages(
             rewards[:, None],
@@ -222,7 +220,7 @@ class AnswerMethod:
         *,
         mini_batch_mask: jax.Array,
     ) -> tuple[jax.Array, Metrics]:
-        """Clipped policy loss of the sampled answers, as a share of the mini-batch's.
+        """Compute the clipped policy loss of sampled answers, as a share of the mini-batch's.
 
         advantages: [B, n]. mini_batch_mask: [mini-batch, n, A], of all its answers.
         """
@@ -244,18 +242,37 @@ class AnswerMethod:
         return loss, metrics | {"answer/policy_loss": loss, "answer/entropy": entropy}
 
 
+def _compile_updates(optimizer, loss_of: Callable, mini_batch: int, micro_batch: int) -> Callable:
+    """Compile `updates(state, rows)`, one a mini-batch.
+
+    loss_of(rows of the mini-batch): the loss (params, rows of a micro-batch) -> share, metrics.
+    """
+
+    def update(state: TrainState, rows):
+        gradient = jax.grad(loss_of(rows), has_aux=True)
+        gradients, metrics = accumulate(gradient, state.params, rows, mini_batch // micro_batch)
+        state, update_metrics = apply_update(optimizer, state, gradients)
+        return state, metrics | update_metrics
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def updates(state: TrainState, rows):
+        return update_in_turn(update, state, rows, mini_batch)
+
+    return updates
+
+
 @dataclasses.dataclass(frozen=True)
 class SupervisedStep:
     """Updates on the reference answers, one a mini-batch: `step(state, batch)` -> state, metrics.
 
-    update(state, batch) -> state, metrics: the compiled updates. The state's buffers are given
+    update(state, batch) -> state, metrics: the compiled updates, which give the state's buffers
     away.
     """
 
     update: Callable
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        """One step. Raises ValueError where mini_batch does not divide the batch."""
+        """Run one step. Raises ValueError where mini_batch does not divide the batch."""
         begin = time.perf_counter()
         state, metrics = jax.block_until_ready(self.update(state, batch))
         return state, metrics | {"time/answers": time.perf_counter() - begin}
@@ -268,25 +285,17 @@ def make_supervised_step(
     mini_batch: int,
     micro_batch: int,
 ) -> SupervisedStep:
-    """The step on reference answers.
+    """Make the step on reference answers.
 
     mini_batch: rows of an update; divides the batch. micro_batch: rows of one forward and backward
     pass; divides mini_batch.
     """
 
-    def update(state: TrainState, rows: Batch):
+    def loss_of(rows: Batch):
         token_count = jnp.maximum(jnp.sum(rows["answer_mask"], dtype=jnp.float32), 1.0)
-        loss = functools.partial(method.supervised_loss, token_count=token_count)
-        gradient = jax.grad(loss, has_aux=True)
-        gradients, metrics = accumulate(gradient, state.params, rows, mini_batch // micro_batch)
-        state, update_metrics = apply_update(optimizer, state, gradients)
-        return state, metrics | update_metrics
+        return functools.partial(method.supervised_loss, token_count=token_count)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def updates(state: TrainState, batch: Batch):
-        return update_in_turn(update, state, batch, mini_batch)
-
-    return SupervisedStep(updates)
+    return SupervisedStep(_compile_updates(optimizer, loss_of, mini_batch, micro_batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +303,8 @@ class PolicyStep:
     """GRPO on n sampled answers a prompt: `step(state, batch, index, reward)` -> state, metrics.
 
     Its compiled functions: collect(params, batch, keys) -> answers. advantages(rewards, answers).
-    update(state, (batch, answers, advantages)) -> state, metrics: one update a mini-batch. The
-    state's buffers are given away.
+    update(state, (batch, answers, advantages)) -> state, metrics: one update a mini-batch, which
+    gives the state's buffers away.
     """
 
     collect: Callable
@@ -305,7 +314,7 @@ class PolicyStep:
     def __call__(
         self, state: TrainState, batch: Batch, index: int, reward: Reward
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One step. Raises ValueError where mini_batch does not divide the batch.
+        """Run one step. Raises ValueError where mini_batch does not divide the batch.
 
         index: number of the training step, which decides the draws together with the state's key.
         reward: called on the host between sampling and update, on every process with all answers;
@@ -343,7 +352,7 @@ def make_policy_step(
     mini_batch: int,
     micro_batch: int,
 ) -> PolicyStep:
-    """The step on sampled answers.
+    """Make the step on sampled answers.
 
     samples: n. temperature: of sampling. mini_batch: rows of an update; divides the batch.
     micro_batch: rows that are sampled for together, and of one forward and backward pass; divides
@@ -360,33 +369,25 @@ def make_policy_step(
 
         return merge_rows(lax.map(one, split_rows((batch, keys), parts)))
 
-    def update(state: TrainState, inputs):
-        whole = inputs[1].mask
-
+    def loss_of(inputs):
         def loss(params, rows):
-            return method.policy_loss(params, *rows, mini_batch_mask=whole)
+            return method.policy_loss(params, *rows, mini_batch_mask=inputs[1].mask)
 
-        gradient = jax.grad(loss, has_aux=True)
-        gradients, metrics = accumulate(gradient, state.params, inputs, mini_batch // micro_batch)
-        state, update_metrics = apply_update(optimizer, state, gradients)
-        return state, metrics | update_metrics
+        return loss
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def updates(state: TrainState, inputs):
-        return update_in_turn(update, state, inputs, mini_batch)
-
+    updates = _compile_updates(optimizer, loss_of, mini_batch, micro_batch)
     return PolicyStep(collect, jax.jit(method.advantages), updates)
 
 
 def make_answer_eval(
     method: AnswerMethod,
 ) -> Callable[[Params, Batch], tuple[Metrics, jax.Array, jax.Array]]:
-    """`evaluate(params, batch)`: sums over held-out rows, and the model's own answers.
+    """Make `evaluate(params, batch)`: sums over held-out rows, and the model's own answers.
 
     The sums: nll_sum and correct_sum over the token_count tokens of the reference answers, each
     predicted from all true tokens before it; exact_sum of the row_count answers whose tokens are
-    all predicted right, which greedy decoding would give in full. The answers: tokens and mask
-    [B, A], decoded greedily from the prompt alone.
+    all predicted right, which greedy decoding would give in full. The answers: tokens and mask [B,
+    A], decoded greedily from the prompt alone.
     """
 
     @jax.jit

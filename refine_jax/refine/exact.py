@@ -16,13 +16,9 @@ weighs the sum of P_k over the windows that hold it (at most k), constants for t
 `prefix`, the mean over l of the sums of P_l.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from refine_jax.parallel import take_tokens
 
 MATCH_REWARDS = ("whole", "prefix")
 
@@ -30,12 +26,12 @@ MATCH_REWARDS = ("whole", "prefix")
 def match_probabilities(
     log_probs: jax.Array, weights: jax.Array, rollout_length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Probability that a rollout from each slot is right up to its first, second ... k-th token.
+    """Compute the probability that a rollout from a slot is right up to its first ... k-th token.
 
     log_probs: [B, T], in nats, of the true token t + 1 given the tokens up to t; -inf is allowed.
     weights: [B, T], 1 where token t + 1 is real and of the document of token t, else 0. What
-        log_probs holds there has no influence, not even NaN.
-    rollout_length: k. The program grows with it, and its arrays to [B, T, k].
+    log_probs holds there has no influence, not even NaN. rollout_length: k. The program grows with
+    it, and its arrays to [B, T, k].
 
     Returns `probabilities` [B, T, k] float32, P_1 .. P_k in the order of the last axis, and
     `counted` [B, T] bool, whether the window of slot t, its k tokens t + 1 .. t + k, lies in one
@@ -55,15 +51,15 @@ def match_probabilities(
 
 
 def _ahead(values: jax.Array, distance: int) -> jax.Array:
-    """`values` [B, T] of the slot `distance` further on; zeros (False) beyond the row's end."""
+    """Shift `values` [B, T] forward by `distance` slots; zeros (False) fill the row's end."""
     return jnp.pad(values[:, distance:], ((0, 0), (0, min(distance, values.shape[1]))))
 
 
 def expected_match(probabilities: jax.Array, reward: str) -> jax.Array:
-    """Expectation [...] float32 of the reward of a rollout, from `probabilities` [..., k].
+    """Compute the expected reward [...] float32 of a rollout, from `probabilities` [..., k].
 
     reward: `whole` (P_k: all k tokens are right) or `prefix` (mean of P_1 .. P_k: the share of
-        tokens before the first mistake). Raises ValueError for another name.
+    tokens before the first mistake). Raises ValueError for another name.
     """
     if reward not in MATCH_REWARDS:
         raise ValueError(f"exact rewards are {MATCH_REWARDS}. Got: {reward!r}.")
@@ -73,7 +69,7 @@ def expected_match(probabilities: jax.Array, reward: str) -> jax.Array:
 def match_weights(
     nll: jax.Array, weights: jax.Array, *, rollout_length: int, reward: str
 ) -> jax.Array:
-    """What the sum of the expected rewards adds to the weight of each token: [B, T] float32.
+    """Compute what the sum of expected rewards adds to each token's weight: [B, T] float32.
 
     The sum over the windows that count and hold the token of P_k (`whole`), or of the mean of those
     of P_1 .. P_k whose tokens hold it (`prefix`); constants for the gradient.
@@ -89,10 +85,10 @@ def match_weights(
 
 
 def match_count(counted: jax.Array) -> jax.Array:
-    """Denominator of `expected_match_loss`: how many are `counted`, a scalar float32, at least 1.
+    """Count the denominator of `expected_match_loss`, a scalar float32 of at least 1.
 
     counted: bool, of all rows of a mini-batch: [B, T] of `match_probabilities`, or, where the mean
-        runs over chosen positions, `valid` [B, R] of these.
+    runs over chosen positions, `valid` [B, R] of these.
     """
     return jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
 
@@ -102,24 +98,16 @@ def expected_match_loss(
     counted: jax.Array,
     *,
     reward: str = "whole",
-    starts: jax.Array | None = None,
-    valid: jax.Array | None = None,
     denominator: jax.Array | None = None,
 ) -> jax.Array:
-    """Minus the mean expected reward over the windows that count: scalar float32 in -1..0.
+    """Average minus the expected reward over the windows that count: scalar float32 in -1..0.
 
-    probabilities, counted: [B, T, k] and [B, T], of `match_probabilities`; differentiated through.
-    starts, valid: [B, R], slots of the first tokens of chosen rollouts, and whether each has a
-        truth (`selection.Selection`); the mean then runs over these alone. The window of a start
-        is that of the slot before it, which predicts its first token.
-    denominator: scalar, where the rows are one micro-batch: `match_count` of the whole mini-batch.
-        The losses of the micro-batches then add up to the mini-batch's. None: that of these rows.
-
-    Raises ValueError for a reward that has no exact expectation here.
+    probabilities, counted: [..., k] and [...], of `match_probabilities` at every slot, or at the
+    slots before the first tokens of chosen rollouts; differentiated through. denominator: scalar,
+    where the rows are one micro-batch: `match_count` of the whole mini-batch, whose losses then add
+    up to the mini-batch's. None: that of these rows. Raises ValueError for a reward that has no
+    exact expectation here.
     """
     expected = expected_match(probabilities, reward)
-    if starts is not None:
-        expected, counted = take_tokens(expected, starts - 1), valid
-    if denominator is None:
-        denominator = match_count(counted)
+    denominator = match_count(counted) if denominator is None else denominator
     return -jnp.sum(jnp.where(counted, expected, 0.0)) / denominator

@@ -20,16 +20,14 @@ The aggregation `seq-mean-token-sum` has this scale; `token-mean` and `seq-mean-
 1 / k of it.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from refine_jax.config import RefineConfig
+from refine_jax.config import RefineConfig
+from refine_jax.refine.optimizer import decayed
 
 GROUPINGS = ("sequence", "position")
 CREDITS = ("sequence", "reward_to_go")
@@ -57,18 +55,16 @@ def normalize_groups(
     baseline: str = "group",
     energy: jax.Array | None = None,
 ) -> jax.Array:
-    """Advantages [..., M] float32 of groups of M rewards [..., M]; `valid` [..., M] bool.
+    """Compute advantages [..., M] float32 of groups of M rewards [..., M]; `valid` [..., M] bool.
 
-    (r - b) / (std + 1e-6) with the unbiased std of the group's valid rewards; without
-    `normalize_std` only the baseline b is subtracted:
+    An advantage is (r - b) / (std + 1e-6), with the unbiased std of the group's valid rewards;
+    without `normalize_std` it is r - b. The baseline b is, of the group's valid rewards, the mean
+    (`group`), the mean of the others (`leave_one_out`) or the mean weighted by `energy` [..., M],
+    at least 0, which is the plain mean where that is 0 throughout (`optimal_token`).
 
-    baseline: `group`: the mean of the group's valid rewards. `leave_one_out`: the mean of the
-        others. `optimal_token`: the mean weighted by `energy` [..., M], at least 0; the plain mean
-        where that is 0 throughout.
-
-    A group with a single valid reward has baseline 0 and std 1, whatever the baseline. Rewards
-    that are not valid do not enter the statistics and get advantage 0, whatever their value.
-    Raises ValueError for an unknown baseline, and for `optimal_token` without energies.
+    A group with a single valid reward has baseline 0 and std 1, whatever the baseline. Rewards that
+    are not valid do not enter the statistics and get advantage 0, whatever their value. Raises
+    ValueError for an unknown baseline, and for `optimal_token` without energies.
     """
     if baseline not in BASELINES:
         raise ValueError(f"baseline must be one of {BASELINES}. Got: {baseline!r}.")
@@ -107,13 +103,12 @@ def group_advantages(
     baseline: str = "group",
     energy: jax.Array | None = None,
 ) -> jax.Array:
-    """Advantages [B, c, n] float32 of the rollouts with `rewards` [B, c, n].
+    """Compute advantages [B, c, n] float32 of rollouts with `rewards` [B, c, n]
+    (`normalize_groups`).
 
-    valid: [B, c, n] bool (or broadcasting to it, as [B, c, 1]).
-    grouping: `sequence` compares all c * n rollouts of a sequence (the paper, n = 1), `position`
-        the n rollouts of each position.
-    energy: [B, c, n], of the baseline `optimal_token`.
-    See `normalize_groups` for the formula. Raises ValueError for an unknown grouping.
+    valid: [B, c, n] bool (or broadcasting to it, as [B, c, 1]). grouping: `sequence` compares all c
+    * n rollouts of a sequence (the paper, n = 1), `position` the n rollouts of each position.
+    energy: [B, c, n], of the baseline `optimal_token`. Raises ValueError for an unknown grouping.
     """
     if grouping not in GROUPINGS:
         raise ValueError(f"grouping must be one of {GROUPINGS}. Got: {grouping!r}.")
@@ -133,13 +128,12 @@ def group_advantages(
 def token_returns(
     rewards: jax.Array, *, credit: str = "sequence", own_reward: bool = True
 ) -> jax.Array:
-    """What each token of a rollout is credited with, G [..., k] float32, of `rewards` [..., k].
+    """Credit each token of a rollout with a return, [..., k] float32, of `rewards` [..., k].
 
     credit: `sequence`: the mean of all rewards, for every token. `reward_to_go`: the sum of the
-        rewards of this token and of later ones, divided by k, which leaves out what a token
-        cannot influence.
-    own_reward: False where the reward of a token does not depend on the token itself (`expected`):
-        `reward_to_go` then begins with the next token's.
+    rewards of this token and of later ones, divided by k, which leaves out what a token cannot
+    influence. own_reward: False where the reward of a token does not depend on the token itself
+    (`expected`): `reward_to_go` then begins with the next token's.
 
     Raises ValueError for an unknown credit.
     """
@@ -157,7 +151,7 @@ def token_returns(
 
 
 def gradient_energy(log_probs: jax.Array, squared_probs: jax.Array) -> jax.Array:
-    """Gradient energy W [..., k] float32 accumulated up to each token of a rollout.
+    """Accumulate the gradient energy W [..., k] float32 up to each token of a rollout.
 
     log_probs: [..., k], of the sampled tokens. squared_probs: [..., k], the sum over the vocabulary
     of the squares of the probabilities at that place (`sum_squared_probs`).
@@ -171,7 +165,7 @@ def gradient_energy(log_probs: jax.Array, squared_probs: jax.Array) -> jax.Array
 
 
 def sum_squared_probs(logits: jax.Array) -> jax.Array:
-    """Sum of the squares of the probabilities, [...] float32 in 0..1, from `logits` [..., V]."""
+    """Sum the squares of the probabilities, [...] float32 in 0..1, from `logits` [..., V]."""
     logits = logits.astype(jnp.float32)
     total = jax.nn.logsumexp(logits, axis=-1)
     return jnp.exp(jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * total)
@@ -188,16 +182,14 @@ def token_advantages(
     own_reward: bool = True,
     energy: jax.Array | None = None,
 ) -> jax.Array:
-    """Advantages [B, c, n, k] float32 of the tokens with `rewards` [B, c, n, k]; constants.
+    """Compute advantages [B, c, n, k] float32 of tokens with `rewards` [B, c, n, k]; constants.
 
     Each token's return (`token_returns`) is compared with those of the same place in the other
     rollouts of the group (`group_advantages`, `normalize_groups`).
 
-    valid: [B, c, n] bool (or broadcasting to it), of rollouts.
-    energy: [B, c, n, k], `gradient_energy`, for the baseline `optimal_token`.
-
-    The docstring of this module says which choices are unbiased. Raises ValueError for unknown
-    names.
+    valid: [B, c, n] bool (or broadcasting to it), of rollouts. energy: [B, c, n, k],
+    `gradient_energy`, for the baseline `optimal_token`. The docstring of this module says which
+    choices are unbiased. Raises ValueError for unknown names.
     """
     returns = token_returns(rewards, credit=credit, own_reward=own_reward)
 
@@ -211,22 +203,20 @@ def token_advantages(
             energy=energy,
         )
 
-    if baseline == "optimal_token" and energy is not None:
-        return jax.vmap(compare, in_axes=-1, out_axes=-1)(returns, energy)
-    if credit == "sequence":  # all tokens have one return
+    if credit == "sequence" and baseline != "optimal_token":  # all tokens have one return
         return jnp.broadcast_to(compare(returns[..., 0], None)[..., None], returns.shape)
-    return jax.vmap(lambda returns: compare(returns, None), in_axes=-1, out_axes=-1)(returns)
+    return jax.vmap(compare, in_axes=-1, out_axes=-1)(returns, energy)
 
 
 def loss_sum(values: jax.Array, mask: jax.Array, aggregation: str) -> jax.Array:
-    """Numerator of a loss over `values` [N, k] where `mask` [N, k] is not 0: scalar float32.
+    """Sum the numerator of a loss over `values` [N, k] where `mask` [N, k] is not 0: a scalar.
 
     It adds up over rollouts: the sums of micro-batches make the sum of the mini-batch, which the
     mini-batch's `loss_count` turns into the loss.
 
-    token-mean: mean over tokens. seq-mean-token-sum, seq-mean-token-mean: mean over rollouts of
-    the sum, or mean, over their tokens. seq-mean-token-sum-norm: sum over everything divided by k
-    (so named in the published code, although it takes no mean over sequences).
+    token-mean: mean over tokens. seq-mean-token-sum, seq-mean-token-mean: mean over rollouts of the
+    sum, or mean, over their tokens. seq-mean-token-sum-norm: sum over everything divided by k (so
+    named in the published code, although it takes no mean over sequences).
 
     Rollouts without any valid token count in none of the means. (The published code has them count
     as 0 in seq-mean-token-sum and gives NaN in seq-mean-token-mean.) Raises ValueError for an
@@ -241,7 +231,7 @@ def loss_sum(values: jax.Array, mask: jax.Array, aggregation: str) -> jax.Array:
 
 
 def loss_count(mask: jax.Array, aggregation: str) -> jax.Array:
-    """Denominator to a `loss_sum` over `mask` [N, k]: scalar float32, at least 1.
+    """Count the denominator of a `loss_sum` over `mask` [N, k]: scalar float32, at least 1.
 
     The number of valid tokens, or of rollouts with valid tokens, or k, as `aggregation` says.
     """
@@ -258,23 +248,20 @@ def _check_aggregation(aggregation: str) -> None:
 
 
 def aggregate(
-    values: jax.Array,
-    mask: jax.Array,
-    aggregation: str,
-    mini_batch_mask: jax.Array | None = None,
+    values: jax.Array, mask: jax.Array, aggregation: str, mini_batch_mask: jax.Array | None = None
 ) -> jax.Array:
-    """Loss over `values` [N, k] where `mask` [N, k] is not 0: scalar float32.
+    """Compute the loss over `values` [N, k] where `mask` [N, k] is not 0 (`loss_sum`): scalar
+    float32.
 
     mini_batch_mask: [N', k], where the rollouts are one micro-batch: mask of the whole mini-batch.
-        The losses of the micro-batches then add up to the mini-batch's.
-    See `loss_sum` for the aggregations.
+    The losses of the micro-batches then add up to the mini-batch's.
     """
     whole = mask if mini_batch_mask is None else mini_batch_mask
     return loss_sum(values, mask, aggregation) / loss_count(whole, aggregation)
 
 
 def loss_options(config: RefineConfig) -> dict[str, Any]:
-    """What a configuration says of `policy_loss`: clipping and aggregation."""
+    """Read the clipping and the aggregation of `policy_loss` from a configuration."""
     return {
         "clip_low": config.clip_low,
         "clip_high": config.clip_high,
@@ -295,15 +282,15 @@ def policy_loss(
     aggregation: str = "token-mean",
     mini_batch_mask: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped policy-gradient loss (to be minimised) of rollout tokens, and its metrics.
+    """Compute the clipped policy-gradient loss (to minimise) of rollout tokens, and its metrics.
 
     log_probs, old_log_probs: [N, k], of the sampled tokens now and when they were sampled (nats).
-    advantages: [N, k] (or [N, 1]), constants.
-    mask: [N, k], 0 where a token does not count; whatever stands there has no influence.
-    mini_batch_mask: see `aggregate`; metrics add up over micro-batches just so.
+    advantages: [N, k] (or [N, 1]), constants. mask: [N, k], 0 where a token does not count;
+    whatever stands there has no influence. mini_batch_mask: see `aggregate`; metrics add up over
+    micro-batches just so.
 
-    With r = exp(clamp(log_probs - old_log_probs, -20, 20)) a token's loss is
-    max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip.
+    With r = exp(clamp(log_probs - old_log_probs, -20, 20)) a token's loss is max(-A r, -A clip(r, 1
+    - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip.
 
     Metrics, means over tokens: `clip_fraction` (the ratio was clipped), `clip_fraction_lower` (the
     dual clip acts), `ppo_kl` (mean of old_log_probs - log_probs, clamped).
@@ -342,15 +329,15 @@ def expected_reward_loss(
     mini_batch_mask: jax.Array | None = None,
     **clipping: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss of rollouts whose reward is `expected` (`rewards.token_rewards`), and its metrics.
+    """Compute the loss of rollouts with reward `expected` (`rewards.token_rewards`), and metrics.
 
     true_log_probs: [N, k], of the true token at each place, given the rollout's tokens before it;
-        differentiated. advantages: [N, k], constants, of `token_advantages` with `own_reward`
-        False. The other arguments and the metrics are those of `policy_loss`.
+    differentiated. advantages: [N, k], constants, of `token_advantages` with `own_reward` False.
+    The other arguments and the metrics are those of `policy_loss`.
 
     The expected reward J = E[(r_1 + ... + r_k) / k], r_j = p(true token j | rollout before j), is
-    that of `binary`. Its gradient has two parts: the rewards' own, and a score term for what
-    token j does to the rewards after it:
+    that of `binary`. Its gradient has two parts: the rewards' own, and a score term for what token
+    j does to the rewards after it:
 
         grad J = E[sum_j (grad r_j / k + G_j grad log p(token j))],  G_j = (r_{j+1} + ... + r_k) / k
 
@@ -373,10 +360,10 @@ def expected_reward_loss(
 def policy_weight(
     config: RefineConfig, step: jax.Array | int, steps: int | None
 ) -> jax.Array | float:
-    """Weight of the policy loss, or of the expected reward, in a training step: scalar float32.
+    """Compute the weight of the policy loss, or expected reward, in a step: scalar float32.
 
     step: from 0, of `steps` training steps in all; may be traced. steps may be None where the
-        weight stays as it is, else ValueError.
+    weight stays as it is, else ValueError.
 
     `lambda_rl` times 1 (`lambda_rl_schedule` constant), 1 - x (linear) or (1 + cos(pi x)) / 2
     (cosine), with x = step / (lambda_rl_until * steps); 0 from x = 1 on.
@@ -388,12 +375,8 @@ def policy_weight(
     # Rounded first: 0.7 * 10 is a little more than 7 in floating point.
     end = math.ceil(round(config.lambda_rl_until * steps, 6))
     x = jnp.minimum(jnp.asarray(step, jnp.float32) / (config.lambda_rl_until * steps), 1.0)
-    shape = {
-        "constant": jnp.ones_like(x),
-        "linear": 1.0 - x,
-        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
-    }[config.lambda_rl_schedule]
-    return jnp.where(step < end, config.lambda_rl * shape, 0.0)
+    weight = config.lambda_rl * decayed(config.lambda_rl_schedule, x)
+    return jnp.where(step < end, weight, 0.0)
 
 
 def kl_penalty(log_probs: jax.Array, ref_log_probs: jax.Array, kind: str) -> jax.Array:

@@ -7,8 +7,17 @@ import optax
 from refine_jax.config import OptimizerConfig
 
 
+def decayed(schedule: str, done: jax.Array) -> jax.Array:
+    """Decay from 1 to 0 as `done` goes from 0 to 1; "constant" stays at 1."""
+    return {
+        "constant": jnp.ones_like(done),
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+    }[schedule]
+
+
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of training step 0, 1, ...: linear warm-up, then constant or decay.
+    """Make the learning rate of training step 0, 1, ...: linear warm-up, then constant or decay.
 
     `cosine` and `linear` end at `final_fraction` of the peak in the last of `steps` steps.
     """
@@ -17,11 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         done = jnp.clip((step - warmup) / max(steps - 1 - warmup, 1), 0.0, 1.0)
-        decay = {
-            "constant": jnp.ones_like(done),
-            "linear": 1.0 - done,
-            "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
-        }[config.schedule]
+        decay = decayed(config.schedule, done)
         if config.schedule != "constant":
             decay = config.final_fraction + (1.0 - config.final_fraction) * decay
         # The first step already learns: step 0 of 10 warm-up steps has a tenth of the peak.
@@ -33,13 +38,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, *, steps: int, updates_per_step: int = 1
 ) -> optax.GradientTransformation:
-    """AdamW after clipping; weight decay on all parameters, as in the official code.
+    """Make AdamW after clipping; weight decay on all parameters, as in the official code.
 
-    Args:
-      config: Rates, moments, clipping, schedule.
-      steps: Training steps of the run.
-      updates_per_step: Optimizer updates (mini-batches) in a training step; all of a step have
-        the same learning rate.
+    steps: training steps of the run. updates_per_step: optimizer updates (mini-batches) in a
+    training step; all of a step have the same learning rate.
     """
     schedule = make_schedule(config, steps)
     adamw = optax.adamw(

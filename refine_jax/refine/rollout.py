@@ -3,8 +3,6 @@
 Letters: B rows, T tokens, R = c * n forks of a row, k tokens a rollout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,22 +15,20 @@ from refine_jax.kernels.device import backend
 from refine_jax.models.head import logits, token_log_probs
 from refine_jax.models.transformer import Model, Params, State, Trace, TracedForks
 from refine_jax.parallel import constrain, take_tokens
+from refine_jax.refine.grpo import gradient_energy, sum_squared_probs
 
-# Longest rollouts of which every step reads all tokens so far once more.
+# Longest rollouts, in tokens, of which every step reads all tokens so far once more.
 _READ_AGAIN = 16
 
 
 class Scores(NamedTuple):
-    """What the policy makes of given rollouts; None where the configuration asks for no such.
-
-    hidden is differentiated for nothing but what follows from it.
-    """
+    """What the policy says of given rollouts."""
 
     log_probs: jax.Array  # [B, R, k] float32, nats
     entropies: jax.Array  # [B, R, k] float32, nats, of the distributions that predict the tokens
     hidden: jax.Array  # [B, R, k, D], final-norm states after reading each rollout token
-    true_log_probs: jax.Array | None = None  # [B, R, k], of the true tokens at the same places
-    energy: jax.Array | None = None  # [B, R, k], of the gradient up to each token
+    true_log_probs: jax.Array | None  # [B, R, k], of the true tokens at the same places
+    energy: jax.Array | None  # [B, R, k], of the gradient up to each token (`gradient_energy`)
 
 
 def fork_rollouts(
@@ -45,12 +41,13 @@ def fork_rollouts(
     *,
     in_place: bool = False,
 ) -> tuple[jax.Array, State | TracedForks]:
-    """Where rollouts of k tokens begin: the hidden state [B, R, D] that predicts the first token at
-    every start, and the decode state there.
+    """Fork for rollouts of k tokens from every start.
 
     hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token. in_place: whether the trace may stand for the states, where that is
-    cheaper: it then lives as long as they would.
+    each rollout's first token. in_place: whether the trace may stand for the states where that is
+    cheaper; it then lives as long as they would.
+
+    Returns the hidden states [B, R, D] that predict the first tokens, and the states there.
     """
     if in_place and rollout_length <= _READ_AGAIN and model.reads_traces(rollout_length):
         return take_tokens(hidden, starts - 1), TracedForks(trace, starts)
@@ -108,17 +105,17 @@ def sample_rollouts(
 
 
 def _reads_again(model: Model, rollout_length: int) -> bool:
-    """Whether states stay as they are while tokens are sampled: neither written nor copied.
+    """Whether every step reads all tokens so far once more, and writes no states.
 
-    An accelerator waits for states and parameters to be read, for one token or for some; a CPU
-    computes.
+    On an accelerator reading states and parameters takes the time, as much for one token as for
+    several; on a CPU computing does.
     """
     in_place = backend() == "cpu" or not model.writes_much
     return not in_place and rollout_length <= _READ_AGAIN
 
 
 def _sample_from_fork(model, params, last_hidden, state, sample, rollout_length):
-    """Each step continues the fork by all tokens of a rollout; of those to come nothing is used."""
+    """Sample by continuing the fork with all k tokens each step; those to come are not used."""
 
     def step(carry, index):
         last_hidden, tokens = carry
@@ -140,7 +137,7 @@ def score_rollouts(
     starts: jax.Array,
     tokens: jax.Array,
 ) -> Scores:
-    """Log-probabilities and hidden states of rollouts `tokens` [B, R, k] from `starts` [B, R].
+    """Score rollouts `tokens` [B, R, k] from `starts` [B, R].
 
     Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
     pass, the gradient is that of running every prefix with its rollout on its own.
@@ -150,18 +147,27 @@ def score_rollouts(
 
 
 def scores_of(
-    model: Model, params: Params, last_hidden: jax.Array, hidden: jax.Array, tokens: jax.Array
+    model: Model,
+    params: Params,
+    last_hidden: jax.Array,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    *,
+    true_tokens: jax.Array | None = None,
+    with_energy: bool = False,
 ) -> Scores:
-    """`score_rollouts`, given the hidden states before the rollouts [B, R, D] and of their tokens
-    [B, R, k, D].
-    """
-    predictors = predictors_of(last_hidden, hidden)
-    log_probs, entropies = token_log_probs(predictors, model.head(params), tokens)
-    return Scores(log_probs, entropies, hidden)
+    """Score rollouts `tokens` [B, R, k] by hidden states; differentiable.
 
-
-def predictors_of(last_hidden: jax.Array, hidden: jax.Array) -> jax.Array:
-    """The hidden states [B, R, k, D] that predict a rollout's tokens: those before the rollouts
-    [B, R, D], and of all their tokens [B, R, k, D] but the last.
+    last_hidden: [B, R, D], before the rollouts. hidden: [B, R, k, D], of their tokens. true_tokens:
+    [B, R, k] int32, for `true_log_probs`. with_energy: whether `energy` is wanted.
     """
-    return jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+    # The token before each one predicts it.
+    predictors = jnp.concatenate([last_hidden[:, :, None], hidden[:, :, :-1]], axis=2)
+    head, true_log_probs, energy = model.head(params), None, None
+    log_probs, entropies = token_log_probs(predictors, head, tokens)
+    if true_tokens is not None:
+        true_log_probs, _ = token_log_probs(predictors, head, true_tokens)
+    if with_energy:
+        squares = sum_squared_probs(logits(predictors, head))
+        energy = lax.stop_gradient(gradient_energy(log_probs, squares))
+    return Scores(log_probs, entropies, hidden, true_log_probs, energy)

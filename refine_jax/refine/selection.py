@@ -10,8 +10,6 @@ reward, sends them to what is sometimes right: only there a reward says somethin
 arXiv 2602.01601).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax
@@ -41,7 +39,7 @@ class Selection(NamedTuple):
 
 
 def smooth_entropy(entropy: jax.Array, rollout_length: int) -> jax.Array:
-    """Centred moving average of `entropy` [B, T] over k tokens (k + 1 if k is even).
+    """Average `entropy` [B, T] over k tokens (k + 1 if k is even) around each slot: [B, T].
 
     Zeros stand beyond both ends and count in the average. It runs over the whole row, so entropies
     at padding enter the averages next to it, as in the published code.
@@ -55,7 +53,7 @@ def smooth_entropy(entropy: jax.Array, rollout_length: int) -> jax.Array:
 
 
 def assign_spans(mask: jax.Array, num_positions: int) -> jax.Array:
-    """Span 0..c-1 of every slot of `mask` [B, T] bool, -1 for slots of no span: [B, T] int32.
+    """Assign every slot of `mask` [B, T] bool to a span 0..c-1, or to none (-1): [B, T] int32.
 
     The n real tokens of a row, in order, are cut into c spans of n // c tokens. The n % c tokens
     left at the end and padding belong to none; with n < c all spans are empty. Documents packed in
@@ -75,12 +73,12 @@ def selection_scores(
     temperature: float = 1.0,
     probabilities: jax.Array | None = None,
 ) -> jax.Array:
-    """What selection compares inside a span, [B, T] float32, from `entropy` [B, T] (nats).
+    """Score slots for the choice inside a span, [B, T] float32, from `entropy` [B, T] (nats).
 
-    For `entropy`, `uniform` and `variance` the unnormalised log probabilities that slots are drawn
-    with; for `argmax` and `argmin` the score whose largest value wins, from the entropies as they
-    are (the published code smooths them for drawing only). `variance` reads `probabilities` [B, T],
-    P_k of each slot. `all` is for objectives that need no positions; rollouts that are made all the
+    For `entropy`, `uniform` and `variance` scores are the unnormalised log probabilities that slots
+    are drawn with; for `argmax` and `argmin` the largest score wins, from the entropies as they are
+    (the published code smooths them for drawing only). `variance` reads `probabilities` [B, T], P_k
+    of each slot. `all` is for objectives that need no positions; rollouts that are made all the
     same, as in evaluations, start anywhere (`uniform`).
     """
     entropy = entropy.astype(jnp.float32)
@@ -104,13 +102,12 @@ def selection_scores(
 def response_starts(
     chosen: jax.Array, mask: jax.Array, rollout_length: int, edge_margin: int = 20
 ) -> jax.Array:
-    """Slots [B, c] at which the rollouts of the `chosen` slots [B, c] start; `mask` [B, T] bool.
+    """Find the slots [B, c] where rollouts of `chosen` slots [B, c] start; `mask` [B, T] bool.
 
     One after the chosen slot, clamped to [s + margin, e - margin] where s..e-1 reach from the first
     to the last real token; the upper bound wins where they cross. The published code pads on the
-    left only and uses the padded length for e. With padding on the right that would put starts
-    outside of the text, so the end of the text it is. A rollout longer than the margin keeps its
-    own length from the end.
+    left only and uses the padded length for e; with padding on the right that would put starts
+    outside of the text. A rollout longer than the margin keeps its own length from the end.
     """
     num_tokens = mask.shape[1]
     first = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
@@ -121,7 +118,7 @@ def response_starts(
 
 
 def rollout_slots(starts: jax.Array, rollout_length: int) -> jax.Array:
-    """Slots [B, c, k] that the rollouts from `starts` [B, c] stand for."""
+    """List the slots [B, c, k] that the rollouts from `starts` [B, c] stand for."""
     return starts[..., None] + jnp.arange(rollout_length, dtype=jnp.int32)
 
 
@@ -153,14 +150,14 @@ def selectable(
     edge_margin: int = 20,
     document: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which slots may be chosen, and which spans have a position whose rollout has a truth.
+    """Find the slots that may be chosen, and the spans with a position whose rollout has a truth.
 
-    Slots are chosen among those of their span whose rollout, from where `response_starts` puts it,
-    has k true tokens of one document; in a span without such, among all. So which rollouts are
-    valid depends on nothing that a model computes.
+    A span's slots are those whose rollout, from where `response_starts` puts it, has k true tokens
+    of one document; in a span without such, all of it. So which rollouts are valid depends on
+    nothing that a model computes.
 
-    mask: [B, T] bool, True at real tokens. document: [B, T] int32, for packed rows.
-    Returns [B, c, T] bool, of each span its slots, and [B, c] bool.
+    mask: [B, T] bool, True at real tokens. document: [B, T] int32, for packed rows. Returns the
+    slots of each span, [B, c, T] bool, and the spans [B, c] bool.
     """
     slots = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
     starts = response_starts(slots, mask, rollout_length, edge_margin)
@@ -188,20 +185,22 @@ def select_positions(
     """Choose c rollout positions a row, one in each of c equal spans of its real tokens.
 
     keys: [B] random keys, one a row, so that a row's draw does not depend on the rows beside it
-        (derive them from the row's index in the whole batch); unused by argmax and argmin.
-    entropy: [B, T], nats, of the prediction of the next token.
-    mask: [B, T] bool, True at real tokens.
-    method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` and `all` with
-        equal probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy;
-        `variance` draws in proportion to (P_k (1 - P_k)) ** (1 / temperature).
+    (derive them from the row's index in the whole batch); unused by argmax and argmin. entropy: [B,
+    T], nats, of the prediction of the next token. mask: [B, T] bool, True at real tokens.
     edge_margin: least distance of a start from either end of the text.
+
+    method: `entropy` draws from softmax(smoothed entropy / temperature), `uniform` and `all` with
+    equal probabilities; `argmax` and `argmin` take the (first) largest and smallest entropy;
+    `variance` draws in proportion to (P_k (1 - P_k)) ** (1 / temperature).
+
     document: [B, T] int32, for packed rows: a rollout has a truth only in the document of the token
-        before it. Slots whose rollout has none are chosen only where the whole span has no other
-        (`selectable`); such a position is not valid.
+    before it. Slots whose rollout has none are chosen only where the whole span has no other
+    (`selectable`); such a position is not valid.
+
     probabilities, counted: [B, T], needed by `variance`: P_k of each slot, and whether its window
-        lies in one document (the last of `exact.match_probabilities`, and its second result). Slots
-        that do not count, and those whose start the margins would move, are chosen only where
-        their span has no others.
+    lies in one document (the last of `exact.match_probabilities`, and its second result). Slots
+    that do not count, and those whose start the margins would move, are chosen only where their
+    span has no others.
 
     Different spans can end up with one start, as in the published code. Raises ValueError for an
     unknown method.

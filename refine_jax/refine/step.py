@@ -23,9 +23,11 @@ from jax import lax
 
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
-from refine_jax.parallel import axis_size, constrain_state
+from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.grpo import policy_weight
-from refine_jax.refine.objective import Batch, Experience, Metrics, Objective
+from refine_jax.refine.objective import Experience, Metrics, Objective
+from refine_jax.refine.reading import Batch
+from refine_jax.refine.selection import rollout_slots
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +67,7 @@ class TrainState:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Leaves [B, ...] -> [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
+    """Cut leaves [B, ...] into [parts, B / parts, ...]; part i holds the rows i, i + parts, ...
 
     Strided, so that the parts of an array whose rows are spread over devices are spread as well.
     """
@@ -75,14 +77,14 @@ def split_rows(tree: Any, parts: int) -> Any:
 
 
 def merge_rows(tree: Any) -> Any:
-    """Inverse of `split_rows`."""
+    """Undo `split_rows`."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
 
 
 def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array = 0) -> jax.Array:
-    """[B] keys that depend on (key, step, row) alone, however the rows are grouped or placed.
+    """Derive the keys [B] of the rows from `first` on, by (key, step, row) alone.
 
-    The rows are those from number `first` on.
+    So a row draws the same however rows are grouped or placed.
     """
     step_key = jax.random.fold_in(key, step)
     return jax.vmap(lambda row: jax.random.fold_in(step_key, row))(first + jnp.arange(rows))
@@ -91,9 +93,9 @@ def row_keys(key: jax.Array, step: jax.Array, rows: int, first: int | jax.Array 
 def accumulate(
     gradient: Callable[..., tuple[Params, Metrics]], params: Params, rows: Any, parts: int
 ) -> tuple[Params, Metrics]:
-    """`gradient(params, rows)` and metrics, summed over `parts` micro-batches of the rows.
+    """Sum `gradient(params, rows)` and its metrics over `parts` micro-batches of the rows.
 
-    The gradients of the micro-batches, and their metrics, must add up to those of all rows.
+    Those of the micro-batches must add up to those of all rows.
     """
     if parts == 1:
         return gradient(params, rows)
@@ -112,7 +114,7 @@ def accumulate(
 def apply_update(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: Params
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update, skipped and counted where the gradient is not finite."""
+    """Make one optimizer update; where the gradient is not finite, skip and count it."""
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -140,10 +142,10 @@ def update_in_turn(
     rows: Any,
     mini_batch: int,
 ) -> tuple[TrainState, Metrics]:
-    """`update(state, rows)` of every mini-batch of some rows [B, ...], one after the other.
+    """Run `update(state, rows)` on every mini-batch of rows [B, ...], one after the other.
 
-    Metrics are means over the updates; counts ("update/...") are those after the last.
-    Raises ValueError where mini_batch does not divide B.
+    Metrics are means over the updates; counts ("update/...") are those after the last. Raises
+    ValueError where mini_batch does not divide B.
     """
     total = jax.tree.leaves(rows)[0].shape[0]
     if total % mini_batch:
@@ -156,7 +158,7 @@ def update_in_turn(
 
 
 def _finish_moments(metrics: Metrics) -> Metrics:
-    """Second moments become standard deviations."""
+    """Turn second moments into standard deviations."""
     metrics = dict(metrics)
     for name in ("reward", "advantage"):
         if f"{name}/square" in metrics:
@@ -174,7 +176,7 @@ def _update(
     *,
     steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """The update of one mini-batch, over `parts` micro-batches.
+    """Update on one mini-batch, over `parts` micro-batches.
 
     inputs: rows, their keys [M], and their rollouts; None: they roll out here. steps: of the run.
     """
@@ -205,10 +207,9 @@ def update_rows(
     *,
     steps: int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step on rows that are a single mini-batch and micro-batch.
+    """Do one step on rows that are a single mini-batch and micro-batch, as a `TrainStep` does.
 
-    Pure: what a `TrainStep` does with such rows, to be jitted or vmapped by the caller. steps: see
-    `make_train_step`.
+    Pure, to be jitted or vmapped by the caller. steps: see `make_train_step`.
     """
     keys = row_keys(state.key, state.step, batch["tokens"].shape[0])
     state, metrics = _update(objective, optimizer, 1, state, (batch, keys, None), steps=steps)
@@ -216,11 +217,10 @@ def update_rows(
 
 
 def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: int) -> Experience:
-    """The rollouts of a batch from the parameters at hand, by forward passes over micro-batches.
+    """Roll out from all rows of a batch by the parameters of `state`, over micro-batches.
 
-    Rollouts are few tokens, for which reading the parameters is all the time there is. So the rows
-    of several micro-batches roll out together: as many as have states no larger than a quarter of
-    the trace of one.
+    Reading the parameters takes nearly all the time of so few tokens. So the rows of several
+    micro-batches roll out together: as many as have states of a quarter of one's trace at most.
     """
     params, rows = state.params, batch["tokens"].shape[0]
     keys, parts = row_keys(state.key, state.step, rows), rows // micro_batch
@@ -228,27 +228,24 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
 
     def fork(inputs):
         batch, keys = inputs
-        reading = objective.read(params, batch)
-        starts, valid, last_hidden, forks = objective.fork(params, reading, keys)
+        forks = objective.fork(params, objective.read(params, batch), batch, keys)
         # The rows of states come second; `merge_rows` takes them first.
-        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), forks)
-        return starts, valid, last_hidden, forks, objective.truth(batch, reading.hidden, starts)
+        return forks._replace(state=jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), forks.state))
 
     def together(inputs):
         batch, keys = inputs
-        forked = merge_rows(lax.map(fork, split_rows(inputs, group)))
-        starts, valid, last_hidden, forks, truth = forked
-        forks = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks)
-        gathered = objective.model.gather(params)
-        tokens = objective.sample(gathered, last_hidden, forks, keys)
-        hidden, _ = objective.model.run_forks(gathered, tokens, forks)
-        scores = objective.scores(gathered, last_hidden, hidden, tokens, truth[0])
+        forks = merge_rows(lax.map(fork, split_rows(inputs, group)))
+        forks = forks._replace(state=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks.state))
 
-        def reference(inputs):
+        def of_micro_batch(inputs):
             return objective.reference_log_probs(state.reference_params, *inputs)
 
-        of_reference = merge_rows(lax.map(reference, split_rows((batch, starts, tokens), group)))
-        return objective.judge(starts, valid, tokens, scores, truth, of_reference)
+        def reference(tokens):
+            inputs = split_rows((batch, forks.starts, tokens), group)
+            return merge_rows(lax.map(of_micro_batch, inputs))
+
+        gathered = objective.model.gather(params)
+        return objective.continue_forks(gathered, forks, keys, reference)[0]
 
     return merge_rows(lax.map(together, split_rows((batch, keys), parts // group)))
 
@@ -256,7 +253,7 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
 def states_together(
     objective: Objective, params: Params, batch: Batch, parts: int
 ) -> tuple[int, State]:
-    """How many of the `parts` of a batch roll out together, and the shapes of one part's states.
+    """Count the `parts` of a batch that roll out together; with the shapes of one part's states.
 
     Computes nothing; leaves may be shapes. The number divides `parts`.
     """
@@ -265,7 +262,7 @@ def states_together(
         batch = jax.tree.map(lambda x: x[0], split_rows(batch, parts))
         keys = jax.random.split(jax.random.key(0), batch["tokens"].shape[0])
         reading = objective.read(params, batch)
-        return reading.trace.layers, objective.fork(params, reading, keys)[-1]
+        return reading.trace.layers, objective.fork(params, reading, batch, keys).state
 
     layers, states = jax.eval_shape(sizes, params, batch)
     trace, state = (
@@ -282,19 +279,19 @@ class TrainStep:
     """A training step, `train_step(state, batch)` -> state, metrics.
 
     run(state, batch, experience) -> state, metrics: the compiled step; it gives the state's buffers
-    away. collect(state, batch) -> experience: the compiled rollouts of a batch where they are to be
-    timed apart; None: they are a part of `run`.
+    away. collect(state, batch) -> experience: the compiled rollouts, where these are timed apart;
+    None: `run` includes them.
     """
 
     run: Callable
     collect: Callable | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        """One step; it gives the state's buffers away.
+        """Run one step; it gives the state's buffers away.
 
-        Metrics are scalars (means over the updates of the step) and "time/update" seconds on the
-        host; "time/collect" where that is timed apart. Raises ValueError where mini_batch does not
-        divide the batch.
+        Metrics are scalars: means over the updates of the step, and seconds on the host
+        ("time/update", "time/collect" where that is timed apart). Raises ValueError where
+        mini_batch does not divide the batch.
         """
         begin = time.perf_counter()
         experience, times = None, {}
@@ -318,14 +315,12 @@ def make_train_step(
     steps: int | None = None,
     time_rollouts: bool = False,
 ) -> TrainStep:
-    """The training step of a configuration, one compiled program.
+    """Make the training step of a configuration, one compiled program.
 
     mini_batch: rows of one optimizer update; divides the batch. micro_batch: rows of one forward
-    and backward pass; divides mini_batch, else ValueError. eos_id: the token, or tokens, that
-    rollouts never sample, if `config.forbid_eos`. max_documents: most documents packed into a row.
+    and backward pass; divides mini_batch, else ValueError. eos_id, max_documents: see `Objective`.
     steps: training steps of the run, needed where `lambda_rl` follows a schedule. time_rollouts:
-    with `config.rollouts` "batch", collect them in a program of their own, so that
-    its time is known.
+    with `config.rollouts` "batch", collect them in a program of their own, to know its time.
     """
     if mini_batch % micro_batch:
         raise ValueError(f"micro_batch must divide mini_batch. Got: {micro_batch=}, {mini_batch=}.")
@@ -353,16 +348,16 @@ def make_eval_step(
     eos_id: int | Sequence[int] | None = None,
     max_documents: int = 1,
 ) -> Callable[..., tuple[Metrics, dict[str, jax.Array]]]:
-    """`eval_step(params, batch, key, first=0)` -> sums over a held-out batch, and their origin.
+    """Make `eval_step(params, batch, key, first=0)` -> sums over a held-out batch, and their
+    origin.
 
     first: number of the batch's first row, which decides its draws together with the key.
 
     The sums: nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
     reward_square_sum over rollout_count valid rollouts (sampled also for objective `ntp`, so that
-    both objectives can be compared).
-    What the method saw, for plots: entropy [B, T] (nats), mask [B, T], starts [B, R], valid [B, R],
-    rewards [B, R], tokens [B, R, k] of the rollouts and truth [B, R, k]. One program gives both, as
-    compiling it takes far longer than copying them.
+    both objectives can be compared). Their origin, for plots: entropy [B, T] (nats), mask [B, T],
+    starts, valid, rewards [B, R], tokens of the rollouts and truth [B, R, k]. One program gives
+    both, as compiling it takes far longer than copying them.
     """
     changes = {"objective": "refine", "estimator": "rollouts", "kl_coef": 0.0}
     config = dataclasses.replace(config, **changes)
@@ -391,7 +386,9 @@ def make_eval_step(
             "valid": experience.valid,
             "rewards": experience.rewards,
             "tokens": experience.tokens,
-            "truth": objective.truth(batch, reading.hidden, experience.starts)[0],
+            "truth": take_tokens(
+                batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
+            ),
         }
         return sums, seen
 

@@ -15,31 +15,24 @@ from refine_jax.base.files import numbered, read_lines, recover_lines, replacing
 from refine_jax.report.metrics import EDGE, METRICS_FILE, step_parser, total_seconds
 
 
-class Monitor:
+class Monitor(contextlib.AbstractContextManager):
     """Writes the metrics of a run as it goes and remembers them for the closing table.
 
-    Args:
-      workdir: Existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
-      steps: Steps of the whole run.
-      start: Steps already done: records after it, left by a run that went on beyond its last
+    workdir: existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
+    steps: steps of the whole run.
+    start: steps already done: records after it, left by a run that went on beyond its last
         checkpoint, are removed, so that the file continues without duplicates. Lines that are no
         records go to `metrics.jsonl.dropped`; that, and steps that are missing, is said.
-      log_every: Steps between lines on standard output; 0: none. The progress bar is separate and
+    log_every: steps between lines on standard output; 0: none. The progress bar is separate and
         shown on a terminal only.
-      write: Whether this process writes and prints; the others of a run only remember.
+    write: whether this process writes and prints; the others of a run only remember.
 
     Attributes:
       history: The records of the file, oldest first.
     """
 
     def __init__(
-        self,
-        workdir: Path,
-        *,
-        steps: int,
-        start: int = 0,
-        log_every: int = 10,
-        write: bool = True,
+        self, workdir: Path, *, steps: int, start: int = 0, log_every: int = 10, write: bool = True
     ):
         self._steps, self._log_every = steps, log_every if write else 0
         path = Path(workdir) / METRICS_FILE
@@ -107,9 +100,6 @@ class Monitor:
             self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-
-    def __enter__(self) -> "Monitor":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()

@@ -33,10 +33,9 @@ def write_report(
 def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | None) -> None:
     """Training curves of the records of `metrics.jsonl`: losses, rewards, gradients, speed.
 
-    Args:
-      path: PNG file to write.
-      history: Records, one a step (`refine_jax.report.monitor.Monitor.history`).
-      clip_norm: Largest gradient norm that is not clipped, drawn as a line; None: none.
+    path: PNG file to write.
+    history: records, one a step (`refine_jax.report.monitor.Monitor.history`).
+    clip_norm: largest gradient norm that is not clipped, drawn as a line; None: none.
     """
     training = [record for record in history if "time/step" in record]
     if not training:
@@ -98,14 +97,10 @@ def plot_rollouts(
 ) -> None:
     """One sequence: its entropy, where rollouts start, and the reward of each.
 
-    Args:
-      path: PNG file to write.
-      entropy: [T] nats of the prediction at each token, NaN where there is no real token.
-      starts: [c] index of the first token of the rollouts of each position.
-      rewards: [c, n] their rewards.
-      length: Tokens of a rollout.
-      reward_name: What the reward compares, for the label.
-      texts: c pairs (true continuation, first rollout), listed under the plot if given.
+    path: PNG file to write. entropy: [T] nats of the prediction at each token, NaN where there is
+    no real token. starts: [c] index of the first token of the rollouts of each position. rewards:
+    [c, n] their rewards. length: tokens of a rollout. reward_name: what the reward compares, for
+    the label. texts: c pairs (true continuation, first rollout), listed under the plot if given.
     """
     c, n = rewards.shape
     rows = 3 if texts else 2
@@ -262,7 +257,7 @@ def _stack_times(axis, training) -> None:
     }
     totals = np.sum(list(values.values()), axis=0)
     # What takes no time that could be seen, as where nothing is collected, is no part.
-    values = {label: each for label, each in values.items() if each.max() > 1e-3 * totals.max()}
+    values = {label: part for label, part in values.items() if part.max() > 1e-3 * totals.max()}
     axis.stackplot(
         steps,
         list(values.values()),

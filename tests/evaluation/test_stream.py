@@ -11,7 +11,7 @@ from refine_jax.evaluation import by_position, scoring
 from refine_jax.evaluation.by_position import measure, position_edges
 from refine_jax.evaluation.scoring import Request, Scorer
 from refine_jax.evaluation.stream import Reader
-from refine_jax.refine.objective import read_rows
+from refine_jax.refine.reading import read_rows
 
 BLOCK = 16  # two of LaCT's chunks
 

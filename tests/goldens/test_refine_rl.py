@@ -188,7 +188,7 @@ def test_rewards_match_golden(golden_rewards, kind):
     arrays, inputs = golden_rewards
     per_token = rewards.REWARDS[kind](*inputs)
     np.testing.assert_allclose(per_token, arrays[f"{kind}/per_token"], **TOLERANCE)
-    scores = rewards.rollout_rewards(kind, *inputs)
+    scores = rewards.token_rewards(kind, *inputs).mean(-1)
     expected = arrays[f"{kind}/scores"]
     np.testing.assert_allclose(scores, expected[:, -1], **TOLERANCE)
     assert not expected[:, :-1].any()

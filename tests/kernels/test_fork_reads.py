@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refine_jax.kernels.fork_reads import ForkRows, attend_windows, read_weights
+from refine_jax.kernels.fork_reads import (
+    ForkRows,
+    Reach,
+    attend_row,
+    attend_row_backward,
+    attend_windows,
+    read_weights,
+)
 
 LAYERS, ROWS = 2, 2
 
@@ -89,3 +96,56 @@ def test_weights(count, dtype):
         gate = x @ w0
         want = gate / (1 + np.exp(-gate)) * (x @ w2) @ w1
         np.testing.assert_allclose(got[fork], want, atol=2e-5 if dtype == "float32" else 3e-2)
+
+
+def row_attention(q, k, v, seen, scale, d_out, d_log):
+    """Output, log of the denominator, and gradients, of one head's queries [M, L] in float64.
+
+    seen: [M, T] bool, a key at least for every query.
+    """
+    scores = np.where(seen, scale * q @ k.T, -np.inf)
+    log_total = np.logaddexp.reduce(scores, axis=1)
+    weights = np.exp(scores - log_total[:, None])
+    d_weights = d_out @ v.T
+    mean = np.sum(weights * d_weights, axis=1, keepdims=True)
+    d_scores = scale * weights * (d_weights - mean + d_log[:, None])
+    return weights @ v, log_total, d_scores @ k, d_scores.T @ q, weights.T @ d_out
+
+
+@pytest.mark.parametrize(
+    ("blocks", "rows", "count", "num_tokens", "dtype"),
+    [(1, 2, 20, 1280, "float32"), (3, 1, 136, 1024, "float32"), (2, 2, 16, 1536, "bfloat16")],
+)
+def test_rows(blocks, rows, count, num_tokens, dtype):
+    """Forward and backward; some queries see nothing, some blocks of keys are seen by none."""
+    random, groups, size, scale = np.random.default_rng(0), 3, 128, 0.1
+    shape = blocks, rows, groups, count
+    last = random.integers(-1, num_tokens - 300, (blocks, rows, count))
+    first = last - random.integers(-1, 600, last.shape)
+    reach = Reach(*(jnp.asarray(x, jnp.int32) for x in (first, last)))
+    q, d_out = (draw(*shape, size, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(rows, groups, num_tokens, size, seed=i, dtype=dtype) for i in (2, 3))
+    d_log = draw(*shape, seed=4)
+    out, log_total = jax.jit(attend_row, static_argnums=4)(q, k, v, reach, scale)
+    rest = jnp.sum(d_out.astype(jnp.float32) * out, -1) - d_log
+    gradients = jax.jit(attend_row_backward, static_argnums=4)(
+        q, k, v, reach, scale, log_total, d_out.astype(jnp.float32), rest
+    )
+    assert not gradients[1][:, :, -128:].any()  # no query sees so far
+
+    slot = np.arange(num_tokens)
+    want_k, want_v = np.zeros(k.shape), np.zeros(v.shape)
+    tolerance = 1e-4 if dtype == "float32" else 4e-2
+    for j, b, g in np.ndindex(shape[:3]):
+        seen = (slot >= first[j, b, :, None]) & (slot <= last[j, b, :, None])
+        some = seen.any(1)
+        assert not out[j, b, g][~some].any()
+        arrays = [np.float64(x[j, b, g])[some] for x in (q, d_out, d_log)]
+        keys, values = np.float64(k[b, g]), np.float64(v[b, g])
+        want = row_attention(arrays[0], keys, values, seen[some], scale, *arrays[1:])
+        for x, y in zip((out, log_total, gradients[0]), want[:3], strict=True):
+            np.testing.assert_allclose(np.asarray(x[j, b, g])[some], y, atol=tolerance)
+        want_k[b, g] += want[3]
+        want_v[b, g] += want[4]
+    for x, y in zip(gradients[1:], (want_k, want_v), strict=True):
+        np.testing.assert_allclose(np.float64(x), y, atol=tolerance)

@@ -22,7 +22,7 @@ from refine_jax.models.config import model_config
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model
 from refine_jax.refine import rollout
-from refine_jax.refine.objective import read_rows
+from refine_jax.refine.reading import read_rows
 from refine_jax.refine.rollout import score_rollouts
 
 # Tokens of the rows and of what continues them: few, so that few programs are compiled; positions

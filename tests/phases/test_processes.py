@@ -17,7 +17,7 @@ import processes
 import pytest
 from tiny_runs import WORDS, config_file, tiny_run, write_documents
 
-from refine_jax import distributed
+from refine_jax import cluster, distributed
 from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
 from refine_jax.phases import midtrain
@@ -302,18 +302,18 @@ def test_a_coordinator_listens_where_it_is_told(monkeypatch, capsys):
         ("this-host:8476", ["10.0.0.7"], "10.0.0.7:8476"),
         ("this-host:8476", ["10.0.0.7", "10.0.1.7"], "this-host:8476"),
     ):
-        monkeypatch.setattr(distributed, "_can_bind", lambda host, port: True)
-        assert distributed.bind_address(address, addresses) == expected
+        monkeypatch.setattr(cluster, "_can_bind", lambda host, port: True)
+        assert cluster.bind_address(address, addresses) == expected
         assert capsys.readouterr().err == ""
     # Debian names the machine 127.0.1.1 in its own /etc/hosts; a load balancer is elsewhere.
     for addresses, mine in ((["127.0.1.1"], True), (["8.8.8.8"], False)):
         monkeypatch.setattr(
-            distributed, "_can_bind", lambda host, port, mine=mine: mine or host == "0.0.0.0"
+            cluster, "_can_bind", lambda host, port, mine=mine: mine or host == "0.0.0.0"
         )
-        assert distributed.bind_address("some-host:8476", addresses) is None
+        assert cluster.bind_address("some-host:8476", addresses) is None
         assert "listens on port 8476 of all its addresses" in capsys.readouterr().err
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "10.1.1.1:8476")
-    assert distributed.bind_address("some-host:8476", ["8.8.8.8"]) is None
+    assert cluster.bind_address("some-host:8476", ["8.8.8.8"]) is None
     assert capsys.readouterr().err == ""
 
 
@@ -401,9 +401,9 @@ _HOSTS = {"TPU_WORKER_HOSTNAMES": "a,b"}
 )
 def test_only_signs_of_several_processes_count(monkeypatch, environment, tpu, answer, expected):
     asked = []
-    monkeypatch.setattr(distributed, "_has_tpu", lambda: tpu)
-    monkeypatch.setattr(distributed, "_ask_metadata", lambda: asked.append(1) or answer)
-    assert distributed.find_cluster(environment) == expected
+    monkeypatch.setattr(cluster, "_has_tpu", lambda: tpu)
+    monkeypatch.setattr(cluster, "_ask_metadata", lambda: asked.append(1) or answer)
+    assert cluster.find_cluster(environment) == expected
     assert not asked or tpu
 
 

@@ -41,7 +41,7 @@ def test_match_rewards():
     }
     for kind, (per_token, per_rollout) in expected.items():
         close(rewards.token_rewards(kind, None, None, tokens, truth), per_token)
-        close(rewards.rollout_rewards(kind, None, None, tokens, truth), per_rollout)
+        close(rewards.token_rewards(kind, None, None, tokens, truth).mean(-1), per_rollout)
 
 
 @pytest.mark.parametrize("kind", [*rewards.REWARDS, rewards.EXPECTED])
@@ -52,7 +52,7 @@ def test_a_rollouts_reward_is_the_mean_of_its_tokens(kind):
     arguments = (kind, hidden, true_hidden, tokens, truth)
     per_token = rewards.token_rewards(*arguments, true_log_probs=log_probs)
     assert per_token.shape == tokens.shape and per_token.dtype == jnp.float32
-    got = rewards.rollout_rewards(*arguments, true_log_probs=log_probs)
+    got = rewards.token_rewards(*arguments, true_log_probs=log_probs).mean(-1)
     close(got, np.asarray(per_token, np.float64).mean(axis=-1))
     if kind == "expected":
         close(per_token, np.exp(log_probs))
@@ -61,7 +61,7 @@ def test_a_rollouts_reward_is_the_mean_of_its_tokens(kind):
 def test_expected_rewards_need_their_probabilities():
     tokens, truth = random_tokens()
     with pytest.raises(ValueError, match="needs true_log_probs"):
-        rewards.rollout_rewards("expected", None, None, tokens, truth)
+        rewards.token_rewards("expected", None, None, tokens, truth).mean(-1)
 
 
 # Returns and baselines

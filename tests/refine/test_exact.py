@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from refine_jax.kernels.cross_entropy import reweighted_loss
+from refine_jax.parallel import take_tokens
 from refine_jax.refine.exact import (
     expected_match,
     expected_match_loss,
@@ -144,9 +145,10 @@ def test_the_gradient_is_that_of_weighted_next_token_training(reward, chosen):
             held += share * probabilities[row, slot, length - 1]
 
     def loss(log_probs):
-        found = match_probabilities(log_probs, weights, k)
-        where = {"starts": starts, "valid": valid} if chosen else {}
-        return expected_match_loss(*found, reward=reward, **where)
+        probabilities, counted = match_probabilities(log_probs, weights, k)
+        if chosen:
+            probabilities, counted = take_tokens(probabilities, starts - 1), valid
+        return expected_match_loss(probabilities, counted, reward=reward)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(log_probs)
     np.testing.assert_allclose(gradient, -token_weights / len(windows), rtol=1e-5, atol=1e-9)
@@ -161,15 +163,15 @@ def test_micro_batches_add_up(chosen):
     probabilities, counted = match_probabilities(log_probs, weights, 3)
     starts = np.array([[1, 5], [3, 7], [2, 11]])
     valid = np.array([[True, True], [False, False], [True, False]])
-    where = {"starts": starts, "valid": valid} if chosen else {}
-    whole = expected_match_loss(probabilities, counted, **where)
-    denominator = match_count(valid if chosen else counted)
+    if chosen:
+        probabilities, counted = take_tokens(probabilities, starts - 1), valid
+    whole = expected_match_loss(probabilities, counted)
+    denominator = match_count(counted)
     parts = [
         expected_match_loss(
             probabilities[row : row + 1],
             counted[row : row + 1],
             denominator=denominator,
-            **{name: each[row : row + 1] for name, each in where.items()},
         )
         for row in range(3)
     ]

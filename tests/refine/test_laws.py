@@ -155,7 +155,7 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="Got: 'max'"):
         selection.selection_scores(x, 5, "max")
     with pytest.raises(ValueError, match="Got: 'dot'"):
-        rewards.rollout_rewards("dot", x, x, x, x)
+        rewards.token_rewards("dot", x, x, x, x).mean(-1)
     with pytest.raises(ValueError, match="Got: 'batch'"):
         grpo.group_advantages(x[None], x[None] == 0, grouping="batch")
     with pytest.raises(ValueError, match="Got: 'mean'"):
@@ -173,21 +173,21 @@ def test_a_truth_stands_against_several_rollouts():
     hidden, truth = jnp.asarray(rng.normal(size=(2, 4, 5, 16)), jnp.float32)
     tokens, true_tokens = jnp.asarray(rng.integers(0, 3, (2, 4, 5)))
     repeat = functools.partial(jnp.repeat, repeats=3, axis=1)
-    got = rewards.rollout_rewards(
+    got = rewards.token_rewards(
         "hybrid",
         repeat(hidden[:, None]),
         truth[:, None],
         repeat(tokens[:, None]),
         true_tokens[:, None],
-    )
-    alone = rewards.rollout_rewards("hybrid", hidden, truth, tokens, true_tokens)
+    ).mean(-1)
+    alone = rewards.token_rewards("hybrid", hidden, truth, tokens, true_tokens).mean(-1)
     np.testing.assert_allclose(got, np.repeat(alone[:, None], 3, axis=1), **TOLERANCE)
 
 
 def test_rewards_accumulate_in_float32():
     hidden = jax.random.normal(jax.random.key(0), (3, 5, 4096)).astype(jnp.bfloat16)
     tokens = jnp.zeros((3, 5), jnp.int32)
-    got = rewards.rollout_rewards("cosine", hidden, hidden, tokens, tokens)
+    got = rewards.token_rewards("cosine", hidden, hidden, tokens, tokens).mean(-1)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, 1.0, **TOLERANCE)
 

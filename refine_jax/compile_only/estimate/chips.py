@@ -3,8 +3,6 @@
 The figures are those that Google publishes (cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, tpu7x).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -85,8 +83,7 @@ class Topology:
 def parse_topology(name: str | None) -> Topology:
     """The slice of that name, as v5p:4x4x4.
 
-    Raises:
-      ConfigError: No such generation, or sizes that it does not have.
+    Raises ConfigError: no such generation, or sizes that it does not have.
     """
     match = re.fullmatch(r"(\w+):([0-9]{1,4}(?:x[0-9]{1,4})+)", name or "")
     generation = match[1] if match else ""

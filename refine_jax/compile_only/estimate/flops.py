@@ -4,8 +4,6 @@ Only products of matrices count, 2 for each multiplication and addition. Shapes 
 of whole arrays, inside a `shard_map` those of one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -54,8 +52,8 @@ def _equation(equation, kernels: set[Kernel], known: dict) -> float:
         return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
     if name == "conv_general_dilated":
         numbers, right = params["dimension_numbers"], equation.invars[1].aval.shape
-        each = math.prod(right) / right[numbers.rhs_spec[0]]
-        return 2.0 * each * math.prod(equation.outvars[0].aval.shape)
+        filter_size = math.prod(right) / right[numbers.rhs_spec[0]]
+        return 2.0 * filter_size * math.prod(equation.outvars[0].aval.shape)
     if name == "pallas_call":
         work = _kernel_flops(params, kernels)
         shapes = tuple(tuple(var.aval.shape) for var in equation.outvars)

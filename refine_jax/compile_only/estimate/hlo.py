@@ -4,8 +4,6 @@ The format is that of `compiled.as_text()` and of XLA's dumps; it is the same fo
 for layouts, memory spaces and what backends write into `backend_config`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

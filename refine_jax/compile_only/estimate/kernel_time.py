@@ -6,8 +6,6 @@ for the shapes of the published models is kept here as a share of the chip's pea
 as long as their blocks stay the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from refine_jax.compile_only.estimate.chips import Chip
@@ -16,7 +14,7 @@ from refine_jax.compile_only.estimate.flops import Kernel
 # By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
 # 16,384 tokens; the head's loss, width 2048, 32,000 words; window attention, window 2048, 24 heads
 # of 64 in groups of 128, as large as which the products of splash attention are; what 8 forks of 5
-# tokens read.
+# tokens read, and their attention to a row.
 _SHARES = {
     "delta_rule_forward": {"v5e": 0.76, "v5p": 0.74, "v6e": 0.23},
     "delta_rule_backward": {"v5e": 0.66, "v5p": 0.64, "v6e": 0.20},
@@ -27,6 +25,8 @@ _SHARES = {
     "lact_": {"v5e": 0.81, "v5p": 0.79, "v6e": 0.39},
     "fork_reads_attention": {"v5e": 0.20, "v5p": 0.19, "v6e": 0.049},
     "fork_reads_weights": {"v5e": 0.013, "v5p": 0.016, "v6e": 0.0049},
+    "fork_attention_forward": {"v5e": 0.44, "v5p": 0.43, "v6e": 0.085},
+    "fork_attention_backward": {"v5e": 0.63, "v5p": 0.62, "v6e": 0.126},
     "cross_entropy": {"v5e": 0.87, "v5p": 0.85, "v6e": 0.66},
     "window_attention_forward": {"v5e": 0.63, "v5p": 0.63, "v6e": 0.25},
     "window_attention_": {"v5e": 0.88, "v5p": 0.88, "v6e": 0.34},

@@ -1,7 +1,5 @@
 """The memory of a program by XLA's buffer assignment, which also exists where it is too much."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

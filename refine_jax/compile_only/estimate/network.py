@@ -5,8 +5,6 @@ and a microsecond a hop. A group that lies along n axes of the torus is taken fo
 where the ends of an axis are not linked; rings send both ways. Nothing else uses the links.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

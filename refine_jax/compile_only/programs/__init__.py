@@ -5,8 +5,6 @@ nor parameters are read, of a checkpoint only its config.json. Training ends wit
 generate, so that reading a prompt and answering are compiled too, to compare with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from refine_jax.compile_only.programs.generation import adaptation_programs, generation_programs

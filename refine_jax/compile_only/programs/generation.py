@@ -1,8 +1,5 @@
 """The programs of test-time training and of generation."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +9,12 @@ import jax.numpy as jnp
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.compile_only.programs.run import EOS, AbstractRun, Program
 from refine_jax.generation.copies import copies_programs
-from refine_jax.generation.engine import Prefix, round_length, round_rows
+from refine_jax.generation.engine import Prefix
 from refine_jax.generation.generator import BLOCK, programs_of
 from refine_jax.generation.sampling import Sampler
+from refine_jax.models.layout import round_length, round_rows
 from refine_jax.phases.setup import rows_at_once
-from refine_jax.refine.adapt import update_copies
-from refine_jax.refine.objective import Objective
-from refine_jax.refine.step import make_train_step, update_rows
+from refine_jax.refine.adapt import make_update
 
 _TRAINING = ("midtrain", "posttrain")
 
@@ -76,28 +72,14 @@ def _prompt_rows(run: AbstractRun, *rows: int) -> dict[str, Any]:
 
 def _adaptation(run: AbstractRun) -> Program:
     options, copies = run.config.testtime, _copies(run)
-    if options.reset == "example":
-        objective = Objective(run.model, run.config.refine, eos_id=EOS, max_documents=1)
-        update = update_rows if copies == 1 else update_copies
-        function = jax.jit(
-            functools.partial(update, objective, run.optimizer, steps=options.steps),
-            donate_argnums=0,
-        )
-        state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
-        rows, shape = copies, (1,) if copies == 1 else (copies, 1)
-        args = (state, _prompt_rows(run, *shape))
+    update = make_update(run.model, run.optimizer, run.config.refine, options, eos_id=EOS)
+    if options.reset != "example":
+        rows, function = options.batch_size, update.run
+        args = (run.state, _prompt_rows(run, rows))
     else:
-        rows = options.batch_size
-        step = make_train_step(
-            run.model,
-            run.optimizer,
-            run.config.refine,
-            mini_batch=options.mini_batch_size,
-            micro_batch=options.micro_batch,
-            eos_id=EOS,
-            steps=options.steps,
-        )
-        function, args = step.run, (run.state, _prompt_rows(run, rows))
+        rows, function, shape = copies, update, (1,) if copies == 1 else (copies, 1)
+        state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
+        args = (state, _prompt_rows(run, *shape))
     tokens = rows * round_length(_longest(run))
     return Program(
         "adaptation",

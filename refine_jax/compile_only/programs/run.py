@@ -1,7 +1,5 @@
 """What the programs of a run are made of: its model and state as shapes with their places."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -55,8 +53,7 @@ class Program:
 def describe_model(config: Config) -> ModelCheckpoint:
     """The model of the run, by its config.json or the fields of `model.fresh`; no parameters.
 
-    Raises:
-      ConfigError, ModelConfigError: Neither describes a model.
+    Raises ConfigError, ModelConfigError: neither describes a model.
     """
     if config.model.checkpoint is not None:
         folder = Path(config.model.checkpoint)
@@ -116,9 +113,7 @@ class Shapes:
             single = SingleDeviceSharding(self._device)
             shardings = jax.tree.map(lambda _: single, tree)
         return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            tree,
-            shardings,
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, shardings
         )
 
     def integers(self, *shape: int) -> jax.ShapeDtypeStruct:
@@ -208,6 +203,6 @@ class AbstractRun:
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
         """Operations of rows in `trunk` forward passes, and of their rollouts in `rollouts`."""
         config, length = self.config.refine, self.config.data.sequence_length
-        each = config.num_positions * config.rollouts_per_position * config.rollout_length
-        tokens = rows * (trunk * length + rollouts * each)
+        rollout_tokens = config.num_positions * config.rollouts_per_position * config.rollout_length
+        tokens = rows * (trunk * length + rollouts * rollout_tokens)
         return tokens * forward_flops(self.model.config, length)

@@ -1,7 +1,5 @@
 """The programs of mid-training and post-training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

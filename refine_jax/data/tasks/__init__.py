@@ -11,8 +11,6 @@
 `python -m refine_jax.data.tasks.generate` writes such sets to files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from collections.abc import Callable
@@ -78,8 +76,7 @@ def check_request(
 
     The arguments are those of `load_examples`.
 
-    Raises:
-        DataError: there is no such task, or something it needs is missing.
+    Raises DataError: there is no such task, or something it needs is missing.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
@@ -140,22 +137,21 @@ def load_examples(
     ruler_hotpotqa from SQuAD's and HotpotQA's .json files. Everything else is read from `data`,
     also sets that `refine_jax.data.tasks.generate` wrote.
 
-    Args:
-        name: of `TASKS`.
-        length: the most tokens of bos, prompt and answer; needed by what is built, and None for
-            all rows of a file.
-        samples: how many; needed by what is built. From a file so many rows, chosen by the seed;
-            None takes all.
-        tokenizer: counts the tokens.
-        seed: of the set.
-        data: a .json file of SQuAD or HotpotQA, or parquet and jsonl files: a file, a folder or a
-            glob pattern.
-        essays: the text of the tasks that hide needles in essays: a text file, a folder, a glob
-            pattern or "stdlib"; see `load_essays`, which reads it once for several calls.
-        metric: what scores the answers, if not the task's own: where every reference counts,
-            alternatives of one reference are refused.
-        report: takes a sentence for each kind of rows of a file that were left out.
-        setting: names the arguments for errors.
+    name: of `TASKS`.
+    length: the most tokens of bos, prompt and answer; needed by what is built, and None for all
+        rows of a file.
+    samples: how many; needed by what is built. From a file so many rows, chosen by the seed; None
+        takes all.
+    tokenizer: counts the tokens.
+    seed: of the set.
+    data: a .json file of SQuAD or HotpotQA, or parquet and jsonl files: a file, a folder or a glob
+        pattern.
+    essays: the text of the tasks that hide needles in essays: a text file, a folder, a glob pattern
+        or "stdlib"; see `load_essays`, which reads it once for several calls.
+    metric: what scores the answers, if not the task's own: where every reference counts,
+        alternatives of one reference are refused.
+    report: takes a sentence for each kind of rows of a file that were left out.
+    setting: names the arguments for errors.
 
     Raises:
         NoExamplesError: the files have no rows of this task and length.

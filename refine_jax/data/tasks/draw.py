@@ -18,8 +18,7 @@ Item = TypeVar("Item")
 class Draw:
     """A stream of draws, one for each key.
 
-    Args:
-        *key: strings and integers; equal keys give equal streams, others independent ones.
+    *key: strings and integers; equal keys give equal streams, others independent ones.
     """
 
     def __init__(self, *key: str | int) -> None:

@@ -1,7 +1,5 @@
 """What a task asks, and how its answer is scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -10,8 +10,6 @@ Rows without a prompt or without an answer are left out, and so are empty answer
 both are counted and said.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -74,18 +72,16 @@ def read_examples(
 ) -> list[Example]:
     """Return the examples of a task that a file holds, in its order.
 
-    Args:
-        task: the task; rows of others are passed over. Its metric says whether every reference
-            counts.
-        data: a parquet or JSON file, a folder or a glob pattern.
-        length: the most tokens of bos, prompt and answer: longer rows are left out. In files of
-            sets that were built for a length (`max_seq_length`), only sets of this length count.
-            None takes every row.
-        samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
-        tokenizer: counts the tokens.
-        seed: of the choice.
-        report: takes a sentence for each kind of rows that were left out.
-        setting: names the arguments for errors.
+    task: the task; rows of others are passed over. Its metric says whether every reference counts.
+    data: a parquet or JSON file, a folder or a glob pattern.
+    length: the most tokens of bos, prompt and answer: longer rows are left out. In files of sets
+        that were built for a length (`max_seq_length`), only sets of this length count. None takes
+        every row.
+    samples: so many of these rows, chosen by the seed; None, or more than there are, takes all.
+    tokenizer: counts the tokens.
+    seed: of the choice.
+    report: takes a sentence for each kind of rows that were left out.
+    setting: names the arguments for errors.
 
     Raises:
         NoExamplesError: there are no such rows.
@@ -132,8 +128,7 @@ def read_examples(
 def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None:
     """Write examples to a .parquet or .jsonl file, which appears when it is complete.
 
-    Raises:
-        DataError: the file cannot be written, or has another suffix.
+    Raises DataError: the file cannot be written, or has another suffix.
     """
     path = local_path(path, "the file", DataError)
     if path.suffix not in SUFFIXES:
@@ -177,7 +172,7 @@ def _select(
     task: Task, data: str, length: int | None, setting: Naming
 ) -> tuple[Path, list[tuple[str, Row]]]:
     """Return the one file with rows of the task, and these rows, each with where it stands."""
-    found: dict[Path, list[tuple[str, Row]]] = {}
+    rows_of: dict[Path, list[tuple[str, Row]]] = {}
     seen: set[str] = set()
     for path in record_files(data, setting("data")):
         records = Records([path])
@@ -186,17 +181,17 @@ def _select(
             name, built_for = _set_of(row, task, functools.partial(records.place, index))
             seen.add(name if built_for is None else f"{name} of length {built_for}")
             if name == task.name and (built_for is None or length in (None, built_for)):
-                found.setdefault(path, []).append((records.place(index), row))
-    if not found:
+                rows_of.setdefault(path, []).append((records.place(index), row))
+    if not rows_of:
         wanted = task.name if length is None else f"{task.name} of length {length}"
         there = ", ".join(sorted(seen)) or "no rows"
         raise NoExamplesError(wanted, data, there, setting("data"))
-    if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
+    if len(rows_of) > 1:
+        names = ", ".join(str(path) for path in rows_of)
         raise DataError(
             f"several files hold examples of {task.name}: set {setting('data')} to one of {names}"
         )
-    ((path, rows),) = found.items()
+    ((path, rows),) = rows_of.items()
     lengths = {_set_of(row, task, functools.partial(str, place))[1] for place, row in rows}
     if len(lengths) > 1:
         named = ", ".join("without one" if n is None else str(n) for n in sorted(lengths, key=str))
@@ -246,12 +241,12 @@ def _example(
         return None
     alternatives = task.metric not in FRACTIONS
     answers = read_references(row.get(name), where(name), alternatives=alternatives)
-    found = tuple(answer for answer in answers if answer)
-    if not found:
+    given = tuple(answer for answer in answers if answer)
+    if not given:
         left_out[_NO_ANSWER] += 1
         return None
-    if len(found) < len(answers):
-        left_out[_EMPTY] += len(answers) - len(found)
+    if len(given) < len(answers):
+        left_out[_EMPTY] += len(answers) - len(given)
     metadata = _metadata(row.get("metadata"))
     built_for = _count(row, "max_seq_length", MAX_LENGTH, where())
     if built_for is not None:
@@ -260,7 +255,7 @@ def _example(
         task=task.name,
         index=index,
         prompt=prompt,
-        answers=found,
+        answers=given,
         max_new_tokens=_count(row, "max_gen_tokens", MAX_ANSWER, where()) or task.max_new_tokens,
         metadata={**metadata, "prompt_tokens": count_tokens(tokenizer, prompt)},
     )

@@ -10,8 +10,6 @@ Examples:
     python -m refine_jax.data.tasks.generate --tasks=niah_single_2 --essays=stdlib --out=DIR
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence
@@ -37,7 +35,7 @@ _FIELDS = ("tasks", "lengths", "samples", "seed", "essays", "data")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     return command().run(run, arguments)
 
 
@@ -69,7 +67,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     made = Command("refine_jax.data.tasks.generate", __doc__, "--out=DIR")
     made.group("sets")
     defaults = {"tasks": ["niah_single_1"], "lengths": ["4096"], "samples": 500}

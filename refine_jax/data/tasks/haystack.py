@@ -1,7 +1,5 @@
 """Text around needles, and how much of it fits."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
@@ -60,16 +58,13 @@ class Essays:
 def load_essays(essays: str | Essays | None, setting: Naming = str) -> Essays:
     """Return the text of the essay haystack, read once where it is given on.
 
-    Args:
-        essays: a text file, a folder of text files or a glob pattern; of JSON, such as RULER's
-            own {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the
-            Python language that comes with every Python: English prose about one subject, and
-            another text in every version of Python. That is good for a trial, not for figures to
-            publish. `Essays` come back as they are.
-        setting: names the argument for errors.
+    essays: a text file, a folder of text files or a glob pattern; of JSON, such as RULER's own
+    {"text": ...}, and of parquet the field "text". Or "stdlib", the reference of the Python
+    language that comes with every Python: English prose about one subject, and another text in
+    every version of Python. That is good for a trial, not for figures to publish. `Essays` come
+    back as they are. setting: names the argument for errors.
 
-    Raises:
-        DataError: nothing is given, or there is no text in it.
+    Raises DataError: nothing is given, or there is no text in it.
     """
     if isinstance(essays, Essays):
         return essays
@@ -92,12 +87,12 @@ def load_essays(essays: str | Essays | None, setting: Naming = str) -> Essays:
 
 def hide(needles: Iterable[tuple[int, str]], pieces: Sequence[str]) -> list[str]:
     """Return the pieces with each needle, (depth, text), after `depth` per cent of them."""
-    found, taken = [], 0
+    hidden, taken = [], 0
     for depth, needle in sorted(needles):
         place = len(pieces) * depth // 100
-        found += [*pieces[taken:place], needle]
+        hidden += [*pieces[taken:place], needle]
         taken = place
-    return found + list(pieces[taken:])
+    return hidden + list(pieces[taken:])
 
 
 def count_tokens(tokenizer: Tokenizer, prompt: str) -> int:
@@ -118,16 +113,11 @@ def fit(
 
     The number of tokens must grow with the size, nearly evenly: then it takes some five tries.
 
-    Args:
-        make: from a size to the prompt.
-        tokenizer: counts the tokens.
-        budget: the most tokens of a prompt, bos counted.
-        least: the smallest size to try.
-        what: the sample, for the error.
-        most: the largest size there is; None is no limit.
+    make: from a size to the prompt. tokenizer: counts the tokens. budget: the most tokens of a
+    prompt, bos counted. least: the smallest size to try. what: the sample, for the error. most: the
+    largest size there is; None is no limit.
 
-    Raises:
-        DataError: not even the smallest fits.
+    Raises DataError: not even the smallest fits.
     """
     low, tokens = least, count_tokens(tokenizer, make(least))
     if tokens > budget:

@@ -5,8 +5,6 @@ The 14 are those that ReFINE's scorer knows. Prompts and budgets are LongBench's
 line does, as in the sets of ReFINE's experiments. ("asconcisely" is theirs.)
 """
 
-from __future__ import annotations
-
 from refine_jax.data.tasks.example import Task
 
 _PASSAGES = (

@@ -13,8 +13,6 @@ Tasks, wording, parameters and the grid of 40 depths are RULER's. What is ours:
 * Sentences end where a word ends in . ! or ?, without a trained splitter.
 """
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,16 +89,11 @@ def make_example(
 ) -> Example:
     """Return a sample.
 
-    Args:
-        task: a name of `NEEDLES`.
-        index: which sample.
-        length: the most tokens of bos, prompt and answer.
-        tokenizer: counts the tokens.
-        seed: of the set.
-        essays: the haystack of the tasks that hide needles in essays.
+    task: a name of `NEEDLES`. index: which sample. length: the most tokens of bos, prompt and
+    answer. tokenizer: counts the tokens. seed: of the set. essays: the haystack of the tasks that
+    hide needles in essays.
 
-    Raises:
-        DataError: the length is too short.
+    Raises DataError: the length is too short.
     """
     spec = NEEDLES[task]
     draw = Draw("ruler", 1, seed, task, length, index)
@@ -162,10 +155,10 @@ def make_example(
 def _fresh(kind: str, draw: Draw, used: set[str], essays: Essays | None) -> str:
     """Return a key or value that is nowhere yet."""
     while True:
-        found = _KINDS[kind](draw)
-        if found not in used and not (essays and found in essays.text):
-            used.add(found)
-            return found
+        word = _KINDS[kind](draw)
+        if word not in used and not (essays and word in essays.text):
+            used.add(word)
+            return word
 
 
 def _needle(spec: Needles, key: str, value: str) -> str:

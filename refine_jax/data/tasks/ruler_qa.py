@@ -6,8 +6,6 @@ questions are chosen by the seed, the same at every length, where RULER takes th
 are all about one or two articles; and passages are fitted one by one, none twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +58,17 @@ def build_examples(
 ) -> list[Example]:
     """Return samples of a length.
 
-    Args:
-        task: one of `RULER_QA`.
-        path: SQuAD's file (train-v2.0.json, dev-v2.0.json, or of version 1.1), or HotpotQA's
-            (hotpot_dev_distractor_v1.json and the like).
-        length: the most tokens of bos, prompt and answer. Questions whose own passages need more
-            are passed over.
-        samples: how many.
-        tokenizer: counts the tokens.
-        seed: of the choice of questions and passages.
-        setting: names the arguments for errors.
+    task: one of `RULER_QA`.
+    path: SQuAD's file (train-v2.0.json, dev-v2.0.json, or of version 1.1), or HotpotQA's
+        (hotpot_dev_distractor_v1.json and the like).
+    length: the most tokens of bos, prompt and answer. Questions whose own passages need more are
+        passed over.
+    samples: how many.
+    tokenizer: counts the tokens.
+    seed: of the choice of questions and passages.
+    setting: names the arguments for errors.
 
-    Raises:
-        DataError: the file is not what the task needs, or too few questions fit.
+    Raises DataError: the file is not what the task needs, or too few questions fit.
     """
     questions, passages = _read(task, path, setting("data"))
     budget = length - task.max_new_tokens
@@ -167,8 +163,8 @@ def _read(task: Task, path: str, setting: str) -> tuple[list[PassageQuestion], l
 
 
 def _answers(value: Any, path: str) -> tuple[str, ...]:
-    found = read_references(value, lambda: f"an answer in {path}")
-    return tuple(answer for answer in found if answer)
+    references = read_references(value, lambda: f"an answer in {path}")
+    return tuple(answer for answer in references if answer)
 
 
 def _text(value: Any) -> str:

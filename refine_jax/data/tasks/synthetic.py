@@ -11,8 +11,6 @@ sample (of other words than the question), the grid of depths for the assignment
 the ends of lines: at the end of a prompt one would be a token that begins no answer.
 """
 
-from __future__ import annotations
-
 import math
 import string
 from collections.abc import Callable, Sequence
@@ -66,15 +64,10 @@ _Made = tuple[Callable[[int], str], int, Sequence[str], dict]
 def make_example(task: str, index: int, *, length: int, tokenizer: Tokenizer, seed: int) -> Example:
     """Return a sample.
 
-    Args:
-        task: "vt", "cwe" or "fwe".
-        index: which sample.
-        length: the most tokens of bos, prompt and answer.
-        tokenizer: counts the tokens.
-        seed: of the set.
+    task: "vt", "cwe" or "fwe". index: which sample. length: the most tokens of bos, prompt and
+    answer. tokenizer: counts the tokens. seed: of the set.
 
-    Raises:
-        DataError: the length is too short.
+    Raises DataError: the length is too short.
     """
     draw = Draw("ruler", 1, seed, task, length, index)
     prompt, least, answers, metadata = _MAKERS[task](draw, length, tokenizer)
@@ -137,11 +130,11 @@ def _common_words(draw: Draw, length: int, tokenizer: Tokenizer) -> _Made:
     example, words = words[:shown], words[shown:]
     known = set(words)
 
-    def numbered(found: Sequence[str]) -> str:
-        return " ".join(f"{i}. {word}" for i, word in enumerate(found, 1))
+    def numbered(words: Sequence[str]) -> str:
+        return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
-    def listed(found: Sequence[str], often: int, seldom: int, order: Draw) -> str:
-        entries = [*found[:_COMMON] * often, *found[_COMMON:] * seldom]
+    def listed(words: Sequence[str], often: int, seldom: int, order: Draw) -> str:
+        entries = [*words[:_COMMON] * often, *words[_COMMON:] * seldom]
         return _CWE.format(context=numbered(order.shuffled(entries)))
 
     answer = numbered(example[:_COMMON])
@@ -173,10 +166,10 @@ def _frequent_words(draw: Draw, length: int, tokenizer: Tokenizer) -> _Made:
 
 def _codes(draw: Draw, alphabet: str, letters: int, count: int) -> list[str]:
     """Return different words of random letters."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found["".join(draw.choice(alphabet) for _ in range(letters))] = None
-    return list(found)
+    codes: dict[str, None] = {}
+    while len(codes) < count:
+        codes["".join(draw.choice(alphabet) for _ in range(letters))] = None
+    return list(codes)
 
 
 _MAKERS = {"vt": _variable_tracking, "cwe": _common_words, "fwe": _frequent_words}

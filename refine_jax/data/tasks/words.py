@@ -4,8 +4,6 @@ A set of needles is only the same set again if the words are, so exactly one ver
 is accepted. Words with capitals, spaces or hyphens are left out: keys are made as adjective-noun.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.util
@@ -24,8 +22,7 @@ _KINDS = ("noun", "adjective", "verb")
 def word_lists() -> dict[str, tuple[str, ...]]:
     """Return {"noun": words, "adjective": words, "verb": words}, each sorted, without doubles.
 
-    Raises:
-        DataError: wonderwords is not installed, or is another version.
+    Raises DataError: wonderwords is not installed, or is another version.
     """
     spec = importlib.util.find_spec("wonderwords")
     if spec is None or spec.origin is None:

@@ -7,8 +7,6 @@
 The examples are those of `refine_jax.data.tasks.load_examples`, in its order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -45,14 +43,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     ) -> None:
         """Set up; `download_and_prepare` writes.
 
-        Args:
-            tasks: needle tasks, or vt, cwe and fwe.
-            lengths: most tokens of bos, prompt and answer.
-            samples: examples of a split.
-            tokenizer: name or path of the tokenizer that counts them.
-            seed: of the sets.
-            essays: as `load_examples` takes it.
-            **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
+        tasks: needle tasks, or vt, cwe and fwe. lengths: most tokens of bos, prompt and answer.
+        samples: examples of a split. tokenizer: name or path of the tokenizer that counts them.
+        seed: of the sets. essays: as `load_examples` takes it. **kwargs: `data_dir` and others of
+        `tfds.core.GeneratorBasedBuilder`.
 
         Raises:
             DataError: a task is not one that is built from a seed, or has no essays; no examples.

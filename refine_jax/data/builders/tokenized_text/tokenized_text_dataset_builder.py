@@ -5,8 +5,6 @@ tokens were made, and `documents.npz` holds each document's length and content h
 can plan its rows without reading the records.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -37,11 +35,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     ) -> None:
         """Set up; `prepare` is the way to call it.
 
-        Args:
-            source: the documents.
-            tokenizer: turns them into tokens.
-            options: `add_bos`, `add_eos` and `limit_documents` count.
-            **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
+        source: the documents.
+        tokenizer: turns them into tokens.
+        options: `add_bos`, `add_eos` and `limit_documents` count.
+        **kwargs: `data_dir` and others of `tfds.core.GeneratorBasedBuilder`.
         """
         self._source, self._tokenizer, self._options = source, tokenizer, options
         name = f"{name_of(options.source)}-{content_key(source, tokenizer, options)}"
@@ -101,10 +98,10 @@ def name_of(source: str) -> str:
 
     for part in reversed(parts):
         stem = re.sub(r"(\.(jsonl?|ndjson|parquet|txt|md|csv|gz|zst|bz2|xz))+$", "", part.lower())
-        found = re.findall(r"[a-z0-9]+", stem)
-        if words and not fits(found + words):
+        pieces = re.findall(r"[a-z0-9]+", stem)
+        if words and not fits(pieces + words):
             break
-        words = found + words
+        words = pieces + words
     while not fits(words):  # of one component: its first words
         words.pop()
     return "_".join(words) or "documents"
