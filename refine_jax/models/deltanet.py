@@ -136,6 +136,7 @@ class DeltaNetMixer(nnx.Module):
 
     WRITES_MUCH = False
     TRACES_INPUTS = True
+    FORKS_ONCE = True
     FORK_AXES = ("batch", "forks")
 
     def __init__(
@@ -432,14 +433,21 @@ class DeltaNetMixer(nnx.Module):
         layout: Layout | None,
         plan: None,
     ) -> jax.Array:
-        """`extend` of x [B, R, S, D] from forks of rows at `positions`: y [B, R, S, D].
+        """`extend` of x [B, R, S, D] from forks of rows at `positions` [B, P]: y [B, R, S, D].
 
-        trace: What `forward` gave, with or without the forks.
+        trace: What `forward` gave, with or without the forks. R / P forks that follow each other
+        have the same position.
         """
+        copies = x.shape[1] // positions.shape[1]
+
+        def of_forks(tree):
+            return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), tree)
+
         if not isinstance(trace, DeltaTaps):
-            return self.extend(x, fork(self, trace, positions, layout, plan, x.shape[2]))[0]
-        inputs = x if trace.tails is None else jnp.concatenate([trace.tails, x], axis=2)
-        memory = self._replay(trace, positions, layout)
+            state = fork(self, trace, positions, layout, plan, x.shape[2])
+            return self.extend(x, of_forks(state))[0]
+        memory, tails = of_forks((self._replay(trace, positions, layout), trace.tails))
+        inputs = x if tails is None else jnp.concatenate([tails, x], axis=2)
         return self._extend_projected(x, self._project(inputs), memory)[0]
 
     @staticmethod

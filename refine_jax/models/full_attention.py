@@ -82,6 +82,7 @@ class FullAttentionMixer(nnx.Module):
 
     WRITES_MUCH = False
     TRACES_INPUTS = False
+    FORKS_ONCE = False
     FORK_AXES = ("batch",)
 
     def __init__(

@@ -49,6 +49,7 @@ class LaCTMixer(LaCTLayer):
 
     WRITES_MUCH = True
     TRACES_INPUTS = False
+    FORKS_ONCE = False
     FORK_AXES = ("batch",)
 
     @staticmethod

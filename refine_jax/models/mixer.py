@@ -52,6 +52,13 @@ class Mixer(Protocol):
     through `normed`, and the trace's field is left out.
     """
 
+    FORKS_ONCE: bool
+    """Whether forks that share a position share what is made of the trace for it.
+
+    `fork` then gets P positions, and the model copies the states; `extend_traced` gets
+    `positions` [B, P] for R = n P forks. Else each of R forks has a position of its own.
+    """
+
     FORK_AXES: tuple[str, ...]
     """Logical axes by which new tokens [B, R, S, D] are spread over devices (parallel.py).
 
@@ -153,7 +160,9 @@ class Mixer(Protocol):
     def extend_traced(
         self, x: jax.Array, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
     ) -> jax.Array:
-        """Continue forks at `positions` [B, R] by x [B, R, S, D], differentiably in the trace.
+        """Continue forks at `positions` by x [B, R, S, D], differentiably in the trace.
+
+        positions: [B, R] int32, or [B, P] with `FORKS_ONCE`.
 
         Equal to `extend` from the forks' states, which a gradient would have to keep or send.
         Returns y [B, R, S, D].

@@ -343,15 +343,23 @@ class Model:
 
     @_exact_float32
     def fork(
-        self, params: Params, trace: Trace, positions: jax.Array, *, horizon: int | None = None
+        self,
+        params: Params,
+        trace: Trace,
+        positions: jax.Array,
+        *,
+        horizon: int | None = None,
+        copies: int = 1,
     ) -> State:
-        """Decode states after the first `positions` [B, R] slots of the traced rows.
+        """Decode states after the first `positions` [B, P] slots of the traced rows.
 
         horizon: the most tokens by which the states will be extended, if known: lets LaCT leave
-        out what only a crossing of a chunk boundary needs.
+        out what only a crossing of a chunk boundary needs. copies: how many states each position
+        gets, one after the other: R = P copies.
         """
 
         pattern, layout = self._pattern, trace.layout
+        places = {kind: _places(mixer, positions, copies) for kind, mixer in self._mixers.items()}
 
         def pick(kind, layers, inputs):
             mixer, part, plan = (
@@ -363,7 +371,7 @@ class Model:
             def layer(layer_trace, inputs):
                 if inputs is not None:
                     layer_trace = layer_trace._replace(x=inputs)
-                return mixer.pick(part, layer_trace, positions, layout, plan)
+                return mixer.pick(part, layer_trace, places[kind], layout, plan)
 
             return jax.vmap(layer)(layers, inputs)
 
@@ -372,13 +380,14 @@ class Model:
             block, plan = self._block(kind, layer_params), pattern.of_kind(trace.plan, kind)
             if pattern.of_kind(trace.inputs, kind) is not None:
                 picked = self._mixers[kind].normed(picked, block.attn_norm)
-            return None, block.attn.resume(picked, positions, layout, plan, horizon)
+            return None, block.attn.resume(picked, places[kind], layout, plan, horizon)
 
         def finish(kind, picked, resumed):
             mixer, part = self._mixers[kind], self._parts[kind]
-            return jax.vmap(lambda *parts: mixer.finish(part, *parts, positions, layout))(
+            states = jax.vmap(lambda *parts: mixer.finish(part, *parts, places[kind], layout))(
                 picked, resumed
             )
+            return _copied(states, copies, 2) if mixer.FORKS_ONCE else states
 
         # For all layers at once: the loop would copy each layer's whole trace, and what is picked.
         picked = pattern.map(pick, trace.layers, trace.inputs)
@@ -429,7 +438,9 @@ class Model:
     def forward_forks(
         self, params: Params, trace: Trace, positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:
-        """Hidden states [B, R, S, D] of `tokens` [B, R, S] continuing the rows at `positions`.
+        """Hidden states [B, R, S, D] of `tokens` [B, R, S] continuing the rows at `positions` [B, P].
+
+        R / P forks that follow each other have the same position.
 
         Equal to `extend(params, tokens, fork(params, trace, positions))`, but each layer's states
         live only while that layer runs. Differentiable in params and in trace; with the trace of
@@ -456,7 +467,9 @@ class Model:
         positions: jax.Array,
         continuations: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Run whole rows, and `continuations` [B, R, S] of them at `positions` [B, R].
+        """Run whole rows, and `continuations` [B, R, S] of them at `positions` [B, P].
+
+        R / P continuations that follow each other begin at the same position.
 
         Equal to `forward` followed by `forward_forks`, as is the gradient, but rows and forks go
         through a layer together: a trace lives only while its layer runs.
@@ -586,7 +599,8 @@ class Model:
 
         Args:
           rows: As `run_rows` gives them.
-          positions: [B, R] int32, slots before the forks.
+          positions: [B, P] int32, slots before forks, of which R / P that follow each other have
+            the same.
           continuations: [B, R, S] int32, tokens of the forks.
           fork_inputs: [L + 1, B, R, S, D], as `run_forks` gives them.
           cotangents: Of the hidden states of the rows [B, T, D] and of the forks [B, R, S, D].
@@ -657,8 +671,22 @@ def _run_rows(
     return constrain(block.add(x, y), "batch", "tokens"), trace
 
 
+def _places(mixer: type[Mixer] | Mixer, positions: jax.Array, copies: int) -> jax.Array:
+    """The positions that a mixer takes for `copies` forks of each of `positions` [B, P]."""
+    return positions if mixer.FORKS_ONCE else _copied(positions, copies, 1)
+
+
+def _copied(tree: Any, copies: int, axis: int) -> Any:
+    """Each entry of an axis as many times, one after the other."""
+    return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
+
+
 def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:
-    """A layer's output for tokens x [B, R, S, D] that continue its traced rows at `positions`."""
+    """A layer's output for tokens x [B, R, S, D] that continue its traced rows.
+
+    positions: [B, P]; R / P forks that follow each other have the same.
+    """
+    positions = _places(block.attn, positions, x.shape[1] // positions.shape[1])
     y = block.attn.extend_traced(block.read(x), trace, positions, layout, plan)
     return block.add(x, y)
 

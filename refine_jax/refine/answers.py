@@ -161,10 +161,9 @@ class AnswerMethod:
 
     def _respond(self, params: Params, batch: Batch, keys, samples: int, temperature: float):
         """Generate answers: tokens and mask [B, n, A], and what scoring them needs."""
-        hidden, trace, ends = self._prefill(params, batch)
-        starts = jnp.repeat(ends, samples, axis=1)
+        hidden, trace, starts = self._prefill(params, batch)
         last_hidden, state = fork_rollouts(
-            self.model, params, hidden, trace, starts, self.max_answer_tokens
+            self.model, params, hidden, trace, starts, self.max_answer_tokens, copies=samples
         )
         tokens = sample_rollouts(
             self.model,
@@ -225,8 +224,7 @@ class AnswerMethod:
         advantages: [B, n]. mini_batch_mask: [mini-batch, n, A], of all its answers.
         """
         config, width = self.config, self.max_answer_tokens
-        hidden, trace, ends = self._prefill(params, batch)
-        starts = jnp.broadcast_to(ends, answers.tokens.shape[:2])
+        hidden, trace, starts = self._prefill(params, batch)
         scores = score_rollouts(self.model, params, hidden, trace, starts, answers.tokens)
         mask, whole = (x.reshape(-1, width) for x in (answers.mask, mini_batch_mask))
         loss, metrics = policy_loss(

@@ -180,8 +180,9 @@ class Objective:
             hidden = rows.hidden
         else:
             starts, rollouts = experience.starts, experience.tokens
+            positions = starts[:, :: self._repeats]
             (hidden, fork_hidden), pull_layers = jax.vjp(
-                lambda p: model.forward_with_forks(p, tokens, layout, starts, rollouts), params
+                lambda p: model.forward_with_forks(p, tokens, layout, positions, rollouts), params
             )
 
         # Next tokens, whose entropies say where to roll out.
@@ -198,9 +199,10 @@ class Objective:
                 params, reading, batch, keys, reference_params
             )
             starts, rollouts = experience.starts, experience.tokens
+            forks = starts[:, :: self._repeats], rollouts, fork_inputs
 
             def pull_layers(cotangents):
-                return (model.backward(params, rows, starts, rollouts, fork_inputs, cotangents),)
+                return (model.backward(params, rows, *forks, cotangents),)
 
         # The policy loss: of the rollouts, and of the hidden states before them.
         true_tokens = take_tokens(batch["tokens"], rollout_slots(starts, config.rollout_length))
@@ -346,7 +348,14 @@ class Objective:
         k = self.config.rollout_length
         starts, valid = self.select(reading, keys)
         last_hidden, state = fork_rollouts(
-            self.model, params, reading.hidden, reading.trace, starts, k, in_place=in_place
+            self.model,
+            params,
+            reading.hidden,
+            reading.trace,
+            starts[:, :: self._repeats],
+            k,
+            copies=self._repeats,
+            in_place=in_place,
         )
         slots = rollout_slots(starts, k)
         truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
@@ -415,7 +424,7 @@ class Objective:
             return None
         layout = layout_of(batch, self.max_documents)
         hidden, forks = self.model.forward_with_forks(
-            reference_params, batch["tokens"], layout, starts, tokens
+            reference_params, batch["tokens"], layout, starts[:, :: self._repeats], tokens
         )
         last_hidden = take_tokens(hidden, starts - 1)
         return scores_of(self.model, reference_params, last_hidden, forks, tokens).log_probs

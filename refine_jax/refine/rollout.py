@@ -39,20 +39,22 @@ def fork_rollouts(
     starts: jax.Array,
     rollout_length: int,
     *,
+    copies: int = 1,
     in_place: bool = False,
 ) -> tuple[jax.Array, State | TracedForks]:
-    """Fork for rollouts of k tokens from every start.
+    """Fork for rollouts of k tokens, `copies` from every start, one after the other.
 
-    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, R] int32 >= 1, slot of
-    each rollout's first token. in_place: whether the trace may stand for the states where that is
+    hidden [B, T, D], trace: of the forward pass over the rows. starts: [B, P] int32 >= 1, slot of
+    the rollouts' first token. in_place: whether the trace may stand for the states where that is
     cheaper; it then lives as long as they would.
 
-    Returns the hidden states [B, R, D] that predict the first tokens, and the states there.
+    Returns the hidden states [B, R, D] that predict the first tokens, and the R = P copies states.
     """
+    last_hidden = jnp.repeat(take_tokens(hidden, starts - 1), copies, axis=1)
     if in_place and rollout_length <= _READ_AGAIN and model.reads_traces(rollout_length):
-        return take_tokens(hidden, starts - 1), TracedForks(trace, starts)
-    state = model.fork(params, trace, starts, horizon=rollout_length)
-    return take_tokens(hidden, starts - 1), state
+        return last_hidden, TracedForks(trace, jnp.repeat(starts, copies, axis=1))
+    state = model.fork(params, trace, starts, horizon=rollout_length, copies=copies)
+    return last_hidden, state
 
 
 def sample_rollouts(
@@ -137,13 +139,15 @@ def score_rollouts(
     starts: jax.Array,
     tokens: jax.Array,
 ) -> Scores:
-    """Score rollouts `tokens` [B, R, k] from `starts` [B, R].
+    """Score rollouts `tokens` [B, R, k] from `starts` [B, P], each that of R / P in succession.
 
     Differentiable in params, hidden and trace: with hidden and trace from a differentiated forward
     pass, the gradient is that of running every prefix with its rollout on its own.
     """
     fork_hidden = model.forward_forks(params, trace, starts, tokens)
-    return scores_of(model, params, take_tokens(hidden, starts - 1), fork_hidden, tokens)
+    copies = tokens.shape[1] // starts.shape[1]
+    last_hidden = jnp.repeat(take_tokens(hidden, starts - 1), copies, axis=1)
+    return scores_of(model, params, last_hidden, fork_hidden, tokens)
 
 
 def scores_of(
