@@ -438,7 +438,7 @@ class Model:
     def forward_forks(
         self, params: Params, trace: Trace, positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:
-        """Hidden states [B, R, S, D] of `tokens` [B, R, S] continuing the rows at `positions` [B, P].
+        """Hidden states [B, R, S, D] of `tokens` [B, R, S] continuing rows at `positions` [B, P].
 
         R / P forks that follow each other have the same position.
 

@@ -258,9 +258,9 @@ def test_gradients_through_forks_are_those_of_prefixes(name):
 def test_rows_and_forks_in_one_pass(name, remat):
     model, params = tiny(name)
     remade = Model(model.config, dataclasses.replace(model.policy, remat=remat))
-    ids, new = tokens(13, 2, 30), tokens(14, 2, 3, 5)
+    ids, new = tokens(13, 2, 30), tokens(14, 2, 6, 5)
     layout = Layout.from_segments(jnp.asarray([[0] * 2 + [1] * 10 + [2] * 18, [1] * 30]), 2)
-    positions = np.asarray([[7, 12, 25], [0, 16, 30]])
+    positions = np.asarray([[7, 12, 25], [0, 16, 30]])  # two forks each
 
     def together(params):
         hidden, forks = remade.forward_with_forks(params, ids, layout, positions, new)
@@ -268,12 +268,22 @@ def test_rows_and_forks_in_one_pass(name, remat):
 
     def one_after_the_other(params):
         hidden, trace = model.forward(params, ids, layout, with_trace=True)
-        forks = model.forward_forks(params, trace, positions, new)
+        forks = model.forward_forks(params, trace, np.repeat(positions, 2, axis=1), new)
         return weighted(jnp.where(layout.mask[..., None], hidden, 0), 0) + weighted(forks, 12)
 
     got, want = (jax.jit(jax.value_and_grad(f))(params) for f in (together, one_after_the_other))
     assert_same(got[0], want[0])
     assert_same_gradients(got[1], want[1], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["deltanet", "qwen"])
+def test_forks_of_one_position_are_equal(name):
+    model, params = tiny(name)
+    positions = np.asarray([[7, 12], [0, 16]])
+    _, trace = forward(model, params, tokens(13, 2, 30))
+    got = model.fork(params, trace, positions, copies=3)
+    want = model.fork(params, trace, np.repeat(positions, 3, axis=1))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
