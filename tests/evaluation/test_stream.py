@@ -36,7 +36,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("family", ["lact", "deltanet", "gated_deltanet"])
+@pytest.mark.parametrize("family", ["lact", "deltanet", "gated_deltanet", "qwen"])
 def test_equals_a_forward_pass_and_compiles_once(family, compilations):
     model, params = tiny.tiny(family)
     tokens = tiny.tokens(5, 2, 6 * BLOCK + 8)  # ends within a chunk
