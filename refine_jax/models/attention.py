@@ -400,7 +400,9 @@ def push_to_ring(ring: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Arra
     if num_new > window:
         cursor = (cursor + num_new - window) % window
         new = new[..., -window:, :]
-    arrays = (None, "batch", None, "heads")
+    # There may be fewer heads of keys than devices for heads: each device then holds all.
+    heads_axis = None if ring.shape[3] % axis_size("tensor") else "heads"
+    arrays = (None, "batch", None, heads_axis)
     push = _push_token if num_new == 1 else _push_tokens
     push = over_shards(push, (arrays, arrays, ("batch",)), arrays)
     return push(ring, new.astype(ring.dtype), cursor)

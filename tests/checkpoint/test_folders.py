@@ -105,7 +105,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("refine_jax.checkpoint.folders.write_bytes", full)
+        patch.setattr("refine_jax.checkpoint.folders.replacing", full)
         assert "no space is left" in fails(capsys, "from_hf", source, tmp_path / "a" / "b" / "jax")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))

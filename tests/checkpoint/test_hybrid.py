@@ -17,6 +17,7 @@ from refine_jax.models.config import model_config
 
 QWEN = CONFIGS["qwen"] | {"tie_word_embeddings": True}
 OLMO = CONFIGS["olmo"]
+FLA = CONFIGS["deltanet_hybrid"]
 NESTED = {
     "model_type": "qwen3_5",
     "architectures": ["Qwen3_5ForConditionalGeneration"],
@@ -70,9 +71,9 @@ def assert_same_folders(got: Path, want: Path) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("fields", [NESTED, QWEN, OLMO], ids=["nested", "flat", "olmo"])
+@pytest.mark.parametrize("fields", [NESTED, QWEN, OLMO, FLA], ids=["nested", "flat", "olmo", "fla"])
 def test_there_and_back_is_the_same_folder(tmp_path, fields, shards):
-    others = OTHERS if fields is not OLMO else {}
+    others = OTHERS if fields in (NESTED, QWEN) else {}
     source = write_folder(tmp_path / "a", fields, tensors_of(fields) | others, shards)
     said = from_hf(str(source), str(tmp_path / "b"))
     assert ("3 tensors of other parts (model, mtp): kept" in said) == bool(others)

@@ -89,7 +89,29 @@ def test_kernels_count_the_branches_that_their_steps_take():
     assert {(kernel.name, kernel.flops) for kernel in kernels} == {("some_kernel", found)}
 
 
-@pytest.mark.parametrize("fields", [LACT_760M, DELTANET_1_3B, *CONFIGS.values()])
+HYBRID = [fields for fields in CONFIGS.values() if model_config(fields).layer_kinds is not None]
+UNIFORM = [fields for fields in CONFIGS.values() if fields not in HYBRID]
+
+
+@pytest.mark.parametrize("fields", HYBRID)
+def test_operations_of_layers_of_several_kinds(fields):
+    config = model_config(fields)
+    layers = Model(config, ComputePolicy()).abstract_params()["layers"]
+    leaves = jax.tree_util.tree_leaves_with_path(layers)
+    matrices = [x for path, x in leaves if "proj" in str(path) and x.ndim == 3]
+    want = 2 * sum(math.prod(x.shape) for x in matrices) + 2 * 53 * 16
+    for kind in config.layer_kinds:
+        part = config.layer_config(kind)
+        if kind == "full_attention":
+            window = min(part.window or 40, 40)
+            seen = sum(min(token, window) for token in range(1, 41)) / 40
+            want += 4 * part.num_heads * part.head_dim * seen
+        else:
+            want += 6 * part.num_value_heads * part.key_dim * part.value_dim
+    assert forward_flops(config, 40) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("fields", [LACT_760M, DELTANET_1_3B, *UNIFORM])
 def test_parameters_that_tokens_are_multiplied_with(fields):
     config = model_config(dict(fields))
     layers = Model(config, ComputePolicy()).abstract_params()["layers"]

@@ -291,6 +291,32 @@ def test_padding_changes_nothing(folder):
         close(got, arrays["logits_pad0"], 1e-4)
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_packing_changes_nothing(folder):
+    """Texts that share a row, with padding around them, give the logits of each alone."""
+    expected = load_arrays(folder, "expected.npz")
+    sizes = [n for n in (17, 33, 5, 64) if n in lengths(expected)]
+    if len(sizes) < 4 or is_rounded(folder):
+        pytest.skip(f"{folder} holds no texts that can be compared")
+    model, params = load_exact(folder)
+    row, segments, places, at = np.zeros((2, 136), np.int32), np.zeros((2, 136), np.int32), [], 3
+    for number, n in enumerate(sizes, 1):
+        row[:, at : at + n] = expected[f"L{n}/input_ids"]
+        segments[:, at : at + n] = number
+        places.append(at)
+        at += n + 5 * (number == 2)
+    got = packed_logits(model, params, row, segments)
+    for n, at in zip(sizes, places, strict=True):
+        want = expected[f"L{n}/logits"]
+        close(got[:, at : at + n], want, 3e-4 if is_hybrid(folder) else 1e-4, f"length {n}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def packed_logits(model, params, row, segments):
+    hidden, _ = model.forward(params, row, Layout.from_segments(segments, 4))
+    return logits(hidden, model.head(params))
+
+
 def refine_steps() -> list:
     folder = GOLDEN / "refine_step"
     names = sorted(path.stem for path in folder.glob("*.npz")) if folder.is_dir() else []

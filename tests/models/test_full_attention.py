@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny, tokens
+from tiny import CONFIGS, tiny, tokens
 
+from refine_jax.checkpoint.tree import flatten
 from refine_jax.models.causal_attention import IMPLEMENTATIONS, attend, causal_attention, join
+from refine_jax.models.config import model_config
 from refine_jax.models.layout import Layout
+from refine_jax.models.transformer import Model
 
 ROWS, GROUPS, SHARING, LENGTH, WIDTH = 2, 2, 3, 300, 8
 SEGMENTS = np.zeros((ROWS, LENGTH), np.int32)
@@ -141,3 +144,48 @@ def test_more_tokens_than_a_state_has_room_for_are_refused():
     state = model.resize(model.init_state(params, (1, 1)), 3)
     with pytest.raises(ValueError, match=r"must have room for the tokens.*4 tokens, room for 3"):
         model.extend(params, tokens(1, 1, 1, 4), state)
+
+
+def turned(x, position, theta):
+    """Rotary positions on halves of the last axis, by complex numbers."""
+    half = x.shape[-1] // 2
+    angle = position[:, None] * theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_layer_of_the_published_fast_weight_code(window):
+    """`fla.layers.attn.Attention` in float64: biases, norms of heads, fewer heads of keys."""
+    spec = {"layers": [0], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "qk_norm": True}
+    fields = CONFIGS["deltanet"] | {"num_hidden_layers": 1}
+    spec |= {"window_size": window, "rope_theta": 500.0}
+    model = Model(model_config(fields | {"attn": spec}))
+    params = jax.tree.map(
+        lambda x: x + np.random.default_rng(x.size).standard_normal(x.shape, np.float32),
+        model.init(jax.random.key(0)),
+    )
+    layer = jax.tree.map(lambda x: x[0], params["layers"]["full_attention"])
+    x = np.random.default_rng(3).standard_normal((1, 11, 16)).astype(np.float32)
+    block = model._block("full_attention", layer)
+    got, _ = block.attn.forward(x, None, None)
+
+    names = {name: np.asarray(w, np.float64) for name, w in flatten(layer["attn"]).items()}
+
+    def heads(name, count):
+        y = x[0] @ names[f"{name}.weight"].T + names[f"{name}.bias"]
+        return y.reshape(11, count, 4).swapaxes(0, 1)
+
+    def norm(y, name):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * names[name]
+
+    slot = np.arange(11)
+    q = turned(norm(heads("q_proj", 4), "q_norm.weight"), slot, 500.0)
+    k = turned(norm(heads("k_proj", 2), "k_norm.weight"), slot, 500.0)
+    v = heads("v_proj", 2)
+    seen = (slot[:, None] >= slot) & (slot[:, None] - slot < (window or 11))
+    out = np.zeros((11, 16))
+    for head in range(4):
+        weights = np.where(seen, np.exp(q[head] @ k[head // 2].T / 2), 0)
+        out[:, 4 * head : 4 * head + 4] = weights @ v[head // 2] / weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(got[0], out @ names["o_proj.weight"].T, atol=2e-5)

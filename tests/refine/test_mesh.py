@@ -31,7 +31,7 @@ FAMILIES = {
     # Keys and values of attention have fewer heads than some meshes have devices for heads.
     "qwen": {
         "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "layer_types": ("linear_attention", "full_attention", "linear_attention"),
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "linear_num_key_heads": 8,
@@ -39,7 +39,7 @@ FAMILIES = {
     },
     "olmo": {
         "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
+        "layer_types": ("linear_attention", "full_attention"),
         "num_attention_heads": 8,
         "num_key_value_heads": 1,
     },

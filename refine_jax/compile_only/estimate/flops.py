@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterator
 
 from refine_jax.models.config import Architecture, LaCTConfig
+from refine_jax.models.hybrid_config import AttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,5 +207,25 @@ def mixer_flops(config: Architecture, length: int) -> float:
 
 def forward_flops(config: Architecture, length: int) -> float:
     """Operations a token of a forward pass over `length` tokens, the head's logits among them."""
-    layer = 2.0 * matrix_parameters(config) + mixer_flops(config, length)
-    return config.num_hidden_layers * layer + 2.0 * config.vocab_size * config.hidden_size
+    head = 2.0 * config.vocab_size * config.hidden_size
+    if config.layer_kinds is None:
+        layer = 2.0 * matrix_parameters(config) + mixer_flops(config, length)
+        return config.num_hidden_layers * layer + head
+    return head + sum(_hybrid_layer_flops(config, kind, length) for kind in config.layer_kinds)
+
+
+def _hybrid_layer_flops(config: Architecture, kind: str, length: int) -> float:
+    """Operations a token of a layer of a hybrid model, with its MLP."""
+    part, width = config.layer_config(kind), config.hidden_size
+    mlp = 3 * width * config.mlp_size
+    if isinstance(part, AttentionConfig):
+        queries, keys = part.num_heads * part.head_dim, part.num_kv_heads * part.head_dim
+        window = min(part.window or length, length)
+        seen = window - window * (window - 1) / (2 * length)
+        matrices = width * (queries * (3 if part.gated else 2) + 2 * keys)
+        return 2.0 * (matrices + mlp) + 4.0 * queries * seen
+    if part is config:
+        return 2.0 * matrix_parameters(config) + mixer_flops(config, length)
+    keys, values = part.num_heads * part.key_dim, part.num_value_heads * part.value_dim
+    matrices = width * (2 * keys + 3 * values + 2 * part.num_value_heads)
+    return 2.0 * (matrices + mlp) + 6.0 * values * part.key_dim
