@@ -25,7 +25,6 @@ from refine_jax.kernels.delta_rule import delta_rule, delta_step
 from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
 from refine_jax.kernels.fork_reads import ForkRows, attend_windows, read_weights
 from refine_jax.kernels.lact import (
-    FastState,
     Options,
     Weights,
     apply_fast_weights,
@@ -183,25 +182,23 @@ def _lact_cases(name, tokens, d, heads=4, chunk=2048) -> tuple[Case, Case]:
     return _forward_and_backward(name, shape, forward, args, flops)
 
 
-def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, continued=False, **options) -> Case:
+def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, resets=False, **options) -> Case:
     """LaCT's fast weights as no published model has them, two chunks forward and backward.
 
-    continued: begins with a carried state, documents begin at chunks, and the states' cotangents
-    are given too.
+    resets: documents begin at chunks, and the states' cotangents are given too.
     """
     heads, count, chunk = 4, 2, 2048
     hidden, options = hidden or d, Options(**options)
 
     def forward(implementation):
-        def run(q, k, v, rates, momentum, weights, carry, begins):
+        def run(q, k, v, rates, momentum, weights, begins):
             out, states = lact(
                 *(q, k, v, rates, momentum, weights),
-                carry=carry,
                 reset=None if begins is None else begins > 0,
                 options=options,
                 implementation=implementation,
             )
-            return (out, states) if continued else out
+            return (out, states) if resets else out
 
         return run
 
@@ -209,15 +206,11 @@ def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, continued=False, **o
     token = _array(*slots, d, dtype=dtype)
     shapes = (heads, hidden, d), (heads, d, hidden), (heads, hidden, d)
     weights = Weights(*(_array(*shape) for shape in shapes))
-    carry = begins = None
-    if continued:
-        state = Weights(*(_array(1, *shape) for shape in shapes))
-        carry = FastState(state, state, state if options.prenorm else None)
-        begins = _array(1, count)
+    begins = _array(1, count) if resets else None
     arrays = (token, token, token, _array(*slots, 3, 1), _array(*slots))
     flops = 2 * heads * chunk * d * hidden * (3 * count + 6 * (count - 1))
     shape = f"B 1, {count} chunks of {chunk}, {heads} heads, d = {d}, F = {hidden}, momentum"
-    args = (*arrays, weights, carry, begins)
+    args = (*arrays, weights, begins)
     return _forward_and_backward(name, shape, forward, args, flops)[1]
 
 
@@ -380,8 +373,8 @@ _ALL = (
     _lact_further("lact_float32", 384, dtype=jnp.float32),
     _lact_further("lact_odd_size", 320, 480),
     _lact_further("lact_muon", 384, muon="bfloat16"),
-    _lact_further("lact_prenorm_resets_carry", 384, prenorm=True, continued=True),
-    _lact_further("lact3b_prenorm_resets_carry", 768, prenorm=True, continued=True),
+    _lact_further("lact_prenorm_resets", 384, prenorm=True, resets=True),
+    _lact_further("lact3b_prenorm_resets", 768, prenorm=True, resets=True),
     _delta_decode("delta_decode", 8),
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),

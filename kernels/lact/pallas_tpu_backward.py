@@ -313,7 +313,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     def _finish():
         end(is_first=True)
         for name in plan.groups:
-            if name != "momentum" or plan.carry:
+            if name != "momentum":
                 copy_out(f"{name}_d", f"d_{name}")
         if plan.resets:
             copy_out("fresh_d", "d_fresh")
@@ -340,8 +340,8 @@ def backward(
 
     Arguments as there; states and scales are its results. d_states: cotangents of the fields of
     the states, those named by `plan.cotangents`. Returns, by name: q, k, v; rates [B, N, H, 3, C];
-    mean [B, N, H]; norms, [B, H, F, 1] or [B, H, d, 1]; weights, momentum, accumulator [B, H, ...]
-    of the state to begin with; fresh [B, H, ...] where documents begin.
+    mean [B, N, H]; norms, [B, H, F, 1] or [B, H, d, 1]; weights, accumulator [B, H, ...] of the
+    state to begin with; fresh [B, H, ...] where documents begin.
     """
     operand = q.dtype
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
@@ -377,7 +377,7 @@ def backward(
     for i, size in enumerate((plan.hidden, plan.dim, plan.hidden)):
         spec = pl.BlockSpec((None, None, size, 1), lambda b, h, *_: (b, h, 0, 0))
         outputs[f"d_norm{i}"] = ((*heads, size, 1), jnp.float32, spec)
-    given = [name for name in plan.groups if name != "momentum" or plan.carry]
+    given = [name for name in plan.groups if name != "momentum"]
     given += ["fresh"] if plan.resets else []
     for name in given:
         for i, shape in enumerate(shapes):

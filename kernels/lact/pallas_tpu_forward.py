@@ -60,31 +60,21 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
             for i, there, view in parts
         ]
 
-    def load(groups, prefix, lead):
+    def load_fresh():
         copies = [
-            pltpu.make_async_copy(
-                refs[f"{prefix}_{name}{i}"].at[*lead, there], view, semaphores.at[3 * group + i]
-            )
-            for group, (name, parts) in enumerate(groups)
-            for i, there, view in parts
+            pltpu.make_async_copy(refs[f"fresh{i}"].at[head, there], view, semaphores.at[i])
+            for i, there, view in views[0]
         ]
         for copy in copies:
             copy.start()
         for copy in copies:
             copy.wait()
-
-    def load_fresh():
-        lead = (row, head) if plan.fresh_by_row else (head,)
-        load(groups[:1], "fresh", lead)
         if plan.momentum:
             refs["sum02"][now] = jnp.zeros_like(w02)
             refs["m1"][...] = jnp.zeros_like(w1)
         if plan.prenorm:
             refs["a02"][...] = w02[...]
             refs["a1"][...] = w1[...]
-
-    def load_carry():
-        load(groups, "carry", (row, head))
 
     def pair(tile):
         return rows(tile * 2 * plan.tile, 2 * plan.tile)
@@ -104,14 +94,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
         @pl.when(begins)
         def _restart():
-            if not plan.carry:
-                load_fresh()
-            elif not plan.resets:
-                load_carry()
-            else:
-                again = refs["reset"][row * plan.chunks + chunk] != 0
-                pl.when(again)(load_fresh)
-                pl.when(~again)(load_carry)
+            load_fresh()
             plan.each(plan.tiles, make_operands)
 
         for copy in copies_out():
@@ -239,13 +222,12 @@ def forward(
     mean: jax.Array | None,
     norms: Weights,
     fresh: Weights,
-    carry: FastState | None,
     reset: jax.Array | None,
 ) -> tuple[jax.Array, FastState, jax.Array | None]:
     """Out, states, and the factors of the row rescalings [B, N, H, 3, max(F, d)] if asked for.
 
     q, k, v: [B, N, H, C, d]. rates: [B, N, H, 3, C]. mean: [B, N, H]. norms: [H, F, 1], [H, d, 1],
-    [H, F, 1] or with a leading B. fresh: [(B,) H, ...]. carry: [B, H, ...]. reset: [B, N] int32.
+    [H, F, 1]. fresh: [H, ...]. reset: [B, N] int32.
     """
     operand = q.dtype
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
@@ -263,13 +245,8 @@ def forward(
     for i, norm in enumerate(norms):
         add(f"norm{i}", norm, plan.head_spec(norm))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    if plan.resets or not plan.carry:
-        for i, w in enumerate(fresh):
-            add(f"fresh_weights{i}", w, in_hbm)
-    if plan.carry:
-        for name in plan.groups:
-            for i, w in enumerate(getattr(carry, name)):
-                add(f"carry_{name}{i}", w, in_hbm)
+    for i, w in enumerate(fresh):
+        add(f"fresh{i}", w, in_hbm)
 
     outputs = {"out": (jax.ShapeDtypeStruct(q.shape, operand), plan.token_spec())}
     lead = (plan.batch, plan.chunks, plan.heads)

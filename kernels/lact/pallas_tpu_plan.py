@@ -26,8 +26,7 @@ class Plan:
 
     block, sub: tokens of a grid step, and of the parts it is computed in.
     tile: hidden features that a step works on at a time.
-    carry: whether a state to begin with is given. resets: whether chunks may begin documents.
-    fresh_by_row: whether the initial weights have a leading B.
+    resets: whether chunks may begin documents.
     save_scales: whether the forward keeps what the backward needs of the rescalings.
     cotangents: fields of the states whose cotangents the backward is given.
     fetch_slots: parts of 128 rows of the momentum and of the cotangents of the states that the
@@ -44,9 +43,7 @@ class Plan:
     momentum: bool
     prenorm: bool
     eps_inside: bool
-    carry: bool
     resets: bool
-    fresh_by_row: bool
     block: int = 0
     sub: int = 0
     tile: int = 0
@@ -169,10 +166,8 @@ class Plan:
         return pl.BlockSpec((None, None, None, *shape), index, **mode)
 
     def head_spec(self, array: jax.Array) -> pl.BlockSpec:
-        """One block a head of [H, ...] or [B, H, ...] with two more axes."""
-        if array.ndim == 3:
-            return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
-        return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, h, *_: (b, h, 0, 0))
+        """One block a head of [H, ...] with two more axes."""
+        return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
 
     def compiler_params(self) -> pltpu.CompilerParams:
         """Rows and heads may be shared out among cores; chunks come in order."""

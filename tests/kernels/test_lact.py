@@ -1,8 +1,6 @@
 """The LaCT op: every implementation against the specification and its own laws."""
 
-import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
 pytestmark = pytest.mark.usefixtures("simulated_tpu")
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
 SPECS = {spec.name: spec for spec in TEST_SPECS}
-NOT_ON_GPU = ("carried", "prenorm", "muon", "fused", "fused_muon")
+NOT_ON_GPU = ("reset", "prenorm", "muon", "fused", "fused_muon")
 
 
 def relative_rms(a, b):
@@ -41,25 +39,22 @@ def value_and_gradients(arguments, keywords, implementation):
     """Output, trace and the gradients of a fixed random weighting of both."""
     mask = keywords.get("mask")
 
-    def run(arguments, carry):
-        out, trace = ops.lact(
-            *arguments, **(keywords | {"carry": carry}), implementation=implementation
-        )
+    def run(arguments):
+        out, trace = ops.lact(*arguments, **keywords, implementation=implementation)
         if mask is not None:  # the output of masked slots is undefined
             out = jnp.where(mask[:, :, None, :, None], out, 0)
         return out, trace
 
     @jax.jit
-    def both(cotangents, *inputs):
-        primal, pullback = jax.vjp(run, *inputs)
+    def both(cotangents, arguments):
+        primal, pullback = jax.vjp(run, arguments)
         return primal, pullback(cotangents)
 
-    inputs = arguments, keywords.get("carry")
     rng = np.random.default_rng(1)
     cotangents = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(run, *inputs)
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(run, arguments)
     )
-    return both(cotangents, *inputs)
+    return both(cotangents, arguments)
 
 
 @pytest.mark.parametrize(
@@ -141,31 +136,6 @@ def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
             *(np.swapaxes(x, 2, 3)[:, mask] for x in (out, expected)), strict=True
         ):
             np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [
-        *itertools.product(("rate_channels", "prenorm", "fused_muon"), ("reference", "xla")),
-        ("prenorm", "pallas_tpu"),
-    ],
-)
-def test_continues_from_a_carried_state(name, implementation):
-    """Two chunks, their pending update by hand, the rest: as all chunks at once."""
-    spec = dataclasses.replace(SPECS[name], chunks=5, masked=False, resets=False, carried=False)
-    (*arrays, weights), keywords = spec.arguments()
-    keywords |= {"implementation": implementation}
-    expected = ops.lact(*arrays, weights, **keywords)
-    before, after = ([x[:, part] for x in arrays] for part in (slice(0, 2), slice(2, None)))
-    out, trace = ops.lact(*before, weights, **keywords)
-    last = jax.tree.map(lambda x: x[:, -1], trace)
-    k, v, rates, momentum = (x[:, -1] for x in before[1:])
-    sums = ops.update_sums(last.weights, k, v, rates)
-    norms = ops.row_norms(weights)
-    carry = ops.apply_update(last, sums, momentum.mean(-1), norms, spec.options)
-    rest = ops.lact(*after, weights, carry=carry, **keywords)
-    got = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), (out, trace), rest)
-    assert_close(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize(
