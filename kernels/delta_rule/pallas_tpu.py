@@ -118,7 +118,6 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
     """How to cut a call into programs."""
     key_dim, value_dim = widths
     heads, chunk, chunks = tpu.blocks("delta_rule", widths)
-    interpret = tpu.interpret_mode()  # small programs then, as nothing has to fill lanes
     if chunk_size is not None:
         chunk = chunk_size
     else:
@@ -135,7 +134,9 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
     if tokens <= chunk:
         chunks = 1  # the block is the whole sequence, so it need not fill registers
     else:
-        chunks = max(chunks, (_MIN_CHUNK * 2 if interpret else _LANES) // chunk)
+        # Interpreted programs are small, as nothing has to fill lanes.
+        least = _MIN_CHUNK * 2 if tpu.interpret_mode() else _LANES
+        chunks = max(chunks, least // chunk)
     block = chunk * chunks
 
     def fits(heads):
@@ -155,7 +156,6 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
         chunks=chunks,
         key_dim=key_dim,
         value_dim=value_dim,
-        interpret=interpret,
         **rest,
     )
 

@@ -54,9 +54,8 @@ def gradient_rows(plan: Plan) -> int:
     return -(-len(gradient_fields(plan)) * plan.heads // 8) * 8
 
 
-def _backward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
+def _backward_kernel(plan: Plan, **refs):
     """Walk back over the chunks of a block."""
-    refs = dict(zip(names, refs, strict=True))
 
     @pl.when(pl.program_id(2) == 0)
     def _():

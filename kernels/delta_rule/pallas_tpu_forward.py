@@ -44,7 +44,6 @@ class Plan(NamedTuple):
     fields: tuple[str, ...]
     normalize: bool
     has_q: bool
-    interpret: object
 
     @property
     def block(self) -> int:
@@ -97,14 +96,6 @@ def states_spec(plan: Plan, order) -> pl.BlockSpec:
 def rows_spec(plan: Plan, count: int, order) -> pl.BlockSpec:
     """Blocks [1, 1, count, tokens] of arrays [B, H / G, count, T]."""
     return pl.BlockSpec((1, 1, count, plan.block), lambda b, h, t: (b, h, 0, order(t)))
-
-
-def compiler_params() -> pltpu.CompilerParams:
-    """Batch and heads may be split over cores, the tokens are walked in order."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
-    )
 
 
 def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
@@ -173,9 +164,8 @@ def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
     return x if factor is None else x * factor
 
 
-def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
+def _forward_kernel(plan: Plan, **refs):
     """Walk over the chunks of a block: outputs, and what the backward pass and forks read."""
-    refs = dict(zip(names, refs, strict=True))
     state, dtype, chunks = refs["state"], plan.dtype, range(plan.chunks)
 
     @pl.when(pl.program_id(2) == 0)
@@ -261,19 +251,14 @@ def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_resid
 
 
 def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
-    """`pallas_call` with arguments, results and scratch by name."""
-    results = pl.pallas_call(
-        functools.partial(kernel, plan=plan, names=(*inputs, *outputs, *scratch)),
-        grid=plan.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for *_, spec in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=compiler_params(),
-        interpret=plan.interpret,
-        name=name,
-    )(*(x for x, _ in inputs.values()))
-    return dict(zip(outputs, results, strict=True))
+    """Call a kernel over the programs of a plan. outputs: {name: (shape, dtype, blocks)}."""
+    outputs = {
+        key: (jax.ShapeDtypeStruct(shape, dtype), spec)
+        for key, (shape, dtype, spec) in outputs.items()
+    }
+    kernel = functools.partial(kernel, plan)
+    arguments = kernel, name, plan.grid, inputs, outputs, scratch
+    return tpu.call_kernel(*arguments, parallel=2, vmem=15 / 16)
 
 
 def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:

@@ -61,10 +61,10 @@ def _pad_tokens(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, -x.shape[-2] % _SUBLANES), (0, 0)])
 
 
-def _attend_kernel(heads: int, window: int, block: int, *refs):
-    layer, row, lasts, seens, new, row_k, row_v, out, top, total, acc = refs
-    del layer, row
-    fork, step = pl.program_id(0), pl.program_id(2)
+def _attend_kernel(
+    heads, window, block, *, lasts, seens, new, row_k, row_v, out, top, total, acc, **_
+):
+    fork, step = pl.program_id(0), pl.program_id(1)
     last, seen = lasts[fork], seens[fork]
     _, groups, num_new, size = new.shape
     width, dtype = size // heads, out.dtype
@@ -123,7 +123,7 @@ def _attend_kernel(heads: int, window: int, block: int, *refs):
                 total[group] = decay[i] * total[group] + sums[i]
                 acc[group] = decay[i] * acc[group] + found[i]
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(step == pl.num_programs(1) - 1)
     def _end():
         for group in range(groups):
             found = acc[group] / total[group]
@@ -162,7 +162,7 @@ def attend_windows(
     block = math.gcd(num_tokens, _BLOCK)
     steps = min(-(-max(window - 2, 0) // block) + 1, num_tokens // block)
 
-    def of_row(fork, _, step, layer, row, last, seen):
+    def of_row(fork, step, layer, row, last, seen):
         del seen
         number = _first_block(last[fork], window, block) + step
         number = jnp.minimum(number, _last_block(last[fork], block))
@@ -175,29 +175,31 @@ def attend_windows(
     shape = jax.ShapeDtypeStruct((forks, groups, num_new, size), padded.dtype)
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
-    (out,) = tpu.call_kernel(
+    own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
+    found = tpu.call_kernel(
         functools.partial(_attend_kernel, heads, window, block),
         "fork_reads_attention",
-        (forks, 1, steps),
-        [
-            (padded, pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))),
-            (row_k, tokens),
-            (row_v, tokens),
-        ],
-        [(shape, pl.BlockSpec((None, groups, num_new, size), of_fork))],
-        [
-            pltpu.VMEM((*rows, 1), jnp.float32),
-            pltpu.VMEM((*rows, 1), jnp.float32),
-            pltpu.VMEM((*rows, size), jnp.float32),
-        ],
-        scalars=(where.layer[None], where.row, where.last, where.seen),
+        (forks, steps),
+        {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
+        {"out": (shape, pl.BlockSpec((None, groups, num_new, size), of_fork))},
+        {
+            "top": pltpu.VMEM((*rows, 1), jnp.float32),
+            "total": pltpu.VMEM((*rows, 1), jnp.float32),
+            "acc": pltpu.VMEM((*rows, size), jnp.float32),
+        },
+        scalars={
+            "layer": where.layer[None],
+            "row": where.row,
+            "lasts": where.last,
+            "seens": where.seen,
+        },
+        parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )
-    return out[:, :, :count]
+    return found["out"][:, :, :count]
 
 
-def _weights_kernel(layer, row, chunk, q, w0, w1, w2, out):
-    del layer, row, chunk
+def _weights_kernel(*, q, w0, w1, w2, out, **_):
     x = q[...]
     gate, up = nt(x, w0[...].astype(x.dtype)), nt(x, w2[...].astype(x.dtype))
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
@@ -213,20 +215,22 @@ def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
     forks, heads, count, _ = q.shape
     padded = _pad_tokens(q)
 
-    def of_chunk(head, _, fork, layer, row, chunk):
+    def of_chunk(head, fork, layer, row, chunk):
         return layer[0], row[fork], chunk[fork], head, 0, 0
 
     def matrix(w):
         return w, pl.BlockSpec((None, None, None, None, *w.shape[-2:]), of_chunk)
 
-    tokens = pl.BlockSpec((None, None, *padded.shape[2:]), lambda h, _, f, *scalars: (f, h, 0, 0))
-    (out,) = tpu.call_kernel(
+    tokens = pl.BlockSpec((None, None, *padded.shape[2:]), lambda h, f, *_: (f, h, 0, 0))
+    inputs = {f"w{i}": matrix(w) for i, w in enumerate(weights)}
+    found = tpu.call_kernel(
         _weights_kernel,
         "fork_reads_weights",
-        (heads, 1, forks),
-        [(padded, tokens), *map(matrix, weights)],
-        [(jax.ShapeDtypeStruct(padded.shape, q.dtype), tokens)],
-        scalars=(where.layer[None], where.row, where.chunk),
+        (heads, forks),
+        {"q": (padded, tokens)} | inputs,
+        {"out": (jax.ShapeDtypeStruct(padded.shape, q.dtype), tokens)},
+        scalars={"layer": where.layer[None], "row": where.row, "chunk": where.chunk},
+        parallel=1,
         moved=forks * sum(w[0, 0, 0].size * w.dtype.itemsize for w in weights),
     )
-    return out[:, :, :count]
+    return found["out"][:, :, :count]

@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from refine_jax.kernels import tpu
 from refine_jax.kernels.lact import pallas_tpu_parts as parts
 from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.pallas_tpu_backward import backward
@@ -170,7 +169,6 @@ def lact_pallas_tpu(
         prenorm=options.prenorm,
         eps_inside=options.fused and not options.prenorm,
         resets=reset is not None,
-        interpret=tpu.interpret_mode(),
     )
     if options.muon is None and not by_channel and tuning.fits(plan, q.dtype):
         out, states = _over_chunks(plan, q, k, v, rates, mean, row_norms(padded), padded, reset)

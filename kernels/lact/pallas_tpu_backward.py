@@ -69,8 +69,7 @@ def _update_backward(cotangents, weights, norm, scale, eps_inside):
     return d_base, d_norm
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(plan: Plan, refs):
     row, head = pl.program_id(0), pl.program_id(1)
     chunk, block = plan.chunk_index(pl.program_id(2)), pl.program_id(3)
     last, hidden, dim = plan.chunks - 1, plan.hidden, plan.dim
@@ -347,26 +346,22 @@ def backward(
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
     square = (plan.hidden, plan.dim)
     shapes = (square, flat, square)
-    inputs, specs = {}, {}
-
-    def add(name, array, spec):
-        inputs[name], specs[name] = array, spec
-
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    add("q", q, plan.token_spec())
-    add("d_out", d_out, plan.token_spec())
-    add("k", k, plan.token_spec(clip=True))
-    add("v", v, plan.token_spec(clip=True))
-    add("rates", rates, plan.rates_spec(clip=True))
-    for i, norm in enumerate(norms):
-        add(f"norm{i}", norm, plan.head_spec(norm))
+    inputs = {
+        "q": (q, plan.token_spec()),
+        "d_out": (d_out, plan.token_spec()),
+        "k": (k, plan.token_spec(clip=True)),
+        "v": (v, plan.token_spec(clip=True)),
+        "rates": (rates, plan.rates_spec(clip=True)),
+    }
+    inputs |= {f"norm{i}": (norm, plan.head_spec(norm)) for i, norm in enumerate(norms)}
     for i, shape in enumerate(shapes):
-        add(f"w{i}", states.weights[i], plan.chunk_spec(shape, buffers=plan.weight_buffers))
-    add("scales", scales, plan.chunk_spec(scales.shape[-2:], shift=-1))
+        spec = plan.chunk_spec(shape, buffers=plan.weight_buffers)
+        inputs[f"w{i}"] = states.weights[i], spec
+    inputs["scales"] = scales, plan.chunk_spec(scales.shape[-2:], shift=-1)
     for name in plan.fetched:
         arrays = d_states[name.removeprefix("ct_")] if name != "momentum" else states.momentum
-        for i, array in enumerate(arrays):
-            add(f"{name}{i}", array, in_hbm)
+        inputs |= {f"{name}{i}": (array, in_hbm) for i, array in enumerate(arrays)}
 
     lead = (plan.batch, plan.chunks, plan.heads)
     heads = (plan.batch, plan.heads)
@@ -412,7 +407,6 @@ def backward(
         "lact_backward",
         scalars=plan.scalars(mean, reset),
         inputs=inputs,
-        specs=specs,
         outputs={
             key: (jax.ShapeDtypeStruct(shape, dtype), spec)
             for key, (shape, dtype, spec) in outputs.items()

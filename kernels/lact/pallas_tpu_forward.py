@@ -32,8 +32,7 @@ def _row(column):
     return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(plan: Plan, refs):
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
     last = plan.chunks - 1
     w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
@@ -231,22 +230,15 @@ def forward(
     """
     operand = q.dtype
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
-    inputs, specs = {}, {}
-
-    def add(name, array, spec):
-        if array is not None:
-            inputs[name], specs[name] = array, spec
-
-    by_chunk = plan.chunk_spec
-    add("q", q, plan.token_spec())
-    add("k", k, plan.token_spec(clip=True))
-    add("v", v, plan.token_spec(clip=True))
-    add("rates", rates, plan.rates_spec(clip=True))
-    for i, norm in enumerate(norms):
-        add(f"norm{i}", norm, plan.head_spec(norm))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    for i, w in enumerate(fresh):
-        add(f"fresh{i}", w, in_hbm)
+    inputs = {
+        "q": (q, plan.token_spec()),
+        "k": (k, plan.token_spec(clip=True)),
+        "v": (v, plan.token_spec(clip=True)),
+        "rates": (rates, plan.rates_spec(clip=True)),
+    }
+    inputs |= {f"norm{i}": (norm, plan.head_spec(norm)) for i, norm in enumerate(norms)}
+    inputs |= {f"fresh{i}": (w, in_hbm) for i, w in enumerate(fresh)}
 
     outputs = {"out": (jax.ShapeDtypeStruct(q.shape, operand), plan.token_spec())}
     lead = (plan.batch, plan.chunks, plan.heads)
@@ -256,7 +248,8 @@ def forward(
             outputs[f"{name}_out{i}"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), in_hbm)
     if plan.save_scales:
         shape = (3, max(plan.hidden, plan.dim))
-        outputs["scales"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), by_chunk(shape))
+        scales = jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
+        outputs["scales"] = scales, plan.chunk_spec(shape)
 
     parities = 2 if plan.momentum else 1
     scratch = {
@@ -282,7 +275,6 @@ def forward(
         "lact_forward",
         scalars=plan.scalars(mean, reset),
         inputs=inputs,
-        specs=specs,
         outputs=outputs,
         scratch=scratch,
     )

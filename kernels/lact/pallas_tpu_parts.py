@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refine_jax.kernels import tpu
 from refine_jax.kernels.lact.pallas_tpu_blocks import (
     apply_block,
     apply_block_backward,
@@ -32,8 +33,6 @@ class Tiles:
 
     tokens: int
     hidden: int
-    vmem_limit: int
-    interpret: object
 
 
 class _Call:
@@ -93,26 +92,16 @@ class _Call:
 
     def run(self, kernel: Callable[[dict], None], name: str) -> dict[str, jax.Array]:
         """The outputs by name; those by tokens summed over the tiles."""
-        names = (*self.inputs, *self.outputs, *self.scratch)
-
-        def body(*refs):
-            kernel(dict(zip(names, refs, strict=True)))
-
-        results = pl.pallas_call(
-            body,
-            grid=(self.lead, self.parts, self.chunk // self.tiles.tokens),
-            in_specs=[spec for _, spec in self.inputs.values()],
-            out_specs=[spec for _, spec in self.outputs.values()],
-            out_shape=[shape for shape, _ in self.outputs.values()],
-            scratch_shapes=list(self.scratch.values()),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=self.tiles.vmem_limit,
-            ),
-            interpret=self.tiles.interpret,
-            name=name,
-        )(*(array for array, _ in self.inputs.values()))
-        results = dict(zip(self.outputs, results, strict=True))
+        results = tpu.call_kernel(
+            lambda **refs: kernel(refs),
+            name,
+            (self.lead, self.parts, self.chunk // self.tiles.tokens),
+            self.inputs,
+            self.outputs,
+            self.scratch,
+            parallel=1,
+            vmem=1.0,
+        )
         for name, array in results.items():
             if array.ndim == 4:
                 results[name] = array[0] if self.parts == 1 else array.sum(0)

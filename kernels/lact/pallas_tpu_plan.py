@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from refine_jax.kernels import tpu
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 
 
@@ -52,8 +51,6 @@ class Plan:
     reverse: bool = False
     fetch_slots: int = 1
     weight_buffers: int = 2
-    vmem_limit: int = 0
-    interpret: object = False
 
     @property
     def blocks(self) -> int:
@@ -169,41 +166,25 @@ class Plan:
         """One block a head of [H, ...] with two more axes."""
         return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
 
-    def compiler_params(self) -> pltpu.CompilerParams:
-        """Rows and heads may be shared out among cores; chunks come in order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=self.vmem_limit,
-        )
-
     def call(
         self,
         kernel: Callable,
         name: str,
         *,
         scalars: dict[str, jax.Array],
-        inputs: dict[str, jax.Array],
-        specs: dict[str, pl.BlockSpec],
+        inputs: dict[str, tuple[jax.Array, pl.BlockSpec]],
         outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
         scratch: dict,
     ) -> dict[str, jax.Array]:
-        """Run `kernel(plan, names, *refs)` over all chunks; the outputs by name.
-
-        names: of the refs, in their order: scalars, inputs, outputs, scratch.
-        """
-        names = (*scalars, *inputs, *outputs, *scratch)
-        results = pl.pallas_call(
-            functools.partial(kernel, self, names),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=(self.batch, self.heads, self.chunks, self.blocks),
-                in_specs=list(specs.values()),
-                out_specs=[spec for _, spec in outputs.values()],
-                scratch_shapes=list(scratch.values()),
-            ),
-            out_shape=[shape for shape, _ in outputs.values()],
-            compiler_params=self.compiler_params(),
-            interpret=self.interpret,
-            name=name,
-        )(*scalars.values(), *inputs.values())
-        return dict(zip(outputs, results, strict=True))
+        """Run `kernel(plan, refs)`, references by name, over all chunks; the outputs by name."""
+        return tpu.call_kernel(
+            lambda **refs: kernel(self, refs),
+            name,
+            (self.batch, self.heads, self.chunks, self.blocks),
+            inputs,
+            outputs,
+            scratch,
+            scalars=scalars,
+            parallel=2,
+            vmem=1.0,
+        )

@@ -85,7 +85,6 @@ def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
             tile=_divisor(plan.hidden, tile),
             fetch_slots=plan.row_parts if early else min(_FEW_SLOTS, plan.row_parts),
             weight_buffers=2 if early else 1,
-            vmem_limit=vmem_bytes(),
         )
         if _vmem_estimate(sized, dtype.itemsize) <= vmem_bytes():
             return sized
@@ -109,4 +108,4 @@ def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
         floats = 19 * area + 18 * tokens * max(plan.dim, hidden)
         if 4 * floats + size * (12 * area + 10 * tokens * plan.dim) + _SPARE <= limit:
             break
-    return Tiles(tokens, hidden, limit, plan.interpret)
+    return Tiles(tokens, hidden)

@@ -151,8 +151,7 @@ def _and(*conditions):
     return functools.reduce(jnp.logical_and, given) if given else None
 
 
-def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _forward_kernel(plan: _Plan, **refs):
     step = pl.program_id(2)
     slot = jax.lax.rem(step, plan.ring)
     refs["keys"][slot] = refs["k"][...]
@@ -209,8 +208,7 @@ def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
         refs["out"][...] = refs["sum"][...].T.astype(refs["out"].dtype)
 
 
-def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _backward_kernel(plan: _Plan, **refs):
     step = pl.program_id(2)
     slot = jax.lax.rem(step, plan.ring)
     first = step - (plan.ring - 1)  # the block of keys
@@ -280,21 +278,6 @@ def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
         refs["dq"][...] = (dq * plan.scale).T.astype(dtype)
 
 
-def _call(plan: _Plan, kernel, name, steps, inputs, outputs, scratch):
-    """`pallas_call` over rows, groups and steps, of {name: (array or shape, spec)}."""
-    names = (*inputs, *outputs, *scratch)
-    batch, groups = inputs["q"][0].shape[:2]
-    results = tpu.call_kernel(
-        functools.partial(kernel, plan, names),
-        name,
-        (batch, groups, steps),
-        inputs.values(),
-        outputs.values(),
-        scratch.values(),
-    )
-    return dict(zip(outputs, results, strict=True))
-
-
 def _token_spec(plan: _Plan, place) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, plan.block, plan.size), lambda b, g, s: (b, g, place(s), 0))
 
@@ -333,8 +316,15 @@ def _forward(plan: _Plan, q, k, v, ids):
         "out": (jax.ShapeDtypeStruct(q.shape, q.dtype), tokens),
         "log_total": (jax.ShapeDtypeStruct(rows, jnp.float32), _row_spec(plan, own)),
     }
-    name = "window_attention_forward"
-    results = _call(plan, _forward_kernel, name, plan.blocks, inputs, outputs, scratch)
+    results = tpu.call_kernel(
+        functools.partial(_forward_kernel, plan),
+        "window_attention_forward",
+        (*q.shape[:2], plan.blocks),
+        inputs,
+        outputs,
+        scratch,
+        parallel=2,
+    )
     return results["out"], results["log_total"]
 
 
@@ -382,9 +372,15 @@ def _backward(plan: _Plan, q, k, v, ids, out, log_total, d_out):
         "dk": (jax.ShapeDtypeStruct(k.shape, k.dtype), keys),
         "dv": (jax.ShapeDtypeStruct(v.shape, v.dtype), keys),
     }
-    steps = plan.blocks + plan.ring - 1
-    name = "window_attention_backward"
-    results = _call(plan, _backward_kernel, name, steps, inputs, outputs, scratch)
+    results = tpu.call_kernel(
+        functools.partial(_backward_kernel, plan),
+        "window_attention_backward",
+        (*q.shape[:2], plan.blocks + plan.ring - 1),
+        inputs,
+        outputs,
+        scratch,
+        parallel=2,
+    )
     return results["dq"], results["dk"], results["dv"]
 
 
