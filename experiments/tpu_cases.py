@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from refine_jax.kernels.cross_entropy import next_token_loss
 from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_SPECS
-from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
+from refine_jax.kernels.cross_entropy.specs import CrossEntropySpec
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
-from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
+from refine_jax.kernels.delta_rule.specs import DeltaSpec
 from refine_jax.kernels.fork_reads import ForkRows, attend_windows, read_weights
 from refine_jax.kernels.lact import (
     Options,

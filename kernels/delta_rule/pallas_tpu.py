@@ -33,7 +33,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
-from refine_jax.kernels.delta_rule.pallas_tpu_forward import Plan
+from refine_jax.kernels.delta_rule.pallas_tpu_forward import DeltaPlan
 from refine_jax.kernels.delta_rule.pallas_tpu_math import scalar_fields
 
 _LANES = 128
@@ -114,7 +114,7 @@ def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 
-def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> Plan:
+def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> DeltaPlan:
     """How to cut a call into programs."""
     key_dim, value_dim = widths
     heads, chunk, chunks = tpu.blocks("delta_rule", widths)
@@ -147,7 +147,7 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
 
     possible = [n for n in range(1, value_heads + 1) if fits(n)]
     below = [n for n in possible if n <= heads]
-    return Plan(
+    return DeltaPlan(
         tokens=-(-tokens // block) * block,
         value_heads=value_heads,
         heads=max(below) if below else min(possible),
@@ -161,7 +161,9 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _delta_rule(plan: Plan, save_chunks: int | None, q, k, v, beta, log_decay, document, initial):
+def _delta_rule(
+    plan: DeltaPlan, save_chunks: int | None, q, k, v, beta, log_decay, document, initial
+):
     """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks."""
     rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
     found = pallas_tpu_forward.forward(

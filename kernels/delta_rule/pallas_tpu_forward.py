@@ -23,7 +23,7 @@ from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
 
 
-class Plan(NamedTuple):
+class DeltaPlan(NamedTuple):
     """What a kernel is specialised on.
 
     heads: value heads a program (G). group: value heads that share a key head. chunk: C tokens.
@@ -75,17 +75,17 @@ def lanes(head: int, width: int) -> slice:
     return slice(head * width, (head + 1) * width)
 
 
-def column_spec(plan: Plan, width: int, order) -> pl.BlockSpec:
+def column_spec(plan: DeltaPlan, width: int, order) -> pl.BlockSpec:
     """Blocks [1, tokens, G * width] of arrays [B, T, H * width]."""
     return pl.BlockSpec((1, plan.block, width), lambda b, h, t: (b, order(t), h))
 
 
-def state_spec(plan: Plan) -> pl.BlockSpec:
+def state_spec(plan: DeltaPlan) -> pl.BlockSpec:
     """Blocks [1, G, K, V] of arrays [B, H, K, V]."""
     return pl.BlockSpec((1, plan.heads, plan.key_dim, plan.value_dim), lambda b, h, t: (b, h, 0, 0))
 
 
-def states_spec(plan: Plan, order) -> pl.BlockSpec:
+def states_spec(plan: DeltaPlan, order) -> pl.BlockSpec:
     """Blocks [1, chunks, G, K, V] of arrays [B, N, H, K, V]."""
     return pl.BlockSpec(
         (1, plan.chunks, plan.heads, plan.key_dim, plan.value_dim),
@@ -93,12 +93,12 @@ def states_spec(plan: Plan, order) -> pl.BlockSpec:
     )
 
 
-def rows_spec(plan: Plan, count: int, order) -> pl.BlockSpec:
+def rows_spec(plan: DeltaPlan, count: int, order) -> pl.BlockSpec:
     """Blocks [1, 1, count, tokens] of arrays [B, H / G, count, T]."""
     return pl.BlockSpec((1, 1, count, plan.block), lambda b, h, t: (b, h, 0, order(t)))
 
 
-def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
+def read_scalars(plan: DeltaPlan, refs, chunks: range) -> tuple[Scalars, Scalars]:
     """Columns and rows of the per-token numbers of some chunks, chunk by chunk head by head."""
     packed = refs["rows"][0, 0]
     turned = packed.T
@@ -110,14 +110,14 @@ def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
     return Scalars(**columns), Scalars(**rows)
 
 
-def load_heads(plan: Plan, ref, width: int, chunks: range) -> jax.Array:
+def load_heads(plan: DeltaPlan, ref, width: int, chunks: range) -> jax.Array:
     """Token blocks of some chunks, [chunks * heads, C, width], from a block [1, tokens, lanes]."""
     heads = ref.shape[-1] // width
     at = [(plan.token_slice(c), lanes(h, width)) for c in chunks for h in range(heads)]
     return jnp.stack([ref[0, tokens, columns] for tokens, columns in at])
 
 
-def store_heads(plan: Plan, ref, x: jax.Array, c: int):
+def store_heads(plan: DeltaPlan, ref, x: jax.Array, c: int):
     """Store x [heads, C, width] of chunk c where `load_heads` reads it."""
     for h in range(x.shape[0]):
         ref[0, plan.token_slice(c), lanes(h, x.shape[2])] = x[h].astype(ref.dtype)
@@ -134,13 +134,13 @@ class Keys(NamedTuple):
     q_scale: jax.Array | None = None
     k_scale: jax.Array | None = None
 
-    def operands(self, plan: Plan) -> jax.Array:
+    def operands(self, plan: DeltaPlan) -> jax.Array:
         """k, and q behind it where there is one: [U, C or 2 C, K]."""
         both = [self.k] if self.q is None else [self.k, self.q]
         return jnp.concatenate([x.astype(plan.dtype) for x in both], axis=1)
 
 
-def read_keys(plan: Plan, refs, chunks: range) -> Keys:
+def read_keys(plan: DeltaPlan, refs, chunks: range) -> Keys:
     """Load the key heads, and normalise them if asked to."""
     k = load_heads(plan, refs["k"], plan.key_dim, chunks)
     q = load_heads(plan, refs["q"], plan.key_dim, chunks) if plan.has_q else None
@@ -151,7 +151,7 @@ def read_keys(plan: Plan, refs, chunks: range) -> Keys:
     return Keys(q, k, q_scale, k_scale)
 
 
-def per_value_head(plan: Plan, x: jax.Array) -> jax.Array:
+def per_value_head(plan: DeltaPlan, x: jax.Array) -> jax.Array:
     """[key heads, ...] -> [value heads, ...]."""
     if plan.group == 1:
         return x
@@ -164,7 +164,7 @@ def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
     return x if factor is None else x * factor
 
 
-def _forward_kernel(plan: Plan, **refs):
+def _forward_kernel(plan: DeltaPlan, **refs):
     """Walk over the chunks of a block: outputs, and what the backward pass and forks read."""
     state, dtype, chunks = refs["state"], plan.dtype, range(plan.chunks)
 
@@ -214,7 +214,7 @@ def _forward_kernel(plan: Plan, **refs):
         refs["final"][0] = state[...]
 
 
-def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_residuals: bool):
+def forward(plan: DeltaPlan, q, k, v, rows, initial, *, with_states: bool, with_residuals: bool):
     """Run the forward kernel.
 
     q, k [B, T, H K]; v [B, T, Hv V]; rows: `pack_scalars`; initial [B, Hv, K, V]. Returns a dict of
@@ -250,7 +250,7 @@ def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_resid
     return run(_forward_kernel, plan, "delta_rule_forward", inputs, outputs, scratch)
 
 
-def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
+def run(kernel, plan: DeltaPlan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
     """Call a kernel over the programs of a plan. outputs: {name: (shape, dtype, blocks)}."""
     outputs = {
         key: (jax.ShapeDtypeStruct(shape, dtype), spec)
@@ -261,7 +261,7 @@ def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dic
     return tpu.call_kernel(*arguments, parallel=2, vmem=15 / 16)
 
 
-def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
+def pack_scalars(plan: DeltaPlan, beta, log_decay, document) -> jax.Array:
     """Per-token numbers [B, Hv / G, R, T] float32; row i * G + h is field i of a program's head h.
 
     beta, log_decay: [B, T, Hv]; document: [B, T], counted up at every reset of the state.

@@ -43,7 +43,7 @@ from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.pallas_tpu_backward import backward
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 from refine_jax.kernels.lact.pallas_tpu_forward import forward
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan
 from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
 from refine_jax.kernels.lact.xla import mask_slots, row_norms, scan_chunks, update_sums
 
@@ -158,7 +158,7 @@ def lact_pallas_tpu(
     by_channel = rates.shape[-1] > 1
     rates = _pad(rates, -1, -3) if by_channel else _pad(jnp.moveaxis(rates, -3, -1)[..., 0, :], -1)
     padded = _pad_weights(weights)
-    plan = Plan(
+    plan = LaCTPlan(
         batch=batch,
         chunks=chunks,
         heads=heads,

@@ -22,7 +22,7 @@ from refine_jax.kernels.lact.pallas_tpu_blocks import (
     nn,
     update_block_backward,
 )
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights
 
 
@@ -69,7 +69,7 @@ def _update_backward(cotangents, weights, norm, scale, eps_inside):
     return d_base, d_norm
 
 
-def _kernel(plan: Plan, refs):
+def _kernel(plan: LaCTPlan, refs):
     row, head = pl.program_id(0), pl.program_id(1)
     chunk, block = plan.chunk_index(pl.program_id(2)), pl.program_id(3)
     last, hidden, dim = plan.chunks - 1, plan.hidden, plan.dim
@@ -322,7 +322,7 @@ def _kernel(plan: Plan, refs):
 
 
 def backward(
-    plan: Plan,
+    plan: LaCTPlan,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES, apply_block, nn, update_block
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights
 
 
@@ -32,7 +32,7 @@ def _row(column):
     return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
 
 
-def _kernel(plan: Plan, refs):
+def _kernel(plan: LaCTPlan, refs):
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
     last = plan.chunks - 1
     w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
@@ -213,7 +213,7 @@ def _kernel(plan: Plan, refs):
 
 
 def forward(
-    plan: Plan,
+    plan: LaCTPlan,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -20,7 +20,7 @@ def rows(start: jax.Array | int, size: int = LANES) -> pl.Slice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LaCTPlan:
     """Sizes (padded), options and blocks of a call.
 
     block, sub: tokens of a grid step, and of the parts it is computed in.

@@ -12,7 +12,7 @@ from refine_jax.kernels.lact.reference import Options, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class LaCTSpec:
     """Shapes and options of one call of `lact`; `arguments` draws its arrays.
 
     empty: a chunk without a token. rate: largest learning rate.
@@ -79,19 +79,19 @@ class Spec:
 
 
 TEST_SPECS = (
-    Spec("one_chunk", chunks=1),
-    Spec("plain", chunks=4, momentum=False, hidden=9),
-    Spec("rate_channels", rate_channels=6),
-    Spec("masked_reset", batch=2, chunks=5, masked=True, empty=1, resets=True),
-    Spec("reset", batch=2, resets=True),
-    Spec("prenorm", options=Options(prenorm=True), masked=True, resets=True),
-    Spec("muon", batch=2, options=Options(muon="float32"), hidden=9),
-    Spec("fused_muon", chunk=8, options=Options(muon="float32", fused=True), hidden=4),
-    Spec("fused", chunk=7, options=Options(fused=True), dim=5, hidden=130),
+    LaCTSpec("one_chunk", chunks=1),
+    LaCTSpec("plain", chunks=4, momentum=False, hidden=9),
+    LaCTSpec("rate_channels", rate_channels=6),
+    LaCTSpec("masked_reset", batch=2, chunks=5, masked=True, empty=1, resets=True),
+    LaCTSpec("reset", batch=2, resets=True),
+    LaCTSpec("prenorm", options=Options(prenorm=True), masked=True, resets=True),
+    LaCTSpec("muon", batch=2, options=Options(muon="float32"), hidden=9),
+    LaCTSpec("fused_muon", chunk=8, options=Options(muon="float32", fused=True), hidden=4),
+    LaCTSpec("fused", chunk=7, options=Options(fused=True), dim=5, hidden=130),
 )
 
 # The published 760M and 3B models.
 BENCH_SPECS = (
-    Spec("lact", 4, 1, 4, 2048, 384, 384, rate=0.002),
-    Spec("lact_3b", 4, 1, 4, 2048, 768, 768, rate=0.002),
+    LaCTSpec("lact", 4, 1, 4, 2048, 384, 384, rate=0.002),
+    LaCTSpec("lact_3b", 4, 1, 4, 2048, 768, 768, rate=0.002),
 )

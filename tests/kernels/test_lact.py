@@ -13,7 +13,7 @@ from refine_jax.kernels import lact as ops
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.lact import tuning
-from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
+from refine_jax.kernels.lact.specs import TEST_SPECS, LaCTSpec
 
 pytestmark = pytest.mark.usefixtures("simulated_tpu")
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
@@ -77,7 +77,7 @@ def test_matches_the_specification(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_operands(implementation):
     heads = 1 if implementation == "pallas_tpu" else 2
-    spec = Spec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
+    spec = LaCTSpec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
     arguments, keywords = spec.arguments("bfloat16")
     exact = tuple(x.astype(jnp.float32) for x in arguments[:3])
     expected = value_and_gradients((*exact, *arguments[3:]), keywords, "reference")
@@ -100,7 +100,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(tpu, "interpret_mode", lambda: params)
-    spec = Spec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
+    spec = LaCTSpec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
     arguments, keywords = spec.arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
     assert_close(value_and_gradients(arguments, keywords, "pallas_tpu"), expected, 1e-5)
@@ -111,7 +111,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
 def test_tiles_of_the_hidden_axis(monkeypatch):
     """Weights that vector memory has no room for: a tile of them at a time."""
     monkeypatch.setattr(tuning, "vmem_bytes", lambda: 1 << 20)
-    arguments, keywords = Spec("", 2, heads=1, hidden=130, masked=True).arguments()
+    arguments, keywords = LaCTSpec("", 2, heads=1, hidden=130, masked=True).arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
     got = value_and_gradients(arguments, keywords, "pallas_tpu")
     assert_close(got, expected, 1e-5)
@@ -120,7 +120,7 @@ def test_tiles_of_the_hidden_axis(monkeypatch):
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
 def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
     """T in {1, C-1, C, C+1, 3C+3}: whatever stands in masked slots, the tokens read the same."""
-    arguments, _ = Spec("", 5, heads=1).arguments()
+    arguments, _ = LaCTSpec("", 5, heads=1).arguments()
     run = jax.jit(functools.partial(ops.lact, implementation=implementation))
     expected, _ = run(*arguments, mask=jnp.ones((1, 5, 4), bool))
     for length in (1, 3, 4, 5, 15):
@@ -143,7 +143,9 @@ def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
     [("xla", ops.Options(muon="float32")), ("pallas_tpu", ops.Options())],
 )
 def test_zero_weights_and_keys_have_finite_gradients(implementation, options):
-    (q, k, v, rates, momentum, weights), keywords = Spec("", heads=1, options=options).arguments()
+    (q, k, v, rates, momentum, weights), keywords = LaCTSpec(
+        "", heads=1, options=options
+    ).arguments()
     zeros = ops.Weights(*map(jnp.zeros_like, weights))
     arguments = q, 0 * k, v, rates, momentum, zeros
     _, gradients = value_and_gradients(arguments, keywords, implementation)
@@ -160,7 +162,7 @@ def test_zero_weights_and_keys_have_finite_gradients(implementation, options):
     ],
 )
 def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, best):
-    arguments, _ = Spec("", heads=1, **sizes).arguments()
+    arguments, _ = LaCTSpec("", heads=1, **sizes).arguments()
     for name in ops.IMPLEMENTATIONS:
         monkeypatch.setitem(ops.IMPLEMENTATIONS, name, lambda *_, name=name, **__: name)
     assert ops.lact(*arguments) == "xla"
@@ -169,7 +171,7 @@ def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, 
 
 
 def test_bad_arguments_are_named():
-    arguments, _ = Spec("", batch=2).arguments()
+    arguments, _ = LaCTSpec("", batch=2).arguments()
     q, k, v, rates, momentum, weights = arguments
     for name in ("pallas", "cuda"):
         with pytest.raises(ValueError, match=name):

@@ -8,16 +8,16 @@ from jax.sharding import PartitionSpec as P
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
 from refine_jax.kernels.lact import Options, lact
-from refine_jax.kernels.lact.specs import Spec
+from refine_jax.kernels.lact.specs import LaCTSpec
 
 _COMMON = {"chunks": 8, "chunk": 8, "batch": 2}
 # Two heads: pairs of devices exchange slots for heads, two devices need no more. Else none do.
-ALL = Spec("all", masked=True, empty=1, resets=True, **_COMMON)
-PRENORM = Spec(
+ALL = LaCTSpec("all", masked=True, empty=1, resets=True, **_COMMON)
+PRENORM = LaCTSpec(
     "prenorm", options=Options(prenorm=True), masked=True, rate_channels=6, resets=True, **_COMMON
 )
-PLAIN = Spec("plain", momentum=False, hidden=9, **_COMMON | {"batch": 1, "heads": 3})
-FUSED = Spec(
+PLAIN = LaCTSpec("plain", momentum=False, hidden=9, **_COMMON | {"batch": 1, "heads": 3})
+FUSED = LaCTSpec(
     "fused_muon",
     options=Options(muon="float32", fused=True),
     hidden=4,
