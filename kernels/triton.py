@@ -76,6 +76,22 @@ def dot(
     )
 
 
+def mask_dot(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Compute `mask @ x` of a Boolean mask [m, n] and x [n, p] float32, to float32 precision.
+
+    A float32 number is the sum of three bfloat16 numbers, so three products on tensor cores do it.
+    Cutting bits off, rather than casts there and back, because compilers take out pairs of casts.
+    """
+    mask = mask.astype(jnp.bfloat16)
+    sums = 0.0
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & -65536
+        head = lax.bitcast_convert_type(bits, jnp.float32)
+        sums += dot(mask, head.astype(jnp.bfloat16))
+        x -= head
+    return sums
+
+
 def rounded_size(size: int, largest_block: int) -> int:
     """`size` filled up to a power of two of at least 16, or a multiple of `largest_block`."""
     if size > largest_block:

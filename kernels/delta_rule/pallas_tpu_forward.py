@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
+from refine_jax.kernels.delta_rule.xla import border_decays
 
 
 class DeltaPlan(NamedTuple):
@@ -273,21 +273,16 @@ def pack_scalars(plan: DeltaPlan, beta, log_decay, document) -> jax.Array:
         return jnp.swapaxes(x.astype(jnp.float32), 1, 2).reshape(chunks)
 
     found = {"beta": per_head(beta)}
-    from_start = to_end = jnp.ones(chunks, jnp.float32)
+    segment = None
     if log_decay is not None:
-        found["log_decay"] = log = per_head(log_decay)
-        from_start = jnp.exp(jnp.cumsum(log, axis=-1))
-        # Summed without the token itself: taking it off again would lose digits.
-        after = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-        to_end = jnp.exp(lax.cumsum(after, axis=3, reverse=True))
+        found["log_decay"] = per_head(log_decay)
     if document is not None:
         count = document.reshape(batch, 1, -1, plan.chunk)
         before = jnp.pad(document[:, :-1], ((0, 0), (1, 0)), mode="edge")
-        first = before.reshape(count.shape)[..., :1]
-        from_start = jnp.where(count == first, from_start, 0.0)
-        to_end = jnp.where(count == count[..., -1:], to_end, 0.0)
-        found["document"] = jnp.broadcast_to(count - first, chunks).astype(jnp.float32)
-    found |= {"from_start": from_start, "to_end": to_end}
+        segment = count - before.reshape(count.shape)[..., :1]
+        found["document"] = jnp.broadcast_to(segment, chunks).astype(jnp.float32)
+    decays = border_decays(found.get("log_decay"), segment, chunks, axis=3)
+    found["from_start"], found["to_end"] = decays
     rows = jnp.stack([found[name].reshape(batch, heads, tokens) for name in plan.fields], axis=2)
     rows = rows.reshape(batch, heads // plan.heads, plan.heads, len(plan.fields), tokens)
     rows = jnp.swapaxes(rows, 2, 3).reshape(batch, heads // plan.heads, -1, tokens)

@@ -149,6 +149,30 @@ def _decays(log_decay, reset, chunk):
     return between, from_start
 
 
+def border_decays(
+    log_decay: jax.Array | None, segment: jax.Array | None, shape: tuple[int, ...], axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Decays from the start of a chunk through each of its tokens, and from each to its end.
+
+    log_decay: float32 of `shape`, with the tokens of a chunk along `axis`, or None. segment: int32,
+    broadcastable to it, resets since the start of the chunk, or None. What crosses one is 0.
+
+    Returns two arrays of `shape`, float32.
+    """
+    from_start = to_end = jnp.ones(shape, jnp.float32)
+    if log_decay is not None:
+        # Summed without the token itself: taking it off again would lose digits.
+        widths = [(0, int(i == axis)) for i in range(len(shape))]
+        after = jnp.pad(lax.slice_in_dim(log_decay, 1, None, axis=axis), widths)
+        from_start = jnp.exp(lax.cumsum(log_decay, axis=axis))
+        to_end = jnp.exp(lax.cumsum(after, axis=axis, reverse=True))
+    if segment is not None:
+        last = lax.slice_in_dim(segment, -1, None, axis=axis)
+        from_start = jnp.where(segment == 0, from_start, 0.0)
+        to_end = jnp.where(segment == last, to_end, 0.0)
+    return from_start, to_end
+
+
 def invert_unit_lower(a: jax.Array) -> jax.Array:
     """`(I + a)^-1` for strictly lower triangular `a` [..., C, C] with C a power of two; float32.
 
