@@ -33,7 +33,9 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
-from refine_jax.models.attention import window_attention
+from refine_jax.kernels.window_attention import window_attention
+from refine_jax.kernels.window_attention.specs import BENCH_SPECS as ATTENTION_SPECS
+from refine_jax.kernels.window_attention.specs import WindowAttentionSpec
 
 PALLAS = "pallas_tpu"
 
@@ -278,25 +280,26 @@ def _cross_entropy(spec: CrossEntropySpec) -> Case:
     return Case(spec.name, shape, function, args, spec.flops())
 
 
-def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case, Case]:
-    """The window attention of LaCT-760M: one full row, bfloat16, heads two and two side by side.
-
-    Two products of 2 W hd operations for every query and head that has a whole window before it.
-    """
+def _attention_cases(spec: WindowAttentionSpec) -> tuple[Case, Case]:
+    """Window attention of one full row, bfloat16."""
+    heads = spec.heads_per_group
 
     def forward(implementation):
         def run(q, k, v):
             return window_attention(
-                q, k, v, window, heads_per_group=2, implementation=implementation
+                q, k, v, spec.window, heads_per_group=heads, implementation=implementation
             )
 
         return run
 
-    row = _array(1, heads // 2, tokens, 2 * size, dtype=jnp.bfloat16)
-    pairs = tokens * window - window * (window - 1) // 2  # queries and the keys that they see
-    shape = f"B 1, T {tokens}, {heads} heads of {size}, window {window}, bfloat16"
-    flops = 2 * 2 * heads * pairs * size
-    return _forward_and_backward(name, shape, forward, (row, row, row), flops)
+    shape = spec.batch, spec.heads // heads, spec.tokens, heads * spec.head_dim
+    row = _array(*shape, dtype=jnp.bfloat16)
+    shape = (
+        f"B {spec.batch}, T {spec.tokens}, {spec.heads} heads of {spec.head_dim}, "
+        f"window {spec.window}, bfloat16"
+    )
+    name = spec.name + "_{}_16k"
+    return _forward_and_backward(name, shape, forward, (row, row, row), spec.flops())
 
 
 def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
@@ -379,7 +382,7 @@ _ALL = (
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
-    *_attention_cases("window_attention_{}_16k", 16384),
+    *_attention_cases(*ATTENTION_SPECS),
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
     *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
     *_fork_reads_cases("fork_{}_16k", 16384),

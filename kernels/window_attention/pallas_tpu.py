@@ -418,7 +418,7 @@ def window_attention_tpu(
     heads: int,
     block: int | None = None,
 ) -> jax.Array:
-    """`window_attention` of models/attention.py; on a CPU in interpret mode, for tests.
+    """`window_attention` of api.py; on a CPU in interpret mode, for tests.
 
     q, k, v: [B, G, T, L] in one dtype, `heads` heads in a group. ids: [B, T] int32, of a token's
     document, 0 at padding; None: one document. past: keys and values [B, G, W - 1, L] and ids
