@@ -97,12 +97,3 @@ def rounded_size(size: int, largest_block: int) -> int:
     if size > largest_block:
         return -(-size // largest_block) * largest_block
     return max(16, 1 << (size - 1).bit_length())
-
-
-def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Fill x [...] with zeros behind its axis `axis` up to `size`."""
-    if x.shape[axis] == size:
-        return x
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pads)

@@ -51,6 +51,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.cross_entropy.reference import TokenStats
+from refine_jax.kernels.numerics import pad_axes
+from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
@@ -94,17 +96,6 @@ def _by_rows(tokens: int, rows: int):
     return run
 
 
-def _dot(a, b, contracted):
-    """The product over axis contracted[0] of `a` and contracted[1] of `b`, in float32."""
-    return lax.dot_general(
-        a,
-        b,
-        ((contracted[:1], contracted[1:]), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _forward_kernel(
     vocabulary: int, rows: int, *, h, w, target, stats, m, s, u, t, acc=None, **of_gradient
 ):
@@ -132,7 +123,7 @@ def _forward_kernel(
 
     @_by_rows(h.shape[0], rows)
     def _(at):
-        z = _dot(h[at, :], w[...], (1, 1))
+        z = nt(h[at, :], w[...])
         word = j * words + lax.broadcasted_iota(jnp.int32, z.shape, 1)
         if vocabulary % words:
             z = jnp.where(word < vocabulary, z, _MASKED)
@@ -149,7 +140,7 @@ def _forward_kernel(
             e = e.astype(of_gradient["e"].dtype)
             of_gradient["e"][at, :] = e
             of_gradient["top"][0, at, :] = top
-            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + _dot(e, w[...], (1, 0))
+            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + nn(e, w[...])
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -202,7 +193,7 @@ def _head_kernel(rows: int, *, span, h, e, top, normaliser, target, weight, old,
         is_target = word == _wide(target[at, :], words)
         dz -= jnp.where(is_target, _wide(weight[at, :], words), 0.0)
         tokens = pl.ds(pl.multiple_of(first + at.start, rows), rows)
-        out[...] += _dot(h[:, tokens], dz.astype(h.dtype), (1, 0))
+        out[...] += nn(h[:, tokens], dz.astype(h.dtype))
 
 
 def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
@@ -369,8 +360,7 @@ def _lanes(x):
 
 
 def _pad_rows(x, multiple):
-    pad = -x.shape[0] % multiple
-    return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))) if pad else x
+    return pad_axes(x, {0: (0, -x.shape[0] % multiple)})
 
 
 def token_stats(hidden, head, targets, blocks: Blocks):

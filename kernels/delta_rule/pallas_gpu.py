@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 
 from refine_jax.kernels import triton
 from refine_jax.kernels.delta_rule.xla import border_decays
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.triton import dot
 
 _CHUNK = {jnp.dtype("bfloat16"): 64, jnp.dtype("float32"): 32}  # more spills float32 registers
@@ -98,16 +99,16 @@ def delta_rule_pallas_gpu(
         """Whole blocks of tokens, and of the last axis; what is added changes no state."""
         if x is None:
             return None
-        x = triton.pad_axis(x.astype(dtype), 1, saves * block)
-        return x if size is None else triton.pad_axis(x, x.ndim - 1, size)
+        last = 0 if size is None else size - x.shape[-1]
+        return pad_axes(x.astype(dtype), {-1: (0, last), 1: (0, saves * block - x.shape[1])})
 
     segment = None
     if document is not None:
         starts = document[:, 1:] != document[:, :-1]
-        starts = fill(jnp.pad(starts, ((0, 0), (1, 0))), dtype=jnp.int32)
+        starts = fill(pad_axes(starts, {1: (1, 0)}), dtype=jnp.int32)
         chunks = starts.reshape(starts.shape[0], -1, chunk)
         segment = jnp.cumsum(chunks, axis=-1, dtype=jnp.int32).reshape(starts.shape)
-    state = triton.pad_axis(triton.pad_axis(initial_state, 2, key_size), 3, value_size)
+    state_pad = {2: (0, key_size - k.shape[3]), 3: (0, value_size - value_dim)}
     arrays = {
         "q": fill(q, key_size, dtype),
         "k": fill(k, key_size, dtype),
@@ -115,7 +116,7 @@ def delta_rule_pallas_gpu(
         "beta": fill(beta),
         "log_decay": fill(log_decay),
         "segment": segment,
-        "state": state,
+        "state": pad_axes(initial_state, state_pad),
     }
     out, final, saved = _delta_rule(plan, arrays)
 
@@ -260,7 +261,7 @@ def _backward(plan, kept, cotangents):
         d_start, d_end = (every[name].sum(axis=0).reshape(chunks) for name in ("d_start", "d_end"))
         behind = lax.cumsum(d_start, axis=2, reverse=True)
         before = lax.cumsum(d_end[:, :, :-1], axis=2)
-        d_log = behind + jnp.pad(before, ((0, 0), (0, 0), (1, 0), (0, 0)))
+        d_log = behind + pad_axes(before, {2: (1, 0)})
         d_log += every["d_total"].sum(axis=0)[:, :, None]
         every["d_log_decay"] += d_log.reshape(log_decay.shape)
 

@@ -35,24 +35,14 @@ from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
 from refine_jax.kernels.delta_rule.pallas_tpu_forward import DeltaPlan
 from refine_jax.kernels.delta_rule.pallas_tpu_math import scalar_fields
+from refine_jax.kernels.numerics import pad_axes
 
 _LANES = 128
 _MIN_CHUNK = 16  # whole sublane tiles in bfloat16
 
 
 def delta_rule_pallas_tpu(
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    *,
-    initial_state,
-    document,
-    scale,
-    chunk_size,
-    save_every,
-    normalize,
+    q, k, v, beta, log_decay, *, initial_state, document, scale, chunk_size, save_every, normalize
 ):
     """`delta_rule` of api.py."""
     batch, tokens, value_heads, value_dim = v.shape
@@ -73,29 +63,31 @@ def delta_rule_pallas_tpu(
         save_every=save_every,
     )
 
+    # Behind the last token; with beta, k and log_decay 0 they change nothing.
+    more_tokens = 0, plan.tokens - tokens
+
     def flat(x, width):
         """[B, T, heads, n] -> [B, T', heads * width]."""
         if x is None:
             return None
-        x = _pad_tokens(x.astype(v.dtype), plan.tokens)
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[3]),))
+        x = pad_axes(x.astype(v.dtype), {1: more_tokens, 3: (0, width - x.shape[3])})
         return x.reshape(batch, plan.tokens, -1)
 
     if document is not None:
         moved = document[:, 1:] != document[:, :-1]
-        document = jnp.cumsum(jnp.pad(moved, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-        document = jnp.pad(document, ((0, 0), (0, plan.tokens - tokens)), mode="edge")
-    state_pad = ((0, 0), (0, 0), (0, widths[0] - key_dim), (0, widths[1] - value_dim))
+        document = jnp.cumsum(pad_axes(moved, {1: (1, 0)}), axis=1, dtype=jnp.int32)
+        document = jnp.pad(document, ((0, 0), more_tokens), mode="edge")
+    state_pad = {2: (0, widths[0] - key_dim), 3: (0, widths[1] - value_dim)}
     out, final, states = _delta_rule(
         plan,
         None if save_every is None else save_every // plan.chunk,
         flat(q, widths[0]),
         flat(k, widths[0]),
         flat(v, widths[1]),
-        _pad_tokens(beta, plan.tokens),
-        None if log_decay is None else _pad_tokens(log_decay, plan.tokens),
+        pad_axes(beta, {1: more_tokens}),
+        None if log_decay is None else pad_axes(log_decay, {1: more_tokens}),
         document,
-        jnp.pad(initial_state, state_pad),
+        pad_axes(initial_state, state_pad),
     )
     if out is not None:
         out = out.reshape(batch, plan.tokens, value_heads, -1)[:, :tokens, :, :value_dim]
@@ -107,11 +99,6 @@ def delta_rule_pallas_tpu(
 def _padded_width(size: int) -> int:
     """Head sizes that the kernels take: half a register's lanes, or whole ones."""
     return _LANES // 2 if size <= _LANES // 2 else -(-size // _LANES) * _LANES
-
-
-def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
-    """Zeros behind the last token; with beta, k and log_decay 0 they change nothing."""
-    return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
 
 def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> DeltaPlan:

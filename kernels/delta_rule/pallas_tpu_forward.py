@@ -21,6 +21,7 @@ from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
 from refine_jax.kernels.delta_rule.xla import border_decays
+from refine_jax.kernels.numerics import pad_axes
 
 
 class DeltaPlan(NamedTuple):
@@ -286,4 +287,4 @@ def pack_scalars(plan: DeltaPlan, beta, log_decay, document) -> jax.Array:
     rows = jnp.stack([found[name].reshape(batch, heads, tokens) for name in plan.fields], axis=2)
     rows = rows.reshape(batch, heads // plan.heads, plan.heads, len(plan.fields), tokens)
     rows = jnp.swapaxes(rows, 2, 3).reshape(batch, heads // plan.heads, -1, tokens)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.row_count - rows.shape[2]), (0, 0)))
+    return pad_axes(rows, {2: (0, plan.row_count - rows.shape[2])})

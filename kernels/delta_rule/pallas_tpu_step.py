@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule.xla import delta_step_xla
+from refine_jax.kernels.numerics import pad_axes
 
 _STATE_BYTES = 2**20  # of one grid step: long enough to hide the start of a transfer
 
@@ -69,9 +70,7 @@ def _step(q, k, v, beta, log_decay, state, scale):
     count, padded = _block_count(num_states, 4 * key_dim * value_dim)
 
     def flat(x, *shape):  # [B, Hv, ...] -> [padded, ...]
-        x = x.reshape(num_states, *shape)
-        missing = padded - num_states
-        return jnp.pad(x, ((0, missing), *[(0, 0)] * len(shape))) if missing else x
+        return pad_axes(x.reshape(num_states, *shape), {0: (0, padded - num_states)})
 
     def lanes(x):  # [B, Hv] -> [padded, V]
         return jnp.broadcast_to(flat(x.astype(jnp.float32), 1), (padded, value_dim))

@@ -41,9 +41,7 @@ def delta_rule_xla(
 
     def cut(x):
         """[B, T, ...] -> [blocks, B, G, C, ...]; padding has k = beta = log_decay = 0."""
-        if blocks * block != tokens:
-            pads = [(0, 0), (0, blocks * block - tokens)] + [(0, 0)] * (x.ndim - 2)
-            x = jnp.pad(x, pads)
+        x = numerics.pad_axes(x, {1: (0, blocks * block - tokens)})
         x = x.reshape(batch, blocks, block // chunk, chunk, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
@@ -162,8 +160,8 @@ def border_decays(
     from_start = to_end = jnp.ones(shape, jnp.float32)
     if log_decay is not None:
         # Summed without the token itself: taking it off again would lose digits.
-        widths = [(0, int(i == axis)) for i in range(len(shape))]
-        after = jnp.pad(lax.slice_in_dim(log_decay, 1, None, axis=axis), widths)
+        after = lax.slice_in_dim(log_decay, 1, None, axis=axis)
+        after = numerics.pad_axes(after, {axis: (0, 1)})
         from_start = jnp.exp(lax.cumsum(log_decay, axis=axis))
         to_end = jnp.exp(lax.cumsum(after, axis=axis, reverse=True))
     if segment is not None:

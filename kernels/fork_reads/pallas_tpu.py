@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES, _SUBLANES = 128, 8
@@ -33,10 +34,11 @@ _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 
 
 class ForkRows(NamedTuple):
-    """Where forks read: the layer [] int32, and of each fork [F] int32 its row.
+    """Where forks read: one layer [] int32 for all, and for each fork [F] int32:
 
-    last: the slot of the row's last token before the fork. seen: how many tokens its document has
-    up to there; 0: none, and the fork sees nothing of the row. chunk: whose weights it reads.
+    row: the row that it reads. last: the slot of the row's last token before the fork. seen: the
+    number of tokens of the fork's document up to that slot; with 0 the fork sees nothing of the
+    row. chunk: the chunk whose fast weights it reads.
     """
 
     layer: jax.Array
@@ -58,7 +60,7 @@ def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool
 
 def _pad_tokens(x: jax.Array) -> jax.Array:
     """[..., S, L], S up to whole registers."""
-    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, -x.shape[-2] % _SUBLANES), (0, 0)])
+    return pad_axes(x, {-2: (0, -x.shape[-2] % _SUBLANES)})
 
 
 def _attend_kernel(

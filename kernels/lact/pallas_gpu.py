@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from refine_jax.kernels import triton
 from refine_jax.kernels.lact.reference import FastState, Weights
 from refine_jax.kernels.lact.xla import lact_by_parts
-from refine_jax.kernels.numerics import einsum
+from refine_jax.kernels.numerics import einsum, pad_axes
 
 _BLOCK = 64  # tokens, columns of F and of d in one product
 _FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers
@@ -261,7 +261,7 @@ def _fused(
 
     def flat(x, rows, columns, dtype=some.dtype):
         x = x.astype(dtype).reshape(count, *x.shape[-2:])
-        return triton.pad_axis(triton.pad_axis(x, 1, rows), 2, columns)
+        return pad_axes(x, {1: (0, rows - x.shape[1]), 2: (0, columns - x.shape[2])})
 
     def spec(shape, index):
         return pl.BlockSpec(shape, lambda i, g: index(i // hidden_blocks, i % hidden_blocks, g))

@@ -44,8 +44,9 @@ from refine_jax.kernels.lact.pallas_tpu_backward import backward
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 from refine_jax.kernels.lact.pallas_tpu_forward import forward
 from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan
-from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
+from refine_jax.kernels.lact.reference import PLAIN, FastState, Weights
 from refine_jax.kernels.lact.xla import mask_slots, row_norms, scan_chunks, update_sums
+from refine_jax.kernels.numerics import pad_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,10 +94,7 @@ _over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward, symbolic_zeros=
 
 def _pad(x: jax.Array, *axes: int) -> jax.Array:
     """Zeros up to multiples of 128 along these axes (counted from the end)."""
-    widths = [(0, 0)] * x.ndim
-    for axis in axes:
-        widths[axis] = (0, -x.shape[axis] % LANES)
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+    return pad_axes(x, {axis: (0, -x.shape[axis] % LANES) for axis in axes})
 
 
 def _in_parts(q, k, v, rates, mean, weights, reset, options, tiles):
@@ -138,16 +136,7 @@ def _cut_weights(weights: Weights, hidden: int, dim: int) -> Weights:
 
 
 def lact_pallas_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    options: Options = PLAIN,
+    q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
 ) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py, with its shapes: q [B, N, H, C, d]; interpreted on a CPU, for tests."""
     batch, chunks, heads, chunk, dim = q.shape

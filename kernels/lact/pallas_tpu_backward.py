@@ -23,7 +23,7 @@ from refine_jax.kernels.lact.pallas_tpu_blocks import (
     update_block_backward,
 )
 from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan, rows
-from refine_jax.kernels.lact.reference import EPS, FastState, Weights
+from refine_jax.kernels.lact.reference import EPS, Weights
 
 
 def _column(row):
@@ -322,18 +322,7 @@ def _kernel(plan: LaCTPlan, refs):
 
 
 def backward(
-    plan: LaCTPlan,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    mean: jax.Array | None,
-    norms: Weights,
-    reset: jax.Array | None,
-    states: FastState,
-    scales: jax.Array,
-    d_out: jax.Array,
-    d_states: dict[str, Weights],
+    plan: LaCTPlan, q, k, v, rates, mean, norms, reset, states, scales, d_out, d_states
 ) -> dict[str, jax.Array | Weights]:
     """Gradients of `forward`, from its residuals and the cotangents of its outputs.
 

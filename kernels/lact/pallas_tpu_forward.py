@@ -213,15 +213,7 @@ def _kernel(plan: LaCTPlan, refs):
 
 
 def forward(
-    plan: LaCTPlan,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    mean: jax.Array | None,
-    norms: Weights,
-    fresh: Weights,
-    reset: jax.Array | None,
+    plan: LaCTPlan, q, k, v, rates, mean, norms, fresh, reset
 ) -> tuple[jax.Array, FastState, jax.Array | None]:
     """Out, states, and the factors of the row rescalings [B, N, H, 3, max(F, d)] if asked for.
 

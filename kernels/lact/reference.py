@@ -71,16 +71,7 @@ PLAIN = Options()
 
 
 def lact_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    options: Options = PLAIN,
+    q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
 ) -> tuple[jax.Array, FastState]:
     """The specification of `lact` (see api.py), chunk after chunk in plain float32 formulas."""
     live = jnp.ones(q.shape[:2] + q.shape[3:4], bool) if mask is None else mask  # [B, N, C]

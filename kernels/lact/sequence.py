@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from refine_jax.kernels import sequence
-from refine_jax.kernels.lact.reference import FastState, Options, Weights
+from refine_jax.kernels.lact.reference import FastState
 from refine_jax.kernels.lact.xla import (
     apply_fast_weights,
     by_heads,
@@ -37,20 +37,11 @@ from refine_jax.kernels.lact.xla import (
     mask_slots,
     update_sums,
 )
+from refine_jax.kernels.numerics import pad_axes
 
 
 def lact_sequence(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None,
-    reset: jax.Array | None,
-    options: Options,
-    axis_name: str,
+    q, k, v, rates, momentum, weights, *, mask, reset, options, axis_name
 ) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py over the S devices of the mesh axis `axis_name`.
 
@@ -127,7 +118,7 @@ def _shared_chunks(
         return x.reshape(num_groups, -1, *x.shape[1:])
 
     # Whether the next chunk starts a document; nothing follows the last one.
-    again = None if reset is None else jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
+    again = None if reset is None else pad_axes(reset[:, 1:], {1: (0, 1)})
     chunks = jax.tree.map(cut, (q, k, v, rates, mean, again))
     own = jax.tree.map(lambda x: jnp.zeros((num_chunks // num_groups, *x.shape), x.dtype), state)
     (_, own), out = lax.scan(block_step, (state, own), (jnp.arange(num_groups), chunks))

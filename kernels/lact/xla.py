@@ -175,18 +175,7 @@ def lact_xla(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, 
 
 
 def lact_by_parts(
-    read: Callable[[Weights, jax.Array], jax.Array],
-    sums: Callable[[Weights, jax.Array, jax.Array, jax.Array], Weights],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    options: Options = PLAIN,
+    read, sums, q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
 ) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py by the functions of `scan_chunks`."""
     rates, mean = mask_slots(rates, momentum, mask)
@@ -218,17 +207,7 @@ def mask_slots(
 
 
 def scan_chunks(
-    read: Callable[[Weights, jax.Array], jax.Array],
-    sums: Callable[[Weights, jax.Array, jax.Array, jax.Array], Weights],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    mean: jax.Array | None,
-    weights: Weights,
-    *,
-    reset: jax.Array | None,
-    options: Options,
+    read, sums, q, k, v, rates, mean, weights, *, reset, options
 ) -> tuple[jax.Array, FastState]:
     """Scan over the updates of all chunks but the last, then read every chunk with its weights.
 

@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
@@ -402,21 +403,8 @@ def _attend_backward(plan, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (before, after)
-    return jnp.pad(x, widths) if before or after else x
-
-
 def window_attention_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    ids: jax.Array | None,
-    past: tuple[jax.Array, jax.Array, jax.Array] | None,
-    window: int,
-    heads: int,
-    block: int | None = None,
+    q, k, v, ids, past, window: int, heads: int, block: int | None = None
 ) -> jax.Array:
     """`window_attention` of api.py; on a CPU in interpret mode, for tests.
 
@@ -436,11 +424,11 @@ def window_attention_tpu(
             for a, b in zip(past, (k, v, ids), strict=True)
         )
     front = before * block - (0 if past is None else window - 1)
-    q = _pad(q, 0, after, 2)
-    k, v = (_pad(x, front, after, 2) for x in (k, v))
+    q = pad_axes(q, {2: (0, after)})
+    k, v = (pad_axes(x, {2: (front, after)}) for x in (k, v))
     if key_ids is not None:
         # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
-        key_ids = _pad(key_ids, front, after, 1).astype(jnp.float32)[:, None]
+        key_ids = pad_axes(key_ids, {1: (front, after)}).astype(jnp.float32)[:, None]
     plan = _Plan(
         heads=heads,
         size=q.shape[-1],

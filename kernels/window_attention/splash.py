@@ -67,9 +67,9 @@ def window_attention_splash(q, k, v, ids, past, window, heads_per_group):
     if count > 1 or past is not None:
         num_past = -(-(window - 1) // block) * block
         if past is None:
-            k, v, key_ids = (front_pad(x, num_past, x.ndim // 2) for x in (k, v, ids))
+            k, v, key_ids = (front_pad(x, num_past) for x in (k, v, ids))
         else:
-            past = [front_pad(x, num_past - (window - 1), x.ndim // 2) for x in past]
+            past = [front_pad(x, num_past - (window - 1)) for x in past]
             k, v, key_ids = (after(a, b) for a, b in zip(past, (k, v, ids), strict=True))
     if count > 1:
         q, ids = (_to_pieces(x, size, 0) for x in (q, ids))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.kernels.numerics import pad_axes
+
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 _QUERY_BLOCK = 128  # of 64, 128 and 256 the fastest on CPU at window 512
 
@@ -27,18 +29,14 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def pad_tokens(arrays, ids, multiple: int):
     """Pad arrays [B, A, T, hd] and ids [B, T] (or None) at the end of T to a multiple."""
-    pad = -arrays[0].shape[2] % multiple
-    if not pad:
-        return arrays, ids
-    arrays = [jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in arrays]
-    return arrays, None if ids is None else jnp.pad(ids, ((0, 0), (0, pad)))
+    more = 0, -arrays[0].shape[2] % multiple
+    arrays = [pad_axes(x, {2: more}) for x in arrays]
+    return arrays, None if ids is None else pad_axes(ids, {1: more})
 
 
-def front_pad(x, rows: int, axis: int):
-    """Put `rows` zeros before x [...] along an axis."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (rows, 0)
-    return jnp.pad(x, widths)
+def front_pad(x, rows: int):
+    """Put `rows` zeros before arrays [B, A, T, hd] or ids [B, T], along their middle axis."""
+    return pad_axes(x, {x.ndim // 2: (rows, 0)})
 
 
 def after(past, x):
@@ -62,7 +60,7 @@ def _reachable(k, v, ids, past, window: int):
     """k, v and ids (or None) behind the window - 1 rows before them: zeros without a past."""
     if past is not None:
         return [after(a, b) for a, b in zip(past, (k, v, ids), strict=True)]
-    return [None if x is None else front_pad(x, window - 1, x.ndim // 2) for x in (k, v, ids)]
+    return [None if x is None else front_pad(x, window - 1) for x in (k, v, ids)]
 
 
 def _to_blocks(x, block: int):
