@@ -1,10 +1,10 @@
 """Moves of attention heads between the layouts of a model's arrays.
 
 A TPU fills the last axis of every array up to 128 numbers. Heads of 64 are therefore kept in groups
-of n = 2, side by side in L = 128 numbers: arrays [..., G, T, L]. The functions here compute nothing.
-They move numbers, and the derivative of a move is the move back. XLA's copies on TPUs take 3 to 15
-times as long as the numbers need to be read and written (static estimates of libtpu 0.0.42), which
-is why there are Pallas kernels.
+of n = 2, side by side in L = 128 numbers: arrays [..., G, T, L]. The functions here only move
+numbers, and the derivative of a move is the move back. XLA's copies on TPUs take 3 to 15 times as
+long as the numbers need to be read and written (static estimates of libtpu 0.0.42), which is why
+there are Pallas kernels.
 """
 
 from __future__ import annotations
