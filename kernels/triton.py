@@ -6,7 +6,7 @@ here because it serves Ampere as well; both jax 0.10.2 and 0.12.0 compile these 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +24,45 @@ def is_interpreted() -> bool:
 
 def call(
     kernel: Callable,
-    *,
+    name: str,
     grid: tuple[int, ...],
-    inputs: dict,
-    outputs: dict,
-    specs: dict,
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jnp.dtype],
+    *,
+    axes: Mapping[str, str],
+    sizes: Mapping[str, int],
+    blocks: Mapping[str, int | None],
+    place: Callable[..., Mapping[str, jax.Array | int]],
     warps: int,
     stages: int,
-    name: str,
-) -> dict:
-    """`kernel(inputs, outputs)` on dicts of references; the dict of the arrays it writes.
+) -> dict[str, jax.Array]:
+    """Call a kernel over a grid, with references as keyword arguments by the names of arrays.
 
-    outputs: shapes and dtypes by name. specs: blocks of (at least) all inputs and outputs by name.
+    axes: by name of array, a letter for each of its axes. By letter: sizes of the axes of outputs;
+    blocks, how much of an axis a program gets (None: one index, and no axis); and, of the numbers
+    of a program, place, which blocks those are.
     stages: of the software pipeline of a kernel's loops.
+
+    Returns the outputs by name.
     """
 
+    def spec(letters):
+        shape = tuple(blocks[x] for x in letters)
+        return pl.BlockSpec(shape, lambda *program: tuple(place(*program)[x] for x in letters))
+
     def body(inputs, *out_refs):
-        kernel(inputs, dict(zip(outputs, out_refs, strict=True)))
+        kernel(**inputs, **dict(zip(outputs, out_refs, strict=True)))
 
     body.__name__ = name  # what profilers show
     arrays = pl.pallas_call(
         body,
         grid=grid,
-        in_specs=[{key: specs[key] for key in inputs}],
-        out_shape=list(outputs.values()),
-        out_specs=[specs[key] for key in outputs],
+        in_specs=[{key: spec(axes[key]) for key in inputs}],
+        out_shape=[
+            jax.ShapeDtypeStruct(tuple(sizes[x] for x in axes[key]), dtype)
+            for key, dtype in outputs.items()
+        ],
+        out_specs=[spec(axes[key]) for key in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=is_interpreted(),
         name=name,
