@@ -155,9 +155,9 @@ def _run(kernel, plan, arrays, without):
         blocks |= {"t": chunk, "n": None}
 
     def place(program, h, b):
-        rest, j = program // value_blocks, program % value_blocks
-        n, i = rest // key_blocks, rest % key_blocks
-        at = {"b": b, "t": n, "n": n, "c": 0, "s": 0, "g": h // group, "h": h}
+        rest, j = lax.div(program, value_blocks), lax.rem(program, value_blocks)
+        n, i = lax.div(rest, key_blocks), lax.rem(rest, key_blocks)
+        at = {"b": b, "t": n, "n": n, "c": 0, "s": 0, "g": lax.div(h, group), "h": h}
         return at | {"K": i, "V": j, "i": i}
 
     def dtype_of(axes):

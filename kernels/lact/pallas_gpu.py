@@ -266,7 +266,7 @@ def _fused(
     whole = {"g": count, "t": sizes[0], "d": sizes[1], "h": sizes[2], "i": hidden_blocks, "r": 3}
 
     def place(program, g):
-        t, h = program // hidden_blocks, program % hidden_blocks
+        t, h = lax.div(program, hidden_blocks), lax.rem(program, hidden_blocks)
         return {"g": g, "t": t, "d": 0, "h": h, "i": h, "r": 0}
 
     inputs = {name: flat(x, sizes[0], sizes[1]) for name, x in tokens.items()}
