@@ -147,30 +147,31 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
     )
 
 
+def _forward(plan, save_chunks, arrays, keep):
+    """Outputs, and with keep what the backward pass needs; arrays and outputs of `_delta_rule`."""
+    q, k, v, beta, log_decay, document, initial = arrays
+    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
+    wanted = {"with_states": keep or save_chunks is not None, "with_residuals": keep}
+    found = pallas_tpu_forward.forward(plan, q, k, v, rows, initial, **wanted)
+    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
+    outs = found.get("out"), found["final"], saved
+    if not keep:
+        return outs
+    return outs, (q, k, rows, found["states"], found["w"], found["inverse"], document)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _delta_rule(
-    plan: DeltaPlan, save_chunks: int | None, q, k, v, beta, log_decay, document, initial
-):
-    """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks."""
-    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
-    found = pallas_tpu_forward.forward(
-        plan, q, k, v, rows, initial, with_states=save_chunks is not None, with_residuals=False
-    )
-    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
-    return found.get("out"), found["final"], saved
+def _delta_rule(plan: DeltaPlan, save_chunks: int | None, *arrays):
+    """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks.
+
+    arrays: q, k, v [B, T, H n], beta, log_decay [B, T, Hv], document [B, T], initial state.
+    """
+    return _forward(plan, save_chunks, arrays, keep=False)
 
 
-def _delta_rule_forward(plan, save_chunks, *arguments):
-    q, k, v, beta, log_decay, document, initial = (
-        None if x is None else x.value for x in arguments
-    )
-    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
-    found = pallas_tpu_forward.forward(
-        plan, q, k, v, rows, initial, with_states=True, with_residuals=True
-    )
-    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
-    residuals = q, k, rows, found["states"], found["w"], found["inverse"], document
-    return (found.get("out"), found["final"], saved), residuals
+def _delta_rule_forward(plan, save_chunks, *arrays):
+    arrays = [None if x is None else x.value for x in arrays]
+    return _forward(plan, save_chunks, arrays, keep=True)
 
 
 def _delta_rule_backward(plan, save_chunks, residuals, cotangents):
@@ -190,15 +191,8 @@ def _delta_rule_backward(plan, save_chunks, residuals, cotangents):
     )
     d_beta, d_log_decay = pallas_tpu_backward.unpack_gradients(plan, found["d_rows"])
     d_document = None if document is None else np.zeros(document.shape, jax.dtypes.float0)
-    return (
-        found.get("d_q"),
-        found["d_k"],
-        found["d_v"],
-        d_beta,
-        d_log_decay,
-        d_document,
-        found["d_initial"],
-    )
+    d_tokens = found.get("d_q"), found["d_k"], found["d_v"], d_beta, d_log_decay
+    return *d_tokens, d_document, found["d_initial"]
 
 
 def _dense(cotangent):

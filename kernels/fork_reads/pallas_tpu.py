@@ -109,17 +109,13 @@ def _attend_kernel(
             scores = [nt(queries(group), row_k[group]) * scale for group in together]
             scores = [jnp.where(visible, x, _MASKED) for x in scores]
             old = [top[group] for group in together]
-            new_top = [
-                jnp.maximum(a, jnp.max(x, 1, keepdims=True))
-                for a, x in zip(old, scores, strict=True)
-            ]
+            highest = [jnp.max(x, 1, keepdims=True) for x in scores]
+            new_top = [jnp.maximum(a, b) for a, b in zip(old, highest, strict=True)]
             decay = [jnp.exp(a - b) for a, b in zip(old, new_top, strict=True)]
             weights = [jnp.exp(x - b) for x, b in zip(scores, new_top, strict=True)]
             sums = [jnp.sum(x, 1, keepdims=True) for x in weights]
-            found = [
-                nn(x.astype(dtype), row_v[group])
-                for x, group in zip(weights, together, strict=True)
-            ]
+            values = [row_v[group] for group in together]
+            found = [nn(x.astype(dtype), y) for x, y in zip(weights, values, strict=True)]
             for i, group in enumerate(together):
                 top[group] = new_top[i]
                 total[group] = decay[i] * total[group] + sums[i]
@@ -178,6 +174,7 @@ def attend_windows(
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
     own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
+    scalars = where.layer[None], where.row, where.last, where.seen
     found = tpu.call_kernel(
         functools.partial(_attend_kernel, heads, window, block),
         "fork_reads_attention",
@@ -189,12 +186,7 @@ def attend_windows(
             "total": pltpu.VMEM((*rows, 1), jnp.float32),
             "acc": pltpu.VMEM((*rows, size), jnp.float32),
         },
-        scalars={
-            "layer": where.layer[None],
-            "row": where.row,
-            "lasts": where.last,
-            "seens": where.seen,
-        },
+        scalars=dict(zip(("layer", "row", "lasts", "seens"), scalars, strict=True)),
         parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )

@@ -69,7 +69,7 @@ def _update_backward(cotangents, weights, norm, scale, eps_inside):
     return d_base, d_norm
 
 
-def _kernel(plan: LaCTPlan, refs):
+def _kernel(plan: LaCTPlan, **refs):
     row, head = pl.program_id(0), pl.program_id(1)
     chunk, block = plan.chunk_index(pl.program_id(2)), pl.program_id(3)
     last, hidden, dim = plan.chunks - 1, plan.hidden, plan.dim
@@ -391,17 +391,11 @@ def backward(
         scratch[f"{name}_in"] = pltpu.VMEM(shape, jnp.float32)
     if plan.resets:
         scratch |= pair("fresh_d")
-    results = plan.call(
-        _kernel,
-        "lact_backward",
-        scalars=plan.scalars(mean, reset),
-        inputs=inputs,
-        outputs={
-            key: (jax.ShapeDtypeStruct(shape, dtype), spec)
-            for key, (shape, dtype, spec) in outputs.items()
-        },
-        scratch=scratch,
-    )
+    outputs = {
+        key: (jax.ShapeDtypeStruct(shape, dtype), spec)
+        for key, (shape, dtype, spec) in outputs.items()
+    }
+    results = plan.call(_kernel, "lact_backward", mean, reset, inputs, outputs, scratch)
 
     def gather(name):
         return Weights(*(results[f"d_{name}{i}"] for i in range(3)))

@@ -32,7 +32,7 @@ def _row(column):
     return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
 
 
-def _kernel(plan: LaCTPlan, refs):
+def _kernel(plan: LaCTPlan, **refs):
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
     last = plan.chunks - 1
     w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
@@ -262,13 +262,6 @@ def forward(
             "a02": pltpu.VMEM(stacked, jnp.float32),
             "a1": pltpu.VMEM(flat, jnp.float32),
         }
-    results = plan.call(
-        _kernel,
-        "lact_forward",
-        scalars=plan.scalars(mean, reset),
-        inputs=inputs,
-        outputs=outputs,
-        scratch=scratch,
-    )
+    results = plan.call(_kernel, "lact_forward", mean, reset, inputs, outputs, scratch)
     states = {name: Weights(*(results[f"{name}_out{i}"] for i in range(3))) for name in plan.groups}
     return results["out"], FastState(**states), results.get("scales")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -111,15 +112,6 @@ class LaCTPlan:
         ]
         return [*pairs, (1, rows(0, self.dim), w1)]
 
-    def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
-        """What goes to scalar memory: mean momentum [B N H], resets [B N]."""
-        scalars = {}
-        if self.momentum:
-            scalars["mean"] = mean.astype(jnp.float32).reshape(-1)
-        if self.resets:
-            scalars["reset"] = reset.astype(jnp.int32).reshape(-1)
-        return scalars
-
     def chunk_index(self, step: jax.Array | int) -> jax.Array | int:
         """Return the chunk at work in a step (a scalar) of the grid's chunk axis."""
         return self.chunks - 1 - step if self.reverse else step
@@ -166,25 +158,17 @@ class LaCTPlan:
         """One block a head of [H, ...] with two more axes."""
         return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
 
-    def call(
-        self,
-        kernel: Callable,
-        name: str,
-        *,
-        scalars: dict[str, jax.Array],
-        inputs: dict[str, tuple[jax.Array, pl.BlockSpec]],
-        outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-        scratch: dict,
-    ) -> dict[str, jax.Array]:
-        """Run `kernel(plan, refs)`, references by name, over all chunks; the outputs by name."""
-        return tpu.call_kernel(
-            lambda **refs: kernel(self, refs),
-            name,
-            (self.batch, self.heads, self.chunks, self.blocks),
-            inputs,
-            outputs,
-            scratch,
-            scalars=scalars,
-            parallel=2,
-            vmem=1.0,
-        )
+    def call(self, kernel, name: str, mean, reset, inputs, outputs, scratch) -> dict:
+        """Run `kernel(plan, **references)` over all chunks; the outputs by name.
+
+        mean, reset: the mean momentum [B, N, H] and resets [B, N] (or None), which go to scalar
+        memory. inputs, outputs, scratch: as `tpu.call_kernel` takes them.
+        """
+        scalars = {}
+        if self.momentum:
+            scalars["mean"] = mean.astype(jnp.float32).reshape(-1)
+        if self.resets:
+            scalars["reset"] = reset.astype(jnp.int32).reshape(-1)
+        grid = self.batch, self.heads, self.chunks, self.blocks
+        arguments = functools.partial(kernel, self), name, grid, inputs, outputs, scratch
+        return tpu.call_kernel(*arguments, scalars=scalars, parallel=2, vmem=1.0)

@@ -35,6 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 from refine_jax.kernels import tpu
 from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
+from refine_jax.kernels.window_attention.xla import behind
 
 _LANES = 128
 _BLOCK = 1024  # most tokens of a block: of 256, 512 and 1024 the fastest, by static estimates
@@ -403,40 +404,28 @@ def _attend_backward(plan, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def window_attention_tpu(
-    q, k, v, ids, past, window: int, heads: int, block: int | None = None
-) -> jax.Array:
+def window_attention_tpu(q, k, v, ids, past, window: int, heads: int) -> jax.Array:
     """`window_attention` of api.py; on a CPU in interpret mode, for tests.
 
     q, k, v: [B, G, T, L] in one dtype, `heads` heads in a group. ids: [B, T] int32, of a token's
     document, 0 at padding; None: one document. past: keys and values [B, G, W - 1, L] and ids
-    [B, W - 1] of the tokens before the first; ids must be given then. block: tokens of a block.
+    [B, W - 1] of the tokens before the first; ids must be given then.
     Returns [B, G, T, L], 0 at padding.
     """
     num_tokens = q.shape[2]
-    block = block or min(_BLOCK, *(-(-size // _LANES) * _LANES for size in (window, num_tokens)))
+    block = min(_BLOCK, *(-(-size // _LANES) * _LANES for size in (window, num_tokens)))
     before = 0 if past is None else -(-(window - 1) // block)
     after = -num_tokens % block
     key_ids = ids
     if past is not None:
-        k, v, key_ids = (
-            jnp.concatenate([a, b], axis=b.ndim // 2)
-            for a, b in zip(past, (k, v, ids), strict=True)
-        )
+        k, v, key_ids = (behind(a, b) for a, b in zip(past, (k, v, ids), strict=True))
     front = before * block - (0 if past is None else window - 1)
     q = pad_axes(q, {2: (0, after)})
     k, v = (pad_axes(x, {2: (front, after)}) for x in (k, v))
     if key_ids is not None:
         # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
         key_ids = pad_axes(key_ids, {1: (front, after)}).astype(jnp.float32)[:, None]
-    plan = _Plan(
-        heads=heads,
-        size=q.shape[-1],
-        block=block,
-        window=window,
-        past=before,
-        own=q.shape[2] // block,
-        by_document=ids is not None,
-    )
+    own = q.shape[2] // block
+    plan = _Plan(heads, q.shape[-1], block, window, before, own, by_document=ids is not None)
     out = _attend(plan, q, k, v, key_ids)[:, :, :num_tokens]
     return out if ids is None else jnp.where((ids > 0)[:, None, :, None], out, 0)

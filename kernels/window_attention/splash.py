@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from refine_jax.kernels import heads
 from refine_jax.kernels.device import backend
-from refine_jax.kernels.window_attention.xla import after, front_pad, pad_tokens
+from refine_jax.kernels.window_attention.xla import behind, front_pad, pad_tokens
 
 _SPLASH_BLOCK = 1024  # and no larger than the window, as whole blocks are computed
 _SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with the square
@@ -70,7 +70,7 @@ def window_attention_splash(q, k, v, ids, past, window, heads_per_group):
             k, v, key_ids = (front_pad(x, num_past) for x in (k, v, ids))
         else:
             past = [front_pad(x, num_past - (window - 1)) for x in past]
-            k, v, key_ids = (after(a, b) for a, b in zip(past, (k, v, ids), strict=True))
+            k, v, key_ids = (behind(a, b) for a, b in zip(past, (k, v, ids), strict=True))
     if count > 1:
         q, ids = (_to_pieces(x, size, 0) for x in (q, ids))
         k, v, key_ids = (_to_pieces(x, size, num_past) for x in (k, v, key_ids))

@@ -39,7 +39,7 @@ def front_pad(x, rows: int):
     return pad_axes(x, {x.ndim // 2: (rows, 0)})
 
 
-def after(past, x):
+def behind(past, x):
     """Put arrays [B, A, T, hd] or ids [B, T] behind their past, along their middle axis."""
     return jnp.concatenate([past, x], axis=x.ndim // 2)
 
@@ -59,7 +59,7 @@ def _visible(start, size: int, window: int, ids) -> jax.Array:
 def _reachable(k, v, ids, past, window: int):
     """k, v and ids (or None) behind the window - 1 rows before them: zeros without a past."""
     if past is not None:
-        return [after(a, b) for a, b in zip(past, (k, v, ids), strict=True)]
+        return [behind(a, b) for a, b in zip(past, (k, v, ids), strict=True)]
     return [None if x is None else front_pad(x, window - 1) for x in (k, v, ids)]
 
 
