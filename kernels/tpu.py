@@ -43,7 +43,7 @@ def call_kernel(
     name: str,
     grid: tuple[int, ...],
     inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]],
-    outputs: Mapping[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
+    outputs: Mapping[str, tuple[tuple[int, ...], jnp.dtype, pl.BlockSpec]],
     scratch: Mapping[str, Any] | None = None,
     *,
     scalars: Mapping[str, jax.Array] | None = None,
@@ -56,7 +56,7 @@ def call_kernel(
 
     kernel: takes references as keyword arguments, by the names of scalars, inputs, outputs and
         scratch.
-    inputs: arrays [...] with their blocks. outputs: shapes with their blocks.
+    inputs: arrays [...] with their blocks. outputs: shapes and dtypes with their blocks.
     scalars: integers [n] that are there before the kernel begins; index maps of blocks get them
         behind the place in the grid.
     parallel: leading axes of the grid that cores may share; the others go in their order.
@@ -79,10 +79,10 @@ def call_kernel(
             num_scalar_prefetch=len(scalars),
             grid=grid,
             in_specs=[spec for _, spec in inputs.values()],
-            out_specs=[spec for _, spec in outputs.values()],
+            out_specs=[spec for *_, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[shape for shape, _ in outputs.values()],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
         input_output_aliases={taken.index(x): written.index(y) for x, y in in_place.items()},
         cost_estimate=None if moved is None else pl.CostEstimate(0, 0, moved),
         compiler_params=pltpu.CompilerParams(

@@ -284,21 +284,21 @@ def _forward(span, h, w, targets, blocks, vocabulary, for_gradient=None):
     of_words = pl.BlockSpec((words, size), lambda i, j, s: (j, 0))
     of_span = pl.BlockSpec((tokens, _LANES), lambda i, j, s: (i, 0))
     inputs = {"h": (h, of_all(size)), "w": (w, of_words), "target": (targets, of_all(_LANES))}
-    outputs = {"stats": (jax.ShapeDtypeStruct((blocks.span, _LANES), jnp.float32), of_span)}
+    outputs = {"stats": ((blocks.span, _LANES), jnp.float32, of_span)}
     scratch = {name: pltpu.VMEM((tokens, _LANES), jnp.float32) for name in "msut"}
     if for_gradient is not None:
         chosen_rows, weights, dh = for_gradient
-        exponentials = jax.ShapeDtypeStruct((blocks.span, w.shape[0]), h.dtype)
-        tops = jax.ShapeDtypeStruct((grid[1], blocks.span, _LANES), jnp.float32)
+        of_both = pl.BlockSpec((tokens, words), lambda i, j, s: (i, j))
+        of_tops = pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0))
         inputs |= {
             "chosen_rows": (chosen_rows, of_all(size)),
             "weight": (weights, of_all(_LANES)),
             "old": (dh, pl.BlockSpec(memory_space=pl.ANY)),
         }
         outputs |= {
-            "e": (exponentials, pl.BlockSpec((tokens, words), lambda i, j, s: (i, j))),
-            "top": (tops, pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0))),
-            "dh": (jax.ShapeDtypeStruct(h.shape, h.dtype), of_all(size)),
+            "e": ((blocks.span, w.shape[0]), h.dtype, of_both),
+            "top": ((grid[1], blocks.span, _LANES), jnp.float32, of_tops),
+            "dh": (h.shape, h.dtype, of_all(size)),
         }
         scratch["acc"] = pltpu.VMEM((tokens, size), jnp.float32)
     return tpu.call_kernel(
@@ -346,7 +346,7 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
         "cross_entropy_head",
         grid,
         inputs,
-        {"out": (jax.ShapeDtypeStruct(total.shape, jnp.float32), head)},
+        {"out": (total.shape, jnp.float32, head)},
         scalars={"span": span},
         parallel=1,
         vmem=15 / 16,

@@ -251,15 +251,10 @@ def forward(plan: DeltaPlan, q, k, v, rows, initial, *, with_states: bool, with_
     return run(_forward_kernel, plan, "delta_rule_forward", inputs, outputs, scratch)
 
 
-def run(kernel, plan: DeltaPlan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
-    """Call a kernel over the programs of a plan. outputs: {name: (shape, dtype, blocks)}."""
-    outputs = {
-        key: (jax.ShapeDtypeStruct(shape, dtype), spec)
-        for key, (shape, dtype, spec) in outputs.items()
-    }
+def run(kernel, plan: DeltaPlan, name: str, *arrays: dict) -> dict:
+    """Call a kernel over the programs of a plan; inputs, outputs, scratch as `call_kernel` does."""
     kernel = functools.partial(kernel, plan)
-    arguments = kernel, name, plan.grid, inputs, outputs, scratch
-    return tpu.call_kernel(*arguments, parallel=2, vmem=15 / 16)
+    return tpu.call_kernel(kernel, name, plan.grid, *arrays, parallel=2, vmem=15 / 16)
 
 
 def pack_scalars(plan: DeltaPlan, beta, log_decay, document) -> jax.Array:

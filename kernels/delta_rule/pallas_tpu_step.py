@@ -83,8 +83,8 @@ def _step(q, k, v, beta, log_decay, state, scale):
     inputs |= {name: (lanes(x), row) for name, x in gates.items() if x is not None}
     inputs["state"] = flat(state, key_dim, value_dim), states
     outputs = {
-        "out": (jax.ShapeDtypeStruct((padded, value_dim), v.dtype), row),
-        "new": (jax.ShapeDtypeStruct((padded, key_dim, value_dim), jnp.float32), states),
+        "out": ((padded, value_dim), v.dtype, row),
+        "new": ((padded, key_dim, value_dim), jnp.float32, states),
     }
     found = tpu.call_kernel(
         functools.partial(_kernel, scale),

@@ -170,7 +170,7 @@ def attend_windows(
         return fork, 0, 0, 0
 
     tokens = pl.BlockSpec((None, None, groups, block, size), of_row)
-    shape = jax.ShapeDtypeStruct((forks, groups, num_new, size), padded.dtype)
+    shape = forks, groups, num_new, size
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
     own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
@@ -180,7 +180,7 @@ def attend_windows(
         "fork_reads_attention",
         (forks, steps),
         {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
-        {"out": (shape, pl.BlockSpec((None, groups, num_new, size), of_fork))},
+        {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))},
         {
             "top": pltpu.VMEM((*rows, 1), jnp.float32),
             "total": pltpu.VMEM((*rows, 1), jnp.float32),
@@ -222,7 +222,7 @@ def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
         "fork_reads_weights",
         (heads, forks),
         {"q": (padded, tokens)} | inputs,
-        {"out": (jax.ShapeDtypeStruct(padded.shape, q.dtype), tokens)},
+        {"out": (padded.shape, q.dtype, tokens)},
         scalars={"layer": where.layer[None], "row": where.row, "chunk": where.chunk},
         parallel=1,
         moved=forks * sum(w[0, 0, 0].size * w.dtype.itemsize for w in weights),

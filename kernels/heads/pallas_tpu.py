@@ -39,7 +39,7 @@ def _of_head(shape: tuple[int, int], count: int, index: int) -> jax.Array:
 
 def _call(kernel, name: str, grid, x, block, shape, out_block) -> jax.Array:
     """Run a kernel of references x and out for an array like x of another shape."""
-    outputs = {"out": (jax.ShapeDtypeStruct(shape, x.dtype), out_block)}
+    outputs = {"out": (shape, x.dtype, out_block)}
     return tpu.call_kernel(kernel, name, grid, {"x": (x, block)}, outputs, vmem=None)["out"]
 
 

@@ -391,10 +391,6 @@ def backward(
         scratch[f"{name}_in"] = pltpu.VMEM(shape, jnp.float32)
     if plan.resets:
         scratch |= pair("fresh_d")
-    outputs = {
-        key: (jax.ShapeDtypeStruct(shape, dtype), spec)
-        for key, (shape, dtype, spec) in outputs.items()
-    }
     results = plan.call(_kernel, "lact_backward", mean, reset, inputs, outputs, scratch)
 
     def gather(name):

@@ -232,16 +232,15 @@ def forward(
     inputs |= {f"norm{i}": (norm, plan.head_spec(norm)) for i, norm in enumerate(norms)}
     inputs |= {f"fresh{i}": (w, in_hbm) for i, w in enumerate(fresh)}
 
-    outputs = {"out": (jax.ShapeDtypeStruct(q.shape, operand), plan.token_spec())}
+    outputs = {"out": (q.shape, operand, plan.token_spec())}
     lead = (plan.batch, plan.chunks, plan.heads)
     square = (plan.hidden, plan.dim)
     for name in plan.groups:
         for i, shape in enumerate((square, flat, square)):
-            outputs[f"{name}_out{i}"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), in_hbm)
+            outputs[f"{name}_out{i}"] = ((*lead, *shape), jnp.float32, in_hbm)
     if plan.save_scales:
         shape = (3, max(plan.hidden, plan.dim))
-        scales = jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
-        outputs["scales"] = scales, plan.chunk_spec(shape)
+        outputs["scales"] = (*lead, *shape), jnp.float32, plan.chunk_spec(shape)
 
     parities = 2 if plan.momentum else 1
     scratch = {

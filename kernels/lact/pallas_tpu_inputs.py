@@ -218,10 +218,11 @@ def _call(plan: InputsPlan, kernel, name: str, q, groups, chunks, scales, tables
     inputs |= {name: (x, table) for name, x in zip(("cos", "sin"), tables, strict=True)}
     slots = batch, tokens // plan.chunk, plan.heads, plan.chunk, width
     kinds = {
-        "groups": (jax.ShapeDtypeStruct(q.shape, q.dtype), by_group),
-        "chunks": (jax.ShapeDtypeStruct(slots, q.dtype), by_chunk),
+        "groups": (q.shape, q.dtype, by_group),
+        "chunks": (slots, q.dtype, by_chunk),
         "scales": (
-            jax.ShapeDtypeStruct((batch, steps, plan.heads, 4, width), jnp.float32),
+            (batch, steps, plan.heads, 4, width),
+            jnp.float32,
             pl.BlockSpec((None, None, None, 4, width), lambda b, t, h: (b, t, h, 0, 0)),
         ),
     }

@@ -97,10 +97,10 @@ def _call(plan: OutputsPlan, kernel, name: str, fast, scale, weight, groups, out
     }
     steps_shape = batch, steps, heads, 1, width
     kinds = {
-        "out": (jax.ShapeDtypeStruct(groups.shape, groups.dtype), by_group),
-        "d_fast": (jax.ShapeDtypeStruct(fast.shape, fast.dtype), by_chunk),
-        "d_scale": (jax.ShapeDtypeStruct(scale.shape, jnp.float32), by_token),
-        "d_weight": (jax.ShapeDtypeStruct(steps_shape, jnp.float32), by_step),
+        "out": (groups.shape, groups.dtype, by_group),
+        "d_fast": (fast.shape, fast.dtype, by_chunk),
+        "d_scale": (scale.shape, jnp.float32, by_token),
+        "d_weight": (steps_shape, jnp.float32, by_step),
     }
     found = {name: kinds[name] for name in outputs}
     grid = batch, steps, heads

@@ -73,9 +73,8 @@ def _call(
 
     def output(key):
         if key in _SUMS:
-            matrix = getattr(weights["w"], f"w{key[1]}")
-            shape = jax.ShapeDtypeStruct(matrix.shape, jnp.float32)
-            return shape, tall if key == "o1" else wide
+            shape = weights["w"][_SUMS.index(key)].shape
+            return shape, jnp.float32, tall if key == "o1" else wide
         # A tile's share is rounded only where it is all.
         whole, dtype = by_token, some.dtype if num_tiles == 1 else jnp.float32
         shape = num_tiles, lead, chunk, dim
@@ -84,7 +83,7 @@ def _call(
         share = pl.BlockSpec(
             (None, *whole.block_shape), lambda i, f, j: (f, *whole.index_map(i, f, j))
         )
-        return jax.ShapeDtypeStruct(shape, dtype), share
+        return shape, dtype, share
 
     rows = {"stack": 2 * num_weights, "stack1": num_weights, "sum1t": 1}
     shapes = {key: (count * hidden, dim) for key, count in rows.items()}

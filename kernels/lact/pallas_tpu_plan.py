@@ -116,7 +116,11 @@ class LaCTPlan:
         """Return the chunk at work in a step (a scalar) of the grid's chunk axis."""
         return self.chunks - 1 - step if self.reverse else step
 
-    def _clip(self, chunk, block):
+    def _place(self, step, block, clip):
+        """The chunk of a step and its block; with clip, of what the last chunk does not read."""
+        chunk = self.chunk_index(step)
+        if not clip:
+            return chunk, block
         # The last chunk makes no update. Its keys and values stay where they are: the blocks of
         # the neighbour in time, which are in VMEM already.
         final = max(self.chunks - 2, 0)
@@ -127,9 +131,7 @@ class LaCTPlan:
         """Blocks of [B, N, H, C, d]."""
 
         def index(b, h, n, j, *_):
-            n = self.chunk_index(n)
-            if clip:
-                n, j = self._clip(n, j)
+            n, j = self._place(n, j, clip)
             return b, n, h, j, 0
 
         return pl.BlockSpec((None, None, None, self.block, self.dim), index)
@@ -138,9 +140,7 @@ class LaCTPlan:
         """Blocks of [B, N, H, 3, C]."""
 
         def index(b, h, n, j, *_):
-            n = self.chunk_index(n)
-            if clip:
-                n, j = self._clip(n, j)
+            n, j = self._place(n, j, clip)
             return b, n, h, 0, j
 
         return pl.BlockSpec((None, None, None, 3, self.block), index)

@@ -315,8 +315,8 @@ def _forward(plan: _Plan, q, k, v, ids):
         scratch["key_ids"] = pltpu.VMEM((plan.ring, plan.block, _LANES), jnp.float32)
     rows = (*q.shape[:2], plan.heads, q.shape[2])
     outputs = {
-        "out": (jax.ShapeDtypeStruct(q.shape, q.dtype), tokens),
-        "log_total": (jax.ShapeDtypeStruct(rows, jnp.float32), _row_spec(plan, own)),
+        "out": (q.shape, q.dtype, tokens),
+        "log_total": (rows, jnp.float32, _row_spec(plan, own)),
     }
     results = tpu.call_kernel(
         functools.partial(_forward_kernel, plan),
@@ -370,9 +370,9 @@ def _backward(plan: _Plan, q, k, v, ids, out, log_total, d_out):
         scratch["query_ids"] = pltpu.VMEM((plan.ring, 1, plan.block), jnp.float32)
         scratch["key_ids"] = pltpu.VMEM((plan.block, _LANES), jnp.float32)
     outputs = {
-        "dq": (jax.ShapeDtypeStruct(q.shape, q.dtype), _token_spec(plan, oldest_own)),
-        "dk": (jax.ShapeDtypeStruct(k.shape, k.dtype), keys),
-        "dv": (jax.ShapeDtypeStruct(v.shape, v.dtype), keys),
+        "dq": (q.shape, q.dtype, _token_spec(plan, oldest_own)),
+        "dk": (k.shape, k.dtype, keys),
+        "dv": (v.shape, v.dtype, keys),
     }
     results = tpu.call_kernel(
         functools.partial(_backward_kernel, plan),
