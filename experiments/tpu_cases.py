@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from refine_jax.kernels.cross_entropy import next_token_loss
 from refine_jax.kernels.cross_entropy.specs import BENCH_SPECS as CROSS_ENTROPY_SPECS
-from refine_jax.kernels.cross_entropy.specs import Spec as CrossEntropySpec
+from refine_jax.kernels.cross_entropy.specs import CrossEntropySpec
 from refine_jax.kernels.delta_rule import delta_rule, delta_step
-from refine_jax.kernels.delta_rule.specs import Spec as DeltaSpec
+from refine_jax.kernels.delta_rule.specs import DeltaSpec
 from refine_jax.kernels.fork_reads import (
     ForkRows,
     Reach,
@@ -32,7 +32,6 @@ from refine_jax.kernels.fork_reads import (
     read_weights,
 )
 from refine_jax.kernels.lact import (
-    FastState,
     Options,
     Weights,
     apply_fast_weights,
@@ -41,7 +40,9 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
-from refine_jax.models.attention import window_attention
+from refine_jax.kernels.window_attention import window_attention
+from refine_jax.kernels.window_attention.specs import BENCH_SPECS as ATTENTION_SPECS
+from refine_jax.kernels.window_attention.specs import WindowAttentionSpec
 
 PALLAS = "pallas_tpu"
 
@@ -190,25 +191,23 @@ def _lact_cases(name, tokens, d, heads=4, chunk=2048) -> tuple[Case, Case]:
     return _forward_and_backward(name, shape, forward, args, flops)
 
 
-def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, continued=False, **options) -> Case:
+def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, resets=False, **options) -> Case:
     """LaCT's fast weights as no published model has them, two chunks forward and backward.
 
-    continued: begins with a carried state, documents begin at chunks, and the states' cotangents
-    are given too.
+    resets: documents begin at chunks, and the states' cotangents are given too.
     """
     heads, count, chunk = 4, 2, 2048
     hidden, options = hidden or d, Options(**options)
 
     def forward(implementation):
-        def run(q, k, v, rates, momentum, weights, carry, begins):
+        def run(q, k, v, rates, momentum, weights, begins):
             out, states = lact(
                 *(q, k, v, rates, momentum, weights),
-                carry=carry,
                 reset=None if begins is None else begins > 0,
                 options=options,
                 implementation=implementation,
             )
-            return (out, states) if continued else out
+            return (out, states) if resets else out
 
         return run
 
@@ -216,15 +215,11 @@ def _lact_further(name, d, hidden=None, dtype=jnp.bfloat16, continued=False, **o
     token = _array(*slots, d, dtype=dtype)
     shapes = (heads, hidden, d), (heads, d, hidden), (heads, hidden, d)
     weights = Weights(*(_array(*shape) for shape in shapes))
-    carry = begins = None
-    if continued:
-        state = Weights(*(_array(1, *shape) for shape in shapes))
-        carry = FastState(state, state, state if options.prenorm else None)
-        begins = _array(1, count)
+    begins = _array(1, count) if resets else None
     arrays = (token, token, token, _array(*slots, 3, 1), _array(*slots))
     flops = 2 * heads * chunk * d * hidden * (3 * count + 6 * (count - 1))
     shape = f"B 1, {count} chunks of {chunk}, {heads} heads, d = {d}, F = {hidden}, momentum"
-    args = (*arrays, weights, carry, begins)
+    args = (*arrays, weights, begins)
     return _forward_and_backward(name, shape, forward, args, flops)[1]
 
 
@@ -292,25 +287,26 @@ def _cross_entropy(spec: CrossEntropySpec) -> Case:
     return Case(spec.name, shape, function, args, spec.flops())
 
 
-def _attention_cases(name, tokens, heads=24, size=64, window=2048) -> tuple[Case, Case]:
-    """The window attention of LaCT-760M: one full row, bfloat16, heads two and two side by side.
-
-    Two products of 2 W hd operations for every query and head that has a whole window before it.
-    """
+def _attention_cases(spec: WindowAttentionSpec) -> tuple[Case, Case]:
+    """Window attention of one full row, bfloat16."""
+    heads = spec.heads_per_group
 
     def forward(implementation):
         def run(q, k, v):
             return window_attention(
-                q, k, v, window, heads_per_group=2, implementation=implementation
+                q, k, v, spec.window, heads_per_group=heads, implementation=implementation
             )
 
         return run
 
-    row = _array(1, heads // 2, tokens, 2 * size, dtype=jnp.bfloat16)
-    pairs = tokens * window - window * (window - 1) // 2  # queries and the keys that they see
-    shape = f"B 1, T {tokens}, {heads} heads of {size}, window {window}, bfloat16"
-    flops = 2 * 2 * heads * pairs * size
-    return _forward_and_backward(name, shape, forward, (row, row, row), flops)
+    shape = spec.batch, spec.heads // heads, spec.tokens, heads * spec.head_dim
+    row = _array(*shape, dtype=jnp.bfloat16)
+    shape = (
+        f"B {spec.batch}, T {spec.tokens}, {spec.heads} heads of {spec.head_dim}, "
+        f"window {spec.window}, bfloat16"
+    )
+    name = spec.name + "_{}_16k"
+    return _forward_and_backward(name, shape, forward, (row, row, row), spec.flops())
 
 
 def _lact_inputs_cases(name, tokens, groups=12, heads=4, chunk=2048) -> tuple[Case, Case]:
@@ -415,13 +411,13 @@ _ALL = (
     _lact_further("lact_float32", 384, dtype=jnp.float32),
     _lact_further("lact_odd_size", 320, 480),
     _lact_further("lact_muon", 384, muon="bfloat16"),
-    _lact_further("lact_prenorm_resets_carry", 384, prenorm=True, continued=True),
-    _lact_further("lact3b_prenorm_resets_carry", 768, prenorm=True, continued=True),
+    _lact_further("lact_prenorm_resets", 384, prenorm=True, resets=True),
+    _lact_further("lact3b_prenorm_resets", 768, prenorm=True, resets=True),
     _delta_decode("delta_decode", 8),
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),
     *map(_cross_entropy, CROSS_ENTROPY_SPECS),
-    *_attention_cases("window_attention_{}_16k", 16384),
+    *_attention_cases(*ATTENTION_SPECS),
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
     *_lact_outputs_cases("lact_outputs_{}_16k", 16384),
     *_fork_reads_cases("fork_{}_16k", 16384),

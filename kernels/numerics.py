@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,14 @@ def _dot_backward(spec, dtype, operands, cotangent):
 
 
 dot.defvjp(_dot_forward, _dot_backward)
+
+
+def pad_axes(x: jax.Array, widths: Mapping[int, tuple[int, int]]) -> jax.Array:
+    """Put zeros around x [...]: before and behind it along each axis that is named."""
+    by_axis = [(0, 0)] * x.ndim
+    for axis, width in widths.items():
+        by_axis[axis] = width
+    return jnp.pad(x, by_axis) if any(map(any, by_axis)) else x
 
 
 def drop_unit_axes(x: jax.Array, keep: int) -> jax.Array:

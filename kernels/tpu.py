@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,40 +41,58 @@ def vmem_bytes() -> int:
 def call_kernel(
     kernel: Callable,
     name: str,
-    grid: tuple[int, int, int],
-    inputs: Iterable[tuple[jax.Array, pl.BlockSpec]],
-    outputs: Iterable[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-    scratch: Iterable[Any] = (),
-    scalars: Iterable[jax.Array] = (),
+    grid: tuple[int, ...],
+    inputs: Mapping[str, tuple[jax.Array, pl.BlockSpec]],
+    outputs: Mapping[str, tuple[tuple[int, ...], jnp.dtype, pl.BlockSpec]],
+    scratch: Mapping[str, Any] | None = None,
+    *,
+    scalars: Mapping[str, jax.Array] | None = None,
+    parallel: int = 0,
+    vmem: float | None = 7 / 8,
     moved: int | None = None,
-) -> list[jax.Array]:
-    """Call a kernel over a grid whose last axis goes in its order, with most of the vector memory.
+    in_place: Mapping[str, str] | None = None,
+) -> dict[str, jax.Array]:
+    """Call a kernel over a grid on a TPU; elsewhere it is interpreted.
 
-    kernel: takes references to the scalars, the inputs, the outputs and the scratch, in this order.
-    inputs: arrays [...] with their blocks. outputs: shapes with their blocks. scalars: integers [n]
-    that are there before the kernel begins, also for the index maps of the blocks. moved: bytes
-    that it reads and writes, where these are not those of whole arrays.
+    kernel: takes references as keyword arguments, by the names of scalars, inputs, outputs and
+        scratch.
+    inputs: arrays [...] with their blocks. outputs: shapes and dtypes with their blocks.
+    scalars: integers [n] that are there before the kernel begins; index maps of blocks get them
+        behind the place in the grid.
+    parallel: leading axes of the grid that cores may share; the others go in their order.
+    vmem: share of the vector memory that the kernel may use; None leaves it to the compiler.
+    moved: bytes that the kernel reads and writes, where these are not those of whole arrays.
+    in_place: outputs that take the memory of an input, as {input: output}.
+
+    Returns the outputs by name.
     """
-    scalars, inputs, outputs = list(scalars), list(inputs), list(outputs)
-    cost = None if moved is None else pl.CostEstimate(0, 0, moved)
-    return pl.pallas_call(
-        kernel,
+    scratch, scalars, in_place = scratch or {}, scalars or {}, in_place or {}
+    names = (*scalars, *inputs, *outputs, *scratch)
+    taken, written = (*scalars, *inputs), tuple(outputs)
+
+    def body(*refs):
+        kernel(**dict(zip(names, refs, strict=True)))
+
+    results = pl.pallas_call(
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=grid,
-            in_specs=[spec for _, spec in inputs],
-            out_specs=[spec for _, spec in outputs],
-            scratch_shapes=list(scratch),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[spec for *_, spec in outputs.values()],
+            scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[shape for shape, _ in outputs],
-        cost_estimate=cost,
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
+        input_output_aliases={taken.index(x): written.index(y) for x, y in in_place.items()},
+        cost_estimate=None if moved is None else pl.CostEstimate(0, 0, moved),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes() * 7 // 8,
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            vmem_limit_bytes=None if vmem is None else int(vmem_bytes() * vmem),
         ),
         interpret=interpret_mode(),
         name=name,
-    )(*scalars, *(array for array, _ in inputs))
+    )(*scalars.values(), *(array for array, _ in inputs.values()))
+    return dict(zip(outputs, results, strict=True))
 
 
 def blocks(op: str, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ here because it serves Ampere as well; both jax 0.10.2 and 0.12.0 compile these 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,31 +24,45 @@ def is_interpreted() -> bool:
 
 def call(
     kernel: Callable,
-    *,
+    name: str,
     grid: tuple[int, ...],
-    inputs: dict,
-    outputs: dict,
-    specs: dict,
+    inputs: Mapping[str, jax.Array],
+    outputs: Mapping[str, jnp.dtype],
+    *,
+    axes: Mapping[str, str],
+    sizes: Mapping[str, int],
+    blocks: Mapping[str, int | None],
+    place: Callable[..., Mapping[str, jax.Array | int]],
     warps: int,
     stages: int,
-    name: str,
-) -> dict:
-    """`kernel(inputs, outputs)` on dicts of references; the dict of the arrays it writes.
+) -> dict[str, jax.Array]:
+    """Call a kernel over a grid, with references as keyword arguments by the names of arrays.
 
-    outputs: shapes and dtypes by name. specs: blocks of (at least) all inputs and outputs by name.
+    axes: by name of array, a letter for each of its axes. By letter: sizes of the axes of outputs;
+    blocks, how much of an axis a program gets (None: one index, and no axis); and, of the numbers
+    of a program, place, which blocks those are.
     stages: of the software pipeline of a kernel's loops.
+
+    Returns the outputs by name.
     """
 
+    def spec(letters):
+        shape = tuple(blocks[x] for x in letters)
+        return pl.BlockSpec(shape, lambda *program: tuple(place(*program)[x] for x in letters))
+
     def body(inputs, *out_refs):
-        kernel(inputs, dict(zip(outputs, out_refs, strict=True)))
+        kernel(**inputs, **dict(zip(outputs, out_refs, strict=True)))
 
     body.__name__ = name  # what profilers show
     arrays = pl.pallas_call(
         body,
         grid=grid,
-        in_specs=[{key: specs[key] for key in inputs}],
-        out_shape=list(outputs.values()),
-        out_specs=[specs[key] for key in outputs],
+        in_specs=[{key: spec(axes[key]) for key in inputs}],
+        out_shape=[
+            jax.ShapeDtypeStruct(tuple(sizes[x] for x in axes[key]), dtype)
+            for key, dtype in outputs.items()
+        ],
+        out_specs=[spec(axes[key]) for key in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=is_interpreted(),
         name=name,
@@ -76,17 +90,24 @@ def dot(
     )
 
 
+def mask_dot(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Compute `mask @ x` of a Boolean mask [m, n] and x [n, p] float32, to float32 precision.
+
+    A float32 number is the sum of three bfloat16 numbers, so three products on tensor cores do it.
+    Cutting bits off, rather than casts there and back, because compilers take out pairs of casts.
+    """
+    mask = mask.astype(jnp.bfloat16)
+    sums = 0.0
+    for _ in range(3):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & -65536
+        head = lax.bitcast_convert_type(bits, jnp.float32)
+        sums += dot(mask, head.astype(jnp.bfloat16))
+        x -= head
+    return sums
+
+
 def rounded_size(size: int, largest_block: int) -> int:
     """`size` filled up to a power of two of at least 16, or a multiple of `largest_block`."""
     if size > largest_block:
         return -(-size // largest_block) * largest_block
     return max(16, 1 << (size - 1).bit_length())
-
-
-def pad_axis(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Fill x [...] with zeros behind its axis `axis` up to `size`."""
-    if x.shape[axis] == size:
-        return x
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pads)

@@ -51,6 +51,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.cross_entropy.reference import TokenStats
+from refine_jax.kernels.numerics import pad_axes
+from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
@@ -94,30 +96,17 @@ def _by_rows(tokens: int, rows: int):
     return run
 
 
-def _dot(a, b, contracted):
-    """The product over axis contracted[0] of `a` and contracted[1] of `b`, in float32."""
-    return lax.dot_general(
-        a,
-        b,
-        ((contracted[:1], contracted[1:]), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool):
+def _forward_kernel(
+    vocabulary: int, rows: int, *, h, w, target, stats, m, s, u, t, acc=None, **of_gradient
+):
     """Grid (tokens, words), words innermost.
 
-    In: h [n, D], w [v, D], target [n, 128] (all lanes equal); with the gradient also head rows
-    [n, D] at the targets, and weight [n, 128]. Out: stats [n, 128] (nll, entropy, correct, log
-    normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the maximum that
-    e was taken with, and dh [n, D].
+    In: h [n, D], w [v, D], target [n, 128] (all lanes equal); with the gradient also chosen_rows,
+    those of the head at the targets [n, D], and weight [n, 128]. Out: stats [n, 128] (nll, entropy,
+    correct, log normaliser in lanes 0 to 3); with the gradient also e [n, v], top [1, n, 128], the
+    maximum that e was taken with, and dh [n, D].
     """
-    del span  # for the index maps
-    if with_gradient:
-        h, w, target, chosen_rows, weight, _, stats, e_out, top_out, dh, m, s, u, t, acc = refs
-    else:
-        h, w, target, stats, m, s, u, t = refs
+    with_gradient = acc is not None
     j = pl.program_id(1)
     words = w.shape[0]
 
@@ -134,7 +123,7 @@ def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool
 
     @_by_rows(h.shape[0], rows)
     def _(at):
-        z = _dot(h[at, :], w[...], (1, 1))
+        z = nt(h[at, :], w[...])
         word = j * words + lax.broadcasted_iota(jnp.int32, z.shape, 1)
         if vocabulary % words:
             z = jnp.where(word < vocabulary, z, _MASKED)
@@ -148,10 +137,10 @@ def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool
         s[at, :] = decay * s[at, :] + by_lane(e)
         t[at, :] += by_lane(jnp.where(word == _wide(target[at, :], words), z, 0.0))
         if with_gradient:
-            e = e.astype(e_out.dtype)
-            e_out[at, :] = e
-            top_out[0, at, :] = top
-            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + _dot(e, w[...], (1, 0))
+            e = e.astype(of_gradient["e"].dtype)
+            of_gradient["e"][at, :] = e
+            of_gradient["top"][0, at, :] = top
+            acc[at, :] = _wide(decay, acc.shape[1]) * acc[at, :] + nn(e, w[...])
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -170,6 +159,7 @@ def _forward_kernel(span, *refs, vocabulary: int, rows: int, with_gradient: bool
             out = jnp.where(lane == i, column, out)
         stats[...] = out
         if with_gradient:
+            chosen_rows, weight, dh = (of_gradient[x] for x in ("chosen_rows", "weight", "dh"))
             gradient = acc[...] / total - chosen_rows[...].astype(jnp.float32)
             dh[...] = (weight[:, :1] * gradient).astype(dh.dtype)
 
@@ -180,7 +170,7 @@ def _wide(x: jax.Array, size: int) -> jax.Array:
     return (x if copies == 1 else jnp.concatenate([x] * copies, axis=1))[:, :size]
 
 
-def _head_kernel(span, h, e, top, normaliser, target, weight, old, out, *, rows):
+def _head_kernel(rows: int, *, span, h, e, top, normaliser, target, weight, old, out):
     """Grid (words, tokens), tokens innermost: old [D, v] plus the gradient of these words.
 
     span [1]: of the first one `old` is taken as zero. h [D, n] or [D, span]; e [n, v] and
@@ -203,7 +193,7 @@ def _head_kernel(span, h, e, top, normaliser, target, weight, old, out, *, rows)
         is_target = word == _wide(target[at, :], words)
         dz -= jnp.where(is_target, _wide(weight[at, :], words), 0.0)
         tokens = pl.ds(pl.multiple_of(first + at.start, rows), rows)
-        out[...] += _dot(h[:, tokens], dz.astype(h.dtype), (1, 0))
+        out[...] += nn(h[:, tokens], dz.astype(h.dtype))
 
 
 def _step_bytes(block: int, words: int, size: int, itemsize: int) -> int:
@@ -276,72 +266,53 @@ def is_faster(hidden: jax.Array, head: jax.Array, block_tokens: int | None = Non
     return unsupported(hidden, head, block_tokens) is None and tpu.vmem_bytes() >= 32 * 2**20
 
 
-def _call(kernel, name, grid, in_specs, out_specs, out_shape, scratch=(), aliases=None):
-    """A `pallas_call` whose index maps get the number of the span as their last argument."""
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            scratch_shapes=scratch,
-        ),
-        out_shape=out_shape,
-        input_output_aliases=aliases or {},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
-        ),
-        interpret=tpu.interpret_mode(),
-        name=name,
-    )
-
-
 def _forward(span, h, w, targets, blocks, vocabulary, for_gradient=None):
-    """One span of h [N, D], w [V', D], targets [N, 128]: stats [span, 128] and, with for_gradient,
-    e [span, V'], top [blocks of words, span, 128] and dh [N, D].
+    """Run `_forward_kernel` over one span of h [N, D], w [V', D], targets [N, 128].
+
+    Returns, by name, stats [span, 128] and, with for_gradient, e [span, V'], top [blocks of words,
+    span, 128] and dh [N, D].
 
     for_gradient: the head's rows at the targets [N, D], weights [N, 128], and the dh whose rows of
     the span are written in place.
     """
     size, tokens, words = h.shape[1], blocks.tokens, blocks.words
     grid = (blocks.span // tokens, w.shape[0] // words)
-    with_gradient = for_gradient is not None
 
     def of_all(width):
         return pl.BlockSpec((tokens, width), lambda i, j, s: (s[0] * grid[0] + i, 0))
 
-    def of_span(width):
-        return pl.BlockSpec((tokens, width), lambda i, j, s: (i, 0))
-
-    args, aliases = [h, w, targets], {}
-    in_specs = [of_all(size), pl.BlockSpec((words, size), lambda i, j, s: (j, 0)), of_all(_LANES)]
-    out_specs = [of_span(_LANES)]
-    out_shape = [jax.ShapeDtypeStruct((blocks.span, _LANES), jnp.float32)]
-    scratch = [pltpu.VMEM((tokens, _LANES), jnp.float32)] * 4
-    if with_gradient:
-        args += for_gradient
-        in_specs += [of_all(size), of_all(_LANES), pl.BlockSpec(memory_space=pl.ANY)]
-        aliases = {6: 3}
-        out_specs += [
-            pl.BlockSpec((tokens, words), lambda i, j, s: (i, j)),
-            pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0)),
-            of_all(size),
-        ]
-        out_shape += [
-            jax.ShapeDtypeStruct((blocks.span, w.shape[0]), h.dtype),
-            jax.ShapeDtypeStruct((grid[1], blocks.span, _LANES), jnp.float32),
-            jax.ShapeDtypeStruct(h.shape, h.dtype),
-        ]
-        scratch += [pltpu.VMEM((tokens, size), jnp.float32)]
-    kernel = functools.partial(
-        _forward_kernel, vocabulary=vocabulary, rows=blocks.rows, with_gradient=with_gradient
+    of_words = pl.BlockSpec((words, size), lambda i, j, s: (j, 0))
+    of_span = pl.BlockSpec((tokens, _LANES), lambda i, j, s: (i, 0))
+    inputs = {"h": (h, of_all(size)), "w": (w, of_words), "target": (targets, of_all(_LANES))}
+    outputs = {"stats": ((blocks.span, _LANES), jnp.float32, of_span)}
+    scratch = {name: pltpu.VMEM((tokens, _LANES), jnp.float32) for name in "msut"}
+    if for_gradient is not None:
+        chosen_rows, weights, dh = for_gradient
+        of_both = pl.BlockSpec((tokens, words), lambda i, j, s: (i, j))
+        of_tops = pl.BlockSpec((1, tokens, _LANES), lambda i, j, s: (j, i, 0))
+        inputs |= {
+            "chosen_rows": (chosen_rows, of_all(size)),
+            "weight": (weights, of_all(_LANES)),
+            "old": (dh, pl.BlockSpec(memory_space=pl.ANY)),
+        }
+        outputs |= {
+            "e": ((blocks.span, w.shape[0]), h.dtype, of_both),
+            "top": ((grid[1], blocks.span, _LANES), jnp.float32, of_tops),
+            "dh": (h.shape, h.dtype, of_all(size)),
+        }
+        scratch["acc"] = pltpu.VMEM((tokens, size), jnp.float32)
+    return tpu.call_kernel(
+        functools.partial(_forward_kernel, vocabulary, blocks.rows),
+        "cross_entropy_forward",
+        grid,
+        inputs,
+        outputs,
+        scratch,
+        scalars={"span": span},
+        parallel=1,
+        vmem=15 / 16,
+        in_place={} if for_gradient is None else {"old": "dh"},
     )
-    call = _call(
-        kernel, "cross_entropy_forward", grid, in_specs, out_specs, out_shape, scratch, aliases
-    )
-    return call(span, *args)
 
 
 def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks):
@@ -360,20 +331,27 @@ def _head_gradient(span, h, e, top, normaliser, targets, weights, total, blocks)
     head = pl.BlockSpec((size, words), lambda j, i, s: (0, j))
     share = blocks.words // words
     of_all = pl.BlockSpec((tokens, _LANES), lambda j, i, s: (s[0] * grid[1] + i, 0))
-    in_specs = [
-        hidden,
-        pl.BlockSpec((tokens, words), lambda j, i, s: (i, j)),
-        pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j // share, i, 0)),
-        pl.BlockSpec((tokens, _LANES), lambda j, i, s: (i, 0)),
-        of_all,
-        of_all,
-        head,
-    ]
+    inputs = {
+        "h": (h, hidden),
+        "e": (e, pl.BlockSpec((tokens, words), lambda j, i, s: (i, j))),
+        "top": (top, pl.BlockSpec((1, tokens, _LANES), lambda j, i, s: (j // share, i, 0))),
+        "normaliser": (normaliser, pl.BlockSpec((tokens, _LANES), lambda j, i, s: (i, 0))),
+        "target": (targets, of_all),
+        "weight": (weights, of_all),
+        "old": (total, head),
+    }
     rows = blocks.rows if tokens % (2 * blocks.rows) else 2 * blocks.rows
-    kernel = functools.partial(_head_kernel, rows=rows)
-    out_shape = jax.ShapeDtypeStruct(total.shape, jnp.float32)
-    call = _call(kernel, "cross_entropy_head", grid, in_specs, head, out_shape, aliases={7: 0})
-    return call(span, h, e, top, normaliser, targets, weights, total)
+    return tpu.call_kernel(
+        functools.partial(_head_kernel, rows),
+        "cross_entropy_head",
+        grid,
+        inputs,
+        {"out": (total.shape, jnp.float32, head)},
+        scalars={"span": span},
+        parallel=1,
+        vmem=15 / 16,
+        in_place={"old": "out"},
+    )["out"]
 
 
 def _lanes(x):
@@ -382,8 +360,7 @@ def _lanes(x):
 
 
 def _pad_rows(x, multiple):
-    pad = -x.shape[0] % multiple
-    return jnp.pad(x, ((0, pad), *[(0, 0)] * (x.ndim - 1))) if pad else x
+    return pad_axes(x, {0: (0, -x.shape[0] % multiple)})
 
 
 def token_stats(hidden, head, targets, blocks: Blocks):
@@ -394,7 +371,7 @@ def token_stats(hidden, head, targets, blocks: Blocks):
     targets = _lanes(targets)
 
     def step(_, span):
-        (stats,) = _forward(span, hidden, w, targets, blocks, vocabulary)
+        stats = _forward(span, hidden, w, targets, blocks, vocabulary)["stats"]
         return None, stats[:, :3]
 
     _, stats = lax.scan(step, None, _span_numbers(hidden, blocks))
@@ -411,9 +388,8 @@ def loss_gradients(hidden, head, targets, weights, blocks: Blocks):
 
     def step(gradients, span):
         dh, total = gradients
-        stats, e, top, dh = _forward(
-            span, hidden, w, targets, blocks, vocabulary, (chosen_rows, weights, dh)
-        )
+        found = _forward(span, hidden, w, targets, blocks, vocabulary, (chosen_rows, weights, dh))
+        stats, e, top, dh = (found[name] for name in ("stats", "e", "top", "dh"))
         normaliser = _lanes(stats[:, 3])
         total = _head_gradient(
             span, transposed, e, top, normaliser, targets, weights, total, blocks

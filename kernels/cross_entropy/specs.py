@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class CrossEntropySpec:
     """Shapes of one call of `next_token_loss`; `arguments` draws its arrays.
 
     confident: hidden states point at the target's row, so that gradients nearly cancel.
@@ -49,9 +49,9 @@ class Spec:
 
 
 TEST_SPECS = (
-    Spec("one_token", 1, vocabulary=129),
-    Spec("ragged_rows", 37, batch=2),
-    Spec("confident", 40, confident=True),
+    CrossEntropySpec("one_token", 1, vocabulary=129),
+    CrossEntropySpec("ragged_rows", 37, batch=2),
+    CrossEntropySpec("confident", 40, confident=True),
 )
 
-BENCH_SPECS = (Spec("ce_entropy", 16384, 1, 2048, 32000),)
+BENCH_SPECS = (CrossEntropySpec("ce_entropy", 16384, 1, 2048, 32000),)

@@ -33,26 +33,16 @@ from jax.custom_derivatives import SymbolicZero
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_backward, pallas_tpu_forward
-from refine_jax.kernels.delta_rule.pallas_tpu_forward import Plan
+from refine_jax.kernels.delta_rule.pallas_tpu_forward import DeltaPlan
 from refine_jax.kernels.delta_rule.pallas_tpu_math import scalar_fields
+from refine_jax.kernels.numerics import pad_axes
 
 _LANES = 128
 _MIN_CHUNK = 16  # whole sublane tiles in bfloat16
 
 
 def delta_rule_pallas_tpu(
-    q,
-    k,
-    v,
-    beta,
-    log_decay,
-    *,
-    initial_state,
-    document,
-    scale,
-    chunk_size,
-    save_every,
-    normalize,
+    q, k, v, beta, log_decay, *, initial_state, document, scale, chunk_size, save_every, normalize
 ):
     """`delta_rule` of api.py."""
     batch, tokens, value_heads, value_dim = v.shape
@@ -73,29 +63,31 @@ def delta_rule_pallas_tpu(
         save_every=save_every,
     )
 
+    # Behind the last token; with beta, k and log_decay 0 they change nothing.
+    more_tokens = 0, plan.tokens - tokens
+
     def flat(x, width):
         """[B, T, heads, n] -> [B, T', heads * width]."""
         if x is None:
             return None
-        x = _pad_tokens(x.astype(v.dtype), plan.tokens)
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, width - x.shape[3]),))
+        x = pad_axes(x.astype(v.dtype), {1: more_tokens, 3: (0, width - x.shape[3])})
         return x.reshape(batch, plan.tokens, -1)
 
     if document is not None:
         moved = document[:, 1:] != document[:, :-1]
-        document = jnp.cumsum(jnp.pad(moved, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
-        document = jnp.pad(document, ((0, 0), (0, plan.tokens - tokens)), mode="edge")
-    state_pad = ((0, 0), (0, 0), (0, widths[0] - key_dim), (0, widths[1] - value_dim))
+        document = jnp.cumsum(pad_axes(moved, {1: (1, 0)}), axis=1, dtype=jnp.int32)
+        document = jnp.pad(document, ((0, 0), more_tokens), mode="edge")
+    state_pad = {2: (0, widths[0] - key_dim), 3: (0, widths[1] - value_dim)}
     out, final, states = _delta_rule(
         plan,
         None if save_every is None else save_every // plan.chunk,
         flat(q, widths[0]),
         flat(k, widths[0]),
         flat(v, widths[1]),
-        _pad_tokens(beta, plan.tokens),
-        None if log_decay is None else _pad_tokens(log_decay, plan.tokens),
+        pad_axes(beta, {1: more_tokens}),
+        None if log_decay is None else pad_axes(log_decay, {1: more_tokens}),
         document,
-        jnp.pad(initial_state, state_pad),
+        pad_axes(initial_state, state_pad),
     )
     if out is not None:
         out = out.reshape(batch, plan.tokens, value_heads, -1)[:, :tokens, :, :value_dim]
@@ -109,16 +101,10 @@ def _padded_width(size: int) -> int:
     return _LANES // 2 if size <= _LANES // 2 else -(-size // _LANES) * _LANES
 
 
-def _pad_tokens(x: jax.Array, tokens: int) -> jax.Array:
-    """Zeros behind the last token; with beta, k and log_decay 0 they change nothing."""
-    return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-
-
-def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> Plan:
+def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest) -> DeltaPlan:
     """How to cut a call into programs."""
     key_dim, value_dim = widths
     heads, chunk, chunks = tpu.blocks("delta_rule", widths)
-    interpret = tpu.interpret_mode()  # small programs then, as nothing has to fill lanes
     if chunk_size is not None:
         chunk = chunk_size
     else:
@@ -135,7 +121,9 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
     if tokens <= chunk:
         chunks = 1  # the block is the whole sequence, so it need not fill registers
     else:
-        chunks = max(chunks, (_MIN_CHUNK * 2 if interpret else _LANES) // chunk)
+        # Interpreted programs are small, as nothing has to fill lanes.
+        least = _MIN_CHUNK * 2 if tpu.interpret_mode() else _LANES
+        chunks = max(chunks, least // chunk)
     block = chunk * chunks
 
     def fits(heads):
@@ -146,7 +134,7 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
 
     possible = [n for n in range(1, value_heads + 1) if fits(n)]
     below = [n for n in possible if n <= heads]
-    return Plan(
+    return DeltaPlan(
         tokens=-(-tokens // block) * block,
         value_heads=value_heads,
         heads=max(below) if below else min(possible),
@@ -155,33 +143,35 @@ def _plan(*, tokens, value_heads, group, widths, chunk_size, save_every, **rest)
         chunks=chunks,
         key_dim=key_dim,
         value_dim=value_dim,
-        interpret=interpret,
         **rest,
     )
 
 
+def _forward(plan, save_chunks, arrays, keep):
+    """Outputs, and with keep what the backward pass needs; arrays and outputs of `_delta_rule`."""
+    q, k, v, beta, log_decay, document, initial = arrays
+    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
+    wanted = {"with_states": keep or save_chunks is not None, "with_residuals": keep}
+    found = pallas_tpu_forward.forward(plan, q, k, v, rows, initial, **wanted)
+    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
+    outs = found.get("out"), found["final"], saved
+    if not keep:
+        return outs
+    return outs, (q, k, rows, found["states"], found["w"], found["inverse"], document)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _delta_rule(plan: Plan, save_chunks: int | None, q, k, v, beta, log_decay, document, initial):
-    """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks."""
-    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
-    found = pallas_tpu_forward.forward(
-        plan, q, k, v, rows, initial, with_states=save_chunks is not None, with_residuals=False
-    )
-    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
-    return found.get("out"), found["final"], saved
+def _delta_rule(plan: DeltaPlan, save_chunks: int | None, *arrays):
+    """Outputs [B, T, Hv V], final state, and the states before every `save_chunks` chunks.
+
+    arrays: q, k, v [B, T, H n], beta, log_decay [B, T, Hv], document [B, T], initial state.
+    """
+    return _forward(plan, save_chunks, arrays, keep=False)
 
 
-def _delta_rule_forward(plan, save_chunks, *arguments):
-    q, k, v, beta, log_decay, document, initial = (
-        None if x is None else x.value for x in arguments
-    )
-    rows = pallas_tpu_forward.pack_scalars(plan, beta, log_decay, document)
-    found = pallas_tpu_forward.forward(
-        plan, q, k, v, rows, initial, with_states=True, with_residuals=True
-    )
-    saved = None if save_chunks is None else found["states"][:, ::save_chunks]
-    residuals = q, k, rows, found["states"], found["w"], found["inverse"], document
-    return (found.get("out"), found["final"], saved), residuals
+def _delta_rule_forward(plan, save_chunks, *arrays):
+    arrays = [None if x is None else x.value for x in arrays]
+    return _forward(plan, save_chunks, arrays, keep=True)
 
 
 def _delta_rule_backward(plan, save_chunks, residuals, cotangents):
@@ -201,15 +191,8 @@ def _delta_rule_backward(plan, save_chunks, residuals, cotangents):
     )
     d_beta, d_log_decay = pallas_tpu_backward.unpack_gradients(plan, found["d_rows"])
     d_document = None if document is None else np.zeros(document.shape, jax.dtypes.float0)
-    return (
-        found.get("d_q"),
-        found["d_k"],
-        found["d_v"],
-        d_beta,
-        d_log_decay,
-        d_document,
-        found["d_initial"],
-    )
+    d_tokens = found.get("d_q"), found["d_k"], found["d_v"], d_beta, d_log_decay
+    return *d_tokens, d_document, found["d_initial"]
 
 
 def _dense(cotangent):

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_forward import (
-    Plan,
+    DeltaPlan,
     column_spec,
     load_heads,
     per_value_head,
@@ -40,7 +40,7 @@ from refine_jax.kernels.delta_rule.pallas_tpu_math import matmul
 _LANES = 128
 
 
-def gradient_fields(plan: Plan) -> tuple[str, ...]:
+def gradient_fields(plan: DeltaPlan) -> tuple[str, ...]:
     """Names of the per-token gradients that the kernel returns, for `unpack_gradients`.
 
     cumulative: for the log of the decay since the chunk's start; to_end: for the log of that until
@@ -49,14 +49,13 @@ def gradient_fields(plan: Plan) -> tuple[str, ...]:
     return ("beta", "cumulative", "to_end") if "log_decay" in plan.fields else ("beta",)
 
 
-def gradient_rows(plan: Plan) -> int:
+def gradient_rows(plan: DeltaPlan) -> int:
     """Rows of the packed per-token gradients of a program."""
     return -(-len(gradient_fields(plan)) * plan.heads // 8) * 8
 
 
-def _backward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
+def _backward_kernel(plan: DeltaPlan, **refs):
     """Walk back over the chunks of a block."""
-    refs = dict(zip(names, refs, strict=True))
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -70,7 +69,7 @@ def _backward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
         refs["d_initial"][0] = refs["d_state"][...]
 
 
-def _backward_chunk(plan: Plan, refs, c: int):
+def _backward_chunk(plan: DeltaPlan, refs, c: int):
     """Gradients of chunk c, and the cotangent of the state before it.
 
     Matrices [C, C] lead with the writing token i, and have the reading token r >= i along lanes:
@@ -162,7 +161,7 @@ def _backward_chunk(plan: Plan, refs, c: int):
     refs["d_rows"][0, 0, :, plan.token_slice(c)] = _pack_gradients(plan, along, across)
 
 
-def _pack_gradients(plan: Plan, along: list[jax.Array], across: list[jax.Array | None]):
+def _pack_gradients(plan: DeltaPlan, along: list[jax.Array], across: list[jax.Array | None]):
     """Sums [R, C] of columns [G, C, 1] and rows [G, 1, C] (None: nothing), a pair a field."""
     lane = lax.broadcasted_iota(jnp.int32, (plan.chunk, _LANES), 1)
     columns = jnp.zeros((plan.chunk, _LANES), jnp.float32)
@@ -178,12 +177,12 @@ def _pack_gradients(plan: Plan, along: list[jax.Array], across: list[jax.Array |
     return packed + jnp.concatenate(lines, axis=0)
 
 
-def per_key_head(plan: Plan, x: jax.Array) -> jax.Array:
+def per_key_head(plan: DeltaPlan, x: jax.Array) -> jax.Array:
     """Sums over the value heads of every key head: [value heads, ...] -> [key heads, ...]."""
     return x.reshape(-1, plan.group, *x.shape[1:]).sum(1) if plan.group > 1 else x
 
 
-def backward(plan: Plan, q, k, rows, states, w, inverse, d_out, d_final, d_states) -> dict:
+def backward(plan: DeltaPlan, q, k, rows, states, w, inverse, d_out, d_final, d_states) -> dict:
     """Run the backward kernel.
 
     Arguments as in `pallas_tpu_forward.forward`, with its w, inverse and states; cotangents d_out
@@ -228,7 +227,7 @@ def backward(plan: Plan, q, k, rows, states, w, inverse, d_out, d_final, d_state
     return run(_backward_kernel, plan, "delta_rule_backward", inputs, outputs, scratch)
 
 
-def unpack_gradients(plan: Plan, d_rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def unpack_gradients(plan: DeltaPlan, d_rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Gradients of beta and log_decay, [B, T, Hv], from the kernel's d_rows."""
     fields = gradient_fields(plan)
     batch, groups, _, tokens = d_rows.shape

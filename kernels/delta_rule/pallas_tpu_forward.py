@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule import pallas_tpu_math as chunk_math
 from refine_jax.kernels.delta_rule.pallas_tpu_math import Scalars, matmul
+from refine_jax.kernels.delta_rule.xla import border_decays
+from refine_jax.kernels.numerics import pad_axes
 
 
-class Plan(NamedTuple):
+class DeltaPlan(NamedTuple):
     """What a kernel is specialised on.
 
     heads: value heads a program (G). group: value heads that share a key head. chunk: C tokens.
@@ -44,7 +45,6 @@ class Plan(NamedTuple):
     fields: tuple[str, ...]
     normalize: bool
     has_q: bool
-    interpret: object
 
     @property
     def block(self) -> int:
@@ -76,17 +76,17 @@ def lanes(head: int, width: int) -> slice:
     return slice(head * width, (head + 1) * width)
 
 
-def column_spec(plan: Plan, width: int, order) -> pl.BlockSpec:
+def column_spec(plan: DeltaPlan, width: int, order) -> pl.BlockSpec:
     """Blocks [1, tokens, G * width] of arrays [B, T, H * width]."""
     return pl.BlockSpec((1, plan.block, width), lambda b, h, t: (b, order(t), h))
 
 
-def state_spec(plan: Plan) -> pl.BlockSpec:
+def state_spec(plan: DeltaPlan) -> pl.BlockSpec:
     """Blocks [1, G, K, V] of arrays [B, H, K, V]."""
     return pl.BlockSpec((1, plan.heads, plan.key_dim, plan.value_dim), lambda b, h, t: (b, h, 0, 0))
 
 
-def states_spec(plan: Plan, order) -> pl.BlockSpec:
+def states_spec(plan: DeltaPlan, order) -> pl.BlockSpec:
     """Blocks [1, chunks, G, K, V] of arrays [B, N, H, K, V]."""
     return pl.BlockSpec(
         (1, plan.chunks, plan.heads, plan.key_dim, plan.value_dim),
@@ -94,20 +94,12 @@ def states_spec(plan: Plan, order) -> pl.BlockSpec:
     )
 
 
-def rows_spec(plan: Plan, count: int, order) -> pl.BlockSpec:
+def rows_spec(plan: DeltaPlan, count: int, order) -> pl.BlockSpec:
     """Blocks [1, 1, count, tokens] of arrays [B, H / G, count, T]."""
     return pl.BlockSpec((1, 1, count, plan.block), lambda b, h, t: (b, h, 0, order(t)))
 
 
-def compiler_params() -> pltpu.CompilerParams:
-    """Batch and heads may be split over cores, the tokens are walked in order."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary"),
-        vmem_limit_bytes=tpu.vmem_bytes() * 15 // 16,
-    )
-
-
-def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
+def read_scalars(plan: DeltaPlan, refs, chunks: range) -> tuple[Scalars, Scalars]:
     """Columns and rows of the per-token numbers of some chunks, chunk by chunk head by head."""
     packed = refs["rows"][0, 0]
     turned = packed.T
@@ -119,14 +111,14 @@ def read_scalars(plan: Plan, refs, chunks: range) -> tuple[Scalars, Scalars]:
     return Scalars(**columns), Scalars(**rows)
 
 
-def load_heads(plan: Plan, ref, width: int, chunks: range) -> jax.Array:
+def load_heads(plan: DeltaPlan, ref, width: int, chunks: range) -> jax.Array:
     """Token blocks of some chunks, [chunks * heads, C, width], from a block [1, tokens, lanes]."""
     heads = ref.shape[-1] // width
     at = [(plan.token_slice(c), lanes(h, width)) for c in chunks for h in range(heads)]
     return jnp.stack([ref[0, tokens, columns] for tokens, columns in at])
 
 
-def store_heads(plan: Plan, ref, x: jax.Array, c: int):
+def store_heads(plan: DeltaPlan, ref, x: jax.Array, c: int):
     """Store x [heads, C, width] of chunk c where `load_heads` reads it."""
     for h in range(x.shape[0]):
         ref[0, plan.token_slice(c), lanes(h, x.shape[2])] = x[h].astype(ref.dtype)
@@ -143,13 +135,13 @@ class Keys(NamedTuple):
     q_scale: jax.Array | None = None
     k_scale: jax.Array | None = None
 
-    def operands(self, plan: Plan) -> jax.Array:
+    def operands(self, plan: DeltaPlan) -> jax.Array:
         """k, and q behind it where there is one: [U, C or 2 C, K]."""
         both = [self.k] if self.q is None else [self.k, self.q]
         return jnp.concatenate([x.astype(plan.dtype) for x in both], axis=1)
 
 
-def read_keys(plan: Plan, refs, chunks: range) -> Keys:
+def read_keys(plan: DeltaPlan, refs, chunks: range) -> Keys:
     """Load the key heads, and normalise them if asked to."""
     k = load_heads(plan, refs["k"], plan.key_dim, chunks)
     q = load_heads(plan, refs["q"], plan.key_dim, chunks) if plan.has_q else None
@@ -160,7 +152,7 @@ def read_keys(plan: Plan, refs, chunks: range) -> Keys:
     return Keys(q, k, q_scale, k_scale)
 
 
-def per_value_head(plan: Plan, x: jax.Array) -> jax.Array:
+def per_value_head(plan: DeltaPlan, x: jax.Array) -> jax.Array:
     """[key heads, ...] -> [value heads, ...]."""
     if plan.group == 1:
         return x
@@ -173,9 +165,8 @@ def times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
     return x if factor is None else x * factor
 
 
-def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
+def _forward_kernel(plan: DeltaPlan, **refs):
     """Walk over the chunks of a block: outputs, and what the backward pass and forks read."""
-    refs = dict(zip(names, refs, strict=True))
     state, dtype, chunks = refs["state"], plan.dtype, range(plan.chunks)
 
     @pl.when(pl.program_id(2) == 0)
@@ -224,7 +215,7 @@ def _forward_kernel(*refs, plan: Plan, names: tuple[str, ...]):
         refs["final"][0] = state[...]
 
 
-def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_residuals: bool):
+def forward(plan: DeltaPlan, q, k, v, rows, initial, *, with_states: bool, with_residuals: bool):
     """Run the forward kernel.
 
     q, k [B, T, H K]; v [B, T, Hv V]; rows: `pack_scalars`; initial [B, Hv, K, V]. Returns a dict of
@@ -260,23 +251,13 @@ def forward(plan: Plan, q, k, v, rows, initial, *, with_states: bool, with_resid
     return run(_forward_kernel, plan, "delta_rule_forward", inputs, outputs, scratch)
 
 
-def run(kernel, plan: Plan, name: str, inputs: dict, outputs: dict, scratch: dict) -> dict:
-    """`pallas_call` with arguments, results and scratch by name."""
-    results = pl.pallas_call(
-        functools.partial(kernel, plan=plan, names=(*inputs, *outputs, *scratch)),
-        grid=plan.grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for *_, spec in outputs.values()],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
-        scratch_shapes=list(scratch.values()),
-        compiler_params=compiler_params(),
-        interpret=plan.interpret,
-        name=name,
-    )(*(x for x, _ in inputs.values()))
-    return dict(zip(outputs, results, strict=True))
+def run(kernel, plan: DeltaPlan, name: str, *arrays: dict) -> dict:
+    """Call a kernel over the programs of a plan; inputs, outputs, scratch as `call_kernel` does."""
+    kernel = functools.partial(kernel, plan)
+    return tpu.call_kernel(kernel, name, plan.grid, *arrays, parallel=2, vmem=15 / 16)
 
 
-def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
+def pack_scalars(plan: DeltaPlan, beta, log_decay, document) -> jax.Array:
     """Per-token numbers [B, Hv / G, R, T] float32; row i * G + h is field i of a program's head h.
 
     beta, log_decay: [B, T, Hv]; document: [B, T], counted up at every reset of the state.
@@ -288,22 +269,17 @@ def pack_scalars(plan: Plan, beta, log_decay, document) -> jax.Array:
         return jnp.swapaxes(x.astype(jnp.float32), 1, 2).reshape(chunks)
 
     found = {"beta": per_head(beta)}
-    from_start = to_end = jnp.ones(chunks, jnp.float32)
+    segment = None
     if log_decay is not None:
-        found["log_decay"] = log = per_head(log_decay)
-        from_start = jnp.exp(jnp.cumsum(log, axis=-1))
-        # Summed without the token itself: taking it off again would lose digits.
-        after = jnp.pad(log[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-        to_end = jnp.exp(lax.cumsum(after, axis=3, reverse=True))
+        found["log_decay"] = per_head(log_decay)
     if document is not None:
         count = document.reshape(batch, 1, -1, plan.chunk)
         before = jnp.pad(document[:, :-1], ((0, 0), (1, 0)), mode="edge")
-        first = before.reshape(count.shape)[..., :1]
-        from_start = jnp.where(count == first, from_start, 0.0)
-        to_end = jnp.where(count == count[..., -1:], to_end, 0.0)
-        found["document"] = jnp.broadcast_to(count - first, chunks).astype(jnp.float32)
-    found |= {"from_start": from_start, "to_end": to_end}
+        segment = count - before.reshape(count.shape)[..., :1]
+        found["document"] = jnp.broadcast_to(segment, chunks).astype(jnp.float32)
+    decays = border_decays(found.get("log_decay"), segment, chunks, axis=3)
+    found["from_start"], found["to_end"] = decays
     rows = jnp.stack([found[name].reshape(batch, heads, tokens) for name in plan.fields], axis=2)
     rows = rows.reshape(batch, heads // plan.heads, plan.heads, len(plan.fields), tokens)
     rows = jnp.swapaxes(rows, 2, 3).reshape(batch, heads // plan.heads, -1, tokens)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.row_count - rows.shape[2]), (0, 0)))
+    return pad_axes(rows, {2: (0, plan.row_count - rows.shape[2])})

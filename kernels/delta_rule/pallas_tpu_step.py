@@ -23,31 +23,30 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.delta_rule.xla import delta_step_xla
+from refine_jax.kernels.numerics import pad_axes
 
 _STATE_BYTES = 2**20  # of one grid step: long enough to hide the start of a transfer
 
 
-def _kernel(scale, q, k, v, beta, *refs):
+def _kernel(scale, *, q, k, v, beta, state, out, new, log_decay=None):
     """S states [S, K, V]; q and k [S, K], the others [S, V], a row a state.
 
     beta and log_decay are equal along a row.
     """
-    *log_decay, state, out, new = refs
     # Columns [K, 1] and rows [1, V] broadcast over a state as they are.
     queries = (q[...].astype(jnp.float32) * scale).T
     keys = k[...].astype(jnp.float32).T
     values = v[...].astype(jnp.float32)
-    decay = [jnp.exp(x[...]) for x in log_decay]
+    decay = None if log_decay is None else jnp.exp(log_decay[...])
     outs = []
     for i in range(state.shape[0]):
         key, row = keys[:, i : i + 1], slice(i, i + 1)
         s = state[i]
-        for x in decay:
-            s = s * x[row]
+        if decay is not None:
+            s = s * decay[row]
         error = values[row] - jnp.sum(s * key, axis=0, keepdims=True)
         s = s + key * (beta[row, :] * error)
         new[i] = s
@@ -71,35 +70,33 @@ def _step(q, k, v, beta, log_decay, state, scale):
     count, padded = _block_count(num_states, 4 * key_dim * value_dim)
 
     def flat(x, *shape):  # [B, Hv, ...] -> [padded, ...]
-        x = x.reshape(num_states, *shape)
-        missing = padded - num_states
-        return jnp.pad(x, ((0, missing), *[(0, 0)] * len(shape))) if missing else x
+        return pad_axes(x.reshape(num_states, *shape), {0: (0, padded - num_states)})
 
     def lanes(x):  # [B, Hv] -> [padded, V]
         return jnp.broadcast_to(flat(x.astype(jnp.float32), 1), (padded, value_dim))
 
-    gates = [lanes(x) for x in (beta, log_decay) if x is not None]
     key, row = (pl.BlockSpec((count, size), lambda i: (i, 0)) for size in (key_dim, value_dim))
     states = pl.BlockSpec((count, key_dim, value_dim), lambda i: (i, 0, 0))
-    out, new = pl.pallas_call(
+    q, k = (flat(jnp.repeat(x, group, axis=1), key_dim) for x in (q, k))
+    inputs = {"q": (q, key), "k": (k, key), "v": (flat(v, value_dim), row)}
+    gates = {"beta": beta, "log_decay": log_decay}
+    inputs |= {name: (lanes(x), row) for name, x in gates.items() if x is not None}
+    inputs["state"] = flat(state, key_dim, value_dim), states
+    outputs = {
+        "out": ((padded, value_dim), v.dtype, row),
+        "new": ((padded, key_dim, value_dim), jnp.float32, states),
+    }
+    found = tpu.call_kernel(
         functools.partial(_kernel, scale),
-        grid=(padded // count,),
-        in_specs=[key, key, row, *[row] * len(gates), states],
-        out_specs=[row, states],
-        out_shape=[
-            jax.ShapeDtypeStruct((padded, value_dim), v.dtype),
-            jax.ShapeDtypeStruct((padded, key_dim, value_dim), jnp.float32),
-        ],
-        input_output_aliases={3 + len(gates): 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        interpret=tpu.interpret_mode(),
-        name="delta_step",
-    )(
-        *(flat(jnp.repeat(x, group, axis=1), key_dim) for x in (q, k)),
-        flat(v, value_dim),
-        *gates,
-        flat(state, key_dim, value_dim),
+        "delta_step",
+        (padded // count,),
+        inputs,
+        outputs,
+        parallel=1,
+        vmem=None,
+        in_place={"state": "new"},
     )
+    out, new = found["out"], found["new"]
     return out[:num_states].reshape(v.shape), new[:num_states].reshape(state.shape)
 
 

@@ -22,17 +22,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from refine_jax.kernels import sequence
-from refine_jax.kernels.numerics import einsum
+from refine_jax.kernels.numerics import einsum, pad_axes
 
 
 def delta_rule_sequence(
     run: Callable[..., tuple[jax.Array | None, jax.Array, jax.Array | None]],
-    q: jax.Array | None,
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    log_decay: jax.Array | None,
-    *,
+    *arrays: jax.Array | None,
     initial_state: jax.Array,
     document: jax.Array | None,
     save_every: int | None,
@@ -40,7 +35,8 @@ def delta_rule_sequence(
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
     """Run `delta_rule` of api.py over the mesh axis `axis_name`, whose devices hold a block each.
 
-    Arrays are those of this device's block: k [B, T, H, K], v [B, T, Hv, V], as in api.py.
+    Arrays are those of this device's block: q or None, k [B, T, H, K], v [B, T, Hv, V], beta and
+    log_decay, as in api.py.
 
     run: an implementation for one device, as (q, k, v, beta, log_decay, initial_state=, document=,
     save_every=).
@@ -49,17 +45,9 @@ def delta_rule_sequence(
     if document is not None:
         before = sequence.halo(document, 1, axis_name)[:, 0]
         begins = (lax.axis_index(axis_name) > 0) & (before != document[:, 0])
-    state = _state_before(run, axis_name, k, v, beta, log_decay, initial_state, document, begins)
-    out, final, saved = run(
-        q,
-        k,
-        v,
-        beta,
-        log_decay,
-        initial_state=_reset(begins, state),
-        document=document,
-        save_every=save_every,
-    )
+    state = _state_before(run, axis_name, *arrays[1:], initial_state, document, begins)
+    options = {"document": document, "save_every": save_every}
+    out, final, saved = run(*arrays, initial_state=_reset(begins, state), **options)
     if begins is not None and saved is not None:
         saved = saved.at[:, 0].set(state)  # saved states are those before a reset
     is_last = lax.axis_index(axis_name) == lax.axis_size(axis_name) - 1
@@ -92,16 +80,10 @@ def _state_before(run, axis_name, k, v, beta, log_decay, initial_state, document
 def _state_before_forward(run, axis_name, k, v, beta, log_decay, initial_state, document, begins):
     value_dim, key_dim = v.shape[3], k.shape[3]
     identity = jnp.broadcast_to(jnp.eye(key_dim), (*initial_state.shape[:2], key_dim, key_dim))
-    _, final, _ = run(
-        None,
-        k,
-        jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, key_dim))),
-        beta,
-        log_decay,
-        initial_state=jnp.pad(_reset(begins, identity), ((0, 0), (0, 0), (0, 0), (value_dim, 0))),
-        document=document,
-        save_every=None,
-    )
+    values = pad_axes(v, {3: (0, key_dim)})
+    before = pad_axes(_reset(begins, identity), {3: (value_dim, 0)})
+    options = {"initial_state": before, "document": document, "save_every": None}
+    _, final, _ = run(None, k, values, beta, log_decay, **options)
     through, written = final[..., value_dim:], final[..., :value_dim]
     first = jnp.zeros_like(through), initial_state
     _, state = sequence.exclusive_prefix(_compose, (through, written), first, axis_name)
@@ -118,18 +100,10 @@ def _state_before_backward(run, axis_name, residuals, cotangent):
         _compose, (through.mT, cotangent), first, axis_name, reverse=True
     )
 
-    def final_state(k, v, beta, log_decay, state):
-        initial_state = _reset(begins, state)
-        return run(
-            None,
-            k,
-            v,
-            beta,
-            log_decay,
-            initial_state=initial_state,
-            document=document,
-            save_every=None,
-        )[1]
+    def final_state(*arrays):
+        *arrays, state = arrays
+        options = {"initial_state": _reset(begins, state), "document": document, "save_every": None}
+        return run(None, *arrays, **options)[1]
 
     _, pullback = jax.vjp(final_state, k, v, beta, log_decay, state)
     *gradients, d_state = pullback(behind)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class DeltaSpec:
     """Shapes and options of one call of `delta_rule`; `arguments` draws its arrays."""
 
     name: str
@@ -84,18 +84,22 @@ class Spec:
 _C = 16
 
 TEST_SPECS = (
-    *(Spec(f"ungated_{n}", tokens=n) for n in (1, _C - 1, _C, _C + 1, 3 * _C + 7)),
-    Spec("initial_state", tokens=37, initial_state=True, save_every=_C),
-    Spec("negative_eigenvalues", tokens=37, beta_max=2.0),
-    Spec("documents", tokens=61, value_heads=4, documents=5, initial_state=True, save_every=2 * _C),
-    Spec("gated", tokens=55, value_heads=4, gated=True, initial_state=True, save_every=2 * _C),
-    Spec("normalized", tokens=37, heads=1, value_heads=2, gated=True, normalize=True),
-    Spec("strong_decay", tokens=48, gated=True, strong_decay=True, initial_state=True),
-    Spec("value_groups", tokens=61, value_heads=6, gated=True, documents=4, initial_state=True),
-    Spec("long_chunk", tokens=130, chunk_size=64, key_dim=32, value_dim=16, save_every=128),
+    *(DeltaSpec(f"ungated_{n}", tokens=n) for n in (1, _C - 1, _C, _C + 1, 3 * _C + 7)),
+    DeltaSpec("initial_state", tokens=37, initial_state=True, save_every=_C),
+    DeltaSpec("negative_eigenvalues", tokens=37, beta_max=2.0),
+    DeltaSpec(
+        "documents", tokens=61, value_heads=4, documents=5, initial_state=True, save_every=2 * _C
+    ),
+    DeltaSpec("gated", tokens=55, value_heads=4, gated=True, initial_state=True, save_every=2 * _C),
+    DeltaSpec("normalized", tokens=37, heads=1, value_heads=2, gated=True, normalize=True),
+    DeltaSpec("strong_decay", tokens=48, gated=True, strong_decay=True, initial_state=True),
+    DeltaSpec(
+        "value_groups", tokens=61, value_heads=6, gated=True, documents=4, initial_state=True
+    ),
+    DeltaSpec("long_chunk", tokens=130, chunk_size=64, key_dim=32, value_dim=16, save_every=128),
 )
 
 BENCH_SPECS = (
-    Spec("delta", 4096, 1, 16, 16, 128, 128, chunk_size=64),
-    Spec("gated_delta", 4096, 1, 16, 16, 128, 128, chunk_size=64, gated=True),
+    DeltaSpec("delta", 4096, 1, 16, 16, 128, 128, chunk_size=64),
+    DeltaSpec("gated_delta", 4096, 1, 16, 16, 128, 128, chunk_size=64, gated=True),
 )

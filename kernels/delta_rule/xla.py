@@ -41,9 +41,7 @@ def delta_rule_xla(
 
     def cut(x):
         """[B, T, ...] -> [blocks, B, G, C, ...]; padding has k = beta = log_decay = 0."""
-        if blocks * block != tokens:
-            pads = [(0, 0), (0, blocks * block - tokens)] + [(0, 0)] * (x.ndim - 2)
-            x = jnp.pad(x, pads)
+        x = numerics.pad_axes(x, {1: (0, blocks * block - tokens)})
         x = x.reshape(batch, blocks, block // chunk, chunk, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0)
 
@@ -147,6 +145,30 @@ def _decays(log_decay, reset, chunk):
         between = jnp.where(documents[..., :, None] == documents[..., None, :], between, 0.0)
         from_start = jnp.where(documents == 0, from_start, 0.0)
     return between, from_start
+
+
+def border_decays(
+    log_decay: jax.Array | None, segment: jax.Array | None, shape: tuple[int, ...], axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Decays from the start of a chunk through each of its tokens, and from each to its end.
+
+    log_decay: float32 of `shape`, with the tokens of a chunk along `axis`, or None. segment: int32,
+    broadcastable to it, resets since the start of the chunk, or None. What crosses one is 0.
+
+    Returns two arrays of `shape`, float32.
+    """
+    from_start = to_end = jnp.ones(shape, jnp.float32)
+    if log_decay is not None:
+        # Summed without the token itself: taking it off again would lose digits.
+        after = lax.slice_in_dim(log_decay, 1, None, axis=axis)
+        after = numerics.pad_axes(after, {axis: (0, 1)})
+        from_start = jnp.exp(lax.cumsum(log_decay, axis=axis))
+        to_end = jnp.exp(lax.cumsum(after, axis=axis, reverse=True))
+    if segment is not None:
+        last = lax.slice_in_dim(segment, -1, None, axis=axis)
+        from_start = jnp.where(segment == 0, from_start, 0.0)
+        to_end = jnp.where(segment == last, to_end, 0.0)
+    return from_start, to_end
 
 
 def invert_unit_lower(a: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt, tn
 
 _LANES = 128
@@ -62,16 +63,15 @@ def attend_row(
     float32; queries that see nothing get 0 and about -1e30. On a CPU in interpret mode, for tests.
     """
     call = _Call.of(q, k, scale)
-    out, log_total = call.run(
+    found = call.run(
         "fork_attention_forward",
-        functools.partial(_forward_kernel, call),
-        [call.queries(q), *map(call.keys, (k, v))],
-        [call.per_query(call.size), call.per_query(1)],
-        [call.kept(call.size), call.kept(1), call.kept(1)],
+        _forward_kernel,
+        {"q": call.queries(q), "k": call.keys(k), "v": call.keys(v)},
+        {"out": call.per_query(call.size), "log_total": call.per_query(1)},
+        {"acc": call.kept(call.size), "top": call.kept(1), "total": call.kept(1)},
         reach,
-        products=2,
     )
-    return call.transposed(out), call.transposed(log_total)[..., 0]
+    return call.transposed(found["out"]), call.transposed(found["log_total"])[..., 0]
 
 
 def attend_row_backward(
@@ -90,18 +90,27 @@ def attend_row_backward(
     inner product of output and d_out less the cotangent of log_total.
     """
     call = _Call.of(q, k, scale)
-    rows = [call.queries(x[..., None].astype(jnp.float32), rows=True) for x in (log_total, rest)]
+
+    def row(x):
+        return call.queries(x[..., None].astype(jnp.float32), rows=True)
+
     tokens = pltpu.VMEM((call.together, call.block, call.size), jnp.float32)
-    dq, dk, dv = call.run(
+    found = call.run(
         "fork_attention_backward",
-        functools.partial(_backward_kernel, call),
-        [call.queries(q), call.queries(d_out.astype(v.dtype)), *rows, *map(call.keys, (k, v))],
-        [call.per_query(call.size), call.like_keys(k), call.like_keys(v)],
-        [call.kept(call.size), tokens, tokens],
+        _backward_kernel,
+        {
+            "q": call.queries(q),
+            "d_out": call.queries(d_out.astype(v.dtype)),
+            "log_total": row(log_total),
+            "rest": row(rest),
+            "k": call.keys(k),
+            "v": call.keys(v),
+        },
+        {"dq": call.per_query(call.size), "dk": call.like_keys(k), "dv": call.like_keys(v)},
+        {"acc": call.kept(call.size), "acc_k": tokens, "acc_v": tokens},
         reach,
-        products=5,
     )
-    return call.transposed(dq), dk, dv
+    return call.transposed(found["dq"]), found["dk"], found["dv"]
 
 
 def _groups_together(groups: int) -> int:
@@ -140,14 +149,9 @@ class _Call:
             scale=scale,
         )
 
-    def _pad(self, x: jax.Array, axis: int, value: int = 0) -> jax.Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, self.padded - self.count)
-        return jnp.pad(x, widths, constant_values=value)
-
     def queries(self, x: jax.Array, *, rows: bool = False):
         """[J, B, G, M, n] with its blocks: of one j; rows: transposed, [J, B, G, n, M]."""
-        x = self._pad(x, 3)
+        x = pad_axes(x, {3: (0, self.padded - self.count)})
         x = jnp.swapaxes(x, 3, 4) if rows else x
         block = (None, None, self.together, *x.shape[3:])
         return x, pl.BlockSpec(block, lambda b, g, t, j, needed: (j, b, g, 0, 0))
@@ -159,7 +163,7 @@ class _Call:
 
     def like_keys(self, x: jax.Array):
         """A result of the shape of keys [B, G, T, L], with its blocks."""
-        return jax.ShapeDtypeStruct(x.shape, x.dtype), self.keys(x)[1]
+        return x.shape, x.dtype, self.keys(x)[1]
 
     def per_query(self, size: int):
         """A float32 result [J, B, G, size, M], with its blocks, each complete at the last keys."""
@@ -170,7 +174,7 @@ class _Call:
             return jnp.where(t == last, j, 0), b, g, 0, 0
 
         block = (None, None, self.together, size, self.padded)
-        return jax.ShapeDtypeStruct(shape, jnp.float32), pl.BlockSpec(block, index)
+        return shape, jnp.float32, pl.BlockSpec(block, index)
 
     def kept(self, size: int):
         """Room for a float32 array [size, M] of each j and group."""
@@ -180,43 +184,26 @@ class _Call:
         """A result [J, B, G, n, M], padded, as [J, B, G, M, n]."""
         return jnp.swapaxes(x[..., : self.count], 3, 4)
 
-    def run(self, name, kernel, inputs, outputs, scratch, reach: Reach, products: int):
+    def run(self, name, kernel, inputs, outputs, scratch, reach: Reach) -> dict[str, jax.Array]:
         """Call the kernel with the reach of queries, and which j need which block of keys."""
-        first, last = self._pad(reach.first, 2, 1), self._pad(reach.last, 2)
-        both = jnp.stack([first, last], axis=2)  # [J, B, 2, M]
-        reach_spec = pl.BlockSpec(
-            (None, None, 2, self.padded), lambda b, g, t, j, needed: (j, b, 0, 0)
-        )
+        more = ((0, 0), (0, 0), (0, self.padded - self.count))
+        first = jnp.pad(reach.first, more, constant_values=1)
+        last = jnp.pad(reach.last, more)
+        spec = pl.BlockSpec((None, None, 2, self.padded), lambda b, g, t, j, needed: (j, b, 0, 0))
         start = jnp.arange(0, self.tokens, self.block)[:, None, None, None]
         seen = (first <= last) & (first < start + self.block) & (last >= start)
-        needed = seen.any(-1).swapaxes(1, 2)  # [T / block, B, J]
-        flops = 2 * products * self.groups * self.blocks * self.rows * self.padded * self.size
-        grid = (self.rows, self.groups // self.together, self.tokens // self.block, self.blocks)
-        arrays = [(both, reach_spec), *inputs]
-        return pl.pallas_call(
-            kernel,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=grid,
-                in_specs=[spec for _, spec in arrays],
-                out_specs=[spec for _, spec in outputs],
-                scratch_shapes=scratch,
-            ),
-            out_shape=[shape for shape, _ in outputs],
-            cost_estimate=pl.CostEstimate(
-                flops=flops * self.tokens,
-                transcendentals=0,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x, _ in (*arrays, *outputs)),
-            ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=tpu.vmem_bytes() * 7 // 8,
-            ),
-            interpret=tpu.interpret_mode(),
-            name=name,
-        )(needed.astype(jnp.int32), *(array for array, _ in arrays))
+        return tpu.call_kernel(
+            functools.partial(kernel, self),
+            name,
+            (self.rows, self.groups // self.together, self.tokens // self.block, self.blocks),
+            {"reach": (jnp.stack([first, last], axis=2), spec), **inputs},
+            outputs,
+            scratch,
+            scalars={"needed": seen.any(-1).swapaxes(1, 2).astype(jnp.int32)},  # [T / block, B, J]
+            parallel=2,
+        )
 
-    def places(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def places(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Numbers of the step's row, block of keys and block of queries."""
         return pl.program_id(0), pl.program_id(2), pl.program_id(3)
 

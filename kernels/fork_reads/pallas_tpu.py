@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES, _SUBLANES = 128, 8
@@ -33,10 +34,11 @@ _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 
 
 class ForkRows(NamedTuple):
-    """Where forks read: the layer [] int32, and of each fork [F] int32 its row.
+    """Where forks read: one layer [] int32 for all, and for each fork [F] int32:
 
-    last: the slot of the row's last token before the fork. seen: how many tokens its document has
-    up to there; 0: none, and the fork sees nothing of the row. chunk: whose weights it reads.
+    row: the row that it reads. last: the slot of the row's last token before the fork. seen: the
+    number of tokens of the fork's document up to that slot; with 0 the fork sees nothing of the
+    row. chunk: the chunk whose fast weights it reads.
     """
 
     layer: jax.Array
@@ -58,13 +60,13 @@ def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool
 
 def _pad_tokens(x: jax.Array) -> jax.Array:
     """[..., S, L], S up to whole registers."""
-    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 2), (0, -x.shape[-2] % _SUBLANES), (0, 0)])
+    return pad_axes(x, {-2: (0, -x.shape[-2] % _SUBLANES)})
 
 
-def _attend_kernel(heads: int, window: int, block: int, *refs):
-    layer, row, lasts, seens, new, row_k, row_v, out, top, total, acc = refs
-    del layer, row
-    fork, step = pl.program_id(0), pl.program_id(2)
+def _attend_kernel(
+    heads, window, block, *, lasts, seens, new, row_k, row_v, out, top, total, acc, **_
+):
+    fork, step = pl.program_id(0), pl.program_id(1)
     last, seen = lasts[fork], seens[fork]
     _, groups, num_new, size = new.shape
     width, dtype = size // heads, out.dtype
@@ -107,23 +109,19 @@ def _attend_kernel(heads: int, window: int, block: int, *refs):
             scores = [nt(queries(group), row_k[group]) * scale for group in together]
             scores = [jnp.where(visible, x, _MASKED) for x in scores]
             old = [top[group] for group in together]
-            new_top = [
-                jnp.maximum(a, jnp.max(x, 1, keepdims=True))
-                for a, x in zip(old, scores, strict=True)
-            ]
+            highest = [jnp.max(x, 1, keepdims=True) for x in scores]
+            new_top = [jnp.maximum(a, b) for a, b in zip(old, highest, strict=True)]
             decay = [jnp.exp(a - b) for a, b in zip(old, new_top, strict=True)]
             weights = [jnp.exp(x - b) for x, b in zip(scores, new_top, strict=True)]
             sums = [jnp.sum(x, 1, keepdims=True) for x in weights]
-            found = [
-                nn(x.astype(dtype), row_v[group])
-                for x, group in zip(weights, together, strict=True)
-            ]
+            values = [row_v[group] for group in together]
+            found = [nn(x.astype(dtype), y) for x, y in zip(weights, values, strict=True)]
             for i, group in enumerate(together):
                 top[group] = new_top[i]
                 total[group] = decay[i] * total[group] + sums[i]
                 acc[group] = decay[i] * acc[group] + found[i]
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(step == pl.num_programs(1) - 1)
     def _end():
         for group in range(groups):
             found = acc[group] / total[group]
@@ -162,7 +160,7 @@ def attend_windows(
     block = math.gcd(num_tokens, _BLOCK)
     steps = min(-(-max(window - 2, 0) // block) + 1, num_tokens // block)
 
-    def of_row(fork, _, step, layer, row, last, seen):
+    def of_row(fork, step, layer, row, last, seen):
         del seen
         number = _first_block(last[fork], window, block) + step
         number = jnp.minimum(number, _last_block(last[fork], block))
@@ -172,32 +170,30 @@ def attend_windows(
         return fork, 0, 0, 0
 
     tokens = pl.BlockSpec((None, None, groups, block, size), of_row)
-    shape = jax.ShapeDtypeStruct((forks, groups, num_new, size), padded.dtype)
+    shape = forks, groups, num_new, size
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
-    (out,) = tpu.call_kernel(
+    own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
+    scalars = where.layer[None], where.row, where.last, where.seen
+    found = tpu.call_kernel(
         functools.partial(_attend_kernel, heads, window, block),
         "fork_reads_attention",
-        (forks, 1, steps),
-        [
-            (padded, pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))),
-            (row_k, tokens),
-            (row_v, tokens),
-        ],
-        [(shape, pl.BlockSpec((None, groups, num_new, size), of_fork))],
-        [
-            pltpu.VMEM((*rows, 1), jnp.float32),
-            pltpu.VMEM((*rows, 1), jnp.float32),
-            pltpu.VMEM((*rows, size), jnp.float32),
-        ],
-        scalars=(where.layer[None], where.row, where.last, where.seen),
+        (forks, steps),
+        {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
+        {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))},
+        {
+            "top": pltpu.VMEM((*rows, 1), jnp.float32),
+            "total": pltpu.VMEM((*rows, 1), jnp.float32),
+            "acc": pltpu.VMEM((*rows, size), jnp.float32),
+        },
+        scalars=dict(zip(("layer", "row", "lasts", "seens"), scalars, strict=True)),
+        parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )
-    return out[:, :, :count]
+    return found["out"][:, :, :count]
 
 
-def _weights_kernel(layer, row, chunk, q, w0, w1, w2, out):
-    del layer, row, chunk
+def _weights_kernel(*, q, w0, w1, w2, out, **_):
     x = q[...]
     gate, up = nt(x, w0[...].astype(x.dtype)), nt(x, w2[...].astype(x.dtype))
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
@@ -213,20 +209,22 @@ def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
     forks, heads, count, _ = q.shape
     padded = _pad_tokens(q)
 
-    def of_chunk(head, _, fork, layer, row, chunk):
+    def of_chunk(head, fork, layer, row, chunk):
         return layer[0], row[fork], chunk[fork], head, 0, 0
 
     def matrix(w):
         return w, pl.BlockSpec((None, None, None, None, *w.shape[-2:]), of_chunk)
 
-    tokens = pl.BlockSpec((None, None, *padded.shape[2:]), lambda h, _, f, *scalars: (f, h, 0, 0))
-    (out,) = tpu.call_kernel(
+    tokens = pl.BlockSpec((None, None, *padded.shape[2:]), lambda h, f, *_: (f, h, 0, 0))
+    inputs = {f"w{i}": matrix(w) for i, w in enumerate(weights)}
+    found = tpu.call_kernel(
         _weights_kernel,
         "fork_reads_weights",
-        (heads, 1, forks),
-        [(padded, tokens), *map(matrix, weights)],
-        [(jax.ShapeDtypeStruct(padded.shape, q.dtype), tokens)],
-        scalars=(where.layer[None], where.row, where.chunk),
+        (heads, forks),
+        {"q": (padded, tokens)} | inputs,
+        {"out": (padded.shape, q.dtype, tokens)},
+        scalars={"layer": where.layer[None], "row": where.row, "chunk": where.chunk},
+        parallel=1,
         moved=forks * sum(w[0, 0, 0].size * w.dtype.itemsize for w in weights),
     )
-    return out[:, :, :count]
+    return found["out"][:, :, :count]

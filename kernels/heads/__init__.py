@@ -1,4 +1,4 @@
-"""Attention heads side by side, and how they move between the layouts of the models' arrays."""
+"""Moves of attention heads between the layouts of a model's arrays."""
 
 from refine_jax.kernels.heads.api import alone, from_chunks, regroup, to_chunks, together
 

@@ -1,9 +1,10 @@
-"""Heads of a model's arrays: alone or together, in other groups, in chunks of tokens.
+"""Moves of attention heads between the layouts of a model's arrays.
 
-A TPU fills the last axis of every array up to 128 numbers, so that heads of 64 are kept n = 2 in a
-group of L = 128: arrays [..., G, T, L]. Nothing here computes; numbers move, and what moves them
-back is the derivative. XLA's copies on TPUs take 3 to 15 times as long as the numbers need to be
-read and written (static estimates of libtpu 0.0.42), hence the Pallas kernels.
+A TPU fills the last axis of every array up to 128 numbers. Heads of 64 are therefore kept in groups
+of n = 2, side by side in L = 128 numbers: arrays [..., G, T, L]. The functions here only move
+numbers, and the derivative of a move is the move back. XLA's copies on TPUs take 3 to 15 times as
+long as the numbers need to be read and written (static estimates of libtpu 0.0.42), which is why
+there are Pallas kernels.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ _LANES = 128
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def alone(x: jax.Array, count: int) -> jax.Array:
-    """Each of the `count` heads of a group in a group of its own, beside zeros.
+    """Give each head a group of its own, filled with zeros where the other heads were.
 
-    x: [..., G, T, L]. Returns [..., G count, T, L]; a head stays where it was among the L numbers.
+    A product with such a group is a product with its one head.
+
+    x: [..., G, T, L], groups of `count` heads, each L / count numbers wide.
+    Returns [..., G count, T, L]. Head i of group g is in group g count + i, and keeps its place
+    among the L numbers.
     """
     if _by_kernel(x):
         return pallas_tpu.alone(x, count)
@@ -34,9 +39,11 @@ def alone(x: jax.Array, count: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def together(x: jax.Array, count: int) -> jax.Array:
-    """The way back from `alone`: of `count` groups that follow each other the numbers of each head.
+    """Join heads that have groups of their own to groups of `count`: the inverse of `alone`.
 
-    x: [..., G count, T, L]. Returns [..., G, T, L].
+    x: [..., G count, T, L], laid out as `alone` returns it. Numbers outside a group's own head are
+    ignored: they need not be zero.
+    Returns [..., G, T, L].
     """
     if _by_kernel(x):
         return pallas_tpu.together(x, count)
@@ -49,7 +56,7 @@ def together(x: jax.Array, count: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
-    """Tokens in chunks, their numbers in other groups.
+    """Cut tokens into chunks, and the D numbers of each token into other groups.
 
     x: [B, G, T, D / G], T a multiple of chunk. Returns [B, T / chunk, groups, chunk, D / groups].
     """
@@ -61,7 +68,10 @@ def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def from_chunks(x: jax.Array, groups: int) -> jax.Array:
-    """The way back: [B, N, G, C, D / G] -> [B, groups, N C, D / groups]."""
+    """Join N chunks of C tokens to rows: the inverse of `to_chunks`.
+
+    x: [B, N, G, C, D / G]. Returns [B, groups, N C, D / groups].
+    """
     _, _, before, chunk, size = x.shape
     in_lanes = (before * size) % (groups * _LANES) == 0 and chunk % _LANES == 0
     if backend() == "tpu" and in_lanes and groups % before == 0:
@@ -71,7 +81,10 @@ def from_chunks(x: jax.Array, groups: int) -> jax.Array:
 
 
 def regroup(x: jax.Array, groups: int) -> jax.Array:
-    """A token's numbers in other groups: [..., G, T, D / G] -> [..., groups, T, D / groups]."""
+    """Cut the D numbers of each token into other groups, in the same order.
+
+    x: [..., G, T, D / G]. Returns [..., groups, T, D / groups].
+    """
     *lead, before, tokens, size = x.shape
     shared = math.gcd(before, groups)
     x = x.reshape(*lead, shared, before // shared, tokens, size)
@@ -80,13 +93,13 @@ def regroup(x: jax.Array, groups: int) -> jax.Array:
 
 
 def _by_kernel(x: jax.Array) -> bool:
-    """Whether there is a kernel for arrays [B, G, T, L] like x on this device."""
+    """Say whether this device has a kernel for arrays of the shape [B, G, T, L] of x."""
     whole = x.ndim == 4 and x.shape[-2] % _LANES == 0 and x.shape[-1] % _LANES == 0
     return whole and backend() == "tpu"
 
 
 def _of_head(x: jax.Array, count: int, index: int) -> jax.Array:
-    """[L] bool: the numbers of a group that belong to one of its `count` heads."""
+    """Mark the numbers of a group that belong to head `index` of its `count` heads: [L] bool."""
     return jnp.arange(x.shape[-1]) // (x.shape[-1] // count) == index
 
 

@@ -37,24 +37,24 @@ def _of_head(shape: tuple[int, int], count: int, index: int) -> jax.Array:
     return lane // (shape[1] // count) == index
 
 
+def _call(kernel, name: str, grid, x, block, shape, out_block) -> jax.Array:
+    """Run a kernel of references x and out for an array like x of another shape."""
+    outputs = {"out": (shape, x.dtype, out_block)}
+    return tpu.call_kernel(kernel, name, grid, {"x": (x, block)}, outputs, vmem=None)["out"]
+
+
 def alone(x: jax.Array, count: int) -> jax.Array:
     """`api.alone` of [B, G, T, L]."""
     rows, groups, tokens, size = x.shape
     block = _block(tokens)
 
-    def kernel(x_ref, out_ref):
+    def kernel(x, out):
         for i in range(count):
-            out_ref[0, i] = jnp.where(_of_head((block, size), count, i), x_ref[0, 0], 0)
+            out[0, i] = jnp.where(_of_head((block, size), count, i), x[0, 0], 0)
 
-    return pl.pallas_call(
-        kernel,
-        grid=(rows, groups, tokens // block),
-        in_specs=[_spec(1, block, size)],
-        out_specs=_spec(count, block, size),
-        out_shape=jax.ShapeDtypeStruct((rows, groups * count, tokens, size), x.dtype),
-        interpret=tpu.interpret_mode(),
-        name="heads_alone",
-    )(x)
+    grid, shape = (rows, groups, tokens // block), (rows, groups * count, tokens, size)
+    blocks = _spec(1, block, size), _spec(count, block, size)
+    return _call(kernel, "heads_alone", grid, x, blocks[0], shape, blocks[1])
 
 
 def together(x: jax.Array, count: int) -> jax.Array:
@@ -62,21 +62,16 @@ def together(x: jax.Array, count: int) -> jax.Array:
     rows, groups, tokens, size = x.shape
     block = _block(tokens)
 
-    def kernel(x_ref, out_ref):
-        y = x_ref[0, 0]
+    def kernel(x, out):
+        y = x[0, 0]
         for i in range(1, count):
-            y = jnp.where(_of_head((block, size), count, i), x_ref[0, i], y)
-        out_ref[0, 0] = y
+            y = jnp.where(_of_head((block, size), count, i), x[0, i], y)
+        out[0, 0] = y
 
-    return pl.pallas_call(
-        kernel,
-        grid=(rows, groups // count, tokens // block),
-        in_specs=[_spec(count, block, size)],
-        out_specs=_spec(1, block, size),
-        out_shape=jax.ShapeDtypeStruct((rows, groups // count, tokens, size), x.dtype),
-        interpret=tpu.interpret_mode(),
-        name="heads_together",
-    )(x)
+    shape = rows, groups // count, tokens, size
+    grid = *shape[:2], tokens // block
+    blocks = _spec(count, block, size), _spec(1, block, size)
+    return _call(kernel, "heads_together", grid, x, blocks[0], shape, blocks[1])
 
 
 def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
@@ -84,20 +79,14 @@ def to_chunks(x: jax.Array, groups: int, chunk: int) -> jax.Array:
     rows, before, tokens, size = x.shape
     block, joined = _block(chunk), before // groups
 
-    def kernel(x_ref, out_ref):
+    def kernel(x, out):
         for i in range(joined):
-            out_ref[0, 0, 0, :, i * size : (i + 1) * size] = x_ref[0, i]
+            out[0, 0, 0, :, i * size : (i + 1) * size] = x[0, i]
 
+    grid = rows, groups, tokens // block
     shape = rows, tokens // chunk, groups, chunk, joined * size
-    return pl.pallas_call(
-        kernel,
-        grid=(rows, groups, tokens // block),
-        in_specs=[_spec(joined, block, size)],
-        out_specs=_chunk_spec(block, chunk, joined * size),
-        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
-        interpret=tpu.interpret_mode(),
-        name="heads_to_chunks",
-    )(x)
+    blocks = _spec(joined, block, size), _chunk_spec(block, chunk, joined * size)
+    return _call(kernel, "heads_to_chunks", grid, x, blocks[0], shape, blocks[1])
 
 
 def from_chunks(x: jax.Array, groups: int) -> jax.Array:
@@ -106,16 +95,10 @@ def from_chunks(x: jax.Array, groups: int) -> jax.Array:
     block, joined = _block(chunk), groups // before
     tokens, size = num_chunks * chunk, joined_size // joined
 
-    def kernel(x_ref, out_ref):
+    def kernel(x, out):
         for i in range(joined):
-            out_ref[0, i] = x_ref[0, 0, 0, :, i * size : (i + 1) * size]
+            out[0, i] = x[0, 0, 0, :, i * size : (i + 1) * size]
 
-    return pl.pallas_call(
-        kernel,
-        grid=(rows, before, tokens // block),
-        in_specs=[_chunk_spec(block, chunk, joined_size)],
-        out_specs=_spec(joined, block, size),
-        out_shape=jax.ShapeDtypeStruct((rows, groups, tokens, size), x.dtype),
-        interpret=tpu.interpret_mode(),
-        name="heads_from_chunks",
-    )(x)
+    grid, shape = (rows, before, tokens // block), (rows, groups, tokens, size)
+    blocks = _chunk_spec(block, chunk, joined_size), _spec(joined, block, size)
+    return _call(kernel, "heads_from_chunks", grid, x, blocks[0], shape, blocks[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 from jax import lax
 
@@ -41,7 +39,6 @@ def lact(
     *,
     mask: jax.Array | None = None,
     reset: jax.Array | None = None,
-    carry: FastState | None = None,
     options: Options = PLAIN,
     implementation: str | None = None,
     axis_name: str | None = None,
@@ -51,11 +48,10 @@ def lact(
     q, k, v: [B, N, H, C, d] float32 or bfloat16, in chunks of C token slots.
     rates: [B, N, H, C, 3, E] float32, learning rates of W0, W1, W2; E is 1, or d (= F).
     momentum: [B, N, H, C] float32 in (0, 1), averaged over a chunk's tokens; None for no momentum.
-    weights: initial w0, w2 [H, F, d] and w1 [H, d, F] float32, or with a leading B. Their row
-        norms are those every update restores.
+    weights: initial w0, w2 [H, F, d] and w1 [H, d, F] float32. Their row norms are those every
+        update restores.
     mask: [B, N, C] bool, True at tokens; other slots update nothing, and their output is undefined.
     reset: [B, N] bool, True where a chunk starts a new document (initial weights, no momentum).
-    carry: FastState [B, H, ...] to begin with instead of the initial weights.
 
     Returns out [B, N, H, C, d] in the dtype of q, and the FastState [B, N, H, ...] with which each
     chunk was read, i.e. before its own update. The update after the last chunk is not made:
@@ -67,38 +63,25 @@ def lact(
         absent, kernels are interpreted (slow).
     axis_name: inside `jax.shard_map`, a mesh axis over whose S devices the slots of every chunk are
         spread: q, k, v, rates, momentum and mask are the device's own C / S slots of all N chunks;
-        weights, reset and carry are the same everywhere. N must be a multiple of S: the states
+        weights and reset are the same everywhere. N must be a multiple of S: the states
         returned are those of the device's own N / S chunks alone, [B, N / S, H, ...] (sequence.py).
-        By "xla" only where H is no multiple of S.
+        By "xla" only.
     Raises ValueError for shapes that do not fit or an implementation that is not available.
     Source: LaCT (arXiv 2505.23884), golden README section 5.
     """
     _check(q, k, v, rates, momentum, weights)
+    options_of_call = {"mask": mask, "reset": reset, "options": options}
     if axis_name is not None and lax.axis_size(axis_name) > 1:
         _check_sequence(q, implementation, axis_name)
-        return lact_sequence(
-            functools.partial(lact, implementation=implementation),
-            q,
-            k,
-            v,
-            rates,
-            momentum,
-            weights,
-            mask=mask,
-            reset=reset,
-            carry=carry,
-            options=options,
-            axis_name=axis_name,
-        )
+        arrays = q, k, v, rates, momentum, weights
+        return lact_sequence(*arrays, **options_of_call, axis_name=axis_name)
     name = implementation or _best(q, weights)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be None or one of {sorted(IMPLEMENTATIONS)}. "
             f"Got: implementation={implementation!r}."
         )
-    return IMPLEMENTATIONS[name](
-        q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry, options=options
-    )
+    return IMPLEMENTATIONS[name](q, k, v, rates, momentum, weights, **options_of_call)
 
 
 def _best(q: jax.Array, weights: Weights) -> str:
@@ -116,16 +99,16 @@ def _check_sequence(q, implementation, axis_name):
             f"states of its own ones. Got: N={chunks} chunks over {devices} devices on the axis "
             f"{axis_name!r}. Add empty chunks at the end, with mask False."
         )
-    if heads % devices and implementation not in (None, "xla"):
+    if implementation not in (None, "xla"):
         raise ValueError(
-            "Only 'xla' shares the slots of a chunk among devices, and there are no heads for each "
-            f"of them. Got: implementation={implementation!r}, H={heads} heads over {devices} "
-            f"devices on the axis {axis_name!r}. Leave it None, or name 'xla'."
+            "Only 'xla' shares the slots of a chunk among devices. "
+            f"Got: implementation={implementation!r}, H={heads} heads over {devices} devices on "
+            f"the axis {axis_name!r}. Leave it None, or name 'xla'."
         )
 
 
 def _check(q, k, v, rates, momentum, weights):
-    batch, _, heads, _, d = q.shape
+    heads, d = q.shape[2], q.shape[4]
     hidden = weights.w1.shape[-1]
     expected = {
         "k": (k, q.shape),
@@ -138,7 +121,7 @@ def _check(q, k, v, rates, momentum, weights):
             raise ValueError(f"{name} must be {list(shape)}. Got: {list(array.shape)}.")
     for name, shape in {"w0": (heads, hidden, d), "w1": (heads, d, hidden)}.items():
         array = getattr(weights, name)
-        if array.shape[-3:] != shape or array.shape[:-3] not in ((), (batch,)):
+        if array.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}. Got: {list(array.shape)}.")
     if weights.w2.shape != weights.w0.shape:
         raise ValueError(f"w2 must be as w0. Got: {list(weights.w2.shape)}.")

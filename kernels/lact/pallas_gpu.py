@@ -31,28 +31,22 @@ from jax.experimental import pallas as pl
 from refine_jax.kernels import triton
 from refine_jax.kernels.lact.reference import FastState, Weights
 from refine_jax.kernels.lact.xla import lact_by_parts
-from refine_jax.kernels.numerics import einsum
+from refine_jax.kernels.numerics import einsum, pad_axes
 
 _BLOCK = 64  # tokens, columns of F and of d in one product
 _FEW_PRODUCTS = 3  # whose sums [64, 64] fit the registers
-
-
-def unsupported(q: jax.Array) -> str | None:
-    """Say why q [B, N, H, C, d] of `lact` has no kernel here, or None."""
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"q must be float32 or bfloat16. Got: {q.dtype}."
-    return None
 
 
 def lact_pallas_gpu(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py, with its shapes: q [B, N, H, C, d]; interpreted on a CPU.
 
     Raises:
-      ValueError: for what `unsupported` names.
+      ValueError: for arrays of other dtypes than float32 and bfloat16.
     """
-    reason = unsupported(q)
-    if reason is not None:
-        raise ValueError(f"lact with implementation='pallas_gpu': {reason}")
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"lact with implementation='pallas_gpu': q must be float32 or bfloat16. Got: {q.dtype}."
+        )
     return lact_by_parts(_read, _sums, q, k, v, rates, momentum, weights, **keywords)
 
 
@@ -261,23 +255,19 @@ def _fused(
 
     def flat(x, rows, columns, dtype=some.dtype):
         x = x.astype(dtype).reshape(count, *x.shape[-2:])
-        return triton.pad_axis(triton.pad_axis(x, 1, rows), 2, columns)
+        return pad_axes(x, {1: (0, rows - x.shape[1]), 2: (0, columns - x.shape[2])})
 
-    def spec(shape, index):
-        return pl.BlockSpec(shape, lambda i, g: index(i // hidden_blocks, i % hidden_blocks, g))
+    # Letters of axes: heads of all chunks g, tokens t, features d, hidden h, its blocks i, rates r.
+    across = ("w1", "d_sum1")
+    axes = dict.fromkeys(tokens, "gtd") | dict.fromkeys(outputs, "gth")
+    axes |= {name: "gdh" if name in across else "ghd" for name in weights}
+    axes |= {"hidden_rates": "gth", "d_hidden_rates": "gth"}
+    axes |= {"token_rates": "grt", "d_token_rates": "igrt"}
+    whole = {"g": count, "t": sizes[0], "d": sizes[1], "h": sizes[2], "i": hidden_blocks, "r": 3}
 
-    across = {
-        name: spec((None, sizes[1], hidden_block), lambda t, f, g: (g, 0, f))
-        for name in ("w1", "d_sum1")
-    }
-    rows = spec((None, block, sizes[1]), lambda t, f, g: (g, t, 0))
-    by_hidden = spec((None, block, hidden_block), lambda t, f, g: (g, t, f))
-    weight = spec((None, hidden_block, sizes[1]), lambda t, f, g: (g, f, 0))
-    specs = dict.fromkeys(tokens, rows) | dict.fromkeys(outputs, by_hidden)
-    specs |= {name: across.get(name, weight) for name in weights}
-    specs["hidden_rates"] = specs["d_hidden_rates"] = by_hidden
-    specs["token_rates"] = spec((None, 3, block), lambda t, f, g: (g, 0, t))
-    specs["d_token_rates"] = spec((None, None, 3, block), lambda t, f, g: (f, g, 0, t))
+    def place(program, g):
+        t, h = lax.div(program, hidden_blocks), lax.rem(program, hidden_blocks)
+        return {"g": g, "t": t, "d": 0, "h": h, "i": h, "r": 0}
 
     inputs = {name: flat(x, sizes[0], sizes[1]) for name, x in tokens.items()}
     inputs |= {
@@ -288,23 +278,22 @@ def _fused(
         inputs["token_rates"] = flat(token_rates, 3, sizes[0], jnp.float32)
     if hidden_rates is not None:
         inputs["hidden_rates"] = flat(hidden_rates, sizes[0], sizes[2], jnp.float32)
-    shape = (count, sizes[0], sizes[2])
-    written = {name: jax.ShapeDtypeStruct(shape, some.dtype) for name in outputs}
-    if rate_gradients and hidden_rates is not None:
-        written["d_hidden_rates"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    elif rate_gradients:
-        shape = (hidden_blocks, count, 3, sizes[0])
-        written["d_token_rates"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    written = dict.fromkeys(outputs, some.dtype)
+    if rate_gradients:
+        written["d_token_rates" if hidden_rates is None else "d_hidden_rates"] = jnp.float32
 
     results = triton.call(
-        functools.partial(_kernel, formula, products, frozenset(across), dim_block),
-        grid=(sizes[0] // block * hidden_blocks, count),
-        inputs=inputs,
-        outputs=written,
-        specs=specs,
+        functools.partial(_kernel, formula, products, across, dim_block, tuple(written)),
+        f"lact{formula.__name__}",
+        (sizes[0] // block * hidden_blocks, count),
+        inputs,
+        written,
+        axes=axes,
+        sizes=whole,
+        blocks=whole | {"g": None, "t": block, "h": hidden_block, "i": None},
+        place=place,
         warps=4,
         stages=2,
-        name=f"lact{formula.__name__}",
     )
     last = results.popitem()[1] if rate_gradients else None
     found = [x[:, :size, :hidden].reshape(*lead, size, hidden) for x in results.values()]
@@ -316,33 +305,34 @@ def _fused(
     return *found, sums.reshape(*lead, size, 3, 1)
 
 
-def _kernel(formula, products, across, dim_block, inputs, outputs):
+def _kernel(formula, products, across, dim_block, outputs, **refs):
     """All products of a block of tokens and of F, then the formula."""
-    shape = outputs[next(iter(outputs))].shape
+    shape = refs[outputs[0]].shape
 
     def add(i, sums):
         at = pl.ds(i * dim_block, dim_block)
-        tokens = {name: inputs[name][:, at] for name, _ in products.values()}
+        tokens = {name: refs[name][:, at] for name, _ in products.values()}
         return tuple(
             total
             + (
-                triton.dot(tokens[row], inputs[weight][at, :])
+                triton.dot(tokens[row], refs[weight][at, :])
                 if weight in across
-                else triton.dot(tokens[row], inputs[weight][:, at], transpose_b=True)
+                else triton.dot(tokens[row], refs[weight][:, at], transpose_b=True)
             )
             for total, (row, weight) in zip(sums, products.values(), strict=True)
         )
 
-    steps = inputs[next(iter(products.values()))[0]].shape[1] // dim_block
+    steps = refs[next(iter(products.values()))[0]].shape[1] // dim_block
     zeros = (jnp.zeros(shape, jnp.float32),) * len(products)
     sums = lax.fori_loop(0, steps, add, zeros)
     rates = (1.0, 1.0, 1.0)
-    if "token_rates" in inputs:
-        rates = tuple(inputs["token_rates"][i, :][:, None] for i in range(3))
-    elif "hidden_rates" in inputs:
-        rates = (1.0, inputs["hidden_rates"][...], 1.0)
+    if "token_rates" in refs:
+        rates = tuple(refs["token_rates"][i, :][:, None] for i in range(3))
+    elif "hidden_rates" in refs:
+        rates = (1.0, refs["hidden_rates"][...], 1.0)
     results = formula(dict(zip(products, sums, strict=True)), rates)
-    for name, ref in outputs.items():
+    for name in outputs:
+        ref = refs[name]
         if name == "d_token_rates":
             for i in range(3):
                 ref[i, :] = jnp.sum(results[f"d_rate{i}"], axis=1)

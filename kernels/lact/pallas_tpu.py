@@ -38,35 +38,34 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from refine_jax.kernels import tpu
 from refine_jax.kernels.lact import pallas_tpu_parts as parts
 from refine_jax.kernels.lact import tuning
 from refine_jax.kernels.lact.pallas_tpu_backward import backward
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 from refine_jax.kernels.lact.pallas_tpu_forward import forward
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan
-from refine_jax.kernels.lact.reference import PLAIN, FastState, Options, Weights
-from refine_jax.kernels.lact.xla import apply_update, fresh_state, row_norms, update_sums
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan
+from refine_jax.kernels.lact.reference import PLAIN, FastState, Weights
+from refine_jax.kernels.lact.xla import mask_slots, row_norms, scan_chunks, update_sums
+from refine_jax.kernels.numerics import pad_axes
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _over_chunks(plan, q, k, v, rates, mean, norms, fresh, carry, reset):
+def _over_chunks(plan, q, k, v, rates, mean, norms, fresh, reset):
     plan = tuning.with_blocks(plan, q.dtype)
-    out, states, _ = forward(plan, q, k, v, rates, mean, norms, fresh, carry, reset)
+    out, states, _ = forward(plan, q, k, v, rates, mean, norms, fresh, reset)
     return out, states
 
 
 def _over_chunks_forward(plan, *arguments):
     arguments = jax.tree.map(lambda x: x.value, arguments)
-    q, k, v, rates, mean, norms, fresh, carry, reset = arguments
+    q, k, v, rates, mean, norms, _, reset = arguments
     plan = dataclasses.replace(tuning.with_blocks(plan, q.dtype), save_scales=True)
     out, states, scales = forward(plan, *arguments)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (fresh, carry))
-    return (out, states), (q, k, v, rates, mean, norms, shapes, reset, states, scales)
+    return (out, states), (q, k, v, rates, mean, norms, reset, states, scales)
 
 
 def _over_chunks_backward(plan, residuals, cotangents):
-    q, k, v, rates, mean, norms, (fresh, _), reset, states, scales = residuals
+    q, k, v, rates, mean, norms, reset, states, scales = residuals
     d_out, d_states = cotangents
 
     def dense(x):
@@ -83,27 +82,11 @@ def _over_chunks_backward(plan, residuals, cotangents):
         plan, q, k, v, rates, mean, norms, reset, states, scales, dense(d_out), present
     )
 
-    def as_given(gradient, given):
-        return gradient if gradient.ndim == len(given.shape) else gradient.sum(0)
-
-    start = {name: gradients[name] for name in plan.groups if name in gradients}
-    d_fresh = d_carry = None
-    if plan.resets or not plan.carry:
-        parts = [gradients["fresh"]] if plan.resets else []
-        parts += [] if plan.carry else list(start.values())
-        total = jax.tree.map(lambda *x: sum(x), *parts)
-        d_fresh = jax.tree.map(as_given, total, fresh)
-    if plan.carry:
-        d_carry = FastState(**start)
-    d_norms = jax.tree.map(as_given, gradients["norms"], norms)
-    return (
-        *(gradients[name] for name in ("q", "k", "v", "rates")),
-        gradients.get("mean"),
-        d_norms,
-        d_fresh,
-        d_carry,
-        None,
-    )
+    starts = [gradients[x] for x in ("fresh", "weights", "accumulator") if x in gradients]
+    d_fresh = jax.tree.map(lambda *x: sum(x).sum(0), *starts)
+    d_norms = jax.tree.map(lambda x: x.sum(0), gradients["norms"])
+    d_tokens = (gradients[name] for name in ("q", "k", "v", "rates"))
+    return *d_tokens, gradients.get("mean"), d_norms, d_fresh, None
 
 
 _over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward, symbolic_zeros=True)
@@ -111,67 +94,36 @@ _over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward, symbolic_zeros=
 
 def _pad(x: jax.Array, *axes: int) -> jax.Array:
     """Zeros up to multiples of 128 along these axes (counted from the end)."""
-    widths = [(0, 0)] * x.ndim
-    for axis in axes:
-        widths[axis] = (0, -x.shape[axis] % LANES)
-    return jnp.pad(x, widths) if any(high for _, high in widths) else x
+    return pad_axes(x, {axis: (0, -x.shape[axis] % LANES) for axis in axes})
 
 
-def _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles):
-    """The op as a scan over the chunks' updates, then every chunk read with its own weights.
+def _in_parts(q, k, v, rates, mean, weights, reset, options, tiles):
+    """`scan_chunks` with kernels that read and sum.
 
     rates: [B, N, H, 3, C], or [B, N, H, C, 3, E] with a rate for every channel. Tokens are padded,
     the weights are not: Newton-Schulz rounds a padded matrix in another way.
     """
-    batch, chunks, heads = q.shape[:3]
     hidden, dim = weights.w0.shape[-2:]
-    norms = row_norms(weights)
-    fresh = jax.tree.map(
-        lambda w: jnp.broadcast_to(w, (batch, *w.shape[-3:])),
-        fresh_state(weights, mean is not None, options),
-    )
 
-    def flat(x):
-        return x.reshape(-1, *x.shape[2:])
+    def flat(tree, axes):
+        """Join the first axes of arrays to one."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[axes:]), tree)
+
+    def read(weights, q):
+        arguments = flat((_pad_weights(weights), q), 3)
+        return parts.apply_fast_weights(tiles, *arguments).reshape(q.shape)
 
     def sums(weights, k, v, rates):
         weights = _pad_weights(weights)
         if rates.ndim == 5:
             total = jax.checkpoint(update_sums)(weights, k, v, rates)
         else:
-            arguments = jax.tree.map(flat, (weights, k, v, rates))
-            total = parts.update_sums(tiles, *arguments)
-            total = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), total)
+            total = parts.update_sums(tiles, *flat((weights, k, v, rates), 2))
+            total = jax.tree.map(lambda x, w: x.reshape(w.shape), total, weights)
         return _cut_weights(total, hidden, dim)
 
-    # Apart from the sums: its derivative needs their values, and they would be computed again.
-    @jax.checkpoint
-    def next_state(state, total, mean):
-        return apply_update(state, total, mean, norms, options)
-
-    def restart(again, state):
-        if again is None:
-            return state
-        again = again[:, None, None, None] != 0
-        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
-
-    def update(state, chunk):
-        k, v, rates, mean, again = chunk
-        state = restart(again, next_state(state, sums(state.weights, k, v, rates), mean))
-        return state, state
-
-    by_chunk = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
-    state = fresh if carry is None else carry
-    state = restart(None if reset is None else reset[:, 0], state)
-    states = jax.tree.map(lambda x: x[:, None], state)
-    if chunks > 1:
-        tokens = by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
-        again = None if reset is None else reset[:, 1:].T
-        _, later = jax.lax.scan(update, state, (*tokens, again))
-        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), states, by_chunk(later))
-    arguments = _pad_weights(states.weights), q
-    arguments = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), arguments)
-    return parts.apply_fast_weights(tiles, *arguments).reshape(q.shape), states
+    tokens = q, k, v, rates, mean
+    return scan_chunks(read, sums, *tokens, weights, reset=reset, options=options)
 
 
 def _pad_weights(weights: Weights) -> Weights:
@@ -184,34 +136,18 @@ def _cut_weights(weights: Weights, hidden: int, dim: int) -> Weights:
 
 
 def lact_pallas_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    carry: FastState | None = None,
-    options: Options = PLAIN,
+    q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
 ) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py, with its shapes: q [B, N, H, C, d]; interpreted on a CPU, for tests."""
     batch, chunks, heads, chunk, dim = q.shape
     hidden = weights.w1.shape[-1]
-    mean = None
-    if momentum is not None:
-        live = jnp.ones((), bool) if mask is None else mask[:, :, None, :]
-        count = chunk if mask is None else jnp.maximum(live.sum(-1), 1)
-        mean = jnp.where(live, momentum, 0.0).sum(-1) / count
-    if mask is not None:
-        rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
+    rates, mean = mask_slots(rates, momentum, mask)
     weights = jax.tree.map(lambda w: w.astype(jnp.float32), weights)
     q, k, v = (_pad(x, -1, -2) for x in (q, k, v))
     by_channel = rates.shape[-1] > 1
     rates = _pad(rates, -1, -3) if by_channel else _pad(jnp.moveaxis(rates, -3, -1)[..., 0, :], -1)
     padded = _pad_weights(weights)
-    plan = Plan(
+    plan = LaCTPlan(
         batch=batch,
         chunks=chunks,
         heads=heads,
@@ -221,20 +157,13 @@ def lact_pallas_tpu(
         momentum=momentum is not None,
         prenorm=options.prenorm,
         eps_inside=options.fused and not options.prenorm,
-        carry=carry is not None,
         resets=reset is not None,
-        fresh_by_row=weights.w0.ndim == 4,
-        interpret=tpu.interpret_mode(),
     )
     if options.muon is None and not by_channel and tuning.fits(plan, q.dtype):
-        if carry is not None:
-            carry = FastState(*(None if x is None else _pad_weights(x) for x in carry))
-        out, states = _over_chunks(
-            plan, q, k, v, rates, mean, row_norms(padded), padded, carry, reset
-        )
+        out, states = _over_chunks(plan, q, k, v, rates, mean, row_norms(padded), padded, reset)
         cut = (None if x is None else _cut_weights(x, hidden, dim) for x in states)
         states = FastState(*cut)
     else:
         tiles = tuning.tiles(plan, q.dtype)
-        out, states = _in_parts(q, k, v, rates, mean, weights, reset, carry, options, tiles)
+        out, states = _in_parts(q, k, v, rates, mean, weights, reset, options, tiles)
     return out[..., :chunk, :dim], states

@@ -22,8 +22,8 @@ from refine_jax.kernels.lact.pallas_tpu_blocks import (
     nn,
     update_block_backward,
 )
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
-from refine_jax.kernels.lact.reference import EPS, FastState, Weights
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan, rows
+from refine_jax.kernels.lact.reference import EPS, Weights
 
 
 def _column(row):
@@ -69,8 +69,7 @@ def _update_backward(cotangents, weights, norm, scale, eps_inside):
     return d_base, d_norm
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(plan: LaCTPlan, **refs):
     row, head = pl.program_id(0), pl.program_id(1)
     chunk, block = plan.chunk_index(pl.program_id(2)), pl.program_id(3)
     last, hidden, dim = plan.chunks - 1, plan.hidden, plan.dim
@@ -313,7 +312,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
     def _finish():
         end(is_first=True)
         for name in plan.groups:
-            if name != "momentum" or plan.carry:
+            if name != "momentum":
                 copy_out(f"{name}_d", f"d_{name}")
         if plan.resets:
             copy_out("fresh_d", "d_fresh")
@@ -323,50 +322,35 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
 
 def backward(
-    plan: Plan,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    mean: jax.Array | None,
-    norms: Weights,
-    reset: jax.Array | None,
-    states: FastState,
-    scales: jax.Array,
-    d_out: jax.Array,
-    d_states: dict[str, Weights],
+    plan: LaCTPlan, q, k, v, rates, mean, norms, reset, states, scales, d_out, d_states
 ) -> dict[str, jax.Array | Weights]:
     """Gradients of `forward`, from its residuals and the cotangents of its outputs.
 
     Arguments as there; states and scales are its results. d_states: cotangents of the fields of
     the states, those named by `plan.cotangents`. Returns, by name: q, k, v; rates [B, N, H, 3, C];
-    mean [B, N, H]; norms, [B, H, F, 1] or [B, H, d, 1]; weights, momentum, accumulator [B, H, ...]
-    of the state to begin with; fresh [B, H, ...] where documents begin.
+    mean [B, N, H]; norms, [B, H, F, 1] or [B, H, d, 1]; weights, accumulator [B, H, ...] of the
+    state to begin with; fresh [B, H, ...] where documents begin.
     """
     operand = q.dtype
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
     square = (plan.hidden, plan.dim)
     shapes = (square, flat, square)
-    inputs, specs = {}, {}
-
-    def add(name, array, spec):
-        inputs[name], specs[name] = array, spec
-
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    add("q", q, plan.token_spec())
-    add("d_out", d_out, plan.token_spec())
-    add("k", k, plan.token_spec(clip=True))
-    add("v", v, plan.token_spec(clip=True))
-    add("rates", rates, plan.rates_spec(clip=True))
-    for i, norm in enumerate(norms):
-        add(f"norm{i}", norm, plan.head_spec(norm))
+    inputs = {
+        "q": (q, plan.token_spec()),
+        "d_out": (d_out, plan.token_spec()),
+        "k": (k, plan.token_spec(clip=True)),
+        "v": (v, plan.token_spec(clip=True)),
+        "rates": (rates, plan.rates_spec(clip=True)),
+    }
+    inputs |= {f"norm{i}": (norm, plan.head_spec(norm)) for i, norm in enumerate(norms)}
     for i, shape in enumerate(shapes):
-        add(f"w{i}", states.weights[i], plan.chunk_spec(shape, buffers=plan.weight_buffers))
-    add("scales", scales, plan.chunk_spec(scales.shape[-2:], shift=-1))
+        spec = plan.chunk_spec(shape, buffers=plan.weight_buffers)
+        inputs[f"w{i}"] = states.weights[i], spec
+    inputs["scales"] = scales, plan.chunk_spec(scales.shape[-2:], shift=-1)
     for name in plan.fetched:
         arrays = d_states[name.removeprefix("ct_")] if name != "momentum" else states.momentum
-        for i, array in enumerate(arrays):
-            add(f"{name}{i}", array, in_hbm)
+        inputs |= {f"{name}{i}": (array, in_hbm) for i, array in enumerate(arrays)}
 
     lead = (plan.batch, plan.chunks, plan.heads)
     heads = (plan.batch, plan.heads)
@@ -377,7 +361,7 @@ def backward(
     for i, size in enumerate((plan.hidden, plan.dim, plan.hidden)):
         spec = pl.BlockSpec((None, None, size, 1), lambda b, h, *_: (b, h, 0, 0))
         outputs[f"d_norm{i}"] = ((*heads, size, 1), jnp.float32, spec)
-    given = [name for name in plan.groups if name != "momentum" or plan.carry]
+    given = [name for name in plan.groups if name != "momentum"]
     given += ["fresh"] if plan.resets else []
     for name in given:
         for i, shape in enumerate(shapes):
@@ -407,18 +391,7 @@ def backward(
         scratch[f"{name}_in"] = pltpu.VMEM(shape, jnp.float32)
     if plan.resets:
         scratch |= pair("fresh_d")
-    results = plan.call(
-        _kernel,
-        "lact_backward",
-        scalars=plan.scalars(mean, reset),
-        inputs=inputs,
-        specs=specs,
-        outputs={
-            key: (jax.ShapeDtypeStruct(shape, dtype), spec)
-            for key, (shape, dtype, spec) in outputs.items()
-        },
-        scratch=scratch,
-    )
+    results = plan.call(_kernel, "lact_backward", mean, reset, inputs, outputs, scratch)
 
     def gather(name):
         return Weights(*(results[f"d_{name}{i}"] for i in range(3)))

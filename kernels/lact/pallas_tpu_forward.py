@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES, apply_block, nn, update_block
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan, rows
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan, rows
 from refine_jax.kernels.lact.reference import EPS, FastState, Weights
 
 
@@ -32,8 +32,7 @@ def _row(column):
     return jnp.broadcast_to(column, (LANES, LANES)).T[:1]
 
 
-def _kernel(plan: Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _kernel(plan: LaCTPlan, **refs):
     row, head, chunk, block = (pl.program_id(i) for i in range(4))
     last = plan.chunks - 1
     w02, w1, low02, low1t, sum1t = (refs[x] for x in ("w02", "w1", "low02", "low1t", "sum1t"))
@@ -60,31 +59,21 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
             for i, there, view in parts
         ]
 
-    def load(groups, prefix, lead):
+    def load_fresh():
         copies = [
-            pltpu.make_async_copy(
-                refs[f"{prefix}_{name}{i}"].at[*lead, there], view, semaphores.at[3 * group + i]
-            )
-            for group, (name, parts) in enumerate(groups)
-            for i, there, view in parts
+            pltpu.make_async_copy(refs[f"fresh{i}"].at[head, there], view, semaphores.at[i])
+            for i, there, view in views[0]
         ]
         for copy in copies:
             copy.start()
         for copy in copies:
             copy.wait()
-
-    def load_fresh():
-        lead = (row, head) if plan.fresh_by_row else (head,)
-        load(groups[:1], "fresh", lead)
         if plan.momentum:
             refs["sum02"][now] = jnp.zeros_like(w02)
             refs["m1"][...] = jnp.zeros_like(w1)
         if plan.prenorm:
             refs["a02"][...] = w02[...]
             refs["a1"][...] = w1[...]
-
-    def load_carry():
-        load(groups, "carry", (row, head))
 
     def pair(tile):
         return rows(tile * 2 * plan.tile, 2 * plan.tile)
@@ -104,14 +93,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
         @pl.when(begins)
         def _restart():
-            if not plan.carry:
-                load_fresh()
-            elif not plan.resets:
-                load_carry()
-            else:
-                again = refs["reset"][row * plan.chunks + chunk] != 0
-                pl.when(again)(load_fresh)
-                pl.when(~again)(load_carry)
+            load_fresh()
             plan.each(plan.tiles, make_operands)
 
         for copy in copies_out():
@@ -231,55 +213,34 @@ def _kernel(plan: Plan, names: tuple[str, ...], *refs):
 
 
 def forward(
-    plan: Plan,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    mean: jax.Array | None,
-    norms: Weights,
-    fresh: Weights,
-    carry: FastState | None,
-    reset: jax.Array | None,
+    plan: LaCTPlan, q, k, v, rates, mean, norms, fresh, reset
 ) -> tuple[jax.Array, FastState, jax.Array | None]:
     """Out, states, and the factors of the row rescalings [B, N, H, 3, max(F, d)] if asked for.
 
     q, k, v: [B, N, H, C, d]. rates: [B, N, H, 3, C]. mean: [B, N, H]. norms: [H, F, 1], [H, d, 1],
-    [H, F, 1] or with a leading B. fresh: [(B,) H, ...]. carry: [B, H, ...]. reset: [B, N] int32.
+    [H, F, 1]. fresh: [H, ...]. reset: [B, N] int32.
     """
     operand = q.dtype
     stacked, flat = (2 * plan.hidden, plan.dim), (plan.dim, plan.hidden)
-    inputs, specs = {}, {}
-
-    def add(name, array, spec):
-        if array is not None:
-            inputs[name], specs[name] = array, spec
-
-    by_chunk = plan.chunk_spec
-    add("q", q, plan.token_spec())
-    add("k", k, plan.token_spec(clip=True))
-    add("v", v, plan.token_spec(clip=True))
-    add("rates", rates, plan.rates_spec(clip=True))
-    for i, norm in enumerate(norms):
-        add(f"norm{i}", norm, plan.head_spec(norm))
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    if plan.resets or not plan.carry:
-        for i, w in enumerate(fresh):
-            add(f"fresh_weights{i}", w, in_hbm)
-    if plan.carry:
-        for name in plan.groups:
-            for i, w in enumerate(getattr(carry, name)):
-                add(f"carry_{name}{i}", w, in_hbm)
+    inputs = {
+        "q": (q, plan.token_spec()),
+        "k": (k, plan.token_spec(clip=True)),
+        "v": (v, plan.token_spec(clip=True)),
+        "rates": (rates, plan.rates_spec(clip=True)),
+    }
+    inputs |= {f"norm{i}": (norm, plan.head_spec(norm)) for i, norm in enumerate(norms)}
+    inputs |= {f"fresh{i}": (w, in_hbm) for i, w in enumerate(fresh)}
 
-    outputs = {"out": (jax.ShapeDtypeStruct(q.shape, operand), plan.token_spec())}
+    outputs = {"out": (q.shape, operand, plan.token_spec())}
     lead = (plan.batch, plan.chunks, plan.heads)
     square = (plan.hidden, plan.dim)
     for name in plan.groups:
         for i, shape in enumerate((square, flat, square)):
-            outputs[f"{name}_out{i}"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), in_hbm)
+            outputs[f"{name}_out{i}"] = ((*lead, *shape), jnp.float32, in_hbm)
     if plan.save_scales:
         shape = (3, max(plan.hidden, plan.dim))
-        outputs["scales"] = (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), by_chunk(shape))
+        outputs["scales"] = (*lead, *shape), jnp.float32, plan.chunk_spec(shape)
 
     parities = 2 if plan.momentum else 1
     scratch = {
@@ -300,14 +261,6 @@ def forward(
             "a02": pltpu.VMEM(stacked, jnp.float32),
             "a1": pltpu.VMEM(flat, jnp.float32),
         }
-    results = plan.call(
-        _kernel,
-        "lact_forward",
-        scalars=plan.scalars(mean, reset),
-        inputs=inputs,
-        specs=specs,
-        outputs=outputs,
-        scratch=scratch,
-    )
+    results = plan.call(_kernel, "lact_forward", mean, reset, inputs, outputs, scratch)
     states = {name: Weights(*(results[f"{name}_out{i}"] for i in range(3))) for name in plan.groups}
     return results["out"], FastState(**states), results.get("scales")

@@ -77,8 +77,8 @@ def _sigmoid(x):
 class _Block:
     """A grid step: tokens of one fast-weight head."""
 
-    def __init__(self, plan: InputsPlan, names: tuple[str, ...], refs):
-        self.plan, self.refs = plan, dict(zip(names, refs, strict=True))
+    def __init__(self, plan: InputsPlan, refs):
+        self.plan, self.refs = plan, refs
         self.joined, self.tokens = self.refs["q"].shape[:2]
 
     def each_rows(self, function) -> None:
@@ -130,8 +130,8 @@ class _Block:
         return jnp.sqrt(jnp.sum(sum(x * x for x in parts), 1, keepdims=True))
 
 
-def _forward_kernel(plan: InputsPlan, names, *refs):
-    block = _Block(plan, names, refs)
+def _forward_kernel(plan: InputsPlan, **refs):
+    block = _Block(plan, refs)
 
     def step(rows, carry):
         for column, name in enumerate("qk"):
@@ -150,8 +150,8 @@ def _forward_kernel(plan: InputsPlan, names, *refs):
     block.each_rows(step)(0)
 
 
-def _backward_kernel(plan: InputsPlan, names, *refs):
-    block = _Block(plan, names, refs)
+def _backward_kernel(plan: InputsPlan, **refs):
+    block = _Block(plan, refs)
 
     def step(rows, sums):
         found = []
@@ -218,22 +218,17 @@ def _call(plan: InputsPlan, kernel, name: str, q, groups, chunks, scales, tables
     inputs |= {name: (x, table) for name, x in zip(("cos", "sin"), tables, strict=True)}
     slots = batch, tokens // plan.chunk, plan.heads, plan.chunk, width
     kinds = {
-        "groups": (jax.ShapeDtypeStruct(q.shape, q.dtype), by_group),
-        "chunks": (jax.ShapeDtypeStruct(slots, q.dtype), by_chunk),
+        "groups": (q.shape, q.dtype, by_group),
+        "chunks": (slots, q.dtype, by_chunk),
         "scales": (
-            jax.ShapeDtypeStruct((batch, steps, plan.heads, 4, width), jnp.float32),
+            (batch, steps, plan.heads, 4, width),
+            jnp.float32,
             pl.BlockSpec((None, None, None, 4, width), lambda b, t, h: (b, t, h, 0, 0)),
         ),
     }
     found = {name: kinds[kind] for kind, names in outputs.items() for name in names}
-    results = tpu.call_kernel(
-        functools.partial(kernel, plan, (*inputs, *found)),
-        name,
-        (batch, steps, plan.heads),
-        inputs.values(),
-        found.values(),
-    )
-    return dict(zip(found, results, strict=True))
+    grid = batch, steps, plan.heads
+    return tpu.call_kernel(functools.partial(kernel, plan), name, grid, inputs, found, parallel=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

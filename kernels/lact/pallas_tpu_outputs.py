@@ -54,31 +54,32 @@ def _normalised(plan: OutputsPlan, ref) -> tuple[list[jax.Array], jax.Array]:
     return [x * inverse for x in parts], inverse
 
 
-def _forward_kernel(plan: OutputsPlan, fast_ref, scale_ref, weight_ref, other_ref, out_ref):
-    weight, scale = _parts(weight_ref[...]), _columns(scale_ref[...])
-    for i, x in enumerate(_normalised(plan, fast_ref)[0]):
-        y = x * weight[i] * scale + other_ref[i].astype(jnp.float32)
-        out_ref[i] = y.astype(out_ref.dtype)
+def _forward_kernel(plan: OutputsPlan, fast, scale, weight, groups, out):
+    weights, scales = _parts(weight[...]), _columns(scale[...])
+    for i, x in enumerate(_normalised(plan, fast)[0]):
+        y = x * weights[i] * scales + groups[i].astype(jnp.float32)
+        out[i] = y.astype(out.dtype)
 
 
-def _backward_kernel(
-    plan: OutputsPlan, fast_ref, scale_ref, weight_ref, d_ref, d_fast_ref, d_scale_ref, d_weight_ref
-):
-    weight, scale = _parts(weight_ref[...]), _columns(scale_ref[...])
-    parts, inverse = _normalised(plan, fast_ref)
-    products = [d_ref[i].astype(jnp.float32) * x for i, x in enumerate(parts)]
-    along = sum(a * b for a, b in zip(products, weight, strict=True))
-    d_scale_ref[...] = _row_sums(along)
-    mean = scale * (jnp.sum(along, 1, keepdims=True) / fast_ref.shape[1])
+def _backward_kernel(plan: OutputsPlan, fast, scale, weight, groups, d_fast, d_scale, d_weight):
+    weights, scales = _parts(weight[...]), _columns(scale[...])
+    parts, inverse = _normalised(plan, fast)
+    products = [groups[i].astype(jnp.float32) * x for i, x in enumerate(parts)]
+    along = sum(a * b for a, b in zip(products, weights, strict=True))
+    d_scale[...] = _row_sums(along)
+    mean = scales * (jnp.sum(along, 1, keepdims=True) / fast.shape[1])
     for i, x in enumerate(parts):
         here = slice(i * _LANES, (i + 1) * _LANES)
-        d = d_ref[i].astype(jnp.float32) * weight[i] * scale - x * mean
-        d_fast_ref[:, here] = (d * inverse).astype(d_fast_ref.dtype)
-        d_weight_ref[:, here] = jnp.sum(products[i] * scale, 0, keepdims=True)
+        d = groups[i].astype(jnp.float32) * weights[i] * scales - x * mean
+        d_fast[:, here] = (d * inverse).astype(d_fast.dtype)
+        d_weight[:, here] = jnp.sum(products[i] * scales, 0, keepdims=True)
 
 
 def _call(plan: OutputsPlan, kernel, name: str, fast, scale, weight, groups, outputs):
-    """`pallas_call` over rows, blocks of tokens and heads. outputs: kinds of results."""
+    """`pallas_call` over rows, blocks of tokens and heads. outputs: names of the results.
+
+    groups: [B, G, T, L], what is added to, or the cotangent of the sum.
+    """
     batch, chunks, heads, chunk, width = fast.shape
     joined, block = width // _LANES, math.gcd(chunk, _BLOCK)
     per_chunk, steps = chunk // block, chunks * chunk // block
@@ -87,24 +88,23 @@ def _call(plan: OutputsPlan, kernel, name: str, fast, scale, weight, groups, out
         (None, None, None, block, width), lambda b, t, h: (b, t // per_chunk, h, t % per_chunk, 0)
     )
     by_token = pl.BlockSpec((None, None, 1, block), lambda b, t, h: (b, h, 0, t))
-    kinds = {
-        "groups": (jax.ShapeDtypeStruct(groups.shape, groups.dtype), by_group),
-        "chunks": (jax.ShapeDtypeStruct(fast.shape, fast.dtype), by_chunk),
-        "scale": (jax.ShapeDtypeStruct(scale.shape, jnp.float32), by_token),
-        "weight": (
-            jax.ShapeDtypeStruct((batch, steps, heads, 1, width), jnp.float32),
-            pl.BlockSpec((None, None, None, 1, width), lambda b, t, h: (b, t, h, 0, 0)),
-        ),
+    by_step = pl.BlockSpec((None, None, None, 1, width), lambda b, t, h: (b, t, h, 0, 0))
+    inputs = {
+        "fast": (fast, by_chunk),
+        "scale": (scale, by_token),
+        "weight": (weight, pl.BlockSpec((1, width), lambda b, t, h: (0, 0))),
+        "groups": (groups, by_group),
     }
-    whole = pl.BlockSpec((1, width), lambda b, t, h: (0, 0))
-    specs = by_chunk, by_token, whole, by_group
-    return tpu.call_kernel(
-        functools.partial(kernel, plan),
-        name,
-        (batch, steps, heads),
-        zip((fast, scale, weight, groups), specs, strict=True),
-        [kinds[kind] for kind in outputs],
-    )
+    steps_shape = batch, steps, heads, 1, width
+    kinds = {
+        "out": (groups.shape, groups.dtype, by_group),
+        "d_fast": (fast.shape, fast.dtype, by_chunk),
+        "d_scale": (scale.shape, jnp.float32, by_token),
+        "d_weight": (steps_shape, jnp.float32, by_step),
+    }
+    found = {name: kinds[name] for name in outputs}
+    grid = batch, steps, heads
+    return tpu.call_kernel(functools.partial(kernel, plan), name, grid, inputs, found, parallel=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -116,7 +116,7 @@ def lact_outputs(
     fast: [B, N, H, C, d]. scale: [B, H, 1, T] float32. weight: [1, d] float32. other: [B, G, T, L].
     """
     name = "lact_outputs_forward"
-    return _call(plan, _forward_kernel, name, fast, scale, weight, other, ("groups",))[0]
+    return _call(plan, _forward_kernel, name, fast, scale, weight, other, ("out",))["out"]
 
 
 def _outputs_forward(plan, fast, scale, weight, other):
@@ -125,10 +125,10 @@ def _outputs_forward(plan, fast, scale, weight, other):
 
 def _outputs_backward(plan, residuals, cotangent):
     fast, scale, weight = residuals
-    kinds = ("chunks", "scale", "weight")
+    names = ("d_fast", "d_scale", "d_weight")
     name = "lact_outputs_backward"
-    found = _call(plan, _backward_kernel, name, fast, scale, weight, cotangent, kinds)
-    return found[0], found[1], found[2].sum((0, 1, 2)), cotangent
+    found = _call(plan, _backward_kernel, name, fast, scale, weight, cotangent, names)
+    return found["d_fast"], found["d_scale"], found["d_weight"].sum((0, 1, 2)), cotangent
 
 
 lact_outputs.defvjp(_outputs_forward, _outputs_backward)

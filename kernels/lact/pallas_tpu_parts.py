@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from refine_jax.kernels import tpu
 from refine_jax.kernels.lact.pallas_tpu_blocks import (
     apply_block,
     apply_block_backward,
@@ -32,91 +33,76 @@ class Tiles:
 
     tokens: int
     hidden: int
-    vmem_limit: int
-    interpret: object
 
 
-class _Call:
-    """The arguments of one `pallas_call` over [L, ...] arrays, gathered by name."""
+# The three matrices of the results, and the scratch in which the second one is summed up.
+_SUMS = ("o0", "o1", "o2")
 
-    def __init__(self, tiles: Tiles, weights: Weights, tokens: jax.Array):
-        self.tiles = tiles
-        self.lead, self.chunk, self.dim = tokens.shape
-        self.operand = tokens.dtype
-        self.hidden = weights.w1.shape[-1]
-        self.parts = self.hidden // tiles.hidden
-        self.inputs, self.outputs, self.scratch = {}, {}, {}
 
-    def _specs(self):
-        tokens, hidden, dim = self.tiles.tokens, self.tiles.hidden, self.dim
-        return {
-            "tokens": pl.BlockSpec((None, tokens, dim), lambda i, f, j: (i, j, 0)),
-            "rates": pl.BlockSpec((None, 3, tokens), lambda i, f, j: (i, 0, j)),
-            "wide": pl.BlockSpec((None, hidden, dim), lambda i, f, j: (i, f, 0)),
-            "tall": pl.BlockSpec((None, dim, hidden), lambda i, f, j: (i, 0, f)),
-        }
+def _call(
+    tiles: Tiles,
+    kernel: Callable[..., None],
+    name: str,
+    tokens: dict[str, jax.Array],
+    weights: dict[str, Weights],
+    outputs: tuple[str, ...],
+    scratch: tuple[str, ...],
+    rates: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Run a kernel of references by name over [L, ...] arrays, tile by tile of F.
 
-    def give(self, kind: str, **arrays: jax.Array) -> None:
-        """Inputs of one kind."""
-        for name, array in arrays.items():
-            self.inputs[name] = array, self._specs()[kind]
+    tokens: arrays [L, C, d]. weights: by a prefix of the names of their three matrices. rates:
+    [L, 3, C]. outputs: matrices of _SUMS, d_rates, and arrays like the tokens; a tile has a share
+    of the latter two, and the shares are added up. scratch: "stack" [2 n F, d] and "stack1"
+    [n F, d] for the n weights of a tile, their transposes "stack_t" and "stack1_t", and "sum1t".
+    """
+    some = next(iter(tokens.values()))
+    lead, chunk, dim = some.shape
+    hidden, block, num_weights = tiles.hidden, tiles.tokens, len(weights)
+    num_tiles = weights["w"].w1.shape[-1] // hidden
+    by_token = pl.BlockSpec((None, block, dim), lambda i, f, j: (i, j, 0))
+    by_rate = pl.BlockSpec((None, 3, block), lambda i, f, j: (i, 0, j))
+    wide = pl.BlockSpec((None, hidden, dim), lambda i, f, j: (i, f, 0))
+    tall = pl.BlockSpec((None, dim, hidden), lambda i, f, j: (i, 0, f))
+    inputs = {key: (x, by_token) for key, x in tokens.items()}
+    if rates is not None:
+        inputs["rates"] = rates, by_rate
+    for prefix, matrices in weights.items():
+        specs = zip(matrices, (wide, tall, wide), strict=True)
+        inputs |= {f"{prefix}{i}": found for i, found in enumerate(specs)}
 
-    def give_weights(self, prefix: str, weights: Weights) -> None:
-        """The three matrices as inputs prefix0, prefix1, prefix2."""
-        for i, kind in enumerate(("wide", "tall", "wide")):
-            self.give(kind, **{f"{prefix}{i}": weights[i]})
-
-    def take(self, kind: str, *names: str) -> None:
-        """Outputs of one kind, float32; those by tokens are one for every tile of F."""
-        shapes = {
-            "tokens": (self.parts, self.lead, self.chunk, self.dim),
-            "rates": (self.parts, self.lead, 3, self.chunk),
-            "wide": (self.lead, self.hidden, self.dim),
-            "tall": (self.lead, self.dim, self.hidden),
-        }
-        spec = self._specs()[kind]
-        if kind in ("tokens", "rates"):
-            index = spec.index_map
-            spec = pl.BlockSpec((None, *spec.block_shape), lambda i, f, j: (f, *index(i, f, j)))
+    def output(key):
+        if key in _SUMS:
+            shape = weights["w"][_SUMS.index(key)].shape
+            return shape, jnp.float32, tall if key == "o1" else wide
         # A tile's share is rounded only where it is all.
-        low = kind == "tokens" and self.parts == 1
-        dtype = self.operand if low else jnp.float32
-        for name in names:
-            self.outputs[name] = jax.ShapeDtypeStruct(shapes[kind], dtype), spec
+        whole, dtype = by_token, some.dtype if num_tiles == 1 else jnp.float32
+        shape = num_tiles, lead, chunk, dim
+        if key == "d_rates":
+            whole, dtype, shape = by_rate, jnp.float32, (num_tiles, lead, 3, chunk)
+        share = pl.BlockSpec(
+            (None, *whole.block_shape), lambda i, f, j: (f, *whole.index_map(i, f, j))
+        )
+        return shape, dtype, share
 
-    def keep(self, dtype: jnp.dtype | None = None, **shapes: tuple[int, int]) -> None:
-        """Scratch by name, in units of (hidden tile, d), negative: the other way round."""
-        hidden, dim = self.tiles.hidden, self.dim
-        for name, (rows, transposed) in shapes.items():
-            shape = (dim, rows * hidden) if transposed else (rows * hidden, dim)
-            self.scratch[name] = pltpu.VMEM(shape, dtype or self.operand)
-
-    def run(self, kernel: Callable[[dict], None], name: str) -> dict[str, jax.Array]:
-        """The outputs by name; those by tokens summed over the tiles."""
-        names = (*self.inputs, *self.outputs, *self.scratch)
-
-        def body(*refs):
-            kernel(dict(zip(names, refs, strict=True)))
-
-        results = pl.pallas_call(
-            body,
-            grid=(self.lead, self.parts, self.chunk // self.tiles.tokens),
-            in_specs=[spec for _, spec in self.inputs.values()],
-            out_specs=[spec for _, spec in self.outputs.values()],
-            out_shape=[shape for shape, _ in self.outputs.values()],
-            scratch_shapes=list(self.scratch.values()),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=self.tiles.vmem_limit,
-            ),
-            interpret=self.tiles.interpret,
-            name=name,
-        )(*(array for array, _ in self.inputs.values()))
-        results = dict(zip(self.outputs, results, strict=True))
-        for name, array in results.items():
-            if array.ndim == 4:
-                results[name] = array[0] if self.parts == 1 else array.sum(0)
-        return results
+    rows = {"stack": 2 * num_weights, "stack1": num_weights, "sum1t": 1}
+    shapes = {key: (count * hidden, dim) for key, count in rows.items()}
+    shapes |= {f"{key}_t": shape[::-1] for key, shape in shapes.items()}
+    results = tpu.call_kernel(
+        kernel,
+        name,
+        (lead, num_tiles, chunk // block),
+        inputs,
+        {key: output(key) for key in outputs},
+        {
+            key: pltpu.VMEM(shapes[key], jnp.float32 if key == "sum1t" else some.dtype)
+            for key in scratch
+        },
+        parallel=1,
+        vmem=1.0,
+    )
+    shares = {key: results[key] for key in outputs if key not in _SUMS}
+    return results | {key: x[0] if num_tiles == 1 else x.sum(0) for key, x in shares.items()}
 
 
 def _load(refs, prefix, stack, stack1, part, transposes=None):
@@ -159,19 +145,16 @@ def _accumulate(refs, both, flat):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply_fast_weights(tiles: Tiles, weights: Weights, q: jax.Array) -> jax.Array:
     """`W1 (silu(W0 q) * (W2 q))` for q [L, C, d] and weights [L, ...] float32; as q."""
-    call = _Call(tiles, weights, q)
-    call.give("tokens", q=q)
-    call.give_weights("w", weights)
-    call.take("tokens", "out")
-    call.keep(stack=(2, False), stack1=(1, False))
 
-    def kernel(refs):
+    def kernel(**refs):
         stack, stack1 = refs["stack"], refs["stack1"]
         pl.when(pl.program_id(2) == 0)(lambda: _load(refs, "w", stack, stack1, 0))
         out = apply_block(refs["q"][...], stack[...], stack1[...])
         refs["out"][...] = out.astype(refs["out"].dtype)
 
-    return call.run(kernel, "lact_apply")["out"].astype(q.dtype)
+    arrays = {"q": q}, {"w": weights}
+    found = _call(tiles, kernel, "lact_apply", *arrays, ("out",), ("stack", "stack1"))
+    return found["out"].astype(q.dtype)
 
 
 def _apply_forward(tiles, weights, q):
@@ -180,16 +163,8 @@ def _apply_forward(tiles, weights, q):
 
 def _apply_backward(tiles, residuals, d_out):
     weights, q = residuals
-    call = _Call(tiles, weights, q)
-    call.give("tokens", q=q, d_out=d_out)
-    call.give_weights("w", weights)
-    call.take("tokens", "dq")
-    call.take("wide", "o0", "o2")
-    call.take("tall", "o1")
-    call.keep(stack=(2, False), stack1=(1, False), stack_t=(2, True))
-    call.keep(jnp.float32, sum1t=(1, False))
 
-    def kernel(refs):
+    def kernel(**refs):
         stack, stack1, stack_t = (refs[x] for x in ("stack", "stack1", "stack_t"))
         pl.when(pl.program_id(2) == 0)(lambda: _load(refs, "w", stack, stack1, 0, (stack_t, None)))
         q, d_out = refs["q"][...], refs["d_out"][...]
@@ -197,8 +172,10 @@ def _apply_backward(tiles, residuals, d_out):
         refs["dq"][...] = dq.T.astype(refs["dq"].dtype)
         _accumulate(refs, nn(z02, q), nn(h, d_out))
 
-    results = call.run(kernel, "lact_apply_backward")
-    return Weights(*(results[f"o{i}"] for i in range(3))), results["dq"].astype(q.dtype)
+    arrays = {"q": q, "d_out": d_out}, {"w": weights}
+    scratch = "stack", "stack1", "stack_t", "sum1t"
+    found = _call(tiles, kernel, "lact_apply_backward", *arrays, ("dq", *_SUMS), scratch)
+    return Weights(*(found[x] for x in _SUMS)), found["dq"].astype(q.dtype)
 
 
 apply_fast_weights.defvjp(_apply_forward, _apply_backward)
@@ -209,24 +186,17 @@ def update_sums(
     tiles: Tiles, weights: Weights, k: jax.Array, v: jax.Array, rates: jax.Array
 ) -> Weights:
     """As `update_sums` of xla.py, for k, v [L, C, d], rates [L, 3, C] and weights [L, ...]."""
-    call = _Call(tiles, weights, k)
-    call.give("tokens", k=k, v=v)
-    call.give("rates", rates=rates)
-    call.give_weights("w", weights)
-    call.take("wide", "o0", "o2")
-    call.take("tall", "o1")
-    call.keep(stack=(2, False), stack1=(1, False))
-    call.keep(jnp.float32, sum1t=(1, False))
 
-    def kernel(refs):
+    def kernel(**refs):
         stack, stack1 = refs["stack"], refs["stack1"]
         pl.when(pl.program_id(2) == 0)(lambda: _load(refs, "w", stack, stack1, 0))
         k, v = refs["k"][...], refs["v"][...]
         x02, x1 = update_block(k, v, refs["rates"][...], stack[...], stack1[...])
         _accumulate(refs, nn(x02, k), nn(x1, v))
 
-    results = call.run(kernel, "lact_update_sums")
-    return Weights(*(results[f"o{i}"] for i in range(3)))
+    arrays, scratch = ({"k": k, "v": v}, {"w": weights}), ("stack", "stack1", "sum1t")
+    found = _call(tiles, kernel, "lact_update_sums", *arrays, _SUMS, scratch, rates)
+    return Weights(*(found[x] for x in _SUMS))
 
 
 def _sums_forward(tiles, weights, k, v, rates):
@@ -235,19 +205,8 @@ def _sums_forward(tiles, weights, k, v, rates):
 
 def _sums_backward(tiles, residuals, cotangents):
     weights, k, v, rates = residuals
-    call = _Call(tiles, weights, k)
-    call.give("tokens", k=k, v=v)
-    call.give("rates", rates=rates)
-    call.give_weights("w", weights)
-    call.give_weights("g", cotangents)
-    call.take("tokens", "dk", "dv")
-    call.take("rates", "d_rates")
-    call.take("wide", "o0", "o2")
-    call.take("tall", "o1")
-    call.keep(stack=(4, False), stack1=(2, False), stack_t=(4, True), stack1_t=(2, True))
-    call.keep(jnp.float32, sum1t=(1, False))
 
-    def kernel(refs):
+    def kernel(**refs):
         stack, stack1, *transposes = (refs[x] for x in ("stack", "stack1", "stack_t", "stack1_t"))
 
         @pl.when(pl.program_id(2) == 0)
@@ -263,14 +222,12 @@ def _sums_backward(tiles, residuals, cotangents):
         refs["d_rates"][...] = d_rates
         _accumulate(refs, nn(z02, k), nn(z1, v))
 
-    results = call.run(kernel, "lact_update_sums_backward")
-    d_weights = Weights(*(results[f"o{i}"] for i in range(3)))
-    return (
-        d_weights,
-        results["dk"].astype(k.dtype),
-        results["dv"].astype(k.dtype),
-        results["d_rates"],
-    )
+    arrays = {"k": k, "v": v}, {"w": weights, "g": cotangents}
+    outputs, scratch = ("dk", "dv", "d_rates", *_SUMS), ("stack", "stack1", "stack_t", "stack1_t")
+    name = "lact_update_sums_backward"
+    found = _call(tiles, kernel, name, *arrays, outputs, (*scratch, "sum1t"), rates)
+    d_weights, d_k, d_v = Weights(*(found[x] for x in _SUMS)), found["dk"], found["dv"]
+    return d_weights, d_k.astype(k.dtype), d_v.astype(v.dtype), found["d_rates"]
 
 
 update_sums.defvjp(_sums_forward, _sums_backward)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from refine_jax.kernels import tpu
 from refine_jax.kernels.lact.pallas_tpu_blocks import LANES
 
 
@@ -21,13 +21,12 @@ def rows(start: jax.Array | int, size: int = LANES) -> pl.Slice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class LaCTPlan:
     """Sizes (padded), options and blocks of a call.
 
     block, sub: tokens of a grid step, and of the parts it is computed in.
     tile: hidden features that a step works on at a time.
-    carry: whether a state to begin with is given. resets: whether chunks may begin documents.
-    fresh_by_row: whether the initial weights have a leading B.
+    resets: whether chunks may begin documents.
     save_scales: whether the forward keeps what the backward needs of the rescalings.
     cotangents: fields of the states whose cotangents the backward is given.
     fetch_slots: parts of 128 rows of the momentum and of the cotangents of the states that the
@@ -44,9 +43,7 @@ class Plan:
     momentum: bool
     prenorm: bool
     eps_inside: bool
-    carry: bool
     resets: bool
-    fresh_by_row: bool
     block: int = 0
     sub: int = 0
     tile: int = 0
@@ -55,8 +52,6 @@ class Plan:
     reverse: bool = False
     fetch_slots: int = 1
     weight_buffers: int = 2
-    vmem_limit: int = 0
-    interpret: object = False
 
     @property
     def blocks(self) -> int:
@@ -117,20 +112,15 @@ class Plan:
         ]
         return [*pairs, (1, rows(0, self.dim), w1)]
 
-    def scalars(self, mean: jax.Array | None, reset: jax.Array | None) -> dict[str, jax.Array]:
-        """What goes to scalar memory: mean momentum [B N H], resets [B N]."""
-        scalars = {}
-        if self.momentum:
-            scalars["mean"] = mean.astype(jnp.float32).reshape(-1)
-        if self.resets:
-            scalars["reset"] = reset.astype(jnp.int32).reshape(-1)
-        return scalars
-
     def chunk_index(self, step: jax.Array | int) -> jax.Array | int:
         """Return the chunk at work in a step (a scalar) of the grid's chunk axis."""
         return self.chunks - 1 - step if self.reverse else step
 
-    def _clip(self, chunk, block):
+    def _place(self, step, block, clip):
+        """The chunk of a step and its block; with clip, of what the last chunk does not read."""
+        chunk = self.chunk_index(step)
+        if not clip:
+            return chunk, block
         # The last chunk makes no update. Its keys and values stay where they are: the blocks of
         # the neighbour in time, which are in VMEM already.
         final = max(self.chunks - 2, 0)
@@ -141,9 +131,7 @@ class Plan:
         """Blocks of [B, N, H, C, d]."""
 
         def index(b, h, n, j, *_):
-            n = self.chunk_index(n)
-            if clip:
-                n, j = self._clip(n, j)
+            n, j = self._place(n, j, clip)
             return b, n, h, j, 0
 
         return pl.BlockSpec((None, None, None, self.block, self.dim), index)
@@ -152,9 +140,7 @@ class Plan:
         """Blocks of [B, N, H, 3, C]."""
 
         def index(b, h, n, j, *_):
-            n = self.chunk_index(n)
-            if clip:
-                n, j = self._clip(n, j)
+            n, j = self._place(n, j, clip)
             return b, n, h, 0, j
 
         return pl.BlockSpec((None, None, None, 3, self.block), index)
@@ -169,46 +155,20 @@ class Plan:
         return pl.BlockSpec((None, None, None, *shape), index, **mode)
 
     def head_spec(self, array: jax.Array) -> pl.BlockSpec:
-        """One block a head of [H, ...] or [B, H, ...] with two more axes."""
-        if array.ndim == 3:
-            return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
-        return pl.BlockSpec((None, None, *array.shape[2:]), lambda b, h, *_: (b, h, 0, 0))
+        """One block a head of [H, ...] with two more axes."""
+        return pl.BlockSpec((None, *array.shape[1:]), lambda b, h, *_: (h, 0, 0))
 
-    def compiler_params(self) -> pltpu.CompilerParams:
-        """Rows and heads may be shared out among cores; chunks come in order."""
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=self.vmem_limit,
-        )
+    def call(self, kernel, name: str, mean, reset, inputs, outputs, scratch) -> dict:
+        """Run `kernel(plan, **references)` over all chunks; the outputs by name.
 
-    def call(
-        self,
-        kernel: Callable,
-        name: str,
-        *,
-        scalars: dict[str, jax.Array],
-        inputs: dict[str, jax.Array],
-        specs: dict[str, pl.BlockSpec],
-        outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]],
-        scratch: dict,
-    ) -> dict[str, jax.Array]:
-        """Run `kernel(plan, names, *refs)` over all chunks; the outputs by name.
-
-        names: of the refs, in their order: scalars, inputs, outputs, scratch.
+        mean, reset: the mean momentum [B, N, H] and resets [B, N] (or None), which go to scalar
+        memory. inputs, outputs, scratch: as `tpu.call_kernel` takes them.
         """
-        names = (*scalars, *inputs, *outputs, *scratch)
-        results = pl.pallas_call(
-            functools.partial(kernel, self, names),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=(self.batch, self.heads, self.chunks, self.blocks),
-                in_specs=list(specs.values()),
-                out_specs=[spec for _, spec in outputs.values()],
-                scratch_shapes=list(scratch.values()),
-            ),
-            out_shape=[shape for shape, _ in outputs.values()],
-            compiler_params=self.compiler_params(),
-            interpret=self.interpret,
-            name=name,
-        )(*scalars.values(), *inputs.values())
-        return dict(zip(outputs, results, strict=True))
+        scalars = {}
+        if self.momentum:
+            scalars["mean"] = mean.astype(jnp.float32).reshape(-1)
+        if self.resets:
+            scalars["reset"] = reset.astype(jnp.int32).reshape(-1)
+        grid = self.batch, self.heads, self.chunks, self.blocks
+        arguments = functools.partial(kernel, self), name, grid, inputs, outputs, scratch
+        return tpu.call_kernel(*arguments, scalars=scalars, parallel=2, vmem=1.0)

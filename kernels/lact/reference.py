@@ -71,22 +71,12 @@ PLAIN = Options()
 
 
 def lact_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    carry: FastState | None = None,
-    options: Options = PLAIN,
+    q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
 ) -> tuple[jax.Array, FastState]:
     """The specification of `lact` (see api.py), chunk after chunk in plain float32 formulas."""
     live = jnp.ones(q.shape[:2] + q.shape[3:4], bool) if mask is None else mask  # [B, N, C]
     reset = jnp.zeros(q.shape[:2], bool) if reset is None else reset
-    initial = Weights(*(jnp.broadcast_to(w, q.shape[:1] + w.shape[-3:]) for w in weights))
+    initial = Weights(*(jnp.broadcast_to(w, q.shape[:1] + w.shape) for w in weights))
     fresh = FastState(
         initial,
         None if momentum is None else Weights(*map(jnp.zeros_like, initial)),
@@ -118,7 +108,7 @@ def lact_reference(
         return _update(state, step, mean, initial, options), (out, state)
 
     chunks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, rates, momentum, live, reset))
-    _, results = jax.lax.scan(chunk_step, fresh if carry is None else carry, chunks)
+    _, results = jax.lax.scan(chunk_step, fresh, chunks)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), results)
 
 

@@ -2,12 +2,11 @@
 
 Every device comes with C / S slots of every chunk. Heads do not know of each other, so that as many
 devices as divide the heads exchange slots for heads first: devices in groups of G = gcd(S, H) that
-follow each other then hold H / G heads of G C / S slots. Where G = S, chunks are whole again, and
-nothing is left to do but the op of one device.
+follow each other then hold H / G heads of G C / S slots.
 
-Elsewhere M = S / G groups share the slots of a chunk. A device reads its own; the sums of an update
-are added up over the groups, and every group makes the same update. That moves two numbers for
-every weight and group, and exchanged slots are far fewer numbers than weights.
+M = S / G groups share the slots of a chunk. A device reads its own; the sums of an update are added
+up over the groups, and every group makes the same update. That moves two numbers for every weight
+and group, and exchanged slots are far fewer numbers than weights.
 
 The states of N chunks are as large as their tokens (one [F, d] a head against C / F times that of
 keys), so that no device may keep those of all chunks and heads. A scan over M blocks of N / M
@@ -24,44 +23,29 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from refine_jax.kernels import sequence
-from refine_jax.kernels.lact.reference import FastState, Options, Weights
+from refine_jax.kernels.lact.reference import FastState
 from refine_jax.kernels.lact.xla import (
     apply_fast_weights,
-    apply_update,
     by_heads,
-    fresh_state,
-    row_norms,
+    chunk_updates,
+    mask_slots,
     update_sums,
 )
+from refine_jax.kernels.numerics import pad_axes
 
 
 def lact_sequence(
-    whole: Callable[..., tuple[jax.Array, FastState]],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rates: jax.Array,
-    momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None,
-    reset: jax.Array | None,
-    carry: FastState | None,
-    options: Options,
-    axis_name: str,
+    q, k, v, rates, momentum, weights, *, mask, reset, options, axis_name
 ) -> tuple[jax.Array, FastState]:
     """Run `lact` of api.py over the S devices of the mesh axis `axis_name`.
 
     Arrays are those of a device: q [B, N, H, C / S, d] and so on, N a multiple of S.
-
-    whole: `lact` on one device, for chunks that are whole after slots are exchanged for heads.
     """
     size, heads = lax.axis_size(axis_name), q.shape[2]
     group = math.gcd(size, heads)
@@ -69,22 +53,23 @@ def lact_sequence(
     exchange = functools.partial(sequence.exchange, axis_name=axis_name, members=members)
 
     def own_heads(x):
-        """Of arrays [..., H, rows, columns] that are the same on all devices."""
+        """Of arrays [H, rows, columns] that are the same on all devices."""
         start = lax.axis_index(axis_name) % group * (heads // group)
-        return lax.dynamic_slice_in_dim(x, start, heads // group, axis=-3)
+        return lax.dynamic_slice_in_dim(x, start, heads // group)
 
     if group > 1:
         q, k, v, rates, momentum = exchange((q, k, v, rates, momentum), split=2, join=3)
-        weights, carry = jax.tree.map(own_heads, (weights, carry))
+        weights = jax.tree.map(own_heads, weights)
         if mask is not None:
             mask = lax.all_gather(mask, axis_name, axis_index_groups=members, axis=2, tiled=True)
-    if group == size:
-        run = functools.partial(whole, options=options)
-    else:
-        run = functools.partial(
-            _shared_chunks, options=options, axis_name=axis_name, num_groups=size // group
-        )
-    out, states = run(q, k, v, rates, momentum, weights, mask=mask, reset=reset, carry=carry)
+    out, states = _shared_chunks(
+        *(q, k, v, rates, momentum, weights),
+        mask=mask,
+        reset=reset,
+        options=options,
+        axis_name=axis_name,
+        num_groups=size // group,
+    )
     if group > 1:
         out = exchange(out, split=3, join=2)
         states = exchange(states, split=1, join=2)
@@ -92,42 +77,28 @@ def lact_sequence(
 
 
 def _shared_chunks(
-    q, k, v, rates, momentum, weights, *, mask, reset, carry, options, axis_name, num_groups
+    q, k, v, rates, momentum, weights, *, mask, reset, options, axis_name, num_groups
 ):
     """The op on the slots of one of M groups of devices, with the states of its N / M chunks."""
-    num_batch, num_chunks = q.shape[:2]
+    num_chunks = q.shape[1]
     group = lax.axis_size(axis_name) // num_groups
     own_block = lax.axis_index(axis_name) // group
     # Devices that hold other slots of the same heads.
     same_heads = [list(range(first, num_groups * group, group)) for first in range(group)]
     total = functools.partial(lax.psum, axis_name=axis_name, axis_index_groups=same_heads)
-    mean = None
-    if momentum is not None:
-        live = jnp.ones((), bool) if mask is None else mask[:, :, None]
-        count = jnp.broadcast_to(live, momentum.shape).sum(-1)
-        momentum, count = total((jnp.where(live, momentum, 0.0).sum(-1), count))
-        mean = momentum / jnp.maximum(count, 1)
-    if mask is not None:
-        rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
-    norms = row_norms(weights)
-    fresh = jax.tree.map(
-        lambda w: jnp.broadcast_to(w, (num_batch, *w.shape[-3:])).astype(jnp.float32),
-        fresh_state(weights, momentum is not None, options),
-    )
-    read, sums = (by_heads(f, q, weights) for f in (apply_fast_weights, update_sums))
+    if mask is None:
+        mask = jnp.ones((*q.shape[:2], q.shape[3]), bool)
+    rates, mean = mask_slots(rates, momentum, mask, total)
+    read, own_sums = (by_heads(f, q, weights) for f in (apply_fast_weights, update_sums))
 
-    # Apart from the sums: its derivative needs their values, and they would be computed again.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def next_state(state, step, mean):
-        return apply_update(state, step, mean, norms, options)
+    def sums(*arrays):
+        return total(own_sums(*arrays))
+
+    state, update = chunk_updates(sums, weights, q.shape[0], mean is not None, options)
 
     def chunk_step(state, chunk):
-        q, k, v, rates, mean, again = chunk
-        if again is not None:
-            again = again[:, None, None, None]
-            state = jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
-        step = total(sums(state.weights, k, v, rates))
-        return next_state(state, step, mean), (read(state.weights, q), state)
+        q, *tokens = chunk
+        return update(state, tokens), (read(state.weights, q), state)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(state, chunks):
@@ -146,8 +117,9 @@ def _shared_chunks(
         x = jnp.moveaxis(x, 1, 0)
         return x.reshape(num_groups, -1, *x.shape[1:])
 
-    chunks = jax.tree.map(cut, (q, k, v, rates, mean, reset))
-    state = fresh if carry is None else carry
+    # Whether the next chunk starts a document; nothing follows the last one.
+    again = None if reset is None else pad_axes(reset[:, 1:], {1: (0, 1)})
+    chunks = jax.tree.map(cut, (q, k, v, rates, mean, again))
     own = jax.tree.map(lambda x: jnp.zeros((num_chunks // num_groups, *x.shape), x.dtype), state)
     (_, own), out = lax.scan(block_step, (state, own), (jnp.arange(num_groups), chunks))
     out = jnp.moveaxis(out.reshape(num_chunks, *out.shape[2:]), 0, 1)

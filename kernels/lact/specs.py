@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refine_jax.kernels.lact.reference import FastState, Options, Weights
+from refine_jax.kernels.lact.reference import Options, Weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class LaCTSpec:
     """Shapes and options of one call of `lact`; `arguments` draws its arrays.
 
-    row_weights: initial weights of their own for every row. empty: a chunk without a token.
-    rate: largest learning rate.
+    empty: a chunk without a token. rate: largest learning rate.
     """
 
     name: str
@@ -28,19 +27,17 @@ class Spec:
     hidden: int = 6
     rate_channels: int = 1
     momentum: bool = True
-    row_weights: bool = False
     masked: bool = False
     empty: int | None = None
     resets: bool = False
-    carried: bool = False
     options: Options = Options()  # noqa: RUF009 (frozen)
     rate: float = 0.1
 
-    def weights(self, rng: np.random.Generator, *lead: int) -> Weights:
-        """Random matrices with leading axes [*lead, H]."""
+    def weights(self, rng: np.random.Generator) -> Weights:
+        """Draw random matrices [H, F, d], [H, d, F], [H, F, d]."""
         shapes = (self.hidden, self.dim), (self.dim, self.hidden), (self.hidden, self.dim)
         draw = (
-            rng.standard_normal((*lead, self.heads, *shape), np.float32) / shape[1] ** 0.5
+            rng.standard_normal((self.heads, *shape), np.float32) / shape[1] ** 0.5
             for shape in shapes
         )
         return Weights(*map(jnp.asarray, draw))
@@ -69,15 +66,7 @@ class Spec:
             keywords["mask"] = jnp.asarray(mask)
         if self.resets:
             keywords["reset"] = jnp.asarray(rng.random((self.batch, self.chunks)) < 0.4)
-        if self.carried:
-            weights, last, total = (self.weights(rng, self.batch) for _ in range(3))
-            keywords["carry"] = FastState(
-                weights,
-                last if self.momentum else None,
-                total if self.options.prenorm else None,
-            )
-        lead = (self.batch,) if self.row_weights else ()
-        return (*tokens, rates, momentum, self.weights(rng, *lead)), keywords
+        return (*tokens, rates, momentum, self.weights(rng)), keywords
 
     def flops(self) -> int:
         """Floating point operations of the forward pass (2 m n k a matrix product).
@@ -90,19 +79,19 @@ class Spec:
 
 
 TEST_SPECS = (
-    Spec("one_chunk", chunks=1),
-    Spec("plain", chunks=4, momentum=False, hidden=9),
-    Spec("rate_channels", rate_channels=6),
-    Spec("masked_reset", batch=2, chunks=5, masked=True, empty=1, resets=True),
-    Spec("carried", batch=2, carried=True, resets=True, row_weights=True),
-    Spec("prenorm", options=Options(prenorm=True), masked=True, resets=True, carried=True),
-    Spec("muon", batch=2, options=Options(muon="float32"), hidden=9),
-    Spec("fused_muon", chunk=8, options=Options(muon="float32", fused=True), hidden=4),
-    Spec("fused", chunk=7, options=Options(fused=True), dim=5, hidden=130, carried=True),
+    LaCTSpec("one_chunk", chunks=1),
+    LaCTSpec("plain", chunks=4, momentum=False, hidden=9),
+    LaCTSpec("rate_channels", rate_channels=6),
+    LaCTSpec("masked_reset", batch=2, chunks=5, masked=True, empty=1, resets=True),
+    LaCTSpec("reset", batch=2, resets=True),
+    LaCTSpec("prenorm", options=Options(prenorm=True), masked=True, resets=True),
+    LaCTSpec("muon", batch=2, options=Options(muon="float32"), hidden=9),
+    LaCTSpec("fused_muon", chunk=8, options=Options(muon="float32", fused=True), hidden=4),
+    LaCTSpec("fused", chunk=7, options=Options(fused=True), dim=5, hidden=130),
 )
 
 # The published 760M and 3B models.
 BENCH_SPECS = (
-    Spec("lact", 4, 1, 4, 2048, 384, 384, rate=0.002),
-    Spec("lact_3b", 4, 1, 4, 2048, 768, 768, rate=0.002),
+    LaCTSpec("lact", 4, 1, 4, 2048, 384, 384, rate=0.002),
+    LaCTSpec("lact_3b", 4, 1, 4, 2048, 768, 768, rate=0.002),
 )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from refine_jax.kernels import tpu_table
 from refine_jax.kernels.lact.pallas_tpu_parts import Tiles
-from refine_jax.kernels.lact.pallas_tpu_plan import Plan
+from refine_jax.kernels.lact.pallas_tpu_plan import LaCTPlan
 from refine_jax.kernels.tpu import generation, vmem_bytes
 
 # For d and F up to a size: tokens of a grid step, tokens of the parts that its elementwise work is
@@ -47,7 +47,7 @@ def _divisor(size: int, most: int) -> int:
     return next(x for x in range(min(size, most), 0, -128) if size % x == 0)
 
 
-def _vmem_estimate(plan: Plan, itemsize: int) -> int:
+def _vmem_estimate(plan: LaCTPlan, itemsize: int) -> int:
     """Bytes of vector memory that a kernel over chunks needs; a fit to what compilers report."""
     area, wide = plan.dim * plan.hidden, max(plan.dim, plan.hidden)
     groups = len(plan.groups)
@@ -65,7 +65,7 @@ def _vmem_estimate(plan: Plan, itemsize: int) -> int:
     return 4 * floats + itemsize * operands + _SPARE
 
 
-def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
+def with_blocks(plan: LaCTPlan, dtype: jnp.dtype) -> LaCTPlan | None:
     """The plan with its block sizes; None if vector memory has no room for its weights."""
     table = _BACKWARD if plan.reverse else _FORWARD
     if dtype == jnp.float32:
@@ -85,20 +85,19 @@ def with_blocks(plan: Plan, dtype: jnp.dtype) -> Plan | None:
             tile=_divisor(plan.hidden, tile),
             fetch_slots=plan.row_parts if early else min(_FEW_SLOTS, plan.row_parts),
             weight_buffers=2 if early else 1,
-            vmem_limit=vmem_bytes(),
         )
         if _vmem_estimate(sized, dtype.itemsize) <= vmem_bytes():
             return sized
     return None
 
 
-def fits(plan: Plan, dtype: jnp.dtype) -> bool:
+def fits(plan: LaCTPlan, dtype: jnp.dtype) -> bool:
     """Whether the kernels over chunks, forward and backward, have room for the plan's weights."""
     backward = dataclasses.replace(plan, reverse=True, cotangents=plan.groups)
     return all(with_blocks(each, dtype) is not None for each in (plan, backward))
 
 
-def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
+def tiles(plan: LaCTPlan, dtype: jnp.dtype) -> Tiles:
     """Blocks of the kernels in parts: as many hidden features and tokens as there is room for."""
     limit, size = vmem_bytes(), dtype.itemsize
     choices = ((256, 384), (256, 256), (128, 128))
@@ -109,4 +108,4 @@ def tiles(plan: Plan, dtype: jnp.dtype) -> Tiles:
         floats = 19 * area + 18 * tokens * max(plan.dim, hidden)
         if 4 * floats + size * (12 * area + 10 * tokens * plan.dim) + _SPARE <= limit:
             break
-    return Tiles(tokens, hidden, limit, plan.interpret)
+    return Tiles(tokens, hidden)

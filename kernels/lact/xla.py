@@ -166,58 +166,89 @@ def lact_xla(q, k, v, rates, momentum, weights, **keywords) -> tuple[jax.Array, 
     read_chunk = by_heads(apply_fast_weights, q, weights)
 
     def read(weights, q):
-        if q.shape[0] == 1:
-            return read_chunk(*jax.tree.map(lambda x: x[0], (weights, q)))[None]
-        return lax.map(lambda chunk: read_chunk(*chunk), (weights, q))
+        if q.shape[1] == 1:
+            return read_chunk(*jax.tree.map(lambda x: x[:, 0], (weights, q)))[:, None]
+        return _by_chunk(lax.map(lambda chunk: read_chunk(*chunk), _by_chunk((weights, q))))
 
     sums = by_heads(update_sums, q, weights)
     return lact_by_parts(read, sums, q, k, v, rates, momentum, weights, **keywords)
 
 
 def lact_by_parts(
-    read: Callable[[Weights, jax.Array], jax.Array],
-    sums: Callable[[Weights, jax.Array, jax.Array, jax.Array], Weights],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    read, sums, q, k, v, rates, momentum, weights, *, mask=None, reset=None, options=PLAIN
+) -> tuple[jax.Array, FastState]:
+    """Run `lact` of api.py by the functions of `scan_chunks`."""
+    rates, mean = mask_slots(rates, momentum, mask)
+    tokens = q, k, v, rates, mean
+    return scan_chunks(read, sums, *tokens, weights, reset=reset, options=options)
+
+
+def mask_slots(
     rates: jax.Array,
     momentum: jax.Array | None,
-    weights: Weights,
-    *,
-    mask: jax.Array | None = None,
-    reset: jax.Array | None = None,
-    carry: FastState | None = None,
-    options: Options = PLAIN,
-) -> tuple[jax.Array, FastState]:
-    """`lact` of api.py: a scan for the weights, then every chunk read with its own.
+    mask: jax.Array | None,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Leave the slots without a token out of rates and momentum, with the shapes of api.py.
 
-    read: `apply_fast_weights` for all chunks, weights and q with a leading N.
-    sums: `update_sums` for one chunk. Neither should keep [C, F] arrays for the backward pass.
+    total: sums [B, N, ...] over the devices that share the slots of a chunk.
+
+    Returns the rates [B, N, H, C, 3, E], 0 where mask is False, and the mean of the momentum over
+    the tokens of every chunk [B, N, H], None without momentum.
     """
-    num_batch, num_chunks = q.shape[:2]
     mean = None
     if momentum is not None:
         live = jnp.ones((), bool) if mask is None else mask[:, :, None, :]
-        count = q.shape[3] if mask is None else jnp.maximum(live.sum(-1), 1)
-        mean = jnp.where(live, momentum, 0.0).sum(-1) / count
+        count = momentum.shape[3] if mask is None else jnp.maximum(total(live.sum(-1)), 1)
+        mean = total(jnp.where(live, momentum, 0.0).sum(-1)) / count
     if mask is not None:
         rates = jnp.where(mask[:, :, None, :, None, None], rates, 0.0)
+    return rates, mean
+
+
+def scan_chunks(
+    read, sums, q, k, v, rates, mean, weights, *, reset, options
+) -> tuple[jax.Array, FastState]:
+    """Scan over the updates of all chunks but the last, then read every chunk with its weights.
+
+    Arrays and results are those of api.py, with the rates in any form [B, N, H, ...] that `sums`
+    takes, 0 where there is no token, and the mean momentum [B, N, H] of every chunk.
+
+    read: `apply_fast_weights` for all chunks, weights [B, N, H, ...] and q [B, N, H, C, d].
+    sums: `update_sums` for one chunk. Neither should keep [C, F] arrays for the backward pass.
+    """
+    state, update = chunk_updates(sums, weights, q.shape[0], mean is not None, options)
+    states = jax.tree.map(lambda x: x[None], state)
+    if q.shape[1] > 1:
+        # The update after the last chunk is never made here: what follows may be nothing.
+        chunks = _by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
+        again = None if reset is None else reset[:, 1:].T
+        _, later = lax.scan(lambda *x: (update(*x),) * 2, state, (*chunks, again))
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, later)
+    states = _by_chunk(states)
+    return read(states.weights, q), states
+
+
+def chunk_updates(
+    sums: Callable[[Weights, jax.Array, jax.Array, jax.Array], Weights],
+    weights: Weights,
+    num_rows: int,
+    use_momentum: bool,
+    options: Options,
+) -> tuple[FastState, Callable[[FastState, tuple], FastState]]:
+    """Return the state of B rows at the start of a document, and the update after a chunk.
+
+    sums: as in `scan_chunks`. weights: initial ones [H, ...].
+
+    The update takes the state [B, H, ...] of a chunk, its k, v [B, H, C, d], rates and mean
+    momentum [B, H], and whether the next chunk starts a document ([B], or None: it does not). It
+    returns the state of the next chunk.
+    """
     norms = row_norms(weights)
     fresh = jax.tree.map(
-        lambda w: jnp.broadcast_to(w, (num_batch, *w.shape[-3:])).astype(jnp.float32),
-        fresh_state(weights, momentum is not None, options),
+        lambda w: jnp.broadcast_to(w, (num_rows, *w.shape)).astype(jnp.float32),
+        fresh_state(weights, use_momentum, options),
     )
-    state = fresh if carry is None else carry
-
-    def restart(again, state):
-        if again is None:
-            return state
-        again = again[:, None, None, None]
-        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
-
-    by_chunk = functools.partial(jax.tree.map, lambda x: jnp.moveaxis(x, 1, 0))
-    state = restart(None if reset is None else reset[:, 0], state)
-    states = jax.tree.map(lambda x: x[None], state)
 
     # Apart from the sums: its derivative needs their values, and they would be computed again.
     @jax.checkpoint
@@ -226,14 +257,15 @@ def lact_by_parts(
 
     def update(state, chunk):
         k, v, rates, mean, again = chunk
-        state = restart(again, next_state(state, sums(state.weights, k, v, rates), mean))
-        return state, state
+        state = next_state(state, sums(state.weights, k, v, rates), mean)
+        if again is None:
+            return state
+        again = again[:, None, None, None]
+        return jax.tree.map(lambda a, b: jnp.where(again, a, b), fresh, state)
 
-    if num_chunks > 1:
-        # The update after the last chunk is never made here: what follows may be nothing.
-        chunks = by_chunk(jax.tree.map(lambda x: x[:, :-1], (k, v, rates, mean)))
-        again = None if reset is None else reset[:, 1:].T
-        _, later = lax.scan(update, state, (*chunks, again))
-        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), states, later)
-    out = read(states.weights, by_chunk(q))
-    return jnp.moveaxis(out, 0, 1), by_chunk(states)
+    return fresh, update
+
+
+def _by_chunk(tree):
+    """Swap rows and chunks: arrays [B, N, ...] to [N, B, ...], and back."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tree)

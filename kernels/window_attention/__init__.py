@@ -1,5 +1,6 @@
-"""Softmax attention over a window of tokens, as Pallas kernels for TPUs."""
+"""Causal softmax attention over a window of tokens."""
 
-from refine_jax.kernels.window_attention.pallas_tpu import takes, window_attention_tpu
+from refine_jax.kernels.window_attention.api import IMPLEMENTATIONS, window_attention
+from refine_jax.kernels.window_attention.xla import MASKED, product
 
-__all__ = ["takes", "window_attention_tpu"]
+__all__ = ["IMPLEMENTATIONS", "MASKED", "product", "window_attention"]

@@ -33,7 +33,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
+from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
+from refine_jax.kernels.window_attention.xla import behind
 
 _LANES = 128
 _BLOCK = 1024  # most tokens of a block: of 256, 512 and 1024 the fastest, by static estimates
@@ -151,8 +153,7 @@ def _and(*conditions):
     return functools.reduce(jnp.logical_and, given) if given else None
 
 
-def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _forward_kernel(plan: _Plan, **refs):
     step = pl.program_id(2)
     slot = jax.lax.rem(step, plan.ring)
     refs["keys"][slot] = refs["k"][...]
@@ -209,8 +210,7 @@ def _forward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
         refs["out"][...] = refs["sum"][...].T.astype(refs["out"].dtype)
 
 
-def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
-    refs = dict(zip(names, refs, strict=True))
+def _backward_kernel(plan: _Plan, **refs):
     step = pl.program_id(2)
     slot = jax.lax.rem(step, plan.ring)
     first = step - (plan.ring - 1)  # the block of keys
@@ -280,21 +280,6 @@ def _backward_kernel(plan: _Plan, names: tuple[str, ...], *refs):
         refs["dq"][...] = (dq * plan.scale).T.astype(dtype)
 
 
-def _call(plan: _Plan, kernel, name, steps, inputs, outputs, scratch):
-    """`pallas_call` over rows, groups and steps, of {name: (array or shape, spec)}."""
-    names = (*inputs, *outputs, *scratch)
-    batch, groups = inputs["q"][0].shape[:2]
-    results = tpu.call_kernel(
-        functools.partial(kernel, plan, names),
-        name,
-        (batch, groups, steps),
-        inputs.values(),
-        outputs.values(),
-        scratch.values(),
-    )
-    return dict(zip(outputs, results, strict=True))
-
-
 def _token_spec(plan: _Plan, place) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, plan.block, plan.size), lambda b, g, s: (b, g, place(s), 0))
 
@@ -330,11 +315,18 @@ def _forward(plan: _Plan, q, k, v, ids):
         scratch["key_ids"] = pltpu.VMEM((plan.ring, plan.block, _LANES), jnp.float32)
     rows = (*q.shape[:2], plan.heads, q.shape[2])
     outputs = {
-        "out": (jax.ShapeDtypeStruct(q.shape, q.dtype), tokens),
-        "log_total": (jax.ShapeDtypeStruct(rows, jnp.float32), _row_spec(plan, own)),
+        "out": (q.shape, q.dtype, tokens),
+        "log_total": (rows, jnp.float32, _row_spec(plan, own)),
     }
-    name = "window_attention_forward"
-    results = _call(plan, _forward_kernel, name, plan.blocks, inputs, outputs, scratch)
+    results = tpu.call_kernel(
+        functools.partial(_forward_kernel, plan),
+        "window_attention_forward",
+        (*q.shape[:2], plan.blocks),
+        inputs,
+        outputs,
+        scratch,
+        parallel=2,
+    )
     return results["out"], results["log_total"]
 
 
@@ -378,13 +370,19 @@ def _backward(plan: _Plan, q, k, v, ids, out, log_total, d_out):
         scratch["query_ids"] = pltpu.VMEM((plan.ring, 1, plan.block), jnp.float32)
         scratch["key_ids"] = pltpu.VMEM((plan.block, _LANES), jnp.float32)
     outputs = {
-        "dq": (jax.ShapeDtypeStruct(q.shape, q.dtype), _token_spec(plan, oldest_own)),
-        "dk": (jax.ShapeDtypeStruct(k.shape, k.dtype), keys),
-        "dv": (jax.ShapeDtypeStruct(v.shape, v.dtype), keys),
+        "dq": (q.shape, q.dtype, _token_spec(plan, oldest_own)),
+        "dk": (k.shape, k.dtype, keys),
+        "dv": (v.shape, v.dtype, keys),
     }
-    steps = plan.blocks + plan.ring - 1
-    name = "window_attention_backward"
-    results = _call(plan, _backward_kernel, name, steps, inputs, outputs, scratch)
+    results = tpu.call_kernel(
+        functools.partial(_backward_kernel, plan),
+        "window_attention_backward",
+        (*q.shape[:2], plan.blocks + plan.ring - 1),
+        inputs,
+        outputs,
+        scratch,
+        parallel=2,
+    )
     return results["dq"], results["dk"], results["dv"]
 
 
@@ -406,53 +404,28 @@ def _attend_backward(plan, residuals, d_out):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _pad(x: jax.Array, before: int, after: int, axis: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (before, after)
-    return jnp.pad(x, widths) if before or after else x
-
-
-def window_attention_tpu(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    ids: jax.Array | None,
-    past: tuple[jax.Array, jax.Array, jax.Array] | None,
-    window: int,
-    heads: int,
-    block: int | None = None,
-) -> jax.Array:
-    """`window_attention` of models/attention.py; on a CPU in interpret mode, for tests.
+def window_attention_tpu(q, k, v, ids, past, window: int, heads: int) -> jax.Array:
+    """`window_attention` of api.py; on a CPU in interpret mode, for tests.
 
     q, k, v: [B, G, T, L] in one dtype, `heads` heads in a group. ids: [B, T] int32, of a token's
     document, 0 at padding; None: one document. past: keys and values [B, G, W - 1, L] and ids
-    [B, W - 1] of the tokens before the first; ids must be given then. block: tokens of a block.
+    [B, W - 1] of the tokens before the first; ids must be given then.
     Returns [B, G, T, L], 0 at padding.
     """
     num_tokens = q.shape[2]
-    block = block or min(_BLOCK, *(-(-size // _LANES) * _LANES for size in (window, num_tokens)))
+    block = min(_BLOCK, *(-(-size // _LANES) * _LANES for size in (window, num_tokens)))
     before = 0 if past is None else -(-(window - 1) // block)
     after = -num_tokens % block
     key_ids = ids
     if past is not None:
-        k, v, key_ids = (
-            jnp.concatenate([a, b], axis=b.ndim // 2)
-            for a, b in zip(past, (k, v, ids), strict=True)
-        )
+        k, v, key_ids = (behind(a, b) for a, b in zip(past, (k, v, ids), strict=True))
     front = before * block - (0 if past is None else window - 1)
-    q = _pad(q, 0, after, 2)
-    k, v = (_pad(x, front, after, 2) for x in (k, v))
+    q = pad_axes(q, {2: (0, after)})
+    k, v = (pad_axes(x, {2: (front, after)}) for x in (k, v))
     if key_ids is not None:
         # Padding, id 0, sees padding: nothing is left without a key. Its output is then dropped.
-        key_ids = _pad(key_ids, front, after, 1).astype(jnp.float32)[:, None]
-    plan = _Plan(
-        heads=heads,
-        size=q.shape[-1],
-        block=block,
-        window=window,
-        past=before,
-        own=q.shape[2] // block,
-        by_document=ids is not None,
-    )
+        key_ids = pad_axes(key_ids, {1: (front, after)}).astype(jnp.float32)[:, None]
+    own = q.shape[2] // block
+    plan = _Plan(heads, q.shape[-1], block, window, before, own, by_document=ids is not None)
     out = _attend(plan, q, k, v, key_ids)[:, :, :num_tokens]
     return out if ids is None else jnp.where((ids > 0)[:, None, :, None], out, 0)

@@ -26,7 +26,8 @@ from refine_jax.kernels.lact import Options, Weights, lact
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
 from refine_jax.kernels.lact.pallas_tpu_inputs import takes as inputs_by_kernel
 from refine_jax.kernels.lact.pallas_tpu_outputs import OutputsPlan, lact_outputs
-from refine_jax.models.attention import heads_in_group, window_attention
+from refine_jax.kernels.window_attention import window_attention
+from refine_jax.models.attention import heads_in_group
 from refine_jax.models.chunks import ChunkPlan, plan_chunks, to_slots, to_tokens
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact_forks import fast_input, fast_value
@@ -202,7 +203,7 @@ class LaCTLayer(nnx.Module):
                 k,
                 v,
                 self.config.window_size,
-                layout,
+                None if layout is None else jnp.where(layout.mask, layout.document, 0),
                 heads_per_group=in_group,
                 implementation=name,
                 axis_name=axis_name,

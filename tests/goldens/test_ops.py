@@ -12,7 +12,7 @@ from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.kernels.lact import IMPLEMENTATIONS, Options, Weights, lact, newton_schulz
 from refine_jax.kernels.lact.reference import newton_schulz_reference
 from refine_jax.kernels.numerics import l2_norm_fla
-from refine_jax.models.attention import window_attention
+from refine_jax.kernels.window_attention import window_attention
 from refine_jax.models.deltanet import ShortConv
 from refine_jax.models.layers import l2_norm_lact, rms_norm, rope
 

@@ -14,7 +14,7 @@ from refine_jax.kernels.cross_entropy import (
     pallas_tpu,
     token_log_probs,
 )
-from refine_jax.kernels.cross_entropy.specs import TEST_SPECS, Spec
+from refine_jax.kernels.cross_entropy.specs import TEST_SPECS, CrossEntropySpec
 
 pytestmark = pytest.mark.usefixtures("simulated_tpu")
 
@@ -66,7 +66,9 @@ def test_tpu_kernels_walk_over_blocks_and_spans():
 
     The targets are predicted with confidence: of the logits' gradients little is left.
     """
-    hidden, head, targets, weights = Spec("", 90, vocabulary=700, confident=True).arguments()
+    hidden, head, targets, weights = CrossEntropySpec(
+        "", 90, vocabulary=700, confident=True
+    ).arguments()
     blocks = pallas_tpu.Blocks(16, 256, 32, 128, rows=8, span=32)
     stats, *gradients = jax.jit(pallas_tpu.loss_gradients, static_argnums=4)(
         hidden[0], head, targets[0], weights[0], blocks
@@ -96,7 +98,7 @@ def test_blocks_divide_one_another(vmem, monkeypatch):
 
 
 def test_token_log_probs():
-    hidden, head, tokens, weights = Spec("", 22, batch=2).arguments()
+    hidden, head, tokens, weights = CrossEntropySpec("", 22, batch=2).arguments()
 
     def plain(hidden, head):
         log_probs = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
@@ -118,7 +120,7 @@ def test_token_log_probs():
 
 
 def test_errors():
-    hidden, head, targets, weights = Spec("", 4).arguments()
+    hidden, head, targets, weights = CrossEntropySpec("", 4).arguments()
     with pytest.raises(ValueError, match=r"implementation must be None or one of .*Got: .*'gpu'"):
         next_token_loss(hidden, head, targets, weights, implementation="gpu")
     with pytest.raises(ValueError, match=r"targets must be \[B, T\]"):

@@ -7,7 +7,7 @@ import pytest
 
 from refine_jax.kernels.delta_rule import delta_rule, delta_step, pallas_tpu_step
 from refine_jax.kernels.delta_rule.api import STEP_IMPLEMENTATIONS
-from refine_jax.kernels.delta_rule.specs import Spec
+from refine_jax.kernels.delta_rule.specs import DeltaSpec
 
 pytestmark = pytest.mark.usefixtures("simulated_tpu")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("simulated_tpu")
 def test_steps_and_gradients_equal_the_sequence(name, gated, monkeypatch):
     # The TPU kernel takes 8 states at a time then: 12 states are padded to two blocks.
     monkeypatch.setattr(pallas_tpu_step, "_STATE_BYTES", 0)
-    spec = Spec("", 2 if gated else 1, batch=3, value_heads=4, gated=gated, initial_state=True)
+    spec = DeltaSpec("", 2 if gated else 1, batch=3, value_heads=4, gated=gated, initial_state=True)
     arrays, options = spec.arguments()
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=arrays["v"].shape), jnp.float32)
 
@@ -44,7 +44,7 @@ def test_steps_and_gradients_equal_the_sequence(name, gated, monkeypatch):
 
 
 def test_bfloat16_tokens_keep_a_float32_state():
-    arrays, _ = Spec("", 1, batch=1, initial_state=True).arguments("bfloat16")
+    arrays, _ = DeltaSpec("", 1, batch=1, initial_state=True).arguments("bfloat16")
     state = arrays.pop("initial_state")
     token = {key: x[:, 0] for key, x in arrays.items()}
     exact = {key: x.astype(jnp.float32) for key, x in token.items()}
@@ -57,7 +57,7 @@ def test_bfloat16_tokens_keep_a_float32_state():
 
 
 def test_an_unknown_name_raises():
-    arrays, _ = Spec("", 1, initial_state=True).arguments()
+    arrays, _ = DeltaSpec("", 1, initial_state=True).arguments()
     state = arrays.pop("initial_state")
     token = {key: x[:, 0] for key, x in arrays.items()}
     with pytest.raises(ValueError, match=r"implementation of delta_step .*Got: .*'reference'"):

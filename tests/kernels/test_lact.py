@@ -1,8 +1,6 @@
 """The LaCT op: every implementation against the specification and its own laws."""
 
-import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,12 @@ from refine_jax.kernels import lact as ops
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import compiled_for
 from refine_jax.kernels.lact import tuning
-from refine_jax.kernels.lact.specs import TEST_SPECS, Spec
+from refine_jax.kernels.lact.specs import TEST_SPECS, LaCTSpec
 
 pytestmark = pytest.mark.usefixtures("simulated_tpu")
 IMPLEMENTATIONS = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
 SPECS = {spec.name: spec for spec in TEST_SPECS}
-NOT_ON_GPU = ("carried", "prenorm", "muon", "fused", "fused_muon")
+NOT_ON_GPU = ("reset", "prenorm", "muon", "fused", "fused_muon")
 
 
 def relative_rms(a, b):
@@ -41,25 +39,22 @@ def value_and_gradients(arguments, keywords, implementation):
     """Output, trace and the gradients of a fixed random weighting of both."""
     mask = keywords.get("mask")
 
-    def run(arguments, carry):
-        out, trace = ops.lact(
-            *arguments, **(keywords | {"carry": carry}), implementation=implementation
-        )
+    def run(arguments):
+        out, trace = ops.lact(*arguments, **keywords, implementation=implementation)
         if mask is not None:  # the output of masked slots is undefined
             out = jnp.where(mask[:, :, None, :, None], out, 0)
         return out, trace
 
     @jax.jit
-    def both(cotangents, *inputs):
-        primal, pullback = jax.vjp(run, *inputs)
+    def both(cotangents, arguments):
+        primal, pullback = jax.vjp(run, arguments)
         return primal, pullback(cotangents)
 
-    inputs = arguments, keywords.get("carry")
     rng = np.random.default_rng(1)
     cotangents = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(run, *inputs)
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(run, arguments)
     )
-    return both(cotangents, *inputs)
+    return both(cotangents, arguments)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +77,7 @@ def test_matches_the_specification(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_operands(implementation):
     heads = 1 if implementation == "pallas_tpu" else 2
-    spec = Spec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
+    spec = LaCTSpec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
     arguments, keywords = spec.arguments("bfloat16")
     exact = tuple(x.astype(jnp.float32) for x in arguments[:3])
     expected = value_and_gradients((*exact, *arguments[3:]), keywords, "reference")
@@ -105,7 +100,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
     monkeypatch.setattr(tuning, "_FEW_SLOTS", 2)
     params = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(tpu, "interpret_mode", lambda: params)
-    spec = Spec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
+    spec = LaCTSpec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
     arguments, keywords = spec.arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
     assert_close(value_and_gradients(arguments, keywords, "pallas_tpu"), expected, 1e-5)
@@ -116,7 +111,7 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
 def test_tiles_of_the_hidden_axis(monkeypatch):
     """Weights that vector memory has no room for: a tile of them at a time."""
     monkeypatch.setattr(tuning, "vmem_bytes", lambda: 1 << 20)
-    arguments, keywords = Spec("", 2, heads=1, hidden=130, masked=True).arguments()
+    arguments, keywords = LaCTSpec("", 2, heads=1, hidden=130, masked=True).arguments()
     expected = value_and_gradients(arguments, keywords, "reference")
     got = value_and_gradients(arguments, keywords, "pallas_tpu")
     assert_close(got, expected, 1e-5)
@@ -125,7 +120,7 @@ def test_tiles_of_the_hidden_axis(monkeypatch):
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
 def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
     """T in {1, C-1, C, C+1, 3C+3}: whatever stands in masked slots, the tokens read the same."""
-    arguments, _ = Spec("", 5, heads=1).arguments()
+    arguments, _ = LaCTSpec("", 5, heads=1).arguments()
     run = jax.jit(functools.partial(ops.lact, implementation=implementation))
     expected, _ = run(*arguments, mask=jnp.ones((1, 5, 4), bool))
     for length in (1, 3, 4, 5, 15):
@@ -144,36 +139,13 @@ def test_tokens_do_not_depend_on_the_slots_behind_them(implementation):
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"),
-    [
-        *itertools.product(("rate_channels", "prenorm", "fused_muon"), ("reference", "xla")),
-        ("prenorm", "pallas_tpu"),
-    ],
-)
-def test_continues_from_a_carried_state(name, implementation):
-    """Two chunks, their pending update by hand, the rest: as all chunks at once."""
-    spec = dataclasses.replace(SPECS[name], chunks=5, masked=False, resets=False, carried=False)
-    (*arrays, weights), keywords = spec.arguments()
-    keywords |= {"implementation": implementation}
-    expected = ops.lact(*arrays, weights, **keywords)
-    before, after = ([x[:, part] for x in arrays] for part in (slice(0, 2), slice(2, None)))
-    out, trace = ops.lact(*before, weights, **keywords)
-    last = jax.tree.map(lambda x: x[:, -1], trace)
-    k, v, rates, momentum = (x[:, -1] for x in before[1:])
-    sums = ops.update_sums(last.weights, k, v, rates)
-    norms = ops.row_norms(weights)
-    carry = ops.apply_update(last, sums, momentum.mean(-1), norms, spec.options)
-    rest = ops.lact(*after, weights, carry=carry, **keywords)
-    got = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), (out, trace), rest)
-    assert_close(got, expected, 1e-5)
-
-
-@pytest.mark.parametrize(
     ("implementation", "options"),
     [("xla", ops.Options(muon="float32")), ("pallas_tpu", ops.Options())],
 )
 def test_zero_weights_and_keys_have_finite_gradients(implementation, options):
-    (q, k, v, rates, momentum, weights), keywords = Spec("", heads=1, options=options).arguments()
+    (q, k, v, rates, momentum, weights), keywords = LaCTSpec(
+        "", heads=1, options=options
+    ).arguments()
     zeros = ops.Weights(*map(jnp.zeros_like, weights))
     arguments = q, 0 * k, v, rates, momentum, zeros
     _, gradients = value_and_gradients(arguments, keywords, implementation)
@@ -190,7 +162,7 @@ def test_zero_weights_and_keys_have_finite_gradients(implementation, options):
     ],
 )
 def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, best):
-    arguments, _ = Spec("", heads=1, **sizes).arguments()
+    arguments, _ = LaCTSpec("", heads=1, **sizes).arguments()
     for name in ops.IMPLEMENTATIONS:
         monkeypatch.setitem(ops.IMPLEMENTATIONS, name, lambda *_, name=name, **__: name)
     assert ops.lact(*arguments) == "xla"
@@ -199,7 +171,7 @@ def test_kernels_are_chosen_on_tpus_where_nothing_is_padded(monkeypatch, sizes, 
 
 
 def test_bad_arguments_are_named():
-    arguments, _ = Spec("", batch=2).arguments()
+    arguments, _ = LaCTSpec("", batch=2).arguments()
     q, k, v, rates, momentum, weights = arguments
     for name in ("pallas", "cuda"):
         with pytest.raises(ValueError, match=name):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from refine_jax.kernels.heads import to_chunks
 from refine_jax.kernels.lact.pallas_tpu_inputs import InputsPlan, lact_inputs, rope_tables
-from refine_jax.models.attention import window_attention
+from refine_jax.kernels.window_attention import window_attention
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.lact_forks import fast_input, fast_value
@@ -104,7 +104,8 @@ def test_a_layer_with_the_kernels_is_the_same_layer(monkeypatch):
     attend = functools.partial(window_attention, implementation="pallas_tpu", heads_per_group=2)
 
     def by_kernel(self, q, k, v, layout, axis_name):
-        return attend(q, k, v, config.window_size, layout)
+        ids = None if layout is None else jnp.where(layout.mask, layout.document, 0)
+        return attend(q, k, v, config.window_size, ids)
 
     monkeypatch.setattr(LaCTMixer, "_attend", by_kernel)
     got = jax.jit(lambda *x: with_gradients(*x))(state, x)

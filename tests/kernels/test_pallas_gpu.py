@@ -43,7 +43,7 @@ def gpu():
     [(128, 256, "bfloat16"), (256, 64, "float32")],
 )
 def test_delta_rule_lowers_for_cuda(gpu, key_dim, value_dim, dtype):
-    spec = specs.Spec(
+    spec = specs.DeltaSpec(
         "gpu",
         tokens=300,
         batch=1,
@@ -79,7 +79,7 @@ def test_lact_lowers_for_cuda(gpu, channels, dtype):
 
 
 def test_delta_rule_of_several_blocks():
-    spec = specs.Spec(
+    spec = specs.DeltaSpec(
         "blocks",
         tokens=70,
         batch=1,
@@ -96,7 +96,9 @@ def test_delta_rule_of_several_blocks():
 
 
 def test_lact_of_several_blocks(monkeypatch):
-    spec = test_lact.Spec("blocks", chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True)
+    spec = test_lact.LaCTSpec(
+        "blocks", chunks=2, batch=1, chunk=70, dim=80, hidden=130, masked=True
+    )
     monkeypatch.setitem(test_lact.SPECS, "blocks", spec)
     test_lact.test_matches_the_specification("blocks", "pallas_gpu")
 

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
-from refine_jax.kernels.window_attention import pallas_tpu
-from refine_jax.models import attention
-from refine_jax.models.attention import window_attention
-from refine_jax.models.layout import Layout
+from refine_jax.kernels.window_attention import pallas_tpu, splash, window_attention
 
 
 def draw(length, count, seed=0, heads=2, dim=4):
@@ -29,7 +26,7 @@ def packed(length):
 
 # Windows of two tokens, inside a block, over several, and longer than the row.
 @pytest.mark.parametrize(
-    ("count", "length", "window", "implementation", "with_layout"),
+    ("count", "length", "window", "implementation", "with_ids"),
     [
         (2, 64, 2, "xla", True),
         (2, 300, 9, "xla", True),
@@ -42,19 +39,18 @@ def packed(length):
         (4, 256, 150, "pallas_tpu", True),
     ],
 )
-def test_equals_one_device(monkeypatch, count, length, window, implementation, with_layout):
-    monkeypatch.setattr(attention, "_SPLASH_TOKENS", 128)
+def test_equals_one_device(monkeypatch, count, length, window, implementation, with_ids):
+    monkeypatch.setattr(splash, "_SPLASH_TOKENS", 128)
     monkeypatch.setattr(pallas_tpu, "_BLOCK", 128)
-    segments = packed(length) if with_layout else None
-    layout = Layout.from_segments(segments, max_documents=2) if with_layout else None
+    ids = packed(length) if with_ids else None
 
-    def run(layout, *arrays, axis_name=None):
+    def run(ids, *arrays, axis_name=None):
         return window_attention(
-            *arrays, window, layout, implementation=implementation, axis_name=axis_name
+            *arrays, window, ids, implementation=implementation, axis_name=axis_name
         )
 
     spread = over_devices(
-        lambda layout, *arrays: run(layout, *arrays, axis_name=AXIS),
+        lambda ids, *arrays: run(ids, *arrays, axis_name=AXIS),
         count,
         (tokens_at(1), *[tokens_at(2)] * 3),
         tokens_at(2),
@@ -62,7 +58,7 @@ def test_equals_one_device(monkeypatch, count, length, window, implementation, w
     arrays = draw(length, 3)
 
     with jax.default_matmul_precision("highest"):
-        got, want = (with_gradients(lambda *x, f=f: f(layout, *x), *arrays) for f in (spread, run))
+        got, want = (with_gradients(lambda *x, f=f: f(ids, *x), *arrays) for f in (spread, run))
     assert_equal(got, want)
 
 

@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec as P
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
 from refine_jax.kernels.delta_rule import delta_rule
-from refine_jax.kernels.delta_rule.specs import Spec
+from refine_jax.kernels.delta_rule.specs import DeltaSpec
 
 _COMMON = {"tokens": 64, "initial_state": True, "chunk_size": 8}
-UNGATED = Spec("ungated", beta_max=2.0, save_every=16, **_COMMON)
-GATED = Spec("gated", value_heads=4, gated=True, save_every=8, **_COMMON)
+UNGATED = DeltaSpec("ungated", beta_max=2.0, save_every=16, **_COMMON)
+GATED = DeltaSpec("gated", value_heads=4, gated=True, save_every=8, **_COMMON)
 DOCUMENTS = dataclasses.replace(GATED, name="documents", documents=4, normalize=True)
 KERNEL = dataclasses.replace(
     DOCUMENTS, tokens=32, heads=1, value_heads=2, chunk_size=16, save_every=16

@@ -8,16 +8,16 @@ from jax.sharding import PartitionSpec as P
 from sequences import AXIS, assert_equal, over_devices, tokens_at, with_gradients
 
 from refine_jax.kernels.lact import Options, lact
-from refine_jax.kernels.lact.specs import Spec
+from refine_jax.kernels.lact.specs import LaCTSpec
 
 _COMMON = {"chunks": 8, "chunk": 8, "batch": 2}
 # Two heads: pairs of devices exchange slots for heads, two devices need no more. Else none do.
-ALL = Spec("all", masked=True, empty=1, resets=True, carried=True, row_weights=True, **_COMMON)
-PRENORM = Spec(
+ALL = LaCTSpec("all", masked=True, empty=1, resets=True, **_COMMON)
+PRENORM = LaCTSpec(
     "prenorm", options=Options(prenorm=True), masked=True, rate_channels=6, resets=True, **_COMMON
 )
-PLAIN = Spec("plain", momentum=False, hidden=9, **_COMMON | {"batch": 1, "heads": 3})
-FUSED = Spec(
+PLAIN = LaCTSpec("plain", momentum=False, hidden=9, **_COMMON | {"batch": 1, "heads": 3})
+FUSED = LaCTSpec(
     "fused_muon",
     options=Options(muon="float32", fused=True),
     hidden=4,
@@ -30,13 +30,12 @@ def value_and_gradients(spec, count):
     arrays, keywords = spec.arguments()
     mask, reset = (keywords.get(name) for name in ("mask", "reset"))
 
-    def run(fixed, arrays, carry, axis_name=None):
+    def run(fixed, arrays, axis_name=None):
         mask, reset = fixed
         out, states = lact(
             *arrays,
             mask=mask,
             reset=reset,
-            carry=carry,
             options=spec.options,
             axis_name=axis_name,
         )
@@ -49,12 +48,10 @@ def value_and_gradients(spec, count):
         run = over_devices(
             lambda *x, run=run: run(*x, axis_name=AXIS),
             count,
-            ((tokens_at(2), P()), (*[slots] * 5, P()), P()),
+            ((tokens_at(2), P()), (*[slots] * 5, P())),
             (slots, tokens_at(1)),
         )
-    return with_gradients(
-        lambda arrays, carry: run((mask, reset), arrays, carry), arrays, keywords.get("carry")
-    )
+    return with_gradients(lambda arrays: run((mask, reset), arrays), arrays)
 
 
 @pytest.mark.parametrize(
