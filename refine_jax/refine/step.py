@@ -24,6 +24,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state
+from refine_jax.refine.exact import match_probabilities
 from refine_jax.refine.grpo import policy_weight
 from refine_jax.refine.objective import Batch, Experience, Metrics, Objective
 
@@ -360,8 +361,10 @@ def make_eval_step(
     The sums: nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
     reward_square_sum over rollout_count valid rollouts (sampled also for objective `ntp`, so that
     both objectives can be compared).
-    What the method saw, for plots: entropy [B, T] (nats), mask [B, T], starts [B, R], valid [B, R],
-    rewards [B, R], tokens [B, R, k] of the rollouts and truth [B, R, k]. One program gives both, as
+    What the method saw, for plots and pages: entropy [B, T] (nats), match [B, T] (the probability
+    that a rollout of the k tokens after a slot is right as a whole), mask [B, T], starts [B, R],
+    valid [B, R], rewards [B, R], advantages [B, R, k or 1], tokens [B, R, k] of the rollouts and
+    truth [B, R, k]; rows: the same sums for each row alone, {name: [B]}. One program gives both, as
     compiling it takes far longer than copying them.
     """
     changes = {"objective": "refine", "estimator": "rollouts", "kl_coef": 0.0}
@@ -374,6 +377,8 @@ def make_eval_step(
         reading = objective.read(params, batch)
         experience, *_ = objective.roll_out(params, reading, batch, keys, None)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
+        stats, weights = reading.stats, reading.weights
+        match, _ = match_probabilities(-stats.nll, weights, config.rollout_length)
         sums = {
             "nll_sum": reading.nll_sum,
             "correct_sum": jnp.sum(reading.stats.correct * reading.weights),
@@ -392,6 +397,15 @@ def make_eval_step(
             "rewards": experience.rewards,
             "tokens": experience.tokens,
             "truth": objective.truth(batch, reading.hidden, experience.starts)[0],
+            "match": match[..., -1],
+            "advantages": experience.advantages,
+            "rows": {
+                "token_count": jnp.sum(weights, axis=1),
+                "nll_sum": jnp.sum(stats.nll * weights, axis=1),
+                "correct_sum": jnp.sum(stats.correct * weights, axis=1),
+                "reward_sum": jnp.sum(rewards, axis=1),
+                "rollout_count": jnp.sum(experience.valid, axis=1),
+            },
         }
         return sums, seen
 
