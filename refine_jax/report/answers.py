@@ -159,7 +159,8 @@ def _adaptation(run: Run, several: bool) -> str:
         ["Prompts not adapted to", number(cost["examples_not_adapted"], 0)],
         ["Prompts with skipped updates", number(cost["examples_with_skipped_updates"], 0)],
     ]
-    return table(f"What it took{f': {run.name}' * several}", ("", ""), rows)
+    caption = f"What it took: {run.name}" if several else "What it took"
+    return table(caption, ("Figure", "value"), rows)
 
 
 def _answers(runs: Sequence[Run]) -> str:

@@ -46,6 +46,7 @@ class Chart:
     unit: str
     series: Sequence[Series]
     logarithmic: bool = False
+    medians: bool = False  # whether its curves are summed up by medians, not by their ends
 
 
 CHARTS = (
@@ -105,8 +106,14 @@ SPEED = (
             Series("time/answers", "answers", PURPLE),
             Series("time/data", "waiting for data", GREY),
         ),
+        medians=True,
     ),
-    Chart("Tokens a second", "tokens a second", (Series("tokens_per_second", "of steps", BLUE),)),
+    Chart(
+        "Tokens a second",
+        "tokens a second",
+        (Series("tokens_per_second", "of steps", BLUE),),
+        medians=True,
+    ),
     Chart("Memory of the device", "GiB", (Series("memory/peak", "peak so far", BLUE, 1 / 2**30),)),
 )
 
@@ -168,7 +175,7 @@ class Charts:
                 f"{text(label)}</li>"
             )
             if series.points or not any(each[0].points for each in drawn):
-                said.append(_said(label, steps, values))
+                said.append(_said(label, steps, values, chart.medians))
         if chart.unit == "seconds":
             self._leave_out_compilation(figure, drawn)
         place = f"chart-{len(self._figures)}"
@@ -289,8 +296,11 @@ def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
     return steps, values * series.scale
 
 
-def _said(label: str, steps: np.ndarray, values: np.ndarray) -> str:
-    """The ends of a curve in words."""
+def _said(label: str, steps: np.ndarray, values: np.ndarray, medians: bool) -> str:
+    """A curve in words: its ends, or its median."""
+    if medians:
+        middle = float(np.median(values))
+        return f"{text(label)}: median {number(middle, 3 if middle < 10 else 0)}"
     digits = 4 if abs(values[-1]) < 10 else 1
     first, last = number(values[0], digits), number(values[-1], digits)
     if values[-1] and abs(values[-1]) < 1e-3:

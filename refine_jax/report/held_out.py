@@ -89,7 +89,7 @@ class HeldOutRecord:
         texts = token_texts(self._tokenizer.decode, tokens[first:end])
         # Slot t says how sure the prediction of slot t + 1 is: here it stands with what it predicts.
         ahead = {
-            name: [None, *(rounded(x, 4) for x in seen[name][row][first : end - 1])]
+            name: [None, *(to_digits(x, 3) for x in seen[name][row][first : end - 1])]
             for name in ("entropy", "match")
         }
         spans = _spans(first, end, [int(starts[index]) for index in order], k)
@@ -151,6 +151,11 @@ def rounded(value, digits: int) -> float | None:
     """A number of so many decimals; None where it is not finite."""
     value = float(value)
     return round(value, digits) if math.isfinite(value) else None
+
+
+def to_digits(value, digits: int) -> float | None:
+    """A number of so many significant digits; None where it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 class HeldOutLog:

@@ -31,7 +31,7 @@ async function drawCharts(data) {
   document.head.append(script);
   Bokeh.logger.set_level("error"); // of narrow charts it says that they are narrow
   for (const views of await Bokeh.embed.embed_items(data.documents, data.items)) {
-    figures.push(...views);
+    figures.push(...[...views.roots].filter((view) => view.model.toolbar));
   }
   // Where a finger scrolls the page, dragging must not zoom until it is asked for.
   setDragging(!matchMedia("(pointer: coarse)").matches);
@@ -66,6 +66,8 @@ if (byId("charts-data") && dataOf("charts-data")) {
 // The method in held-out text.
 const number = (value, digits) =>
   value === null || value === undefined ? "–" : value.toFixed(digits).replace("-", "−");
+const chance = (value) =>
+  value && value < 1e-3 ? value.toExponential(0).replace("-", "−") : number(value, 3);
 const shownText = (text) => text.replaceAll("\n", "↵") || "∅";
 
 function methodView(runs) {
@@ -144,7 +146,7 @@ function methodView(runs) {
         span.style.setProperty("--a", String(0.62 * Math.min(1, (value ?? 0) / most)));
         span.dataset.about =
           "Token " + place + ": entropy before it " + number(segment.entropy[index], 2) +
-          " nats, P of the " + row.length + " tokens from it on " + number(segment.match[index], 4);
+          " nats, P of the " + row.length + " tokens from it on " + chance(segment.match[index]);
         text.append(span);
       });
       done = segment.first + segment.texts.length;
@@ -161,12 +163,12 @@ function methodView(runs) {
     const { entropy, match } = figuresAt(row, position.start);
     title.append(element("small", "",
       "at token " + position.start + " · entropy " + number(entropy, 2) + " nats · P of all " +
-      row.length + " right " + number(match, 4)));
+      row.length + " right " + chance(match)));
     made.append(title, line("truth", position.truth, null));
     position.rollouts.forEach((rollout, sample) => {
       const name = position.rollouts.length > 1 ? "rollout " + (sample + 1) : "rollout";
       const row_ = line(name, rollout.texts, rollout.same);
-      const advantages = rollout.advantages.map((each) => number(each, 2)).join(", ");
+      const advantages = [...new Set(rollout.advantages.map((each) => number(each, 2)))].join(", ");
       row_.append(element("span", "judged",
         row.reward + " reward " + number(rollout.reward, 3) + " · advantage " + advantages));
       made.append(row_);

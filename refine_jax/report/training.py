@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,18 +131,23 @@ def speed(run: Run) -> str:
         values = [r[name] for r in run.history if r.get(name) is not None]
         if values:
             rows.append([f"{label}, in all", number(sum(values), 1, " s"), f"{len(values):,}"])
-    return table("Seconds", ("", "median, or sum", "how many"), rows) if rows else ""
+    return table("Seconds", ("Part", "median, or sum", "how many"), rows) if rows else ""
 
 
 def settings(run: Run) -> str:
     """A table of the settings that differ from their defaults."""
     changed = changed_settings(run.config)
     rows = [
-        [f"<code>{text(name)}</code>", _value(value), _value(default), text(meaning)]
+        [f"<code>{text(name)}</code>", _value(value), _value(default), _codes(meaning)]
         for name, (value, default, meaning) in changed.items()
     ]
     head = ("Setting", "here", "default", "meaning")
     return table("Settings that differ from the defaults", head, rows, "settings") if rows else ""
+
+
+def _codes(meaning: str) -> str:
+    """A docstring's text as HTML, what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(meaning))
 
 
 def _value(value: Any) -> str:
