@@ -1,6 +1,7 @@
 """Evaluation: prompts of tasks are answered and the answers scored.
 
-    WORKDIR/predictions.jsonl  results.json  scores.png  recall.png (needle tasks)  evaluation.json
+    WORKDIR/report.html  predictions.jsonl  results.json  scores.png  recall.png (needle tasks)
+            evaluation.json
 
 An interrupted evaluation continues from predictions.jsonl when it is started again.
 """
@@ -45,6 +46,7 @@ from refine_jax.phases.setup import (
 )
 from refine_jax.refine.adapt import Adapter, row_length
 from refine_jax.report.metrics import write_results
+from refine_jax.report.page import write_run_page
 
 RECORD = "evaluation.json"
 
@@ -288,7 +290,7 @@ def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter
 
 
 def report(records: Sequence[dict], workdir: Path) -> dict:
-    """Plots, results.json and the closing table."""
+    """Plots, results.json, the page report.html and the closing table."""
     results = summarize(records)
     needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
     recalls = {task: recall_by_depth(records, task) for task in needles}
@@ -302,5 +304,6 @@ def report(records: Sequence[dict], workdir: Path) -> dict:
         plot_scores(workdir / "scores.png", results["sets"])
         if recalls:
             plot_recall(workdir / "recall.png", recalls)
+        write_run_page(workdir)
     distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
     return results

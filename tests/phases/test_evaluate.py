@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import tiny_run
 
-from refine_jax import summary
+from refine_jax import report
 from refine_jax.config import Config
 from refine_jax.evaluation import questions
 from refine_jax.evaluation.metrics import score
@@ -255,7 +255,7 @@ def test_a_complete_evaluation_reports_again(plain, data):
     before = (workdir / "predictions.jsonl").read_bytes()
     again, _ = run(settings(data), workdir)
     assert again == results and (workdir / "predictions.jsonl").read_bytes() == before
-    assert summary.main([f"--workdir={workdir}"]) == 0
+    assert report.main([str(workdir)]) == 0
     assert json.loads((workdir / "results.json").read_text()) == results
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
-from refine_jax import summary
+from refine_jax import report
 from refine_jax.base.errors import ConfigError
 from refine_jax.checkpoint.manager import load_model, save_model
 from refine_jax.config import Config
@@ -102,12 +102,12 @@ def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsy
     before = [(folder / name).read_bytes() for name in files]
     for name in files:
         (folder / name).unlink()
-    assert summary.main([f"--workdir={folder}"]) == 0
+    assert report.main([str(folder)]) == 0
     assert [(folder / name).read_bytes() for name in files] == before
     out = capsys.readouterr().out
     assert table(json.loads(before[0])) in out
     assert json.loads(out.splitlines()[-1]) == json.loads(before[0])
-    assert summary.main([f"--workdir={tmp_path}"]) == 1
+    assert report.main([str(tmp_path)]) == 1
     assert "holds no records of a run" in capsys.readouterr().err
 
 
