@@ -111,6 +111,8 @@ def describe(
         kept += ["testtime", "refine", "optimizer"]
     for path in ("data", "essays"):
         del sections["evaluate"][path]
+    if not sections["testtime"]["answer_before"]:
+        del sections["testtime"]["answer_before"]  # as in records of versions without it
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
         "phase": config.phase,
@@ -202,17 +204,18 @@ def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Ans
       ConfigError: Settings of `generation` that exclude each other.
     """
     options = parts.config.generation
+    plain = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
+    generator: Generator = plain
     if adapter is not None and adapter.copies > 1:
-        generator: Generator = CopiesGenerator(parts.model, parts.tokenizer)
-    else:
-        generator = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
+        generator = CopiesGenerator(parts.model, parts.tokenizer)
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=parts.config.train.seed,
     )
-    return Answerer(parts.params, generator, sampling, adapter)
+    before = plain if adapter is not None and parts.config.testtime.answer_before else None
+    return Answerer(parts.params, generator, sampling, adapter, before)
 
 
 def run_parts(

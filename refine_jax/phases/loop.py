@@ -319,6 +319,8 @@ class Loop(abc.ABC):
         seconds = time.perf_counter() - begin
         if compiled := self.compilations.seconds - compiled:
             metrics["time/compile"] = compiled
+        if peak := _peak_memory():
+            metrics["memory/peak"] = peak
         return state, metrics | {
             "learning_rate": float(self.schedule(step)),
             "tokens_per_second": tokens / seconds,
@@ -370,6 +372,11 @@ class Loop(abc.ABC):
             write_run_page(self.workdir)
         distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
+
+
+def _peak_memory() -> int:
+    """Bytes that the fullest device of this process has held at once; 0 where it does not say."""
+    return max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices())
 
 
 def _count_tokens(batch: Batch) -> int:

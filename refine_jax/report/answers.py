@@ -6,6 +6,8 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bokeh.palettes import cividis
+
 from refine_jax.evaluation.intervals import compare
 from refine_jax.evaluation.report import DepthRecall, recall_by_depth, summarize
 from refine_jax.report.markup import number, section, table, text, visible
@@ -14,6 +16,8 @@ from refine_jax.report.training import settings
 
 MOST_ANSWERS = 2000
 """Answers that a page shows; all count in its figures."""
+_HEAT = cividis(101)  # from dark blue to yellow, which the colour-blind tell apart
+_DARK = 47  # colours on which white is more legible than black
 _LONG = 600  # characters of an answer that are shown before a click
 
 
@@ -41,6 +45,9 @@ _PAIRED = (
     "Every run answered the same prompts: differences are taken prompt by prompt, which leaves out "
     "that some prompts are harder. p: how often a difference at least as large arises by chance."
 )
+
+
+_PAIRED_HEAD = ("difference", "95 % interval", "p", "better / worse", "prompts")
 
 
 def _scores(run: Run, several: bool) -> str:
@@ -73,8 +80,9 @@ def _scores(run: Run, several: bool) -> str:
         )
     head = ("Set", "score (%)", "95 % interval", "0 to 100 %", "answers", "metric", "tokens", "cut")
     caption = f"Scores: {run.name}" if several else "Scores"
+    kind = "scores" if several else "scores unsaid"
     speed = f"{results['tokens_per_second']:,.0f} tokens a second, prompts included."
-    return table(caption, head, rows, "scores") + f'<p class="note">{speed}</p>\n'
+    return table(caption, head, rows, kind) + f'<p class="note">{speed}</p>\n'
 
 
 def _paired(runs: Sequence[Run]) -> str:
@@ -88,18 +96,20 @@ def _paired(runs: Sequence[Run]) -> str:
             if _same_question(first.get(record["id"]), record)
         ]
         for name in dict.fromkeys(record["set"] for _, record in pairs):
-            rows.append(_difference(run.name, name, [p for p in pairs if p[1]["set"] == name]))
-    head = ("Run", "set", "difference", "95 % interval", "p", "better / worse", "prompts")
-    return table(f"Scores minus those of {base.name}, in points", head, rows) if rows else ""
+            row = _difference(name, [pair for pair in pairs if pair[1]["set"] == name])
+            rows.append([text(run.name), *row])
+    head = ("Run", "set", *_PAIRED_HEAD)
+    caption = f"Scores minus those of {base.name}, in points"
+    return table(caption, head, rows, "paired") if rows else ""
 
 
-def _difference(run: str, name: str, pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
+def _difference(name: str, pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
+    """The cells of a set: its name, and those of `_PAIRED_HEAD`."""
     before, after = ([pair[i]["score"] for pair in pairs] for i in (0, 1))
     found = compare(before, after)
     better = sum(b > a for a, b in zip(before, after, strict=True))
     worse = sum(b < a for a, b in zip(before, after, strict=True))
     return [
-        text(run),
         text(name),
         number(100 * found.difference, 1, sign=True),
         f"{number(100 * found.low, 1, sign=True)} – {number(100 * found.high, 1, sign=True)}",
@@ -120,7 +130,9 @@ def _needles(run: Run, several: bool) -> str:
     found = {task: recall_by_depth(run.predictions, task) for task in tasks}
     label = f", {run.name}" if several else ""
     return "".join(
-        _heatmap(f"Needles found (%): {task}{label}", recall) for task, recall in found.items() if recall
+        _heatmap(f"Needles found (%): {task}{label}", recall)
+        for task, recall in found.items()
+        if recall
     )
 
 
@@ -142,8 +154,9 @@ def _cell(value: float | None, count: int) -> str:
     if value is None:
         return '<span class="none">none there</span>'
     share = round(100 * value)
-    strong = " strong" if share >= 50 else ""
-    return f'<span class="cell{strong}" style="--v:{share}%">{share} <small>of {count}</small></span>'
+    colour, ink = _HEAT[share], "#fff" if share < _DARK else "#000"
+    style = f"--b:{colour};--t:{ink}"
+    return f'<span class="cell" style="{style}">{share} <small>of {count}</small></span>'
 
 
 def _adaptation(run: Run, several: bool) -> str:
@@ -159,13 +172,22 @@ def _adaptation(run: Run, several: bool) -> str:
         ["Prompts not adapted to", number(cost["examples_not_adapted"], 0)],
         ["Prompts with skipped updates", number(cost["examples_with_skipped_updates"], 0)],
     ]
-    caption = f"What it took: {run.name}" if several else "What it took"
-    return table(caption, ("Figure", "value"), rows)
+    label = f": {run.name}" if several else ""
+    return _gained(run, label) + table(f"What it took{label}", ("Figure", "value"), rows)
+
+
+def _gained(run: Run, label: str) -> str:
+    """Scores after training on each prompt against those before, where both were answered."""
+    pairs = [(record["before"], record) for record in run.predictions if "before" in record]
+    sets = dict.fromkeys(record["set"] for _, record in pairs)
+    rows = [_difference(name, [pair for pair in pairs if pair[1]["set"] == name]) for name in sets]
+    head = ("Set", *_PAIRED_HEAD)
+    return table(f"Scores after minus before, in points{label}", head, rows) if rows else ""
 
 
 def _answers(runs: Sequence[Run]) -> str:
     """Every answer beside its references, with what searches them."""
-    others = [{record["id"]: record for record in run.predictions} for run in runs[1:]]
+    others = [(run.name, {r["id"]: r for r in run.predictions}) for run in runs[1:]]
     records = runs[0].predictions
     shown = records[:MOST_ANSWERS]
     sets = dict.fromkeys(record["set"] for record in shown)
@@ -177,7 +199,8 @@ def _answers(runs: Sequence[Run]) -> str:
  placeholder="in answers, references and names"></label>
 <label>Set <select id="a-set"><option value="">all</option>{options}</select></label>
 <label>Show <select id="a-kind"><option value="">all</option><option value="right">right</option>
-<option value="part">partly right</option><option value="wrong">wrong</option>{changed}</select></label>
+<option value="part">partly right</option><option value="wrong">wrong</option>{changed}</select>
+</label>
 <output id="a-count" aria-live="polite">{len(shown):,} answers</output></form>
 """
     left = len(records) - len(shown)
@@ -185,7 +208,7 @@ def _answers(runs: Sequence[Run]) -> str:
     cards = "".join(
         _card(
             record,
-            [(run.name, other.get(record["id"])) for run, other in zip(runs[1:], others, strict=True)],
+            [(name, other.get(record["id"])) for name, other in others],
             runs[0].name if several else "",
         )
         for record in shown
@@ -196,11 +219,11 @@ def _answers(runs: Sequence[Run]) -> str:
 def _card(
     record: Mapping[str, Any], others: Sequence[tuple[str, Mapping | None]], name: str
 ) -> str:
+    """An answer with its references, and beside it those of other runs to the same prompt."""
     kinds = [_kind(record["score"])]
     responses = [_response(name or "answer", record, record["answers"])]
-    known = [(label, other) for label, other in others if _same_question(record, other or record)]
-    for label, other in known:
-        if other is not None:
+    for label, other in others:
+        if other is not None and _same_question(record, other):
             responses.append(_response(label, other, record["answers"]))
             if other["score"] != record["score"]:
                 kinds.append("changed")
@@ -208,11 +231,11 @@ def _card(
     if record["cut_tokens"]:
         facts.append(f"{record['cut_tokens']:,} cut")
     if record["finish_reason"]:
-        facts.append(record["finish_reason"])
+        facts.append(f"ended by {record['finish_reason']}")
     if loss := _losses(record.get("adapt")):
         facts.append(loss)
     references = "".join(
-        f'<li><bdi>{text(answer) or "<em>empty</em>"}</bdi></li>' for answer in record["answers"]
+        f"<li><bdi>{text(answer) or '<em>empty</em>'}</bdi></li>" for answer in record["answers"]
     )
     return (
         f'<article class="card" data-set="{text(record["set"])}" data-kind="{" ".join(kinds)}">'
@@ -227,13 +250,10 @@ def _kind(score: float) -> str:
 
 
 def _losses(costs: Any) -> str:
-    """What adaptation did to the prompt's next-token loss."""
+    """The prompt's next-token loss in the last pass over it, before its update."""
     if not isinstance(costs, Mapping) or costs.get("loss") is None:
         return ""
-    first, last = costs.get("first_loss"), costs["loss"]
-    if first is None or costs.get("steps", 0) < 2:
-        return f"prompt loss {last:.3f}"
-    return f"prompt loss {first:.3f} → {last:.3f}"
+    return f"prompt loss {costs['loss']:.3f}"
 
 
 def _response(label: str, record: Mapping[str, Any], answers: Sequence[Any]) -> str:
@@ -241,8 +261,10 @@ def _response(label: str, record: Mapping[str, Any], answers: Sequence[Any]) -> 
     before = record.get("before")
     rows = [(label, record["response"], record["score"], kind)]
     if isinstance(before, Mapping):
-        rows.insert(0, ("before training", before["response"], before["score"], _kind(before["score"])))
-        rows[1] = ("after training" if label == "answer" else f"{label}, after", *rows[1][1:])
+        of = "" if label == "answer" else f"{label}, "
+        rows[0] = (f"{of}after training", *rows[0][1:])
+        earlier = before["score"]
+        rows.insert(0, (f"{of}before training", before["response"], earlier, _kind(earlier)))
     return "".join(
         f'<div><dt>{text(name)} <span class="score {kind}">{100 * score:.0f} %</span></dt>'
         f"<dd>{_long(_marked(response, answers))}</dd></div>"

@@ -155,7 +155,7 @@ class Charts:
     def _frame(self, chart: Chart) -> str:
         drawn = [
             (series, name, colour, _values(records, series))
-            for series in chart.series
+            for series in chart.series[: 1 if self._several and chart.medians else None]
             for (name, records), colour in zip(
                 self._runs.items(), self._colours(series.colour), strict=True
             )
@@ -166,25 +166,30 @@ class Charts:
         figure = self._new_figure(chart)
         if not self._several:
             self._shade_warmup(figure)
-        legend, said = [], []
+        legend, said = {}, []
         for series, name, colour, (steps, values) in drawn:
-            label = ", ".join((name, series.label)) if self._several else series.label
+            label = f"{name}, {series.label}" if self._several else series.label
             self._draw(figure, series, label, colour, steps, values)
-            legend.append(
-                f'<li><span class="swatch{" dot" * series.points}" style="--c:{colour}"></span>'
-                f"{text(label)}</li>"
-            )
+            kind = "swatch dot" if series.points and not self._several else "swatch"
+            legend[name if self._several else label] = (kind, colour)
             if series.points or not any(each[0].points for each in drawn):
                 said.append(_said(label, steps, values, chart.medians))
+        top = max(np.abs(values).max() for *_, (_, values) in drawn)
         if chart.unit == "seconds":
             self._leave_out_compilation(figure, drawn)
+        elif not chart.logarithmic:
+            figure.y_range.default_span = float(top) or 1.0  # of curves that are flat
+        entries = "".join(
+            f'<li><span class="{kind}" style="--c:{colour}"></span>{text(label)}</li>'
+            for label, (kind, colour) in legend.items()
+        )
         place = f"chart-{len(self._figures)}"
         self._figures.append(figure)
         self._places.append(place)
         return (
             f'<figure class="card"><figcaption><h3>{text(chart.title)}</h3>'
             f'<span class="unit">{text(chart.unit)}</span></figcaption>'
-            f'<ul class="legend">{"".join(legend)}</ul>'
+            f'<ul class="legend">{entries}</ul>'
             f'<div id="{place}" class="chart" role="img" aria-label="{text(chart.title)}: '
             f'{"; ".join(said)}"></div><p class="said">{"; ".join(said)}</p></figure>\n'
         )
@@ -285,9 +290,11 @@ class Charts:
 def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a figure; of long runs means over equally many steps each."""
     pairs = [(r["step"], r[series.name]) for r in records if r.get(series.name) is not None]
-    steps, values = (np.array(column, np.float64) for column in zip(*pairs, strict=True)) if (
-        pairs
-    ) else (np.zeros(0), np.zeros(0))
+    steps, values = (
+        (np.array(column, np.float64) for column in zip(*pairs, strict=True))
+        if (pairs)
+        else (np.zeros(0), np.zeros(0))
+    )
     if len(steps) > MOST_POINTS:
         width = -(-len(steps) // MOST_POINTS)
         edges = np.arange(0, len(steps), width)

@@ -45,7 +45,7 @@ def _ends(runs: Sequence[Run]) -> str:
         step = f"{record['step']:,}" if record else "–"
         rows.append([text(run.name), step, *cells, number(speed, 0)])
     units = [f"{label} <small>{unit}</small>" for _, label, unit, *_ in shown]
-    return table("After training", ("Run", "step", *units, "tokens/s"), rows)
+    return table("After training", ("Run", "step", *units, "tokens/s"), rows, "unsaid")
 
 
 def _note(runs: Sequence[Run]) -> str:
@@ -83,7 +83,7 @@ def _paired(runs: Sequence[Run]) -> str:
             cells += [number(mean * scale, sign=True) + verdict, interval, f"{count:,}"]
             rows.append([text(run.name), *cells])
     head = ("Run", "figure", "step", "difference", "95 % interval", "rows")
-    return table(f"Differences from {base.name}", head, rows) if rows else ""
+    return table(f"Differences from {base.name}", head, rows, "paired") if rows else ""
 
 
 def _settings(runs: Sequence[Run]) -> str:

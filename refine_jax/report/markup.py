@@ -32,8 +32,6 @@ def _sign(character: str) -> str:
     code = ord(character)
     if character in _NEEDED or unicodedata.category(character) not in _HIDDEN:
         return character
-    if code < 0x20:
-        return chr(0x2400 + code)
     if 0xD800 <= code <= 0xDFFF:
         return "\ufffd"
     return f"‹U+{code:04X}›"

@@ -70,7 +70,14 @@ const chance = (value) =>
   value && value < 1e-3 ? value.toExponential(0).replace("-", "−") : number(value, 3);
 const shownText = (text) => text.replaceAll("\n", "↵") || "∅";
 
-function methodView(runs) {
+function methodView({ runs, texts }) {
+  for (const run of runs) {
+    for (const { rows } of run.evaluations) {
+      for (const row of rows) {
+        for (const segment of row.segments) segment.texts = texts[segment.texts];
+      }
+    }
+  }
   const at = byId("m-at");
   const run = () => runs[byId("m-run") ? Number(byId("m-run").value) : 0];
   const colour = () => document.querySelector('input[name="m-by"]:checked').value;

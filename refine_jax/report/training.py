@@ -50,7 +50,9 @@ def tiles(run: Run) -> str:
     figures = run.figures()
     total = run.setting("train", "steps", figures["steps"])
     done = figures["steps"] >= total
-    shown = [("Steps", f"{figures['steps']:,} of {total:,}", "complete" if done else "not complete")]
+    shown = [
+        ("Steps", f"{figures['steps']:,} of {total:,}", "complete" if done else "not complete")
+    ]
     of = "answers" if of_answers(run) else "held out"
     for label, name, scale, digits, unit in (
         (f"Loss, {of}", "loss", 1, 3, ""),
@@ -104,7 +106,7 @@ def before_and_after(run: Run) -> str:
         "change",
         "95 % interval",
     )
-    return table("Before and after", head, rows)
+    return table("Before and after", head, rows, "unsaid")
 
 
 def _change(difference: float, better: int) -> str:
@@ -219,21 +221,34 @@ def method(runs: Sequence[Run]) -> str:
     return section("method", "The method in this text", body, note)
 
 
-def method_data(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def method_data(runs: Sequence[Run]) -> dict[str, Any]:
     """What the page's script shows of the method: of each run its evaluations, with signs in place
     of characters that would not be seen.
     """
+    texts: dict[tuple[str, ...], int] = {}
     runs = [run for run in runs if any(record["shown"] for record in run.held_out)]
-    return [
+    kept = [
         {
             "name": visible(run.name),
             "evaluations": [
-                {"step": record["step"], "rows": _signed(record["shown"])}
+                {"step": record["step"], "rows": _without_copies(_signed(record["shown"]), texts)}
                 for record in thinned([r for r in run.held_out if r["shown"]], MOST_EVALUATIONS)
             ],
         }
         for run in runs
     ]
+    return {"runs": kept, "texts": list(map(list, texts))}
+
+
+def _without_copies(rows: list[dict], texts: dict[tuple[str, ...], int]) -> list[dict]:
+    """The rows with numbers in place of the texts of segments, which most evaluations share.
+
+    texts: the number of each, which grows.
+    """
+    for row in rows:
+        for segment in row["segments"]:
+            segment["texts"] = texts.setdefault(tuple(segment["texts"]), len(texts))
+    return rows
 
 
 def _signed(value: Any) -> Any:
