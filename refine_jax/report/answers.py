@@ -113,7 +113,7 @@ def _difference(name: str, pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str
         text(name),
         number(100 * found.difference, 1, sign=True),
         f"{number(100 * found.low, 1, sign=True)} – {number(100 * found.high, 1, sign=True)}",
-        f"{found.p_value:.3f}",
+        f"{found.p_value:.3f}" if found.p_value >= 0.001 else "below 0.001",
         f"{better:,} / {worse:,}",
         f"{found.samples:,}",
     ]

@@ -1,6 +1,6 @@
 """Folders of runs that never ran, for tests of their page and for its size and time:
 
-python tests/report/made_up.py --steps=1000 --answers=500
+python tests/made_up_runs.py --steps=1000 --answers=500
 """
 
 import argparse
