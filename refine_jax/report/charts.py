@@ -146,6 +146,7 @@ class Charts:
         from bokeh.embed.util import standalone_docs_json_and_render_items
 
         document = Document()
+        document.config.notifications = None
         for figure in self._figures:
             document.add_root(figure)
         documents, (item,) = standalone_docs_json_and_render_items(document)

@@ -31,7 +31,7 @@ async function drawCharts(data) {
   document.head.append(script);
   Bokeh.logger.set_level("error"); // of narrow charts it says that they are narrow
   for (const views of await Bokeh.embed.embed_items(data.documents, data.items)) {
-    figures.push(...[...views.roots].filter((view) => view.model.toolbar));
+    figures.push(...views.roots);
   }
   // Where a finger scrolls the page, dragging must not zoom until it is asked for.
   setDragging(!matchMedia("(pointer: coarse)").matches);

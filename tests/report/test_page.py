@@ -52,7 +52,7 @@ class Parsed(html.parser.HTMLParser):
         return json.loads(found)
 
 
-def page_of(*folders, out=None):
+def page_of(*folders):
     source = page.page([read_run(folder) for folder in folders])
     return Parsed(source), source
 
@@ -104,8 +104,8 @@ def test_what_cannot_be_seen_gets_a_sign(given, shown):
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation", "several"])
-def test_hostile_text_stays_text(kind, tmp_path, monkeypatch):
-    name = "<b>run</b>&amp;'\""
+def test_hostile_text_stays_text(kind, tmp_path):
+    name = "<b>run&amp;'\""
     if kind == "evaluation":
         folders = [evaluation(tmp_path / name, 20, texts=HOSTILE, before=True)]
     else:
@@ -135,7 +135,7 @@ def test_hostile_text_stays_text(kind, tmp_path, monkeypatch):
     else:
         data = parsed.data("method-data")
         assert {visible(f" {text}") for text in HOSTILE} == set(data["texts"][0])
-        assert data["runs"][0]["name"] == (name if kind == "training" else name)
+        assert data["runs"][0]["name"] == name
 
 
 def test_only_scripts_that_the_policy_knows_would_run(plain):
@@ -159,10 +159,9 @@ def test_only_scripts_that_the_policy_knows_would_run(plain):
 # What it says of a training run
 
 
-def test_a_page_of_1000_steps_is_small_and_the_same_twice(plain):
-    folder, _, source = plain
-    assert len(source.encode()) < 1_200_000
-    assert page_of(folder)[1] == source
+def test_pages_are_small(plain, evaluated):
+    assert len(plain[2].encode()) < 1_200_000  # of 1000 steps; the library is 470,000 of it
+    assert len(evaluated[2].encode()) < 500_000  # of 500 answers
 
 
 def test_before_and_after_are_those_of_the_records(plain):
