@@ -244,14 +244,15 @@ class Charts:
         found = line
         if series.points or len(steps) < 3:
             found = figure.scatter("step", "value", source=source, color=colour, size=7)
-        tips = [("", label.replace("@", "＠").replace("$", "＄")), ("step", "@step{0,0}")]
-        tips.append((series.label, "@value{0,0.[00000]}"))
+        # The library replaces what follows @ and $; the rest is HTML.
+        tips = f"<b>{text(label).replace('@', '&#64;').replace('$', '&#36;')}</b><br>"
+        tips += "step @step{0,0}: @value{0,0.[00000]}"
         if many:
-            tips.append(("running mean", "@mean{0,0.[00000]}"))
+            tips += "<br>running mean @mean{0,0.[00000]}"
         figure.add_tools(
             HoverTool(
                 renderers=[found],
-                tooltips=tips,
+                tooltips=f"<div>{tips}</div>",
                 mode="mouse" if self._several or series.points else "vline",
                 line_policy="nearest",
                 point_policy="follow_mouse",
@@ -321,7 +322,8 @@ def library() -> str:
     """The text of the library's script."""
     from bokeh.resources import Resources
 
-    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True).js_raw)
+    inline = Resources(mode="inline", components=["bokeh"], minified=True, log_level="warn")
+    return "\n".join(inline.js_raw)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ function element(name, className, content) {
 // Light and dark.
 const figures = [];
 function paintCharts() {
-  for (const view of figures) view.repaint();
+  for (const view of figures) view.request_repaint();
 }
 byId("theme").addEventListener("change", (event) => {
   document.documentElement.dataset.theme = event.target.value;
@@ -29,7 +29,6 @@ async function drawCharts(data) {
   const script = document.createElement("script");
   script.textContent = await new Response(plain).text();
   document.head.append(script);
-  Bokeh.logger.set_level("error"); // of narrow charts it says that they are narrow
   for (const views of await Bokeh.embed.embed_items(data.documents, data.items)) {
     figures.push(...views.roots);
   }

@@ -311,7 +311,11 @@ def test_several_evaluations_are_compared_prompt_by_prompt(tmp_path):
         scores.append([r["score"] for r in records if r["set"] == "niah_single_1/1024"])
     found = compare(*scores)
     row = rows_of(source, "Scores minus those of a, in points")[0]
-    assert row[:3] == ["b", "niah_single_1/1024", f"{100 * found.difference:+.1f}".replace("-", "−")]
+    assert row[:3] == [
+        "b",
+        "niah_single_1/1024",
+        f"{100 * found.difference:+.1f}".replace("-", "−"),
+    ]
     assert row[4] == f"{found.p_value:.3f}"
     changed = [a for tag, a in parsed.elements if "changed" in a.get("data-kind", "")]
     assert len(changed) >= sum(x != y for x, y in zip(*scores, strict=True)) > 0
