@@ -19,7 +19,14 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import json_field, parse_object, read_lines, recover_lines, replacing
+from refine_jax.base.files import (
+    json_field,
+    parse_object,
+    read_lines,
+    recover_lines,
+    replacing,
+    short,
+)
 from refine_jax.config import RefineConfig
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import token_texts
@@ -58,7 +65,7 @@ class HeldOutRecord:
         Every process calls this, as the arrays may be spread over all of them.
         """
         of_rows = distributed.fetch(seen["rows"])
-        self.add_rows(**{short: of_rows[name] for name, short in _ROW_FIGURES.items()})
+        self.add_rows(**{figure: of_rows[name] for name, figure in _ROW_FIGURES.items()})
         if self._batches == 0:
             tokens, seen = distributed.fetch((tokens, seen))
             usable = np.flatnonzero(np.asarray(seen["valid"]).any(axis=1))
@@ -201,6 +208,8 @@ def _parser() -> Callable[[bytes], dict[str, Any]]:
     def parse(line: bytes) -> dict[str, Any]:
         record = parse_object(line, "it", DataError)
         step = _get(record, "step", int)
+        if not 0 <= step < 1 << 53:
+            raise DataError(f"it must have a step, a whole number. Got: {short(step)}")
         _get(record, "data", str)
         for name, values in _get(record, "rows", dict).items():
             _numbers(values, name)

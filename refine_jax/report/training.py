@@ -35,9 +35,9 @@ def of_answers(run: Run) -> bool:
 
 def row_sums(run: Run, name: str, sums: tuple[str, str] | None) -> tuple[str, str] | None:
     """Which sums over rows a figure of this run is the ratio of; None where rows do not have it."""
-    if of_answers(run) and name in ("loss", "accuracy"):
-        return None  # of answers, whose tokens are not kept by row
-    return sums
+    # Rows keep sums over the tokens of prompts, or of documents, not over those of answers.
+    others = ("loss", "accuracy") if of_answers(run) else ("prompt_loss", "score")
+    return None if name in others else sums
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from refine_jax.models.transformer import Model
 from refine_jax.phases import midtrain
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import data_options
+from refine_jax.report.held_out import read_held_out
 from refine_jax.report.metrics import read_metrics, table
 from refine_jax.report.monitor import Monitor
 
@@ -93,6 +94,7 @@ def test_a_run_learns_and_reports(whole):
     assert json.loads((workdir / "results.json").read_text()) == figures
     for plot in ("training.png", "rollouts.png"):
         assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
+    assert "The method in this text" in (workdir / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsys):
@@ -150,6 +152,8 @@ def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):
         right += np.sum(logits.argmax(-1) == tokens[1:])
         count += len(tokens) - 1
     assert figures["validation_loss_after"] == pytest.approx(total / count, rel=1e-5)
+    kept = read_held_out(workdir / "held_out.jsonl")[-1]["rows"]
+    assert sum(kept["nll"]) == pytest.approx(total, rel=1e-5) and sum(kept["tokens"]) == count
     assert figures["validation_accuracy_after"] == pytest.approx(right / count, abs=1e-9)
 
 
@@ -184,6 +188,8 @@ def test_an_interrupted_run_continues_bit_for_bit(whole, corpus, tmp_path, monke
 
     midtrain.run(config, tmp_path)
     assert comparable(tmp_path) == comparable(whole[0])
+    held_out = [(folder / "held_out.jsonl").read_bytes() for folder in (tmp_path, whole[0])]
+    assert held_out[0] == held_out[1] and held_out[0].count(b"\n") == 3
     arrays, data = saved_state(config, tmp_path)
     expected_arrays, expected_data = saved_state(config, whole[0])
     for got, want in zip(arrays, expected_arrays, strict=True):
