@@ -1,5 +1,6 @@
 """What evaluations during a run keep of held-out rows: held_out.jsonl."""
 
+import itertools
 import json
 
 import jax
@@ -103,7 +104,7 @@ def test_of_long_rows_what_is_around_positions_is_kept():
     assert len(spans) == 3 and spans[-1][1] <= 16384
     for start in starts:
         assert any(a + 8 <= start and start + 5 + 8 <= b for a, b in spans)
-    assert all(b < a for (_, b), (a, _) in zip(spans, spans[1:], strict=False))
+    assert all(b < a for (_, b), (a, _) in itertools.pairwise(spans))
     assert _spans(0, 16384, [], 5) == [(0, SHOWN_TOKENS)]
 
 

@@ -8,6 +8,7 @@ import math
 import re
 import unicodedata
 
+import made_up_runs
 import numpy as np
 import pytest
 from made_up_runs import HOSTILE, WORDS, evaluation, training
@@ -350,3 +351,11 @@ def test_a_run_without_held_out_text_has_a_page(tmp_path):
     assert 'id="method"' not in source and 'id="curves"' in source
     assert parsed.data("method-data") == {"runs": [], "texts": []}
     assert WORDS[0] in page_of(training(tmp_path / "new", 5))[1]
+
+
+def test_sizes_and_times_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["made_up_runs.py", "--steps=20", "--answers=4"])
+    made_up_runs.main()
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(results) == {"training", "two trainings", "evaluation", "two evaluations"}
+    assert all(each["bytes"] > 10_000 and each["seconds"] > 0 for each in results.values())
