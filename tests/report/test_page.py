@@ -243,6 +243,16 @@ def test_settings_that_differ_are_named():
     }
 
 
+def test_what_the_device_held_is_drawn_where_it_says_so(plain, tmp_path):
+    assert "Memory of the device" not in plain[2] and "reported no memory" in plain[2]
+    folder = training(tmp_path / "run", 9)
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.open()]
+    path.write_text("".join(json.dumps(r | {"memory/peak": 3 << 30}) + "\n" for r in records))
+    _, source = page_of(folder)
+    assert "peak so far: 3.0000 → 3.0000" in source and "reported no memory" not in source
+
+
 # What it says of evaluations
 
 
