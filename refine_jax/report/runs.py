@@ -11,7 +11,7 @@ from typing import Any
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import read_json, read_lines
 from refine_jax.report.held_out import HELD_OUT_FILE, read_held_out
-from refine_jax.report.metrics import METRICS_FILE, read_metrics, summarize
+from refine_jax.report.metrics import METRICS_FILE, step_parser, summarize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,8 @@ def read_run(folder: Path) -> Run:
             kept = folder / RECORD
             config = read_json(kept, DataError) if kept.exists() else {}
             return Run(name, folder, config, predictions=records)
-    history = read_metrics(folder / METRICS_FILE)
+    metrics = folder / METRICS_FILE
+    history = read_lines(metrics, step_parser())[0] if metrics.exists() else []
     if not history:
         files = f"{METRICS_FILE} or {runner.PREDICTIONS}"
         raise DataError(f"{folder} holds no records of a run, in {files}.")
