@@ -292,11 +292,7 @@ class Charts:
 def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a figure; of long runs means over equally many steps each."""
     pairs = [(r["step"], r[series.name]) for r in records if r.get(series.name) is not None]
-    steps, values = (
-        (np.array(column, np.float64) for column in zip(*pairs, strict=True))
-        if (pairs)
-        else (np.zeros(0), np.zeros(0))
-    )
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
     if len(steps) > MOST_POINTS:
         width = -(-len(steps) // MOST_POINTS)
         edges = np.arange(0, len(steps), width)

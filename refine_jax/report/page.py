@@ -64,7 +64,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
-    script, style = ((_HERE / f"page.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    script, style = ((_HERE / name).read_text("utf-8") for name in ("page.js", "page.css"))
     allowed, library = [script], ""
     if charts:
         from refine_jax.report.charts import library as plain

@@ -354,6 +354,16 @@ def test_the_command_takes_one_run_or_several(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: RUN is needed: folder of a run")
 
 
+def test_lines_that_are_no_records_are_left_out_of_the_page(tmp_path):
+    folder = training(tmp_path / "run", 8)
+    before = page.page([read_run(folder)])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"eval/loss": "<b>low</b>"}\n{"step": 2, "eval/loss": 7}\n[1]\n{"step": 9, "e')
+    after = page.page([read_run(folder)])
+    rows = [rows_of(source, "Before and after") for source in (before, after)]
+    assert rows[0] == rows[1] and "<b>low" not in after
+
+
 def test_a_run_without_held_out_text_has_a_page(tmp_path):
     folder = training(tmp_path / "old", 5)
     (folder / "held_out.jsonl").unlink()
