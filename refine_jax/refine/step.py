@@ -364,8 +364,8 @@ def make_eval_step(
     What the method saw, for plots and pages: entropy [B, T] (nats), match [B, T] (the probability
     that a rollout of the k tokens after a slot is right as a whole), mask [B, T], starts [B, R],
     valid [B, R], rewards [B, R], advantages [B, R, k or 1], tokens [B, R, k] of the rollouts and
-    truth [B, R, k]; rows: the same sums for each row alone, {name: [B]}. One program gives both, as
-    compiling it takes far longer than copying them.
+    truth [B, R, k]; and the sums but those of entropy and squares for each row alone, such as
+    row_nll_sum [B]. One program gives both, as compiling it takes far longer than copying them.
     """
     changes = {"objective": "refine", "estimator": "rollouts", "kl_coef": 0.0}
     config = dataclasses.replace(config, **changes)
@@ -399,13 +399,11 @@ def make_eval_step(
             "truth": objective.truth(batch, reading.hidden, experience.starts)[0],
             "match": match[..., -1],
             "advantages": experience.advantages,
-            "rows": {
-                "token_count": jnp.sum(weights, axis=1),
-                "nll_sum": jnp.sum(stats.nll * weights, axis=1),
-                "correct_sum": jnp.sum(stats.correct * weights, axis=1),
-                "reward_sum": jnp.sum(rewards, axis=1),
-                "rollout_count": jnp.sum(experience.valid, axis=1),
-            },
+            "row_token_count": jnp.sum(weights, axis=1),
+            "row_nll_sum": jnp.sum(stats.nll * weights, axis=1),
+            "row_correct_sum": jnp.sum(stats.correct * weights, axis=1),
+            "row_reward_sum": jnp.sum(rewards, axis=1),
+            "row_rollout_count": jnp.sum(experience.valid, axis=1),
         }
         return sums, seen
 

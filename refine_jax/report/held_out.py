@@ -36,12 +36,13 @@ SHOWN_ROWS = 2
 SHOWN_TOKENS = 512
 """Most tokens of a row that are kept: of a longer row only those around its positions."""
 _ROW_FIGURES = {
-    "token_count": "tokens",
-    "nll_sum": "nll",
-    "correct_sum": "correct",
-    "reward_sum": "reward",
-    "rollout_count": "rollouts",
+    "tokens": "row_token_count",
+    "nll": "row_nll_sum",
+    "correct": "row_correct_sum",
+    "reward": "row_reward_sum",
+    "rollouts": "row_rollout_count",
 }
+"""What `rows` holds, by the names of `refine.step.make_eval_step`."""
 
 
 class HeldOutRecord:
@@ -64,8 +65,8 @@ class HeldOutRecord:
 
         Every process calls this, as the arrays may be spread over all of them.
         """
-        of_rows = distributed.fetch(seen["rows"])
-        self.add_rows(**{figure: of_rows[name] for name, figure in _ROW_FIGURES.items()})
+        of_rows = {figure: seen[name] for figure, name in _ROW_FIGURES.items()}
+        self.add_rows(**distributed.fetch(of_rows))
         if self._batches == 0:
             tokens, seen = distributed.fetch((tokens, seen))
             usable = np.flatnonzero(np.asarray(seen["valid"]).any(axis=1))
