@@ -8,6 +8,7 @@ packages = find_packages(include=["refine_jax", "refine_jax.*"])
 packages += [KERNELS] + [f"{KERNELS}.{name}" for name in find_packages("kernels")]
 
 setup(
+    package_data={"refine_jax.report": ["page.css", "page.js"]},
     packages=packages,
     package_dir={"refine_jax": "refine_jax", KERNELS: "kernels"},
 )

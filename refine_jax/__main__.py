@@ -25,7 +25,7 @@ COMMANDS = {
     "fit": _Entry(
         "main", "say if a run fits TPUs", "--config=FILE --topology=NAME", "--compile_only"
     ),
-    "report": _Entry("summary", "draw a run's plots and table again", "--workdir=DIR"),
+    "report": _Entry("report", "make the page of runs again, at any time", "RUN [RUN ...]"),
     "generate": _Entry("generate", "continue prompts", "--checkpoint=DIR"),
     "convert": _Entry("convert", "from and to Hugging Face folders", "from_hf|to_hf SRC DST"),
     "position": _Entry("evaluation.position", "loss by length of context", "--checkpoint=DIR"),

@@ -27,6 +27,7 @@ from refine_jax.settings import inner_type, suggestion
 
 _HELP = ("help", "h", "helpshort", "helpfull")
 _EXAMPLES = "\nExamples:\n"  # where a docstring turns from what a command does to how it is called
+_MORE = " ..."  # after the name of words of which there may be several
 _MARGIN = 30  # columns of a page's names of flags
 
 Options = types.SimpleNamespace
@@ -96,7 +97,8 @@ class Command:
     module: what `python -m` runs.
     doc: the docstring: what the command does, then `Examples:`.
     usage: what is needed, for the first line of the page.
-    words: {name: meaning} of what is given without a flag, all of it needed.
+    words: {name: meaning} of what is given without a flag, all of it needed. A last name that ends
+    with " ..." stands for one or more; its value is a list.
     settings: whether the settings of a run are flags, too: --config.SECTION.FIELD=VALUE.
     """
 
@@ -147,14 +149,15 @@ class Command:
         Raises ConfigError: a flag is unknown, has no value or a wrong one; something is missing.
         """
         left = _with_flag_files(sys.argv[1:] if arguments is None else arguments)
-        words: list[str] = []
+        words: list[Any] = []
+        several = any(name.endswith(_MORE) for name in self._words)
         given: dict[str, list[str | bool]] = {}
         while left:
             word = left.pop(0)
             if _is_flag(word):
                 name, text = self._next(word, left)
                 given.setdefault(name, []).append(text)
-            elif len(words) < len(self._words):
+            elif len(words) < len(self._words) or several:
                 words.append(word)
             elif self._words:
                 raise ConfigError(
@@ -163,8 +166,11 @@ class Command:
             else:
                 raise ConfigError(f"Arguments must be flags, --name=value. Got: {short(word)}.")
         for name, meaning in list(self._words.items())[len(words) :]:
-            raise ConfigError(f"{name} is needed: {meaning}.")
-        options = Options(**dict(zip(map(str.lower, self._words), words, strict=True)))
+            raise ConfigError(f"{name.removesuffix(_MORE)} is needed: {meaning}.")
+        if several:
+            words[len(self._words) - 1 :] = [words[len(self._words) - 1 :]]
+        names = (name.removesuffix(_MORE).lower() for name in self._words)
+        options = Options(**dict(zip(names, words, strict=True)))
         options.given = given.keys()
         options.notes = []
         for name, flag in self.flags.items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from refine_jax.base.files import local_path
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.generation.text import TextStream
+from refine_jax.generation.text import token_texts
 from refine_jax.report.metrics import METRICS_FILE, read_metrics
 from refine_jax.report.plots import TRAINING_PLOT, plot_training
 
@@ -82,20 +82,11 @@ def entropy_html(
     entropy = np.asarray(entropy, np.float64)
     shades = np.concatenate([[0.0], entropy[:-1] / max(entropy.max(), 1e-9)])
     framed = {start + offset for start in map(int, starts) for offset in range(length)}
-    spans = []
-    for place, (piece, shade) in enumerate(zip(_pieces(tokenizer, tokens), shades, strict=True)):
+    spans, texts = [], token_texts(tokenizer.decode, tokens)
+    for place, (piece, shade) in enumerate(zip(texts, shades, strict=True)):
         nats = f' title="{entropy[place - 1]:.2f} nats"' if place else ""
         frame = "; border: solid #1f77b4; border-width: 2px 0" if place in framed else ""
         style = f"background: rgba(217, 99, 11, {0.8 * shade:.2f}){frame}"
         spans.append(f'<span{nats} style="{style}">{html.escape(piece)}</span>')
     text = "".join(spans)
     return f'<pre style="white-space: pre-wrap; line-height: 1.7">{text}</pre>'
-
-
-def _pieces(tokenizer: Tokenizer, tokens: Sequence[int] | np.ndarray) -> list[str]:
-    """The text of each token; that of a character's bytes stands with the last of them."""
-    stream = TextStream(tokenizer.decode)
-    pieces = [stream.push(int(token)) for token in tokens]
-    if pieces:
-        pieces[-1] += stream.flush()
-    return pieces

@@ -403,6 +403,9 @@ class TestTimeConfig(Section):
     micro_batch_size: int | None = setting(
         None, "prompts of one forward and backward pass; None: mini_batch_size", ROWS
     )
+    answer_before: bool = setting(
+        False, "also answer each prompt without training on it, to compare the two in report.html"
+    )
 
     @property
     def micro_batch(self) -> int:

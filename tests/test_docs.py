@@ -280,8 +280,8 @@ def parsed_script(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 def known_extras(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """`pip install -e .[EXTRA]` names extras of this package."""
     assert command.arguments[:2] == ("install", "-e") and len(command.arguments) == 3
-    (named,) = re.fullmatch(r"\.(?:\[(\w+)\])?", command.arguments[2]).groups()
-    assert named is None or named in EXTRAS
+    (named,) = re.fullmatch(r"\.(?:\[([\w,]+)\])?", command.arguments[2]).groups()
+    assert named is None or set(named.split(",")) <= set(EXTRAS)
 
 
 def present_files(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +339,8 @@ MODULES = {
     "test_export_in_another_dtype",
     r"python -m refine_jax\.convert": "tests/checkpoint/test_convert.py::"
     "test_golden_folders_round_trip",
+    r"python -m refine_jax\.report": "tests/report/test_page.py::"
+    "test_the_command_takes_one_run_or_several",
     r"python -m refine_jax\.lm_harness": "tests/evaluation/test_harness.py::test_command",
     r"python -m refine_jax\.evaluation\.position": "tests/evaluation/test_position.py::"
     "test_command",
@@ -363,6 +365,11 @@ SCRIPTS = {
 CHECKS = [
     *(Check(pattern, parsed_module, runs) for pattern, runs in MODULES.items()),
     *(Check(pattern, parsed_script, runs) for pattern, runs in SCRIPTS.items()),
+    Check(
+        r"python tests/made_up_runs\.py",
+        parsed_script,
+        "tests/report/test_page.py::test_sizes_and_times_are_printed",
+    ),
     Check(
         r"python tests/soak\.py",
         present_files,

@@ -133,13 +133,15 @@ class Answerer:
     """What answers a group of questions.
 
     params: of the trained model. generator: takes them, or the adapter's copies, if it makes some.
-    sampling: of the answers. adapter: None: the trained parameters answer everything.
+    sampling: of the answers. adapter: None: the trained parameters answer everything. before: the
+    generator of answers by the trained parameters, to compare the adapter's with; None: no such.
     """
 
     params: Params
     generator: Generator
     sampling: Sampling
     adapter: Adapter | None = None
+    before: Generator | None = None
 
     def prepare(self, group: Sequence[Question]) -> tuple[Params, list[Cost | None]]:
         """Return the parameters to answer a group with, and what they cost."""
@@ -150,16 +152,30 @@ class Answerer:
 
     def answer(self, group: Sequence[Question]) -> list[dict]:
         """Adapt, generate and score: a record for each question."""
-        params, costs = self.prepare(group)
         asked = list(group)
         if self.adapter is not None and self.adapter.copies > 1:
             # As many rows as copies, so that all groups run in the same programs.
             asked += asked[:1] * (self.adapter.copies - len(asked))
+        before: Sequence[Generated | None] = [None] * len(group)
+        if self.before is not None:
+            before, _, _ = self._generate(self.before, self.params, asked)
+        params, costs = self.prepare(group)
+        answers, read, generate = self._generate(self.generator, params, asked)
+        times = {"seconds_read": read / len(group), "seconds_generate": generate / len(group)}
+        return [
+            _record(question, answer, cost, times, earlier)
+            for question, answer, cost, earlier in zip(group, answers, costs, before, strict=False)
+        ]
+
+    def _generate(
+        self, generator: Generator, params: Params, asked: Sequence[Question]
+    ) -> tuple[Sequence[Generated], float, float]:
+        """Answers, and the seconds of reading the prompts and of generating."""
         begin = time.perf_counter()
-        prefix = self.generator.read(params, [question.tokens for question in asked])
+        prefix = generator.read(params, [question.tokens for question in asked])
         prefix.hidden.block_until_ready()
         read = time.perf_counter()
-        answers = self.generator.generate(
+        answers = generator.generate(
             params,
             prefix,
             self.sampling,
@@ -167,15 +183,7 @@ class Answerer:
             ids=[_number(question.name) for question in asked],
             consume=True,
         )
-        share = 1 / len(group)
-        times = {
-            "seconds_read": (read - begin) * share,
-            "seconds_generate": (time.perf_counter() - read) * share,
-        }
-        return [
-            _record(question, answer, cost, times)
-            for question, answer, cost in zip(group, answers, costs, strict=False)
-        ]
+        return answers, read - begin, time.perf_counter() - read
 
 
 def evaluate(
@@ -251,7 +259,11 @@ def _facts(question: Question) -> dict[str, Any]:
 
 
 def _record(
-    question: Question, answer: Generated, cost: Cost | None, times: dict[str, float]
+    question: Question,
+    answer: Generated,
+    cost: Cost | None,
+    times: dict[str, float],
+    before: Generated | None,
 ) -> dict[str, Any]:
     example = question.example
     record = {
@@ -268,6 +280,9 @@ def _record(
             "seconds": round(cost.seconds, 6),
             "loss": cost.loss if math.isfinite(cost.loss) else None,
         }
+    if before is not None:
+        points = score(question.metric, before.text, example.answers)
+        record["before"] = {"response": before.text, "score": points}
     return record
 
 
@@ -290,6 +305,10 @@ def record_parser(required: Collection[str]) -> Callable[[bytes], dict[str, Any]
         for name in _COSTS if costs is not None else ():
             if get(costs, name, (float, bool)) is None:
                 raise DataError(f"adapt has no {name}")
+        before = get(record, "before", dict)
+        for name, kind in {"response": str, "score": float}.items() if before is not None else ():
+            if get(before, name, kind) is None:
+                raise DataError(f"before has no {name}")
         if record["id"] in seen:
             raise DataError(f"{short(record['id'])} is there already")
         seen.add(record["id"])

@@ -1,6 +1,6 @@
 """Text of tokens as they come: whole characters only, cut at the first stop string."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _UNKNOWN = "�"
 _MOST_UNKNOWN = 3  # bytes of a UTF-8 character that may still lack its last one
@@ -66,3 +66,12 @@ class TextStream:
         )
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+
+def token_texts(decode: Callable[[Sequence[int]], str], tokens: Iterable[int]) -> list[str]:
+    """The text of each token; that of a character's bytes stands with the last of them."""
+    stream = TextStream(decode)
+    texts = [stream.push(int(token)) for token in tokens]
+    if texts:
+        texts[-1] += stream.flush()
+    return texts

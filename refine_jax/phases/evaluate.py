@@ -1,6 +1,7 @@
 """Evaluation: prompts of tasks are answered and the answers scored.
 
-    WORKDIR/predictions.jsonl  results.json  scores.png  recall.png (needle tasks)  evaluation.json
+    WORKDIR/report.html  predictions.jsonl  results.json  scores.png  recall.png (needle tasks)
+            evaluation.json
 
 An interrupted evaluation continues from predictions.jsonl when it is started again.
 """
@@ -41,6 +42,7 @@ from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import has_checkpoints, initial_params, only_run_in, prepare_model
 from refine_jax.refine.adapt import Adapter
 from refine_jax.report.metrics import write_results
+from refine_jax.report.page import write_run_page
 
 RECORD = "evaluation.json"
 
@@ -105,6 +107,8 @@ def describe(
         kept += ["testtime", "refine", "optimizer"]
     for path in ("data", "essays"):
         del sections["evaluate"][path]
+    if not sections["testtime"]["answer_before"]:
+        del sections["testtime"]["answer_before"]  # as in records of versions without it
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
         "phase": config.phase,
@@ -187,17 +191,18 @@ def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Ans
     Raises ConfigError: settings of `generation` that exclude each other.
     """
     options = parts.config.generation
+    plain = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
+    generator: Generator = plain
     if adapter is not None and adapter.copies > 1:
-        generator: Generator = CopiesGenerator(parts.model, parts.tokenizer)
-    else:
-        generator = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
+        generator = CopiesGenerator(parts.model, parts.tokenizer)
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         seed=parts.config.train.seed,
     )
-    return Answerer(parts.params, generator, sampling, adapter)
+    before = plain if adapter is not None and parts.config.testtime.answer_before else None
+    return Answerer(parts.params, generator, sampling, adapter, before)
 
 
 def run_parts(
@@ -271,7 +276,7 @@ def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter
 
 
 def report(records: Sequence[dict], workdir: Path) -> dict:
-    """Write plots and results.json, and print the closing table."""
+    """Write plots, results.json and report.html, and print the closing table."""
     results = summarize(records)
     needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
     recalls = {task: recall_by_depth(records, task) for task in needles}
@@ -285,5 +290,6 @@ def report(records: Sequence[dict], workdir: Path) -> dict:
         plot_scores(workdir / "scores.png", results["sets"])
         if recalls:
             plot_recall(workdir / "recall.png", recalls)
+        write_run_page(workdir)
     distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
     return results

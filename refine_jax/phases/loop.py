@@ -5,7 +5,8 @@ metrics, the closing table. An interrupted run that is started again computes wh
 one would have: all that a step depends on (parameters, optimizer, random key, place in the data) is
 in a checkpoint. What a step does, and what is evaluated, is up to the phase.
 
-    WORKDIR/metrics.jsonl  results.json  training.png  checkpoints/  tensorboard/
+    WORKDIR/report.html  metrics.jsonl  held_out.jsonl  results.json  training.png
+            checkpoints/  tensorboard/
 """
 
 import abc
@@ -43,8 +44,10 @@ from refine_jax.phases.setup import (
 )
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
+from refine_jax.report.held_out import HeldOutLog, HeldOutRecord
 from refine_jax.report.metrics import summarize, table
 from refine_jax.report.monitor import Monitor
+from refine_jax.report.page import write_run_page
 from refine_jax.report.plots import write_report
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
@@ -129,8 +132,11 @@ class Loop(abc.ABC):
         """Name training step number `step` (from 0), for words about its compilation."""
 
     @abc.abstractmethod
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Compute held-out figures; the same examples and random keys every time."""
+    def evaluate(self, state: TrainState, record: HeldOutRecord) -> dict[str, float]:
+        """Compute held-out figures; the same examples and random keys every time.
+
+        record: takes what the method saw of each batch, for the page of the run.
+        """
 
     @abc.abstractmethod
     def describe_data(self) -> str:
@@ -167,6 +173,7 @@ class Loop(abc.ABC):
                 self.workdir, steps=train.steps, start=step, log_every=train.log_every, write=writes
             ) as monitor:
                 say = monitor.say if writes and train.log_every else None
+                self.held_out_log = HeldOutLog(self.workdir, step, monitor.say, write=writes)
                 with Compilations(say) as self.compilations:
                     state = self.train(step, state, batches, manager, monitor, interrupt, check)
         if interrupt and int(state.step) < train.steps:
@@ -263,7 +270,7 @@ class Loop(abc.ABC):
         """Run all remaining steps, evaluations and checkpoints; stops early when interrupted."""
         train = self.config.train
         if step == 0 and not monitor.history and self.parts.held_out:
-            monitor.record(0, self._timed_evaluation(state))
+            monitor.record(0, self._timed_evaluation(0, state))
         while step < train.steps and not interrupt.agreed():
             check()
             manager.check()
@@ -272,7 +279,7 @@ class Loop(abc.ABC):
             failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
             due = train.eval_every and step % train.eval_every == 0
             wanted = (due or step == train.steps) and not failed
-            evaluation = self._timed_evaluation(state) if wanted else {}
+            evaluation = self._timed_evaluation(step, state) if wanted else {}
             monitor.record(step, metrics | evaluation)
             if failed:
                 raise RunError(
@@ -300,6 +307,8 @@ class Loop(abc.ABC):
         seconds = time.perf_counter() - begin
         if compiled := self.compilations.seconds - compiled:
             metrics["time/compile"] = compiled
+        if peak := _peak_memory():
+            metrics["memory/peak"] = peak
         return state, metrics | {
             "learning_rate": float(self.schedule(step)),
             "tokens_per_second": tokens / seconds,
@@ -307,12 +316,16 @@ class Loop(abc.ABC):
             "time/step": seconds,
         }
 
-    def _timed_evaluation(self, state: TrainState) -> dict[str, float]:
+    def _timed_evaluation(self, step: int, state: TrainState) -> dict[str, float]:
         if not self.parts.held_out:
             return {}
         begin = time.perf_counter()
+        record = HeldOutRecord(
+            self.parts.tokenizer, self.config.refine, self.parts.held_out.fingerprint
+        )
         with self.compilations.of("the evaluation"):
-            figures = self.evaluate(state)
+            figures = self.evaluate(state, record)
+        self.held_out_log.add(step, record)
         return figures | {"time/eval": time.perf_counter() - begin}
 
     def _save(
@@ -337,15 +350,21 @@ class Loop(abc.ABC):
         )
 
     def report(self, state: TrainState, history: list[dict]) -> dict:
-        """Write plots and results.json, and print the closing table."""
+        """Write plots, results.json and report.html, and print the closing table."""
         results = summarize(history)
         if self.parts.held_out:
             self.show_examples(state)
         if distributed.is_writer():
             clip_norm = self.config.optimizer.clip_norm
             write_report(self.workdir, history, results, clip_norm=clip_norm)
+            write_run_page(self.workdir)
         distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
+
+
+def _peak_memory() -> int:
+    """Bytes that the fullest device of this process has held at once; 0 where it does not say."""
+    return max((d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices())
 
 
 def _count_tokens(batch: Batch) -> int:

@@ -23,6 +23,7 @@ from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop, TrainingParts
 from refine_jax.phases.setup import data_options, only_run_in, rows_at_once
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.report.held_out import HeldOutRecord
 from refine_jax.report.plots import plot_rollouts
 
 OBJECTIVES = {"ntp": "next token", "refine": "ReFINE"}
@@ -114,7 +115,7 @@ class MidtrainLoop(Loop):
         """Name the step and its objective."""
         return f"the training step ({OBJECTIVES[self.objective(step)]})"
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState, record: HeldOutRecord) -> dict[str, float]:
         """Compute held-out figures; the same documents and random keys every time.
 
         loss and entropy in nats a token, accuracy as a fraction, reward as a mean over rollouts.
@@ -123,7 +124,8 @@ class MidtrainLoop(Loop):
         for index, batch in enumerate(self.parts.held_out):
             batch = self.place(batch, self.parts.held_out)
             first = index * len(batch["tokens"])
-            part, _ = self.eval_step(state.params, batch, self.eval_key, first)
+            part, seen = self.eval_step(state.params, batch, self.eval_key, first)
+            record.add(batch["tokens"], seen)
             for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         figures = {

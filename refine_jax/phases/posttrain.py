@@ -54,6 +54,7 @@ from refine_jax.refine.answers import (
     prompts_of,
 )
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.report.held_out import HeldOutRecord
 from refine_jax.settings import suggestion
 
 ANSWERS_FILE = "answers.jsonl"
@@ -179,7 +180,7 @@ class PosttrainLoop(Loop):
         """Score a response as configured."""
         return score(self.config.posttrain.metric, response, self.parts.corpus.answers[example])
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState, record: HeldOutRecord) -> dict[str, float]:
         """Compute held-out figures; the same prompts and random keys every time.
 
         Of the reference answers: loss in nats a token, accuracy of the likeliest token, exact:
@@ -194,7 +195,9 @@ class PosttrainLoop(Loop):
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
             first = index * len(examples)
-            of_prompts, _ = self.prompt_eval(state.params, prompts, self.eval_key, first)
+            of_prompts, seen = self.prompt_eval(state.params, prompts, self.eval_key, first)
+            record.add(prompts["tokens"], seen)
+            record.add_rows(score=scores[:, 0], real=examples >= 0)
             of_prompts = jax.device_get(of_prompts)
             answered |= {f"prompt_{name}": value for name, value in of_prompts.items()}
             for name, value in (answered | {"score_sum": scores.sum()}).items():

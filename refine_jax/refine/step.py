@@ -24,6 +24,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state, take_tokens
+from refine_jax.refine.exact import match_probabilities
 from refine_jax.refine.grpo import policy_weight
 from refine_jax.refine.objective import Experience, Metrics, Objective
 from refine_jax.refine.reading import Batch
@@ -355,9 +356,12 @@ def make_eval_step(
 
     The sums: nll_sum, correct_sum, entropy_sum over token_count predicted tokens; reward_sum and
     reward_square_sum over rollout_count valid rollouts (sampled also for objective `ntp`, so that
-    both objectives can be compared). Their origin, for plots: entropy [B, T] (nats), mask [B, T],
-    starts, valid, rewards [B, R], tokens of the rollouts and truth [B, R, k]. One program gives
-    both, as compiling it takes far longer than copying them.
+    both objectives can be compared). What the method saw, for plots and pages: entropy [B, T]
+    (nats), match [B, T] (the probability that a rollout of the k tokens after a slot is right as a
+    whole), mask [B, T], starts, valid and rewards [B, R], advantages [B, R, k or 1], tokens of the
+    rollouts and truth [B, R, k]; and the sums but those of entropy and squares for each row alone,
+    such as row_nll_sum [B]. One program gives both, as compiling it takes far longer than copying
+    them.
     """
     changes = {"objective": "refine", "estimator": "rollouts", "kl_coef": 0.0}
     config = dataclasses.replace(config, **changes)
@@ -369,6 +373,8 @@ def make_eval_step(
         reading = objective.read(params, batch)
         experience, *_ = objective.roll_out(params, reading, batch, keys, None)
         rewards = jnp.where(experience.valid, experience.rewards, 0.0)
+        stats, weights = reading.stats, reading.weights
+        match, _ = match_probabilities(-stats.nll, weights, config.rollout_length)
         sums = {
             "nll_sum": reading.nll_sum,
             "correct_sum": jnp.sum(reading.stats.correct * reading.weights),
@@ -389,6 +395,13 @@ def make_eval_step(
             "truth": take_tokens(
                 batch["tokens"], rollout_slots(experience.starts, config.rollout_length)
             ),
+            "match": match[..., -1],
+            "advantages": experience.advantages,
+            "row_token_count": jnp.sum(weights, axis=1),
+            "row_nll_sum": jnp.sum(stats.nll * weights, axis=1),
+            "row_correct_sum": jnp.sum(stats.correct * weights, axis=1),
+            "row_reward_sum": jnp.sum(rewards, axis=1),
+            "row_rollout_count": jnp.sum(experience.valid, axis=1),
         }
         return sums, seen
 

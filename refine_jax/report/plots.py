@@ -109,7 +109,7 @@ def plot_rollouts(
     line, bars = axes[0, 0], axes[1, 0]
     tokens = np.arange(len(entropy))
     line.plot(tokens, entropy, color=BLUE, linewidth=0.5, alpha=0.45)
-    smooth = _running_mean(entropy, max(5, len(entropy) // 100))
+    smooth = running_mean(entropy, max(5, len(entropy) // 100))
     line.plot(tokens, smooth, color=BLUE, linewidth=1.4, label="entropy (thick: running mean)")
     top = np.nanmax(entropy)
     for index, start in enumerate(starts):
@@ -206,7 +206,7 @@ def _curve(axis, records, name: str, colour: str, label: str) -> None:
         label=None if many else label,
     )
     if many:
-        smooth = _running_mean(values, len(steps) // 20)
+        smooth = running_mean(values, len(steps) // 20)
         axis.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{label}, running mean")
 
 
@@ -270,7 +270,7 @@ def _stack_times(axis, training) -> None:
     axis.set_ylim(0, 1.8 * max(np.median(kind) for kind in kinds) or 1)
 
 
-def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` entries; at the ends, and around NaN, over those there are."""
     width = max(1, width)
     kernel, known = np.ones(width), np.isfinite(values)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_runs import tiny_run
 
-from refine_jax import summary
+from refine_jax import report
 from refine_jax.config import Config
 from refine_jax.evaluation import questions
 from refine_jax.evaluation.metrics import score
@@ -151,6 +151,19 @@ def test_each_prompt_is_answered_with_the_parameters_adapted_to_it(adapted, plai
     assert results["adaptation"]["examples_without_rollouts"] == 0
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_prompts_are_answered_before_training_on_them_too(adapted, plain, data, tmp_path, copies):
+    options = {"answer_before": True, "copies": copies}
+    _, found = run(settings(data, "testtime", testtime=options), tmp_path)
+    for name, record in found.items():
+        before = record.pop("before")
+        assert before == {key: plain[2][name][key] for key in ("response", "score")}
+        assert record["response"] == adapted[2][name]["response"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Scores after minus before, in points" in page
+    assert page.count("before training <span") == page.count("after training <span") == 7
+
+
 def run_order(config, workdir, answerer, order_seed=None, longest=1000):
     """As `run`, in an order, by something that is compiled already."""
     config.evaluate.order_seed = order_seed
@@ -255,7 +268,7 @@ def test_a_complete_evaluation_reports_again(plain, data):
     before = (workdir / "predictions.jsonl").read_bytes()
     again, _ = run(settings(data), workdir)
     assert again == results and (workdir / "predictions.jsonl").read_bytes() == before
-    assert summary.main([f"--workdir={workdir}"]) == 0
+    assert report.main([str(workdir)]) == 0
     assert json.loads((workdir / "results.json").read_text()) == results
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_runs import comparable, config_file, tiny_run, write_documents
 
-from refine_jax import summary
+from refine_jax import report
 from refine_jax.base.errors import ConfigError
 from refine_jax.checkpoint.manager import load_model, save_model
 from refine_jax.config import Config
@@ -29,6 +29,7 @@ from refine_jax.models.transformer import Model
 from refine_jax.phases import midtrain
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import data_options
+from refine_jax.report.held_out import read_held_out
 from refine_jax.report.metrics import read_metrics, table
 from refine_jax.report.monitor import Monitor
 
@@ -93,6 +94,7 @@ def test_a_run_learns_and_reports(whole):
     assert json.loads((workdir / "results.json").read_text()) == figures
     for plot in ("training.png", "rollouts.png"):
         assert (workdir / plot).read_bytes().startswith(b"\x89PNG")
+    assert "The method in this text" in (workdir / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsys):
@@ -102,12 +104,12 @@ def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsy
     before = [(folder / name).read_bytes() for name in files]
     for name in files:
         (folder / name).unlink()
-    assert summary.main([f"--workdir={folder}"]) == 0
+    assert report.main([str(folder)]) == 0
     assert [(folder / name).read_bytes() for name in files] == before
     out = capsys.readouterr().out
     assert table(json.loads(before[0])) in out
     assert json.loads(out.splitlines()[-1]) == json.loads(before[0])
-    assert summary.main([f"--workdir={tmp_path}"]) == 1
+    assert report.main([str(tmp_path)]) == 1
     assert "holds no records of a run" in capsys.readouterr().err
 
 
@@ -150,6 +152,8 @@ def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):
         right += np.sum(logits.argmax(-1) == tokens[1:])
         count += len(tokens) - 1
     assert figures["validation_loss_after"] == pytest.approx(total / count, rel=1e-5)
+    kept = read_held_out(workdir / "held_out.jsonl")[-1]["rows"]
+    assert sum(kept["nll"]) == pytest.approx(total, rel=1e-5) and sum(kept["tokens"]) == count
     assert figures["validation_accuracy_after"] == pytest.approx(right / count, abs=1e-9)
 
 
@@ -184,6 +188,8 @@ def test_an_interrupted_run_continues_bit_for_bit(whole, corpus, tmp_path, monke
 
     midtrain.run(config, tmp_path)
     assert comparable(tmp_path) == comparable(whole[0])
+    held_out = [(folder / "held_out.jsonl").read_bytes() for folder in (tmp_path, whole[0])]
+    assert held_out[0] == held_out[1] and held_out[0].count(b"\n") == 3
     arrays, data = saved_state(config, tmp_path)
     expected_arrays, expected_data = saved_state(config, whole[0])
     for got, want in zip(arrays, expected_arrays, strict=True):

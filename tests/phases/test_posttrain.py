@@ -27,6 +27,7 @@ from refine_jax.refine.answers import (
     prompts_of,
 )
 from refine_jax.refine.step import TrainState
+from refine_jax.report.held_out import read_held_out
 from refine_jax.report.metrics import read_metrics
 from refine_jax.report.monitor import Monitor
 
@@ -323,6 +324,13 @@ def test_a_nested_run_learns_and_reports(whole, source):
         assert shown["prompt_end"].endswith("The code is ") and len(shown["answers"]) == 2
         line = shown["response"].split("\n")[0]
         assert shown["score"] == any(answer in line for answer in shown["answers"])
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    for label in ("Score of greedy answers", "Loss on prompts", "The method in this text"):
+        assert label in page
+    last = read_held_out(workdir / "held_out.jsonl")[-1]["rows"]
+    assert sum(last["score"]) / sum(last["real"]) == pytest.approx(records[-1]["eval/score"])
+    prompt_loss = sum(last["nll"]) / sum(last["tokens"])
+    assert prompt_loss == pytest.approx(records[-1]["eval/prompt_loss"], rel=1e-5)
     # 2 updates on the prompts and 1 on the answers a step.
     state = restored(Config.from_dict(small(source)), workdir)
     counts = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.integer)]
@@ -343,6 +351,8 @@ def test_an_interrupted_run_continues_bit_for_bit(whole, source, tmp_path, monke
         assert posttrain.run(config, tmp_path) == {"interrupted": "SIGTERM", "step": 3}
     posttrain.run(config, tmp_path)
     assert comparable(tmp_path) == comparable(whole[0])
+    held_out = [(folder / "held_out.jsonl").read_bytes() for folder in (tmp_path, whole[0])]
+    assert held_out[0] == held_out[1]
     pair = [restored(config, folder) for folder in (tmp_path, whole[0])]
     pair = [dataclasses.replace(x, key=jax.random.key_data(x.key)) for x in pair]
     assert_close(*pair, 0)

@@ -12,6 +12,7 @@ from refine_jax.base.files import parse_object, read_lines, recover_lines, spans
 from refine_jax.checkpoint.record import read_config, write_run
 from refine_jax.config import Config
 from refine_jax.evaluation.runner import FIELDS, Predictions
+from refine_jax.phases import loop
 from refine_jax.phases.changes import check_same_run
 from refine_jax.phases.setup import has_checkpoints, load_start
 from refine_jax.report.metrics import METRICS_FILE, read_metrics, summarize
@@ -206,3 +207,15 @@ def test_what_the_message_about_run_json_advises_works(tmp_path):
     lines = path.read_text().splitlines()
     path.write_text("\n".join(line for line in lines if '"digest"' not in line))
     assert read_config(tmp_path) == {"train": {"seed": 2}}
+
+
+def test_the_peak_of_the_fullest_device_is_kept_where_devices_say_it(monkeypatch):
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    devices = [Device({"peak_bytes_in_use": 5}), Device({"peak_bytes_in_use": 9}), Device(None)]
+    monkeypatch.setattr(loop.jax, "local_devices", lambda: devices)
+    assert loop._peak_memory() == 9
+    monkeypatch.setattr(loop.jax, "local_devices", lambda: devices[2:])
+    assert loop._peak_memory() == 0

@@ -10,7 +10,7 @@ import pytest
 
 from refine_jax.report.metrics import METRICS_FILE, read_metrics, summarize, table, write_results
 from refine_jax.report.monitor import Monitor, duration
-from refine_jax.report.plots import _running_mean, plot_rollouts, plot_training
+from refine_jax.report.plots import plot_rollouts, plot_training, running_mean
 
 
 def history(steps=12, warmup=4):
@@ -155,10 +155,10 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_running_mean_is_the_mean_of_what_is_known():
+def testrunning_mean_is_the_mean_of_what_is_known():
     values = np.random.default_rng(0).normal(size=20)
     values[[3, 4, 11]] = np.nan
-    got = _running_mean(values, 5)
+    got = running_mean(values, 5)
     for index, value in enumerate(values):
         window = values[max(0, index - 2) : index + 3]
         want = np.nan if np.isnan(value) else np.nanmean(window)

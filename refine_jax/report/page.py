@@ -1,0 +1,125 @@
+"""`report.html`: one file about a run, or about several, that needs nothing beside it.
+
+Text of data sets and models is hostile until escaped (`markup.py`). Should that ever fail, the
+page's security policy still runs no script but its own two, known by their digests, and loads
+nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import valid_unicode, write_text
+from refine_jax.report import answers, charts, compare, training
+from refine_jax.report.markup import json_block, text
+from refine_jax.report.runs import Run, named_apart, read_run
+
+PAGE_FILE = "report.html"
+_HERE = Path(__file__).parent
+
+
+def write_run_page(workdir: Path) -> None:
+    """Write the page of the run in a folder, WORKDIR/report.html, complete or not at all."""
+    write_page(workdir / PAGE_FILE, [read_run(workdir)])
+
+
+def write_page(path: Path, runs: Sequence[Run]) -> None:
+    """Write a page about some runs, all of training or all evaluations.
+
+    Raises:
+      DataError: Runs of training and evaluations are mixed.
+    """
+    write_text(path, page(runs))
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The text of a page about some runs; errors as of `write_page`."""
+    if len({run.trains for run in runs}) > 1:
+        kinds = ", ".join(f"{run.name}: {run.phase}" for run in runs)
+        raise DataError(
+            "Runs on one page must be all of training, or all evaluations and test-time training. "
+            f"Got: {kinds}. Make a page of each kind."
+        )
+    runs = named_apart(runs)
+    (first, *others) = runs
+    data, drawn = "", None
+    if first.trains:
+        curves = charts.Charts({run.name: run.history for run in runs})
+        if others:
+            body = compare.sections(runs, curves)
+        else:
+            body = training.tiles(first) + training.sections(first, curves)
+        drawn = curves.data()
+        data = json_block("charts-data", drawn)
+        data += json_block("method-data", training.method_data(runs))
+    else:
+        body = answers.sections(runs)
+    title = " · ".join(run.name for run in runs)
+    kind = f"{len(runs)} runs" if others else first.phase
+    return valid_unicode(_frame(title, kind, body, data, charts=drawn is not None))
+
+
+def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
+    script, style = ((_HERE / name).read_text("utf-8") for name in ("page.js", "page.css"))
+    allowed, library = [script], ""
+    if charts:
+        from refine_jax.report.charts import library as plain
+        from refine_jax.report.charts import packed_library
+
+        allowed.append(plain())
+        library = f'<script type="text/plain" id="library">{packed_library()}</script>\n'
+    digests = " ".join(f"'sha256-{_digest(each)}'" for each in allowed)
+    policy = (
+        f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    links = "".join(
+        f'<a href="#{name}">{label}</a>'
+        for name, label in _NAVIGATION.items()
+        if f'<section id="{name}">' in body
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{text(title)} – refine-jax</title>
+<style>{style}</style>
+</head>
+<body>
+<header class="top"><div><p class="kind">{text(kind)}</p><h1><bdi>{text(title)}</bdi></h1></div>
+<label class="theme">Theme <select id="theme"><option value="">as the device</option>
+<option value="light">light</option><option value="dark">dark</option></select></label></header>
+<nav aria-label="Sections">{links}</nav>
+<main>
+{body}</main>
+<footer>Made by refine-jax; needs no network. Charts: Bokeh (BSD-3-Clause).</footer>
+{data}{library}<script>{script}</script>
+</body>
+</html>
+"""
+
+
+_NAVIGATION = {
+    "before-after": "Before and after",
+    "ends": "After training",
+    "scores": "Scores",
+    "paired": "Differences",
+    "curves": "Curves",
+    "method": "Method",
+    "needles": "Needles",
+    "adaptation": "Test-time training",
+    "answers": "Answers",
+    "speed": "Speed",
+    "settings": "Settings",
+}
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
