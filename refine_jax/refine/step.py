@@ -377,17 +377,17 @@ def make_eval_step(
         match, _ = match_probabilities(-stats.nll, weights, config.rollout_length)
         sums = {
             "nll_sum": reading.nll_sum,
-            "correct_sum": jnp.sum(reading.stats.correct * reading.weights),
-            "entropy_sum": jnp.sum(reading.stats.entropy * reading.weights),
-            "token_count": jnp.sum(reading.weights),
+            "correct_sum": jnp.sum(stats.correct * weights),
+            "entropy_sum": jnp.sum(stats.entropy * weights),
+            "token_count": jnp.sum(weights),
             "reward_sum": jnp.sum(rewards),
             "reward_square_sum": jnp.sum(rewards**2),
             "rollout_count": jnp.sum(experience.valid),
         }
         layout = reading.layout
         seen = {
-            "entropy": reading.stats.entropy,
-            "mask": jnp.ones(reading.weights.shape, bool) if layout is None else layout.mask,
+            "entropy": stats.entropy,
+            "mask": jnp.ones(weights.shape, bool) if layout is None else layout.mask,
             "starts": experience.starts,
             "valid": experience.valid,
             "rewards": experience.rewards,
