@@ -345,17 +345,11 @@ class Objective:
         in_place: bool = False,
     ) -> Forks:
         """Choose positions of rows with keys [B], and fork there. in_place: see `fork_rollouts`."""
-        k = self.config.rollout_length
+        k, n = self.config.rollout_length, self._repeats
         starts, valid = self.select(reading, keys)
+        passed = reading.hidden, reading.trace
         last_hidden, state = fork_rollouts(
-            self.model,
-            params,
-            reading.hidden,
-            reading.trace,
-            starts[:, :: self._repeats],
-            k,
-            copies=self._repeats,
-            in_place=in_place,
+            self.model, params, *passed, starts[:, ::n], k, copies=n, in_place=in_place
         )
         slots = rollout_slots(starts, k)
         truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
