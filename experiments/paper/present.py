@@ -10,8 +10,8 @@ from typing import Any
 
 from plan import Figure, Series, Source, Table
 
+from refine_jax.base.figures import finish, new_figure, save_figure
 from refine_jax.base.files import write_text
-from refine_jax.report.plots import finish, new_figure, save_figure
 
 SMALL = "Small form: tiny models and made-up data. It shows that everything runs, and no result."
 

@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 from sizes import MODELS, StudyPlan
 
+from refine_jax.base.figures import finish, new_figure, save_figure
 from refine_jax.evaluation.intervals import compare
-from refine_jax.report.plots import finish, new_figure, save_figure
 
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT"}
 _COLOURS = {"ntp": "C0", "refine": "C1"}

@@ -19,6 +19,7 @@ from refine_jax.base.files import (
     valid_unicode,
 )
 
+CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from refine_jax.base.figures import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
 from refine_jax.evaluation.report import DepthRecall
-from refine_jax.report.plots import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
 
 _COLOURS = (BLUE, ORANGE, GREEN, GREY, "#7b4ea3", "#b8860b")
 

@@ -34,6 +34,7 @@ from refine_jax.models.transformer import Params
 from refine_jax.refine.adapt import Adapter, Cost
 
 PREDICTIONS = "predictions.jsonl"
+RECORD = "evaluation.json"
 FIELDS: dict[str, type] = {
     "id": str,
     "task": str,

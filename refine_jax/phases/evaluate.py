@@ -21,9 +21,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path, read_json, short, write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
-from refine_jax.data.tasks import TASKS
 from refine_jax.data.tokenizer import Tokenizer
-from refine_jax.evaluation.plots import plot_recall, plot_scores
 from refine_jax.evaluation.questions import (
     Question,
     digest,
@@ -32,8 +30,14 @@ from refine_jax.evaluation.questions import (
     load_questions,
     shuffled,
 )
-from refine_jax.evaluation.report import recall_by_depth, summarize, table
-from refine_jax.evaluation.runner import FIELDS, PREDICTIONS, Answerer, Predictions, evaluate
+from refine_jax.evaluation.runner import (
+    FIELDS,
+    PREDICTIONS,
+    RECORD,
+    Answerer,
+    Predictions,
+    evaluate,
+)
 from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
@@ -41,10 +45,7 @@ from refine_jax.parallel import use_mesh
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import has_checkpoints, initial_params, only_run_in, prepare_model
 from refine_jax.refine.adapt import Adapter
-from refine_jax.report.metrics import write_results
-from refine_jax.report.page import write_run_page
-
-RECORD = "evaluation.json"
+from refine_jax.report.page import write_evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +233,7 @@ def run_parts(
                 "command continues the evaluation."
             )
             return {"interrupted": interrupt.signal, "done": done, "samples": len(parts.questions)}
-        return report([predictions.records[q.name] for q in parts.questions], workdir)
+        return write_evaluation([predictions.records[q.name] for q in parts.questions], workdir)
 
 
 def make_groups(parts: EvaluationParts, adapter: Adapter | None) -> list[list[Question]]:
@@ -273,23 +274,3 @@ def introduce(parts: EvaluationParts, predictions: Predictions, adapter: Adapter
     )
     for note in parts.notes:
         distributed.say(f"note: {note}")
-
-
-def report(records: Sequence[dict], workdir: Path) -> dict:
-    """Write plots, results.json and report.html, and print the closing table."""
-    results = summarize(records)
-    needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
-    recalls = {task: recall_by_depth(records, task) for task in needles}
-    recalls = {task: recall for task, recall in recalls.items() if recall is not None}
-    if recalls:
-        results["recall_by_depth"] = {
-            task: dataclasses.asdict(recall) for task, recall in recalls.items()
-        }
-    if distributed.is_writer():
-        write_results(workdir, results)  # first: no picture is worth the figures
-        plot_scores(workdir / "scores.png", results["sets"])
-        if recalls:
-            plot_recall(workdir / "recall.png", recalls)
-        write_run_page(workdir)
-    distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
-    return results

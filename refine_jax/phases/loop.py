@@ -23,6 +23,7 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import RunError
+from refine_jax.checkpoint.folders import CHECKPOINTS
 from refine_jax.checkpoint.manager import CheckpointManager, ModelCheckpoint
 from refine_jax.compiling import Compilations
 from refine_jax.config import Config
@@ -34,7 +35,6 @@ from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
-    CHECKPOINTS,
     check_enough_batches,
     check_mesh,
     check_room,

@@ -16,7 +16,7 @@ from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
 from refine_jax.base.lock import Lock
-from refine_jax.checkpoint.folders import CONFIG, has_tokenizer
+from refine_jax.checkpoint.folders import CHECKPOINTS, CONFIG, has_tokenizer
 from refine_jax.checkpoint.manager import ModelCheckpoint, load_model
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
@@ -29,8 +29,6 @@ from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
 from refine_jax.settings import suggestion
-
-CHECKPOINTS = "checkpoints"
 
 
 @contextlib.contextmanager

@@ -32,15 +32,14 @@ def report_run(workdir: Path) -> dict:
       DataError: The folder holds no records of a run.
       CheckpointError: Its run.json is damaged.
     """
-    from refine_jax.phases import evaluate
     from refine_jax.report import metrics
-    from refine_jax.report.page import write_run_page
+    from refine_jax.report.page import write_evaluation, write_run_page
     from refine_jax.report.plots import write_report
     from refine_jax.report.runs import read_run
 
     run = read_run(workdir)
     if not run.trains:
-        return evaluate.report(run.predictions, workdir)
+        return write_evaluation(run.predictions, workdir)
     figures = run.figures()
     clip_norm = run.setting("optimizer", "clip_norm")
     write_report(workdir, run.history, figures, clip_norm=clip_norm)
@@ -67,7 +66,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, dict]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return command().run(run, arguments, imports=("jax", "refine_jax.phases.evaluate"))
+    return command().run(run, arguments, imports=("jax", "refine_jax.report.page"))
 
 
 def run(options: Options) -> None:

@@ -8,14 +8,20 @@ nothing from anywhere.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from refine_jax import distributed
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import valid_unicode, write_text
+from refine_jax.data.tasks import TASKS
+from refine_jax.evaluation.plots import plot_recall, plot_scores
+from refine_jax.evaluation.report import recall_by_depth, summarize, table
 from refine_jax.report import answers, charts, compare, training
 from refine_jax.report.markup import json_block, text
+from refine_jax.report.metrics import write_results
 from refine_jax.report.runs import Run, named_apart, read_run
 
 PAGE_FILE = "report.html"
@@ -25,6 +31,29 @@ _HERE = Path(__file__).parent
 def write_run_page(workdir: Path) -> None:
     """Write the page of the run in a folder, WORKDIR/report.html, complete or not at all."""
     write_page(workdir / PAGE_FILE, [read_run(workdir)])
+
+
+def write_evaluation(records: Sequence[dict], workdir: Path) -> dict:
+    """Write plots, results.json and the page of an evaluation, and print the closing table.
+
+    Returns the figures.
+    """
+    results = summarize(records)
+    needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
+    recalls = {task: recall_by_depth(records, task) for task in needles}
+    recalls = {task: recall for task, recall in recalls.items() if recall is not None}
+    if recalls:
+        results["recall_by_depth"] = {
+            task: dataclasses.asdict(recall) for task, recall in recalls.items()
+        }
+    if distributed.is_writer():
+        write_results(workdir, results)  # first: no picture is worth the figures
+        plot_scores(workdir / "scores.png", results["sets"])
+        if recalls:
+            plot_recall(workdir / "recall.png", recalls)
+        write_run_page(workdir)
+    distributed.say(f"\n{table(results)}\n\nPredictions, figures and plots: {workdir}")
+    return results
 
 
 def write_page(path: Path, runs: Sequence[Run]) -> None:

@@ -1,19 +1,12 @@
-"""PNG plots of a run: its training curves, and one sequence with its rollouts.
+"""PNG plots of a run: its training curves, and one sequence with its rollouts."""
 
-matplotlib is imported when a plot is drawn, and draws to files only (no display is needed).
-"""
-
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from refine_jax.base.files import replacing
+from refine_jax.base.figures import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
 from refine_jax.report.metrics import is_refine, write_results
-
-BLUE, ORANGE, GREEN, GREY = "#1f77b4", "#d9630b", "#2a9d4b", "#8a8a8a"
-
 
 TRAINING_PLOT = "training.png"
 
@@ -152,36 +145,6 @@ def plot_rollouts(
     if texts:
         _list_texts(axes[2, 0], texts)
     save_figure(figure, path)
-
-
-def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
-    """(figure, axes [rows, columns]) of `size` inches, without a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a PNG, complete or not at all."""
-    with replacing(path) as part, warnings.catch_warnings():
-        # Texts of any language are drawn; a box stands for what the font lacks.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from font")
-        figure.savefig(part, format="png")
-
-
-def finish(axis, title: str, ylabel: str, pad: float | None = None) -> None:
-    """Title, label, grid and legend; says so where an axis has nothing to show."""
-    axis.set_title(title, fontsize=12, loc="left", pad=pad)
-    axis.set_ylabel(ylabel)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=9)
-    elif not axis.has_data():
-        axis.text(0.5, 0.5, "none in this run", ha="center", color=GREY, transform=axis.transAxes)
 
 
 def _series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,10 @@ from typing import Any
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import read_json, read_lines
+from refine_jax.checkpoint.folders import CHECKPOINTS, RUN
+from refine_jax.checkpoint.record import read_config
+from refine_jax.config import SECTIONS
+from refine_jax.evaluation import runner
 from refine_jax.report.held_out import HELD_OUT_FILE, read_held_out
 from refine_jax.report.metrics import METRICS_FILE, step_parser, summarize
 
@@ -56,18 +60,12 @@ def read_run(folder: Path) -> Run:
       DataError: The folder holds no records of a run.
       CheckpointError: Its run.json is damaged.
     """
-    from refine_jax.checkpoint.folders import RUN
-    from refine_jax.checkpoint.record import read_config
-    from refine_jax.evaluation import runner
-    from refine_jax.phases.evaluate import RECORD
-    from refine_jax.phases.setup import CHECKPOINTS
-
     name = folder.absolute().name
     predictions = folder / runner.PREDICTIONS
     if predictions.exists():
         records, _ = read_lines(predictions, runner.record_parser(runner.FIELDS))
         if records:
-            kept = folder / RECORD
+            kept = folder / runner.RECORD
             config = read_json(kept, DataError) if kept.exists() else {}
             return Run(name, folder, config, predictions=records)
     metrics = folder / METRICS_FILE
@@ -90,8 +88,6 @@ def named_apart(runs: Sequence[Run]) -> list[Run]:
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str]]:
     """{section.field: (value, default, meaning)} of the settings that differ from the defaults."""
-    from refine_jax.config import SECTIONS
-
     changed = {}
     for name, section in SECTIONS.items():
         values = config.get(name)
