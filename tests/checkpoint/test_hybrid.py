@@ -14,6 +14,7 @@ from refine_jax.checkpoint import CheckpointManager, load_model, read_hf
 from refine_jax.checkpoint.names import slots_of
 from refine_jax.checkpoint.tree import abstract_params
 from refine_jax.convert import from_hf, to_hf
+from refine_jax.generation.loading import further_ends
 from refine_jax.models.config import model_config
 
 QWEN = CONFIGS["qwen"] | {"tie_word_embeddings": True}
@@ -82,6 +83,17 @@ def test_there_and_back_is_the_same_folder(tmp_path, fields, shards):
     assert "visual" not in str(params.keys())
     to_hf(str(tmp_path / "b"), str(tmp_path / "c"))
     assert_same_folders(tmp_path / "c", source)
+
+
+def test_all_end_tokens_end_a_text(tmp_path):
+    """Those of generation_config.json, and those that a nested configuration lists."""
+    fields = NESTED | {"text_config": QWEN | {"eos_token_id": [3, 9]}}
+    source = write_folder(tmp_path / "a", fields, tensors_of(fields))
+    from_hf(str(source), str(tmp_path / "b"))
+    model = load_model(tmp_path / "b")
+    path = model.files["generation_config.json"]
+    assert further_ends(model.config, path) == (3, 9, 7)
+    assert further_ends(NESTED, path) == (7, 9)
 
 
 def test_a_single_shard_without_an_index(tmp_path):
