@@ -19,9 +19,9 @@ from refine_jax.models.config import (
 )
 from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
 from refine_jax.models.full_attention import FullAttentionMixer
-from refine_jax.models.hybrid_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
 from refine_jax.models.hybrid_delta import OlmoDeltaMixer, QwenDeltaMixer
 from refine_jax.models.lact import LaCTMixer
+from refine_jax.models.layer_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
 from refine_jax.models.layers import MLP, RMSNorm
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import Mixer
