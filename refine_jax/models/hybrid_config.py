@@ -161,7 +161,8 @@ class HybridArchitecture(Architecture):
         if "partial_rotary_factor" in fields:
             table["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
         kinds = list(self.layer_kinds)  # not all readers know `full_attention_interval`
-        return fields | {"layer_types": kinds, "rope_parameters": table}
+        # The padding that the published code has by default is no token of a small vocabulary.
+        return fields | {"layer_types": kinds, "rope_parameters": table, "pad_token_id": None}
 
 
 def _with_positions(cls: type[HybridArchitecture], fields: Mapping[str, Any]) -> dict[str, Any]:
