@@ -157,6 +157,9 @@ class HybridArchitecture(Architecture):
     def to_hf(self) -> dict[str, Any]:
         """See `Architecture`; positions in the table that Transformers 5 reads."""
         fields = super().to_hf()
+        # What follows from other fields is absent: the published code takes null for a value.
+        kept = ("rope_theta", "bos_token_id", "eos_token_id")
+        fields = {n: x for n, x in fields.items() if x is not None or n in kept}
         table = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         if "partial_rotary_factor" in fields:
             table["partial_rotary_factor"] = fields.pop("partial_rotary_factor")
@@ -212,8 +215,8 @@ class QwenTextConfig(HybridArchitecture):
     intermediate_size: Width = 12288
     num_hidden_layers: Annotated[int, Range(1, 2**10)] = 32
     num_attention_heads: Width = 16
-    num_key_value_heads: Width | None = 4
-    head_dim: Width | None = 256
+    num_key_value_heads: Width = 4
+    head_dim: Width = 256
     rope_theta: Theta = 10000.0
     partial_rotary_factor: Annotated[float, Range(1e-3, 1)] = 0.25
     full_attention_interval: Annotated[int, Range(1, 2**10)] = 4
