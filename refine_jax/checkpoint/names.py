@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from refine_jax.models.config import Architecture, OlmoHybridConfig, QwenConfig, QwenTextConfig
-from refine_jax.models.hybrid_config import FULL, LINEAR
+from refine_jax.models.layer_config import FULL, LINEAR
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = "embeddings.weight"

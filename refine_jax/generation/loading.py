@@ -14,6 +14,7 @@ from refine_jax.checkpoint import load_model
 from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.models.config import model_config
+from refine_jax.models.hybrid_config import text_fields
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 
 GENERATION = "generation_config.json"
@@ -117,8 +118,9 @@ def further_ends(fields: Mapping[str, Any], path: Path | None) -> tuple[int, ...
     CheckpointError: a field is no id of the model's vocabulary, nor a list of them.
     """
     ends: list[int] = []
-    if isinstance(fields.get("eos_token_id"), list):
-        ends += _ids(fields, CONFIG, fields)
+    text = text_fields(fields)
+    if isinstance(text.get("eos_token_id"), list):
+        ends += _ids(text, CONFIG, fields)
     if path is not None:
         ends += _ids(read_json(path, CheckpointError), path, fields)
     return tuple(dict.fromkeys(ends))

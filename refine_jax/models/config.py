@@ -21,14 +21,16 @@ from refine_jax.models.architecture import (
     refusal,
 )
 from refine_jax.models.hybrid_config import (
-    LINEAR,
-    AttentionConfig,
-    AttentionSpec,
     OlmoHybridConfig,
     QwenConfig,
     QwenTextConfig,
-    read_attention_specs,
     refuse_experts,
+)
+from refine_jax.models.layer_config import (
+    LINEAR,
+    AttentionConfig,
+    AttentionSpec,
+    read_attention_specs,
     saved_every,
     spec_kinds,
     spec_of_kind,

@@ -27,7 +27,7 @@ from refine_jax.models.causal_attention import (
 )
 from refine_jax.models.chunks import last_and_seen
 from refine_jax.models.fork_attention import join_devices
-from refine_jax.models.hybrid_config import AttentionConfig
+from refine_jax.models.layer_config import AttentionConfig
 from refine_jax.models.layers import Linear, RMSNorm, rope
 from refine_jax.models.layout import Layout
 from refine_jax.parallel import axis_size, over_shards, token_axis

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from refine_jax.models.deltanet import GatedDeltaNetMixer, ShortConv
-from refine_jax.models.hybrid_config import DeltaLayerConfig
+from refine_jax.models.layer_config import DeltaLayerConfig
 from refine_jax.models.layers import Linear, RMSNorm
 
 

@@ -2,7 +2,7 @@
 
 A mixer mixes the tokens of a row, causally and document by document. The model (transformer.py)
 scans its layers and calls their mixers by this protocol alone, so that a new architecture is one
-file beside `lact.py`, `deltanet.py` and `full_attention.py`, and an entry in transformer.py.
+file beside `lact.py`, `deltanet.py` and `full_attention.py`, and an entry in block.py.
 
 Letters: B batch, T tokens, D model dim, R forks of a row, S new tokens of a fork, L layers.
 """

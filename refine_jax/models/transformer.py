@@ -24,34 +24,24 @@ from flax import nnx
 from refine_jax.kernels import sequence
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.tpu import computed_once
-from refine_jax.models.config import (
-    Architecture,
-    DeltaNetConfig,
-    GatedDeltaNetConfig,
-    LaCTConfig,
+from refine_jax.models.block import (
+    MIXERS,
+    Block,
+    PostNormBlock,
+    copied,
+    extend_forks,
+    places_of,
+    recomputed_extend_forks,
+    run_block,
 )
-from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
-from refine_jax.models.full_attention import FullAttentionMixer
-from refine_jax.models.hybrid_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
-from refine_jax.models.hybrid_delta import OlmoDeltaMixer, QwenDeltaMixer
-from refine_jax.models.lact import LaCTMixer
-from refine_jax.models.layers import MLP, RMSNorm, normal_param, rms_norm
+from refine_jax.models.config import Architecture
+from refine_jax.models.layers import normal_param, rms_norm
 from refine_jax.models.layout import Layout, round_length
-from refine_jax.models.mixer import Mixer
 from refine_jax.models.pattern import Pattern
 from refine_jax.parallel import axis_size, constrain, gather_parameters
 
 Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
-
-_MIXERS: dict[type, type[Mixer]] = {
-    LaCTConfig: LaCTMixer,
-    DeltaNetConfig: DeltaNetMixer,
-    GatedDeltaNetConfig: GatedDeltaNetMixer,
-    QwenDeltaConfig: QwenDeltaMixer,
-    OlmoDeltaConfig: OlmoDeltaMixer,
-    AttentionConfig: FullAttentionMixer,
-}
 
 _KEPT = jax.checkpoint_policies.save_only_these_names(sequence.KEPT)
 _REMAT_POLICIES = {
@@ -152,46 +142,6 @@ class _Pullbacks:
     structure: Any = dataclasses.field(metadata={"static": True})
 
 
-class Block(nnx.Module):
-    """`x + attn(norm(x))`, then `x + mlp(norm(x))`."""
-
-    def __init__(
-        self,
-        config: Architecture,
-        kind: str | None,
-        implementation: str | None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        part, offset = config.layer_config(kind), config.norm_offset
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, offset)
-        self.attn = _MIXERS[type(part)](part, implementation=implementation, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, offset)
-        self.mlp = MLP(config.hidden_size, config.mlp_size, rngs=rngs)
-
-    def read(self, x: jax.Array) -> jax.Array:
-        """The mixer's input, of the block's input x [..., D]."""
-        return self.attn_norm(x)
-
-    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The block's output, of its input x [..., D] and the mixer's output y [..., D]."""
-        x = computed_once(x + y)
-        return x + self.mlp(computed_once(self.mlp_norm(x)))
-
-
-class PostNormBlock(Block):
-    """`x + norm(attn(x))`, then `x + norm(mlp(x))`."""
-
-    def read(self, x: jax.Array) -> jax.Array:
-        """See `Block`."""
-        return x
-
-    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """See `Block`."""
-        x = computed_once(x + self.attn_norm(y))
-        return x + self.mlp_norm(self.mlp(x))
-
-
 def _exact_float32(method):
     """Run `method` so that float32 products keep float32 accuracy on every device."""
 
@@ -211,7 +161,7 @@ class Model:
         self.policy = policy or ComputePolicy()
         self._pattern = Pattern(config.layer_kinds)
         self._parts = {kind: config.layer_config(kind) for kind in self._pattern.kinds}
-        self._mixers = {kind: _MIXERS[type(part)] for kind, part in self._parts.items()}
+        self._mixers = {kind: MIXERS[type(part)] for kind, part in self._parts.items()}
         axes = {mixer.FORK_AXES for mixer in self._mixers.values()}
         self._fork_axes = axes.pop() if len(axes) == 1 else ("batch",)
         self._block_graphs = {}
@@ -292,7 +242,8 @@ class Model:
         """
 
         def convert(path, x):
-            is_linear = path[-1].key == "weight" and x.ndim > 1
+            # [L, in, out] in layers, [V, D] elsewhere; norms and convolutions have other axes.
+            is_linear = path[-1].key == "weight" and x.ndim == (3 if path[0].key == "layers" else 2)
             return computed_once(x.astype(self.dtype)) if is_linear else x
 
         whole = {name: gather_parameters({name: x}, self.dtype)[name] for name, x in params.items()}
@@ -325,7 +276,7 @@ class Model:
 
         def layer(kind, x, layer_params):
             block = self._block(kind, layer_params)
-            x, trace = _run_rows(block, x, layout, self._pattern.of_kind(plan, kind))
+            x, trace = run_block(block, x, layout, self._pattern.of_kind(plan, kind))
             return x, trace if with_trace else None
 
         layer = self._recomputed(layer)
@@ -359,7 +310,7 @@ class Model:
         """
 
         pattern, layout = self._pattern, trace.layout
-        places = {kind: _places(mixer, positions, copies) for kind, mixer in self._mixers.items()}
+        places = {kind: places_of(mixer, positions, copies) for kind, mixer in self._mixers.items()}
 
         def pick(kind, layers, inputs):
             mixer, part, plan = (
@@ -387,7 +338,7 @@ class Model:
             states = jax.vmap(lambda *parts: mixer.finish(part, *parts, places[kind], layout))(
                 picked, resumed
             )
-            return _copied(states, copies, 2) if mixer.FORKS_ONCE else states
+            return copied(states, copies, 2) if mixer.FORKS_ONCE else states
 
         # For all layers at once: the loop would copy each layer's whole trace, and what is picked.
         picked = pattern.map(pick, trace.layers, trace.inputs)
@@ -452,7 +403,7 @@ class Model:
         def layer(kind, x, inputs):
             layer_params, layer_trace = inputs
             block, plan = self._block(kind, layer_params), self._pattern.of_kind(trace.plan, kind)
-            return _extend_forks(block, x, layer_trace, positions, trace.layout, plan), None
+            return extend_forks(block, x, layer_trace, positions, trace.layout, plan), None
 
         inputs = self._pattern.zip(params["layers"], trace.layers)
         x, _ = self._pattern.scan(layer, self._embed(params, tokens), inputs)
@@ -477,12 +428,12 @@ class Model:
         """
         plans = self._plan(layout, tokens.shape)
         # Where the whole layer is computed again, so are its forks.
-        extend = _extend_forks if self.policy.remat == "full" else _recomputed_extend_forks
+        extend = extend_forks if self.policy.remat == "full" else recomputed_extend_forks
 
         def layer(kind, carry, layer_params):
             x, forks = carry
             block, plan = self._block(kind, layer_params), self._pattern.of_kind(plans, kind)
-            x, trace = _run_rows(block, x, layout, plan, positions)
+            x, trace = run_block(block, x, layout, plan, positions)
             return (x, extend(block, forks, trace, positions, layout, plan)), None
 
         layer = self._recomputed(layer)
@@ -507,7 +458,7 @@ class Model:
 
             def run(layer_params, x):
                 block = self._block(kind, layer_params)
-                return _run_rows(block, x, layout, pattern.of_kind(plan, kind))
+                return run_block(block, x, layout, pattern.of_kind(plan, kind))
 
             if self.policy.remat == "dots":
                 run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
@@ -616,12 +567,12 @@ class Model:
 
             def both(layer_params, x, forks):
                 block = self._block(kind, layer_params)
-                x, trace = _run_rows(block, x, layout, plan, positions)
-                return x, _extend_forks(block, forks, trace, positions, layout, plan)
+                x, trace = run_block(block, x, layout, plan, positions)
+                return x, extend_forks(block, forks, trace, positions, layout, plan)
 
             def extend(layer_params, forks, trace):
                 block = self._block(kind, layer_params)
-                return _extend_forks(block, forks, trace, positions, layout, plan)
+                return extend_forks(block, forks, trace, positions, layout, plan)
 
             if recompute:
                 _, pullback = jax.vjp(both, layer_params, saved, forks)
@@ -661,41 +612,3 @@ class Model:
             return None, self._block(kind, layer_params).attn.init_state(batch, self.dtype)
 
         return self._pattern.scan(layer, None, params["layers"])[1]
-
-
-def _run_rows(
-    block: Block, x: jax.Array, layout: Layout | None, plan, forks: jax.Array | None = None
-) -> tuple[jax.Array, Any]:
-    """A layer's output for whole rows x [B, T, D], and its trace, or what `forks` need of it."""
-    y, trace = block.attn.forward(block.read(x), layout, plan, forks)
-    return constrain(block.add(x, y), "batch", "tokens"), trace
-
-
-def _places(mixer: type[Mixer] | Mixer, positions: jax.Array, copies: int) -> jax.Array:
-    """The positions that a mixer takes for `copies` forks of each of `positions` [B, P]."""
-    return positions if mixer.FORKS_ONCE else _copied(positions, copies, 1)
-
-
-def _copied(tree: Any, copies: int, axis: int) -> Any:
-    """Each entry of an axis as many times, one after the other."""
-    return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis), tree)
-
-
-def _extend_forks(block: Block, x: jax.Array, trace, positions, layout, plan) -> jax.Array:
-    """A layer's output for tokens x [B, R, S, D] that continue its traced rows.
-
-    positions: [B, P]; R / P forks that follow each other have the same.
-    """
-    positions = _places(block.attn, positions, x.shape[1] // positions.shape[1])
-    y = block.attn.extend_traced(block.read(x), trace, positions, layout, plan)
-    return block.add(x, y)
-
-
-def _recomputed_extend_forks(block: Block, x, trace, positions, layout, plan) -> jax.Array:
-    graph, params = nnx.split(block)
-
-    @jax.checkpoint
-    def extend(params, x, trace):
-        return _extend_forks(nnx.merge(graph, params), x, trace, positions, layout, plan)
-
-    return extend(params, x, trace)

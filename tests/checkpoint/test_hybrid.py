@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS
 
-from refine_jax.checkpoint import load_model, read_hf
+from refine_jax.checkpoint import CheckpointManager, load_model, read_hf
 from refine_jax.checkpoint.names import slots_of
 from refine_jax.checkpoint.tree import abstract_params
 from refine_jax.convert import from_hf, to_hf
+from refine_jax.generation.loading import further_ends
 from refine_jax.models.config import model_config
 
 QWEN = CONFIGS["qwen"] | {"tie_word_embeddings": True}
@@ -83,6 +85,17 @@ def test_there_and_back_is_the_same_folder(tmp_path, fields, shards):
     assert_same_folders(tmp_path / "c", source)
 
 
+def test_all_end_tokens_end_a_text(tmp_path):
+    """Those of generation_config.json, and those that a nested configuration lists."""
+    fields = NESTED | {"text_config": QWEN | {"eos_token_id": [3, 9]}}
+    source = write_folder(tmp_path / "a", fields, tensors_of(fields))
+    from_hf(str(source), str(tmp_path / "b"))
+    model = load_model(tmp_path / "b")
+    path = model.files["generation_config.json"]
+    assert further_ends(model.config, path) == (3, 9, 7)
+    assert further_ends(NESTED, path) == (7, 9)
+
+
 def test_a_single_shard_without_an_index(tmp_path):
     source = write_folder(tmp_path / "a", NESTED, tensors_of(NESTED))
     name = "model.safetensors-00001-of-00001.safetensors"
@@ -90,6 +103,24 @@ def test_a_single_shard_without_an_index(tmp_path):
     from_hf(str(source), str(tmp_path / "b"))
     to_hf(str(tmp_path / "b"), str(tmp_path / "c"))
     assert_same_folders(tmp_path / "c", source)
+
+
+def test_a_training_run_carries_other_parts_along(tmp_path):
+    """The parameters of a step go back with the tensors and files that the run began with."""
+    source = write_folder(tmp_path / "a", NESTED, tensors_of(NESTED) | OTHERS, 3)
+    from_hf(str(source), str(tmp_path / "b"))
+    model = load_model(tmp_path / "b")
+    files = {"config_json": model.config_json, "files": model.files}
+    with CheckpointManager(tmp_path / "run" / "checkpoints", **files) as manager:
+        changed = jax.tree.map(lambda x: -x, model.params)
+        manager.save(1, {"params": changed}, force=True)
+    to_hf(str(tmp_path / "run"), str(tmp_path / "c"))
+    for path in sorted(source.glob("*.safetensors")):
+        got, want = load_file(tmp_path / "c" / path.name), load_file(path)
+        assert got.keys() == want.keys()
+        for name in want:
+            sign = 1 if name in OTHERS else -1
+            np.testing.assert_array_equal(got[name], sign * want[name])
 
 
 def test_other_parts_stay_where_the_parameters_are_cast(tmp_path):

@@ -4,13 +4,15 @@ A model of random sizes and pattern of layers is saved by the package and read f
 """
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny, tokens
 
-from refine_jax.checkpoint.hf import read_hf
+from refine_jax.checkpoint.hf import read_hf, write_hf
 from refine_jax.generation import Generator, Sampling
 from refine_jax.models.config import model_config
 from refine_jax.models.head import log_prob, logits
@@ -125,3 +127,20 @@ def test_tokens_and_log_probabilities_of_the_package(family, seed, tmp_path):
     assert list(got.tokens) == want
     row = np.concatenate([prompt, np.array(want, np.int32)])
     np.testing.assert_allclose(log_probs(model, params, row), want_log_probs, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen_irregular", "olmo"])
+def test_the_package_reads_what_is_written(name, tmp_path):
+    """A model that began here, by the configuration and the names that are its own."""
+    from transformers import AutoModelForCausalLM
+
+    model, params = tiny(name)
+    write_hf(tmp_path / "hf", params, json.dumps(model.config.to_hf()))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = tokens(1, 2, 40)
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids), use_cache=False).logits
+    hidden, _ = jax.jit(model.forward)(params, ids)
+    np.testing.assert_allclose(logits(hidden, model.head(params)), want, atol=2e-4)

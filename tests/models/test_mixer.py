@@ -4,14 +4,14 @@ import inspect
 
 import pytest
 
-from refine_jax.models import transformer
+from refine_jax.models.block import MIXERS
 from refine_jax.models.mixer import Mixer
 
 # What a mixer may leave out, and the member that says so.
 OPTIONAL = {"normed": "TRACES_INPUTS", "extend_in_place": "WRITES_MUCH"}
 
 
-@pytest.mark.parametrize("mixer", transformer._MIXERS.values(), ids=lambda mixer: mixer.__name__)
+@pytest.mark.parametrize("mixer", MIXERS.values(), ids=lambda mixer: mixer.__name__)
 def test_a_mixer_has_the_members_of_the_protocol(mixer):
     for name, annotation in Mixer.__annotations__.items():
         assert name == "config" or isinstance(getattr(mixer, name), (bool, tuple)), annotation

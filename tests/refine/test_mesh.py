@@ -51,6 +51,7 @@ MESHES += ["fsdp=2,sequence=2", "tensor=2,sequence=4", "fsdp=2,tensor=2,sequence
 COVERING = {
     ("lact", "fsdp=2,tensor=2,sequence=2"),
     ("deltanet", "data=2,fsdp=2,tensor=2"),
+    ("qwen", "fsdp=2,tensor=2,sequence=2"),
 }
 # Each a program of its own: all in one compile for minutes on a busy machine.
 OBJECTIVES = ("ntp", "refine", "batch", "exact", "answers", "policy")

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterator
 
 from refine_jax.models.config import Architecture, LaCTConfig
-from refine_jax.models.hybrid_config import AttentionConfig
+from refine_jax.models.layer_config import AttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)
