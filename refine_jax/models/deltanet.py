@@ -7,128 +7,22 @@ W convolution taps, R forks of a sequence, S new tokens, N tokens between two sa
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from refine_jax.kernels.delta_rule import STEP_IMPLEMENTATIONS, delta_rule, delta_step
-from refine_jax.kernels.numerics import by_rows, drop_unit_axes, l2_norm_fla
-from refine_jax.kernels.sequence import halo
+from refine_jax.kernels.numerics import by_rows, l2_norm_fla
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
+from refine_jax.models.delta_state import DeltaPick, DeltaState, DeltaTaps, DeltaTrace
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
+from refine_jax.models.short_conv import ShortConv, convolve_rows, short_conv
 from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
 
 _HEADS = ("heads",)
-
-
-class DeltaTrace(NamedTuple):
-    """What forks need of a forward pass.
-
-    x: [B, T, D], the mixer's input: a fork needs the keys and values of at most N tokens, which it
-    computes again. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
-    """
-
-    x: jax.Array
-    states: jax.Array
-
-
-class DeltaPick(NamedTuple):
-    """What R forks of a row need of a trace.
-
-    memory: [B, R, Hv, K, V] float32, the states saved before the blocks of N tokens that the forks
-    lie in. start: [B, R] int32, where N tokens begin that hold what of the block the row has. x:
-    [B, R, N, D], the mixer's inputs there. before, tails: [B, R, W - 1, D], its inputs before
-    these, and before the forks; None without convolutions.
-    """
-
-    memory: jax.Array
-    start: jax.Array
-    x: jax.Array
-    before: jax.Array | None
-    tails: jax.Array | None
-
-
-class DeltaTaps(NamedTuple):
-    """What R forks need of a forward pass that knows where they are.
-
-    memory, start, tails: as of `DeltaPick`. k, v: [B, R, N, channels], the outputs of the
-    convolutions there. beta, log_decay: [B, R, N, Hv] float32.
-    """
-
-    memory: jax.Array
-    start: jax.Array
-    k: jax.Array
-    v: jax.Array
-    beta: jax.Array
-    log_decay: jax.Array | None
-    tails: jax.Array | None
-
-
-class DeltaState(NamedTuple):
-    """A decode state; its size does not depend on the tokens seen.
-
-    memory: [B, R, Hv, K, V] float32. tails: the last W - 1 inputs of the convolutions of q, k and
-    v, [B, R, W - 1, channels] each; None without convolutions.
-    """
-
-    memory: jax.Array
-    tails: tuple[jax.Array, jax.Array, jax.Array] | None
-
-
-class ShortConv(nnx.Module):
-    """Depthwise causal convolution with `weight` [channels, 1, W]; the last tap is the present."""
-
-    def __init__(self, channels: int, taps: int, *, rngs: nnx.Rngs):
-        # The bound of PyTorch's Conv1d: outputs of the order of the inputs.
-        bound, shape = 1 / math.sqrt(taps), (channels, 1, taps)
-        self.weight = nnx.Param(
-            jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
-        )
-
-
-def _convolve_rows(
-    x: jax.Array, weight: jax.Array, position: jax.Array | None, axis_name: str | None
-) -> jax.Array:
-    """Convolve whole rows x [B, T, channels] by weight [channels, 1, W]; returns the shape of x.
-
-    position: [B, T] int32, index of the tokens within their document: taps do not reach before
-    its start. axis_name: mesh axis over which the tokens are spread.
-    """
-
-    def convolve(x, weight, position):
-        reach = weight.shape[-1] - 1
-        if axis_name is None or reach == 0:
-            x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))
-        else:
-            x = jnp.concatenate([halo(x, reach, axis_name), x], axis=1)
-        return _short_conv(x, weight, position)
-
-    tokens = ("batch", axis_name and "tokens", "heads")
-    convolve = over_shards(convolve, (tokens, ("heads",), tokens[:2]), tokens)
-    return convolve(x, weight, position)
-
-
-def _short_conv(x: jax.Array, weight: jax.Array, position: jax.Array | None = None) -> jax.Array:
-    """Convolve x [..., W - 1 + T, channels] by weight [channels, 1, W]: [..., T, channels].
-
-    The first W - 1 tokens of x come before those of the output.
-    """
-    taps = weight.shape[-1]
-    tokens = x.shape[-2] - (taps - 1)
-    shape = (*x.shape[:-2], tokens, x.shape[-1])
-    x = drop_unit_axes(x, 2)
-    position = None if position is None else drop_unit_axes(position, 1)
-    y = 0.0
-    for tap in range(taps):
-        term = x[..., tap : tap + tokens, :].astype(jnp.float32) * weight[:, 0, tap]
-        if position is not None:
-            term = jnp.where((position >= taps - 1 - tap)[..., None], term, 0.0)
-        y = y + term
-    return y.astype(x.dtype).reshape(shape)
 
 
 class DeltaNetMixer(nnx.Module):
@@ -266,7 +160,7 @@ class DeltaNetMixer(nnx.Module):
         if self.config.use_short_conv:
             position = None if layout is None else layout.position
             projected = [
-                _convolve_rows(p, taps, position, axis_name)
+                convolve_rows(p, taps, position, axis_name)
                 for taps, p in zip(self._taps, projected, strict=True)
             ]
         q, k, v = projected
@@ -354,7 +248,7 @@ class DeltaNetMixer(nnx.Module):
                 position = take_tokens(layout.position, slot)
             before = self._project_kv(picked.before)
             k, v = (
-                _short_conv(jnp.concatenate(tokens, axis=2), taps, position)
+                short_conv(jnp.concatenate(tokens, axis=2), taps, position)
                 for tokens, taps in zip(
                     zip(before, (k, v), strict=True), self._taps[1:], strict=True
                 )
@@ -418,9 +312,7 @@ class DeltaNetMixer(nnx.Module):
         memory.
         """
         if self.config.use_short_conv:
-            projected = [
-                _short_conv(p, taps) for taps, p in zip(self._taps, projected, strict=True)
-            ]
+            projected = [short_conv(p, taps) for taps, p in zip(self._taps, projected, strict=True)]
         q, k, v = self._heads(*projected)
         out, memory = self._delta_rule(q, k, v, self._beta(x), self._log_decay(x), memory)
         return self._output(x, out), memory

@@ -9,9 +9,10 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from refine_jax.models.deltanet import GatedDeltaNetMixer, ShortConv
+from refine_jax.models.deltanet import GatedDeltaNetMixer
 from refine_jax.models.layer_config import DeltaLayerConfig
 from refine_jax.models.layers import Linear, RMSNorm
+from refine_jax.models.short_conv import ShortConv
 
 
 def _widths(config: DeltaLayerConfig) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from goldens import load_arrays, subtree
 
 from refine_jax.kernels.delta_rule import IMPLEMENTATIONS as DELTA_IMPLEMENTATIONS
@@ -13,8 +12,8 @@ from refine_jax.kernels.lact import IMPLEMENTATIONS, Options, Weights, lact, new
 from refine_jax.kernels.lact.reference import newton_schulz_reference
 from refine_jax.kernels.numerics import l2_norm_fla
 from refine_jax.kernels.window_attention import window_attention
-from refine_jax.models.deltanet import ShortConv
 from refine_jax.models.layers import l2_norm_lact, rms_norm, rope
+from refine_jax.models.short_conv import short_conv
 
 DELTA_CASES = ("delta", "delta_initial", "delta_negeig", "gated", "gated_initial")
 # Between chunks pallas_gpu is the xla implementation: its tests are those of what it does inside.
@@ -46,10 +45,8 @@ def test_golden_rope():
 def test_golden_convolution():
     arrays = load_arrays("ops", "attention_rope_conv.npz")
     x, weight = jnp.asarray(arrays["conv/x"]), arrays["conv/weight"]
-    convolution = ShortConv(weight.shape[0], weight.shape[-1], rngs=nnx.Rngs(0))
-    convolution.weight = nnx.Param(jnp.asarray(weight))
     before = ((0, 0), (weight.shape[-1] - 1, 0), (0, 0))
-    got = convolution(jnp.pad(x, before))
+    got = short_conv(jnp.pad(x, before), jnp.asarray(weight))
     close(got, arrays["conv/out"])
     close(got / (1 + jnp.exp(-got)), arrays["conv/out_silu"])
 
