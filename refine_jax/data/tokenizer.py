@@ -219,7 +219,7 @@ class SentencePieceTokenizer(_LibraryTokenizer):
 
 
 class HuggingFaceTokenizer(_LibraryTokenizer):
-    """A `tokenizer.json` of the `tokenizers` library (an optional dependency).
+    """A `tokenizer.json` of the `tokenizers` library.
 
     The names of bos, eos and pad come from `tokenizer_config.json` or `special_tokens_map.json`
     in the same folder. Texts are encoded whole and as they are, whatever the file has saved of a
@@ -229,18 +229,13 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     def __init__(self, path: str | os.PathLike) -> None:
         """Read `path`.
 
-        Raises DataError if the file is missing, broken or larger than a tokenizer, if one beside
-        it is, or if `tokenizers` is not installed.
+        Raises DataError if the file is missing, broken or larger than a tokenizer, or if one beside
+        it is.
         """
+        import tokenizers
+
         path = Path(path)
         content = read_bytes(path)
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise DataError(
-                f"{path} needs the `tokenizers` library: pip install 'refine-jax[tokenizers]', "
-                "or name a tokenizer.model."
-            ) from error
         with _errors_of_library(f"not a tokenizer.json: {path}"):
             text = content.decode("utf-8").removeprefix(MARK)
             self._model = tokenizers.Tokenizer.from_str(text)

@@ -80,7 +80,7 @@ def find_tokenizer(path: Path) -> Path:
     """Find the file of the tokenizer that a folder holds, itself or in `tokenizer/`.
 
     Of two files it is the one that holds all tokens; a warning says where they disagree. What both
-    hold alike is read from tokenizer.model, which needs no further library.
+    hold alike is read from tokenizer.model.
 
     Raises DataError: the folder holds none.
     """
