@@ -320,11 +320,16 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def encode_special(self, text: str) -> np.ndarray:
         """Return the ids [T] int32 of a text whose special tokens are such."""
-        self._model.encode_special_tokens = False
-        try:
-            return self._encode([valid_unicode(text)])[0]
-        finally:
-            self._model.encode_special_tokens = True
+        with _errors_of_library(f"{self.name} cannot encode a text"):
+            ids = self._model_of_special.encode(valid_unicode(text), add_special_tokens=False).ids
+        return np.array(ids, np.int32)
+
+    @functools.cached_property
+    def _model_of_special(self):
+        # A model of its own: another thread may encode a text, in which these tokens are text.
+        model = copy.deepcopy(self._model)
+        model.encode_special_tokens = False
+        return model
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         with _errors_of_library(f"{self.name} cannot encode a text"):
