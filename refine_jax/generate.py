@@ -10,7 +10,6 @@ Examples:
         --max_new_tokens=0
     python -m refine_jax.generate --checkpoint=DIR --load_state=book.state --prompt="Who is Ahab?"
     python -m refine_jax.generate --checkpoint=DIR --prompt_file=doc.txt --adapt_steps=2
-    python -m refine_jax.generate --checkpoint=DIR --chat --prompt="Who is Ahab?"
 """
 
 from __future__ import annotations
