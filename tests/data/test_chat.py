@@ -10,8 +10,11 @@ from tiny import tiny
 
 from refine_jax.base.errors import DataError
 from refine_jax.checkpoint import save_model
+from refine_jax.checkpoint.manager import ModelCheckpoint
+from refine_jax.convert import from_hf, to_hf
 from refine_jax.data import ChatTemplate, encode_chat, load_chat_template, load_tokenizer
 from refine_jax.generation import load
+from refine_jax.phases.setup import with_tokenizer_files
 
 # One split pattern, as published tokenizers have it: words, single digits, signs, line ends.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -222,6 +225,20 @@ def test_a_damaged_file(content, message, tmp_path):
     for name in ("bytes", "mistral-v1"):
         with pytest.raises(DataError, match=f"{name} has no chat template"):
             load_chat_template(load_tokenizer(name))
+
+
+def test_runs_and_conversion_keep_a_template(qwen, tmp_path):
+    found, _ = qwen
+    model, params = tiny("deltanet", vocab_size=found.vocab_size, num_hidden_layers=1)
+    config = json.dumps(model.config.to_hf())
+    start = with_tokenizer_files(ModelCheckpoint(json.loads(config), config), found)
+    save_model(tmp_path / "model", params, config, start.files)
+    to_hf(str(tmp_path / "model"), str(tmp_path / "hf"))
+    from_hf(str(tmp_path / "hf"), str(tmp_path / "again"))
+    for folder in ("hf", "again"):
+        assert (tmp_path / folder / "chat_template.jinja").read_text() == TURNS
+        assert (tmp_path / folder / "tokenizer_config.json").is_file()
+        assert load_chat_template(load_tokenizer(tmp_path / folder)).render([]) == ""
 
 
 # ---- Tokens ----
