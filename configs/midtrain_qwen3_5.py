@@ -10,8 +10,11 @@ least 16,384 tokens are used. 96 steps of 128 sequences are 200M tokens, the pap
 (arXiv 2602.16704). To know which slice a size fits on, and how long a step takes there, before
 renting it:
 
-    python -m refine_jax.main --config=configs/midtrain_qwen3_5.py:4b --compile_only \
+    python -m refine_jax.main --config=configs/midtrain_qwen3_5.py:0.8b --compile_only --plan \
         --topology=v5e:4x4
+
+By this estimate (jax 0.10.2) an update of 0.8B takes 13.7 GiB of the 15.75 GiB of a chip there. One
+of 4B would take 32.5 GiB: it needs larger chips, or more of them that share a row.
 
 The paper trains no hybrid model: it reports nothing to expect here, and we have not run these sizes
 ourselves. Look at the loss by position and at RULER before and after a run (docs/evaluation.md).
