@@ -51,3 +51,23 @@ QWEN3_5_0_8B = {
     "eos_token_id": 248044,
 }
 """The text model of Qwen3.5-0.8B."""
+
+QWEN3_5_2B = QWEN3_5_0_8B | {"hidden_size": 2048, "intermediate_size": 6144}
+"""The text model of Qwen3.5-2B."""
+
+QWEN3_5_4B = QWEN3_5_0_8B | {
+    "hidden_size": 2560,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "linear_num_value_heads": 32,
+}
+"""The text model of Qwen3.5-4B."""
+
+QWEN3_5_9B = QWEN3_5_4B | {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
+"""The text model of Qwen3.5-9B."""

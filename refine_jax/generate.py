@@ -1,7 +1,8 @@
 """Generate text from a checkpoint that refine_jax.convert or a training run wrote.
 
-Prompts are taken as they are, line ends at their end too. The texts end at the end tokens of
-generation_config.json, at --stop, or after --max_new_tokens.
+Prompts are taken as they are, line ends at their end too; with --chat, each is a message of a user
+to a model that answers. The texts end at the end tokens of generation_config.json, at --stop, or
+after --max_new_tokens.
 
 Examples:
 
@@ -89,15 +90,16 @@ def answer(options: Options) -> None:
     )
     model, params, tokenizer = loaded
     generator = Generator(model, tokenizer)
+    prompts = encode(generator, texts, options)
     if adaptation is not None:
         adapter = make_adapter(loaded, adaptation, sampling.seed)
-        run_adapted(generator, adapter, texts, sampling, options)
+        run_adapted(generator, adapter, texts, prompts, sampling, options)
         return
     saved = None
     if options.load_state is not None:
         saved = load_prefix(options.load_state, model, params, tokenizer)
     begin = time.perf_counter()
-    prefix = jax.block_until_ready(read(generator, params, texts, saved))
+    prefix = jax.block_until_ready(read(generator, params, prompts, saved))
     prefill_seconds = time.perf_counter() - begin
     _check_stream(options, prefix.length.shape[0])
     if options.save_state is not None:
@@ -106,12 +108,20 @@ def answer(options: Options) -> None:
 
 
 def run_adapted(
-    generator: Generator, adapter: Adapter, texts: list[str], sampling: Sampling, options: Options
+    generator: Generator,
+    adapter: Adapter,
+    texts: list[str],
+    prompts: list[np.ndarray],
+    sampling: Sampling,
+    options: Options,
 ) -> None:
-    """Adapt a copy of the parameters to each prompt and generate with it, prompt by prompt."""
+    """Adapt a copy of the parameters to each prompt and generate with it, prompt by prompt.
+
+    prompts: of the texts, [T] int32 each.
+    """
     import jax
 
-    for number, (text, ids) in enumerate(zip(texts, generator.encode(texts), strict=True)):
+    for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         # The prompt itself decides its random numbers: other prompts beside it change nothing.
         params, (cost,) = adapter.adapt([ids], [text])
         begin = time.perf_counter()
@@ -207,28 +217,47 @@ def make_adapter(loaded: Loaded, adaptation: Adaptation, seed: int) -> Adapter:
     )
 
 
-def read(generator: Generator, params: Params, texts: list[str], saved: Prefix | None) -> Prefix:
-    """Read the prompts `texts`, or continue the saved states by them.
+def encode(generator: Generator, texts: list[str], options: Options) -> list[np.ndarray]:
+    """Encode the prompts, [T] int32 each: texts, what continues a state, or messages of a user.
 
-    One saved state is continued by every text; of several, each by its own.
-    Raises DataError if the number of texts does not fit.
+    Raises DataError: the tokenizer has no chat template, or one that fails.
     """
     from refine_jax.data.tokenizer import encode_continuations
+
+    if options.chat:
+        from refine_jax.data.chat import encode_chat, load_chat_template
+
+        tokenizer, template = generator.tokenizer, load_chat_template(generator.tokenizer)
+        chats = ([{"role": "user", "content": text}] for text in texts)
+        return [encode_chat(tokenizer, template, c, add_generation_prompt=True) for c in chats]
+    if options.load_state is not None:
+        return encode_continuations(generator.tokenizer, texts)
+    return generator.encode(texts)
+
+
+def read(
+    generator: Generator, params: Params, prompts: list[np.ndarray], saved: Prefix | None
+) -> Prefix:
+    """Read the prompts, [T] int32 each, or continue the saved states by them.
+
+    One saved state is continued by every prompt; of several, each by its own.
+    Raises DataError if the number of prompts does not fit.
+    """
     from refine_jax.generation import take_rows
 
     if saved is None:
-        return generator.read(params, generator.encode(texts))
+        return generator.read(params, prompts)
     rows = saved.length.shape[0]
-    if not texts:
+    if not prompts:
         return saved
     if rows == 1:
-        saved = take_rows(saved, np.zeros(len(texts), np.int32))
-    elif rows != len(texts):
+        saved = take_rows(saved, np.zeros(len(prompts), np.int32))
+    elif rows != len(prompts):
         raise DataError(
             f"The saved state is of {rows} prompts: it takes no prompt, or one for each. "
-            f"Got: {len(texts)}."
+            f"Got: {len(prompts)}."
         )
-    return generator.extend(params, saved, encode_continuations(generator.tokenizer, texts))
+    return generator.extend(params, saved, prompts)
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -322,6 +351,7 @@ def command() -> Command:
     made.group("prompts, any number; none: standard input")
     flag("prompt", "a prompt", default=[], every=True)
     flag("prompt_file", "one of UTF-8; -: stdin", default=[], every=True, metavar="FILE")
+    flag("chat", "each is the message of a user", bool, default=False, without="load_state")
     flag("load_state", "saved state that the prompts, if any, continue", metavar="DIR")
     flag("save_state", "keep the state after the prompts; must not exist", metavar="DIR")
     made.group("sampling")

@@ -22,11 +22,13 @@ from fuzz import Draw, Group, Wrong, dump, write
 from refine_jax.checkpoint import CheckpointManager, load_model, read_hf, write_hf
 from refine_jax.checkpoint.tree import flatten
 from refine_jax.config import SECTIONS, Config, DataConfig, PromptsConfig
+from refine_jax.data.chat import encode_chat, load_chat_template
 from refine_jax.data.pipeline import load_corpus
 from refine_jax.data.prompts import load_prompts
 from refine_jax.data.sources import open_source
 from refine_jax.data.tasks import load_examples
 from refine_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from refine_jax.data.tokenizer_files import CHAT
 from refine_jax.data.tokens import open_tokens
 from refine_jax.evaluation.metrics import score
 from refine_jax.generate import read_prompts
@@ -201,7 +203,7 @@ def prompt_files(draw: Draw, base: None, folder: Path) -> None:
 
 
 def make_tokenizers(folder: Path) -> dict[str, bytes]:
-    """A tokenizer.json, its configuration, and a SentencePiece model."""
+    """A tokenizer.json, its configuration, a chat template, and a SentencePiece model."""
     import sentencepiece
     import tokenizers
 
@@ -222,13 +224,17 @@ def make_tokenizers(folder: Path) -> dict[str, bytes]:
         "tokenizer.json": made.to_str().encode(),
         "tokenizer_config.json": dump(config),
         "special_tokens_map.json": dump(config),
+        "chat_template.jinja": b"""{% for m in messages %}{{ bos_token }}{{ m.role | upper }}
+            {{- m['content'] | trim | tojson(indent=1) }}{{ eos_token }}{% break %}{% endfor %}
+            {%- if add_generation_prompt is defined %}{{ strftime_now('%Y') }}{% endif %}""",
         "tokenizer.model": (folder / "pieces.model").read_bytes(),
     }
 
 
 def tokenizer_folders(draw: Draw, base: dict[str, bytes], folder: Path) -> None:
     """Folders with tokenizer files; what loads encodes and decodes."""
-    kinds = draw.one_of(("tokenizer.json", "tokenizer_config.json"), ("tokenizer.model",), base)
+    own = ("tokenizer.json", "tokenizer_config.json")
+    kinds = draw.one_of(own, (*own, CHAT), ("tokenizer.model",), base)
     files = {name: base[name] for name in kinds}
     name = draw.one_of(*files)
     if name.endswith(".json") and draw.number(0, 2):
@@ -237,11 +243,15 @@ def tokenizer_folders(draw: Draw, base: dict[str, bytes], folder: Path) -> None:
         files[name] = draw.bytes(files[name])
     for name, content in files.items():
         write(folder / name, content)
-    tokenizer = load_tokenizer(draw.one_of(folder, folder / name))
+    tokenizer = load_tokenizer(folder if name == CHAT else draw.one_of(folder, folder / name))
     bos = tokenizer.bos_id is not None
     ids = tokenizer.encode("the fox </s> \ud83d", bos=bos)
     assert ids.dtype == np.int32 and (ids >= 0).all() and (ids < tokenizer.vocab_size).all()
     tokenizer.decode(ids)
+    if CHAT in tokenizer.files:
+        chat = [{"role": "user", "content": "the fox </s>"}, {"role": "assistant", "content": "a"}]
+        ids = encode_chat(tokenizer, load_chat_template(tokenizer), chat)
+        assert ids.dtype == np.int32 and (ids >= 0).all() and (ids < tokenizer.vocab_size).all()
 
 
 def make_model_folders(folder: Path) -> dict[str, Path]:

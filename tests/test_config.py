@@ -17,12 +17,15 @@ from refine_jax.config import (
     RefineConfig,
     defaults,
 )
+from refine_jax.data.tokenizer import load_tokenizer
+from refine_jax.models.config import model_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMS = {
     "demo": (None, "short", "deltanet", "deltanet,short"),
     "midtrain_lact_760m": (None, "runlocal"),
     "midtrain_deltanet_1_3b": (None, "runlocal"),
+    "midtrain_qwen3_5": (None, "0.8b", "2b", "4b", "9b", "runlocal", "9b,runlocal"),
     "posttrain_lact_760m": (None, "sft", "nested_sft", "grpo", "runlocal", "grpo,runlocal"),
     "posttrain_deltanet_1_3b": (None, "sft", "nested_sft", "grpo", "runlocal"),
 }
@@ -147,7 +150,9 @@ def test_config_files_refuse_unknown_forms(name):
         load(name).get_config("runlocl")
 
 
-@pytest.mark.parametrize("name", ["midtrain_lact_760m", "midtrain_deltanet_1_3b"])
+@pytest.mark.parametrize(
+    "name", ["midtrain_lact_760m", "midtrain_deltanet_1_3b", "midtrain_qwen3_5"]
+)
 def test_full_size_configs_carry_the_papers_numbers(name):
     config = Config.from_dict(load(name).get_config())
     train, optimizer, refine = config.train, config.optimizer, config.refine
@@ -157,6 +162,34 @@ def test_full_size_configs_carry_the_papers_numbers(name):
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.01, 0.2)
     assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
     assert (refine.objective, refine.reward, refine.kl_coef) == ("refine", "cosine", 0.0)
+
+
+@pytest.mark.parametrize("arg", ["0.8b,2b", "9b,runlocal,sft", "runlocal,runlocal", "", "9B"])
+def test_sizes_of_qwen_that_there_are_not(arg):
+    with pytest.raises(ValueError, match=r"has the sizes 0\.8b, 2b, 4b, 9b.*Got: '"):
+        load("midtrain_qwen3_5").get_config(arg)
+
+
+@pytest.mark.parametrize("size", ["0.8b", "2b", "4b", "9b"])
+def test_a_small_qwen_has_the_layers_of_the_large_one(size):
+    """Its kinds of layers, and how many heads share a key."""
+
+    def model(arg):
+        config = Config.from_dict(load("midtrain_qwen3_5").get_config(arg))
+        return config, model_config(dict(config.model.fresh))
+
+    (large, made), (local, small) = model(size), model(f"{size},runlocal")
+    assert made.layer_kinds[:4] == small.layer_kinds
+    assert made.layer_kinds == made.layer_kinds[:4] * (made.num_hidden_layers // 4)
+    values, queries = (
+        {each.linear.num_value_heads / each.linear.num_heads for each in (made, small)},
+        {each.attention.num_heads / each.attention.num_kv_heads for each in (made, small)},
+    )
+    assert (values, queries) == ({2.0 if size in ("4b", "9b") else 1.0}, {4.0})
+    assert made.tie_word_embeddings == small.tie_word_embeddings
+    # The published tokenizer has no bos; the small model's is that of Mistral.
+    assert (large.data.tokenizer, large.data.add_bos) == ("checkpoint", False)
+    assert load_tokenizer(local.data.tokenizer).vocab_size == small.vocab_size
 
 
 @pytest.mark.parametrize("name", ["posttrain_lact_760m", "posttrain_deltanet_1_3b"])

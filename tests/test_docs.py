@@ -329,6 +329,8 @@ MODULES = {
     "test_each_prompt_is_answered_with_the_parameters_adapted_to_it",
     GENERATE + "_state": "tests/generation/test_command.py::"
     "test_a_state_is_read_once_and_asked_twice",
+    GENERATE + "--chat": "tests/generation/test_command.py::"
+    "test_a_prompt_becomes_the_message_of_a_user",
     GENERATE + "--adapt_steps": "tests/generation/test_command.py::"
     "test_each_prompt_is_continued_by_a_copy_trained_on_it",
     GENERATE: "tests/generation/test_command.py::"

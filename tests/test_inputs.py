@@ -56,7 +56,6 @@ def examples(path: Path, task: str = "hotpotqa"):
 
 
 def test_saved_truncation_and_padding_cut_and_pad_nothing():
-    pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(require_input("tok_truncation_padding"))
     vocabulary = json.loads((INPUTS / "tok_truncation_padding/tokenizer.json").read_text())
     vocabulary = vocabulary["model"]["vocab"]
@@ -267,7 +266,6 @@ def test_a_moved_corpus_goes_on_bit_for_bit(tmp_path):
 
 
 def test_special_tokens_in_a_text_are_text():
-    pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(require_input("tok_plain"))
     ids = tokenizer.encode("the fox </s> dog", bos=False).tolist()
     assert tokenizer.eos_id == 2 and 2 not in ids and 1 not in ids
@@ -277,7 +275,6 @@ def test_special_tokens_in_a_text_are_text():
 
 
 def test_every_end_of_a_list_ends_a_generation():
-    pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(require_input("tok_eos_list"))
     vocabulary = json.loads((INPUTS / "tok_eos_list/tokenizer.json").read_text())["model"]["vocab"]
     assert set(tokenizer.end_ids) == {vocabulary["</s>"], vocabulary["dog"]}
@@ -285,7 +282,6 @@ def test_every_end_of_a_list_ends_a_generation():
 
 
 def test_a_mark_in_the_files_of_a_tokenizer():
-    pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(require_input("tok_bom"))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 

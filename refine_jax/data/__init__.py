@@ -14,6 +14,9 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "ChatTemplate": "chat",
+    "encode_chat": "chat",
+    "load_chat_template": "chat",
     "BatchIterator": "pipeline",
     "Corpus": "pipeline",
     "Dataset": "pipeline",

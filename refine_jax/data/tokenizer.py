@@ -28,6 +28,7 @@ from refine_jax.data.tokenizer_files import (
     MODEL,
     TEKKEN,
     Named,
+    files_beside,
     find_tokenizer,
     ids_of,
     open_sentencepiece,
@@ -51,6 +52,7 @@ class Tokenizer(Protocol):
         eos_id: end of sequence, appended to documents; None if the tokenizer has none.
         end_ids: every token that ends a text that is generated: eos_id, and others that files name.
         pad_id: fills the slots of a row that hold no token (their segment is 0).
+        special_tokens: {text: id} of those that no text becomes, but in `encode_special`.
         files: {name: path} from which a folder that they are copied to loads it; empty for bytes.
     """
 
@@ -61,6 +63,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     end_ids: tuple[int, ...]
     pad_id: int
+    special_tokens: Mapping[str, int]
     files: Mapping[str, Path]
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
@@ -75,6 +78,9 @@ class Tokenizer(Protocol):
     ) -> list[np.ndarray]:
         """Return `encode` of each text, [T] int32, several at a time where the library can."""
 
+    def encode_special(self, text: str) -> np.ndarray:
+        """Return the ids [T] int32 of a text whose special tokens, as "</s>", are such; no ends."""
+
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids`; bos, eos and pad have no text."""
 
@@ -87,6 +93,7 @@ class ByteTokenizer:
     vocab_size = 259
     bos_id, eos_id, pad_id = 256, 257, 258
     end_ids: tuple[int, ...] = (257,)
+    special_tokens: Mapping[str, int] = {}  # they have no text
     files: Mapping[str, Path] = {}
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> np.ndarray:
@@ -99,6 +106,10 @@ class ByteTokenizer:
     ) -> list[np.ndarray]:
         """Return `encode` of each text, [T] int32."""
         return [self.encode(text, bos, eos) for text in texts]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """Return the bytes of `text` as ids [T] int32."""
+        return self.encode(text, bos=False)
 
     def decode(self, ids: Ids) -> str:
         """Return the text; bytes that are not UTF-8 become U+FFFD."""
@@ -165,7 +176,8 @@ class SentencePieceTokenizer(_LibraryTokenizer):
         ids = ids_of(named, functools.partial(self._id_of, named), path)
         warn_unknown(named, self._text_of, path)
         self.name = name or str(path)
-        self.files = {MODEL: path, **named.files}
+        self.files = {MODEL: path} if name else {MODEL: path, **files_beside(path.parent, named)}
+        self._added = named.added
         self.vocab_size = 1 + max(self._pieces - 1, *(i for i in (ids.bos, *ids.ends) if i), 0)
         own = [_id_or_none(self._model.bos_id()), _id_or_none(self._model.eos_id())]
         self.bos_id = own[0] if ids.bos is None else ids.bos
@@ -193,6 +205,26 @@ class SentencePieceTokenizer(_LibraryTokenizer):
             if i is not None and i < self._pieces and not self._model.is_control(i)
         ]
 
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """{text: id} of control pieces, bos, eos and tokens that were added to the model."""
+        ids = [*self._reserved, *(i for i in range(self._pieces) if self._model.is_control(i))]
+        added = {text: i for text, i in self._added.items() if i >= self._pieces}
+        return added | {self._model.id_to_piece(i): i for i in ids}
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """Return the ids [T] int32 of a text whose special tokens are such.
+
+        What stands between them is encoded on its own, with the space before a text.
+        """
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+        parts = re.split(f"({pattern})", valid_unicode(text))
+        ids = [np.zeros(0, np.int32), *self._encode_as_text(parts[::2])]
+        tokens = [np.array([self.special_tokens[part]], np.int32) for part in parts[1::2]]
+        pairs = itertools.zip_longest(ids[1:], tokens, fillvalue=ids[0])
+        return np.concatenate([*itertools.chain.from_iterable(pairs)])
+
     def decode(self, ids: Ids) -> str:
         """Return the text of `ids`; special tokens have none."""
         known = [int(i) for i in ids if i < self._pieces and i not in self._reserved]
@@ -219,7 +251,7 @@ class SentencePieceTokenizer(_LibraryTokenizer):
 
 
 class HuggingFaceTokenizer(_LibraryTokenizer):
-    """A `tokenizer.json` of the `tokenizers` library (an optional dependency).
+    """A `tokenizer.json` of the `tokenizers` library.
 
     The names of bos, eos and pad come from `tokenizer_config.json` or `special_tokens_map.json`
     in the same folder. Texts are encoded whole and as they are, whatever the file has saved of a
@@ -229,18 +261,13 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     def __init__(self, path: str | os.PathLike) -> None:
         """Read `path`.
 
-        Raises DataError if the file is missing, broken or larger than a tokenizer, if one beside
-        it is, or if `tokenizers` is not installed.
+        Raises DataError if the file is missing, broken or larger than a tokenizer, or if one beside
+        it is.
         """
+        import tokenizers
+
         path = Path(path)
         content = read_bytes(path)
-        try:
-            import tokenizers
-        except ImportError as error:
-            raise DataError(
-                f"{path} needs the `tokenizers` library: pip install 'refine-jax[tokenizers]', "
-                "or name a tokenizer.model."
-            ) from error
         with _errors_of_library(f"not a tokenizer.json: {path}"):
             text = content.decode("utf-8").removeprefix(MARK)
             self._model = tokenizers.Tokenizer.from_str(text)
@@ -256,7 +283,8 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         special = {i for i in added if added[i].special} | {ids.bos, *ids.ends[:1]}
         self._reserved = sorted(special - {None} - self._unknown())
         self.name = str(path)
-        self.files = {FAST: path, **named.files}
+        self.special_tokens = {self._model.id_to_token(i): i for i in self._reserved}
+        self.files = {FAST: path, **files_beside(path.parent, named)}
         # Added tokens may lie beyond a gap, so the largest id counts, not the number of tokens.
         self.vocab_size = 1 + max(vocabulary.values())
         self.bos_id, self.end_ids = ids.bos, ids.ends
@@ -290,6 +318,19 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
             texts = [int(i) for i in ids if i not in ends]
             return self._model.decode(texts, skip_special_tokens=True)
 
+    def encode_special(self, text: str) -> np.ndarray:
+        """Return the ids [T] int32 of a text whose special tokens are such."""
+        with _errors_of_library(f"{self.name} cannot encode a text"):
+            ids = self._model_of_special.encode(valid_unicode(text), add_special_tokens=False).ids
+        return np.array(ids, np.int32)
+
+    @functools.cached_property
+    def _model_of_special(self):
+        # A model of its own: another thread may encode a text, in which these tokens are text.
+        model = copy.deepcopy(self._model)
+        model.encode_special_tokens = False
+        return model
+
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         with _errors_of_library(f"{self.name} cannot encode a text"):
             batch = self._model.encode_batch(list(texts), add_special_tokens=False)
@@ -302,12 +343,16 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         return [begin + 1 for begin, end in spans if end - begin > 1]
 
 
-def encode_continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_continuations(
+    tokenizer: Tokenizer, texts: Sequence[str], *, special: bool = False
+) -> list[np.ndarray]:
     """Return the ids [T] int32 of each text as it stands after other text.
 
     SentencePiece puts a space before what it encodes, which belongs to the start of a text only:
-    the ids are those that follow a line end.
+    the ids are those that follow a line end. special: encode by `Tokenizer.encode_special`.
     """
+    if special:
+        return _continuations(lambda texts: [*map(tokenizer.encode_special, texts)], texts)
     return _continuations(functools.partial(tokenizer.encode_batch, bos=False), texts)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CHAT = "chat_template.jinja"
 MODEL, FAST, TEKKEN = "tokenizer.model", "tokenizer.json", "tekken.json"
 MAX_BYTES = 200 << 20  # of a file; the largest published tokenizers have 40 MB
 MAX_ID = 2**31 - 1  # ids are int32
@@ -80,7 +81,7 @@ def find_tokenizer(path: Path) -> Path:
     """Find the file of the tokenizer that a folder holds, itself or in `tokenizer/`.
 
     Of two files it is the one that holds all tokens; a warning says where they disagree. What both
-    hold alike is read from tokenizer.model, which needs no further library.
+    hold alike is read from tokenizer.model.
 
     Raises DataError: the folder holds none.
     """
@@ -175,6 +176,12 @@ def _tokens(path: Path) -> dict[str, int]:
     if not tokens:
         raise DataError(f"{path} is no tokenizer.json: it holds no vocabulary.")
     return tokens
+
+
+def files_beside(folder: Path, named: Named) -> dict[str, Path]:
+    """List {name: path} of the files that belong to the tokenizer of a folder beside its own."""
+    chat = folder / CHAT
+    return dict(named.files) | ({CHAT: chat} if chat.is_file() else {})
 
 
 def read_named(folder: Path) -> Named:

@@ -27,6 +27,7 @@ from refine_jax.compile_only.estimate.flops import (
 from refine_jax.compile_only.programs import programs_of_run
 from refine_jax.compile_only.programs.run import AbstractRun
 from refine_jax.config import Config, defaults
+from refine_jax.generation.generator import BLOCK
 from refine_jax.kernels.delta_rule import delta_rule
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
@@ -421,6 +422,21 @@ def test_states_on_a_chip_are_those_of_its_rows_and_heads():
     assert on_a_chip(fsdp=2) == {whole}  # a row each
     assert on_a_chip(fsdp=2, sequence=2) == {whole}
     assert on_a_chip(fsdp=2, tensor=2) == {(whole - counts) // 2 + counts}
+
+
+def test_caches_have_room_for_a_prompt_and_its_answer():
+    values = small_config()
+    values.model.fresh = dict(CONFIGS["qwen"])
+
+    def room():
+        run = AbstractRun(Config.from_dict(values), jax.devices()[0])
+        program = programs_of_run(run)["decode"]()
+        return run.model.capacity(program.args[1].state)
+
+    assert values.generation.max_new_tokens is None
+    assert 1024 + BLOCK <= room() <= 2048
+    values.generation.max_new_tokens = 3000
+    assert room() >= 1024 + 3000
 
 
 # The compiler

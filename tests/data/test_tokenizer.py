@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from goldens import require_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,6 @@ def mistral() -> Tokenizer:
 
 
 def write_tokenizer_json(folder: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers", reason="the optional tokenizers library")
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -137,13 +137,6 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     assert [i.tolist() for i in found.encode_batch(["dog", "fox"])] == [[1, 11], [1, 6]]
 
 
-def test_tokenizer_json_without_its_library(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"refine-jax\[tokenizers\]"):
-        load_tokenizer(tmp_path)
-
-
 def test_tokenizer_without_bos(tmp_path: Path) -> None:
     write_tokenizer_json(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
@@ -177,7 +170,6 @@ def test_loading_mistral_does_not_import_its_package() -> None:
 
 def tokenizer_json(folder: Path, model, pre_tokenizer=None, **config) -> Path:
     """A folder with a tokenizer.json of a model of the library, and a tokenizer_config.json."""
-    tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(model)
     if pre_tokenizer is not None:
         made.pre_tokenizer = pre_tokenizer
@@ -193,7 +185,6 @@ def tokenizer_json(folder: Path, model, pre_tokenizer=None, **config) -> Path:
 
 def word_level(folder: Path, **config) -> Path:
     """Words between spaces; the special tokens are words of the vocabulary too."""
-    tokenizers = pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     return tokenizer_json(
         folder,
@@ -205,7 +196,6 @@ def word_level(folder: Path, **config) -> Path:
 
 def byte_level(folder: Path, merges=(), dropout=None, **config) -> Path:
     """Bytes, and words of two of them; special tokens are added to these."""
-    tokenizers = pytest.importorskip("tokenizers")
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {piece: i for i, piece in enumerate([*alphabet, *("".join(m) for m in merges)])}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(merges), dropout=dropout))
@@ -236,7 +226,6 @@ def sentencepiece_model(folder: Path, **options) -> Path:
 
 
 def test_saved_truncation_and_padding_change_nothing() -> None:
-    pytest.importorskip("tokenizers")
     folder = require_input("tok_truncation_padding")
     found = load_tokenizer(folder)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
@@ -259,7 +248,6 @@ def test_saved_dropout_segments_nothing_at_random(tmp_path: Path) -> None:
 
 
 def unigram(folder: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
     scores = {"<unk>": 0, "<s>": 0, "</s>": 0, "▁": -2} | dict.fromkeys("thefoxdg</s>", -4)
     return tokenizer_json(
         folder,
@@ -291,7 +279,6 @@ SPELLING = {
 
 @pytest.mark.parametrize("kind", SPELLING)
 def test_special_tokens_in_a_text_are_text(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
     found = load_tokenizer(SPELLING[kind](tmp_path / "tokenizer"))
     end = "</end>" if kind == "pieces" else "</s>"
     special = {found.bos_id, *found.end_ids}
@@ -324,7 +311,6 @@ def test_many_special_tokens_in_a_long_text_take_no_longer_than_text(tmp_path: P
 
 
 def test_all_ends_of_a_list(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
     found = load_tokenizer(require_input("tok_eos_list"))
     assert (found.eos_id, found.end_ids, found.bos_id) == (2, (2, 11), None)
     assert found.encode("the dog", bos=False, eos=True).tolist() == [3, 11, 2]
@@ -367,7 +353,6 @@ def test_ends_that_the_files_of_a_sentencepiece_model_name(tmp_path: Path, caplo
 
 def test_the_file_that_holds_all_tokens(tmp_path: Path, caplog) -> None:
     """Of tokenizer.model and tokenizer.json; a line says where they disagree."""
-    tokenizers = pytest.importorskip("tokenizers")
     folder = sentencepiece_model(tmp_path / "t")
     model = load_tokenizer(folder)._model
     pieces = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
@@ -449,7 +434,6 @@ def test_names_that_nothing_depends_on(tmp_path: Path, caplog) -> None:
     folder = word_level(tmp_path / "t", pad_token="<pad>", unk_token="")
     assert load_tokenizer(folder).pad_id == 2
     assert len(caplog.records) == 1 and "no token '<pad>'" in caplog.text
-    pytest.importorskip("tokenizers")
     caplog.clear()
     found = load_tokenizer(require_input("tok_bom"))
     assert (found.bos_id, found.eos_id) == (1, 2) and not caplog.records
@@ -498,7 +482,6 @@ def test_lone_surrogates_are_replaced_wherever_they_come_from(tmp_path: Path) ->
 
 
 def test_texts_that_a_vocabulary_cannot_say_end_in_one_message(tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.WordLevel({"a": 0}, unk_token="<unk>")
     found = load_tokenizer(tokenizer_json(tmp_path / "t", model))
     with pytest.raises(DataError, match=r"tokenizer\.json cannot encode a text"):

@@ -145,6 +145,84 @@ def test_standard_input_is_the_prompt_in_a_process_of_its_own(generate, checkpoi
     assert generate("--prompt_file", "-", "--max_new_tokens", 4)[1] == want
 
 
+CHAT = (
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat(checkpoint, tmp_path_factory):
+    """A checkpoint whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT})
+    )
+    (folder / "chat_template.jinja").write_text(
+        f"{CHAT}{{% if add_generation_prompt %}}answer:{{% endif %}}"
+    )
+    files = {path.name: path for path in folder.iterdir()} | load_tokenizer("mistral-v1").files
+    save_model(
+        folder / "model", checkpoint[2], json.dumps(checkpoint[1].config.to_hf()), dict(files)
+    )
+    return folder / "model"
+
+
+def test_a_prompt_becomes_the_message_of_a_user(generate, checkpoint, chat, tmp_path):
+    _, model, params = checkpoint
+    tokenizer = load_tokenizer("mistral-v1")
+    texts, plain = [MARY, "</s> Baa\n"], {"bos": False}
+    (tmp_path / "baa").write_text(texts[1])
+    given = ["--chat", "--checkpoint", chat, "--prompt", MARY, "--prompt_file", tmp_path / "baa"]
+    code, out, err = generate(*given, *DRAWN, "--max_new_tokens", 6, "--json")
+    assert (code, err) == (0, "")
+    ends = [2, *tokenizer.encode("answer:", **plain)]
+    prompts = [
+        [1, *tokenizer.encode("user: " + MARY, **plain), *ends],
+        # A special token in a message is text, which its place is cut out of.
+        [
+            1,
+            *tokenizer.encode("user: <", **plain),
+            *tokenizer.encode("\n/s> Baa\n", **plain)[len(tokenizer.encode("\n", **plain)) :],
+            *ends,
+        ],
+    ]
+    sampling = Sampling(temperature=0.9, top_k=500, top_p=0.95, max_new_tokens=6, seed=3)
+    generator = Generator(model, tokenizer)
+    want = generator.generate(params, generator.read(params, prompts), sampling)
+    for got, expected, prompt in zip(lines(out), want, prompts, strict=True):
+        assert got["tokens"] == list(expected.tokens) and got["text"] == expected.text
+        assert got["tokens_read"] == len(prompt)
+    # The state after a chat is continued by texts.
+    state = tmp_path / "state"
+    generate(*given[:5], "--save_state", state, "--max_new_tokens", 0)
+    answer = [*DRAWN, "--max_new_tokens", 6]
+    continued = generate("--checkpoint", chat, "--load_state", state, *answer)
+    assert continued == (0, want[0].text + "\n", "")
+    adapted = generate(*given, "--adapt_steps", 1, *answer, "--json", "--adapt_objective", "ntp")
+    assert [line["tokens_read"] for line in lines(adapted[1])] == [len(ids) for ids in prompts]
+
+
+def test_chats_that_cannot_be_end_in_one_message(generate, chat, tmp_path, capsys):
+    given = ["--chat", "--prompt", "x"]
+    refusing = tmp_path / "tokenizer"
+    refusing.mkdir()
+    for path in chat.iterdir():
+        if path.name.startswith("tokenizer"):
+            (refusing / path.name).write_bytes(path.read_bytes())
+    (refusing / "chat_template.jinja").write_text("{{ raise_exception('No ' ~ messages[0].role) }}")
+    for arguments, message in (
+        ([*given, "--tokenizer", "mistral-v1"], "mistral-v1 has no chat template"),
+        ([*given, "--tokenizer", "bytes"], "the tokenizer bytes has no chat template"),
+        ([*given, "--tokenizer", refusing], "chat_template.jinja refuses the messages: No user."),
+    ):
+        code, out, err = generate(*arguments)
+        assert (code, out) == (1, "") and err.startswith("error: ")
+        assert message in err and err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        generate(*given, "--load_state", tmp_path / "state")
+    assert "--chat cannot stand beside --load_state" in capsys.readouterr().err
+
+
 def test_mistakes_end_in_one_message(generate, checkpoint, tmp_path):
     (tmp_path / "latin").write_bytes("é".encode("latin-1"))
     (tmp_path / "empty").touch()

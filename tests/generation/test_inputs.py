@@ -125,7 +125,6 @@ def test_every_end_of_the_files_ends_a_text(file, places, tmp_path, run):
 
 def test_every_end_of_a_tokenizer_ends_a_text(tmp_path):
     """With "dog" as an end, an answer ends with it and does not hold it."""
-    pytest.importorskip("tokenizers")
     folder = write(tmp_path / "model", tokenizer=require_input("tok_eos_list"))
     made, params, tokenizer = load(folder)
     assert tokenizer.end_ids == (2, 11)

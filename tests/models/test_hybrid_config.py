@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS
 
-from refine_jax.architectures import QWEN3_5_0_8B
+from refine_jax.architectures import QWEN3_5_0_8B, QWEN3_5_2B, QWEN3_5_4B, QWEN3_5_9B
 from refine_jax.base.errors import ModelConfigError
 from refine_jax.checkpoint.tree import abstract_params
 from refine_jax.models.config import model_config, unused_fields
@@ -82,6 +82,23 @@ def test_parameters_of_a_published_model():
     want = 248320 * wide + 18 * (linear + mlp) + 6 * (full + mlp) + wide
     assert sum(math.prod(x.shape) for x in shapes.values()) == want
     assert 0.7e9 < want < 0.8e9
+
+
+@pytest.mark.parametrize(
+    ("fields", "billions"), [(QWEN3_5_2B, 1.88), (QWEN3_5_4B, 4.21), (QWEN3_5_9B, 8.95)]
+)
+def test_parameters_of_larger_models(fields, billions):
+    """Of the text models alone, by hand."""
+    wide, mlp = fields["hidden_size"], fields["intermediate_size"]
+    values = 128 * fields["linear_num_value_heads"]
+    queries, keys = (256 * fields[f"num_{of}_heads"] for of in ("attention", "key_value"))
+    linear = wide * (2 * 2048 + 2 * values) + values * wide
+    full = wide * (2 * queries + 2 * keys) + queries * wide
+    layers = fields["num_hidden_layers"] * (3 * linear + full + 4 * 3 * wide * mlp) / 4
+    heads = 1 if fields["tie_word_embeddings"] else 2
+    found = sum(math.prod(x.shape) for x in abstract_params(fields).values())
+    assert found == pytest.approx(layers + heads * 248320 * wide, rel=2e-3)
+    assert found == pytest.approx(1e9 * billions, rel=2e-3)
 
 
 def test_sizes_that_follow_from_others():
