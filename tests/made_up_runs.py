@@ -178,7 +178,7 @@ def main() -> None:
         for kind, runs in kinds.items():
             begin = time.perf_counter()
             compare_runs(runs, folder / "page.html")
-            seconds = round(time.perf_counter() - begin, 2)
+            seconds = round(time.perf_counter() - begin, 4)
             results[kind] = {"seconds": seconds, "bytes": (folder / "page.html").stat().st_size}
     print(json.dumps(results))
 

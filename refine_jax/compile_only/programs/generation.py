@@ -123,7 +123,8 @@ def _decode(run: AbstractRun) -> Program:
     # What is known after a prompt does not depend on its length, but for the room of caches.
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
     read = jax.eval_shape(prefill.function, params, *prompts)
-    room = round_length(_longest(run) + BLOCK)
+    answer = max(run.config.generation.max_new_tokens or 0, BLOCK)  # None: tasks say how many
+    room = round_length(_longest(run) + answer)
     state = jax.eval_shape(lambda state: run.model.resize(state, room), read.state)
     prefix = Prefix(shapes.rows(state, axis=1), shapes.rows(read.hidden), shapes.rows(read.length))
     sampler = Sampler(*(shapes.scalar(x) for x in (jnp.float32, jnp.int32, jnp.float32)))
