@@ -151,12 +151,21 @@ def open_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, bytes]:
         raise DataError(f"not a SentencePiece model: {path} ({error})") from None
     if not model.get_piece_size():
         raise DataError(f"not a SentencePiece model: {path} holds no pieces.")
+    try:
+        _pieces_of(model)
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{path} is damaged: it holds a piece that is not UTF-8. Copy the tokenizer again."
+        ) from None
     return model, content
 
 
 def _pieces(path: Path) -> dict[str, int]:
     """Read {token: id} of a tokenizer.model."""
-    model, _ = open_sentencepiece(path)
+    return _pieces_of(open_sentencepiece(path)[0])
+
+
+def _pieces_of(model: SentencePieceProcessor) -> dict[str, int]:
     return {model.id_to_piece(index): index for index in range(model.get_piece_size())}
 
 

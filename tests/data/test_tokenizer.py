@@ -157,6 +157,15 @@ def test_bad_paths(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_piece_that_is_not_text(tmp_path: Path) -> None:
+    path = sentencepiece_model(tmp_path) / "tokenizer.model"
+    content = path.read_bytes()
+    assert b"</s>" in content
+    path.write_bytes(content.replace(b"</s>", b"</s\xf2", 1))
+    with pytest.raises(DataError, match="is damaged: it holds a piece that is not UTF-8"):
+        load_tokenizer(path)
+
+
 def test_loading_mistral_does_not_import_its_package() -> None:
     script = (
         "import sys; from refine_jax.data import load_tokenizer; load_tokenizer('mistral-v1');"
