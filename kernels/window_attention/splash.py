@@ -24,13 +24,20 @@ _SPLASH_TOKENS = 16384  # of one call: the host's work for its tables grows with
 def _splash_kernel(
     num_heads: int, num_tokens: int, num_past: int, window: int, block: int, interpret: bool
 ):
-    """jax's kernel with its tables of blocks, which take seconds to make: kept as numpy arrays."""
     shape = num_tokens, num_past + num_tokens
     mask = splash_mask.LocalMask(shape, window_size=(window - 1, 0), offset=num_past)
+    return make_kernel(splash.make_splash_mha, mask, num_heads, block, interpret)
+
+
+def make_kernel(maker, mask: splash_mask.Mask, num_heads: int, block: int, interpret: bool):
+    """Make one of jax's kernels with its tables of blocks, as numpy arrays. It takes seconds.
+
+    maker: `make_splash_mha`, or `make_splash_mqa` where all heads have their keys in common.
+    """
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
 
     def make():
-        kernel = splash.make_splash_mha(
+        kernel = maker(
             splash_mask.MultiHeadMask([mask] * num_heads),
             block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
             head_shards=1,

@@ -7,19 +7,18 @@ of a key head, T tokens, hd head dim, M queries that meet a row in one product.
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.window_attention.splash import make_kernel
 from refine_jax.models.fork_attention import Reach, attend_row
 from refine_jax.models.layout import Layout
 
@@ -148,26 +147,11 @@ def _blocked(q, k, v, window, layout, axis_name=None):
 
 @functools.lru_cache(maxsize=16)
 def _splash_kernel(sharing: int, tokens: int, window: int | None, block: int, interpret: bool):
-    """jax's kernel with its tables of blocks, kept as numpy arrays."""
     shape = tokens, tokens
     mask = splash_mask.CausalMask(shape)
     if window is not None and window < tokens:
         mask = splash_mask.LocalMask(shape, window_size=(window - 1, 0), offset=0)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-
-    def make():
-        kernel = splash.make_splash_mqa(
-            splash_mask.MultiHeadMask([mask] * sharing),
-            block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        return jax.tree.map(np.asarray, kernel)
-
-    # In another thread neither this one's trace nor its mesh takes part.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
+    return make_kernel(splash.make_splash_mqa, mask, sharing, block, interpret)
 
 
 def _splash(q, k, v, window, layout):

@@ -130,8 +130,18 @@ class HybridArchitecture(Architecture):
 
     @property
     def attention(self) -> AttentionConfig:
-        """The full-attention layers."""
-        raise NotImplementedError
+        """The full-attention layers: what the families have in common."""
+        return AttentionConfig(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_attention_heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.attention_head_dim,
+            rope_theta=self.rope_theta,
+            rotary_dim=self.attention_head_dim,
+            qkv_bias=self.attention_bias,
+            out_bias=self.attention_bias,
+            norm_eps=self.rms_norm_eps,
+        )
 
     def layer_config(self, kind: str | None) -> AttentionConfig | DeltaLayerConfig:
         """See `Architecture`."""
@@ -257,17 +267,10 @@ class QwenTextConfig(HybridArchitecture):
     @property
     def attention(self) -> AttentionConfig:
         """The full-attention layers."""
-        return AttentionConfig(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.attention_head_dim,
-            rope_theta=self.rope_theta,
+        return dataclasses.replace(
+            super().attention,
             rotary_dim=self._rotary_dim,
-            qkv_bias=self.attention_bias,
-            out_bias=self.attention_bias,
             qk_norm="head",
-            norm_eps=self.rms_norm_eps,
             zero_centred=True,
             gated=True,
         )
@@ -368,18 +371,7 @@ class OlmoHybridConfig(HybridArchitecture):
     @property
     def attention(self) -> AttentionConfig:
         """The full-attention layers."""
-        return AttentionConfig(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_attention_heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.attention_head_dim,
-            rope_theta=self.rope_theta,
-            rotary_dim=self.attention_head_dim,
-            qkv_bias=self.attention_bias,
-            out_bias=self.attention_bias,
-            qk_norm="width",
-            norm_eps=self.rms_norm_eps,
-        )
+        return dataclasses.replace(super().attention, qk_norm="width")
 
 
 def refuse_experts(model_type: Any) -> None:
