@@ -243,6 +243,11 @@ def _is_names(axes: Sequence) -> bool:
 def _axes_of(path: Any) -> tuple[str | None, ...]:
     """Logical names of the last axes of the parameter, or optimizer moment, at a tree path."""
     name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    # An update B A of a weight [out, in]: A [r, in] and B [out, r] are spread as the weight is.
+    linear, _, update = name.rpartition("/")
+    if update in ("lora_A", "lora_B"):
+        size_out, size_in = _axes_of([f"{linear}/weight"]) or (None, None)
+        return (None, size_in) if update == "lora_A" else (size_out, None)
     for pattern, axes in PARAMETERS:
         if re.search(rf"(^|/){pattern}$", name):
             return axes

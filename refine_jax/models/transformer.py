@@ -37,10 +37,11 @@ from refine_jax.models.block import (
 from refine_jax.models.config import Architecture
 from refine_jax.models.layers import normal_param, rms_norm
 from refine_jax.models.layout import Layout, round_length
+from refine_jax.models.lora import attach, take_updates
 from refine_jax.models.pattern import Pattern
+from refine_jax.models.trainable import Params, select
 from refine_jax.parallel import axis_size, constrain, gather_parameters
 
-Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
 _KEPT = jax.checkpoint_policies.save_only_these_names(sequence.KEPT)
@@ -189,7 +190,10 @@ class Model:
         return form(self.config, kind, self.policy.implementation, rngs=nnx.Rngs(key))
 
     def _block(self, kind: str | None, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graphs[kind], gather_parameters(layer_params, self.dtype))
+        params, updates = take_updates(gather_parameters(layer_params, self.dtype))
+        block = nnx.merge(self._block_graphs[kind], params)
+        attach(block, updates)
+        return block
 
     def _plan(self, layout: Layout | None, shape: tuple[int, int]) -> Any:
         """The mixers' plans, by kinds."""
@@ -542,6 +546,7 @@ class Model:
         continuations: jax.Array,
         fork_inputs: jax.Array,
         cotangents: tuple[jax.Array, jax.Array],
+        trained: Params | None = None,
     ) -> Params:
         """Gradient of rows and of forks that continue them, layer by layer in reverse.
 
@@ -555,11 +560,18 @@ class Model:
           continuations: [B, R, S] int32, tokens of the forks.
           fork_inputs: [L + 1, B, R, S, D], as `run_forks` gives them.
           cotangents: Of the hidden states of the rows [B, T, D] and of the forks [B, R, S, D].
+          trained: Nested dict with the names of the parameters that are trained; None: all are.
 
-        Returns the gradient with respect to all parameters but those of the head alone.
+        Returns the gradient with respect to the parameters that are trained, but for those of the
+        head alone.
         """
         layout, pattern = rows.trace.layout, self._pattern
+        trained = params if trained is None else trained
         recompute = self.policy.remat == "full"
+
+        def of_trained(kind, gradient):
+            layers = trained.get("layers", {})
+            return select(gradient, layers if kind is None else layers.get(kind, {}))
 
         def layer(kind, cotangents, inputs):
             layer_params, saved, forks, trace = inputs
@@ -577,7 +589,7 @@ class Model:
             if recompute:
                 _, pullback = jax.vjp(both, layer_params, saved, forks)
                 gradient, *cotangents = pullback(cotangents)
-                return tuple(cotangents), gradient
+                return tuple(cotangents), of_trained(kind, gradient)
             of_x, of_forks = cotangents
             _, pullback = jax.vjp(extend, layer_params, forks, trace)
             from_forks, of_forks, of_trace = pullback(of_forks)
@@ -585,6 +597,7 @@ class Model:
                 saved = jax.tree.unflatten(saved.structure, saved.leaves)
             saved.args_res[0] = layer_params
             gradient, of_x = saved((of_x, of_trace))
+            gradient, from_forks = (of_trained(kind, x) for x in (gradient, from_forks))
             return (of_x, of_forks), jax.tree.map(jnp.add, gradient, from_forks)
 
         def norm(weight, *inputs):
@@ -603,7 +616,8 @@ class Model:
 
         _, pullback = jax.vjp(embed, params["embeddings"])
         (embeddings,) = pullback(cotangents)
-        return {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
+        gradient = {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
+        return select(gradient, trained)
 
     def init_state(self, params: Params, batch: tuple[int, int]) -> State:
         """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""

@@ -20,6 +20,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.head import reweighted_loss, token_log_probs
 from refine_jax.models.layout import Layout
+from refine_jax.models.trainable import join, select
 from refine_jax.models.transformer import Model, Params, State, TracedForks
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.exact import (
@@ -157,23 +158,31 @@ class Objective:
         keys: jax.Array | None = None,
         experience: Experience | None = None,
         reference_params: Params | None = None,
+        frozen: Params | None = None,
     ) -> tuple[Params, Metrics]:
         """Compute a micro-batch's share of the mini-batch's gradient and metrics; shares add up.
 
-        whole: of the mini-batch. keys: [B], of the rows, where positions are chosen here.
+        params: those that are trained. frozen: the others; None: there are none. whole: of the mini-batch. keys: [B], of the rows, where positions are chosen here.
         experience: rollouts of these rows; None: roll out in the forward pass that the gradient
         goes back through.
         """
         if self.rolls_out:
-            return self._rollout_gradient(params, batch, whole, keys, experience, reference_params)
-        return jax.grad(self._loss, has_aux=True)(params, batch, whole, keys)
+            return self._rollout_gradient(
+                params, frozen, batch, whole, keys, experience, reference_params
+            )
 
-    def _rollout_gradient(self, params, batch, whole, keys, experience, reference_params):
+        def loss(params):
+            return self._loss(join(params, frozen), batch, whole, keys)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def _rollout_gradient(self, trained, frozen, batch, whole, keys, experience, reference_params):
         """Compute the gradient by hand: rollouts are sampled between the forward and the backward
         pass of the rows, so that autodiff of one loss function cannot express it.
         """
         model, config, tokens = self.model, self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)
+        params = join(trained, frozen)
         # The one forward pass; rollouts that are known already go through it with their rows.
         if experience is None:
             rows = model.run_rows(params, tokens, layout)
@@ -182,13 +191,17 @@ class Objective:
             starts, rollouts = experience.starts, experience.tokens
             positions = starts[:, :: self._repeats]
             (hidden, fork_hidden), pull_layers = jax.vjp(
-                lambda p: model.forward_with_forks(p, tokens, layout, positions, rollouts), params
+                lambda trained: model.forward_with_forks(
+                    join(trained, frozen), tokens, layout, positions, rollouts
+                ),
+                trained,
             )
 
         # Next tokens, whose entropies say where to roll out.
-        head = model.head_params(params)
+        whole_head = model.head_params(params)
+        head = select(whole_head, trained)
         nll_sum, pull_next_tokens, (stats, weights) = jax.vjp(
-            lambda head, hidden: read_hidden(model, head, batch, layout, hidden),
+            lambda head, hidden: read_hidden(model, whole_head | head, batch, layout, hidden),
             head,
             hidden,
             has_aux=True,
@@ -202,12 +215,13 @@ class Objective:
             forks = starts[:, :: self._repeats], rollouts, fork_inputs
 
             def pull_layers(cotangents):
-                return (model.backward(params, rows, *forks, cotangents),)
+                return (model.backward(params, rows, *forks, cotangents, trained),)
 
         # The policy loss: of the rollouts, and of the hidden states before them.
         true_tokens = take_tokens(batch["tokens"], rollout_slots(starts, config.rollout_length))
 
         def policy(head, last_hidden, fork_hidden):
+            head = whole_head | head
             scores = self.scores(head, last_hidden, fork_hidden, rollouts, true_tokens)
             return self._policy_loss(experience, scores, whole)
 
