@@ -68,7 +68,7 @@ def answer(options: Options) -> None:
     from refine_jax.generation import Generator, Sampling, load
     from refine_jax.generation.states import check_state_path, load_prefix, save_prefix
 
-    expand_flags(vars(options), "checkpoint", "tokenizer", "load_state", "save_state")
+    expand_flags(vars(options), "checkpoint", "adapter", "tokenizer", "load_state", "save_state")
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -87,6 +87,7 @@ def answer(options: Options) -> None:
         step=options.step,
         tokenizer=options.tokenizer,
         compute_dtype=options.compute_dtype,
+        adapter=options.adapter,
     )
     model, params, tokenizer = loaded
     generator = Generator(model, tokenizer)
@@ -344,6 +345,7 @@ def command() -> Command:
     flag = made.flag
     made.group("model")
     flag("checkpoint", "model to load", metavar="DIR", needed=True)
+    flag("adapter", "of the peft package, to add to it", metavar="DIR")
     flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
     flag("tokenizer", "mistral-v1, bytes or a path (default: DIR's, or that of its run)")
     dtypes = ("float32", "bfloat16")

@@ -2,13 +2,8 @@
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint.hf import Pretrained, read_hf, write_hf
-from refine_jax.checkpoint.manager import (
-    CheckpointManager,
-    ModelCheckpoint,
-    Restored,
-    load_model,
-    save_model,
-)
+from refine_jax.checkpoint.manager import CheckpointManager, Restored
+from refine_jax.checkpoint.model import ModelCheckpoint, load_model, save_model
 
 __all__ = [
     "CheckpointError",

@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
+ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+FROZEN = "frozen"  # of a run: the parameters that it does not train
 
 # What of a published folder is kept beside a checkpoint, to be written back (published.py).
 PUBLISHED, PUBLISHED_TENSORS = "published.json", "published.safetensors"
@@ -175,7 +177,8 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
 def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Raise CheckpointError unless a model may be written to `path`.
 
-    overwrite: it may hold a model, of ours or in the form of Hugging Face, and nothing else.
+    overwrite: it may hold a model, of ours or in the form of Hugging Face, or an adapter, and
+    nothing else.
     """
     path = _target(path)
     if not os.path.lexists(path):
@@ -196,6 +199,8 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
             "another name."
         )
     entries = sorted(path.iterdir())
+    if [entry.name for entry in entries] == [ADAPTER, ADAPTER_TENSORS]:
+        return
     if entries and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} is a folder without {CONFIG}, no checkpoint: it is not overwritten."

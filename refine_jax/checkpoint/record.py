@@ -16,18 +16,21 @@ from refine_jax.base.files import json_field, kind_of, read_json, short, write_t
 from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 
 _DIGEST = "digest"
+FROZEN_FIX = "Put it back from a copy: the run has no other of the parameters it does not train."
 
 
 class RunRecord(NamedTuple):
     """What run.json says.
 
     best_metric, best_mode: which checkpoint is best ("min" or "max" of a figure; None: none is).
-    config: the configuration of the run.
+    config: the configuration of the run. lora: rank, alpha and targets of its low-rank updates;
+    None: there are none.
     """
 
     best_metric: str | None
     best_mode: str
     config: dict[str, Any]
+    lora: dict[str, Any] | None = None
 
 
 def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -59,7 +62,7 @@ def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
             f"{path} is not as the run wrote it: it was changed or damaged. Put it back from a "
             f'copy; if what it says is right, remove the line "{_DIGEST}" in it.'
         )
-    return RunRecord(get("best_metric", str), mode, get("config", dict, {}))
+    return RunRecord(get("best_metric", str), mode, get("config", dict, {}), get("lora", dict))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

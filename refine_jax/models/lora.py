@@ -48,6 +48,11 @@ class LoRA:
     alpha: float
     targets: tuple[str, ...]
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> LoRA:
+        """From JSON values of the fields; raises KeyError, TypeError or ValueError for others."""
+        return cls(int(fields["rank"]), float(fields["alpha"]), tuple(map(str, fields["targets"])))
+
     @property
     def scale(self) -> float:
         """s, the factor of an update."""
@@ -111,6 +116,11 @@ def init_updates(params: Params, lora: LoRA, key: jax.Array) -> Params:
 
     weights = linear_maps(params)
     return _nested({name: draw(name, weights[name]) for name in lora.targets})
+
+
+def abstract_updates(params: Params, lora: LoRA) -> Params:
+    """Shapes and dtypes of `init_updates`."""
+    return jax.eval_shape(lambda key: init_updates(params, lora, key), jax.random.key(0))
 
 
 def _nested(updates: Mapping[str, Params]) -> Params:

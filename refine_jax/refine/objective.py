@@ -162,9 +162,9 @@ class Objective:
     ) -> tuple[Params, Metrics]:
         """Compute a micro-batch's share of the mini-batch's gradient and metrics; shares add up.
 
-        params: those that are trained. frozen: the others; None: there are none. whole: of the mini-batch. keys: [B], of the rows, where positions are chosen here.
-        experience: rollouts of these rows; None: roll out in the forward pass that the gradient
-        goes back through.
+        params: those that are trained. frozen: the others; None: there are none. whole: of the
+        mini-batch. keys: [B], of the rows, where positions are chosen here. experience: rollouts of
+        these rows; None: roll out in the forward pass that the gradient goes back through.
         """
         if self.rolls_out:
             return self._rollout_gradient(

@@ -194,7 +194,7 @@ def test_updates_of_several_at_once_share_the_weights():
 
 
 def test_new_updates_change_nothing():
-    model, params = quiet("qwen")
+    _, params = quiet("qwen")
     lora = LoRA(4, 8.0, choose_targets(params, "in_proj_qkv,*mlp*"))
     updates = init_updates(params, lora, jax.random.key(0))
     assert set(flat(updates)) == {
