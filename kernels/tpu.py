@@ -73,7 +73,7 @@ def call_kernel(
     def body(*refs):
         kernel(**dict(zip(names, refs, strict=True)))
 
-    results = pl.pallas_call(
+    run = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -91,7 +91,11 @@ def call_kernel(
         ),
         interpret=interpret_mode(),
         name=name,
-    )(*scalars.values(), *(array for array, _ in inputs.values()))
+    )
+    # Arrays that stay where they are get no further axis: vmap runs the kernel once for each entry.
+    if any(spec.memory_space is pl.ANY for _, spec in inputs.values()):
+        run = jax.custom_batching.sequential_vmap(run)
+    results = run(*scalars.values(), *(array for array, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))
 
 

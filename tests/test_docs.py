@@ -319,6 +319,10 @@ MODULES = {
     MAIN + "--config.mesh": "tests/refine/test_mesh.py::"
     "test_losses_and_gradients_do_not_depend_on_the_mesh",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
+    MAIN + "train.trainable=lora .*copies": "tests/phases/test_lora.py::"
+    "test_prompts_adapt_updates_of_their_own_at_once",
+    MAIN + "train.trainable=lora": "tests/phases/test_lora.py::"
+    "test_checkpoints_hold_updates_and_their_moments_alone",
     MAIN + "configs/demo": ".ci/run: demo, short form",
     MAIN + "configs/midtrain": "tests/phases/test_main.py::test_a_run_learns_and_reports",
     MAIN
@@ -335,6 +339,8 @@ MODULES = {
     "test_each_prompt_is_continued_by_a_copy_trained_on_it",
     GENERATE: "tests/generation/test_command.py::"
     "test_prompts_and_files_of_any_length_are_continued_as_by_the_library",
+    r"python -m refine_jax\.convert .*(lora)": "tests/phases/test_lora.py::"
+    "test_an_adapter_and_a_merged_model_are_written_and_read",
     r"python -m refine_jax\.convert to_hf runs/": "tests/checkpoint/test_convert.py::"
     "test_a_training_run_goes_back_to_pytorch",
     r"python -m refine_jax\.convert .*--dtype": "tests/checkpoint/test_convert.py::"

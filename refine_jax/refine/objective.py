@@ -35,6 +35,7 @@ from refine_jax.refine.grpo import (
     kl_penalty,
     loss_options,
     policy_loss,
+    reward_shares,
     token_advantages,
 )
 from refine_jax.refine.reading import (
@@ -167,14 +168,10 @@ class Objective:
         these rows; None: roll out in the forward pass that the gradient goes back through.
         """
         if self.rolls_out:
-            return self._rollout_gradient(
-                params, frozen, batch, whole, keys, experience, reference_params
-            )
-
-        def loss(params):
-            return self._loss(join(params, frozen), batch, whole, keys)
-
-        return jax.grad(loss, has_aux=True)(params)
+            rest = batch, whole, keys, experience, reference_params
+            return self._rollout_gradient(params, frozen, *rest)
+        loss = functools.partial(self._loss, batch=batch, whole=whole, keys=keys)
+        return jax.grad(lambda p: loss(join(p, frozen)), has_aux=True)(params)
 
     def _rollout_gradient(self, trained, frozen, batch, whole, keys, experience, reference_params):
         """Compute the gradient by hand: rollouts are sampled between the forward and the backward
@@ -316,7 +313,9 @@ class Objective:
             penalty = kl_penalty(arrays[0], tokens(experience.ref_log_probs), config.kl_type)
             metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole_mask)
             loss += config.kl_coef * metrics["loss/kl"]
-        return loss, metrics | _reward_shares(experience, mask, whole_mask)
+        shares = reward_shares(experience.rewards, experience.advantages, mask, whole_mask)
+        shares["rollouts/valid"] = jnp.sum(experience.valid) / len(whole_mask)
+        return loss, metrics | shares
 
     # Selection, sampling, rewards: nothing here is differentiated
 
@@ -495,19 +494,3 @@ def _add_parts(gradient: Params, more: Params) -> Params:
 def _token_mask(valid: jax.Array, rollout_length: int) -> jax.Array:
     """Repeat `valid` [B, R] bool for every token: [B * R, k] float32."""
     return jnp.repeat(valid.reshape(-1, 1), rollout_length, axis=1).astype(jnp.float32)
-
-
-def _reward_shares(experience: Experience, mask: jax.Array, whole: jax.Array) -> Metrics:
-    """Average rewards and advantages, and their squares: means that add up over micro-batches."""
-
-    def mean(x):
-        x = jnp.broadcast_to(x.reshape(len(mask), -1), mask.shape)
-        return aggregate(x, mask, "token-mean", whole)
-
-    return {
-        "reward/mean": mean(experience.rewards),
-        "reward/square": mean(experience.rewards**2),
-        "advantage/mean": mean(experience.advantages),
-        "advantage/square": mean(experience.advantages**2),
-        "rollouts/valid": jnp.sum(experience.valid) / (whole.shape[0]),
-    }

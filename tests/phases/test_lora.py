@@ -54,6 +54,7 @@ def settings(base, corpus, *changes, trainable="lora"):
     sections = {
         "model": {"checkpoint": str(base)} | (lora if trainable == "lora" else {}),
         "data": rows,
+        "refine": {"kl_coef": 0.1},
         "train": {
             "steps": 4,
             "batch_size": 4,
@@ -94,8 +95,11 @@ def test_checkpoints_hold_updates_and_their_moments_alone(trained, base):
     arrays = {name for name in names if name.startswith(("params.", "opt_state."))}
     parts = [name for name in arrays if not name.endswith("count")]
     assert {name.rpartition(".")[2] for name in parts} == {"lora_A", "lora_B"}
+    assert len([name for name in names if name.startswith("reference_params.")]) == 2 * 3
     assert sum(name.startswith("params.") for name in parts) == 2 * 3
     assert len(parts) == 3 * 2 * 3  # with two moments each
+    divergence = [record["loss/kl"] for record in comparable(trained)[1:]]
+    assert divergence[0] > 0 and divergence[-1] > divergence[0]  # from the first mini-batch on
     loaded = load_model(trained, merge=False)
     assert (loaded.lora.rank, loaded.lora.alpha) == (RANK, ALPHA)
     params, before = flatten(loaded.params), flatten(load_model(base).params)
