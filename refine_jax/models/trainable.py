@@ -59,12 +59,15 @@ def _part(tree: Params, keeps: Callable[[tuple[str, ...]], bool], path: tuple[st
 
 
 def join(params: Params | None, more: Params | None) -> Params | None:
-    """Put two parts of a nested dict together; where one is None, the other is all there is."""
+    """Put two parts of a nested dict together; where one is None, the other is all there is.
+
+    Of what both have, that of the second is taken.
+    """
     if params is None or more is None:
         return more if params is None else params
     both = dict(params)
     for name, x in more.items():
-        both[name] = join(both[name], x) if name in both else x
+        both[name] = join(both[name], x) if isinstance(x, Mapping) and name in both else x
     return both
 
 

@@ -39,7 +39,7 @@ from refine_jax.models.layers import normal_param, rms_norm
 from refine_jax.models.layout import Layout, round_length
 from refine_jax.models.lora import attach, take_updates
 from refine_jax.models.pattern import Pattern
-from refine_jax.models.trainable import Params, select
+from refine_jax.models.trainable import Params, join, select
 from refine_jax.parallel import axis_size, constrain, gather_parameters
 
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
@@ -569,36 +569,36 @@ class Model:
         trained = params if trained is None else trained
         recompute = self.policy.remat == "full"
 
-        def of_trained(kind, gradient):
+        def of_trained(kind, layer_params):
             layers = trained.get("layers", {})
-            return select(gradient, layers if kind is None else layers.get(kind, {}))
+            return select(layer_params, layers if kind is None else layers.get(kind, {}))
 
         def layer(kind, cotangents, inputs):
             layer_params, saved, forks, trace = inputs
-            plan = pattern.of_kind(rows.trace.plan, kind)
+            plan, own = pattern.of_kind(rows.trace.plan, kind), of_trained(kind, layer_params)
 
-            def both(layer_params, x, forks):
-                block = self._block(kind, layer_params)
+            def both(own, x, forks):
+                block = self._block(kind, join(layer_params, own))
                 x, trace = run_block(block, x, layout, plan, positions)
                 return x, extend_forks(block, forks, trace, positions, layout, plan)
 
-            def extend(layer_params, forks, trace):
-                block = self._block(kind, layer_params)
+            def extend(own, forks, trace):
+                block = self._block(kind, join(layer_params, own))
                 return extend_forks(block, forks, trace, positions, layout, plan)
 
             if recompute:
-                _, pullback = jax.vjp(both, layer_params, saved, forks)
+                _, pullback = jax.vjp(both, own, saved, forks)
                 gradient, *cotangents = pullback(cotangents)
-                return tuple(cotangents), of_trained(kind, gradient)
+                return tuple(cotangents), gradient
             of_x, of_forks = cotangents
-            _, pullback = jax.vjp(extend, layer_params, forks, trace)
+            _, pullback = jax.vjp(extend, own, forks, trace)
             from_forks, of_forks, of_trace = pullback(of_forks)
             if kind is not None:
                 saved = jax.tree.unflatten(saved.structure, saved.leaves)
             saved.args_res[0] = layer_params
             gradient, of_x = saved((of_x, of_trace))
-            gradient, from_forks = (of_trained(kind, x) for x in (gradient, from_forks))
-            return (of_x, of_forks), jax.tree.map(jnp.add, gradient, from_forks)
+            gradient = jax.tree.map(jnp.add, of_trained(kind, gradient), from_forks)
+            return (of_x, of_forks), gradient
 
         def norm(weight, *inputs):
             return tuple(self._final_norm({"norm": weight}, x) for x in inputs)
