@@ -297,7 +297,7 @@ class Loop(abc.ABC):
         if step == 0 and not monitor.history:
             before = self._timed_evaluation(0, state) | self._timed_tasks(0, state)
             if before:
-                self.trackers.log(0, monitor.record(0, before))
+                self._keep(monitor, 0, before)
         while step < train.steps and not interrupt.agreed():
             check()
             manager.check()
@@ -309,7 +309,7 @@ class Loop(abc.ABC):
             wanted = (due or step == train.steps) and not failed
             evaluation = self._timed_evaluation(step, state) if wanted else {}
             tasks = {} if failed else self._timed_tasks(step, state)
-            self.trackers.log(step, monitor.record(step, metrics | evaluation | tasks))
+            self._keep(monitor, step, metrics | evaluation | tasks)
             if failed:
                 raise RunError(
                     f"Stopped at step {step}: the gradients of the last "
@@ -322,6 +322,10 @@ class Loop(abc.ABC):
         check()
         self._save(manager, step, state, batches, {}, last=True)
         return state
+
+    def _keep(self, monitor: Monitor, step: int, metrics: Mapping[str, Any]) -> None:
+        monitor.record(step, metrics)
+        self.trackers.log(step, monitor.history[-1])
 
     def _timed_step(
         self, step: int, state: TrainState, batches: BatchIterator

@@ -69,11 +69,8 @@ class Monitor(contextlib.AbstractContextManager):
         """Seconds of the run so far, those before an interruption included."""
         return self._before + time.perf_counter() - self._started
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float | None]:
-        """Append the metrics of one step, flushed to the file before this returns.
-
-        Returns the record: numbers that are not finite are None.
-        """
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of one step, flushed to the file before this returns."""
         record = {"step": step}
         record |= {name: _number(value) for name, value in metrics.items()}
         record["time/total"] = round(self.seconds, 3)
@@ -86,7 +83,6 @@ class Monitor(contextlib.AbstractContextManager):
         evaluated = any(name.startswith("eval/") for name in record)
         if self._log_every and (step % self._log_every == 0 or evaluated or step == self._steps):
             self.say(f"step {step}/{self._steps}  {_brief(record)}{self._time_left(step)}")
-        return record
 
     def say(self, message: str) -> None:
         """Print a line on standard output without breaking the progress bar."""
