@@ -11,6 +11,7 @@ in none of the others: forward and backward passes, head, optimizer. Operations 
 such as loops, count by what is in them. The last line is JSON.
 """
 
+import argparse
 import collections
 import json
 import re
@@ -49,6 +50,7 @@ def shares(folder: Path) -> dict[str, float]:
     files = sorted(folder.glob("profile/**/*.xplane.pb"))
     if not files:
         sys.exit(f"{folder} has no trace: train with --config.train.profile=FIRST:LAST.")
+    raw_to_tool_data.xspace_to_tool_names([str(files[-1])])  # unpacks the programs, too
     trace = jax.profiler.ProfileData.from_file(str(files[-1]))
     seconds: collections.Counter = collections.Counter()
     programs: dict[str, dict[str, str | None]] = {}
@@ -72,7 +74,9 @@ def shares(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Print a table of the shares."""
-    seconds = shares(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="work folder of a run with a trace")
+    seconds = shares(parser.parse_args().folder)
     total = sum(seconds.values())
     for name in (*SCOPES, "no scope"):
         part = seconds.get(name, 0.0)

@@ -1,4 +1,7 @@
-"""Traces of training steps: which steps they hold, and by what names a step's parts stand in them."""
+"""Traces of training steps: which steps they hold, and the names of a step's parts in them."""
+
+import importlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +65,13 @@ def test_the_parts_of_a_step_have_names(tiny_step):
 @pytest.fixture(scope="module")
 def tiny_step():
     """A ReFINE step of a tiny model, traced and not compiled."""
+    from tiny_runs import tiny_run
+
     from refine_jax.config import OptimizerConfig, RefineConfig
     from refine_jax.models.config import model_config
     from refine_jax.models.transformer import Model
     from refine_jax.refine.optimizer import make_optimizer
     from refine_jax.refine.step import TrainState, make_train_step
-    from tiny_runs import tiny_run
 
     fresh = tiny_run("midtrain").model.fresh.to_dict()
     model = Model(model_config(fresh))
@@ -79,3 +83,54 @@ def tiny_step():
     rows = {"tokens": jax.ShapeDtypeStruct((2, 32), jnp.int32)}
     step = make_train_step(model, optimizer, refine, mini_batch=2, micro_batch=2)
     return step.run.lower(state, rows)
+
+
+def test_instructions_belong_to_the_innermost_scope(scopes):
+    text = """    instructions {
+      name: "dot.1"
+      metadata {
+        op_name: "jit(run)/update/while/body/rollout/dot_general"
+      }
+    }
+    instructions {
+      name: "add.2"
+      metadata {
+        op_name: "jit(run)/update/transpose(jvp(score))/add"
+      }
+    }
+    instructions {
+      name: "copy.3"
+    }
+    instructions {
+      name: "mul.4"
+      metadata {
+        op_name: "jit(run)/update/mul"
+      }
+    }
+"""
+    found = {"dot.1": "rollout", "add.2": "score", "mul.4": "update"}
+    assert scopes.scopes_of(text) == found
+
+
+def test_a_step_is_shared_out_among_its_scopes(scopes, tmp_path):
+    pytest.importorskip("xprof", reason="needs the extra [profile]")
+
+    @jax.jit
+    def run(x):
+        with jax.named_scope("update"):
+            with jax.named_scope("rollout"):
+                x = x @ x @ x @ x
+            return jnp.sin(x)
+
+    x = jnp.ones((400, 400)) / 400
+    run(x).block_until_ready()
+    with Profile(tmp_path, (1, 1), print) as profile, profile.step(1):
+        run(x).block_until_ready()
+    seconds = scopes.shares(tmp_path)
+    assert seconds["rollout"] > seconds["update"] > 0
+
+
+@pytest.fixture
+def scopes(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
+    return importlib.import_module("profile_scopes")
