@@ -4,6 +4,7 @@ from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint.hf import Pretrained, read_hf, write_hf
 from refine_jax.checkpoint.manager import CheckpointManager, Restored
 from refine_jax.checkpoint.model import ModelCheckpoint, load_model, save_model
+from refine_jax.checkpoint.peft import read_adapter, write_adapter
 
 __all__ = [
     "CheckpointError",
@@ -12,7 +13,9 @@ __all__ = [
     "Pretrained",
     "Restored",
     "load_model",
+    "read_adapter",
     "read_hf",
     "save_model",
+    "write_adapter",
     "write_hf",
 ]

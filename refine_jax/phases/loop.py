@@ -214,7 +214,9 @@ class Loop(abc.ABC):
 
     def open_checkpoints(self) -> CheckpointManager:
         """Open the checkpoints of this run; makes their folder."""
-        train, start, lora = self.config.train, self.parts.start, self.parts.start.lora
+        train, start, record = self.config.train, self.parts.start, self.parts.changes.record()
+        if start.lora is not None:
+            record["lora"] = dataclasses.asdict(start.lora)
         return CheckpointManager(
             self.workdir / CHECKPOINTS,
             save_every=train.checkpoint_every,
@@ -224,7 +226,7 @@ class Loop(abc.ABC):
             last_step=train.steps,
             config_json=start.config_json,
             run_config=self.config.to_dict(),
-            run_record=self.parts.changes.record() | {"lora": lora and dataclasses.asdict(lora)},
+            run_record=record,
             files=start.files,
         )
 
