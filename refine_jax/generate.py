@@ -1,8 +1,7 @@
 """Generate text from a checkpoint that refine_jax.convert or a training run wrote.
 
-Prompts are taken as they are, line ends at their end too; with --chat, each is a message of a user
-to a model that answers. The texts end at the end tokens of generation_config.json, at --stop, or
-after --max_new_tokens.
+Prompts are taken as they are, line ends at their end too; with --chat, each is the message of a
+user. Texts end at the end tokens of generation_config.json, at --stop or after --max_new_tokens.
 
 Examples:
 
