@@ -18,7 +18,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,35 +110,6 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
         distributed.connect(mesh)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         yield mesh
-
-
-def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Any) -> None:
-    """Refuse a mesh that cannot divide a model.
-
-    sizes: of the mesh's axes. tokens: of a row. model: its configuration.
-
-    Raises ConfigError: what does not divide.
-    """
-    names = ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads")
-    for name in (*names, "num_attention_heads"):
-        heads = getattr(model, name, 0)
-        if heads % sizes["tensor"]:
-            raise ConfigError(
-                "config.mesh.tensor must divide the heads of the model. Got: "
-                f"tensor={sizes['tensor']}, {name}={heads}."
-            )
-    chunk = getattr(model, "lact_chunk_size", 0)
-    if chunk % sizes["sequence"]:
-        raise ConfigError(
-            "config.mesh.sequence must divide lact_chunk_size: its devices share the tokens of "
-            f"every chunk. Got: sequence={sizes['sequence']}, lact_chunk_size={chunk}."
-        )
-    if sizes["sequence"] > 1 and tokens % (sizes["sequence"] * model.token_multiple):
-        raise ConfigError(
-            "config.mesh.sequence gives every device the same number of tokens of a row, a "
-            f"multiple of {model.token_multiple} for this model. Got: "
-            f"sequence={sizes['sequence']}, sequence_length={tokens}."
-        )
 
 
 def axis_sizes() -> dict[str, int]:
@@ -400,34 +371,92 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: jnp.take(row, i, axis=0, mode="clip"))(x, index)
 
 
-def take_slabs(x: jax.Array, start: jax.Array, size: int, *rest: str | None) -> jax.Array:
-    """Tokens start [B, R] ... start + size - 1 of x [B, T, ...]: [B, R, size, ...].
+class Slab(NamedTuple):
+    """Entries `start` ... `start + size - 1` along an axis of arrays [B, ...], in one row of them.
 
-    rest: as of `take_tokens`. Slabs must lie inside the rows. Devices that share the rows' tokens
-    share out the forks, where their numbers divide.
+    axis_name: inside `jax.shard_map`, the mesh axis over which the arrays' axis is spread in
+    contiguous blocks, no shorter than the slab. None: every device has all entries.
     """
-    name = _slab_axis(x, size)
+
+    row: Any
+    axis: int
+    start: Any
+    size: int
+    axis_name: str | None = None
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """The slab [1, ..., size, ...]; where x is spread, what the device has of it, else 0."""
+        begin, behind = self._place(x)
+        sizes = [1, *x.shape[1:]]
+        sizes[self.axis] = self.size
+        part = lax.dynamic_slice(x, begin, sizes)
+        return part if behind is None else self._move(part, behind)
+
+    def add(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """Add `part` [1, ..., size, ...] to the slab in x; where x is spread, to the device's."""
+        begin, behind = self._place(x)
+        part = part if behind is None else self._move(part, -behind)
+        total = lax.dynamic_slice(x, begin, part.shape) + part.astype(x.dtype)
+        return lax.dynamic_update_slice(x, total, begin)
+
+    def _place(self, x: jax.Array) -> tuple[list, Any]:
+        """Where the device's slab begins that is nearest, and how far the wanted one is behind."""
+        begin, behind = [self.row, *[0] * (x.ndim - 1)], None
+        begin[self.axis] = self.start
+        if self.axis_name is not None:
+            start = self.start - lax.axis_index(self.axis_name) * x.shape[self.axis]
+            begin[self.axis] = jnp.clip(start, 0, x.shape[self.axis] - self.size)
+            behind = jnp.clip(start - begin[self.axis], -self.size, self.size)
+        return begin, behind
+
+    def _move(self, part: jax.Array, by: jax.Array) -> jax.Array:
+        """Entries `by` further on, and zeros where there are none."""
+        beside = [(0, 0)] * part.ndim
+        beside[self.axis] = (self.size, self.size)
+        return lax.dynamic_slice_in_dim(
+            jnp.pad(part, beside), self.size + by, self.size, axis=self.axis
+        )
+
+
+def take_slabs(
+    x: jax.Array,
+    start: jax.Array,
+    size: int,
+    *rest: str | None,
+    axis: int = 1,
+    forks: str | None = "forks",
+) -> jax.Array:
+    """Cut tokens start [B, R] ... start + size - 1 out of x, whose `axis` they are.
+
+    x: [B, T, ...], or [B, heads, T, ...] with axis 2. rest: logical names of its other axes behind
+    the first. Slabs must lie inside the rows.
+    forks: "forks": devices that share the rows' tokens share out the forks, where their numbers
+    divide; None: each has all.
+
+    Returns [B, R, size, ...], or [B, R, heads, size, ...].
+    """
+    name = _slab_axis(x, size, axis)
+    if name is None or start.shape[1] % axis_size(name):
+        forks = None
 
     def take(x, start):
-        begin, behind = _slab_here(x, start, size, name)
-
         def slab(index):
-            row, fork = index // start.shape[1], index % start.shape[1]
-            origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
-            tokens = lax.dynamic_slice(x, origin, (1, size, *x.shape[2:]))[0]
-            return tokens if name is None else _moved(tokens, -behind[row, fork])
+            row, fork = divmod(index, start.shape[1])
+            return Slab(row, axis, start[row, fork], size, name).read(x)[0]
 
         # One by one: all at once would be a gather, whose result XLA fills with zeros first.
-        slabs = lax.map(slab, jnp.arange(start.size)).reshape(*start.shape, size, *x.shape[2:])
+        slabs = lax.map(slab, jnp.arange(start.size))
+        slabs = slabs.reshape(*start.shape, *slabs.shape[1:])
         if name is None:
             return slabs
         if forks is None:
             return lax.psum(slabs, name)
         return lax.psum_scatter(slabs, name, scatter_dimension=1, tiled=True)
 
-    forks = None if name is None or start.shape[1] % axis_size(name) else "forks"
-    tokens = ("batch", name and "tokens", *rest)
-    return over_shards(take, (tokens, ("batch",)), ("batch", forks, None, *rest))(x, start)
+    before, behind = rest[: axis - 1], rest[axis - 1 :]
+    tokens = ("batch", *before, name and "tokens", *behind)
+    slabs = ("batch", forks, *before, None, *behind)
+    return over_shards(take, (tokens, ("batch",)), slabs)(x, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -447,17 +476,12 @@ def _tap_forward(x, start, size, rest):
 
 
 def _tap_backward(size, rest, start, cotangents):
-    name = _slab_axis(cotangents[0], size)
+    name = _slab_axis(cotangents[0], size, 1)
 
     def add(x, slabs, start):
-        begin, behind = _slab_here(x, start, size, name)
-
         def one(index, x):
-            row, fork = index // start.shape[1], index % start.shape[1]
-            slab = slabs[row, fork] if name is None else _moved(slabs[row, fork], behind[row, fork])
-            origin = (row, begin[row, fork], *[0] * (x.ndim - 2))
-            old = lax.dynamic_slice(x, origin, (1, *slab.shape))
-            return lax.dynamic_update_slice(x, old + slab.astype(x.dtype), origin)
+            row, fork = divmod(index, start.shape[1])
+            return Slab(row, 1, start[row, fork], size, name).add(x, slabs[row, fork][None])
 
         return lax.fori_loop(0, start.size, one, x)
 
@@ -469,26 +493,7 @@ def _tap_backward(size, rest, start, cotangents):
 tap_slabs.defvjp(_tap_forward, _tap_backward)
 
 
-def _slab_axis(x: jax.Array, size: int) -> str | None:
-    """The mesh axis over which tokens of x [B, T, ...] are spread and slabs are cut there."""
-    name = token_axis(x.shape[1], 1)
-    return None if name is None or x.shape[1] // axis_size(name) < size else name
-
-
-def _slab_here(x, start, size: int, name: str | None) -> tuple[jax.Array, jax.Array]:
-    """The slab of this device that begins where the wanted one does, or nearest: [B, R] each.
-
-    Where it begins, and by how many tokens the wanted one begins behind it.
-    """
-    if name is None:
-        return start, jnp.zeros_like(start)
-    start = start - lax.axis_index(name) * x.shape[1]
-    begin = jnp.clip(start, 0, x.shape[1] - size)
-    return begin, jnp.clip(start - begin, -size, size)
-
-
-def _moved(slab: jax.Array, by: jax.Array) -> jax.Array:
-    """Tokens of a slab [size, ...] moved up by as many places; zeros come after them."""
-    size = slab.shape[0]
-    beside = jnp.pad(slab, ((size, size), *[(0, 0)] * (slab.ndim - 1)))
-    return lax.dynamic_slice_in_dim(beside, size - by, size)
+def _slab_axis(x: jax.Array, size: int, axis: int) -> str | None:
+    """The mesh axis over which tokens, an axis of x, are spread in blocks no shorter than slabs."""
+    name = token_axis(x.shape[axis], 1)
+    return None if name is None or x.shape[axis] // axis_size(name) < size else name

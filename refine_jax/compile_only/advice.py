@@ -6,7 +6,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only.estimate.chips import GIB
 from refine_jax.compile_only.report import Report
 from refine_jax.models.config import model_config
-from refine_jax.parallel import check_fits
+from refine_jax.phases.setup import check_fits
 
 # Programs with a backward pass.
 _DIFFERENTIATED = ("update", "ntp_update", "answer_update", "adaptation")

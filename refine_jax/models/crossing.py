@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.parallel import Slab
+
 
 class ForkPlace(NamedTuple):
     """Where forks of rows stand, [B, R] each.
@@ -79,7 +81,7 @@ def _forward(function, size, axis_name, shared, own, tokens, chunks, place):
 
     def write(turn, out):
         fork = fork_of(turn)
-        return _add_at(out, result(*fork), fork)
+        return _of_fork(fork).add(out, result(*fork))
 
     one = jax.eval_shape(result, 0, 0)
     out = jnp.zeros((*place.crosses.shape, *one.shape[2:]), one.dtype)
@@ -98,7 +100,7 @@ def _backward(function, size, axis_name, residuals, cotangents):
         fork = fork_of(turn)
         here, found = read(*fork, _Fork(own, tokens, chunks))
         _, pullback = jax.vjp(functools.partial(_call, function, here), shared, found)
-        more, parts = pullback(_read_at(d_out, fork))
+        more, parts = pullback(_of_fork(fork).read(d_out))
         return jax.tree.map(jnp.add, d_shared, more), add(*fork, d_arrays, parts)
 
     zeros = functools.partial(jax.tree.map, jnp.zeros_like)
@@ -125,6 +127,11 @@ def crossing_forks(crosses: jax.Array):
     return crosses.sum(), lambda turn: divmod(order[turn], crosses.shape[1])
 
 
+def _of_fork(fork) -> Slab:
+    """What belongs to a fork, (row, number), in arrays [B, R, ...]: [1, 1, ...]."""
+    return Slab(fork[0], 1, fork[1], 1)
+
+
 def _call(function: Callable, here: ForkPlace, shared: Any, found: _Fork) -> jax.Array:
     """`function` of one fork, [1, 1, ...]."""
     own, chunk = (jax.tree.map(lambda x: x[0, 0], tree) for tree in (found.own, found.chunk))
@@ -138,75 +145,28 @@ def _reader_and_adder(size: int, axis_name: str | None, place: ForkPlace):
     Every device of `axis_name` computes each fork. What it has of a slab is added up, in the
     backward pass as well, where each has its share of the gradient.
     """
-    maps = jax.tree.map
 
-    def runs(row, fork):
-        here = maps(lambda x: _read_at(x, (row, fork))[0, 0], place)
-        slab = functools.partial(_Run, row, 2, here.start, size, axis_name)
-        chunk = functools.partial(_Run, row, 1, here.chunk, 1, axis_name)
-        return here, slab, chunk
+    def slabs(row, fork) -> tuple[ForkPlace, _Fork]:
+        own = _of_fork((row, fork))
+        here = jax.tree.map(lambda x: own.read(x)[0, 0], place)
+        tokens = Slab(row, 2, here.start, size, axis_name)
+        return here, _Fork(own, tokens, Slab(row, 1, here.chunk, 1, axis_name))
 
-    def read(row, fork, arrays: _Fork):
-        here, slab, chunk = runs(row, fork)
-        return here, _Fork(
-            maps(lambda x: _read_at(x, (row, fork)), arrays.own),
-            maps(lambda x: slab(x.shape).read(x), arrays.slab),
-            maps(lambda x: chunk(x.shape).read(x), arrays.chunk),
-        )
+    def whole(part, slab: Slab):
+        return part if slab.axis_name is None else lax.psum(part, slab.axis_name)
+
+    def read(row, fork, arrays: _Fork) -> tuple[ForkPlace, _Fork]:
+        here, parts = slabs(row, fork)
+
+        def read_tree(slab, tree):
+            return jax.tree.map(lambda x: whole(slab.read(x), slab), tree)
+
+        return here, _Fork(*map(read_tree, parts, arrays))
 
     def add(row, fork, totals: _Fork, parts: _Fork) -> _Fork:
-        _, slab, chunk = runs(row, fork)
-        return _Fork(
-            maps(lambda x, part: _add_at(x, part, (row, fork)), totals.own, parts.own),
-            maps(lambda x, part: slab(x.shape).add(x, part), totals.slab, parts.slab),
-            maps(lambda x, part: chunk(x.shape).add(x, part), totals.chunk, parts.chunk),
-        )
+        def add_tree(slab, total, part):
+            return jax.tree.map(lambda x, y: slab.add(x, whole(y, slab)), total, part)
+
+        return _Fork(*map(add_tree, slabs(row, fork)[1], totals, parts))
 
     return read, add
-
-
-class _Run:
-    """A row's entries start ... start + size - 1 along an axis of arrays of one shape."""
-
-    def __init__(self, row, axis: int, start, size: int, axis_name: str | None, shape):
-        self.axis, self.size, self.axis_name = axis, size, axis_name
-        if axis_name is not None:
-            # The run that begins here or nearest, and how far the wanted one begins behind it.
-            start = start - lax.axis_index(axis_name) * shape[axis]
-            begin = jnp.clip(start, 0, shape[axis] - size)
-            self.behind = jnp.clip(start - begin, -size, size)
-            start = begin
-        self.begin = tuple({0: row, axis: start}.get(i, 0) for i in range(len(shape)))
-        self.shape = tuple({0: 1, axis: size}.get(i, n) for i, n in enumerate(shape))
-
-    def read(self, x: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice(x, self.begin, self.shape)
-        return part if self.axis_name is None else self._sum(self._move(part, self.behind))
-
-    def add(self, x: jax.Array, part: jax.Array) -> jax.Array:
-        if self.axis_name is not None:
-            part = self._move(self._sum(part), -self.behind)
-        return _add_at(x, part, self.begin)
-
-    def _sum(self, part):
-        return lax.psum(part, self.axis_name)
-
-    def _move(self, part, by):
-        """Entries `by` further on, zeros where there are none."""
-        beside = [(0, 0)] * part.ndim
-        beside[self.axis] = (self.size, self.size)
-        return lax.dynamic_slice_in_dim(
-            jnp.pad(part, beside), self.size + by, self.size, axis=self.axis
-        )
-
-
-def _read_at(x: jax.Array, fork) -> jax.Array:
-    """One fork of [B, R, ...], as [1, 1, ...]."""
-    return lax.dynamic_slice(x, (*fork, *[0] * (x.ndim - 2)), (1, 1, *x.shape[2:]))
-
-
-def _add_at(x: jax.Array, part: jax.Array, begin) -> jax.Array:
-    """`x` with `part` added to it from `begin` on, an index of its first axes."""
-    begin = (*begin, *[0] * (x.ndim - len(begin)))
-    total = lax.dynamic_slice(x, begin, part.shape) + part.astype(x.dtype)
-    return lax.dynamic_update_slice(x, total, begin)

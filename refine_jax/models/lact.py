@@ -27,7 +27,6 @@ from refine_jax.models.attention import push_to_ring, ring_attention
 from refine_jax.models.chunks import (
     ChunkPlan,
     chunk_of,
-    cut_slabs,
     first_rows,
     last_and_seen,
     tokens_in_chunk,
@@ -39,7 +38,7 @@ from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
-from refine_jax.parallel import over_shards, take_tokens
+from refine_jax.parallel import over_shards, take_slabs, take_tokens
 
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 
@@ -66,8 +65,8 @@ class LaCTMixer(LaCTLayer):
         index = chunk_of(last, seen, plan, chunk)
 
         def cut(x, size):
-            size = min(size, tokens)
-            return None if x is None else cut_slabs(x, first_rows(last, size), size)
+            start, size = first_rows(last, min(size, tokens)), min(size, tokens)
+            return None if x is None else take_slabs(x, start, size, "heads", axis=2, forks=None)
 
         k, v = (cut(x, config.window_size) for x in (trace.k, trace.v))
         pending = k, v
