@@ -1,4 +1,4 @@
-"""Folders that are there in full or not at all, and the files that travel with the weights."""
+"""A model as a folder holds it; folders that are there in full or not at all."""
 
 import contextlib
 import itertools
@@ -8,6 +8,8 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from refine_jax.base.errors import CheckpointError, UserError, describe
 from refine_jax.base.files import (
@@ -53,6 +55,30 @@ _WEIGHTS = (
 
 # What is in the work folder of a run, from its first step on, or in its checkpoints.
 _OF_RUN = (RUN, f"checkpoints/{RUN}", f"checkpoints/{CONFIG}", "metrics.jsonl")
+
+
+class ModelCheckpoint(NamedTuple):
+    """A model from a checkpoint, or the description of one that has none yet.
+
+    config: The fields of config.json. config_json: Its text. params: Nested dict of arrays, layers
+    stacked; None: of a run, random or restored with the rest of it. tokenizer: The folder of the
+    tokenizer files; None if there are none. files: What travels with the weights, {name: path}, or
+    a function that writes the file at a path.
+
+    Of a training run alone: step. Of a Hugging Face folder alone: slots, where each tensor went
+    (`names.Slot`); tensors, how many the parameters were made of; left_out, what else the folder
+    holds, a line each.
+    """
+
+    config: Mapping[str, Any]
+    config_json: str
+    params: dict | None = None
+    tokenizer: Path | None = None
+    files: Mapping[str, Any] = MappingProxyType({})
+    step: int | None = None
+    slots: Mapping[str, Any] = MappingProxyType({})
+    tensors: int = 0
+    left_out: tuple[str, ...] = ()
 
 
 def companions(folder) -> dict:

@@ -28,6 +28,7 @@ from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
     RUN,
+    ModelCheckpoint,
     companions,
     contained,
     copy_files,
@@ -91,24 +92,6 @@ _MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind
 _BLOCK = 1 << 18  # elements that stay in a processor's cache between copy and check
 
 
-class Pretrained(NamedTuple):
-    """A Hugging Face folder.
-
-    config: the fields of config.json. params: nested dict of numpy arrays, layers stacked.
-    config_json: the text of config.json. files: the other files that travel along, {name: path},
-    or what writes them at a path. slots: where each tensor went. tensors: how many tensors the
-    parameters were made of. left_out: what the folder holds beside that, a line each.
-    """
-
-    config: dict
-    params: dict
-    config_json: str
-    files: dict
-    slots: dict[str, Slot]
-    tensors: int
-    left_out: tuple[str, ...]
-
-
 class _Entry(NamedTuple):
     """What a file says about one of its tensors. stored_name: with the names of wrappers."""
 
@@ -118,7 +101,7 @@ class _Entry(NamedTuple):
     dtype: str
 
 
-def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pretrained:
+def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> ModelCheckpoint:
     """Read a Hugging Face folder into stacked parameters, dtypes as they are.
 
     allow_nonfinite: take weights that are NaN or infinite.
@@ -163,7 +146,9 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
     left_out = (*unused, *_left_out(folder, fields, weights, files))
     if config.layer_kinds is not None:
         files |= _kept(folder, weights, others)
-    return Pretrained(fields, nest(arrays), config_json, files, slots, len(stored), left_out)
+    tokenizer = folder if has_tokenizer(folder) else None
+    model = ModelCheckpoint(fields, config_json, nest(arrays), tokenizer, files)
+    return model._replace(slots=slots, tensors=len(stored), left_out=left_out)
 
 
 def _kept(folder: Path, weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:

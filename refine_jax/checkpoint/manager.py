@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +34,7 @@ from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
     RUN,
+    ModelCheckpoint,
     companions,
     copy_files,
     has_tokenizer,
@@ -71,23 +71,6 @@ class Restored(NamedTuple):
     step: int
     state: PyTree
     data_state: Any
-
-
-class ModelCheckpoint(NamedTuple):
-    """A model from a checkpoint, or the description of one that has none yet.
-
-    config: the fields of config.json. config_json: its text. params: nested dict of arrays; None:
-    of a run, random or restored with the rest of it. tokenizer: the folder of the tokenizer files,
-    None if there are none. files: the files that travel with the weights, {name: path}. step: None
-    unless from a run.
-    """
-
-    config: Mapping[str, Any]
-    config_json: str
-    params: dict | None = None
-    tokenizer: epath.Path | None = None
-    files: Mapping[str, Any] = MappingProxyType({})
-    step: int | None = None
 
 
 class CheckpointManager(contextlib.AbstractContextManager):

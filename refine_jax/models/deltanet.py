@@ -18,17 +18,16 @@ from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.delta_state import DeltaPick, DeltaState, DeltaTaps, DeltaTrace
 from refine_jax.models.layers import Linear, RMSNorm
 from refine_jax.models.layout import Layout
-from refine_jax.models.mixer import fork
+from refine_jax.models.mixer import Mixer, fork
 from refine_jax.models.short_conv import ShortConv, convolve_rows, short_conv
 from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
 
 _HEADS = ("heads",)
 
 
-class DeltaNetMixer(nnx.Module):
-    """DeltaNet's layer between norm and residual; a `Mixer`."""
+class DeltaNetMixer(Mixer):
+    """DeltaNet's layer between norm and residual."""
 
-    WRITES_MUCH = False
     TRACES_INPUTS = True
     FORKS_ONCE = True
     FORK_AXES = ("batch", "forks")
@@ -130,11 +129,6 @@ class DeltaNetMixer(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
     # The members of `Mixer`
-
-    @staticmethod
-    def plan(config, layout: Layout | None, shape: tuple[int, int]) -> None:
-        """Nothing that the layers would share."""
-        del config, layout, shape
 
     def forward(
         self,
@@ -279,12 +273,6 @@ class DeltaNetMixer(nnx.Module):
         k, beta, log_decay = _keep(replayed, k, taps.beta, taps.log_decay)
         return self._delta_rule(None, k, v, beta, log_decay, memory)[1]
 
-    @staticmethod
-    def finish(config, picked, resumed: DeltaState, positions, layout) -> DeltaState:
-        """Decode states of what was picked and what `resume` computed: all of them."""
-        del config, picked, positions, layout
-        return resumed
-
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
         """The state before any token, for `batch` (B, R)."""
         config = self.config
@@ -347,34 +335,6 @@ class DeltaNetMixer(nnx.Module):
         """What was picked of inputs before the norm, after it."""
         before, tails = (x if x is None else norm(x) for x in (picked.before, picked.tails))
         return picked._replace(x=norm(picked.x), before=before, tails=tails)
-
-    @staticmethod
-    def reads_traces(config, num_new: int) -> bool:
-        """Whether forks are read in traces: no, their states are small."""
-        del config, num_new
-        return False
-
-    @staticmethod
-    def advance(state: DeltaState, change: DeltaState) -> DeltaState:
-        """States and what `extend` returns: the new states, which are the latter."""
-        del state
-        return change
-
-    @staticmethod
-    def capacity(state: DeltaState) -> None:
-        """States have room for any number of tokens."""
-        del state
-
-    @staticmethod
-    def used(state: DeltaState) -> None:
-        """No token takes room."""
-        del state
-
-    @staticmethod
-    def resize(state: DeltaState, capacity: int) -> DeltaState:
-        """States as they are."""
-        del capacity
-        return state
 
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""

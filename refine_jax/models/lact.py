@@ -44,12 +44,9 @@ _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its atten
 
 
 class LaCTMixer(LaCTLayer):
-    """LaCT's layer between norm and residual; a `Mixer`."""
+    """LaCT's layer between norm and residual."""
 
     WRITES_MUCH = True
-    TRACES_INPUTS = False
-    FORKS_ONCE = False
-    FORK_AXES = ("batch",)
 
     @staticmethod
     def pick(
@@ -269,22 +266,6 @@ class LaCTMixer(LaCTLayer):
             keys=push_to_ring(state.keys, change.keys, start),
             values=push_to_ring(state.values, change.values, start),
         )
-
-    @staticmethod
-    def capacity(state: LaCTState) -> None:
-        """States have room for any number of tokens."""
-        del state
-
-    @staticmethod
-    def used(state: LaCTState) -> None:
-        """No token takes room."""
-        del state
-
-    @staticmethod
-    def resize(state: LaCTState, capacity: int) -> LaCTState:
-        """States as they are."""
-        del capacity
-        return state
 
     def _pending(self, picked: LaCTPick, last, seen, horizon):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""

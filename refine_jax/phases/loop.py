@@ -23,8 +23,8 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import RunError
-from refine_jax.checkpoint.folders import CHECKPOINTS
-from refine_jax.checkpoint.manager import CheckpointManager, ModelCheckpoint
+from refine_jax.checkpoint.folders import CHECKPOINTS, ModelCheckpoint
+from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.compiling import Compilations
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Corpus, Dataset

@@ -16,8 +16,13 @@ from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
 from refine_jax.base.lock import Lock
-from refine_jax.checkpoint.folders import CHECKPOINTS, CONFIG, has_tokenizer
-from refine_jax.checkpoint.manager import ModelCheckpoint, load_model
+from refine_jax.checkpoint.folders import (
+    CHECKPOINTS,
+    CONFIG,
+    ModelCheckpoint,
+    has_tokenizer,
+)
+from refine_jax.checkpoint.manager import load_model
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
 from refine_jax.data.pipeline import Corpus, Dataset

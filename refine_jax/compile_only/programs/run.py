@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
-from refine_jax.checkpoint.manager import ModelCheckpoint
+from refine_jax.checkpoint.folders import ModelCheckpoint
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
