@@ -29,7 +29,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
-from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
+from refine_jax.checkpoint.arrays import (
+    damaged,
+    quiet_orbax,
+    read_arrays,
+    save_args,
+    shorten,
+    write_arrays,
+)
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
@@ -40,19 +47,21 @@ from refine_jax.checkpoint.folders import (
     has_tokenizer,
     new_folder,
 )
-from refine_jax.checkpoint.loops import quiet_orbax
-from refine_jax.checkpoint.record import digest, file_digests, read_run, write_run
 from refine_jax.checkpoint.steps import (
     DATA,
     STATE,
     StepNames,
     check_newest,
     check_room,
+    digest,
+    file_digests,
     find_best,
     find_steps,
     how_to_fix,
+    read_run,
     read_step_metrics,
     remove_unfinished,
+    write_run,
 )
 from refine_jax.checkpoint.tree import (
     PyTree,

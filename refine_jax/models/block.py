@@ -23,9 +23,9 @@ from refine_jax.models.config import (
     GatedDeltaNetConfig,
     LaCTConfig,
 )
-from refine_jax.models.deltanet import DeltaNetMixer, GatedDeltaNetMixer
+from refine_jax.models.deltanet import DeltaNetMixer
 from refine_jax.models.full_attention import FullAttentionMixer
-from refine_jax.models.hybrid_delta import OlmoDeltaMixer, QwenDeltaMixer
+from refine_jax.models.gated_delta import GatedDeltaNetMixer, OlmoDeltaMixer, QwenDeltaMixer
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layer_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
 from refine_jax.models.layers import MLP, RMSNorm

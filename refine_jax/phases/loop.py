@@ -33,7 +33,6 @@ from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.changes import Changes, check_same_run
-from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
     check_enough_batches,
     check_mesh,
@@ -150,7 +149,9 @@ class Loop(abc.ABC):
     def show_examples(self, state: TrainState) -> None:
         """Write what the model does on held-out examples at the end of a run."""
 
-    def run(self, interrupt: Interrupt, check: Callable[[], None] = lambda: None) -> dict:
+    def run(
+        self, interrupt: distributed.Interrupt, check: Callable[[], None] = lambda: None
+    ) -> dict:
         """Train from the latest checkpoint, or from the start, to the end.
 
         check: called between steps; raises what ends the run.
@@ -264,7 +265,7 @@ class Loop(abc.ABC):
         batches: BatchIterator,
         manager: CheckpointManager,
         monitor: Monitor,
-        interrupt: Interrupt,
+        interrupt: distributed.Interrupt,
         check: Callable[[], None],
     ) -> TrainState:
         """Run all remaining steps, evaluations and checkpoints; stops early when interrupted."""

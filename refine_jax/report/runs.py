@@ -11,7 +11,7 @@ from typing import Any
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import read_json, read_lines
 from refine_jax.checkpoint.folders import CHECKPOINTS, RUN
-from refine_jax.checkpoint.record import read_config
+from refine_jax.checkpoint.steps import read_config
 from refine_jax.config import SECTIONS
 from refine_jax.evaluation import runner
 from refine_jax.report.held_out import HELD_OUT_FILE, read_held_out
