@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"(?:(?P<host>[\w.-]+)|\[(?P<ip6>[0-9A-Fa-f:.]+)\]):(?P<po
 def check_address(
     mode: str, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> bool:
-    """Whether the processes are named; raises ConfigError where that is incomplete or wrong."""
+    """Tell whether the processes are named; raises ConfigError for incomplete or wrong names."""
     named = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
@@ -53,7 +53,7 @@ def check_address(
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT, where an address of IPv6 is in brackets, [::1]:8476.
+    """Split HOST:PORT into (host, port), where an address of IPv6 is in brackets, [::1]:8476.
 
     Raises ConfigError: it is none.
     """
@@ -67,7 +67,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def resolve(address: str) -> list[str]:
-    """The IP addresses of the host of HOST:PORT.
+    """Look up the IP addresses of the host of HOST:PORT.
 
     Raises ConfigError: there is no such host.
     """
@@ -84,7 +84,7 @@ def resolve(address: str) -> list[str]:
 
 
 def is_local(coordinator: str) -> bool:
-    """Whether HOST:PORT names the loopback interface, whatever the machine.
+    """Tell whether HOST:PORT names the loopback interface, whatever the machine.
 
     The name of a machine may mean that to the machine itself and to no other.
     """
@@ -96,7 +96,7 @@ def is_local(coordinator: str) -> bool:
 
 
 def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
-    """Where process 0 listens: on the named address, if it is one of this machine, and no other.
+    """Choose where process 0 listens: on the named address alone, if it is this machine's.
 
     None: jax's default, all addresses of this machine, or what JAX_COORDINATOR_BIND_ADDRESS says.
     So it must be where others know the machine by a name that is not its own (NAT), or that means
@@ -145,7 +145,7 @@ def _can_bind(address: str, port: int) -> bool:
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """What started several processes, None if nothing did.
+    """Find out what started several processes; None if nothing did.
 
     Only signs that stand for several processes count: a single task of SLURM, a TPU host alone and
     a notebook on Kubernetes are one process, and nothing is asked over a network but by a machine
@@ -184,7 +184,7 @@ def _has_tpu() -> bool:
 
 
 def _ask_metadata() -> str:
-    """Workers of the slice of this TPU VM, joined by commas; empty if nobody answers."""
+    """Ask for the workers of this TPU VM's slice, joined by commas; empty without an answer."""
     request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with contextlib.suppress(OSError), opener.open(request, timeout=5) as answer:

@@ -196,7 +196,7 @@ def _leave_out_gloo_lines() -> None:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and prints: process 0."""
+    """Tell whether this process writes files and prints: process 0."""
     return jax.process_index() == 0
 
 
@@ -207,14 +207,14 @@ def say(message: str) -> None:
 
 
 def gather(value: int) -> list[int]:
-    """The numbers (32 bits) that the processes call this with, by process."""
+    """Collect the numbers (32 bits) that the processes call this with, by process."""
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 
 def gather_json(value: Any) -> list[Any]:
-    """The JSON values that the processes call this with, by process."""
+    """Collect the JSON values that the processes call this with, by process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -227,7 +227,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of a tree as numpy arrays, whole, on every process."""
+    """Copy the arrays of a tree to numpy arrays, whole, on every process."""
 
     def whole(x):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -308,7 +308,7 @@ class _Watcher:
                 os._exit(1)
 
     def failure(self) -> str | None:
-        """What the first process that failed said of it."""
+        """Read what the first process that failed said of it."""
         try:
             return _client().key_value_try_get(_FAILURE)
         except RuntimeError:  # there is none
@@ -407,7 +407,7 @@ class Interrupt:
         return self.signal is not None
 
     def agreed(self) -> bool:
-        """Whether a signal came to any process; all ask at the same step.
+        """Tell whether a signal came to any process; all ask at the same step.
 
         `signal` is then set on all of them.
         """

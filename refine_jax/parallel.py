@@ -68,7 +68,7 @@ PARAMETERS = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of a configuration over `devices`.
+    """Make the mesh of a configuration over `devices`.
 
     The devices of a process are neighbours along the last axes, where most is communicated.
 
@@ -90,13 +90,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def default_devices() -> list[jax.Device]:
-    """The devices of a run: all."""
+    """List the devices of a run: all."""
     return jax.devices()
 
 
 @contextlib.contextmanager
 def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
-    """The mesh of a configuration, ambient inside if it has several devices.
+    """Make the mesh of a configuration ambient inside, if it has several devices.
 
     alone: of this process's devices only, where each of several processes works for itself.
 
@@ -113,31 +113,29 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
 
 
 def axis_sizes() -> dict[str, int]:
-    """Devices along each axis of the ambient mesh; all 1 without one."""
+    """Count the devices along each axis of the ambient mesh; all 1 without one."""
     return {name: axis_size(name) for name in AXES}
 
 
 def axis_size(name: str) -> int:
-    """Devices along an axis of the ambient mesh; 1 without one, and in a part of `over_shards`."""
+    """Count devices along an axis of the ambient mesh; 1 without, and inside `over_shards`."""
     return jax.sharding.get_abstract_mesh().shape[name] if is_spread() else 1
 
 
 def token_axis(tokens: int, multiple: int) -> str | None:
-    """The mesh axis over which rows of `tokens` are spread, whole multiples each; None: they
-    are not.
-    """
+    """Name the mesh axis that divides rows of `tokens` into whole multiples; None: none."""
     size = axis_size("sequence")
     return "sequence" if size > 1 and tokens % (size * multiple) == 0 else None
 
 
 def is_spread() -> bool:
-    """Whether there is an ambient mesh of several devices, and its axes are not yet mapped."""
+    """Tell whether there is an ambient mesh of several devices whose axes are not yet mapped."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.size > 1 and not mesh.manual_axes
 
 
 def _dividing(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...] | None:
-    """The first of some mesh axes, as many as together divide `size` evenly."""
+    """Take the first of some mesh axes, as many as together divide `size` evenly."""
     kept: tuple[str, ...] = ()
     for axis in axes:
         if size % math.prod([mesh.shape[name] for name in (*kept, axis)]):
@@ -147,7 +145,10 @@ def _dividing(axes: Sequence[str], size: int, mesh: Any) -> tuple[str, ...] | No
 
 
 def partition_spec(shape: Sequence[int], logical: Sequence[str | None], mesh: Any) -> PartitionSpec:
-    """How an array is spread. logical: names of its first axes; what does not divide is not."""
+    """Say how an array is spread.
+
+    logical: Names of its first axes. An axis that its devices do not divide evenly stays whole.
+    """
     return PartitionSpec(
         *(
             _dividing(RULES[name], size, mesh) if name else None
@@ -175,7 +176,7 @@ def gather_axes(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 def over_shards(
     function: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Any
 ) -> Callable:
-    """`function` of whole arrays, run by each device on its part of them.
+    """Make `function` of whole arrays run by each device on its part of them.
 
     in_axes: for each argument the logical names of the first axes of its arrays (an argument may
     be None or a tree of arrays). out_axes: such names, or a tuple of them for several results.
@@ -212,7 +213,7 @@ def _is_names(axes: Sequence) -> bool:
 
 
 def _axes_of(path: Any) -> tuple[str | None, ...]:
-    """Logical names of the last axes of the parameter, or optimizer moment, at a tree path."""
+    """Find logical names of the last axes of a parameter, or of its moment, at a tree path."""
     name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
     for pattern, axes in PARAMETERS:
         if re.search(rf"(^|/){pattern}$", name):
@@ -228,7 +229,7 @@ def _parameter_spec(path: Any, x: Any, mesh: Any, *, gathered: bool = False) -> 
 
 
 def state_shardings(tree: Any) -> Any:
-    """Where parameters belong, or a state that holds such (moments of the optimizer).
+    """Say where parameters belong, or a state that holds such (moments of the optimizer).
 
     tree: of arrays or their shapes; a leaf is known by the end of its path. None without an ambient
     mesh, which means to jax: wherever it is put by default.
@@ -242,7 +243,7 @@ def state_shardings(tree: Any) -> Any:
 
 
 def constrain_state(tree: Any) -> Any:
-    """A state spread as `state_shardings` says."""
+    """Spread a state as `state_shardings` says."""
     if not is_spread():
         return tree
     mesh = jax.sharding.get_abstract_mesh()
@@ -252,7 +253,7 @@ def constrain_state(tree: Any) -> Any:
 
 
 def gather_parameters(params: Any, dtype: Any = None) -> Any:
-    """Parameters of a layer (or of the head) made whole along `embed`, for a computation.
+    """Make parameters of a layer (or of the head) whole along `embed`, for a computation.
 
     Their gradient is spread again at once, so that no device holds whole ones for long.
     dtype: what the computation takes the weights of linear maps in; they are sent as such.
@@ -295,7 +296,7 @@ def _rows_sharding(rows: int) -> NamedSharding:
 
 
 def rows_here(rows: int) -> tuple[int, ...]:
-    """Which of the B rows of a batch the devices of this process hold, ascending: 0 .. B - 1.
+    """List which of the B rows of a batch the devices of this process hold, ascending: 0 .. B - 1.
 
     Devices of several processes may hold the same rows, and those of one need not be neighbours.
     All without an ambient mesh.
@@ -309,7 +310,7 @@ def rows_here(rows: int) -> tuple[int, ...]:
 def place_rows(
     batch: Mapping[str, Any], share: Sequence[int] | None = None, rows: int | None = None
 ) -> dict[str, Any]:
-    """A batch's arrays [B, ...] on the devices of the ambient mesh, rows over data and fsdp.
+    """Place a batch's arrays [B, ...] on the devices of the ambient mesh, rows over data and fsdp.
 
     share: rows of the batch, ascending, that the arrays hold, of which this process needs those of
     `rows_here`; None: all. rows: B, where there is a share.
@@ -332,7 +333,7 @@ def place_rows(
 
 
 def place_state(tree: Any, shardings: Any) -> Any:
-    """Arrays of this host, equal on all processes, where `state_shardings` says."""
+    """Place arrays of this host, equal on all processes, where `state_shardings` says."""
     if shardings is None or jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -345,7 +346,7 @@ def place_state(tree: Any, shardings: Any) -> Any:
 
 
 def take_tokens(x: jax.Array, index: jax.Array, *rest: str | None) -> jax.Array:
-    """`x` [B, T, ...] at `index` [B, ...] row by row: [B, *index.shape[1:], *x.shape[2:]].
+    """Take `x` [B, T, ...] at `index` [B, ...] row by row: [B, *index.shape[1:], *x.shape[2:]].
 
     rest: logical names of the axes of x behind its first two, along which devices keep what they
     have. Of tokens that are spread, what each device has is added up: nothing is gathered.
@@ -385,7 +386,7 @@ class Slab(NamedTuple):
     axis_name: str | None = None
 
     def read(self, x: jax.Array) -> jax.Array:
-        """The slab [1, ..., size, ...]; where x is spread, what the device has of it, else 0."""
+        """Read the slab [1, ..., size, ...]; of spread x what the device has of it, else 0."""
         begin, behind = self._place(x)
         sizes = [1, *x.shape[1:]]
         sizes[self.axis] = self.size
@@ -400,7 +401,7 @@ class Slab(NamedTuple):
         return lax.dynamic_update_slice(x, total, begin)
 
     def _place(self, x: jax.Array) -> tuple[list, Any]:
-        """Where the device's slab begins that is nearest, and how far the wanted one is behind."""
+        """Find the device's nearest slab, and how far the wanted one begins behind it."""
         begin, behind = [self.row, *[0] * (x.ndim - 1)], None
         begin[self.axis] = self.start
         if self.axis_name is not None:
@@ -410,7 +411,7 @@ class Slab(NamedTuple):
         return begin, behind
 
     def _move(self, part: jax.Array, by: jax.Array) -> jax.Array:
-        """Entries `by` further on, and zeros where there are none."""
+        """Move entries up by `by` places; zeros take the places where there are none."""
         beside = [(0, 0)] * part.ndim
         beside[self.axis] = (self.size, self.size)
         return lax.dynamic_slice_in_dim(
@@ -494,6 +495,6 @@ tap_slabs.defvjp(_tap_forward, _tap_backward)
 
 
 def _slab_axis(x: jax.Array, size: int, axis: int) -> str | None:
-    """The mesh axis over which tokens, an axis of x, are spread in blocks no shorter than slabs."""
+    """Name the mesh axis that spreads axis `axis` of x in blocks no shorter than slabs."""
     name = token_axis(x.shape[axis], 1)
     return None if name is None or x.shape[axis] // axis_size(name) < size else name

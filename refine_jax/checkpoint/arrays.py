@@ -28,7 +28,7 @@ LOOP_SECONDS = 30.0  # within which the tasks that are left when a loop closes h
 def save_args(
     named: Mapping[str, Any], digests: Mapping[str, str] | None = None
 ) -> ocp.args.CheckpointArgs:
-    """What Orbax needs to save arrays by name, their fingerprints with them.
+    """Make what Orbax needs to save arrays by name, with their fingerprints.
 
     digests: of what else they belong to, by name; compared on reading.
     """
@@ -107,14 +107,14 @@ def read_arrays(
 
 
 def damaged(folder: epath.PathLike, reason: Any, fix: str) -> CheckpointError:
-    """The error for a checkpoint that is corrupt or incomplete, in one line."""
+    """Make the error for a checkpoint that is corrupt or incomplete, in one line."""
     if isinstance(reason, Exception):
         reason = shorten(reason)
     return CheckpointError(f"{folder} is corrupt or incomplete ({reason}). {fix}")
 
 
 def shorten(error: Exception) -> str:
-    """An error of storage, in one line: drivers chain every layer's status into a very long one."""
+    """Say an error of storage in one line: drivers chain the status of every layer."""
     text = " ".join(str(error).split()).split(" See full TensorStore details")[0]
     if isinstance(error, UserError):
         return text.removesuffix(".")

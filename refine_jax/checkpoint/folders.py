@@ -82,7 +82,7 @@ class ModelCheckpoint(NamedTuple):
 
 
 def companions(folder) -> dict:
-    """The files of `folder` (a path) that travel with its weights: {name: path}.
+    """Find the files of `folder` (a path) that travel with its weights: {name: path}.
 
     Raises CheckpointError for a link that leaves the folder.
     """
@@ -92,12 +92,12 @@ def companions(folder) -> dict:
 
 
 def has_tokenizer(folder) -> bool:
-    """Whether `folder` (a path) holds a tokenizer."""
+    """Tell whether `folder` (a path) holds a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def contained(folder: Path, name: str) -> Path:
-    """The path of the file `name` in `folder`, which may be a link to another file in it.
+    """Make the path of the file `name` in `folder`, which may be a link to another file in it.
 
     huggingface_hub's cache keeps what a model's folder links to in a folder above, its blobs: they
     are taken for files in it. Whether the file is there is not looked at.
@@ -139,7 +139,7 @@ def copy_files(files: Mapping, folder) -> None:
 def new_folder(
     path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
 ) -> Iterator[Path]:
-    """A temporary folder beside `path` that gets its name when the block ends without an error.
+    """Make a temporary folder that is named `path` when the block ends without an error.
 
     Parent folders are made, and removed with the temporary one if there is an error.
     overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
@@ -262,7 +262,7 @@ def _is_weights(entry: Path) -> bool:
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """The absolute path of a folder to write; only its own name may be a link."""
+    """Make the absolute path of a folder to write; only its own name may be a link."""
     path = local_path(path, "the folder to write", CheckpointError).absolute()
     check_no_backslash(path, "the folder to write", CheckpointError)
     if path.name in ("", ".."):

@@ -257,12 +257,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return True
 
     def steps(self) -> list[int]:
-        """Saved steps, ascending."""
+        """List the saved steps, ascending."""
         self.wait()
         return self._known_steps()
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
-        """The newest checkpoint, or None if there is none. See `restore`."""
+        """Read the newest checkpoint, or return None if there is none. See `restore`."""
         steps = self.steps()
         check_newest(self.directory, find_steps(self.directory))
         return self.restore(steps[-1], abstract_state) if steps else None
@@ -413,7 +413,7 @@ def load_model(
 
 
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
-    """The step to read and the other ones there are."""
+    """Choose the step to read; returns it and the other ones."""
     run, steps = read_run(folder, verify=True), find_steps(folder)
     saved = steps.saved
     if step in ("latest", "best"):
@@ -434,7 +434,7 @@ def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
 
 
 def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
-    """What a step saved of the data iterator, under the name `DATA`."""
+    """Read what a step saved of the data iterator, under the name `DATA`."""
     try:
         data = parse_object((folder / "metadata").read_bytes(), "metadata", CheckpointError)
         if DATA not in data:
@@ -445,7 +445,7 @@ def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The abstract leaf with a sharding: its own, or the default device."""
+    """Give the abstract leaf a sharding: its own, or the default device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

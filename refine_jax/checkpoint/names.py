@@ -78,14 +78,14 @@ class Target(NamedTuple):
 
 
 def embedding_names(config: Architecture) -> tuple[str, ...]:
-    """The names that the embeddings may have."""
+    """List the names that the embeddings may have."""
     if not isinstance(config, QwenTextConfig | OlmoHybridConfig):
         return (f"model.{EMBEDDINGS}",)
     return tuple(f"{base}embed_tokens.weight" for base in _bases(config))
 
 
 def is_of_other_parts(name: str, config: Architecture) -> bool:
-    """Whether a tensor belongs to a part of the published model that is none of the text model.
+    """Tell whether a tensor belongs to a part of the published model beside the text model.
 
     These are the vision tower and the head that predicts several tokens.
     """
@@ -93,14 +93,14 @@ def is_of_other_parts(name: str, config: Architecture) -> bool:
 
 
 def _bases(config: Architecture) -> tuple[str, ...]:
-    """What names of the text model's tensors may begin with."""
+    """List what names of the text model's tensors may begin with."""
     if isinstance(config, QwenConfig):
         return _TEXT_MODEL, "model."
     return ("model.", _TEXT_MODEL) if isinstance(config, QwenTextConfig) else ("model.",)
 
 
 def targets_of(config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[Target]:
-    """The published tensors of parameters of these shapes."""
+    """Find the published tensors of parameters of these shapes."""
     bases, found = _bases(config), []
     for param, shape in shapes.items():
         head, *rest = param.split(".")
@@ -157,7 +157,7 @@ def slots_of(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Slot]:
-    """The place of every published tensor, by its name, in parameters of the given shapes.
+    """Find the place of every published tensor, by its name, in parameters of the given shapes.
 
     stored: shapes of the tensors of files that were read, by name: of several names and forms that
     a tensor may have, those that the files have. None: those that are written.

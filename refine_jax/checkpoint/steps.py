@@ -53,7 +53,7 @@ class Steps(NamedTuple):
 
 
 def find_steps(folder: str | os.PathLike) -> Steps:
-    """The steps in a checkpoint folder; none if there is no such folder."""
+    """Find the steps in a checkpoint folder; none if there is no such folder."""
     steps = Steps([], [], [], [])
     try:
         numbers = sorted(int(n) for n in os.listdir(folder) if _NUMBER.fullmatch(n))
@@ -117,7 +117,7 @@ def _why_broken(path: Path) -> str | OSError:
 
 
 def how_to_fix(folder: str | os.PathLike, others: list[int]) -> str:
-    """What to do about a damaged step, given the other ones."""
+    """Say what to do about a damaged step, given the other ones."""
     if not others:
         return f"Delete {folder} to start over; there is no other step."
     return f"Delete {folder} to continue from step {others[-1]}, or choose one of {others}."
@@ -139,25 +139,25 @@ class StepNames(orbax_steps.NameFormat):
     """Shows Orbax the folders that the run wrote, and no others: it deletes what it knows of."""
 
     def build_name(self, step: int) -> str:
-        """The name of a step's folder."""
+        """Name a step's folder."""
         return str(step)
 
     def find_all(self, base_path: Any) -> Iterator[orbax_steps.Metadata]:
-        """The finished steps that are no links."""
+        """Find the finished steps that are no links."""
         steps = find_steps(base_path)
         for step in steps.saved:
             if step not in steps.linked:
                 yield self.find_step(base_path, step)
 
     def find_step(self, base_path: Any, step: int) -> orbax_steps.Metadata:
-        """A step, which is there."""
+        """Describe a step, which is there."""
         return orbax_steps.Metadata(
             step=step, path=orbax_steps.build_step_path(base_path, self, step)
         )
 
 
 def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -> dict[str, float]:
-    """The figures that a step was saved with, by name; empty if with none. Some may be NaN.
+    """Read the figures that a step was saved with, by name; none if it has none. Some may be NaN.
 
     Raises CheckpointError if they are damaged.
     """
@@ -178,7 +178,7 @@ def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -
 
 
 def find_best(figures: Mapping[int, Mapping[str, float]], name: str | None, mode: str):
-    """The step whose figure `name` is best ("min" or "max"); None where none has it."""
+    """Find the step whose figure `name` is best ("min" or "max"); None where no step has it."""
     known = {
         step: values[name]
         for step, values in figures.items()
@@ -207,7 +207,7 @@ def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
-    """What run.json says; every field of the right type.
+    """Read run.json; every field of the right type.
 
     verify: also compare its digest. Versions before had none.
 
@@ -232,7 +232,7 @@ def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration in run.json, {section: {field: value}}, and its phase.
+    """Read the configuration in run.json, {section: {field: value}}, and its phase.
 
     Raises CheckpointError as `read_run` does, also where run.json is not as it was written, and for
     a section that is no object.
@@ -249,13 +249,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """A digest of a JSON value: the same however it is written down."""
+    """Compute a digest of a JSON value: the same however the value is written down."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def file_digests(folder: Path) -> dict[str, str | None]:
-    """Digests of the model's description in a folder, by file; None for one that is not there."""
+    """Compute digests of the model's description in a folder, by file; None where absent."""
     digests: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
     for name in TOKENIZERS:
         path = Path(folder) / name

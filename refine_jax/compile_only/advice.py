@@ -16,7 +16,7 @@ Change = tuple[float, str]
 
 
 def advise(report: Report) -> list[str]:
-    """Changes that would make the programs smaller; empty where all fit."""
+    """List changes that would make the programs smaller; none where all fit."""
     failing = report.too_large
     if not failing:
         return []
@@ -33,12 +33,12 @@ def advise(report: Report) -> list[str]:
 
 
 def advise_beside(report: Report) -> list[str]:
-    """Changes that would make programs fit that the run is only compared with; empty if all do."""
+    """List changes that would make programs fit that the run is only compared with."""
     return [text for _, text in _smaller_generation(report, report.too_large_beside)]
 
 
 def _smaller_state(report: Report) -> Iterator[Change]:
-    """Changes of parameters and optimizer state."""
+    """List changes of parameters and optimizer state."""
     mesh, facts, config = report.mesh, report.facts, report.config
     state = facts["params"] + facts["optimizer"]
     others = mesh["data"]
@@ -64,7 +64,7 @@ def _smaller_state(report: Report) -> Iterator[Change]:
 
 
 def _fewer_activations(report: Report, failing: list[dict]) -> Iterator[Change]:
-    """Changes of the arrays between the layers, and of the states of forks."""
+    """List changes of the arrays between the layers, and of the states of forks."""
     mesh, config = report.mesh, report.config
     largest = max(failing, key=lambda program: program["memory"]["peak"])
     temporaries = largest["memory"]["temporaries"]
@@ -94,7 +94,7 @@ def _fewer_activations(report: Report, failing: list[dict]) -> Iterator[Change]:
 def _shared_rows(
     report: Report, section: str, temporaries: float, states: float
 ) -> Iterator[Change]:
-    """Twice as many chips for a row, which divide its tokens or its heads.
+    """Give a row twice as many chips, which divide its tokens or its heads.
 
     section: that says how many rows are read at a time. states: bytes of decode states on a chip;
     they are made of heads, so that `tensor` divides them and `sequence` does not.
@@ -128,7 +128,7 @@ def _shared_rows(
 
 
 def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
-    """Whether a mesh of these sizes can run the model."""
+    """Tell whether a mesh of these sizes can run the model."""
     model = model_config(report.facts["model"])
     try:
         check_fits(sizes, tokens=report.config.data.sequence_length, model=model)
@@ -138,7 +138,7 @@ def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
 
 
 def _smaller_generation(report: Report, failing: list[dict]) -> Iterator[Change]:
-    """Changes of how prompts are read and answered."""
+    """List changes of how prompts are read and answered."""
     config = report.config
     for program in failing:
         half = program["memory"]["temporaries"] / 2

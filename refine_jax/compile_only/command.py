@@ -119,7 +119,7 @@ def in_child(
     environment: Mapping[str, str] = os.environ,
     timeout: float | None = None,
 ) -> dict:
-    """Returns what a process of its own makes of a task: JSON, or {"error", "message"}.
+    """Do a task in a process of its own; returns its JSON, or {"error", "message"}.
 
     program: command line of the process, to which files for task and result are added (`child.py`).
     environment: its variables, to which those are added that libtpu needs. timeout: in seconds.

@@ -134,12 +134,12 @@ class Charts:
         self._places: list[str] = []
 
     def frames(self, charts: Sequence[Chart]) -> str:
-        """HTML of the charts that have anything to show, in a grid."""
+        """Write the HTML of the charts that have anything to show, in a grid."""
         frames = "".join(map(self._frame, charts))
         return f'<div class="charts">{frames}</div>\n' if frames else ""
 
     def data(self) -> dict[str, Any] | None:
-        """What `Bokeh.embed.embed_items` takes; None where nothing is drawn."""
+        """Make what `Bokeh.embed.embed_items` takes; None where nothing is drawn."""
         if not self._figures:
             return None
         from bokeh.document import Document
@@ -290,7 +290,7 @@ class Charts:
 
 
 def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a figure; of long runs means over equally many steps each."""
+    """Take steps and values of a figure; of long runs means over equally many steps each."""
     pairs = [(r["step"], r[series.name]) for r in records if r.get(series.name) is not None]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
     if len(steps) > MOST_POINTS:
@@ -302,7 +302,7 @@ def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _said(label: str, steps: np.ndarray, values: np.ndarray, medians: bool) -> str:
-    """A curve in words: its ends, or its median."""
+    """Say a curve in words: its ends, or its median."""
     if medians:
         middle = float(np.median(values))
         return f"{text(label)}: median {number(middle, 3 if middle < 10 else 0)}"
@@ -315,7 +315,7 @@ def _said(label: str, steps: np.ndarray, values: np.ndarray, medians: bool) -> s
 
 @functools.cache
 def library() -> str:
-    """The text of the library's script."""
+    """Read the text of the library's script."""
     from bokeh.resources import Resources
 
     inline = Resources(mode="inline", components=["bokeh"], minified=True, log_level="warn")
@@ -324,5 +324,5 @@ def library() -> str:
 
 @functools.cache
 def packed_library() -> str:
-    """The script in gzip and base64, about a third of its size; browsers unpack it."""
+    """Pack the script in gzip and base64, a third of its size; browsers unpack it."""
     return base64.b64encode(gzip.compress(library().encode(), 9, mtime=0)).decode()

@@ -13,7 +13,7 @@ from refine_jax.report.training import FIGURES, evaluations, method, row_sums
 
 
 def sections(runs: Sequence[Run], charts: Charts) -> str:
-    """Their ends, paired differences, curves, text and settings."""
+    """Write the sections of several runs: ends, paired differences, curves, text and settings."""
     return (
         section("ends", "After training", _ends(runs), "Held-out figures of the last evaluation.")
         + section("paired", "Paired differences", _paired(runs), _note(runs))

@@ -66,7 +66,7 @@ def write_page(path: Path, runs: Sequence[Run]) -> None:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The text of a page about some runs; errors as of `write_page`."""
+    """Write the text of a page about some runs; errors as of `write_page`."""
     if len({run.trains for run in runs}) > 1:
         kinds = ", ".join(f"{run.name}: {run.phase}" for run in runs)
         raise DataError(

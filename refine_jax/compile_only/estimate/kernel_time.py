@@ -53,12 +53,12 @@ class KernelTimes:
         self._generation, self._chip = _LIKE.get(generation, generation), chip
 
     def share(self, name: str) -> float:
-        """The share of the peak at which the kernel of this name runs."""
+        """Look up the share of the peak at which the kernel of this name runs."""
         known = next((shares for start, shares in _SHARES.items() if name.startswith(start)), {})
         return known.get(self._generation, _DEFAULT)
 
     def __call__(self, name: str, shapes: tuple, moved: float) -> float:
-        """Seconds of one call with results of these shapes, which moves so many bytes."""
+        """Estimate seconds of one call, of results of these shapes, that moves so many bytes."""
         flops = self._flops.get((name, shapes), self._largest.get(name, 0.0))
         seconds = flops / (self._chip.flops * self.share(name))
         return max(seconds, moved / self._chip.bandwidth)

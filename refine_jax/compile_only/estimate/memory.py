@@ -38,7 +38,7 @@ class Memory:
 
 
 def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
-    """Memory and buffers, the largest first, of a `buffer-assignment.txt` of XLA's dumps."""
+    """Read memory and buffers, largest first, from a `buffer-assignment.txt` of XLA's dumps."""
     sources = {
         instruction.name: instruction.source
         for computation in module.computations.values()
@@ -77,5 +77,5 @@ def _kind(about: str) -> str:
 
 
 def _plain(shape: str) -> str:
-    """f32[8,128] of f32[8,128]{1,0:T(8,128)}."""
+    """Shorten f32[8,128]{1,0:T(8,128)} to f32[8,128]."""
     return re.sub(r"\{[^{}]*\}", "", shape)
