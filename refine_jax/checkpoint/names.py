@@ -101,20 +101,20 @@ def _bases(config: Architecture) -> tuple[str, ...]:
 
 def targets_of(config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[Target]:
     """Find the published tensors of parameters of these shapes."""
-    bases, found = _bases(config), []
+    bases, targets = _bases(config), []
     for param, shape in shapes.items():
         head, *rest = param.split(".")
         if head == "layers":
-            found += _layer_targets(config, bases, param, rest, shape)
+            targets += _layer_targets(config, bases, param, rest, shape)
         elif head == "lm_head":
-            found.append(Target(param, None, shape, ((param,),), shape[:1]))
+            targets.append(Target(param, None, shape, ((param,),), shape[:1]))
         elif head == "embeddings":
             names = tuple((name,) for name in embedding_names(config))
-            found.append(Target(param, None, shape, names, shape[:1]))
+            targets.append(Target(param, None, shape, names, shape[:1]))
         else:
             names = tuple((base + param,) for base in bases)
-            found.append(Target(param, None, shape, names, shape[:1]))
-    return found
+            targets.append(Target(param, None, shape, names, shape[:1]))
+    return targets
 
 
 def _layer_targets(config, bases, param: str, rest: list[str], shape) -> list[Target]:
@@ -122,7 +122,7 @@ def _layer_targets(config, bases, param: str, rest: list[str], shape) -> list[Ta
     renamed: Mapping[str, tuple[str, ...]] = {}
     if kinds is not None:
         kind, *rest = rest
-        layers = [layer for layer, each in enumerate(kinds) if each == kind]
+        layers = [layer for layer, kind_of_layer in enumerate(kinds) if kind_of_layer == kind]
         tables = [t for family, t in _RENAMED.items() if isinstance(config, family)]
         renamed = tables[0][kind] if tables else {}
     # The published module is a Sequential, whose first part is this projection.
@@ -171,10 +171,10 @@ def slots_of(
             continue
         rows = target.rows
         if all(name in stored for name in names):
-            found = [stored[name] for name in names]
-            whole = sum(shape[0] for shape in found if shape) == target.shape[0]
-            if whole and all(shape[1:] == target.shape[1:] for shape in found):
-                rows = [shape[0] for shape in found]  # cut elsewhere by some writers
+            shapes_stored = [stored[name] for name in names]
+            whole = sum(shape[0] for shape in shapes_stored if shape) == target.shape[0]
+            if whole and all(shape[1:] == target.shape[1:] for shape in shapes_stored):
+                rows = [shape[0] for shape in shapes_stored]  # cut elsewhere by some writers
         start = 0
         for name, count in zip(names, rows, strict=True):
             shape = (count, *target.shape[1:])

@@ -54,7 +54,7 @@ def _scores(run: Run, several: bool) -> str:
     results = summarize(run.predictions)
     rows = []
     for name, figures in results["sets"].items():
-        low, mean, high = (100 * figures[each] for each in ("low", "mean", "high"))
+        low, mean, high = (100 * figures[name] for name in ("low", "mean", "high"))
         bar = (
             f'<span class="bar" role="img" aria-label="{mean:.1f} %, from {low:.1f} to {high:.1f}">'
             f'<span style="width:{mean:.2f}%"></span>'
@@ -106,16 +106,16 @@ def _paired(runs: Sequence[Run]) -> str:
 def _difference(name: str, pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
     """Write the cells of a set: its name, and those of `_PAIRED_HEAD`."""
     before, after = ([pair[i]["score"] for pair in pairs] for i in (0, 1))
-    found = compare(before, after)
+    result = compare(before, after)
     better = sum(b > a for a, b in zip(before, after, strict=True))
     worse = sum(b < a for a, b in zip(before, after, strict=True))
     return [
         text(name),
-        number(100 * found.difference, 1, sign=True),
-        f"{number(100 * found.low, 1, sign=True)} – {number(100 * found.high, 1, sign=True)}",
-        f"{found.p_value:.3f}" if found.p_value >= 0.001 else "below 0.001",
+        number(100 * result.difference, 1, sign=True),
+        f"{number(100 * result.low, 1, sign=True)} – {number(100 * result.high, 1, sign=True)}",
+        f"{result.p_value:.3f}" if result.p_value >= 0.001 else "below 0.001",
         f"{better:,} / {worse:,}",
-        f"{found.samples:,}",
+        f"{result.samples:,}",
     ]
 
 
@@ -127,11 +127,11 @@ def _same_question(one: Mapping[str, Any] | None, two: Mapping[str, Any]) -> boo
 
 def _needles(run: Run, several: bool) -> str:
     tasks = dict.fromkeys(record["task"] for record in run.predictions)
-    found = {task: recall_by_depth(run.predictions, task) for task in tasks}
+    recalls = {task: recall_by_depth(run.predictions, task) for task in tasks}
     label = f", {run.name}" if several else ""
     return "".join(
         _heatmap(f"Needles found (%): {task}{label}", recall)
-        for task, recall in found.items()
+        for task, recall in recalls.items()
         if recall
     )
 
@@ -286,14 +286,14 @@ def _marked(response: str, answers: Sequence[Any]) -> tuple[str, str]:
     """Write the response as HTML in which references stand out, and as text."""
     plain = visible(response)
     lower = plain.lower()
-    found = []
+    matches = []
     for answer in answers if len(lower) == len(plain) else ():
         wanted = visible(str(answer)).lower().strip()
         at = lower.find(wanted) if wanted else -1
         if at >= 0:
-            found.append((at, at + len(wanted)))
+            matches.append((at, at + len(wanted)))
     parts, done = [], 0
-    for a, b in sorted(found):
+    for a, b in sorted(matches):
         if a >= done:
             parts += [html.escape(plain[done:a]), f"<mark>{html.escape(plain[a:b])}</mark>"]
             done = b

@@ -161,7 +161,7 @@ class Charts:
                 self._runs.items(), self._colours(series.colour), strict=True
             )
         ]
-        drawn = [each for each in drawn if len(each[3][0])]
+        drawn = [curve for curve in drawn if len(curve[3][0])]
         if not drawn:
             return ""
         figure = self._new_figure(chart)
@@ -173,7 +173,7 @@ class Charts:
             self._draw(figure, series, label, colour, steps, values)
             kind = "swatch dot" if series.points and not self._several else "swatch"
             legend[name if self._several else label] = (kind, colour)
-            if series.points or not any(each[0].points for each in drawn):
+            if series.points or not any(curve[0].points for curve in drawn):
                 said.append(_said(label, steps, values, chart.medians))
         top = max(np.abs(values).max() for *_, (_, values) in drawn)
         if chart.unit == "seconds":
@@ -241,9 +241,9 @@ class Charts:
             line_width=2,
             line_dash="solid" if series.points or not self._several else "dotted",
         )
-        found = line
+        drawing = line
         if series.points or len(steps) < 3:
-            found = figure.scatter("step", "value", source=source, color=colour, size=7)
+            drawing = figure.scatter("step", "value", source=source, color=colour, size=7)
         # The library replaces what follows @ and $; the rest is HTML.
         tips = f"<b>{text(label).replace('@', '&#64;').replace('$', '&#36;')}</b><br>"
         tips += "step @step{0,0}: @value{0,0.[00000]}"
@@ -251,7 +251,7 @@ class Charts:
             tips += "<br>running mean @mean{0,0.[00000]}"
         figure.add_tools(
             HoverTool(
-                renderers=[found],
+                renderers=[drawing],
                 tooltips=f"<div>{tips}</div>",
                 mode="mouse" if self._several or series.points else "vline",
                 line_policy="nearest",

@@ -67,10 +67,10 @@ def _paired(runs: Sequence[Run]) -> str:
         record = common[-1]
         for name, label, unit, scale, sums, better in FIGURES:
             used = row_sums(run, name, sums)
-            found = used and differences(first[record["step"]], record, *used)
-            if not found:
+            difference = used and differences(first[record["step"]], record, *used)
+            if not difference:
                 continue
-            mean, half, count = found
+            mean, half, count = difference
             interval, verdict = "–", ""
             if half is not None:
                 low, high = (mean - half) * scale, (mean + half) * scale
@@ -88,7 +88,7 @@ def _paired(runs: Sequence[Run]) -> str:
 
 def _settings(runs: Sequence[Run]) -> str:
     changed = [changed_settings(run.config) for run in runs]
-    names = dict.fromkeys(name for each in changed for name in each)
+    names = dict.fromkeys(name for settings in changed for name in settings)
     rows = []
     for name in names:
         section_name, field = name.split(".")

@@ -94,9 +94,9 @@ def before_and_after(run: Run) -> str:
             both = [seen.get(record["step"]) for record in (first, last)]
             used = row_sums(run, name, sums)
             if None not in both and used:
-                found = differences(*both, *used)
-                if found and found[1] is not None:
-                    reach = f"± {number(found[1] * scale)} over {found[2]:,} rows"
+                _, half, count = differences(*both, *used) or (None, None, None)
+                if half is not None:
+                    reach = f"± {number(half * scale)} over {count:,} rows"
         cells = [number(None if x is None else x * scale) for x in (before, after)]
         rows.append([f"{text(label)} <small>{unit}</small>", *cells, change, reach])
     head = (
@@ -256,5 +256,5 @@ def _signed(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
-        return {name: _signed(each) for name, each in value.items()}
-    return [_signed(each) for each in value] if isinstance(value, list) else value
+        return {name: _signed(part) for name, part in value.items()}
+    return [_signed(part) for part in value] if isinstance(value, list) else value
