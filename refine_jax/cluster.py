@@ -110,7 +110,7 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     loopback = any(ipaddress.ip_address(address).is_loopback for address in addresses)
     mine = all(_can_bind(address, 0) for address in addresses)
     if mine and (is_local(coordinator) or not loopback):
-        # Other processes may be told another of the addresses of a name.
+        # Other processes may be told another address of the same name.
         chosen = addresses[0] if len(addresses) == 1 else host
         taken = [address for address in addresses if not _can_bind(address, port)]
     else:
@@ -136,7 +136,7 @@ def _can_bind(address: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
-            # As gRPC does: a port whose last connections are being closed is free.
+            # A port whose last connections are being closed counts as free, as in gRPC.
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((address, port))
     except OSError:
@@ -153,7 +153,7 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     """
     if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         return "Open MPI"
-    # Of this step: a batch script that was not started by srun is a single process of its job.
+    # The numbers are those of the step: a batch script without srun is one process of its job.
     if _number(environment, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
         return "SLURM"
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu") or not _has_tpu():

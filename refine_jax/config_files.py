@@ -70,8 +70,8 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
     # The family decides which fields there are.
     order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
     order.sort(key=lambda name: name != "config.model.fresh")
-    # A preset comes before the values beside it, which win, and counts as a flag for each of its
-    # own, so that it wins over the file.
+    # Set a preset before the values beside it, which win over it. It counts as a flag for each of
+    # its values, so that it wins over the file.
     order.sort(key=lambda name: name != "config.refine.preset")
     for name in order:
         section, _, field = name.removeprefix("config.").partition(".")
@@ -160,7 +160,7 @@ def load_config(name: str) -> ConfigDict:
             "--config must name a Python file that defines get_config(), as configs/demo.py does. "
             f"Got: {text!r}."
         )
-    # What a file prints is not the command's output.
+    # What a configuration file prints is no output of the command.
     with contextlib.redirect_stdout(sys.stderr):
         values = _call(str(path), text, [form] if form else [])
     if not isinstance(values, ConfigDict):

@@ -90,7 +90,7 @@ def start(
                 num_processes,
                 process_id,
                 coordinator_bind_address=bind,
-                # jax aborts when its own time is up; ours ends first, with a message.
+                # jax aborts when its own time is up; our time ends first, with a message.
                 initialization_timeout=timeout + 60,
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -159,7 +159,7 @@ def connect(mesh: Mesh) -> None:
     jax.block_until_ready(compiled(zero))
 
 
-# What a line of gloo consists of; lines of two threads may stand in each other.
+# A line of gloo consists of these; lines of two threads may stand in each other.
 _GLOO = re.compile(
     rb"\[Gloo\] Rank \d+| is connected to \d+ peer ranks\. "
     rb"|Expected number of connected peer ranks is : \d+"
@@ -219,7 +219,7 @@ def gather_json(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = gather(len(text))
-    # Few lengths, as each is another program.
+    # Pad to few lengths, as each length is another program.
     padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
     padded[: len(text)] = text
     rows = multihost_utils.process_allgather(padded)
@@ -369,7 +369,7 @@ def ending_together() -> Iterator[None]:
 
 def _explain(error: BaseException) -> None:
     """Print why this process ends: the failure of another one, where that broke a connection."""
-    # As a result is fetched, an error of jax comes as a ValueError.
+    # While a result is fetched, jax raises its error as a ValueError.
     shared = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     failure = _watcher.failure()
     if failure is None and shared:

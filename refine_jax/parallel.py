@@ -33,22 +33,24 @@ from refine_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 
-# Logical axis of an array -> the mesh axes that divide it.
+# Mesh axes divide arrays by the logical names of their axes: {logical axis: mesh axes}.
 RULES = {
     "batch": ("data", "fsdp"),
     "tokens": ("sequence",),
-    # Continuations of a row, which the devices that share it share out.
+    # The devices that share a row share out its continuations.
     "forks": ("sequence",),
     "heads": ("tensor",),
     "hidden": ("tensor",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
-    # A parameter whose outputs are several arrays side by side: a part of them is no part of each.
+    # Where a parameter's outputs are several arrays side by side, a part of them is no part of
+    # each.
     "embed_only": ("fsdp", "tensor"),
 }
 
-# End of a parameter's name -> logical names of its last axes; leading axes (layers) and parameters
-# that are not named, which are small, are copies. `embed` is gathered where a layer runs.
+# The end of a parameter's name decides the logical names of its last axes. Every device has all of
+# leading axes (layers) and of small parameters, which are not named here. `embed` is gathered where
+# a layer runs.
 PARAMETERS = (
     (r"(embeddings|lm_head)/weight", ("vocab", "embed")),
     (r"(gate|up)_proj/weight", ("hidden", "embed")),
@@ -84,7 +86,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             f"-1, what is left. Got: {described} for {len(devices)} devices."
         )
     sizes = [len(devices) // given if size == -1 else size for size in sizes]
-    # As `jax.make_mesh`, which refuses sizes that are no product of whole axes of a TPU's torus.
+    # `jax.make_mesh` does the same, but refuses sizes that are no product of whole axes of a TPU's
+    # torus.
     array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -445,7 +448,7 @@ def take_slabs(
             row, fork = divmod(index, start.shape[1])
             return Slab(row, axis, start[row, fork], size, name).read(x)[0]
 
-        # One by one: all at once would be a gather, whose result XLA fills with zeros first.
+        # Cut slab by slab: all at once would be a gather, whose result XLA fills with zeros first.
         slabs = lax.map(slab, jnp.arange(start.size))
         slabs = slabs.reshape(*start.shape, *slabs.shape[1:])
         if name is None:

@@ -17,7 +17,7 @@ from refine_jax.base.errors import ConfigError, UserError, reason
 
 _T = TypeVar("_T")
 
-# Also file:/x, and what a path made of gs://x: one slash. Drives of Windows are one letter.
+# A path turns gs://x into gs:/x, so one slash is enough. Drives of Windows are one letter.
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*[A-Za-z]://")
 _LONGEST = 3500
 """Bytes of a folder's path that leave room, of the 4096 of Linux, for the files in it."""

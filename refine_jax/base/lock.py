@@ -137,7 +137,7 @@ class Lock:
         try:
             os.link(own, self.path)
         except FileExistsError:
-            # Of NFS that may be the answer to a request repeated after it was done.
+            # NFS may answer so to a request that it repeats after it was done.
             return own.stat().st_nlink == 2
         except OSError:  # a file system without hard links
             try:
@@ -162,7 +162,8 @@ class Lock:
         """
         path = path or self.path
         try:
-            # Opened, not only looked at: NFS asks its server again when a file is opened.
+            # Open the file, do not only look at it: NFS asks its server again when a file is
+            # opened.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _NO_LINK)
         except FileNotFoundError:
             return None
@@ -337,7 +338,7 @@ def _start_time(pid: int) -> int | None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, 0)
         return None
-    # The second field is the command's name in brackets, which may hold anything.
+    # The second field is the command's name in brackets, which may hold any characters.
     fields = text.rpartition(b")")[2].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 

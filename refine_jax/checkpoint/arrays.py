@@ -152,7 +152,7 @@ def _close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]) -> None:
             if tasks:
                 loop.run_until_complete(asyncio.wait(tasks, timeout=LOOP_SECONDS))
     finally:
-        # What ends later still, or has failed unseen, has nobody left to tell.
+        # Tasks that end still later, or have failed unseen, have nobody left to tell.
         loop.set_exception_handler(_ignore)
         loop.call_soon_threadsafe = _ignore
         close()
@@ -163,6 +163,6 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    # Its warnings are advice on how this package uses it, such as after a second's wait.
+    # Orbax's warnings are advice on how this package uses it, such as after a second's wait.
     unwanted = record.exc_info or record.levelno == logging.WARNING
     return not (unwanted and f"{os.sep}orbax{os.sep}" in record.pathname)

@@ -26,7 +26,8 @@ CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
 
-# What of a published folder is kept beside a checkpoint, to be written back (published.py).
+# These files keep what a published folder holds beside the weights, to write it back
+# (published.py).
 PUBLISHED, PUBLISHED_TENSORS = "published.json", "published.safetensors"
 
 # Files beside the weights of a Hugging Face folder that are carried through unread: tokenizers,
@@ -53,7 +54,7 @@ _WEIGHTS = (
 )
 
 
-# What is in the work folder of a run, from its first step on, or in its checkpoints.
+# These files are in the work folder of a run from its first step on, or in its checkpoints.
 _OF_RUN = (RUN, f"checkpoints/{RUN}", f"checkpoints/{CONFIG}", "metrics.jsonl")
 
 
@@ -166,7 +167,7 @@ def new_folder(
             temporary.rename(path)
     except BaseException as error:
         _clear(temporary, made)
-        # Orbax raises all of these, for one on a full disk.
+        # Orbax raises all of these, for example on a full disk.
         if isinstance(error, UserError) or not isinstance(
             error, (OSError, RuntimeError, ValueError)
         ):

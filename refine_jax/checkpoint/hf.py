@@ -73,7 +73,7 @@ from refine_jax.models.config import (
     unused_fields,
 )
 
-# Tensors of published files that change nothing: {pattern: (why, whose)}.
+# Published files may hold these tensors, which change nothing: {pattern: (why, of which family)}.
 _UNUSED = {
     r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", Architecture),
     r"model\.layers\.\d+\.attn\.D": (
@@ -82,10 +82,10 @@ _UNUSED = {
     ),
 }
 
-# Files of tokenizers in other forms than those that are read.
+# Tokenizers in these forms are not read.
 _OTHER_TOKENIZERS = {"tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"}
 
-# Parts of names by which PyTorch's wrappers of modules mark what they wrap.
+# PyTorch's wrappers of modules put these parts into the names of what they wrap.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind

@@ -128,7 +128,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         steps = find_steps(self.directory)
         check_room(self.directory, steps, last_step)
         for step in steps.saved:
-            # Orbax would not say what is wrong.
+            # Orbax would not say what is wrong with the figures.
             read_step_metrics(self.directory, step, steps.saved)
         if distributed.is_writer():
             self._write_description(
@@ -192,7 +192,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 best_mode=mode,
                 step_name_format=StepNames(),
                 async_options=ocp.AsyncOptions(
-                    # Where that fails, threads would wait for the folders for five minutes.
+                    # Where creating folders fails, threads would wait for them for five minutes.
                     create_directories_asynchronously=False,
                     barrier_sync_fn=self._wait_for_others,
                 ),
@@ -242,7 +242,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 "was not written by this run. Move it elsewhere: it is not overwritten."
             )
         arrays = {name: plain_leaf(leaf) for name, leaf in flatten(state).items()}
-        # Through JSON now: Orbax serialises later, when the iterator has gone on.
+        # Copy the state through JSON now: Orbax serialises later, when the iterator has gone on.
         data = {DATA: json.loads(json.dumps(data_state))}
         digests = self._digests | {DATA: digest(data)}
         with self._reporting_failure():

@@ -21,7 +21,7 @@ from refine_jax.models.layer_config import FULL, LINEAR
 HEAD = "lm_head.weight"
 EMBEDDINGS = "embeddings.weight"
 
-# Beginnings of the names of layers' parameters, and of those that published files have for them.
+# Names of layers' parameters begin so here (keys) and in published files (values).
 _RENAMED: dict[type[Architecture], dict[str, dict[str, tuple[str, ...]]]] = {
     QwenTextConfig: {
         LINEAR: {

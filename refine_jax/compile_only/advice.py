@@ -8,10 +8,10 @@ from refine_jax.compile_only.report import Report
 from refine_jax.models.config import model_config
 from refine_jax.phases.setup import check_fits
 
-# Programs with a backward pass.
+# These programs have a backward pass.
 _DIFFERENTIATED = ("update", "ntp_update", "answer_update", "adaptation")
 
-# Bytes that a change saves on a chip, and the change in words.
+# A change: the bytes that it saves on a chip, and what to change in words.
 Change = tuple[float, str]
 
 
@@ -103,7 +103,7 @@ def _shared_rows(
     given = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
     if given is None:
         return
-    # Half as many places for rows, but still one row at each.
+    # There are half as many places for rows then, but still one row at each.
     if section == "testtime":
         micro_batch, rows = config.testtime.micro_batch, mesh["data"] * mesh["fsdp"] // 2
     else:

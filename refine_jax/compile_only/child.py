@@ -159,7 +159,8 @@ def compile_program(
     if not assigned:  # the arguments alone were too much
         memory = Memory(bytes_of(program.args), 0, 0, 0)
     if compiled is not None:
-        # Nothing else of it: its temporaries count each value that passes through the VMEM, too.
+        # Take nothing else of the analysis: its temporaries also count values that only pass
+        # through VMEM.
         code = compiled.memory_analysis().generated_code_size_in_bytes
         memory = dataclasses.replace(memory, code=code)
     chip = topology.chip

@@ -25,8 +25,8 @@ from refine_jax.config import Config
 NOT_FITTING = 2
 FAILED = 3
 
-# What libtpu and jax must be told where there is no TPU: no lock file, no cloud metadata server, no
-# logs; and a program that comes from a cache leaves no dumps.
+# Where there is no TPU, libtpu and jax must be told to use no lock file, no cloud metadata server
+# and no logs; and no cache, as a program that comes from a cache leaves no dumps.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",

@@ -19,7 +19,7 @@ from refine_jax.report.markup import number, text
 from refine_jax.report.metrics import is_refine
 from refine_jax.report.plots import running_mean
 
-# Legible on white and on near black.
+# These colours are legible on white and on near black.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f81d6", "#d9730d", "#2e9e5b", "#9a6dd7", "#80868f"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#c94f7c", "#2a9aa8", "#a07d1c", GREY)
 MOST_POINTS = 1500

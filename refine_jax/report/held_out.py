@@ -95,7 +95,7 @@ class HeldOutRecord:
         real = np.flatnonzero(seen["mask"][row])
         first, end = int(real[0]), int(real[-1]) + 1
         texts = token_texts(self._tokenizer.decode, tokens[first:end])
-        # What slot t says of the prediction of slot t + 1 stands with that slot here.
+        # Figures of the prediction of slot t + 1, made in slot t, stand with slot t + 1 here.
         ahead = {
             name: [None, *(to_digits(x, 3) for x in seen[name][row][first : end - 1])]
             for name in ("entropy", "match")

@@ -14,8 +14,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Controls (but tab and line feed), format characters (bidi controls and zero-width ones among
-# them), lone surrogates, private use, and line and paragraph separators.
+# These categories show nothing: controls (but tab and line feed), format characters (bidi controls
+# and zero-width ones among them), lone surrogates, private use, and line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _NEEDED = "\n\t\u200c\u200d"  # the last two join letters of some scripts, and emoji
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*\Z")

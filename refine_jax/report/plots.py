@@ -219,7 +219,7 @@ def _stack_times(axis, training) -> None:
         for label, (name, _) in parts.items()
     }
     totals = np.sum(list(values.values()), axis=0)
-    # What takes no time that could be seen, as where nothing is collected, is no part.
+    # Leave out parts that take no visible time, as where no experience is collected.
     values = {label: part for label, part in values.items() if part.max() > 1e-3 * totals.max()}
     axis.stackplot(
         steps,

@@ -35,7 +35,7 @@ def of_answers(run: Run) -> bool:
 
 def row_sums(run: Run, name: str, sums: tuple[str, str] | None) -> tuple[str, str] | None:
     """Name the row sums whose ratio a figure of this run is; None where rows do not have it."""
-    # Rows keep sums over the tokens of prompts, or of documents, not over those of answers.
+    # Records of rows have sums over tokens of prompts or documents, and none over those of answers.
     others = ("loss", "accuracy") if of_answers(run) else ("prompt_loss", "score")
     return None if name in others else sums
 

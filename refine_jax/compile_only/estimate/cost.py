@@ -39,10 +39,11 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
     "async-update",
 }
-# Shares of the chip's peaks, by libtpu's cycles for the rollouts of DeltaNet-1.3B on a v5e: what
-# has products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
+# Operations reach these shares of the chip's peaks, by libtpu's cycles for the rollouts of
+# DeltaNet-1.3B on a v5e: those with products of matrices took 1.88 s where the peak needs 1.66 s,
+# all others 2.39 s where their transfers need 0.92 s.
 _PRODUCT_SHARE, _TRANSFER_SHARE = 0.88, 0.38
-# Libtpu writes the largest number there is where it has no estimate.
+# Where libtpu has no estimate, it writes the largest number there is.
 NO_ESTIMATE = 1e15
 
 
@@ -77,8 +78,8 @@ class ProgramCost:
             self.counts[kind] += times * other.counts[kind]
 
 
-# What is on its way while the program goes on: when the links and the copy engine are free again,
-# and when each transfer that has started will be done.
+# Transfers go on beside the program: when the links and the copy engine are free again, and when
+# each transfer that has started will be done.
 @dataclasses.dataclass
 class _Transfers:
     links: float = 0.0
@@ -244,7 +245,7 @@ class Estimator:
         moved = self.traffic(instruction, computation)
         cost.bytes += moved
         if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:
-            # Differentiated, it is called `transpose(jvp(name))`.
+            # A differentiated function is called `transpose(jvp(name))`.
             name = re.search(r"(\w+)\)*/pallas_call", instruction.source)
             shapes = tuple(array.shape for array in instruction.arrays)
             seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)

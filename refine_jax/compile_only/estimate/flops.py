@@ -106,7 +106,7 @@ def _branching_axes(jaxpr, axes: int) -> set[int]:
     return {axis for axis in asked if axis < axes}
 
 
-# Primitives of jax by name; those in the first line are called as in Python's `operator`.
+# These are primitives of jax by name; those in the first line are called as in Python's `operator`.
 _ALIKE = ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul")
 _INTEGER_OPERATIONS = {name: getattr(operator, name) for name in _ALIKE} | {
     **{"and": operator.and_, "or": operator.or_, "not": operator.not_, "max": max, "min": min},
@@ -196,7 +196,7 @@ def mixer_flops(config: Architecture, length: int) -> float:
     if not isinstance(config, LaCTConfig):
         return 6.0 * config.num_value_heads * config.key_dim * config.value_dim
     window = min(config.window_size, length)
-    # The first tokens see less than a window.
+    # The first tokens of a row see less than a window.
     seen = window - window * (window - 1) / (2 * length)
     attention = 4.0 * config.hidden_size * seen
     d, hidden, heads = config.lact_head_dim, config.fast_hidden, config.num_lact_heads

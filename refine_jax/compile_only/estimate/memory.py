@@ -61,7 +61,7 @@ def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
             name, phi, size, offset, shape = match.groups()
             known = slots.get((number, int(offset)))
             source = sources.get(name, "")
-            # Of the values in a place the largest one stands for it, if it says where it is from.
+            # The largest value in a place stands for the place, if it says where it is from.
             better = known is None or int(size) > known.bytes
             equal = known is not None and int(size) == known.bytes and not known.source
             if better or (equal and source and not phi):

@@ -64,7 +64,7 @@ class Network:
             return 0.0
         if collective.kind == "collective-permute":
             hops = max(self._distance(a, b) for a, b in collective.pairs)
-            # Messages over several hops share the links between.
+            # Messages over several hops share the links on their way.
             return collective.size * hops / self.link + hops * HOP_SECONDS
         axes = self._axes(collective.group)
         ways = sum(2 if wraps else 1 for _, wraps in axes)

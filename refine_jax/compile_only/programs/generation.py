@@ -119,7 +119,7 @@ def _prefill(run: AbstractRun) -> Program:
 def _decode(run: AbstractRun) -> Program:
     rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
     params = prefill.args[0]
-    # What is known after a prompt does not depend on its length, but for the room of caches.
+    # The state after a prompt does not depend on the prompt's length, but for the room of caches.
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
     read = jax.eval_shape(prefill.function, params, *prompts)
     answer = max(run.config.generation.max_new_tokens or 0, BLOCK)  # None: tasks say how many

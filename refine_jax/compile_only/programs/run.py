@@ -23,7 +23,7 @@ from refine_jax.refine.step import TrainState, states_together
 
 CONFIG = "config.json"
 
-# Documents and prompts are read with a tokenizer, whose special tokens change no shape.
+# A run reads documents and prompts with a tokenizer, whose special tokens change no shape.
 EOS, PAD = 2, 0
 
 
@@ -67,7 +67,7 @@ def describe_model(config: Config) -> ModelCheckpoint:
                 f"config.model.checkpoint has no {CONFIG}, and there is no config.model.fresh to "
                 f"describe the model instead. Got: {folder}."
             )
-    # No run has this name: what is compiled does not depend on what a work folder holds.
+    # No run has this name, so that no work folder changes what is compiled.
     return load_start(dataclasses.replace(config.model, checkpoint=None), Path("/dev/null"))
 
 
