@@ -18,7 +18,8 @@ from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
 from refine_jax.models.layers import Linear, RMSNorm, ShortConv, convolve_rows, short_conv
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import Mixer, fork
-from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
+from refine_jax.models.slabs import take_slabs, tap_slabs
+from refine_jax.parallel import over_shards, take_tokens, token_axis
 
 _HEADS = ("heads",)
 

@@ -38,7 +38,8 @@ from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
-from refine_jax.parallel import over_shards, take_slabs, take_tokens
+from refine_jax.models.slabs import take_slabs
+from refine_jax.parallel import over_shards, take_tokens
 
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 

@@ -1,7 +1,9 @@
-"""What forks need that leave their chunk: a loop over them alone, forward and backward.
+"""Slabs: neighbouring tokens cut out of rows for forks, whose gradient is added in place.
 
-A fork of k tokens leaves a chunk of C in k of C places: in one of 400 for the published 5 and 2048.
-All others need neither the C tokens whose update is pending nor the momentum of their chunk.
+`take_slabs` cuts for all forks. `of_crossing` loops over the forks that leave their chunk alone,
+forward and backward. A fork of k tokens leaves a chunk of C in k of C places: in one of 400 for the
+published 5 and 2048. All others need neither the C tokens whose update is pending nor the momentum
+of their chunk.
 
 Letters: B batch, T tokens, N chunks of C tokens, R forks of a sequence.
 """
@@ -16,7 +18,135 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.parallel import Slab
+from refine_jax.parallel import axis_size, over_shards, token_axis
+
+
+class Slab(NamedTuple):
+    """Entries `start` ... `start + size - 1` along an axis of arrays [B, ...], in one row of them.
+
+    axis_name: inside `jax.shard_map`, the mesh axis over which the arrays' axis is spread in
+    contiguous blocks, no shorter than the slab. None: every device has all entries.
+    """
+
+    row: Any
+    axis: int
+    start: Any
+    size: int
+    axis_name: str | None = None
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """Read the slab [1, ..., size, ...]; of spread x what the device has of it, else 0."""
+        begin, behind = self._place(x)
+        sizes = [1, *x.shape[1:]]
+        sizes[self.axis] = self.size
+        part = lax.dynamic_slice(x, begin, sizes)
+        return part if behind is None else self._move(part, behind)
+
+    def add(self, x: jax.Array, part: jax.Array) -> jax.Array:
+        """Add `part` [1, ..., size, ...] to the slab in x; where x is spread, to the device's."""
+        begin, behind = self._place(x)
+        part = part if behind is None else self._move(part, -behind)
+        total = lax.dynamic_slice(x, begin, part.shape) + part.astype(x.dtype)
+        return lax.dynamic_update_slice(x, total, begin)
+
+    def _place(self, x: jax.Array) -> tuple[list, Any]:
+        """Find the device's nearest slab, and how far the wanted one begins behind it."""
+        begin, behind = [self.row, *[0] * (x.ndim - 1)], None
+        begin[self.axis] = self.start
+        if self.axis_name is not None:
+            start = self.start - lax.axis_index(self.axis_name) * x.shape[self.axis]
+            begin[self.axis] = jnp.clip(start, 0, x.shape[self.axis] - self.size)
+            behind = jnp.clip(start - begin[self.axis], -self.size, self.size)
+        return begin, behind
+
+    def _move(self, part: jax.Array, by: jax.Array) -> jax.Array:
+        """Move entries up by `by` places; zeros take the places where there are none."""
+        beside = [(0, 0)] * part.ndim
+        beside[self.axis] = (self.size, self.size)
+        return lax.dynamic_slice_in_dim(
+            jnp.pad(part, beside), self.size + by, self.size, axis=self.axis
+        )
+
+
+def take_slabs(
+    x: jax.Array,
+    start: jax.Array,
+    size: int,
+    *rest: str | None,
+    axis: int = 1,
+    forks: str | None = "forks",
+) -> jax.Array:
+    """Cut tokens start [B, R] ... start + size - 1 out of x, whose `axis` they are.
+
+    x: [B, T, ...], or [B, heads, T, ...] with axis 2. rest: logical names of its other axes behind
+    the first. Slabs must lie inside the rows.
+    forks: "forks": devices that share the rows' tokens share out the forks, where their numbers
+    divide; None: each has all.
+
+    Returns [B, R, size, ...], or [B, R, heads, size, ...].
+    """
+    name = _slab_axis(x, size, axis)
+    if name is None or start.shape[1] % axis_size(name):
+        forks = None
+
+    def take(x, start):
+        def slab(index):
+            row, fork = divmod(index, start.shape[1])
+            return Slab(row, axis, start[row, fork], size, name).read(x)[0]
+
+        # Cut slab by slab: all at once would be a gather, whose result XLA fills with zeros first.
+        slabs = lax.map(slab, jnp.arange(start.size))
+        slabs = slabs.reshape(*start.shape, *slabs.shape[1:])
+        if name is None:
+            return slabs
+        if forks is None:
+            return lax.psum(slabs, name)
+        return lax.psum_scatter(slabs, name, scatter_dimension=1, tiled=True)
+
+    before, behind = rest[: axis - 1], rest[axis - 1 :]
+    tokens = ("batch", *before, name and "tokens", *behind)
+    slabs = ("batch", forks, *before, None, *behind)
+    return over_shards(take, (tokens, ("batch",)), slabs)(x, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def tap_slabs(
+    x: jax.Array, start: jax.Array, size: int, rest: tuple[str | None, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """Return x [B, T, ...] and `take_slabs` of it, [B, R, size, ...].
+
+    The gradient of the slabs is added, in place, to that of the x that is returned. The gradient
+    of `take_slabs` alone is an array of zeros as large as x, which XLA then adds to the other.
+    """
+    return x, take_slabs(x, start, size, *rest)
+
+
+def _tap_forward(x, start, size, rest):
+    return tap_slabs(x, start, size, rest), start
+
+
+def _tap_backward(size, rest, start, cotangents):
+    name = _slab_axis(cotangents[0], size, 1)
+
+    def add(x, slabs, start):
+        def one(index, x):
+            row, fork = divmod(index, start.shape[1])
+            return Slab(row, 1, start[row, fork], size, name).add(x, slabs[row, fork][None])
+
+        return lax.fori_loop(0, start.size, one, x)
+
+    tokens = ("batch", name and "tokens", *rest)
+    add = over_shards(add, (tokens, ("batch", None, None, *rest), ("batch",)), tokens)
+    return add(*cotangents, start), None
+
+
+tap_slabs.defvjp(_tap_forward, _tap_backward)
+
+
+def _slab_axis(x: jax.Array, size: int, axis: int) -> str | None:
+    """Name the mesh axis that spreads axis `axis` of x in blocks no shorter than slabs."""
+    name = token_axis(x.shape[axis], 1)
+    return None if name is None or x.shape[axis] // axis_size(name) < size else name
 
 
 class ForkPlace(NamedTuple):
