@@ -9,8 +9,9 @@
 generate from as often as wanted; `save_prefix` and `load_prefix` keep it in a folder.
 """
 
+from refine_jax.generation.copies import CopiesGenerator
 from refine_jax.generation.engine import Prefix, advance, decode, empty_prefix, prefill, take_rows
-from refine_jax.generation.generator import CopiesGenerator, Generated, Generator
+from refine_jax.generation.generator import Generated, Generator
 from refine_jax.generation.loading import Loaded, load
 from refine_jax.generation.sampling import Sampler, Sampling, row_keys, sample
 from refine_jax.generation.states import load_prefix, save_prefix
