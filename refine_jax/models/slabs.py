@@ -91,7 +91,7 @@ def take_slabs(
 
     def take(x, start):
         def slab(index):
-            row, fork = divmod(index, start.shape[1])
+            row, fork = index // start.shape[1], index % start.shape[1]
             return Slab(row, axis, start[row, fork], size, name).read(x)[0]
 
         # Cut slab by slab: all at once would be a gather, whose result XLA fills with zeros first.
@@ -130,7 +130,7 @@ def _tap_backward(size, rest, start, cotangents):
 
     def add(x, slabs, start):
         def one(index, x):
-            row, fork = divmod(index, start.shape[1])
+            row, fork = index // start.shape[1], index % start.shape[1]
             return Slab(row, 1, start[row, fork], size, name).add(x, slabs[row, fork][None])
 
         return lax.fori_loop(0, start.size, one, x)
