@@ -16,7 +16,7 @@ from flax import nnx
 
 from refine_jax.kernels import sequence
 from refine_jax.kernels.device import backend
-from refine_jax.kernels.tpu import computed_once
+from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.config import (
     Architecture,
     DeltaNetConfig,

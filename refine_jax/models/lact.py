@@ -22,7 +22,7 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
-from refine_jax.kernels.tpu import computed_once
+from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.attention import push_to_ring, ring_attention
 from refine_jax.models.chunks import (
     ChunkPlan,

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.kernels.tpu import computed_once
+from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.block import (
     ComputePolicy,
     LayerStack,
