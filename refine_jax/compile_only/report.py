@@ -5,6 +5,7 @@ from typing import Any
 
 from refine_jax.compile_only.estimate.chips import GIB, Topology
 from refine_jax.config import Config
+from refine_jax.parallel import AXES
 
 _SHOWN_BUFFERS = 5
 _BESIDE = " (to compare with, not a part of the run)"
@@ -43,7 +44,7 @@ class Report:
     @property
     def mesh(self) -> dict[str, int]:
         """Sizes of the mesh's axes."""
-        return self.facts["mesh"] or dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
+        return self.facts["mesh"] or dict.fromkeys(AXES, 1)
 
     @property
     def tokens(self) -> int:
