@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.compile_only.programs.run import EOS, AbstractRun, Program
+from refine_jax.generation.copies import copies_programs
 from refine_jax.generation.engine import Prefix
-from refine_jax.generation.generator import BLOCK, copies_programs, programs_of
+from refine_jax.generation.generator import BLOCK, programs_of
 from refine_jax.generation.sampling import Sampler
 from refine_jax.models.layout import round_length, round_rows
 from refine_jax.phases.setup import rows_at_once
