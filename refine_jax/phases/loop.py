@@ -188,7 +188,7 @@ class Loop(abc.ABC):
             write=distributed.is_writer(),
         )
 
-    def _run(self, interrupt: Interrupt, check: Callable[[], None]) -> dict:
+    def _run(self, interrupt: distributed.Interrupt, check: Callable[[], None]) -> dict:
         train = self.config.train
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
