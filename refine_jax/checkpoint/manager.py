@@ -28,21 +28,31 @@ from orbax.checkpoint import checkpoint_managers as policies
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import local_path, parse_object, read_json, write_text
-from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
+from refine_jax.checkpoint.arrays import (
+    damaged,
+    quiet_orbax,
+    read_arrays,
+    save_args,
+    shorten,
+    write_arrays,
+)
 from refine_jax.checkpoint.folders import CONFIG, FROZEN, copy_files
-from refine_jax.checkpoint.loops import quiet_orbax
-from refine_jax.checkpoint.record import FROZEN_FIX, digest, file_digests, read_run, write_run
 from refine_jax.checkpoint.steps import (
     DATA,
+    FROZEN_FIX,
     STATE,
     StepNames,
     check_newest,
     check_room,
+    digest,
+    file_digests,
     find_best,
     find_steps,
     how_to_fix,
+    read_run,
     read_step_metrics,
     remove_unfinished,
+    write_run,
 )
 from refine_jax.checkpoint.tree import PyTree, flatten, plain_leaf, typed_leaf, unflatten
 
@@ -101,7 +111,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         steps = find_steps(self.directory)
         check_room(self.directory, steps, last_step)
         for step in steps.saved:
-            # Orbax would not say what is wrong.
+            # Orbax would not say what is wrong with the figures.
             read_step_metrics(self.directory, step, steps.saved)
         if distributed.is_writer():
             self._write_description(
@@ -165,7 +175,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 best_mode=mode,
                 step_name_format=StepNames(),
                 async_options=ocp.AsyncOptions(
-                    # Where that fails, threads would wait for the folders for five minutes.
+                    # Where creating folders fails, threads would wait for them for five minutes.
                     create_directories_asynchronously=False,
                     barrier_sync_fn=self._wait_for_others,
                 ),
@@ -215,7 +225,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 "was not written by this run. Move it elsewhere: it is not overwritten."
             )
         arrays = {name: plain_leaf(leaf) for name, leaf in flatten(state).items()}
-        # Through JSON now: Orbax serialises later, when the iterator has gone on.
+        # Copy the state through JSON now: Orbax serialises later, when the iterator has gone on.
         data = {DATA: json.loads(json.dumps(data_state))}
         digests = self._digests | {DATA: digest(data)}
         with self._reporting_failure():
@@ -230,12 +240,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return True
 
     def steps(self) -> list[int]:
-        """Saved steps, ascending."""
+        """List the saved steps, ascending."""
         self.wait()
         return self._known_steps()
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
-        """The newest checkpoint, or None if there is none. See `restore`."""
+        """Read the newest checkpoint, or return None if there is none. See `restore`."""
         steps = self.steps()
         check_newest(self.directory, find_steps(self.directory))
         return self.restore(steps[-1], abstract_state) if steps else None
@@ -313,7 +323,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
 
 
 def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
-    """What a step saved of the data iterator, under the name `DATA`."""
+    """Read what a step saved of the data iterator, under the name `DATA`."""
     try:
         data = parse_object((folder / "metadata").read_bytes(), "metadata", CheckpointError)
         if DATA not in data:
@@ -342,7 +352,7 @@ def _restore(
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The abstract leaf with a sharding: its own, or the default device."""
+    """Give the abstract leaf a sharding: its own, or the default device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

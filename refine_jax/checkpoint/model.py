@@ -8,8 +8,7 @@ A run's folder (manager.py) holds steps in the place of `params`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +22,23 @@ from refine_jax.checkpoint.folders import (
     FROZEN,
     PARAMS,
     RUN,
+    ModelCheckpoint,
     companions,
     copy_files,
     has_tokenizer,
     new_folder,
 )
 from refine_jax.checkpoint.peft import read_adapter
-from refine_jax.checkpoint.record import FROZEN_FIX, file_digests, read_config, read_run
 from refine_jax.checkpoint.steps import (
+    FROZEN_FIX,
     STATE,
     check_newest,
+    file_digests,
     find_best,
     find_steps,
     how_to_fix,
+    read_config,
+    read_run,
     read_step_metrics,
 )
 from refine_jax.checkpoint.tree import PyTree, abstract_params, flatten, nest
@@ -43,28 +46,6 @@ from refine_jax.models.config import model_config
 from refine_jax.models.lora import LoRA, abstract_updates
 from refine_jax.models.lora import merge as merge_updates
 from refine_jax.models.trainable import join, split
-
-
-class ModelCheckpoint(NamedTuple):
-    """A model from a checkpoint, or the description of one that has none yet.
-
-    config: the fields of config.json. config_json: its text. params: nested dict of arrays; None:
-    of a run, random or restored with the rest of it. tokenizer: the folder of the tokenizer files,
-    None if there are none. files: the files that travel with the weights, {name: path}. step: None
-    unless from a run. lora: the low-rank updates that are among params, or will be trained.
-    updates: their nested dict, where they are to be put to the params. base: the checkpoint that
-    the run started from, as it names it; "": none.
-    """
-
-    config: Mapping[str, Any]
-    config_json: str
-    params: dict | None = None
-    tokenizer: epath.Path | None = None
-    files: Mapping[str, Any] = MappingProxyType({})
-    step: int | None = None
-    lora: LoRA | None = None
-    updates: dict | None = None
-    base: str = ""
 
 
 def save_model(
@@ -198,7 +179,7 @@ def _parts_of_run(
 
 
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
-    """The step to read and the other ones there are."""
+    """Choose the step to read; returns it and the other ones."""
     run, steps = read_run(folder, verify=True), find_steps(folder)
     saved = steps.saved
     if step in ("latest", "best"):

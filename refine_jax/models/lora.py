@@ -6,9 +6,10 @@ s = alpha / r. In the parameters the update stands beside the weight, stacked ov
     {"weight": [L, out, in], "lora_A": [L, r, in], "lora_B": [L, out, r], "lora_scale": [L]}
 
 The product `B A` is added to W only by `merge`, not while a model runs. So W has no gradient, which
-saves a third of a linear map's operations in a step, no layer has a second copy of its weights, and where many
-updates run at once (vmap over A and B) the tokens of all of them meet W in one product. Linear maps
-add the update themselves (`layers.Linear`): rows, forks and decode states need to know nothing.
+saves a third of a linear map's operations in a step, no layer has a second copy of its weights, and
+where many updates run at once (vmap over A and B) the tokens of all of them meet W in one product.
+Linear maps add the update themselves (`layers.Linear`): rows, forks and decode states need to know
+nothing.
 """
 
 from __future__ import annotations

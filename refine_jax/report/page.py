@@ -66,7 +66,7 @@ def write_page(path: Path, runs: Sequence[Run]) -> None:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The text of a page about some runs; errors as of `write_page`."""
+    """Write the text of a page about some runs; errors as of `write_page`."""
     if len({run.trains for run in runs}) > 1:
         kinds = ", ".join(f"{run.name}: {run.phase}" for run in runs)
         raise DataError(
@@ -101,7 +101,7 @@ def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
 
         allowed.append(plain())
         library = f'<script type="text/plain" id="library">{packed_library()}</script>\n'
-    digests = " ".join(f"'sha256-{_digest(each)}'" for each in allowed)
+    digests = " ".join(f"'sha256-{_digest(script)}'" for script in allowed)
     policy = (
         f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
