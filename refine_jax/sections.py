@@ -470,3 +470,34 @@ class EvaluateConfig(Section):
                 f"signs in them, joined by commas. Got: {short(self.lengths)}."
             )
         return list(dict.fromkeys(map(int, words))) or [None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Section):
+    """Trainings from one start that are asked the questions of `evaluate`, in phase `compare`."""
+
+    arms: str = setting(
+        "ntp,refine",
+        "trainings, comma-separated: `ntp`, `refine` (as that section says) or a preset of it; "
+        "differences are from the first",
+    )
+    adapted: int = setting(
+        0,
+        "prompts of each set that the last arm also answers after training on them "
+        "(`testtime`); 0: none",
+        COUNT,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = ("ntp", "refine", *PRESETS)
+        if not self.arm_names or not set(self.arm_names) <= set(known):
+            raise ConfigError(
+                f"{self.prefix}arms must be names of {', '.join(known)}, joined by commas. "
+                f"Got: {short(self.arms)}."
+            )
+
+    @property
+    def arm_names(self) -> list[str]:
+        """The arms, each once."""
+        return listed(self.arms)

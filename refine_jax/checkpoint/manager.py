@@ -40,6 +40,7 @@ from refine_jax.checkpoint.folders import (
     has_tokenizer,
     new_folder,
 )
+from refine_jax.checkpoint.hf import read_hf
 from refine_jax.checkpoint.loops import quiet_orbax
 from refine_jax.checkpoint.record import digest, file_digests, read_run, write_run
 from refine_jax.checkpoint.steps import (
@@ -373,7 +374,8 @@ def load_model(
 ) -> ModelCheckpoint:
     """Read a model from its folder or from a training run's.
 
-    path: written by `save_model` or CheckpointManager, or a work folder with `checkpoints` in it.
+    path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
+        Hugging Face folder, which is read whole into memory: convert large ones.
     step: of a run: "latest", "best" (by the run's best metric) or a number.
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
@@ -396,10 +398,12 @@ def load_model(
         source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
         digests = {folder / name: saved for name, saved in file_digests(folder).items()}
+    elif any(Path(folder).glob("model*.safetensors*")):
+        return _load_published(Path(folder), shardings, dtype)
     else:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "
-            "Hugging Face folder is converted by `python -m refine_jax.convert from_hf SRC DST`."
+            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this package "
+            "have, and no weights (safetensors) of a Hugging Face folder."
         )
     abstract = abstract_params(config)
     placed = flatten(shardings) if shardings is not None else dict.fromkeys(abstract)
@@ -414,10 +418,27 @@ def load_model(
         fix=fix,
     )
     params = nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
-    if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     tokenizer = folder if has_tokenizer(folder) else None
+    params = _cast(params, dtype)
     return ModelCheckpoint(config, config_json, params, tokenizer, companions(folder), step)
+
+
+def _load_published(folder: Path, shardings: PyTree | None, dtype: Any) -> ModelCheckpoint:
+    """Read a model from a Hugging Face folder; arguments and errors as of `load_model`."""
+    model = read_hf(folder)
+    params = model.params
+    if shardings is not None:
+        params = jax.tree.map(jax.device_put, params, shardings)
+    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
+    return ModelCheckpoint(
+        model.config, model.config_json, _cast(params, dtype), tokenizer, model.files
+    )
+
+
+def _cast(params: dict, dtype: Any) -> dict:
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
 
 
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:

@@ -2,7 +2,8 @@
 
 Works while a run goes on, and after it: of a training run, metrics.jsonl and held_out.jsonl are
 read; of an evaluation or test-time training, predictions.jsonl. The page report.html is one file
-for a browser. For several runs it shows them side by side, with paired differences from the first.
+for a browser. For several runs it shows them side by side, with paired differences from the first:
+those of training, and those that answered questions.
 The last line on standard output is a JSON object: the figures, which results.json keeps, or with
 several runs the figures of each by its name.
 
@@ -52,7 +53,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, dict]:
     """Write a page about several runs to `out`; returns the figures of each, by its name.
 
     Raises:
-      DataError: A folder holds no records of a run, or runs of training and evaluations are mixed.
+      DataError: A folder holds no records of a run.
       CheckpointError: A run.json is damaged.
     """
     from refine_jax.evaluation.report import summarize
