@@ -49,11 +49,11 @@ FIELDS = {
     },
 }
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT"}
-LEARNING_RATES = {"deltanet": 6e-3, "lact": 4e-3}
-STEPS = {"deltanet": 2000, "lact": 2000}
+LEARNING_RATES = {"deltanet": 4e-3, "lact": 3e-3}
+STEPS = {"deltanet": 1500, "lact": 1500}
 # LaCT's initial rates of 0.001 are made for chunks of 2048 tokens.
 FAST_RATE = 0.03
-LENGTH, ROWS, DOCUMENTS = 256, 16, 20_000
+LENGTH, ROWS, DOCUMENTS = 256, 8, 12_500
 PHRASES = ("The number of the", "What is the number of the", "? Answer:")
 
 
@@ -107,7 +107,7 @@ def configure(name: str, start: Path) -> Config:
     config.refine.objective = "ntp"
     config.optimizer.update(learning_rate=LEARNING_RATES[name], clip_norm=1.0, warmup_steps=STEPS[name] // 30)
     config.optimizer.update(schedule="cosine", final_fraction=0.02)
-    config.train.update(steps=STEPS[name], batch_size=ROWS, eval_every=250, eval_batches=4)
+    config.train.update(steps=STEPS[name], batch_size=ROWS, eval_every=500, eval_batches=8)
     config.train.update(log_every=50, checkpoint_every=250)
     return Config.from_dict(config)
 

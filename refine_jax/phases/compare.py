@@ -9,11 +9,16 @@ Every part is a run of its own, in a folder of its own: the same command goes on
 stopped. Arms differ in the section `refine` alone, and see the same rows in the same order.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from refine_jax import distributed
 from refine_jax.base.files import local_path
@@ -41,17 +46,25 @@ class Part(NamedTuple):
 
 def list_parts(config: Config, workdir: Path) -> list[Part]:
     """List the runs in their order, each with the configuration of a run of its own."""
+    # The rows must not depend on how many tokens an arm's rollouts need.
+    methods = {arm: _method(config.refine, arm) for arm in config.compare.arm_names}
+    if config.data.min_remainder is None:
+        needed = max(method.tokens_needed for method in methods.values())
+        rows = min(needed, config.data.sequence_length)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, min_remainder=rows)
+        )
     asked = dataclasses.replace(config, phase="evaluate")
     parts = [Part(BEFORE, evaluate, asked)]
-    for arm in config.compare.arm_names:
-        trained = dataclasses.replace(config, phase="midtrain", refine=_method(config.refine, arm))
+    for arm, method in methods.items():
+        trained = dataclasses.replace(config, phase="midtrain", refine=method)
         parts.append(Part(arm, midtrain, trained))
         parts.append(Part(f"answers-{arm}", evaluate, _of(asked, workdir / arm)))
     if config.compare.adapted:
         adapted = dataclasses.replace(
             _of(config, workdir / arm),
             phase="testtime",
-            refine=_method(config.refine, arm),
+            refine=method,
             evaluate=dataclasses.replace(config.evaluate, samples=config.compare.adapted),
             testtime=dataclasses.replace(config.testtime, answer_before=True),
         )
@@ -81,7 +94,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     """
     workdir = local_path(workdir, "workdir").absolute()
     parts = list_parts(config, workdir)
-    with only_run_in(workdir):
+    with only_run_in(workdir), _programs_kept():
         for number, part in enumerate(parts, 1):
             distributed.say(f"\n=== {part.name} ({number} of {len(parts)})")
             results = part.phase.run(part.config, workdir / part.name)
@@ -96,10 +109,30 @@ def run(config: Config, workdir: str | Path) -> dict:
     return figures
 
 
+@contextlib.contextmanager
+def _programs_kept() -> Iterator[None]:
+    """Let the parts share what they compile; in a folder of this process if none is named."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="refine-jax-compiled-") as folder:
+        _keep_programs_in(folder)
+        try:
+            yield
+        finally:
+            _keep_programs_in(None)
+
+
+def _keep_programs_in(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # jax looks at the setting once
+
+
 def summarize(runs: Mapping[str, Run], arms: Sequence[str]) -> dict[str, Any]:
     """Compute the figures of a comparison from its runs, by the names of their folders.
 
-    scores: {set: {"before" or an arm: mean score}}, fractions from 0 to 1. training: for each arm
+    scores: {set: {"before" or an arm: mean score}}, fractions from 0 to 1; where there are several
+    sets, those of all prompts together stand under "all". training: for each arm
     its figures (`refine_jax.report.metrics.summarize`). differences: of every set and arm but the
     first, from the first, paired by question (`refine_jax.evaluation.intervals.compare`). adapted:
     such a difference for each set, of answers after training on the prompt from those before.
@@ -134,6 +167,8 @@ def _by_set(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
     sets: dict[str, list[Mapping[str, Any]]] = {}
     for record in sorted(records, key=lambda record: record["id"]):
         sets.setdefault(record["set"], []).append(record)
+    if len(sets) > 1:
+        sets["all"] = [record for found in sets.values() for record in found]
     return sets
 
 
