@@ -1,8 +1,8 @@
 """From a checkpoint to a table: next-token training, ReFINE and its exact form at 16K tokens.
 
-    python -m refine_jax.main --config=configs/compare.py:deltanet-1.3b --workdir=runs/deltanet-1.3b \
-        --config.model.checkpoint=checkpoints/deltanet-1.3b --config.data.source=CORPUS \
-        --config.evaluate.essays=ESSAYS
+    python -m refine_jax.main --config=configs/compare.py:deltanet-1.3b \
+        --workdir=runs/deltanet-1.3b --config.model.checkpoint=checkpoints/deltanet-1.3b \
+        --config.data.source=CORPUS --config.evaluate.essays=ESSAYS
 
 trains the checkpoint three times on the same 12,288 rows (as configs/midtrain_deltanet_1_3b.py does
 once) and asks it, before and after, for RULER's needles (as configs/eval_ruler.py does): a table of
@@ -14,8 +14,8 @@ recall with the paired difference of each arm from next-token training, and a pa
     compare.py:runlocal        the small DeltaNet that comes with the package, on a CPU
 
 CORPUS and ESSAYS: see the two files named above. experiments/replicate.md says in which order to do
-what, how long it takes by the estimates, and what each outcome would mean. We have run none of these
-but `runlocal`.
+what, how long it takes by the estimates, and what each outcome would mean. We have run none of
+these but `runlocal`.
 """
 
 from ml_collections import ConfigDict

@@ -9,9 +9,9 @@ some prompts before it answers them. runs/demo/report.html shows all of it. Form
 
     demo.py:lact       the small LaCT instead
     demo.py:short      a few steps, for CI
-    demo.py:scratch    mid-training from random weights, on the source files of the installed Python,
-                       with the tokenizer of the published models: every part at work, and nothing
-                       that works; a LaCT of 8.7 M parameters, with `scratch,deltanet` a DeltaNet
+    demo.py:scratch    mid-training from random weights, on the source files of the installed
+                       Python, with the tokenizer of the published models: every part at work, no
+                       useful model; a LaCT of 8.7 M parameters, with `scratch,deltanet` a DeltaNet
 
 What to expect: see README.md.
 """

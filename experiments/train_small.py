@@ -19,7 +19,6 @@ import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -54,6 +53,7 @@ STEPS = {"deltanet": 1500, "lact": 1500}
 # LaCT's initial rates of 0.001 are made for chunks of 2048 tokens.
 FAST_RATE = 0.03
 LENGTH, ROWS, DOCUMENTS = 256, 8, 12_500
+ASKED = 512  # questions of each length
 PHRASES = ("The number of the", "What is the number of the", "? Answer:")
 
 
@@ -105,7 +105,9 @@ def configure(name: str, start: Path) -> Config:
     config.data.update(source="recall", tokenizer="checkpoint", sequence_length=LENGTH)
     config.data.update(chunking="first", limit_documents=DOCUMENTS, holdout=0.02)
     config.refine.objective = "ntp"
-    config.optimizer.update(learning_rate=LEARNING_RATES[name], clip_norm=1.0, warmup_steps=STEPS[name] // 30)
+    config.optimizer.update(
+        learning_rate=LEARNING_RATES[name], clip_norm=1.0, warmup_steps=STEPS[name] // 30
+    )
     config.optimizer.update(schedule="cosine", final_fraction=0.02)
     config.train.update(steps=STEPS[name], batch_size=ROWS, eval_every=500, eval_batches=8)
     config.train.update(log_every=50, checkpoint_every=250)
@@ -118,7 +120,7 @@ def ask(model: Path, workdir: Path) -> dict:
     config.phase = "evaluate"
     config.model.checkpoint = str(model)
     config.data.tokenizer = "checkpoint"
-    config.evaluate.update(tasks="recall", lengths="128,256", samples=512, batch_size=64)
+    config.evaluate.update(tasks="recall", lengths="128,192", samples=ASKED, batch_size=64)
     return evaluate.run(Config.from_dict(config), workdir)["sets"]
 
 
@@ -146,7 +148,8 @@ def write_card(name: str, figures: dict, model: Path) -> None:
     """Write the model card, README.md."""
     fields = json.loads((model / "config.json").read_text())
     recall = "\n".join(
-        f"| prompts of up to {set_name.split('/')[1]} tokens | {mean:.1f} % ({low:.1f} to {high:.1f}) |"
+        f"| recall, prompts of {set_name.partition('/')[2]} tokens | "
+        f"{mean:.1f} % ({low:.1f} to {high:.1f}) |"
         for set_name, (mean, low, high) in figures["recall"].items()
     )
     lines = f"""---
@@ -158,15 +161,15 @@ tags: [{fields["model_type"]}, fast-weights]
 # A small {TITLES[name]} that recalls made-up facts
 
 {figures["parameters"]:,} parameters in bfloat16, {fields["num_hidden_layers"]} layers of width
-{fields["hidden_size"]}, a vocabulary of {fields["vocab_size"]} tokens. It is made to be looked at: it
-knows nothing but sentences such as
+{fields["hidden_size"]}, a vocabulary of {fields["vocab_size"]} tokens. It is made to be looked
+at: it knows nothing but sentences such as
 
     The number of the blue lamp is 4071.
 
     What is the number of the blue lamp? Answer: 4071
 
-and it keeps some, not all, of the numbers that it has read in its fast weights. `{name}` of
-`refine_jax.small` comes with the package; the demo starts from it.
+and it keeps some, not all, of the numbers that it has read in its fast weights. It comes with the
+package, as `refine_jax.small.folder("{name}")`.
 
 * **Data**: documents of `refine_jax.data.recall`, made from a seed. No text of others is in it.
 * **Training**: next tokens, {STEPS[name]:,} steps of {ROWS} rows of {LENGTH} tokens
@@ -180,7 +183,7 @@ and it keeps some, not all, of the numbers that it has read in its fast weights.
 | held-out accuracy | {100 * figures["held_out_accuracy"]:.2f} % |
 {recall}
 
-Recall: share of 512 questions about one of the facts in the prompt that greedy decoding answers
+Recall: share of {ASKED} questions about one of the facts in the prompt that greedy decoding answers
 right, all four digits (95 % interval). Most of the loss is numbers and names that are told for the
 first time, which nobody could know.
 """

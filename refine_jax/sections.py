@@ -45,7 +45,10 @@ class ModelConfig(Section):
     """Which model, and how it computes."""
 
     checkpoint: str | None = setting(
-        None, "start from one of refine_jax.convert or of a run; replaces `fresh`", PATH, FREELY
+        None,
+        "start from one of refine_jax.convert, a run's or a Hugging Face folder; replaces `fresh`",
+        PATH,
+        FREELY,
     )
     fresh: Mapping | None = setting(
         None,
@@ -264,7 +267,8 @@ class DataConfig(Section):
 
     source: str = setting(
         "stdlib",
-        "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
+        "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
+        "`tfds:NAME`, or a path: parquet, "
         "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
         PATH,
         CONTENT,

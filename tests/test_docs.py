@@ -320,6 +320,8 @@ MODULES = {
     "test_losses_and_gradients_do_not_depend_on_the_mesh",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
     MAIN + "configs/demo": ".ci/run: demo, short form",
+    MAIN + "configs/compare": "tests/phases/test_compare.py::"
+    "test_the_figures_are_those_of_the_parts",
     MAIN + "configs/midtrain": "tests/phases/test_main.py::test_a_run_learns_and_reports",
     MAIN
     + "configs/posttrain": "tests/phases/test_posttrain.py::test_a_nested_run_learns_and_reports",
@@ -359,6 +361,8 @@ SCRIPTS = {
     "test_the_search_writes_the_fastest_that_compiles",
     PAPER + " --list": "tests/test_docs.py::test_the_runs_of_a_table_are_listed",
     PAPER: "tests/experiments/test_paper.py::test_a_table_holds_means_beside_published_numbers",
+    r"python experiments/train_small\.py": "tests/test_small.py::"
+    "test_the_script_trains_and_exports_the_same_model_twice",
     STUDY + " .*--signals": "tests/experiments/test_study.py::"
     "test_signals_alone_need_no_more_than_the_base",
     STUDY + " --report": "tests/experiments/test_study.py::test_the_report_of_nothing_says_so",

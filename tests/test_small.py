@@ -1,7 +1,9 @@
 """The small models that come with the package: their files, and what they can do."""
 
+import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +64,39 @@ def test_it_recalls_facts_of_its_prompt(name, least):
     assert np.mean([answer.text == f" {example.answers[0]}" for answer, example in pairs]) >= least
 
 
+@pytest.mark.slow
+def test_the_script_trains_and_exports_the_same_model_twice(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "experiments"
+    monkeypatch.syspath_prepend(str(script))
+    import train_small
+
+    for name, value in {"LENGTH": 64, "ROWS": 2, "DOCUMENTS": 60, "ASKED": 4}.items():
+        monkeypatch.setattr(train_small, name, value)
+    figures = []
+    for workdir in ("first", "second"):
+        arguments = ["train_small.py", "deltanet", "--steps=2", f"--workdir={tmp_path / workdir}"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        train_small.main()
+        figures.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        del figures[-1]["training_seconds"]
+    assert figures[0] == figures[1]
+    exported = tmp_path / "first" / "deltanet-hf"
+    content = (exported / "model.safetensors").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == figures[0]["sha256"]
+    # The tokenizer that comes with the package is the one that the script learns.
+    shipped = Path(folder("deltanet"))
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert json.loads((exported / file).read_text()) == json.loads((shipped / file).read_text())
+
+
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="the small models are deltanet, lact"):
         folder("gpt")
 
 
 def _leaves(tree):
-    return [leaf for value in tree.values() for leaf in _leaves(value)] if isinstance(tree, dict) else [tree]
+    return (
+        [leaf for value in tree.values() for leaf in _leaves(value)]
+        if isinstance(tree, dict)
+        else [tree]
+    )

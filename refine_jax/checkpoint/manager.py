@@ -402,8 +402,8 @@ def load_model(
         return _load_published(Path(folder), shardings, dtype)
     else:
         raise CheckpointError(
-            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this package "
-            "have, and no weights (safetensors) of a Hugging Face folder."
+            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
+            "package have, and no weights (safetensors) of a Hugging Face folder."
         )
     abstract = abstract_params(config)
     placed = flatten(shardings) if shardings is not None else dict.fromkeys(abstract)

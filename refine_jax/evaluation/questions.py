@@ -88,7 +88,9 @@ def load_questions(
         for length in ([None] if TASKS[name].group == "longbench" else lengths)
     ]
     made = [task.name for task, _, sources in requests if is_built(task.name, None)]
-    made = [name for name in dict.fromkeys(made) if TASKS[name].group in ("niah", "ruler", "recall")]
+    made = [
+        name for name in dict.fromkeys(made) if TASKS[name].group in ("niah", "ruler", "recall")
+    ]
     if config.data and made:
         names = ", ".join(made)
         report(f"config.evaluate.data is not read for {names}: they are made from the seed")

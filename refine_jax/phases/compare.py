@@ -31,8 +31,6 @@ from refine_jax.report.metrics import write_results
 from refine_jax.report.page import PAGE_FILE, write_page
 from refine_jax.report.runs import Run, read_run
 
-
-
 BEFORE, ADAPTED = "answers-before", "answers-adapted"
 
 
@@ -137,9 +135,7 @@ def summarize(runs: Mapping[str, Run], arms: Sequence[str]) -> dict[str, Any]:
     first, from the first, paired by question (`refine_jax.evaluation.intervals.compare`). adapted:
     such a difference for each set, of answers after training on the prompt from those before.
     """
-    answers = {
-        name: _by_set(runs[f"answers-{name}"].predictions) for name in ("before", *arms)
-    }
+    answers = {name: _by_set(runs[f"answers-{name}"].predictions) for name in ("before", *arms)}
     sets = list(answers["before"])
     adapted = _by_set(runs[ADAPTED].predictions) if ADAPTED in runs else {}
     first, *others = arms
@@ -192,7 +188,9 @@ def table(figures: Mapping[str, Any]) -> str:
     lines = [" " * width + "".join(f"{name:>12}" for name in columns)]
     lines.append("-" * len(lines[0]))
     for name, row in scores.items():
-        lines.append(f"{f'{name} (%)':{width}}" + "".join(f"{100 * row[c]:>12.1f}" for c in columns))
+        lines.append(
+            f"{f'{name} (%)':{width}}" + "".join(f"{100 * row[c]:>12.1f}" for c in columns)
+        )
     for label, name, digits in (
         ("held-out loss (nats)", "validation_loss", 4),
         ("held-out reward", "validation_reward", 3),

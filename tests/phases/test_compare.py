@@ -41,7 +41,9 @@ def test_the_arms_begin_alike_and_see_the_same_rows(compared):
     assert first[0]["eval/loss"] == second[0]["eval/loss"]
     assert first[1]["loss/ntp"] == second[1]["loss/ntp"]  # before an update tells them apart
     assert first[2]["eval/loss"] != second[2]["eval/loss"]
-    rows = [json.loads((workdir / arm / "checkpoints/run.json").read_text()) for arm in ("ntp", "exact")]
+    rows = [
+        json.loads((workdir / arm / "checkpoints/run.json").read_text()) for arm in ("ntp", "exact")
+    ]
     assert rows[0]["data"] == rows[1]["data"]
     assert rows[1]["config"]["refine"]["estimator"] == "exact"
 
@@ -105,7 +107,9 @@ def test_arms_are_the_section_refine_or_a_preset_of_it(tmp_path):
 
 @pytest.mark.parametrize("arms", ["", "ntp,exat", "sft"])
 def test_unknown_arms_are_refused(arms):
-    with pytest.raises(ConfigError, match="config.compare.arms must be names of ntp, refine, paper"):
+    with pytest.raises(
+        ConfigError, match=r"config\.compare\.arms must be names of ntp, refine, paper"
+    ):
         configured(compare={"arms": arms})
 
 

@@ -1,4 +1,4 @@
-"""Made-up facts, one of which is asked for: the task of the small models (`refine_jax.data.recall`)."""
+"""Made-up facts, one of which is asked for (`refine_jax.data.recall`): what small models can do."""
 
 from refine_jax.data.recall import RecallPrompts
 from refine_jax.data.tasks.example import Example
