@@ -7,7 +7,6 @@ recall made-up facts, as many as its state holds. The demo asks it for facts, tr
 next tokens and with ReFINE, on the same documents, asks both, and at last trains a model on each of
 some prompts before it answers them. runs/demo/report.html shows all of it. Forms, joined by commas:
 
-    demo.py:lact       the small LaCT instead
     demo.py:short      a few steps, for CI
     demo.py:scratch    mid-training from random weights, on the source files of the installed
                        Python, with the tokenizer of the published models: every part at work, no
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from refine_jax.config import defaults
 from refine_jax.small import folder
 
-FORMS = ("deltanet", "lact", "scratch", "short")
+FORMS = ("deltanet", "scratch", "short")
 LACT = {
     "model_type": "lact_swiglu",
     "vocab_size": 32000,
@@ -48,16 +47,13 @@ DELTANET = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """The demo; `arg` names forms, joined by commas."""
     forms = set(arg.split(",")) if arg else set()
-    if (unknown := forms - set(FORMS)) or {"deltanet", "lact"} <= forms:
-        raise ValueError(
-            f"demo.py has the forms {', '.join(FORMS)}, of the first two one. "
-            f"Got: {sorted(unknown or forms)}."
-        )
+    if unknown := forms - set(FORMS):
+        raise ValueError(f"demo.py has the forms {', '.join(FORMS)}. Got: {sorted(unknown)}.")
     if "scratch" in forms:
         return _scratch(DELTANET if "deltanet" in forms else LACT, short="short" in forms)
     config = defaults()
     config.phase = "compare"
-    config.model.checkpoint = folder("lact" if "lact" in forms else "deltanet")
+    config.model.checkpoint = folder("deltanet")
     config.data.update(source="recall", tokenizer="checkpoint", sequence_length=256)
     config.data.update(chunking="first", limit_documents=4000, holdout=0.02)
     config.refine.update(preset="low_noise", rollout_length=4, lambda_rl=1.0)

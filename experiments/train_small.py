@@ -1,4 +1,4 @@
-"""Train the small models that come with the package (`refine_jax.small`), from random weights.
+"""Train small models such as the one that comes with the package, from random weights.
 
     python experiments/train_small.py deltanet --workdir=runs/small
     python experiments/train_small.py lact --workdir=runs/small

@@ -22,7 +22,7 @@ from refine_jax.models.config import model_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMS = {
-    "demo": (None, "short", "lact", "lact,short", "scratch", "scratch,short", "scratch,deltanet"),
+    "demo": (None, "short", "scratch", "scratch,short", "scratch,deltanet"),
     "compare": ("deltanet-1.3b", "lact-760m", "qwen3.5-0.8b", "runlocal"),
     "midtrain_lact_760m": (None, "runlocal"),
     "midtrain_deltanet_1_3b": (None, "runlocal"),

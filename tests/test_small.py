@@ -1,4 +1,4 @@
-"""The small models that come with the package: their files, and what they can do."""
+"""The small model that comes with the package: its files, and what it can do."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def test_the_script_trains_and_exports_the_same_model_twice(tmp_path, monkeypatc
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ValueError, match="the small models are deltanet, lact"):
+    with pytest.raises(ValueError, match="the small models are deltanet"):
         folder("gpt")
 
 

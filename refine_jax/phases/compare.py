@@ -12,6 +12,7 @@ stopped. Arms differ in the section `refine` alone, and see the same rows in the
 import contextlib
 import dataclasses
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -86,12 +87,12 @@ def _of(config: Config, run: Path) -> Config:
 def run(config: Config, workdir: str | Path) -> dict:
     """Compare in the folder `workdir`, or go on with it, and report.
 
-    Returns the figures of `summarize`. After SIGTERM or SIGINT: {"interrupted": signal name,
-    "part": the name of the run that was stopped}. Raises ConfigError, ModelConfigError, DataError,
-    CheckpointError: bad input; RunError: training cannot go on.
+    Returns the figures of `summarize`, and `seconds`, what this start took. After a signal:
+    {"interrupted": signal name, "part": the name of the run that was stopped}. Raises ConfigError,
+    ModelConfigError, DataError, CheckpointError: bad input; RunError: training cannot go on.
     """
     workdir = local_path(workdir, "workdir").absolute()
-    parts = list_parts(config, workdir)
+    parts, begin = list_parts(config, workdir), time.perf_counter()
     with only_run_in(workdir), _programs_kept():
         for number, part in enumerate(parts, 1):
             distributed.say(f"\n=== {part.name} ({number} of {len(parts)})")
@@ -100,6 +101,7 @@ def run(config: Config, workdir: str | Path) -> dict:
                 return {"interrupted": results["interrupted"], "part": part.name}
         runs = {part.name: read_run(workdir / part.name) for part in parts}
         figures = summarize(runs, config.compare.arm_names)
+        figures["seconds"] = round(time.perf_counter() - begin, 1)
         if distributed.is_writer():
             write_results(workdir, figures)
             write_page(workdir / PAGE_FILE, list(runs.values()))

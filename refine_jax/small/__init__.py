@@ -1,15 +1,15 @@
-"""Two small trained models that come with the package, for demos, the notebook and tests.
+"""The small trained model that comes with the package, for the demo, the notebook and tests.
 
     from refine_jax.small import folder
     config.model.checkpoint = folder("deltanet")
 
-Each is a Hugging Face folder in bfloat16, with its tokenizer and a model card (README.md).
-`experiments/train_small.py` has trained them, on made-up facts (`refine_jax.data.recall`).
+It is a Hugging Face folder in bfloat16, with its tokenizer and a model card (README.md).
+`experiments/train_small.py` has trained it, on made-up facts (`refine_jax.data.recall`).
 """
 
 from pathlib import Path
 
-NAMES = ("deltanet", "lact")
+NAMES = ("deltanet",)
 
 
 def folder(name: str) -> str:
