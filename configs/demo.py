@@ -18,6 +18,7 @@ What to expect: see README.md.
 from ml_collections import ConfigDict
 
 from refine_jax.config import defaults
+from refine_jax.presets import PRESETS
 from refine_jax.small import folder
 
 FORMS = ("deltanet", "scratch", "short")
@@ -56,13 +57,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.checkpoint = folder("deltanet")
     config.data.update(source="recall", tokenizer="checkpoint", sequence_length=256)
     config.data.update(chunking="first", limit_documents=4000, holdout=0.02)
-    config.refine.update(preset="low_noise", rollout_length=4, lambda_rl=1.0)
-    config.optimizer.update(learning_rate=3e-4, clip_norm=1.0)
-    config.train.update(steps=80, batch_size=16, eval_every=20, eval_batches=4)
-    config.train.update(checkpoint_every=0, log_every=20)
+    # Rollouts as long as a number, and compared with others from the same position.
+    config.refine.update({**PRESETS["low_noise"], "rollout_length": 4, "lambda_rl": 1.0})
+    config.optimizer.update(learning_rate=1e-3, schedule="linear", clip_norm=1.0)
+    config.train.update(steps=100, batch_size=8, eval_every=25, eval_batches=4)
+    config.train.update(checkpoint_every=0, log_every=25)
     config.evaluate.update(tasks="recall", lengths="128", samples=512, batch_size=128)
     config.compare.adapted = 16
-    config.testtime.steps = 8
+    config.testtime.steps = 4
     if "short" in forms:
         config.data.limit_documents = 200
         config.train.update(steps=4, batch_size=4, eval_every=2, eval_batches=1, log_every=2)

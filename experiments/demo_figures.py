@@ -18,6 +18,7 @@ from typing import Any
 from refine_jax.report.metrics import RESULTS_FILE
 
 FILE = Path(__file__).with_name("demo.json")
+KEPT = ("seconds", "processor_seconds", "scores", "differences", "adapted")
 ARMS = {"before": "before", "ntp": "next-token training", "refine": "ReFINE"}
 ROWS = (
     ("held-out loss (nats)", "validation_loss", "{:.4f}"),
@@ -33,7 +34,7 @@ def figures(workdir: Path) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
-        **{name: results[name] for name in ("seconds", "scores", "differences", "adapted")},
+        **{name: results[name] for name in KEPT},
         "training": {
             arm: {name: found[name] for name in sorted(names)}
             for arm, found in results["training"].items()
@@ -53,11 +54,11 @@ def text(run: Mapping[str, Any]) -> str:
         table.append(f"| {label} | {' | '.join(map(form.format, values))} |")
     seconds = [training["ntp"]["step_seconds_ntp"], training["refine"]["step_seconds_refine"]]
     table.append(f"| seconds a step | | {' | '.join(map('{:.2f}'.format, seconds))} |")
-    minutes, rest = divmod(round(run["seconds"]), 60)
     (difference,), (adapted,) = run["differences"], run["adapted"]
     return (
-        f"From a run (Python {run['python']}, jax {run['jax']}) of {minutes} min {rest} s, "
-        f"{training['ntp']['steps']} steps an arm:\n\n"
+        f"From a run of {run['processor_seconds']:.0f} s of processor time, most of it compilation "
+        f"(Python {run['python']}, jax {run['jax']}),\n"
+        f"with {training['ntp']['steps']} steps an arm:\n\n"
         + "\n".join(table)
         + f"\n\nReFINE minus next-token training: {_points(difference)}\n"
         f"Trained on the prompt minus not: {_points(adapted)}"

@@ -207,6 +207,8 @@ def main() -> None:
     train_tokenizer(tokenizer)
     write_start(name, start, tokenizer)
     run = midtrain.run(configure(name, start), folder / name)
+    if "interrupted" in run:
+        return
     print(to_hf(str(folder / name), str(model), dtype="bfloat16", overwrite=True))
     figures = describe(name, run, ask(model, folder / f"{name}-answers"), model)
     write_card(name, figures, model)

@@ -86,7 +86,7 @@ def test_the_figures_of_the_demo_are_those_of_a_run_that_is_kept():
     demo = importlib.util.module_from_spec(source)
     source.loader.exec_module(demo)
     kept = json.loads(demo.FILE.read_text(encoding="utf-8"))
-    assert kept["training"]["refine"]["steps"] == kept["training"]["ntp"]["steps"] == 80
+    assert kept["training"]["refine"]["steps"] == kept["training"]["ntp"]["steps"] == 100
     for quoted in (demo.text(kept), f"Python {kept['python']}", f"jax {kept['jax']}"):
         assert quoted in read("README.md")
 

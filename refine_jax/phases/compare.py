@@ -87,12 +87,14 @@ def _of(config: Config, run: Path) -> Config:
 def run(config: Config, workdir: str | Path) -> dict:
     """Compare in the folder `workdir`, or go on with it, and report.
 
-    Returns the figures of `summarize`, and `seconds`, what this start took. After a signal:
-    {"interrupted": signal name, "part": the name of the run that was stopped}. Raises ConfigError,
-    ModelConfigError, DataError, CheckpointError: bad input; RunError: training cannot go on.
+    Returns the figures of `summarize`; `seconds` and, of all cores together, `processor_seconds`
+    are what this start took. After a signal: {"interrupted": its name, "part": the name of the run
+    that was stopped}. Raises ConfigError, ModelConfigError, DataError, CheckpointError: bad input;
+    RunError: training cannot go on.
     """
     workdir = local_path(workdir, "workdir").absolute()
-    parts, begin = list_parts(config, workdir), time.perf_counter()
+    parts = list_parts(config, workdir)
+    begin, spent = time.perf_counter(), time.process_time()
     with only_run_in(workdir), _programs_kept():
         for number, part in enumerate(parts, 1):
             distributed.say(f"\n=== {part.name} ({number} of {len(parts)})")
@@ -102,6 +104,7 @@ def run(config: Config, workdir: str | Path) -> dict:
         runs = {part.name: read_run(workdir / part.name) for part in parts}
         figures = summarize(runs, config.compare.arm_names)
         figures["seconds"] = round(time.perf_counter() - begin, 1)
+        figures["processor_seconds"] = round(time.process_time() - spent, 1)
         if distributed.is_writer():
             write_results(workdir, figures)
             write_page(workdir / PAGE_FILE, list(runs.values()))
