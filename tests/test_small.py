@@ -52,7 +52,7 @@ def test_the_tokenizer_keeps_texts_and_has_a_token_for_each_digit(name):
     assert {len(each) for each in ids} == {4} and len(set(np.concatenate(ids).tolist())) == 10
 
 
-@pytest.mark.parametrize("name, least", [("deltanet", 0.3)])
+@pytest.mark.parametrize("name, least", [("deltanet", 0.15)])
 def test_it_recalls_facts_of_its_prompt(name, least):
     """By chance one answer in 9,000 would be right. The card has the share of 512."""
     model, params, tokenizer = load(folder(name))
