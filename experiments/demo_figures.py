@@ -30,7 +30,7 @@ def figures(workdir: Path) -> dict[str, Any]:
     """What README quotes of the demo's run in `workdir`, as JSON values."""
     results = json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))
     names = {f"{name}_{when}" for _, name, _ in ROWS for when in ("before", "after")}
-    names |= {"step_seconds_ntp", "step_seconds_refine", "steps"}
+    names |= {"steps"}
     return {
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
@@ -52,8 +52,6 @@ def text(run: Mapping[str, Any]) -> str:
         values = [training["ntp"][f"{name}_before"]]
         values += [training[arm][f"{name}_after"] for arm in ("ntp", "refine")]
         table.append(f"| {label} | {' | '.join(map(form.format, values))} |")
-    seconds = [training["ntp"]["step_seconds_ntp"], training["refine"]["step_seconds_refine"]]
-    table.append(f"| seconds a step | | {' | '.join(map('{:.2f}'.format, seconds))} |")
     (difference,), (adapted,) = run["differences"], run["adapted"]
     return (
         f"From a run of {run['processor_seconds']:.0f} s of processor time, most of it compilation "
