@@ -16,11 +16,17 @@ from absl import logging
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import clean_text
 from refine_jax.config import DataConfig
-from refine_jax.data.formats import check_head, files_of, find_files, looks_like_records
+from refine_jax.data.formats import (
+    check_head,
+    files_of,
+    find_files,
+    is_tfds_folder,
+    looks_like_records,
+)
 from refine_jax.data.recall import RecallDocuments
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
-from refine_jax.data.tfds import TfdsSource, is_tfds_folder
+from refine_jax.data.tfds import TfdsSource
 from refine_jax.data.unpack import blocks, is_packed
 
 __all__ = ["FilesSource", "RecordsSource", "TextSource", "find_files", "open_source", "open_texts"]

@@ -67,7 +67,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, dict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     return command().run(run, arguments, imports=("jax", "refine_jax.report.page"))
 
 
@@ -93,7 +93,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     words = {"RUN ...": "folder of a run, or of several"}
     made = Command("refine_jax.report", __doc__, "RUN [RUN ...]", words=words)
     made.group("what is written")

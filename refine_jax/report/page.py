@@ -61,7 +61,7 @@ def write_page(path: Path, runs: Sequence[Run]) -> None:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The text of a page about some runs."""
+    """Write the text of a page about some runs."""
     runs = named_apart(runs)
     trained = [run for run in runs if run.trains]
     answered = [run for run in runs if not run.trains]
@@ -91,7 +91,7 @@ def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
 
         allowed.append(plain())
         library = f'<script type="text/plain" id="library">{packed_library()}</script>\n'
-    digests = " ".join(f"'sha256-{_digest(each)}'" for each in allowed)
+    digests = " ".join(f"'sha256-{_digest(script)}'" for script in allowed)
     policy = (
         f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"

@@ -12,8 +12,7 @@ from refine_jax.kernels.lact import IMPLEMENTATIONS, Options, Weights, lact, new
 from refine_jax.kernels.lact.reference import newton_schulz_reference
 from refine_jax.kernels.numerics import l2_norm_fla
 from refine_jax.kernels.window_attention import window_attention
-from refine_jax.models.layers import l2_norm_lact, rms_norm, rope
-from refine_jax.models.short_conv import short_conv
+from refine_jax.models.layers import l2_norm_lact, rms_norm, rope, short_conv
 
 DELTA_CASES = ("delta", "delta_initial", "delta_negeig", "gated", "gated_initial")
 # Between chunks pallas_gpu is the xla implementation: its tests are those of what it does inside.

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
-from refine_jax.models.deltanet import DeltaNetMixer, DeltaState, GatedDeltaNetMixer
+from refine_jax.models.deltanet import DeltaNetMixer, DeltaState
+from refine_jax.models.gated_delta import GatedDeltaNetMixer
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
 
