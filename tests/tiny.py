@@ -38,11 +38,11 @@ _QWEN = _COMMON | {
 }
 _OLMO = _COMMON | {
     "model_type": "olmo_hybrid",
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 12,
-    "layer_types": [_L, _L, _F, _F, _L],
+    "layer_types": [_L, _L, _F],
 }
 _DELTA = _COMMON | {"model_type": "delta_net", "num_heads": 2}
 

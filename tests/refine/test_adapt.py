@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny, tokens
+from goldens.refine_rl import select
+from tiny import scaled, tiny, tokens
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.refine.selection import select_positions
 from refine_jax.refine.step import TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -155,7 +155,7 @@ def test_several_steps_are_those_of_training(alone):
     step = make_train_step(model, optimizer(), REFINE, mini_batch=1, micro_batch=1, eos_id=2)
     prompt, name = prompts(30)[0], names(1)[0]
     key = prompt_key(KEY, name)
-    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer(), key, REFINE)
+    state = TrainState.create(scaled(params, 1), optimizer(), key, REFINE)
     batch = pad_rows([prompt], rows=1, length=64, pad_id=PAD)
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -191,15 +191,15 @@ def test_costs(alone):
 @pytest.mark.parametrize(("c", "k", "margin"), [(2, 2, 3), (5, 2, 3), (2, 4, 3), (3, 1, 20)])
 def test_which_prompts_have_rollouts(length, c, k, margin):
     config = RefineConfig(num_positions=c, rollout_length=k, edge_margin=margin)
-    mask = jnp.arange(64)[None] < length
-    selection = select_positions(
-        KEY[None],
-        jnp.zeros((1, 64)),
+    mask = np.arange(64)[None] < length
+    selection = select(
+        jax.random.split(KEY, 1),
+        np.zeros((1, 64), np.float32),
         mask,
         num_positions=c,
         rollout_length=k,
         edge_margin=margin,
-        document=mask.astype(jnp.int32),
+        document=mask.astype(np.int32),
     )
     valid = np.asarray(selection.valid)
     assert valid.all() == valid.any() == has_rollouts(length, config)
@@ -210,7 +210,6 @@ def by_hand(groups, *, reset):
     """Parameters after next-token training on groups of mini-batches of prompts, each twice."""
     model, trained = tiny("deltanet")
 
-    @jax.jit
     @jax.grad
     def gradient(params, rows, weights):
         hidden, _ = model.forward(params, rows)
@@ -218,17 +217,19 @@ def by_hand(groups, *, reset):
         taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(taken * weights) / jnp.sum(weights)
 
+    @jax.jit
+    def update(params, moments, rows, weights):
+        updates, moments = optimizer().update(gradient(params, rows, weights), moments, params)
+        return optax.apply_updates(params, updates), moments
+
     results, params = [], None
     for minis in groups:
         if params is None or reset == "batch":
-            params, moments = trained, optimizer().init(trained)
+            params, moments = trained, jax.jit(optimizer().init)(trained)
         for mini in minis * 2:
             rows = pad_rows(mini, rows=2, length=64, pad_id=PAD)
             weights = rows["segments"][:, 1:].astype(np.float32)
-            updates, moments = optimizer().update(
-                gradient(params, rows["tokens"], weights), moments, params
-            )
-            params = optax.apply_updates(params, updates)
+            params, moments = update(params, moments, rows["tokens"], weights)
         results.append(params)
     return results
 

@@ -22,7 +22,7 @@ from refine_jax.refine.step import TrainState, collect, make_train_step, row_key
 
 pytestmark = pytest.mark.usefixtures("programs_of_a_test")
 
-ROWS, LENGTH = 4, 40
+ROWS, LENGTH, SGD = 4, 40, optax.sgd(0.1)
 CONFIG = RefineConfig(
     num_positions=2,
     rollouts_per_position=2,
@@ -132,50 +132,61 @@ def gradient_of(objective):
 
 
 def moved(params, gradient):
-    """Parameters after a step of `optax.sgd(0.1)`."""
+    """Parameters after a step of SGD."""
     return jax.tree.map(lambda w, g: np.asarray(w) - np.float32(0.1) * g, params, gradient)
 
 
-def one_step(name, config, *, packed, mini_batch=ROWS, micro_batch=1):
-    """Parameters after a step, and its metrics."""
-    model, params = quiet(name)
-    optimizer = optax.sgd(0.1)
-    config = dataclasses.replace(CONFIG, **config)
-    state = TrainState.create(scaled(params, 1.0), optimizer, jax.random.key(3), config)
-    if config.kl_coef:
-        state = dataclasses.replace(state, reference_params=scaled(params, 0.98))
-    step = make_train_step(
-        model,
-        optimizer,
+@functools.cache
+def step_of(name, config, mini_batch, micro_batch, **options):
+    """A training step, compiled once for all tests that take it."""
+    return make_train_step(
+        quiet(name)[0],
+        SGD,
         config,
         mini_batch=mini_batch,
         micro_batch=micro_batch,
         eos_id=2,
         max_documents=2,
-        steps=1,
+        **{"steps": 1, **options},
     )
+
+
+def one_step(name, config, *, packed, mini_batch=ROWS, micro_batch=1, at=0, **options):
+    """Parameters after the step with number `at`, and its metrics."""
+    config, params = dataclasses.replace(CONFIG, **config), quiet(name)[1]
+    state = TrainState.create(scaled(params, 1.0), SGD, jax.random.key(3), config)
+    state = dataclasses.replace(state, step=jnp.int32(at))
+    if config.kl_coef:
+        state = dataclasses.replace(state, reference_params=scaled(params, 0.98))
+    step = step_of(name, config, mini_batch, micro_batch, **options)
     state, metrics = step(state, rows(packed))
-    times = {name for name in metrics if name.startswith("time/")}
-    return state.params, {name: metrics[name] for name in metrics if name not in times}
+    return state.params, metrics
 
 
 @pytest.mark.parametrize(
-    ("name", "packed", "kl"), [("deltanet", True, 0.1), ("deltanet", False, 0.0), ("lact", True, 0)]
+    ("name", "packed", "kl", "ways"),
+    [
+        # The other cases have another kind of rollouts and another micro-batch at once.
+        ("deltanet", True, 0.1, (("update", 1), ("batch", 1), ("update", ROWS), ("batch", 2))),
+        ("deltanet", False, 0.0, (("update", ROWS), ("batch", 2))),
+        ("lact", True, 0.0, (("update", 1), ("batch", 2))),
+    ],
+    ids=["deltanet-packed-kl", "deltanet", "lact-packed"],
 )
-def test_in_a_batch_of_one_mini_batch_both_rollouts_are_equal(name, packed, kl):
+def test_in_a_batch_of_one_mini_batch_both_rollouts_are_equal(name, packed, kl, ways):
     """Tokens, rewards, losses and parameters, over several micro-batches and over one."""
     found = [
         one_step(
             name, {"rollouts": rollouts, "kl_coef": kl}, packed=packed, micro_batch=micro_batch
         )
-        for rollouts, micro_batch in (("update", 1), ("batch", 1), ("update", ROWS), ("batch", 2))
+        for rollouts, micro_batch in ways
     ]
     (want, figures), *others = found
     assert figures["policy/clip_fraction"] == 0 and abs(figures["policy/ppo_kl"]) < 1e-6
     for got, also in others:
         assert_close(got, want, 1e-5)
         assert also.keys() == figures.keys()
-        for name in figures:
+        for name in (name for name in figures if not name.startswith("time/")):
             np.testing.assert_allclose(also[name], figures[name], rtol=1e-4, atol=1e-5)
 
 
@@ -201,18 +212,12 @@ def test_later_mini_batches_roll_out_with_the_updated_parameters():
 
 
 def test_rollouts_are_timed_on_demand():
-    model, params = quiet("deltanet")
-    optimizer, config = optax.sgd(0.1), dataclasses.replace(CONFIG, rollouts="batch")
-    found = []
-    for time_rollouts in (False, True):
-        state = TrainState.create(scaled(params, 1.0), optimizer, jax.random.key(3), config)
-        step = make_train_step(
-            model, optimizer, config, mini_batch=2, micro_batch=1, time_rollouts=time_rollouts
-        )
-        state, metrics = step(state, rows(False))
-        assert ("time/collect" in metrics) == time_rollouts and metrics["time/update"] > 0
-        found.append(state.params)
-    assert_close(found[1], found[0], 1e-6)
+    options = {"packed": False, "mini_batch": 2}
+    together, metrics = one_step("deltanet", {"rollouts": "batch"}, **options)
+    assert "time/collect" not in metrics and metrics["time/update"] > 0
+    apart, metrics = one_step("deltanet", {"rollouts": "batch"}, **options, time_rollouts=True)
+    assert metrics["time/collect"] > 0 and metrics["time/update"] > 0
+    assert_close(apart, together, 1e-6)
 
 
 def test_a_batch_that_mini_batches_do_not_divide_is_refused():
@@ -225,7 +230,7 @@ def test_which_rollouts_are_valid_is_known_before(name):
     model, params = quiet(name)
     objective = Objective(model, CONFIG, eos_id=2, max_documents=2)
     batch = rows(True)
-    state = TrainState.create(params, optax.sgd(0.1), jax.random.key(0), CONFIG)
+    state = TrainState.create(params, SGD, jax.random.key(0), CONFIG)
     experience = jax.jit(functools.partial(collect, objective, micro_batch=2))(state, batch)
     valid = jax.jit(objective.mini_batch)(batch).valid
     np.testing.assert_array_equal(experience.valid, valid)
@@ -416,20 +421,10 @@ def test_the_exact_objective_at_chosen_positions():
 
 def test_the_weight_of_the_policy_follows_its_schedule():
     """From `lambda_rl_until` on a step is one of next tokens."""
-    model, params = quiet("deltanet")
-    optimizer = optax.sgd(0.1)
-    config = dataclasses.replace(
-        CONFIG, **PRESETS["exact"], lambda_rl_schedule="linear", lambda_rl_until=0.5
-    )
-
-    def after(config, at):
-        state = TrainState.create(scaled(params, 1.0), optimizer, jax.random.key(3), config)
-        state = dataclasses.replace(state, step=jnp.int32(at))
-        step = make_train_step(model, optimizer, config, mini_batch=ROWS, micro_batch=ROWS, steps=8)
-        return step(state, rows(False))[0].params
-
-    constant = {"lambda_rl_schedule": "constant", "lambda_rl_until": 1.0}
-    half = dataclasses.replace(config, **constant, lambda_rl=config.lambda_rl / 2)
-    ntp = dataclasses.replace(CONFIG, objective="ntp")
-    assert_close(after(config, 2), after(half, 2), 1e-6)
-    assert_close(after(config, 4), after(ntp, 4), 1e-6)
+    after = functools.partial(one_step, "deltanet", packed=False, micro_batch=ROWS, steps=8)
+    exact = PRESETS["exact"]
+    linear = exact | {"lambda_rl_schedule": "linear", "lambda_rl_until": 0.5}
+    half = exact | {"lambda_rl": CONFIG.lambda_rl / 2}
+    assert "lambda_rl" not in exact
+    assert_close(after(linear, at=2)[0], after(half, at=2)[0], 1e-6)
+    assert_close(after(linear, at=4)[0], after({"objective": "ntp"}, at=4)[0], 1e-6)
