@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refine_jax.kernels import tpu
+from refine_jax.kernels import sequence, tpu
 from refine_jax.kernels.device import backend
 from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
@@ -31,6 +31,7 @@ _BLOCK = 512  # most tokens of a block of a row
 _MOST_NEW = 32  # tokens of a fork: scores of all groups with a block of the row stay near
 _TOGETHER = 12  # groups that are worked on at once, so that no result is waited for
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
+_LOWEST = -1e29  # of maxima: with nothing but masked scores, all weights are 0
 
 
 class ForkRows(NamedTuple):
@@ -64,8 +65,9 @@ def _pad_tokens(x: jax.Array) -> jax.Array:
 
 
 def _attend_kernel(
-    heads, window, block, *, lasts, seens, new, row_k, row_v, out, top, total, acc, **_
-):
+    heads, window, block, blocks, *, own, lasts, seens, new, row_k, row_v, out, top, total, acc,
+    log_total=None, **_
+):  # fmt: skip
     fork, step = pl.program_id(0), pl.program_id(1)
     last, seen = lasts[fork], seens[fork]
     _, groups, num_new, size = new.shape
@@ -85,11 +87,11 @@ def _attend_kernel(
     def _own():
         shape = heads * num_new, num_new
         back = token(shape, 0) - token(shape, 1)
-        visible = (back >= 0) & (back < window)
+        visible = (back >= 0) & (back < window) & (own[0] > 0)
         for group in range(groups):
             scores = nt(queries(group), new[1, group]) * scale
             scores = jnp.where(visible, scores, _MASKED)
-            highest = jnp.max(scores, 1, keepdims=True)  # finite: a token sees itself
+            highest = jnp.maximum(jnp.max(scores, 1, keepdims=True), _LOWEST)
             weights = jnp.exp(scores - highest)
             top[group] = highest
             total[group] = jnp.sum(weights, 1, keepdims=True)
@@ -97,7 +99,7 @@ def _attend_kernel(
 
     number = _first_block(last, window, block) + step
 
-    @pl.when(number <= _last_block(last, block))
+    @pl.when(number <= _last_block(last, block, blocks))
     def _row():
         shape = heads * num_new, block
         slot = number * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -124,7 +126,9 @@ def _attend_kernel(
     @pl.when(step == pl.num_programs(1) - 1)
     def _end():
         for group in range(groups):
-            found = acc[group] / total[group]
+            found = acc[group] / jnp.maximum(total[group], 1e-30)
+            if log_total is not None:
+                log_total[group] = top[group] + jnp.log(jnp.maximum(total[group], 1e-30))
             y = found[:num_new]
             for head in range(1, heads):
                 y = jnp.where(lane == head, found[head * num_new : (head + 1) * num_new], y)
@@ -136,8 +140,8 @@ def _first_block(last, window: int, block: int):
     return jnp.maximum(last - window + 2, 0) // block
 
 
-def _last_block(last, block: int):
-    return jnp.maximum(last, 0) // block
+def _last_block(last, block: int, blocks: int):
+    return jnp.minimum(jnp.maximum(last, 0) // block, blocks - 1)
 
 
 def attend_windows(
@@ -147,23 +151,30 @@ def attend_windows(
     where: ForkRows,
     window: int,
     heads: int,
+    axis_name: str | None = None,
 ) -> jax.Array:
     """Causal attention of the S tokens of each fork to themselves and to the row before them.
 
     new: q, k, v [F, G, S, L] of the forks, with rope. row_k, row_v: [N, B, G, T, L], T a multiple
     of 128, keys with rope. heads: n. Scores are scaled by (L / n)^-0.5, tokens see W - 1 before
-    them. Returns [F, G, S, L] in the dtype of k; on a CPU in interpret mode, for tests.
+    them. axis_name: inside `jax.shard_map`, the mesh axis over which rows are spread in blocks of
+    T, in their order; `where` counts slots of the whole row. All devices return the same.
+    Returns [F, G, S, L] in the dtype of k; on a CPU in interpret mode, for tests.
     """
     forks, groups, count, size = new[0].shape
     padded = _pad_tokens(jnp.stack([x.astype(new[1].dtype) for x in new]))
     num_new, num_tokens = padded.shape[3], row_k.shape[3]
     block = math.gcd(num_tokens, _BLOCK)
-    steps = min(-(-max(window - 2, 0) // block) + 1, num_tokens // block)
+    blocks, device = num_tokens // block, 0
+    steps = min(-(-max(window - 2, 0) // block) + 1, blocks)
+    if axis_name is not None:
+        device = jax.lax.axis_index(axis_name)
+        where = where._replace(last=where.last - device * num_tokens)
 
-    def of_row(fork, step, layer, row, last, seen):
-        del seen
+    def of_row(fork, step, own, layer, row, last, seen):
+        del own, seen
         number = _first_block(last[fork], window, block) + step
-        number = jnp.minimum(number, _last_block(last[fork], block))
+        number = jnp.minimum(number, _last_block(last[fork], block, blocks))
         return layer[0], row[fork], 0, number, 0
 
     def of_fork(fork, *_):
@@ -174,23 +185,38 @@ def attend_windows(
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
     own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
-    scalars = where.layer[None], where.row, where.last, where.seen
+    outputs = {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))}
+    if axis_name is not None:
+        outputs = {
+            name: (shape, jnp.float32, pl.BlockSpec((None, *shape[1:]), of_fork))
+            for name, shape in {"out": shape, "log_total": (forks, *rows, 1)}.items()
+        }
+    # The first device alone counts the forks' own tokens.
+    first = jnp.asarray(device == 0, jnp.int32)
+    scalars = first[None], where.layer[None], where.row, where.last, where.seen
     found = tpu.call_kernel(
-        functools.partial(_attend_kernel, heads, window, block),
+        functools.partial(_attend_kernel, heads, window, block, blocks),
         "fork_reads_attention",
         (forks, steps),
         {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
-        {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))},
+        outputs,
         {
             "top": pltpu.VMEM((*rows, 1), jnp.float32),
             "total": pltpu.VMEM((*rows, 1), jnp.float32),
             "acc": pltpu.VMEM((*rows, size), jnp.float32),
         },
-        scalars=dict(zip(("layer", "row", "lasts", "seens"), scalars, strict=True)),
+        scalars=dict(zip(("own", "layer", "row", "lasts", "seens"), scalars, strict=True)),
         parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )
-    return found["out"][:, :, :count]
+    out = found["out"]
+    if axis_name is not None:
+        log_total = found["log_total"].reshape(forks, groups, heads, num_new, 1)
+        width = size // heads
+        by_head = jnp.moveaxis(out.reshape(forks, groups, num_new, heads, width), 3, 2)
+        out, _ = sequence.join_softmax(by_head, log_total[..., 0], axis_name)
+        out = jnp.moveaxis(out, 2, 3).reshape(shape).astype(padded.dtype)
+    return out[:, :, :count]
 
 
 def _weights_kernel(*, q, w0, w1, w2, out, **_):
@@ -200,12 +226,23 @@ def _weights_kernel(*, q, w0, w1, w2, out, **_):
     out[...] = nt(hidden, w1[...].astype(x.dtype)).astype(out.dtype)
 
 
-def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
+def read_weights(
+    q: jax.Array, weights: tuple, where: ForkRows, axis_name: str | None = None
+) -> jax.Array:
     """`apply_fast_weights` of q [F, H, S, d], each fork with the weights of its chunk.
 
-    weights: W0 [N, B, chunks, H, D, d], W1 [..., d, D] and W2 [..., D, d].
+    weights: W0 [N, B, chunks, H, D, d], W1 [..., d, D] and W2 [..., D, d]. axis_name: inside
+    `jax.shard_map`, the mesh axis over which chunks are spread in blocks, in their order; `where`
+    counts those of the whole row.
     Returns [F, H, S, d] as q; on a CPU in interpret mode, for tests.
     """
+    if axis_name is not None:
+        chunks = weights[0].shape[2]
+        chunk = where.chunk - jax.lax.axis_index(axis_name) * chunks
+        nearest = jnp.clip(chunk, 0, chunks - 1)
+        found = read_weights(q, weights, where._replace(chunk=nearest))
+        found = jnp.where((chunk == nearest)[:, None, None, None], found, 0)
+        return jax.lax.psum(found, axis_name)
     forks, heads, count, _ = q.shape
     padded = _pad_tokens(q)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.kernels import fork_reads, heads
+from refine_jax.kernels import fork_reads, heads, sequence
 from refine_jax.kernels.fork_reads import Reach
 from refine_jax.models.attention import MASKED, product
 
@@ -69,7 +69,7 @@ def fork_attention(
     by_block = by_block.reshape(*shape[:3], -1, size)  # [J, B, G, M, L]
     out, log_total = attend_row(by_block, row_k, row_v, reach, scale, window)
     if axis_name is not None:
-        out, log_total = join_devices(out, log_total, axis_name)
+        out, log_total = sequence.join_softmax(out, log_total, axis_name)
     out = jnp.moveaxis(out.reshape(shape), 0, 3)
     log_total = jnp.moveaxis(log_total.reshape(shape[:-1]), 0, 3)
 
@@ -84,15 +84,6 @@ def fork_attention(
     out = (share * out.reshape(own.shape) + (1 - share) * own).astype(k.dtype)
     out = heads.together(out.reshape(rows, -1, forks * num_new, size), heads_per_group)
     return jnp.swapaxes(out.reshape(rows, groups, forks, num_new, size), 1, 2)
-
-
-def join_devices(out, log_total, axis_name: str):
-    """What `attend_row` finds in whole rows, of what each device found in its part of them."""
-    top = lax.pmax(lax.stop_gradient(log_total), axis_name)
-    weight = jnp.exp(log_total - top)
-    total = lax.psum(weight, axis_name)
-    out = lax.psum(weight[..., None] * out, axis_name) / total[..., None]
-    return out, top + jnp.log(total)
 
 
 def _fork_blocks(forks: int, num_tokens: int, window: int) -> int:
