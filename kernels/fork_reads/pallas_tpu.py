@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from refine_jax.kernels import sequence, tpu
+from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.fork_reads.reference import ForkRows
 from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
@@ -34,29 +34,19 @@ _MASKED = -1e30  # finite: the difference of two of them must not be NaN
 _LOWEST = -1e29  # of maxima: with nothing but masked scores, all weights are 0
 
 
-class ForkRows(NamedTuple):
-    """Where forks read: one layer [] int32 for all, and for each fork [F] int32:
-
-    row: the row that it reads. last: the slot of the row's last token before the fork. seen: the
-    number of tokens of the fork's document up to that slot; with 0 the fork sees nothing of the
-    row. chunk: the chunk whose fast weights it reads.
-    """
-
-    layer: jax.Array
-    row: jax.Array
-    last: jax.Array
-    seen: jax.Array
-    chunk: jax.Array
+def takes_windows(keys: tuple[int, ...], num_new: int) -> bool:
+    """Whether the kernel takes keys of this shape, and is compiled here."""
+    whole = all(size % _LANES == 0 for size in keys[-2:])
+    return whole and num_new <= _MOST_NEW and backend() == "tpu"
 
 
-def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool:
-    """Whether the kernels take keys and weights of these shapes, and are compiled here."""
-    if num_new > _MOST_NEW or backend() != "tpu":
+def takes_weights(weights: tuple[int, ...], num_new: int) -> bool:
+    """Whether the kernel takes weights of this shape, and is compiled here."""
+    whole = all(size % _LANES == 0 for size in weights[-2:])
+    if not whole or num_new > _MOST_NEW or backend() != "tpu":
         return False
-    whole = all(size % _LANES == 0 for size in (*keys[-2:], *weights[-2:]))
     # Two blocks of the three matrices of a head, which are float32.
-    fits = 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
-    return whole and fits
+    return 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
 
 
 def _pad_tokens(x: jax.Array) -> jax.Array:
@@ -144,32 +134,19 @@ def _last_block(last, block: int, blocks: int):
     return jnp.minimum(jnp.maximum(last, 0) // block, blocks - 1)
 
 
-def attend_windows(
-    new: tuple[jax.Array, jax.Array, jax.Array],
-    row_k: jax.Array,
-    row_v: jax.Array,
-    where: ForkRows,
-    window: int,
-    heads: int,
-    axis_name: str | None = None,
-) -> jax.Array:
-    """Causal attention of the S tokens of each fork to themselves and to the row before them.
+def attend_windows_tpu(new, row_k, row_v, where: ForkRows, own, window: int, heads: int):
+    """Run `attend_windows` of api.py on one device's part of the rows.
 
-    new: q, k, v [F, G, S, L] of the forks, with rope. row_k, row_v: [N, B, G, T, L], T a multiple
-    of 128, keys with rope. heads: n. Scores are scaled by (L / n)^-0.5, tokens see W - 1 before
-    them. axis_name: inside `jax.shard_map`, the mesh axis over which rows are spread in blocks of
-    T, in their order; `where` counts slots of the whole row. All devices return the same.
-    Returns [F, G, S, L] in the dtype of k; on a CPU in interpret mode, for tests.
+    own: whether the forks' own tokens count: True, or [] bool where devices share the rows; only
+    then is the log of the denominators returned, else None. On a CPU in interpret mode, for tests.
     """
+    partly = own is not True
     forks, groups, count, size = new[0].shape
     padded = _pad_tokens(jnp.stack([x.astype(new[1].dtype) for x in new]))
     num_new, num_tokens = padded.shape[3], row_k.shape[3]
     block = math.gcd(num_tokens, _BLOCK)
-    blocks, device = num_tokens // block, 0
+    blocks = num_tokens // block
     steps = min(-(-max(window - 2, 0) // block) + 1, blocks)
-    if axis_name is not None:
-        device = jax.lax.axis_index(axis_name)
-        where = where._replace(last=where.last - device * num_tokens)
 
     def of_row(fork, step, own, layer, row, last, seen):
         del own, seen
@@ -184,39 +161,37 @@ def attend_windows(
     shape = forks, groups, num_new, size
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
-    own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
-    outputs = {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))}
-    if axis_name is not None:
-        outputs = {
-            name: (shape, jnp.float32, pl.BlockSpec((None, *shape[1:]), of_fork))
-            for name, shape in {"out": shape, "log_total": (forks, *rows, 1)}.items()
-        }
-    # The first device alone counts the forks' own tokens.
-    first = jnp.asarray(device == 0, jnp.int32)
-    scalars = first[None], where.layer[None], where.row, where.last, where.seen
+    of_new = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
+    shapes = {"out": shape, "log_total": (forks, *rows, 1)} if partly else {"out": shape}
+    outputs = {
+        name: (
+            shape,
+            jnp.float32 if partly else padded.dtype,
+            pl.BlockSpec((None, *shape[1:]), of_fork),
+        )
+        for name, shape in shapes.items()
+    }
+    scalars = {"own": jnp.asarray(own, jnp.int32)[None], "layer": where.layer[None]}
+    scalars |= {"row": where.row, "lasts": where.last, "seens": where.seen}
     found = tpu.call_kernel(
         functools.partial(_attend_kernel, heads, window, block, blocks),
         "fork_reads_attention",
         (forks, steps),
-        {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
+        {"new": (padded, of_new), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
         outputs,
         {
             "top": pltpu.VMEM((*rows, 1), jnp.float32),
             "total": pltpu.VMEM((*rows, 1), jnp.float32),
             "acc": pltpu.VMEM((*rows, size), jnp.float32),
         },
-        scalars=dict(zip(("own", "layer", "row", "lasts", "seens"), scalars, strict=True)),
+        scalars=scalars,
         parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )
-    out = found["out"]
-    if axis_name is not None:
-        log_total = found["log_total"].reshape(forks, groups, heads, num_new, 1)
-        width = size // heads
-        by_head = jnp.moveaxis(out.reshape(forks, groups, num_new, heads, width), 3, 2)
-        out, _ = sequence.join_softmax(by_head, log_total[..., 0], axis_name)
-        out = jnp.moveaxis(out, 2, 3).reshape(shape).astype(padded.dtype)
-    return out[:, :, :count]
+    log_total = None
+    if partly:
+        log_total = found["log_total"].reshape(forks, groups, heads, num_new)[..., :count]
+    return found["out"][:, :, :count], log_total
 
 
 def _weights_kernel(*, q, w0, w1, w2, out, **_):
@@ -226,23 +201,11 @@ def _weights_kernel(*, q, w0, w1, w2, out, **_):
     out[...] = nt(hidden, w1[...].astype(x.dtype)).astype(out.dtype)
 
 
-def read_weights(
-    q: jax.Array, weights: tuple, where: ForkRows, axis_name: str | None = None
-) -> jax.Array:
-    """`apply_fast_weights` of q [F, H, S, d], each fork with the weights of its chunk.
+def read_weights_tpu(q, weights, where: ForkRows):
+    """Run `read_weights` of api.py on one device's part of the chunks.
 
-    weights: W0 [N, B, chunks, H, D, d], W1 [..., d, D] and W2 [..., D, d]. axis_name: inside
-    `jax.shard_map`, the mesh axis over which chunks are spread in blocks, in their order; `where`
-    counts those of the whole row.
-    Returns [F, H, S, d] as q; on a CPU in interpret mode, for tests.
+    On a CPU in interpret mode, for tests.
     """
-    if axis_name is not None:
-        chunks = weights[0].shape[2]
-        chunk = where.chunk - jax.lax.axis_index(axis_name) * chunks
-        nearest = jnp.clip(chunk, 0, chunks - 1)
-        found = read_weights(q, weights, where._replace(chunk=nearest))
-        found = jnp.where((chunk == nearest)[:, None, None, None], found, 0)
-        return jax.lax.psum(found, axis_name)
     forks, heads, count, _ = q.shape
     padded = _pad_tokens(q)
 

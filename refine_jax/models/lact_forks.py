@@ -30,7 +30,6 @@ from refine_jax.kernels.lact import (
 from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.crossing import ForkPlace, RowAxes, of_crossing
-from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.layers import l2_norm_lact, rope
 
 
@@ -127,10 +126,14 @@ def read_traced_forks(
     as `new`, ... of `read_forks`. tokens: [layers, B, heads, T, ...] as there, and chunks
     [layers, B, N, ...], of which what a fork reads is read where it is. last: [B, R].
     """
-    by_kernel = fork_reads.takes(tokens[0].shape, chunks.weights.w0.shape, fast[0].shape[3])
-    read = _read_by_kernel if by_kernel else _read_one_by_one
-    rows = tokens[:2], chunks.weights, layer
-    attention, out = read(config, axes, heads_per_group, (*window, fast[0]), *rows, place, last)
+    row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
+    places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
+    where = fork_reads.ForkRows(layer, *places)
+    *new, q = (x.reshape(-1, *x.shape[2:]) for x in (*window, fast[0]))
+    windows = *tokens[:2], where, config.window_size, heads_per_group
+    attention = fork_reads.attend_windows(new, *windows, axis_name=axes.tokens)
+    out = fork_reads.read_weights(q, chunks.weights, where, axis_name=axes.chunks)
+    attention, out = (x.reshape(*last.shape, *x.shape[1:]) for x in (attention, out))
 
     def read_next():
         of_layer = functools.partial(
@@ -141,55 +144,6 @@ def read_traced_forks(
         return _where_inside(config, place, out, later)
 
     return attention, lax.cond(place.crosses.any(), read_next, lambda: out)
-
-
-def _read_by_kernel(config, axes, heads_per_group, new, tokens, weights, layer, place, last):
-    """What `read_traced_forks` returns, with the weights of the forks' chunks.
-
-    new: q, k, v of the window, q of the fast weights.
-    """
-    row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
-    places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
-    where = fork_reads.ForkRows(layer, *places)
-    flat = [x.reshape(-1, *x.shape[2:]) for x in new]
-    attention = fork_reads.attend_windows(
-        flat[:3], *tokens, where, config.window_size, heads_per_group, axes.tokens
-    )
-    out = fork_reads.read_weights(flat[3], weights, where, axes.chunks)
-    return tuple(x.reshape(*last.shape, *x.shape[1:]) for x in (attention, out))
-
-
-def _read_one_by_one(config, axes, heads_per_group, new, tokens, weights, layer, place, last):
-    """`_read_by_kernel` by XLA: cuts out what a fork reads, unless devices share the row."""
-
-    def cut(x, row, axis, start, size):
-        begin = [layer, row, *[0] * (x.ndim - 2)]
-        begin[axis] = start
-        sizes = [1, 1, *x.shape[2:]]
-        sizes[axis] = size
-        return lax.dynamic_slice(x, begin, sizes)[0, 0]
-
-    attend = functools.partial(
-        fork_attention, window=config.window_size, heads_per_group=heads_per_group
-    )
-    if axes.tokens is not None:
-        row_k, row_v, *weights = (x[layer] for x in (*tokens, *weights))
-        attention = attend(*new[:3], row_k, row_v, last, place.seen, axis_name=axes.tokens)
-        return attention, _read_in_chunks(Weights(*weights), new[3], place.chunk, axes.chunks)
-
-    def read(index):
-        row, fork = index // last.shape[1], index % last.shape[1]
-        (*window, q), here, last_slot = jax.tree.map(lambda x: x[row, fork], (new, place, last))
-        size = min(config.window_size, tokens[0].shape[3])
-        start = first_rows(last_slot, size)
-        keys, values = (cut(x, row, 3, start, size)[None] for x in tokens)
-        at = (last_slot - start)[None, None], here.seen[None, None]
-        attention = attend(*(x[None, None] for x in window), keys, values, *at)[0, 0]
-        chunk = jax.tree.map(lambda x: cut(x, row, 2, here.chunk, 1)[0], weights)
-        return attention, apply_fast_weights(chunk, q)
-
-    found = lax.map(read, jnp.arange(last.size))
-    return tuple(x.reshape(*last.shape, *x.shape[1:]) for x in found)
 
 
 def _read_next_chunks(config, options, axes, new, tokens, chunks, scales, norms, place):

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from refine_jax.kernels import fork_reads
+from refine_jax.kernels.fork_reads import pallas_tpu
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layout import Layout
@@ -57,7 +57,10 @@ def assert_read_in_place(want, tolerance, *arguments):
     By XLA, and by the kernels for TPUs, interpreted.
     """
     for by_kernel in (False, True):
-        with mock.patch.object(fork_reads, "takes", return_value=by_kernel):
+        with (
+            mock.patch.object(pallas_tpu, "takes_windows", return_value=by_kernel),
+            mock.patch.object(pallas_tpu, "takes_weights", return_value=by_kernel),
+        ):
             _, got = jax.jit(functools.partial(outputs, "in place"), static_argnums=0)(*arguments)
         np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
 
