@@ -13,6 +13,7 @@ LaCT the chunks [B, N, H, C, d] that the elementwise work after its projections 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
