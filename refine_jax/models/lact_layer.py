@@ -166,8 +166,8 @@ class LaCTLayer(nnx.Module):
     ) -> tuple[jax.Array, LaCTTrace]:
         """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks.
 
-        forks: [B, R], slots before forks, where these are known. The trace is the same: the gradient
-        of `extend_traced` is added to that of the rows in place, or comes out by whole chunks.
+        forks: [B, R], slots before forks, where these are known. The trace is the same: what
+        `extend_traced` reads gets its gradient in place, or by whole chunks.
         """
         del forks
         num_tokens = x.shape[1]
