@@ -169,6 +169,7 @@ def _finish_moments(metrics: Metrics) -> Metrics:
     return metrics
 
 
+@jax.named_scope("update")
 def _update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
