@@ -61,7 +61,7 @@ def _attend_kernel(
     fork, step = pl.program_id(0), pl.program_id(1)
     last, seen = lasts[fork], seens[fork]
     _, groups, num_new, size = new.shape
-    width, dtype = size // heads, out.dtype
+    width, dtype = size // heads, new.dtype
     scale = width**-0.5
     lane = jax.lax.broadcasted_iota(jnp.int32, (num_new, size), 1) // width
 
@@ -122,7 +122,7 @@ def _attend_kernel(
             y = found[:num_new]
             for head in range(1, heads):
                 y = jnp.where(lane == head, found[head * num_new : (head + 1) * num_new], y)
-            out[group] = y.astype(dtype)
+            out[group] = y.astype(out.dtype)
 
 
 def _first_block(last, window: int, block: int):
