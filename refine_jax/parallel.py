@@ -40,6 +40,8 @@ RULES = {
     # The devices that share a row share out its continuations.
     "forks": ("sequence",),
     "heads": ("tensor",),
+    # Heads of fast weights, of which the devices that share a row take some for all its tokens.
+    "fast_heads": ("tensor", "sequence"),
     "hidden": ("tensor",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -361,7 +363,7 @@ def take_tokens(x: jax.Array, index: jax.Array, *rest: str | None) -> jax.Array:
     have. Of tokens that are spread, what each device has is added up: nothing is gathered.
     """
     tokens = x.shape[1]
-    size = axis_size("sequence")
+    size = 1 if "fast_heads" in rest else axis_size("sequence")
     out_axes = ("batch", *[None] * (index.ndim - 1), *rest)
     if size == 1 or tokens % size:
         take = over_shards(_take, (("batch", None, *rest), ("batch",)), out_axes)

@@ -29,6 +29,7 @@ NO_PATHS = {
     *("model.lora_targets", "data.text_field", "data.files", "data.tfds_split"),
     "prompts.prompt_field",
     *("prompts.answer_field", "posttrain.metric", "evaluate.tasks", "evaluate.lengths"),
+    *("compare.arms", "train.evaluate", "train.profile", "train.project", "train.trackers"),
 }
 TEXTS = {
     f"{name}.{field.name}"

@@ -28,6 +28,7 @@ from refine_jax.checkpoint.folders import (
     has_tokenizer,
     new_folder,
 )
+from refine_jax.checkpoint.hf import read_hf
 from refine_jax.checkpoint.peft import read_adapter
 from refine_jax.checkpoint.steps import (
     FROZEN_FIX,
@@ -80,7 +81,8 @@ def load_model(
 ) -> ModelCheckpoint:
     """Read a model from its folder or from a training run's.
 
-    path: written by `save_model` or CheckpointManager, or a work folder with `checkpoints` in it.
+    path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
+        Hugging Face folder, which is read whole into memory: convert large ones.
     step: of a run: "latest", "best" (by the run's best metric) or a number.
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
@@ -95,24 +97,41 @@ def load_model(
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
+    if (folder / PARAMS).exists() or (folder / RUN).exists():
+        model = _load_own(folder, step, shardings)
+    elif any(Path(folder).glob("model*.safetensors*")):
+        model = _load_published(Path(folder), shardings)
+    else:
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
+            "package have, and no weights (safetensors) of a Hugging Face folder."
+        )
+    params, lora = model.params, model.lora
+    if lora is not None and (merge or adapter is not None):
+        params, lora = merge_updates(params), None
+    if adapter is not None:
+        _, updates = read_adapter(adapter, model_config(dict(model.config)))
+        params = merge_updates(join(params, updates))
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+    return model._replace(params=params, lora=lora)
+
+
+def _load_own(folder: epath.Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
+    """Read a model from a folder of this package, with its updates; see `load_model`."""
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
     abstract, lora, frozen, base = abstract_params(config), None, None, ""
     if (folder / PARAMS).exists():
         step, source, part, digests = None, folder / PARAMS, "", None
         fix = "Convert or copy it again."
-    elif (folder / RUN).exists():
+    else:
         step, others = _choose_step(folder, step)
         source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
         digests = {folder / name: saved for name, saved in file_digests(folder).items()}
         lora, trained, frozen, base = _parts_of_run(folder, abstract)
         abstract = flatten(trained)
-    else:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "
-            "Hugging Face folder is converted by `python -m refine_jax.convert from_hf SRC DST`."
-        )
     placed = flatten(shardings) if shardings is not None else {}
 
     def read(source, abstract, part: str, **options) -> dict:
@@ -130,17 +149,21 @@ def load_model(
     params = read(source, abstract, part, digests=digests, fix=fix)
     if frozen is not None:
         params = join(params, read(folder / FROZEN, flatten(frozen), "", fix=FROZEN_FIX))
-    if lora is not None and (merge or adapter is not None):
-        params, lora = merge_updates(params), None
-    if adapter is not None:
-        params = merge_updates(join(params, read_adapter(adapter, model_config(config))[1]))
-    if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     tokenizer = folder if has_tokenizer(folder) else None
     files = companions(folder)
     return ModelCheckpoint(
         config, config_json, params, tokenizer, files, step, lora=lora, base=base
     )
+
+
+def _load_published(folder: Path, shardings: PyTree | None) -> ModelCheckpoint:
+    """Read a model from a Hugging Face folder; arguments and errors as of `load_model`."""
+    model = read_hf(folder)
+    params = model.params
+    if shardings is not None:
+        params = jax.tree.map(jax.device_put, params, shardings)
+    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
+    return ModelCheckpoint(model.config, model.config_json, params, tokenizer, model.files)
 
 
 def read_lora(folder: Path) -> LoRA | None:

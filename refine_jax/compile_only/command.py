@@ -4,6 +4,7 @@ Each program is compiled in a process of its own (`child.py`), one after the oth
 compiler, runs on any Linux machine.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -58,6 +59,8 @@ def run(
     Raises ConfigError: no such slice, no libtpu, or a mesh that the run does not fit.
     """
     slice_ = parse_topology(topology)
+    if config.phase == "compare":  # its programs are those of training, and of what is trained
+        config = dataclasses.replace(config, phase="midtrain")
     if out is not None:
         check_output(out, "--json")
     check_libtpu()

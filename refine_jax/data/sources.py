@@ -23,6 +23,7 @@ from refine_jax.data.formats import (
     is_tfds_folder,
     looks_like_records,
 )
+from refine_jax.data.recall import RecallDocuments
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
 from refine_jax.data.tfds import TfdsSource
@@ -152,6 +153,8 @@ def open_source(options: DataConfig) -> TextSource:
         return FilesSource(
             _stdlib_files(setting("source")), setting("files"), importlib.util.decode_source
         )
+    if source == "recall":
+        return RecallDocuments()
     if source.startswith("tfds:") or is_tfds_folder(source):
         documents: TextSource = TfdsSource(options)
         if len(documents) == 0:

@@ -34,7 +34,7 @@ from refine_jax.models.lora import attach, take_updates
 from refine_jax.models.mixer import Mixer
 from refine_jax.models.pattern import Pattern
 from refine_jax.models.trainable import Params
-from refine_jax.parallel import axis_size, constrain, gather_parameters
+from refine_jax.parallel import constrain, gather_parameters
 
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
@@ -222,7 +222,7 @@ class LayerStack:
         """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
         decode states need.
         """
-        return axis_size("sequence") == 1 and all(
+        return all(
             mixer.reads_traces(self._parts[kind], num_new) for kind, mixer in self._mixers.items()
         )
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from refine_jax.compiling import compiler_options
 from refine_jax.config import RefineConfig
 from refine_jax.models.trainable import join
 from refine_jax.models.transformer import Model, Params, State
@@ -357,7 +358,7 @@ def make_train_step(
     parts = mini_batch // micro_batch
     update = functools.partial(_update, objective, optimizer, parts, steps=steps)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def run(state: TrainState, batch: Batch, experience: Experience | None = None):
         if collects and experience is None:
             experience = roll_out(state, batch)

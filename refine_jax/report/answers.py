@@ -21,8 +21,11 @@ _DARK = 47  # colours on which white is more legible than black
 _LONG = 600  # characters of an answer that are shown before a click
 
 
-def sections(runs: Sequence[Run]) -> str:
-    """Write the sections of one evaluation, or of several side by side."""
+def sections(runs: Sequence[Run], *, with_settings: bool = True) -> str:
+    """Write the sections of one evaluation, or of several side by side.
+
+    with_settings: whether the settings of one are shown.
+    """
     (first, *_), several = runs, len(runs) > 1
     intervals = "The bar is the mean score, the line across its end the 95 % interval."
     body = "".join(_scores(run, several) for run in runs)
@@ -30,13 +33,13 @@ def sections(runs: Sequence[Run]) -> str:
     adaptation = "".join(_adaptation(run, several) for run in runs)
     parts = [section("scores", "Scores", body, intervals)]
     if several:
-        parts.append(section("paired", "Paired differences", _paired(runs), _PAIRED))
+        parts.append(section("answers-paired", "Paired scores", _paired(runs), _PAIRED))
     parts += [
         section("needles", "Needles", needles, "Share of needles found, by depth and length."),
         section("adaptation", "Test-time training", adaptation),
         section("answers", "Answers", _answers(runs)),
     ]
-    if not several:
+    if with_settings and not several:
         parts.append(section("settings", "Settings", settings(first)))
     return "".join(parts)
 

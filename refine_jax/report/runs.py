@@ -77,6 +77,15 @@ def read_run(folder: Path) -> Run:
     return Run(name, folder, config, history, read_held_out(folder / HELD_OUT_FILE))
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of a comparison's runs, the oldest first; none where it is a run's own folder."""
+    names = (METRICS_FILE, runner.PREDICTIONS)
+    if any((folder / name).exists() for name in names):
+        return []
+    records = [path for name in names for path in folder.glob(f"*/{name}")]
+    return [path.parent for path in sorted(records, key=lambda path: path.stat().st_ctime)]
+
+
 def named_apart(runs: Sequence[Run]) -> list[Run]:
     """Name runs by more of their paths where folders have one name."""
     names = [run.name for run in runs]

@@ -129,7 +129,7 @@ def test_refine_without_policy_loss_is_next_token_training(corpus):
     """Both objectives see the same documents: with lambda_rl = 0 their models are the same."""
     plan = sizes.SIZES["small"].sizes
     lab = Lab("deltanet", dataclasses.replace(plan, measured=plan.measured[:1]), corpus)
-    params = lab.model.init(jax.random.key(0))
+    params = jax.jit(lab.model.init)(jax.random.key(0))
     trained, figures = {}, {}
     for name, config in {
         "ntp": RefineConfig(objective="ntp"),
@@ -263,7 +263,7 @@ def test_signal_is_what_independent_gradients_have_in_common():
 
 def test_exact_gradients_depend_on_the_documents_alone(corpus):
     lab = Lab("deltanet", sizes.SIZES["small"].sizes, corpus)
-    params = lab.model.init(jax.random.key(0))
+    params = jax.jit(lab.model.init)(jax.random.key(0))
     names = ("next-token", "exact, whole, all", "exact, whole, entropy")
     gradients = {
         name: lab.gradients(params, RefineConfig(**ESTIMATORS[name]), batches=3) for name in names
