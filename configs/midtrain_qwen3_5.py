@@ -28,38 +28,14 @@ random weights and the source files of the Python standard library.
 
 from ml_collections import ConfigDict
 
-from refine_jax.architectures import QWEN3_5_0_8B, QWEN3_5_2B, QWEN3_5_4B, QWEN3_5_9B
-from refine_jax.recipes import midtrain
+from refine_jax.architectures import QWEN3_5
+from refine_jax.recipes import midtrain, small_qwen3_5, split_size, with_own_tokenizer
 
-SIZES = {"0.8b": QWEN3_5_0_8B, "2b": QWEN3_5_2B, "4b": QWEN3_5_4B, "9b": QWEN3_5_9B}
+FILE = "midtrain_qwen3_5.py"
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Configure a size of `SIZES`; `arg` is one (None: 0.8b), "runlocal", or both with a comma."""
-    forms = ["0.8b"] if arg is None else arg.split(",")
-    local = forms[-1] == "runlocal"
-    sizes = (forms[:-1] or ["0.8b"]) if local else forms
-    if len(sizes) != 1 or sizes[0] not in SIZES:
-        raise ValueError(
-            f"midtrain_qwen3_5.py has the sizes {', '.join(SIZES)}, and runlocal alone or after "
-            f"one (9b,runlocal). Got: {arg!r}."
-        )
-    fresh = SIZES[sizes[0]]
-    config = midtrain(
-        "midtrain_qwen3_5.py",
-        "runlocal" if local else None,
-        fresh,
-        vocab_size=32000,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2 * fresh["linear_num_value_heads"] // fresh["linear_num_key_heads"],
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        eos_token_id=2,
-    )
-    if not local:
-        config.data.update(tokenizer="checkpoint", add_bos=False)
-    return config
+    """Configure a size of `QWEN3_5`; `arg` is one (None: 0.8b), "runlocal", or both."""
+    size, form, local = split_size(FILE, arg, QWEN3_5)
+    config = midtrain(FILE, form, QWEN3_5[size], **small_qwen3_5(size))
+    return with_own_tokenizer(config, local)
