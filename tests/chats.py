@@ -18,6 +18,28 @@ TURNS = """\
     {{- '<|im_start|>assistant\\n<think>\\n' }}
 {%- endif %}
 """
+# As Qwen 3.5 does it: what was reasoned is dropped but in answers to the last question, and these
+# have an empty block where there was none.
+REASONING = """\
+{%- set ns = namespace(last=0) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for m in messages -%}
+  {%- set content = m.content | trim -%}
+  {%- if m.role == 'assistant' -%}
+    {%- set thought = '' -%}
+    {%- if '</think>' in content -%}
+      {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] -%}
+      {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+    {%- endif -%}
+    {%- if loop.index0 > ns.last -%}
+      {%- set content = '<think>\\n' + thought.lstrip('\\n') + '\\n</think>\\n\\n' + content -%}
+    {%- endif -%}
+  {%- endif -%}
+  {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+"""
 
 
 def tokenizer_folder(folder: Path, template: str | None = None, **config) -> Path:

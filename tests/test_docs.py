@@ -343,6 +343,8 @@ MODULES = {
     "test_golden_folders_round_trip",
     r"python -m refine_jax\.report": "tests/report/test_page.py::"
     "test_the_command_takes_one_run_or_several",
+    r"python -m refine_jax\.lm_harness .*--apply_chat_template": "tests/evaluation/"
+    "test_harness_oracle.py::test_answers_are_those_of_the_hf_model",
     r"python -m refine_jax\.lm_harness": "tests/evaluation/test_harness.py::test_command",
     r"python -m refine_jax\.evaluation\.position": "tests/evaluation/test_position.py::"
     "test_command",

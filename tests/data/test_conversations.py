@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chats import TURNS, tokenizer_folder
+from chats import REASONING, TURNS, tokenizer_folder
 from corpora import data_config
 
 from refine_jax.base.errors import DataError
@@ -15,28 +15,6 @@ from refine_jax.data import encode_chat, load_chat_template, load_tokenizer
 from refine_jax.data.conversations import encode_conversation, read_messages
 from refine_jax.data.prompts import load_prompts
 
-# As Qwen 3.5 does it: what was reasoned is dropped but in answers to the last question, and these
-# have an empty block where there was none.
-REASONING = """\
-{%- set ns = namespace(last=0) -%}
-{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
-{%- endfor -%}
-{%- for m in messages -%}
-  {%- set content = m.content | trim -%}
-  {%- if m.role == 'assistant' -%}
-    {%- set thought = '' -%}
-    {%- if '</think>' in content -%}
-      {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] -%}
-      {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
-    {%- endif -%}
-    {%- if loop.index0 > ns.last -%}
-      {%- set content = '<think>\\n' + thought.lstrip('\\n') + '\\n</think>\\n\\n' + content -%}
-    {%- endif -%}
-  {%- endif -%}
-  {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
-"""
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "2 + 2? <|im_end|>"},
