@@ -31,6 +31,7 @@ class DeltaNetMixer(nnx.Module):
     WRITES_MUCH = False
     TRACES_INPUTS = True
     FORKS_ONCE = True
+    GROWS = False
     FORK_AXES = ("batch", "forks")
 
     def __init__(

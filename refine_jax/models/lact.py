@@ -50,6 +50,7 @@ class LaCTMixer(LaCTLayer):
     WRITES_MUCH = True
     TRACES_INPUTS = False
     FORKS_ONCE = False
+    GROWS = False
     FORK_AXES = ("batch",)
 
     @staticmethod

@@ -30,7 +30,8 @@ class Mixer(Protocol):
       the tokens that were seen, but for the caches of full attention. What the forks of a row share
       leads with [B, ...].
     * A change [B, R, ...] is what `extend` made of a state, as small as it can be sent from one
-      layer of the scan to the next; `advance` makes the new state of it.
+      layer of the scan to the next; `advance` makes the new state of it. States that grow are
+      written in the scan.
 
     Static methods need no parameters: the model calls them for all layers at once, outside the
     scan, which would otherwise copy the trace or the states of each layer.
@@ -57,6 +58,13 @@ class Mixer(Protocol):
 
     `fork` then gets P positions, and the model copies the states; `extend_traced` gets
     `positions` [B, P] for R = n P forks. Else each of R forks has a position of its own.
+    """
+
+    GROWS: bool
+    """Whether a state holds what it keeps of each token, so that it grows with them.
+
+    States of all layers then go through the scan, which would otherwise copy each of them: they are
+    extended by `extend_layer`, which takes the place of `advance`.
     """
 
     FORK_AXES: tuple[str, ...]
@@ -141,7 +149,17 @@ class Mixer(Protocol):
     def advance(state: Any, change: Any) -> Any:
         """Make the new states of all layers, in place where they are large."""
 
-    # Room in decode states, of all layers, that grow with their tokens
+    # Decode states, of all layers, that grow with their tokens
+
+    def extend_layer(self, x: jax.Array, states: Any, layer: jax.Array) -> tuple[jax.Array, Any]:
+        """`extend` of one `layer` of the states of all, written where they are.
+
+        They have room for the new tokens. Not differentiable. Returns y and all states.
+        """
+
+    @staticmethod
+    def grown(states: Any, num_new: int) -> Any:
+        """Make room for `num_new` tokens in states whose shape is not fixed."""
 
     @staticmethod
     def capacity(state: Any) -> int | None:
