@@ -3,17 +3,17 @@
     python experiments/gpu_check.py --json
     JAX_PLATFORMS=cpu python experiments/gpu_check.py --interpret --json
 
-The first command takes a GPU, the second one a CPU, where the kernels are interpreted at small sizes
-and no times are taken. Every Pallas kernel for GPUs is run, of the delta rule and of LaCT, forward
-and backward, in float32 and bfloat16, with packed rows; its values and gradients are compared with
-`reference.py` of its op in float32 products, by their relative root mean square. So is the attention
-of cuDNN that full rows of hybrid models take. Then a small hybrid model makes a ReFINE step and
-generates, with these kernels and with XLA's programs. Times are medians of a forward pass and of
-one with its gradients, in turns with XLA.
+The first command takes a GPU, the second one a CPU, where the kernels are interpreted at small
+sizes and no times are taken. Every Pallas kernel for GPUs is run, of the delta rule and of LaCT,
+forward and backward, in float32 and bfloat16, with packed rows; its values and gradients are
+compared with `reference.py` of its op in float32 products, by their relative root mean square. So
+is the attention of cuDNN, which full rows of hybrid models take, with XLA's. Then a small hybrid
+model makes a ReFINE step and generates, with these kernels and with XLA's programs. Times are
+medians of a forward pass and of one with its gradients, in turns with XLA.
 
-What is wrong, or does not run, makes the exit code 1. What begins later than --limit seconds is
-left out, and said: compiling takes most of the time. No GPU was at hand when this was written: only
-the second command has run.
+What is wrong, or does not run, makes the exit code 1. What would begin later than --limit seconds
+is left out, and said: compiling takes most of the time. No GPU was at hand when this was written:
+only the second command has run.
 """
 
 from __future__ import annotations
@@ -308,6 +308,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--interpret", action="store_true", help="small, on a CPU")
+    flags.add_argument("--only", default="", help="beginning of the names of cases")
     flags.add_argument("--repeats", type=int, default=7, help="timed repeats; medians are reported")
     flags.add_argument("--limit", type=float, default=420, help="seconds, after which none begins")
     flags.add_argument("--json", action="store_true", help="print one JSON line last")
@@ -321,6 +322,8 @@ def main() -> int:
         return 1
     begin, table, late = time.monotonic(), [], []
     for name, check in checks(options.interpret, options.repeats):
+        if not name.startswith(options.only):
+            continue
         if time.monotonic() - begin > options.limit:
             late.append(name)
             continue
