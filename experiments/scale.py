@@ -99,34 +99,41 @@ SLICES = {
 }
 
 # Hybrid models at 16K and 128K tokens, on the slices that people begin with and on the smallest
-# ones that hold them. Attention layers share long rows by their tokens, which `sequence` divides.
-HYBRID_SLICES = {
-    ("0.8b", 16): {"v5e:1x1": mesh(), "v6e:1x1": mesh(), "v5e:2x2": mesh(fsdp=4)},
-    ("2b", 16): {"v5e:2x4": mesh(fsdp=8), "v6e:2x2": mesh(fsdp=4)},
-    ("4b", 16): {"v5e:2x4": mesh(fsdp=8), "v6e:2x2": mesh(fsdp=4), "v5e:4x4": mesh(fsdp=16)},
-    ("9b", 16): {"v5p:2x2x1": mesh(fsdp=4)},
-    ("27b", 16): {"v5p:4x4x4": mesh(fsdp=32, sequence=2)},
-    ("0.8b", 128): {"v5e:1x1": mesh(), "v6e:1x1": mesh(), "v5e:2x4": mesh(fsdp=2, sequence=4)},
-    ("2b", 128): {
-        "v5e:2x4": mesh(fsdp=2, sequence=4),
-        "v6e:2x2": mesh(fsdp=2, sequence=2),
-    },
-    ("4b", 128): {
-        "v5e:2x4": mesh(fsdp=2, sequence=4),
-        "v6e:2x2": mesh(fsdp=2, sequence=2),
-    },
-    ("9b", 128): {"v5p:2x2x1": mesh(fsdp=2, sequence=2)},
-    ("27b", 128): {"v5p:4x4x4": mesh(fsdp=16, sequence=4)},
-}
+# ones that hold them. `tensor` shares the vocabulary's gradient and the states of forks, which are
+# most of what a chip holds; `sequence` shares the tokens of long rows.
+HYBRID_SLICES = (
+    ("0.8b", 16, "v5e:1x1", mesh()),
+    ("0.8b", 16, "v6e:1x1", mesh()),
+    ("0.8b", 16, "v5e:2x2", mesh(fsdp=4)),
+    ("2b", 16, "v5e:2x4", mesh(fsdp=8)),
+    ("2b", 16, "v6e:2x2", mesh(fsdp=4)),
+    ("4b", 16, "v5e:2x4", mesh(fsdp=8)),
+    ("4b", 16, "v6e:2x2", mesh(fsdp=4)),
+    ("9b", 16, "v5p:2x2x1", mesh(fsdp=4)),
+    ("27b", 16, "v5p:4x4x4", mesh(fsdp=32, tensor=2)),
+    ("4b", 16, "v6e:2x2", mesh(fsdp=2, tensor=2)),
+    ("2b", 16, "v5e:2x4", mesh(fsdp=4, tensor=2)),
+    ("4b", 16, "v5e:2x4", mesh(fsdp=2, tensor=4)),
+    ("4b", 16, "v5e:4x4", mesh(fsdp=4, tensor=4)),
+    ("0.8b", 128, "v5e:1x1", mesh()),
+    ("0.8b", 128, "v6e:1x1", mesh()),
+    ("2b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+    ("2b", 128, "v6e:2x2", mesh(fsdp=2, sequence=2)),
+    ("4b", 128, "v5e:2x4", mesh(tensor=2, sequence=4)),
+    ("4b", 128, "v6e:2x2", mesh(tensor=2, sequence=2)),
+    ("9b", 128, "v5p:2x2x1", mesh(fsdp=2, sequence=2)),
+    ("27b", 128, "v5p:4x4x4", mesh(fsdp=8, tensor=2, sequence=4)),
+    ("0.8b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+)
 
 
 def hybrid_cases() -> Iterator[ScaleCase]:
     """Qwen 3.5."""
-    for (size, length), slices in HYBRID_SLICES.items():
-        for topology, settings in slices.items():
-            name = f"{topology.replace(':', '-')}-{length}K"
-            settings = settings | {"data.sequence_length": 1024 * length}
-            yield ScaleCase("hybrid", f"qwen3_5:{size}", topology, settings, name=name)
+    for size, length, topology, settings in HYBRID_SLICES:
+        shared = described(settings).replace(" x ", "-").replace(" ", "")
+        name = f"{length}K-{topology.replace(':', '-')}-{shared}"
+        settings = settings | {"data.sequence_length": 1024 * length}
+        yield ScaleCase("hybrid", f"qwen3_5:{size}", topology, settings, name=name)
 
 
 def cases() -> Iterator[ScaleCase]:
