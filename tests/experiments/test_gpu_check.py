@@ -33,7 +33,7 @@ def test_kernels_are_compared_with_their_reference(gpu_check, monkeypatch, capsy
     (row,) = json.loads(line)["rows"]
     assert row["right"] and row["name"] == "LaCT, packed, float32"
     assert {*row["errors"]} == {"values", "gradients"}
-    assert all(0 < found < 1e-5 for found, _ in row["errors"].values())
+    assert all(found < 1e-5 for found, _ in row["errors"].values())
 
 
 def test_what_is_wrong_or_does_not_run_is_said(gpu_check, monkeypatch, capsys):
