@@ -83,17 +83,15 @@ def test_heads_side_by_side_are_heads():
 
 def test_blocks_of_one_layer_are_read_as_a_whole_row_is(monkeypatch):
     """Five reaches of 11 keys in blocks of 4, and one that sees nothing; against numpy."""
-    from refine_jax.models import fork_attention
-
-    monkeypatch.setattr(fork_attention, "_LAYER_BLOCK", 4)
+    monkeypatch.setattr(module, "_LAYER_BLOCK", 4)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((6, 2, 3, 8), np.float32)
     k, v = rng.standard_normal((2, 2, 3, 2, 2, 11, 8), np.float32)
     first = np.array([[0, 0, 0], [2, 3, 4], [0, 0, 0], [5, 5, 5], [10, 10, 10], [1, 1, 9]])
     last = np.array([[0, 1, 2], [5, 6, 7], [10, 10, 10], [4, 5, 6], [10, 10, 10], [3, 1, 9]])
-    reach = fork_attention.Reach(jnp.asarray(first), jnp.asarray(last))
+    reach = module.Reach(jnp.asarray(first), jnp.asarray(last))
     arrays = (jnp.asarray(x) for x in (q, k, v))
-    out, _ = fork_attention.attend_row_of_layer(*arrays, jnp.int32(1), reach, 8**-0.5)
+    out, _ = module.attend_row_of_layer(*arrays, jnp.int32(1), reach, 8**-0.5)
     keys, values = (x[1].reshape(6, 2, 11, 8) for x in (k, v))
     seen = (np.arange(11) >= first[..., None]) & (np.arange(11) <= last[..., None])
     weights = np.exp(np.einsum("bgmh,bgth->bgmt", q, keys) * 8**-0.5) * seen[:, None]
