@@ -413,12 +413,20 @@ class PromptsConfig(Section):
 
     prompt_field: str = setting("prompt", "parquet column or JSON field with the prompt")
     answer_field: str = setting("answer", "the one with the reference answer: a string or a list")
+    messages_field: str = setting(
+        "",
+        "the one with the messages of a chat, by the tokenizer's chat template, in place of prompt "
+        "and answer: all before the assistant's last message is the prompt; '': none",
+    )
     target: str = choice(
         ("first", "random"),
         "which of several answers is trained on; random: drawn for each prompt and epoch",
     )
     max_answer_tokens: int = setting(
-        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", TOKENS
+        32,
+        "A: most tokens of an answer, end of sequence counted, or of all answers of a chat; longer "
+        "ones are cut",
+        TOKENS,
     )
     cut: str = choice(CUTS, "where prompts of more than data.sequence_length - A tokens are cut")
 
