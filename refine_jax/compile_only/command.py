@@ -49,7 +49,7 @@ def run(
 ) -> int:
     """Compile the programs of a run and print what they need; returns the exit code.
 
-    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures, as JSON. slices:
+    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures as JSON. slices:
     how many such slices. plan: stop before code is made, which takes most of the time
     (`estimate/cost.py` says how times are estimated then). debug: let the processes print where an
     error came from.
