@@ -16,6 +16,7 @@ all of this does nothing, and the programs are those of one device.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -142,6 +143,7 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     """
     devices = default_devices()
     if alone:
+        config = dataclasses.replace(config, dcn_data=1, dcn_fsdp=1)  # a process is of one slice
         devices = [device for device in devices if device.process_index == jax.process_index()]
     mesh = make_mesh(config, devices)
     if not alone:
