@@ -358,7 +358,7 @@ class LaCTLayer(Mixer):
         def run(slots, weights, mask, reset):
             return self._lact(*slots, weights=weights, mask=mask, reset=reset, axis_name=axis_name)
 
-        # Said on both sides, so that neither the one nor its derivative is sent as anything larger.
+        # Constrain input and output: else XLA sends the array, or its gradient, unsharded.
         tokens = jax.tree.map(lambda x: constrain(x, "batch", "heads", "tokens"), tokens)
         slots, mask, reset = to_slots(tokens, plan, self.config.lact_chunk_size)
         arrays, states = ("batch", None, "heads", "tokens"), ("batch", "tokens", "heads")
