@@ -97,7 +97,8 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """How many devices share what (`refine_jax.parallel`); one size may be -1: all that are left.
+    """How many devices of a slice share what (`refine_jax.parallel`), and how many slices; one size
+    may be -1: all that are left.
 
     Does not change what is computed.
     """
@@ -108,10 +109,25 @@ class MeshConfig(Section):
     )
     tensor: int = setting(1, "devices that share heads, MLP and vocabulary", DEVICES, FREELY)
     sequence: int = setting(1, "devices that share the tokens of a row", DEVICES, FREELY)
+    dcn_data: int = setting(
+        -1,
+        "slices, joined by the data-centre network, that share the rows; -1: all that are left",
+        DEVICES,
+        FREELY,
+    )
+    dcn_fsdp: int = setting(
+        1, "slices that share the rows, and parameters and optimizer state too", DEVICES, FREELY
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if 0 in (self.dcn_data, self.dcn_fsdp) or self.dcn_data == self.dcn_fsdp == -1:
+            raise ConfigError(
+                "config.mesh: dcn_data and dcn_fsdp are at least 1, and only one may be -1. Got: "
+                f"dcn_data={self.dcn_data}, dcn_fsdp={self.dcn_fsdp}."
+            )
         sizes = dataclasses.asdict(self)
+        del sizes["dcn_data"], sizes["dcn_fsdp"]
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             got = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise ConfigError(
