@@ -44,7 +44,7 @@ from refine_jax.refine.reading import (
     read_rows,
     target_weights,
 )
-from refine_jax.refine.rewards import EXPECTED, token_rewards
+from refine_jax.refine.rewards import EXPECTED, counted_tokens, token_rewards
 from refine_jax.refine.rollout import Scores, fork_rollouts, sample_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots, select_positions, selectable
 
@@ -60,6 +60,7 @@ class Forks(NamedTuple):
     state: State | TracedForks  # leaves [L, B, R, ...]
     true_tokens: jax.Array  # [B, R, k] int32
     true_hidden: jax.Array  # [B, R, k, D]
+    counted: jax.Array | None = None  # [B, R, k] bool, tokens that count; None: all of them
 
 
 class Experience(NamedTuple):
@@ -72,6 +73,7 @@ class Experience(NamedTuple):
     advantages: jax.Array  # [B, R, k], or [B, R, 1] where all tokens of a rollout have one
     old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
     ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
+    counted: jax.Array | None = None  # [B, R, k] bool, as in `Forks`
 
 
 class MiniBatch(NamedTuple):
@@ -276,10 +278,16 @@ class Objective:
     def _policy_loss(self, experience, scores, whole):
         """Compute the micro-batch's share of the mini-batch's policy loss, with the KL term."""
         config, k = self.config, self.config.rollout_length
-        mask, whole_mask = (_token_mask(valid, k) for valid in (experience.valid, whole.valid))
+        rollouts, whole_mask = (_token_mask(valid, k) for valid in (experience.valid, whole.valid))
 
         def tokens(x):  # [B, R, k] -> [B R, k]
             return jnp.broadcast_to(x, experience.tokens.shape).reshape(-1, k)
+
+        # Tokens beyond a rollout's length have no loss. Denominators count rollouts then, which
+        # are known before any forward pass.
+        mask = rollouts
+        if experience.counted is not None:
+            mask = rollouts * tokens(experience.counted)
 
         arrays = [tokens(scores.log_probs), tokens(experience.old_log_probs)]
         loss_of = policy_loss
@@ -295,14 +303,14 @@ class Objective:
         )
         metrics = {f"policy/{name}": value for name, value in metrics.items()}
         metrics["policy/entropy"] = aggregate(
-            tokens(scores.entropies), mask, "token-mean", whole_mask
+            tokens(scores.entropies), mask, "seq-mean-token-mean", whole_mask
         )
         metrics["loss/policy"] = loss
         if config.kl_coef > 0:
             penalty = kl_penalty(arrays[0], tokens(experience.ref_log_probs), config.kl_type)
             metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole_mask)
             loss += config.kl_coef * metrics["loss/kl"]
-        return loss, metrics | _reward_shares(experience, mask, whole_mask)
+        return loss, metrics | _reward_shares(experience, rollouts, whole_mask)
 
     # Selection, sampling, rewards: nothing here is differentiated
 
@@ -353,7 +361,11 @@ class Objective:
         )
         slots = rollout_slots(starts, k)
         truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
-        return Forks(starts, valid, last_hidden, state, *truth)
+        counted = None
+        if self.config.rollout_lengths == "adaptive":
+            entropy = take_tokens(reading.stats.entropy, slots - 1)
+            counted = counted_tokens(entropy, self.config.entropy_budget)
+        return Forks(starts, valid, last_hidden, state, *truth, counted)
 
     def scores(
         self, params: Params, last_hidden, hidden, tokens: jax.Array, true_tokens: jax.Array
@@ -381,6 +393,7 @@ class Objective:
             tokens,
             forks.true_tokens,
             true_log_probs=scores.true_log_probs,
+            counted=forks.counted,
         )
 
         def compare(rewards, valid, energy):
@@ -408,6 +421,7 @@ class Objective:
             advantages,
             scores.log_probs,
             ref_log_probs,
+            forks.counted,
         )
 
     def reference_log_probs(

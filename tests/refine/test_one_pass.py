@@ -226,6 +226,13 @@ ESTIMATORS = {
     "expected": {"reward": "expected", "credit": "reward_to_go", "baseline": "leave_one_out"},
     "optimal_token": {"reward": "prefix", "credit": "reward_to_go", "baseline": "optimal_token"},
     "whole": {"reward": "whole", "normalize_std": False},
+    "adaptive": {
+        "reward": "prefix",
+        "rollout_lengths": "adaptive",
+        "entropy_budget": 2.72,
+        "loss_aggregation": "seq-mean-token-mean",
+        "normalize_std": False,
+    },
 }
 
 
@@ -282,6 +289,16 @@ def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
         rewards = np.cumprod(match, axis=-1).astype(np.float64)
     else:
         rewards = np.take_along_axis(probabilities, truth[..., None], axis=-1)[..., 0]
+    counted = np.ones(match.shape, bool)
+    if config.rollout_lengths == "adaptive":
+        hidden = model.forward(params, batch["tokens"])[0]
+        text = np.asarray(jax.nn.log_softmax(hidden @ model.head(params).T), np.float64)
+        entropy = -np.sum(np.exp(text) * text, axis=-1)
+        for row, fork in np.ndindex(starts.shape):
+            follows = entropy[row, starts[row, fork] - 1 : starts[row, fork] - 1 + k]
+            counted[row, fork, 1:] = np.cumsum(follows)[1:] <= config.entropy_budget
+        assert counted.any(-1).all() and counted.all(-1).any() and not counted.all()
+        rewards = np.where(counted, rewards * k / counted.sum(-1, keepdims=True), 0)
     assert rewards.std() > 0
     own = np.take_along_axis(probabilities, rollouts[..., None], axis=-1)[..., 0]
     energy = np.cumsum(1 - 2 * own + np.sum(probabilities**2, axis=-1), axis=-1)
@@ -301,7 +318,8 @@ def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
 
     def surrogate(params):
         logits = scores(params)
-        loss = -jnp.mean(advantages * log_probs_of(logits, rollouts))
+        terms = advantages * log_probs_of(logits, rollouts)
+        loss = -jnp.mean(jnp.sum(jnp.where(counted, terms, 0.0), axis=-1) / counted.sum(-1))
         if config.reward == "expected":
             loss -= jnp.mean(jnp.exp(log_probs_of(logits, truth))) / k
         return config.lambda_rl * loss
