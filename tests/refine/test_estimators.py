@@ -98,10 +98,8 @@ def test_pooled_cosine_compares_means():
     close(got.mean(-1), want)
     assert not np.asarray(got)[..., :-1].any()
     order = np.random.default_rng(2).permutation(5)
-    moved = rewards.token_rewards(
-        "pooled_cosine", hidden[..., order, :], true_hidden, tokens, truth
-    )
-    close(moved, got)
+    moved = hidden[..., order, :]
+    close(rewards.token_rewards("pooled_cosine", moved, true_hidden, tokens, truth), got)
 
 
 # Rollouts of which the first tokens count
