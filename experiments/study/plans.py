@@ -41,9 +41,9 @@ def plan_of(task: str, family: str, small: bool) -> Plan:
         fields |= {"model_type": "delta_net", "num_heads": 2}
     if small:
         pretrain, arms, posttrain = Training(2, 4, 1e-3, 0.5), Training(2, 2), Training(2, 2)
-        sizes = {"num_positions": 2, "edge_margin": 2}
+        sizes = {"num_positions": 2, "edge_margin": 5}
         return Plan(fields, pretrain, arms, posttrain, sizes, 0.1 if lact else None, 8, 4, (1, 2))
     pretrain = Training(8, 20_000, 3e-3, 0.25) if text else Training(8, 8000, 5e-3, 0.25)
-    sizes = {"num_positions": 8, "edge_margin": 4}
+    sizes = {"num_positions": 8, "edge_margin": 5}
     arms, posttrain = Training(8, 400), Training(8, 100)
     return Plan(fields, pretrain, arms, posttrain, sizes, 0.1 if lact else None)
