@@ -69,7 +69,7 @@ def _rule(rule: str, weight: float, rate_of: str | None = None) -> Arm:
     return Arm({"objective": "ntp", "lambda_rl": weight}, rule=rule, rate_of=rate_of)
 
 
-def _exact(weight: float = 1.0, rate_of: str | None = "exact whole", **fields: Any) -> Arm:
+def _exact(weight: float = 10.0, rate_of: str | None = "exact whole", **fields: Any) -> Arm:
     return Arm(PRESETS["exact"] | {"lambda_rl": weight} | fields, rate_of=rate_of)
 
 
@@ -84,28 +84,30 @@ _GROUPS_OF_8 = {
     "baseline": "leave_one_out",
 }
 _LOO = "published, n=8 leave-one-out"
+_LOW_NOISE = PRESETS["low_noise"] | {"num_positions": 2, "lambda_rl": 30.0}
 # In the order in which they are run.
 ARMS: dict[str, Arm] = {
     "ntp": _ntp(1),
     "exact whole": _exact(rate_of=None),
     "published": _rollouts(rate_of=None),
+    "weight p": _rule("p", 10.0),
+    "oracle": _rule("oracle", 10.0),
     _LOO: _rollouts(rate_of=None, **_GROUPS_OF_8),
-    "oracle": _rule("oracle", 3.0),
-    "weight p": _rule("p", 3.0),
     "ntp, 2 x steps": _ntp(2),
     "exact prefix": _exact(rate_of=None, reward="prefix"),
-    "low_noise": Arm(PRESETS["low_noise"] | {"num_positions": 2, "lambda_rl": 1.0}),
     # The trade against the next-token loss.
-    "exact whole, lambda_rl=0.3": _exact(0.3),
+    "exact whole, lambda_rl=1": _exact(1.0),
     "exact whole, lambda_rl=3": _exact(3.0),
-    "exact whole, lambda_rl=10": _exact(10.0),
+    "exact whole, lambda_rl=30": _exact(30.0),
+    "weight p, lambda_rl=3": _rule("p", 3.0, "weight p"),
+    "weight p, lambda_rl=30": _rule("p", 30.0, "weight p"),
+    "oracle, lambda_rl=3": _rule("oracle", 3.0, "oracle"),
+    "oracle, lambda_rl=30": _rule("oracle", 30.0, "oracle"),
     "published, lambda_rl=0.05": _rollouts(lambda_rl=0.05),
     "published, lambda_rl=1": _rollouts(lambda_rl=1.0),
-    "oracle, lambda_rl=1": _rule("oracle", 1.0, "oracle"),
-    "oracle, lambda_rl=10": _rule("oracle", 10.0, "oracle"),
-    "weight p, lambda_rl=1": _rule("p", 1.0, "weight p"),
-    "weight p, lambda_rl=10": _rule("p", 10.0, "weight p"),
-    "weight p^3": _rule("p^3", 3.0, "weight p"),
+    # Rollouts have 1 / k of the weight that the exact objective has.
+    "low_noise": Arm(_LOW_NOISE),
+    "weight p^3": _rule("p^3", 10.0, "weight p"),
     "weight 1-p": _rule("1-p", 1.0),
     "label smoothing": _rule("smoothing", 0.1),
     "exact whole, k=2": _exact(rollout_length=2),
@@ -131,10 +133,7 @@ ARMS: dict[str, Arm] = {
     "published, adaptive k": _rollouts(
         rollout_lengths="adaptive", loss_aggregation="seq-mean-token-mean"
     ),
-    "low_noise, reward=edit": Arm(
-        PRESETS["low_noise"] | {"num_positions": 2, "lambda_rl": 1.0, "reward": "edit"},
-        rate_of="low_noise",
-    ),
+    "low_noise, reward=edit": Arm(_LOW_NOISE | {"reward": "edit"}, rate_of="low_noise"),
     "published, n=4": _rollouts(rollouts_per_position=4, grouping="position"),
 }
 CORE = tuple(ARMS)[:6]

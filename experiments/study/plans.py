@@ -12,8 +12,10 @@ from tasks import SymbolTask, Task, TextTask
 
 def make_task(name: str, workdir: Path, small: bool) -> Task:
     """The task of that name; the vocabulary of text is learnt once into the work folder."""
-    if name == "symbols":
-        return SymbolTask(keys=8, symbols=4, facts=3, length=32) if small else SymbolTask()
+    if name != "text":
+        facts = 10 if name == "symbols" else 12
+        small_task = SymbolTask(keys=8, symbols=4, facts=facts // 3, length=32)
+        return small_task if small else SymbolTask(facts=facts)
     shape = Shape(64, (2, 2), 2) if small else Shape(128, (3, 5), 3)
     return TextTask(workdir / "vocabulary.model", 512, shape)
 

@@ -1,8 +1,9 @@
-"""Tables of the study's results, with paired differences and their intervals."""
+"""Tables and curves of the study's results, with paired differences and their intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ from arms import ARMS
 from scipy import stats
 from signals import at_equal_cost
 
-TITLES = {"deltanet": "DeltaNet", "lact": "LaCT", "symbols": "symbols", "text": "text"}
+from refine_jax.base.figures import finish, new_figure, save_figure
+
+TITLES = {"deltanet": "DeltaNet", "lact": "LaCT", "symbols": "symbols"}
+TITLES |= {"crowded": "crowded symbols", "text": "text"}
 # Column, figure, factor, digits.
 _COLUMNS = (
     ("recall, %", "recall_1", 100, 1),
     ("sampled, %", "sampled_1", 100, 1),
-    ("loss, nats", "loss_1", 1, 4),
+    ("loss, nats", "loss_1", 1, 3),
     ("calibration error, %", "calibration_1", 100, 1),
     ("recall 2T, %", "recall_2", 100, 1),
     ("recall 4T, %", "recall_4", 100, 1),
@@ -35,6 +39,49 @@ def report(lines: Sequence[Line]) -> str:
         parts.append(f"### {TITLES[task].capitalize()}, {TITLES[family]}")
         parts += [markdown(table) for table in tables if table]
     return "\n\n".join(parts)
+
+
+# Arms that differ in their weight alone.
+_CURVES = ("exact whole", "published", "oracle", "weight p")
+
+
+def plot_trade(lines: Sequence[Line], path: Path) -> None:
+    """Draw what each weight gains in recall for its loss, as curves over lambda_rl, to a PNG."""
+    runs = _of_kind(lines, "final")
+    found = list(dict.fromkeys((line["task"], line["family"]) for line in runs))
+    if not found:
+        return
+    figure, axes = new_figure(len(found), 2, (11, 4.2 * len(found)))
+    for (task, family), row in zip(found, np.reshape(axes, (len(found), 2)), strict=True):
+        own = [line for line in runs if (line["task"], line["family"]) == (task, family)]
+        for axis, figure_name in zip(row, ("recall", "sampled"), strict=True):
+            for number, name in enumerate(_CURVES):
+                points = trade(own, name, f"{figure_name}_1")
+                if points:
+                    axis.plot(*np.transpose(points)[1:], color=f"C{number}", marker="o", label=name)
+                    for weight, *at in points:
+                        axis.annotate(f"{weight:g}", at, fontsize=8)
+            axis.axhline(0, color="grey", lw=0.8)
+            axis.set_xlabel("next-token loss against NTP, nats")
+            title = f"{TITLES[family]}, {TITLES[task]}: by lambda_rl"
+            finish(axis, title, f"{figure_name} against NTP, points")
+    save_figure(figure, path)
+
+
+def trade(lines: Sequence[Line], name: str, figure: str) -> list[tuple[float, float, float]]:
+    """Find (lambda_rl, difference of loss, of `figure` in points) of an arm at each weight."""
+    ntp, points = [line for line in lines if line["arm"] == "ntp"], []
+    for other, arm in ARMS.items():
+        if other != name and not other.startswith(f"{name}, lambda_rl="):
+            continue
+        pairs = paired(ntp, [line for line in lines if line["arm"] == other])
+        if pairs:
+            losses, gains = (
+                np.mean([b["measured"][key] - a["measured"][key] for a, b in pairs])
+                for key in ("loss_1", figure)
+            )
+            points.append((arm.config({}).lambda_rl, float(losses), float(100 * gains)))
+    return sorted(points)
 
 
 def _of_kind(lines: Iterable[Line], kind: str, **wanted: Any) -> list[Line]:
@@ -75,6 +122,7 @@ def _arms(lines: Sequence[Line]) -> list[dict[str, str]]:
         if name != "ntp":
             pairs = paired(runs["ntp"], of_arm)
             row |= _differences(pairs, "recall_1", "recall against NTP, points", 100, 2)
+            row |= _differences(pairs, "sampled_1", "sampled against NTP, points", 100, 2)
             row |= _differences(pairs, "loss_1", "loss against NTP, nats", 1, 4)
         if name in costs and ARMS[name].fields.get("objective") != "ntp":
             row["step"] = f"{costs[name]:.2f} x"

@@ -11,7 +11,7 @@ does not improve them. Every arm of `arms.py` then continues from the same model
 a line of results.jsonl, beside this file, and is never repeated; a line says what it measured, with
 which learning rate, seed and base model. Delete lines to run them again.
 
-    --results FILE       results.jsonl          what each run gave
+    --results FILE       what each run gave; study.png beside it: recall against loss, by weight
     --workdir DIR        DIR/TASK/FAMILY/base-SEED.msgpack, and compiled programs
 """
 
@@ -33,7 +33,7 @@ from refine_jax.base.files import path_flag, write_bytes
 if TYPE_CHECKING:
     from lab import Lab
 
-TASKS = ("symbols", "text")
+TASKS = ("symbols", "crowded", "text")
 FAMILIES = ("deltanet", "lact")
 RESULTS = Path(__file__).with_name("results.jsonl")
 Line = dict[str, Any]
@@ -257,9 +257,11 @@ def main() -> int:
     if not args.report:
         workdir.mkdir(parents=True, exist_ok=True)
         run(args, workdir, results)
-    from report import report
+    from report import plot_trade, report
 
-    print(report(ResultStore(results).lines))
+    lines = ResultStore(results).lines
+    print(report(lines))
+    plot_trade(lines, results.with_name("study.png"))
     return 0
 
 

@@ -456,10 +456,23 @@ def test_the_report_compares_seed_by_seed():
     # Differences 10, 11, 12: 11 -+ 4.303 / sqrt(3).
     assert "| +11.00 +- 2.48 |" in table
     assert "| -0.1100 +- 0.0248 |" in table
+    assert "| +5.50 +- 1.24 |" in table
     assert "| 1.90 x | +7.00 +- 2.48 |" in table
     assert "| exact whole | 4 |" in table
     (row,) = [row for row in table.splitlines() if row.startswith("| rate 0.001")]
     assert "| +0.10 +- 0.25 |" in row
+
+
+def test_the_trade_is_a_curve_over_the_weight(tmp_path):
+    lines = [line("final", "ntp", seed, 0.2 + seed / 10) for seed in range(2)]
+    for name, gain in (("exact whole", 0.03), ("exact whole, lambda_rl=10", 0.05)):
+        lines += [line("final", name, seed, 0.2 + seed / 10 + gain) for seed in range(2)]
+    lines.append(line("final", "exact whole, k=2", 0, 0.9))  # differs in k
+    np.testing.assert_allclose(
+        report.trade(lines, "exact whole", "recall_1"), [(1, -0.03, 3), (10, -0.05, 5)]
+    )
+    report.plot_trade(lines, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
 def test_equal_time_gives_next_tokens_at_least_the_time():
