@@ -96,7 +96,7 @@ def default_devices() -> list[jax.Device]:
 
 @contextlib.contextmanager
 def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
-    """The mesh of a configuration, ambient inside if it has several devices.
+    """The mesh of a configuration, ambient inside if it has several devices or replaces another.
 
     alone: of this process's devices only, where each of several processes works for itself.
 
@@ -108,7 +108,8 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     mesh = make_mesh(config, devices)
     if not alone:
         distributed.connect(mesh)
-    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    ambient = mesh.size > 1 or not jax.sharding.get_abstract_mesh().empty
+    with jax.set_mesh(mesh) if ambient else contextlib.nullcontext():
         yield mesh
 
 

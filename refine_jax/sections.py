@@ -230,8 +230,29 @@ class TrainConfig(Section):
     )
     eval_every: int = setting(0, "steps between evaluations; 0: before and after", COUNT, FREELY)
     eval_batches: int = setting(8, "held-out batches of micro_batch_size rows", ROWS, FREELY)
+    evaluate: str = setting(
+        "",
+        "tasks answered while training, joined by commas: those of `evaluate.tasks`, with the "
+        "settings of `evaluate`, and `position`, the loss by position; '': none",
+        FREELY,
+    )
+    evaluate_every: int = setting(
+        0, "steps between answers to these tasks; 0: before and after", COUNT, FREELY
+    )
     time_rollouts: bool = setting(
         False, "with `refine.rollouts` `batch`, time the rollouts in a program of their own", FREELY
+    )
+    trackers: str | None = setting(
+        None,
+        "what also gets metrics and plots: `tensorboard`, `wandb`, `mlflow`, `trackio`, joined by "
+        "commas; '': nothing; None: tensorboard where it is installed",
+        FREELY,
+    )
+    project: str = setting("refine_jax", "name that trackers keep runs under", FREELY)
+    profile: str = setting(
+        "",
+        "FIRST:LAST, the training steps of which jax.profiler writes a trace; '': none",
+        FREELY,
     )
     log_every: int = setting(10, "steps between lines on the terminal; 0: none", COUNT, FREELY)
     checkpoint_every: int = setting(100, "steps between checkpoints; 0: at the end", COUNT, FREELY)
@@ -250,6 +271,34 @@ class TrainConfig(Section):
         SEEDS,
         never("the order of the data and all random numbers come from it"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.profiled
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that are answered while training, each once."""
+        return listed(self.evaluate)
+
+    @property
+    def tracker_names(self) -> list[str] | None:
+        """The trackers, each once; None where that is left to what is installed."""
+        return None if self.trackers is None else listed(self.trackers)
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step that is traced. Raises ConfigError for other texts."""
+        if not self.profile:
+            return None
+        first, _, last = self.profile.partition(":")
+        fits = all(word.isdecimal() and len(word) < 10 for word in (first, last))
+        if not fits or not 1 <= int(first) <= int(last):
+            raise ConfigError(
+                f"{self.prefix}profile must be two steps, the first one at least 1 and the last "
+                f"one not before it, such as 10:15. Got: {short(self.profile)}."
+            )
+        return int(first), int(last)
 
     @property
     def mini_batch(self) -> int:

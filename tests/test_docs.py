@@ -318,6 +318,10 @@ MODULES = {
     "test_runs_of_one_two_and_four_processes_are_the_same",
     MAIN + "--config.mesh": "tests/refine/test_mesh.py::"
     "test_losses_and_gradients_do_not_depend_on_the_mesh",
+    MAIN + "train.trackers": "tests/report/test_trackers.py::"
+    "test_a_run_that_is_continued_goes_on_in_the_same_place",
+    MAIN + "train.profile": "tests/report/test_profile.py::test_it_holds_the_steps_asked_for",
+    MAIN + "train.evaluate": "tests/phases/test_tasks.py::test_scores_are_those_of_the_evaluation",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
     MAIN + "configs/demo": ".ci/run: demo, short form",
     MAIN + "configs/midtrain": "tests/phases/test_main.py::test_a_run_learns_and_reports",
@@ -357,6 +361,8 @@ SCRIPTS = {
     "test_figures_and_table",
     r"python experiments/tune_tpu": "tests/experiments/test_tpu_kernels.py::"
     "test_the_search_writes_the_fastest_that_compiles",
+    r"python experiments/profile_scopes": "tests/report/test_profile.py::"
+    "test_a_step_is_shared_out_among_its_scopes",
     PAPER + " --list": "tests/test_docs.py::test_the_runs_of_a_table_are_listed",
     PAPER: "tests/experiments/test_paper.py::test_a_table_holds_means_beside_published_numbers",
     STUDY + " .*--signals": "tests/experiments/test_study.py::"

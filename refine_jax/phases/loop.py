@@ -6,7 +6,7 @@ one would have: all that a step depends on (parameters, optimizer, random key, p
 in a checkpoint. What a step does, and what is evaluated, is up to the phase.
 
     WORKDIR/report.html  metrics.jsonl  held_out.jsonl  results.json  training.png
-            checkpoints/  tensorboard/
+            checkpoints/  tensorboard/  profile/
 """
 
 import abc
@@ -42,6 +42,7 @@ from refine_jax.phases.setup import (
     prepare_model,
     training_data,
 )
+from refine_jax.phases.tasks import TrainingTasks, is_due
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
 from refine_jax.report.held_out import HeldOutLog, HeldOutRecord
@@ -49,6 +50,8 @@ from refine_jax.report.metrics import summarize, table
 from refine_jax.report.monitor import Monitor
 from refine_jax.report.page import write_run_page
 from refine_jax.report.plots import write_report
+from refine_jax.report.profile import Profile
+from refine_jax.report.trackers import Trackers, check_trackers
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -66,6 +69,7 @@ class TrainingParts:
     training: Dataset
     held_out: Dataset | None
     changes: Changes
+    tasks: TrainingTasks | None
 
 
 def prepare(
@@ -83,6 +87,7 @@ def prepare(
       ConfigError, ModelConfigError, DataError, CheckpointError: What of the user's input is wrong.
     """
     changes = check_same_run(config, workdir, allow_change)
+    check_trackers(config.train.tracker_names or [])
     start, model, tokenizer = prepare_model(config, workdir)
     check_mesh(config, model)
     check_room(config, model)
@@ -90,7 +95,10 @@ def prepare(
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     changes = changes.check_data(training.fingerprint, config)
-    return TrainingParts(config, start, model, tokenizer, corpus, training, held_out, changes)
+    tasks = TrainingTasks(config, model, tokenizer, corpus) if config.train.task_names else None
+    return TrainingParts(
+        config, start, model, tokenizer, corpus, training, held_out, changes, tasks
+    )
 
 
 class Loop(abc.ABC):
@@ -162,9 +170,25 @@ class Loop(abc.ABC):
           CheckpointError: The folder holds another model's checkpoints, or a corrupt one.
           RunError: Training cannot go on.
         """
-        train = self.config.train
         distributed.check_same("training data", self.parts.training.fingerprint)
         self.workdir.mkdir(parents=True, exist_ok=True)
+        with self.open_trackers() as self.trackers:
+            return self._run(interrupt, check)
+
+    def open_trackers(self) -> Trackers:
+        """Start what else gets the metrics and plots of this run."""
+        train = self.config.train
+        return Trackers(
+            self.workdir,
+            train.tracker_names,
+            project=train.project,
+            config=self.config.to_dict(),
+            say=distributed.say,
+            write=distributed.is_writer(),
+        )
+
+    def _run(self, interrupt: Interrupt, check: Callable[[], None]) -> dict:
+        train = self.config.train
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
             self.introduce(step)
@@ -174,7 +198,8 @@ class Loop(abc.ABC):
             ) as monitor:
                 say = monitor.say if writes and train.log_every else None
                 self.held_out_log = HeldOutLog(self.workdir, step, monitor.say, write=writes)
-                with Compilations(say) as self.compilations:
+                profile = Profile(self.workdir, train.profiled, monitor.say, write=writes)
+                with Compilations(say) as self.compilations, profile as self.profile:
                     state = self.train(step, state, batches, manager, monitor, interrupt, check)
         if interrupt and int(state.step) < train.steps:
             distributed.say(
@@ -269,18 +294,22 @@ class Loop(abc.ABC):
     ) -> TrainState:
         """Run all remaining steps, evaluations and checkpoints; stops early when interrupted."""
         train = self.config.train
-        if step == 0 and not monitor.history and self.parts.held_out:
-            monitor.record(0, self._timed_evaluation(0, state))
+        if step == 0 and not monitor.history:
+            before = self._timed_evaluation(0, state) | self._timed_tasks(0, state)
+            if before:
+                self._keep(monitor, 0, before)
         while step < train.steps and not interrupt.agreed():
             check()
             manager.check()
-            state, metrics = self._timed_step(step, state, batches)
+            with self.profile.step(step + 1):
+                state, metrics = self._timed_step(step, state, batches)
             step += 1
             failed = int(metrics["update/skipped_in_a_row"]) >= train.max_nonfinite_updates
             due = train.eval_every and step % train.eval_every == 0
             wanted = (due or step == train.steps) and not failed
             evaluation = self._timed_evaluation(step, state) if wanted else {}
-            monitor.record(step, metrics | evaluation)
+            tasks = {} if failed else self._timed_tasks(step, state)
+            self._keep(monitor, step, metrics | evaluation | tasks)
             if failed:
                 raise RunError(
                     f"Stopped at step {step}: the gradients of the last "
@@ -293,6 +322,10 @@ class Loop(abc.ABC):
         check()
         self._save(manager, step, state, batches, {}, last=True)
         return state
+
+    def _keep(self, monitor: Monitor, step: int, metrics: Mapping[str, Any]) -> None:
+        monitor.record(step, metrics)
+        self.trackers.log(step, monitor.history[-1])
 
     def _timed_step(
         self, step: int, state: TrainState, batches: BatchIterator
@@ -328,6 +361,15 @@ class Loop(abc.ABC):
         self.held_out_log.add(step, record)
         return figures | {"time/eval": time.perf_counter() - begin}
 
+    def _timed_tasks(self, step: int, state: TrainState) -> dict[str, float]:
+        train, tasks = self.config.train, self.parts.tasks
+        if tasks is None or not is_due(step, every=train.evaluate_every, steps=train.steps):
+            return {}
+        begin = time.perf_counter()
+        with self.compilations.of("what answers the tasks"):
+            figures = tasks.measure(state.params)
+        return figures | {"time/tasks": time.perf_counter() - begin}
+
     def _save(
         self,
         manager: CheckpointManager,
@@ -358,6 +400,8 @@ class Loop(abc.ABC):
             clip_norm = self.config.optimizer.clip_norm
             write_report(self.workdir, history, results, clip_norm=clip_norm)
             write_run_page(self.workdir)
+            for path in sorted(self.workdir.glob("*.png")):
+                self.trackers.picture(self.config.train.steps, path.stem, path)
         distributed.say(f"\n{table(results)}\n\nPlots, figures and checkpoints: {self.workdir}")
         return results
 

@@ -320,6 +320,7 @@ class Objective:
             self.model, params, batch, with_trace=True, max_documents=self.max_documents
         )
 
+    @jax.named_scope("selection")
     def select(self, reading: Reading, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Choose the positions of rows with keys [B]: `starts` and `valid` [B, R] of `Forks`."""
         config, layout = self.config, reading.layout
@@ -356,11 +357,12 @@ class Objective:
         k, n = self.config.rollout_length, self._repeats
         starts, valid = self.select(reading, keys)
         passed = reading.hidden, reading.trace
-        last_hidden, state = fork_rollouts(
-            self.model, params, *passed, starts[:, ::n], k, copies=n, in_place=in_place
-        )
-        slots = rollout_slots(starts, k)
-        truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
+        with jax.named_scope("fork"):
+            last_hidden, state = fork_rollouts(
+                self.model, params, *passed, starts[:, ::n], k, copies=n, in_place=in_place
+            )
+            slots = rollout_slots(starts, k)
+            truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
         counted = None
         if self.config.rollout_lengths == "adaptive":
             entropy = take_tokens(reading.stats.entropy, slots - 1)
@@ -469,19 +471,21 @@ class Objective:
         states [B, R, k, D] of the rollouts' tokens, and what `Model.backward` takes of them.
         """
         config = self.config
-        tokens = sample_rollouts(
-            self.model,
-            params,
-            forks.last_hidden,
-            forks.state,
-            jax.vmap(jax.random.split)(keys)[:, 1],
-            rollout_length=config.rollout_length,
-            temperature=config.sampling_temperature,
-            forbidden_token=self.eos_id if config.forbid_eos else None,
-        )
-        hidden, inputs = self.model.run_forks(params, tokens, forks.state)
-        scores = self.scores(params, forks.last_hidden, hidden, tokens, forks.true_tokens)
-        return self.judge(forks, tokens, scores, reference(tokens)), hidden, inputs
+        with jax.named_scope("rollout"):
+            tokens = sample_rollouts(
+                self.model,
+                params,
+                forks.last_hidden,
+                forks.state,
+                jax.vmap(jax.random.split)(keys)[:, 1],
+                rollout_length=config.rollout_length,
+                temperature=config.sampling_temperature,
+                forbidden_token=self.eos_id if config.forbid_eos else None,
+            )
+        with jax.named_scope("score"):
+            hidden, inputs = self.model.run_forks(params, tokens, forks.state)
+            scores = self.scores(params, forks.last_hidden, hidden, tokens, forks.true_tokens)
+            return self.judge(forks, tokens, scores, reference(tokens)), hidden, inputs
 
 
 def _add_parts(gradient: Params, more: Params) -> Params:

@@ -168,6 +168,7 @@ def _finish_moments(metrics: Metrics) -> Metrics:
     return metrics
 
 
+@jax.named_scope("update")
 def _update(
     objective: Objective,
     optimizer: optax.GradientTransformation,

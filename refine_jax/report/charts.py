@@ -10,13 +10,14 @@ import base64
 import dataclasses
 import functools
 import gzip
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from refine_jax.report.markup import number, text
-from refine_jax.report.metrics import is_refine
+from refine_jax.report.metrics import is_refine, task_figures
 from refine_jax.report.plots import running_mean
 
 # Legible on white and on near black.
@@ -95,6 +96,25 @@ CHARTS = (
     ),
     Chart("Learning rate", "learning rate", (Series("learning_rate", "of the step", BLUE),)),
 )
+
+
+def task_charts(histories: Iterable[Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """Charts of the tasks that runs answered while training (`train.evaluate`): two at most."""
+    names = task_figures(itertools.chain(*histories))
+    charts = []
+    for kind, title, unit, scale in (
+        ("eval/task/", "Tasks", "score, %", 100.0),
+        ("eval/position/", "Loss by tokens of context", "nats a token", 1.0),
+    ):
+        series = [
+            Series(name, name.removeprefix(kind), colour, scale, points=True)
+            for name, colour in zip(names[kind], itertools.cycle(RUN_COLOURS), strict=False)
+        ]
+        if series:
+            charts.append(Chart(title, unit, series))
+    return charts
+
+
 SPEED = (
     Chart(
         "Time of a step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from refine_jax.report.charts import CHARTS, SPEED, Charts
+from refine_jax.report.charts import CHARTS, SPEED, Charts, task_charts
 from refine_jax.report.held_out import differences
 from refine_jax.report.markup import number, section, table, text
 from refine_jax.report.runs import Run, changed_settings
@@ -14,10 +14,11 @@ from refine_jax.report.training import FIGURES, evaluations, method, row_sums
 
 def sections(runs: Sequence[Run], charts: Charts) -> str:
     """Their ends, paired differences, curves, text and settings."""
+    drawn = [*CHARTS, *task_charts(run.history for run in runs)]
     return (
         section("ends", "After training", _ends(runs), "Held-out figures of the last evaluation.")
         + section("paired", "Paired differences", _paired(runs), _note(runs))
-        + section("curves", "Curves", charts.frames(CHARTS), _ZOOM)
+        + section("curves", "Curves", charts.frames(drawn), _ZOOM)
         + method(runs)
         + section("speed", "Speed", charts.frames(SPEED))
         + section("settings", "Settings that differ between the runs", _settings(runs))

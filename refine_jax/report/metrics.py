@@ -8,7 +8,7 @@ that are not finite are written as null.
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from refine_jax.base.errors import DataError
@@ -104,6 +104,13 @@ def summarize(history: list[dict]) -> dict:
     results["tokens_per_second"] = _median(answers or refine or plain, "tokens_per_second")
     results["skipped_updates"] = training[-1].get("update/skipped", 0) if training else 0
     return results
+
+
+def task_figures(records: Iterable[Mapping]) -> dict[str, list[str]]:
+    """Names of the figures of tasks answered while training, by their kind, in their order."""
+    names = dict.fromkeys(name for record in records for name in record)
+    kinds = ("eval/task/", "eval/position/")
+    return {kind: [name for name in names if name.startswith(kind)] for kind in kinds}
 
 
 def is_refine(record: Mapping) -> bool:

@@ -1,4 +1,4 @@
-"""What a run reports as it goes: progress, `metrics.jsonl` and TensorBoard."""
+"""What a run reports as it goes: progress and `metrics.jsonl`."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from refine_jax.report.metrics import EDGE, METRICS_FILE, step_parser, total_sec
 class Monitor(contextlib.AbstractContextManager):
     """Writes the metrics of a run as it goes and remembers them for the closing table.
 
-    workdir: existing folder; `metrics.jsonl` and `tensorboard/` are made in it.
+    workdir: existing folder; `metrics.jsonl` is made in it.
     steps: steps of the whole run.
     start: steps already done: records after it, left by a run that went on beyond its last
         checkpoint, are removed, so that the file continues without duplicates. Lines that are no
@@ -43,7 +43,7 @@ class Monitor(contextlib.AbstractContextManager):
             records = read_lines(path, parse)[0] if path.exists() else []
         self.history = [record for record in records if record["step"] <= start]
         self.history.sort(key=lambda record: record["step"])
-        self._file = self._tensorboard = None
+        self._file = None
         if write:
             there = {record["step"] for record in self.history}
             missing = [step for step in range(1, start + 1) if step not in there]
@@ -52,7 +52,6 @@ class Monitor(contextlib.AbstractContextManager):
             with replacing(path) as part, part.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in self.history)
             self._file = path.open("a", encoding="utf-8")
-            self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
         self._before = total_seconds(self.history)
         self._started = time.perf_counter()
         # disable=None: no bar where standard error is not a terminal; the lines remain.
@@ -79,9 +78,6 @@ class Monitor(contextlib.AbstractContextManager):
         if self._file:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        for name, value in record.items():
-            if self._tensorboard and name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, step)
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix_str(_brief(record), refresh=False)
         evaluated = any(name.startswith("eval/") for name in record)
@@ -98,8 +94,6 @@ class Monitor(contextlib.AbstractContextManager):
         self._bar.close()
         if self._file:
             self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -154,12 +148,3 @@ def _brief(record: Mapping) -> str:
 def _number(value) -> float | int | None:
     value = value.item() if hasattr(value, "item") else value
     return value if math.isfinite(value) else None
-
-
-def _tensorboard_writer(folder: Path):
-    """A writer of TensorBoard scalars, or None where the tensorboard package is not installed."""
-    with contextlib.suppress(ImportError):
-        from tensorboard.summary import Writer
-
-        return Writer(str(folder))
-    return None

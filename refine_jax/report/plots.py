@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.base.figures import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
-from refine_jax.report.metrics import is_refine, write_results
+from refine_jax.report.metrics import is_refine, task_figures, write_results
 
 TRAINING_PLOT = "training.png"
 
@@ -33,8 +33,10 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     training = [record for record in history if "time/step" in record]
     if not training:
         return
-    figure, axes = new_figure(2, 3, (15, 7.5))
-    (loss, accuracy, reward), (gradient, entropy, speed) = axes
+    tasks = task_figures(history)
+    rows = 3 if any(tasks.values()) else 2
+    figure, axes = new_figure(rows, 3, (15, 3.75 * rows))
+    (loss, accuracy, reward), (gradient, entropy, speed) = axes[:2]
     for axis in axes.flat:
         axis.set_xlabel("training step")
         _shade_warmup(axis, training)
@@ -75,7 +77,26 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
 
     _stack_times(speed, training)
     finish(speed, "Time of a step", "seconds")
+    if rows == 3:
+        _draw_tasks(axes[2], history, tasks)
     save_figure(figure, path)
+
+
+def _draw_tasks(axes, history: Sequence[Mapping], tasks: Mapping[str, Sequence[str]]) -> None:
+    """Draw what tasks gave while training, a kind in each of the first two axes."""
+    for axis, (kind, title, unit, scale) in zip(
+        axes,
+        (
+            ("eval/task/", "Tasks", "score (%)", 100),
+            ("eval/position/", "Loss by tokens of context", "nats a token", 1),
+        ),
+        strict=False,
+    ):
+        for number, name in enumerate(tasks[kind]):
+            _points(axis, history, name, f"C{number % 10}", name.removeprefix(kind), scale)
+        axis.set_visible(bool(tasks[kind]))
+        finish(axis, title, unit)
+    axes[-1].set_visible(False)
 
 
 def plot_rollouts(

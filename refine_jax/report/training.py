@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refine_jax.report.charts import CHARTS, SPEED, Charts
+from refine_jax.report.charts import CHARTS, SPEED, Charts, task_charts
 from refine_jax.report.held_out import differences, thinned
 from refine_jax.report.markup import number, section, table, text, visible
 from refine_jax.report.monitor import duration
@@ -170,7 +170,7 @@ def sections(run: Run, charts: Charts) -> str:
     )
     return (
         section("before-after", "Before and after", before_and_after(run), intervals)
-        + section("curves", "Curves", charts.frames(CHARTS), zoom)
+        + section("curves", "Curves", charts.frames([*CHARTS, *task_charts([run.history])]), zoom)
         + method([run])
         + section("speed", "Speed", speed(run) + charts.frames(SPEED), _speed_note(run))
         + section("settings", "Settings", settings(run))

@@ -98,7 +98,10 @@ def tiny(corpus):
             "eval_batches": 1,
             "checkpoint_every": 0,
             "log_every": 1,
+            "evaluate": "niah_single_1,position",
         },
+        "evaluate": {"lengths": "1024", "samples": 3, "batch_size": 1, "essays": "stdlib"},
+        "generation": {"max_new_tokens": 2},
     }
     return tiny_run("midtrain", changes)
 

@@ -1,9 +1,6 @@
 """What a run reports: its metrics file, closing table and plots."""
 
 import json
-import math
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -67,37 +64,6 @@ def test_the_time_left_is_without_compilation(tmp_path, capsys):
         monitor.record(2, {"time/step": 2.0})
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("  20 s left") and second.endswith("  18 s left")
-
-
-def test_tensorboard_gets_the_finite_scalars_if_it_is_installed(tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder):
-            written.append(folder)
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def close(self):
-            written.append("closed")
-
-    module = types.ModuleType("tensorboard.summary")
-    module.Writer = Writer
-    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", module)
-    with Monitor(tmp_path, steps=2, log_every=0) as monitor:
-        monitor.record(1, {"loss": 2.0, "bad": math.inf})
-    assert written[0] == str(tmp_path / "tensorboard")
-    assert ("loss", 2.0, 1) in written and written[-1] == "closed"
-    assert not any(entry[0] in ("bad", "step") for entry in written[1:-1])
-
-
-def test_no_tensorboard_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
-    with Monitor(tmp_path, steps=2, log_every=0) as monitor:
-        monitor.record(1, {"loss": 2.0})
-    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_summary_compares_before_and_after_and_leaves_compilation_out():
