@@ -20,7 +20,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.head import reweighted_loss, token_log_probs
 from refine_jax.models.layout import Layout
-from refine_jax.models.transformer import Model, Params, State, TracedForks
+from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.exact import (
     expected_match_loss,
@@ -45,35 +45,17 @@ from refine_jax.refine.reading import (
     target_weights,
 )
 from refine_jax.refine.rewards import EXPECTED, counted_tokens, token_rewards
-from refine_jax.refine.rollout import Scores, fork_rollouts, sample_rollouts, scores_of
+from refine_jax.refine.rollout import (
+    Experience,
+    Forks,
+    Scores,
+    fork_rollouts,
+    sample_rollouts,
+    scores_of,
+)
 from refine_jax.refine.selection import rollout_slots, select_positions, selectable
 
 Metrics = dict[str, jax.Array]
-
-
-class Forks(NamedTuple):
-    """States that rollouts continue, and the true tokens that they are compared with."""
-
-    starts: jax.Array  # [B, R] int32, slot of the first token
-    valid: jax.Array  # [B, R] bool, whether the k true tokens are real and of one document
-    last_hidden: jax.Array  # [B, R, D], predicts the first token
-    state: State | TracedForks  # leaves [L, B, R, ...]
-    true_tokens: jax.Array  # [B, R, k] int32
-    true_hidden: jax.Array  # [B, R, k, D]
-    counted: jax.Array | None = None  # [B, R, k] bool, tokens that count; None: all of them
-
-
-class Experience(NamedTuple):
-    """Rollouts with their rewards; constants for the gradient."""
-
-    starts: jax.Array  # [B, R] int32, as in `Forks`
-    valid: jax.Array  # [B, R] bool
-    tokens: jax.Array  # [B, R, k] int32
-    rewards: jax.Array  # [B, R]
-    advantages: jax.Array  # [B, R, k], or [B, R, 1] where all tokens of a rollout have one
-    old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
-    ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
-    counted: jax.Array | None = None  # [B, R, k] bool, as in `Forks`
 
 
 class MiniBatch(NamedTuple):
