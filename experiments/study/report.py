@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS
+from arms import ARMS, FINAL, SMALL
 from scipy import stats
 from signals import at_equal_cost
 
@@ -195,8 +195,6 @@ def _signals(lines: Sequence[Line]) -> list[dict[str, str]]:
 
 def _answers(lines: Sequence[Line]) -> list[dict[str, str]]:
     """Post-training against answers only, and test-time training against none."""
-    from arms import FINAL, SMALL
-
     seeds, rows = {*FINAL.final, *SMALL.final}, []
     runs = [line for line in _of_kind(lines, "posttrain") if line["seed"] in seeds]
     by_arm = {line["arm"]: [] for line in runs}
