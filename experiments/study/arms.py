@@ -89,9 +89,9 @@ _LOW_NOISE = PRESETS["low_noise"] | {"num_positions": 2, "lambda_rl": 30.0}
 ARMS: dict[str, Arm] = {
     "ntp": _ntp(1),
     "exact whole": _exact(rate_of=None),
-    "published": _rollouts(rate_of=None),
     "weight p": _rule("p", 10.0),
     "oracle": _rule("oracle", 10.0),
+    "published": _rollouts(rate_of=None),
     _LOO: _rollouts(rate_of=None, **_GROUPS_OF_8),
     "ntp, 2 x steps": _ntp(2),
     "exact prefix": _exact(rate_of=None, reward="prefix"),
