@@ -205,9 +205,10 @@ class Lab:
 
     def posttrain(self, params: Params, arm: Arm | None, rate: float, seed: int) -> Params:
         """Train on prompts by an arm, then on their answers, batch by batch; None: on answers."""
-        training = self.plan.posttrain
-        on_prompts, on_answers = self._posttrain_steps(arm)
-        state = self._begin(params, arm or Arm({"objective": "ntp"}), seed)
+        training, nested = self.plan.posttrain, arm is not None
+        arm = arm or Arm({"objective": "ntp"})
+        on_prompts, on_answers = self._posttrain_steps(arm.config(self.plan.sizes))
+        state = self._begin(params, arm, seed)
         for step in range(training.steps):
             rows = self.task.prompts(training.rows, POSTTRAIN, seed, step)
             batch = {
@@ -215,7 +216,7 @@ class Lab:
                 "segments": np.ones_like(rows.tokens),
                 "answer_mask": self._answers(rows),
             }
-            if on_prompts is not None:
+            if nested:
                 state = on_prompts(state, batch, rate)
             state = on_answers(state, batch, rate)
         return state.params
@@ -226,9 +227,8 @@ class Lab:
         return mask
 
     @functools.cache  # noqa: B019
-    def _posttrain_steps(self, arm: Arm | None):
+    def _posttrain_steps(self, config: RefineConfig):
         rows, pad = self.plan.posttrain.rows, self.task.eos or 0
-        config = (arm or Arm({"objective": "ntp"})).config(self.plan.sizes)
         sizes = {"mini_batch": rows, "micro_batch": rows}
         method = AnswerMethod(
             self.model,
@@ -250,7 +250,7 @@ class Lab:
             step = make_supervised_step(method, _optimizer(rate), **sizes)
             return step.update(state, batch)[0]
 
-        return (None if arm is None else on_prompts), on_answers
+        return on_prompts, on_answers
 
     def answer(self, params: Params, *, stream: int = ASK) -> dict[str, float]:
         """{"recall": fraction of held-out questions answered whole}."""

@@ -511,14 +511,13 @@ def test_the_results_are_of_declared_arms():
 @pytest.mark.usefixtures("programs_kept_elsewhere")
 @pytest.mark.parametrize(("family", "task"), [("deltanet", "text"), ("lact", "crowded")])
 def test_the_study_in_small(tmp_path, family, task, vocabulary):
-    """An arm of each kind, its signal, and answers."""
+    """An arm of each kind, and answers."""
     (tmp_path / "vocabulary.model").write_bytes(vocabulary.read_bytes())
     lab = Lab(family, plan_of(task, family, small=True), make_task(task, tmp_path, small=True))
     study = Study(lab, task, ResultStore(tmp_path / "results.jsonl"), tmp_path, SMALL)
     arms = ("ntp", "exact whole", "published, adaptive k", "oracle")
     study.saturation()
     study.compare(arms)
-    study.signals(arms[1:2])
     study.answers()
     text = report.report(ResultStore(tmp_path / "results.jsonl").lines)
     for name in (*arms, *(f"post-training: {name}" for name in ("answers only", *BEST))):
