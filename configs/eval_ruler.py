@@ -20,8 +20,8 @@ multi-key tasks it takes; here are all eight. Its samples are others than ours, 
 nothing but the seed. We have not run these sizes. Making the 12,000 prompts takes about half an
 hour of a CPU core before the first one is answered, most of it for those of essays.
 
-`eval_ruler.py:runlocal` evaluates a small random model, or the demo's with
---config.model.checkpoint=runs/demo, on a CPU in a minute: recall is 0 there.
+`eval_ruler.py:runlocal` evaluates a small random model, or that of configs/demo.py:scratch with
+--config.model.checkpoint=runs/scratch, on a CPU in a minute: recall is 0 there.
 """
 
 from ml_collections import ConfigDict

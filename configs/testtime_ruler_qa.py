@@ -24,7 +24,8 @@ Forms, joined by commas:
                so that a score depends on all prompts before it
     ntp        next-token loss alone (the paper's SFT test-time training)
     runlocal   a small random model on needles in prompts of 200 tokens, which need no data: a
-               minute on a CPU; with --config.model.checkpoint=runs/demo the demo's. Recall is 0
+               minute on a CPU; --config.model.checkpoint=runs/scratch is a trained one (of
+               configs/demo.py:scratch). Recall is 0
 
 By default each prompt adapts a copy of its own, of which config.testtime.copies are held at once:
 a copy is parameters and two moments in float32, 9 GB for LaCT-760M. We have not run these sizes.

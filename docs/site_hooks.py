@@ -5,7 +5,12 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
-ADDED = ("experiments/README.md", "experiments/scale.md", "experiments/study/study.png")
+ADDED = (
+    "experiments/README.md",
+    "experiments/replicate.md",
+    "experiments/scale.md",
+    "experiments/study/study.png",
+)
 
 
 def on_files(files, config):
@@ -16,7 +21,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Turn links of docs/PAGE.md that leave docs/ into links of the site."""
+    """Turn links between docs/ and experiments/ into links of the site."""
     if "/" in page.file.src_uri:
-        return markdown
+        return markdown.replace("](../docs/", "](../")
     return markdown.replace("](../experiments/", "](experiments/")

@@ -15,47 +15,59 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from refine_jax.report.metrics import METRICS_FILE, RESULTS_FILE, read_metrics
+from refine_jax.report.metrics import RESULTS_FILE
 
 FILE = Path(__file__).with_name("demo.json")
+KEPT = ("seconds", "processor_seconds", "scores", "differences", "adapted")
+ARMS = {"before": "before", "ntp": "next-token training", "refine": "ReFINE"}
 ROWS = (
-    ("held-out loss (nats)", "eval/loss", "{:.3f}"),
-    ("held-out accuracy", "eval/accuracy", "{:.1%}"),
-    ("held-out reward (cosine)", "eval/reward", "{:.3f}"),
+    ("held-out loss (nats)", "validation_loss", "{:.4f}"),
+    ("held-out reward (rollouts right as a whole)", "validation_reward", "{:.3f}"),
 )
 
 
 def figures(workdir: Path) -> dict[str, Any]:
     """What README quotes of the demo's run in `workdir`, as JSON values."""
-    evaluated = [r for r in read_metrics(workdir / METRICS_FILE) if "eval/loss" in r]
     results = json.loads((workdir / RESULTS_FILE).read_text(encoding="utf-8"))
+    names = {f"{name}_{when}" for _, name, _ in ROWS for when in ("before", "after")}
+    names |= {"steps"}
     return {
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
-        "seconds_total": results["seconds_total"],
-        "step_seconds_ntp": results["step_seconds_ntp"],
-        "step_seconds_refine": results["step_seconds_refine"],
-        "evaluations": [{n: r[n] for n in ("step", *(row[1] for row in ROWS))} for r in evaluated],
+        **{name: results[name] for name in KEPT},
+        "training": {
+            arm: {name: found[name] for name in sorted(names)}
+            for arm, found in results["training"].items()
+        },
     }
 
 
 def text(run: Mapping[str, Any]) -> str:
     """The paragraph and the table of README.md."""
-    at = {record["step"]: record for record in run["evaluations"]}
-    table = [
-        "| | at random | after 30 next-token steps | after 30 ReFINE steps |",
-        "|---|---|---|---|",
-    ]
+    training, (scores,) = run["training"], run["scores"].values()
+    cells = [f"{100 * scores[arm]:.1f} %" for arm in ARMS]
+    table = [f"| | {' | '.join(ARMS.values())} |", "|---|---|---|---|"]
+    table.append(f"| facts recalled | {' | '.join(cells)} |")
     for label, name, form in ROWS:
-        values = (form.format(at[step][name]).replace("%", " %") for step in (0, 30, 60))
-        table.append(f"| {label} | {' | '.join(values)} |")
-    minutes, seconds = divmod(round(run["seconds_total"]), 60)
+        values = [training["ntp"][f"{name}_before"]]
+        values += [training[arm][f"{name}_after"] for arm in ("ntp", "refine")]
+        table.append(f"| {label} | {' | '.join(map(form.format, values))} |")
+    (difference,), (adapted,) = run["differences"], run["adapted"]
     return (
-        f"From a run on two cores (Python {run['python']}, whose library is the data, jax "
-        f"{run['jax']}):\n{minutes} min {seconds} s of training, "
-        f"{run['step_seconds_ntp']:.1f} s a next-token step and "
-        f"{run['step_seconds_refine']:.1f} s a ReFINE step,\non 12 held-out rows:\n\n"
+        f"From a run of {run['processor_seconds']:.0f} s of processor time, most of it compilation "
+        f"(Python {run['python']}, jax {run['jax']}),\n"
+        f"with {training['ntp']['steps']} steps an arm:\n\n"
         + "\n".join(table)
+        + f"\n\nReFINE minus next-token training: {_points(difference)}\n"
+        f"Trained on the prompt minus not: {_points(adapted)}"
+    )
+
+
+def _points(found: Mapping[str, Any]) -> str:
+    difference, low, high = (100 * found[name] for name in ("difference", "low", "high"))
+    return (
+        f"{difference:+.1f} points of recall (95 % interval {low:+.1f} to {high:+.1f}, "
+        f"{found['samples']} questions)."
     )
 
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from refine_jax.kernels.device import backend
+
 
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Compute the einsum `spec` of a [...] and b [...] rounded to `dtype`, with float32 sums."""
@@ -91,3 +93,11 @@ def l2_norm_fla(x: jax.Array) -> jax.Array:
         return (y * lax.rsqrt(jnp.sum(y * y, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
     return by_rows(rows, x)
+
+
+def computed_once(x: jax.Array) -> jax.Array:
+    """Keep XLA from computing x [...] again inside of each product that takes it.
+
+    libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
+    """
+    return lax.optimization_barrier(x) if backend() == "tpu" else x

@@ -131,11 +131,3 @@ def nt(a: jax.Array, b: jax.Array) -> jax.Array:
 def tn(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply the transpose of a [n, m] by b [n, p]; float32."""
     return _product(a, b, (0, 0))
-
-
-def computed_once(x: jax.Array) -> jax.Array:
-    """Keep XLA from computing x [...] again inside of each product that takes it.
-
-    libtpu fuses sums and norms into the operands of products, whose blocks then make them anew.
-    """
-    return lax.optimization_barrier(x) if backend() == "tpu" else x

@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"(?:(?P<host>[\w.-]+)|\[(?P<ip6>[0-9A-Fa-f:.]+)\]):(?P<po
 def check_address(
     mode: str, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> bool:
-    """Whether the processes are named; raises ConfigError where that is incomplete or wrong."""
+    """Tell whether the processes are named; raises ConfigError for incomplete or wrong names."""
     named = {
         "--coordinator": coordinator,
         "--num_processes": num_processes,
@@ -53,7 +53,7 @@ def check_address(
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT, where an address of IPv6 is in brackets, [::1]:8476.
+    """Split HOST:PORT into (host, port), where an address of IPv6 is in brackets, [::1]:8476.
 
     Raises ConfigError: it is none.
     """
@@ -67,7 +67,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def resolve(address: str) -> list[str]:
-    """The IP addresses of the host of HOST:PORT.
+    """Look up the IP addresses of the host of HOST:PORT.
 
     Raises ConfigError: there is no such host.
     """
@@ -84,7 +84,7 @@ def resolve(address: str) -> list[str]:
 
 
 def is_local(coordinator: str) -> bool:
-    """Whether HOST:PORT names the loopback interface, whatever the machine.
+    """Tell whether HOST:PORT names the loopback interface, whatever the machine.
 
     The name of a machine may mean that to the machine itself and to no other.
     """
@@ -96,7 +96,7 @@ def is_local(coordinator: str) -> bool:
 
 
 def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
-    """Where process 0 listens: on the named address, if it is one of this machine, and no other.
+    """Choose where process 0 listens: on the named address alone, if it is this machine's.
 
     None: jax's default, all addresses of this machine, or what JAX_COORDINATOR_BIND_ADDRESS says.
     So it must be where others know the machine by a name that is not its own (NAT), or that means
@@ -110,7 +110,7 @@ def bind_address(coordinator: str, addresses: Sequence[str]) -> str | None:
     loopback = any(ipaddress.ip_address(address).is_loopback for address in addresses)
     mine = all(_can_bind(address, 0) for address in addresses)
     if mine and (is_local(coordinator) or not loopback):
-        # Other processes may be told another of the addresses of a name.
+        # Other processes may be told another address of the same name.
         chosen = addresses[0] if len(addresses) == 1 else host
         taken = [address for address in addresses if not _can_bind(address, port)]
     else:
@@ -136,7 +136,7 @@ def _can_bind(address: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
-            # As gRPC does: a port whose last connections are being closed is free.
+            # A port whose last connections are being closed counts as free, as in gRPC.
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind((address, port))
     except OSError:
@@ -145,7 +145,7 @@ def _can_bind(address: str, port: int) -> bool:
 
 
 def find_cluster(environment: Mapping[str, str]) -> str | None:
-    """What started several processes, None if nothing did.
+    """Find out what started several processes; None if nothing did.
 
     Only signs that stand for several processes count: a single task of SLURM, a TPU host alone and
     a notebook on Kubernetes are one process, and nothing is asked over a network but by a machine
@@ -153,7 +153,7 @@ def find_cluster(environment: Mapping[str, str]) -> str | None:
     """
     if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         return "Open MPI"
-    # Of this step: a batch script that was not started by srun is a single process of its job.
+    # The numbers are those of the step: a batch script without srun is one process of its job.
     if _number(environment, "SLURM_STEP_NUM_TASKS") > 1 and "SLURM_PROCID" in environment:
         return "SLURM"
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu") or not _has_tpu():
@@ -184,7 +184,7 @@ def _has_tpu() -> bool:
 
 
 def _ask_metadata() -> str:
-    """Workers of the slice of this TPU VM, joined by commas; empty if nobody answers."""
+    """Ask for the workers of this TPU VM's slice, joined by commas; empty without an answer."""
     request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with contextlib.suppress(OSError), opener.open(request, timeout=5) as answer:

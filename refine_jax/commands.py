@@ -55,7 +55,7 @@ class Flag:
     without: str = ""
 
     def read(self, text: str | bool) -> Any:
-        """The value that a text stands for, or a switch without one (True or False)."""
+        """Read the value that a text stands for, or a switch without one (True or False)."""
         if self.choices and text not in self.choices:
             raise ConfigError(
                 f"--{self.name}={short_name(text)} must be one of {'|'.join(self.choices)}."
@@ -71,7 +71,7 @@ class Flag:
         return parsed(text, self.kind, self.name)
 
     def lines(self, width: int) -> list[str]:
-        """Its lines of a page."""
+        """Write the flag's lines of a page."""
         kinds = {int: "N", float: "X", list: "A,B"}
         if self.kind is bool:
             name = f"  --[no]{self.name}" if self.default else f"  --{self.name}"
@@ -207,7 +207,7 @@ class Command:
         return kind_of_setting(name) if self._settings else None
 
     def _next(self, word: str, left: list[str]) -> tuple[str, str | bool]:
-        """The name and value of the flag `word`, whose value may be the first of what is `left`."""
+        """Split the flag `word` into name and value, which may be the first of what is `left`."""
         name, sign, value = word.lstrip("-").partition("=")
         kind = self._kind(name)
         if kind is bool:
@@ -229,7 +229,7 @@ class Command:
         return name, value
 
     def page(self) -> str:
-        """The page of help: what the command does, its flags, examples."""
+        """Write the page of help: what the command does, its flags, examples."""
         program = f"python -m {self._module}"
         about, _, examples = self._doc.partition(_EXAMPLES)
         width = max(60, min(shutil.get_terminal_size().columns, 100))
@@ -286,7 +286,7 @@ def say(notes: Iterable[str]) -> None:
 
 
 def step_argument(text: str) -> int | str:
-    """The step of a run, as command lines take it: "latest", "best" or a number."""
+    """Parse the step of a run, as command lines take it: "latest", "best" or a number."""
     if text in ("latest", "best"):
         return text
     if not text.isdecimal():

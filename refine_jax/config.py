@@ -24,6 +24,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import short
 from refine_jax.presets import GivenFields, expand
 from refine_jax.sections import (
+    CompareConfig,
     DataConfig,
     EvaluateConfig,
     GenerationConfig,
@@ -48,7 +49,7 @@ from refine_jax.settings import (
 )
 
 # What a run does; each is a module of refine_jax.phases.
-PHASES = ("midtrain", "posttrain", "testtime", "evaluate")
+PHASES = ("midtrain", "posttrain", "testtime", "evaluate", "compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Config:
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
     testtime: TestTimeConfig = dataclasses.field(default_factory=TestTimeConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 
     def __post_init__(self):
         if self.phase not in PHASES:

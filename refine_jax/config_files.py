@@ -27,12 +27,12 @@ _SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0"
 
 
 def short_name(name: str) -> str:
-    """A name of a flag for a message, cut where it is long."""
+    """Write the name of a flag for a message, cut where it is long."""
     return short(name)[1:-1]
 
 
 def kind_of_setting(name: str) -> Any:
-    """The type of a flag --config.SECTION.FIELD; None for other names.
+    """Find the type of a flag --config.SECTION.FIELD; None for other names.
 
     Fields of `config.model.fresh` depend on the model: str stands for theirs, which
     `override` knows.
@@ -70,8 +70,8 @@ def override(values: ConfigDict, given: Mapping[str, str | bool]) -> None:
     # The family decides which fields there are.
     order = sorted(given, key=lambda name: name != "config.model.fresh.model_type")
     order.sort(key=lambda name: name != "config.model.fresh")
-    # A preset comes before the values beside it, which win, and counts as a flag for each of its
-    # own, so that it wins over the file.
+    # Set a preset before the values beside it, which win over it. It counts as a flag for each of
+    # its values, so that it wins over the file.
     order.sort(key=lambda name: name != "config.refine.preset")
     for name in order:
         section, _, field = name.removeprefix("config.").partition(".")
@@ -99,7 +99,7 @@ def _put(section: ConfigDict, name: str, value: Any) -> None:
 
 
 def _fresh_hint(fresh: ConfigDict, name: str) -> Any:
-    """The type of a field of a fresh model."""
+    """Find the type of a field of a fresh model."""
     from refine_jax.models.config import family_of
 
     if name == "model_type":
@@ -117,7 +117,7 @@ def _fresh_hint(fresh: ConfigDict, name: str) -> Any:
 
 
 def parsed(text: str | bool, hint: Any, name: str) -> Any:
-    """The value that the flag `name` gives a field of this type; raises ConfigError."""
+    """Parse the value that the flag `name` gives a field of this type; raises ConfigError."""
     kind = inner_type(hint)
     optional = kind is not hint
     if isinstance(text, bool):
@@ -145,7 +145,7 @@ def parsed(text: str | bool, hint: Any, name: str) -> Any:
 
 
 def load_config(name: str) -> ConfigDict:
-    """The configuration of a file `FILE` or `FILE:FORM`, whole: what it leaves out has its default.
+    """Load the configuration of a file `FILE` or `FILE:FORM`, completed with defaults.
 
     Raises ConfigError: there is no such file, or it makes no configuration; the message says where.
     """
@@ -160,7 +160,7 @@ def load_config(name: str) -> ConfigDict:
             "--config must name a Python file that defines get_config(), as configs/demo.py does. "
             f"Got: {text!r}."
         )
-    # What a file prints is not the command's output.
+    # What a configuration file prints is no output of the command.
     with contextlib.redirect_stdout(sys.stderr):
         values = _call(str(path), text, [form] if form else [])
     if not isinstance(values, ConfigDict):
@@ -173,7 +173,7 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _call(path: str, shown: str, arguments: list[str]) -> Any:
-    """What get_config() of a file returns."""
+    """Call get_config() of a file and return what it makes."""
     try:
         loader = importlib.machinery.SourceFileLoader("config_file", path)
         module = importlib.util.module_from_spec(
@@ -220,7 +220,7 @@ def _check_form(function: Callable, shown: str, arguments: list[str]) -> None:
 
 
 def _complete(values: ConfigDict, shown: str) -> ConfigDict:
-    """The configuration with defaults for sections and fields that it does not have."""
+    """Complete a configuration with defaults for sections and fields that it does not have."""
     given = set(values.get("refine") or ())
     for name, default in defaults().items():
         with values.unlocked():

@@ -10,7 +10,7 @@ function, weights that are not finite, and links that leave the folder are refus
 Examples:
 
     python -m refine_jax.convert from_hf downloads/LaCT-760M checkpoints/lact-760m
-    python -m refine_jax.convert to_hf runs/demo converted/demo --step=best --dtype=bfloat16
+    python -m refine_jax.convert to_hf runs/lact-760m converted/lact --step=best --dtype=bfloat16
 """
 
 import json

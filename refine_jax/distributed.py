@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -89,7 +90,7 @@ def start(
                 num_processes,
                 process_id,
                 coordinator_bind_address=bind,
-                # jax aborts when its own time is up; ours ends first, with a message.
+                # jax aborts when its own time is up; our time ends first, with a message.
                 initialization_timeout=timeout + 60,
             )
         except (ValueError, RuntimeError, OSError, KeyError) as error:
@@ -158,7 +159,7 @@ def connect(mesh: Mesh) -> None:
     jax.block_until_ready(compiled(zero))
 
 
-# What a line of gloo consists of; lines of two threads may stand in each other.
+# A line of gloo consists of these; lines of two threads may stand in each other.
 _GLOO = re.compile(
     rb"\[Gloo\] Rank \d+| is connected to \d+ peer ranks\. "
     rb"|Expected number of connected peer ranks is : \d+"
@@ -195,7 +196,7 @@ def _leave_out_gloo_lines() -> None:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and prints: process 0."""
+    """Tell whether this process writes files and prints: process 0."""
     return jax.process_index() == 0
 
 
@@ -206,19 +207,19 @@ def say(message: str) -> None:
 
 
 def gather(value: int) -> list[int]:
-    """The numbers (32 bits) that the processes call this with, by process."""
+    """Collect the numbers (32 bits) that the processes call this with, by process."""
     if jax.process_count() == 1:
         return [value]
     return multihost_utils.process_allgather(np.int32(value)).tolist()
 
 
 def gather_json(value: Any) -> list[Any]:
-    """The JSON values that the processes call this with, by process."""
+    """Collect the JSON values that the processes call this with, by process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = gather(len(text))
-    # Few lengths, as each is another program.
+    # Pad to few lengths, as each length is another program.
     padded = np.zeros(1 << max(sizes).bit_length(), np.uint8)
     padded[: len(text)] = text
     rows = multihost_utils.process_allgather(padded)
@@ -226,7 +227,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def fetch(tree: Any) -> Any:
-    """The arrays of a tree as numpy arrays, whole, on every process."""
+    """Copy the arrays of a tree to numpy arrays, whole, on every process."""
 
     def whole(x):
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -307,7 +308,7 @@ class _Watcher:
                 os._exit(1)
 
     def failure(self) -> str | None:
-        """What the first process that failed said of it."""
+        """Read what the first process that failed said of it."""
         try:
             return _client().key_value_try_get(_FAILURE)
         except RuntimeError:  # there is none
@@ -368,7 +369,7 @@ def ending_together() -> Iterator[None]:
 
 def _explain(error: BaseException) -> None:
     """Print why this process ends: the failure of another one, where that broke a connection."""
-    # As a result is fetched, an error of jax comes as a ValueError.
+    # While a result is fetched, jax raises its error as a ValueError.
     shared = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
     failure = _watcher.failure()
     if failure is None and shared:
@@ -384,3 +385,51 @@ def _explain(error: BaseException) -> None:
             "The processes cannot go on together. If the lines above tell of lost connections, "
             "another process was killed or its host is gone; the same commands continue the run."
         )
+
+
+class Interrupt:
+    """Remembers SIGTERM and SIGINT instead of dying of them. Use as a context manager.
+
+    A second signal acts as if this were not there, so that a run that hangs can be ended. Outside
+    the main thread, where Python allows no handlers, signals act as usual.
+
+    Attributes:
+      signal: Name of the signal that came, None until then.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.signal: str | None = None
+        self._previous: dict = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def agreed(self) -> bool:
+        """Tell whether a signal came to any process; all ask at the same step.
+
+        `signal` is then set on all of them.
+        """
+        mine = 0 if self.signal is None else signal.Signals[self.signal].value
+        first = max(gather(mine))
+        if first and self.signal is None:
+            self.signal = signal.Signals(first).name
+        return first != 0
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame) -> None:
+        del frame
+        self.signal = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())

@@ -11,7 +11,7 @@ Examples:
 
     python -m refine_jax.lm_harness --checkpoint=checkpoints/lact-760m \\
         --tasks=lambada_openai,hellaswag,wikitext --output=results.json
-    python -m refine_jax.lm_harness --checkpoint=runs/demo --step=best --include_path=my_tasks/ \\
+    python -m refine_jax.lm_harness --checkpoint=runs/mine --step=best --include_path=my_tasks/ \\
         --tasks='my_*' --limit=100
 """
 

@@ -91,6 +91,7 @@ def _out_of_memory(error: RuntimeError, config: Config) -> RunError:
         "posttrain": "config.train.micro_batch_size",
         "testtime": "config.testtime.micro_batch_size or config.testtime.copies",
         "evaluate": "config.evaluate.batch_size or config.generation.prefill_tokens",
+        "compare": "config.train.micro_batch_size or config.evaluate.batch_size",
     }[config.phase]
     return RunError(
         f"The memory of a device is not enough ({said}). Lower {smaller}, or use more devices "

@@ -30,7 +30,7 @@ def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[No
 
     They are drawn from `metrics.jsonl`, at most every `seconds` while it grows, and at the end.
     The block itself stays in the main thread, where the stop button of a notebook ends a run
-    between two steps (`refine_jax.phases.interrupt`).
+    between two steps (`refine_jax.distributed`).
     """
     from IPython.display import HTML, Image, display
 

@@ -45,7 +45,10 @@ class ModelConfig(Section):
     """Which model, and how it computes."""
 
     checkpoint: str | None = setting(
-        None, "start from one of refine_jax.convert or of a run; replaces `fresh`", PATH, FREELY
+        None,
+        "start from one of refine_jax.convert, a run's or a Hugging Face folder; replaces `fresh`",
+        PATH,
+        FREELY,
     )
     fresh: Mapping | None = setting(
         None,
@@ -322,7 +325,8 @@ class DataConfig(Section):
 
     source: str = setting(
         "stdlib",
-        "`stdlib` (source files of the Python standard library), `tfds:NAME`, or a path: parquet, "
+        "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
+        "`tfds:NAME`, or a path: parquet, "
         "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
         PATH,
         CONTENT,
@@ -528,3 +532,34 @@ class EvaluateConfig(Section):
                 f"signs in them, joined by commas. Got: {short(self.lengths)}."
             )
         return list(dict.fromkeys(map(int, words))) or [None]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig(Section):
+    """Trainings from one start that are asked the questions of `evaluate`, in phase `compare`."""
+
+    arms: str = setting(
+        "ntp,refine",
+        "trainings, comma-separated: `ntp`, `refine` (as that section says) or a preset of it; "
+        "differences are from the first",
+    )
+    adapted: int = setting(
+        0,
+        "prompts of each set that the last arm also answers after training on them "
+        "(`testtime`); 0: none",
+        COUNT,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = ("ntp", "refine", *PRESETS)
+        if not self.arm_names or not set(self.arm_names) <= set(known):
+            raise ConfigError(
+                f"{self.prefix}arms must be names of {', '.join(known)}, joined by commas. "
+                f"Got: {short(self.arms)}."
+            )
+
+    @property
+    def arm_names(self) -> list[str]:
+        """The arms, each once."""
+        return listed(self.arms)

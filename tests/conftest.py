@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import gc
+import math
 import os
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -29,11 +31,12 @@ import jax  # noqa: E402
 from absl import logging  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+_COUNTS_PAGES = Path("/proc/self/statm").exists()
 _VERBOSITY = logging.get_verbosity()
 
 # Programs are traced into many small objects, which Python's collector would walk over and over:
 # rarer collections save a tenth of the time. `forget_programs` collects what is left of a module.
-gc.set_threshold(100_000, 20, 50)
+gc.set_threshold(500_000, 20, 50)
 
 # For this process alone: commands that tests start have one device.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -78,9 +81,34 @@ def programs_of_a_module():
 
 @pytest.fixture
 def programs_of_a_test():
-    """For tests whose programs are large and their own: these are let go after each."""
+    """For tests whose programs are large and their own: let go after each that leaves 2 GB."""
     yield
-    forget_programs()
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if _COUNTS_PAGES else math.inf
+    if pages * os.sysconf("SC_PAGE_SIZE") > 2e9:
+        forget_programs()
+
+
+# Workers take files in this order, so that none begins a long one when the others are done.
+_LONGEST = (
+    "refine/test_mesh.py",
+    "models/test_laws.py",
+    "refine/test_one_pass.py",
+    "models/test_lact_forks.py",
+    "phases/test_processes.py",
+    "goldens/test_models.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; `--no-loadscope-reorder` keeps this order among workers."""
+    order = {name: index for index, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get("/".join(item.path.parts[-2:]), len(order)))
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collections after each module need not walk over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -104,13 +132,18 @@ def programs_kept_elsewhere():
         yield
 
 
+@pytest.fixture(scope="session")
+def programs_folder(tmp_path_factory):
+    """Where `compile_once` keeps compiled programs: one folder for all modules of a worker."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """The tests of a module share their compiled programs, also between runs and new objects."""
+def compile_once(programs_folder):
+    """Whole runs share their compiled programs, also between new objects and between modules."""
     with settings_of_programs_kept():
         if jax.config.jax_compilation_cache_dir is None:
-            folder = str(tmp_path_factory.mktemp("compiled"))
-            jax.config.update("jax_compilation_cache_dir", folder)
+            jax.config.update("jax_compilation_cache_dir", programs_folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield
 

@@ -259,7 +259,7 @@ def make_model_folders(folder: Path) -> dict[str, Path]:
     made = {}
     for kind, fields in MODELS.items():
         config = model_config(COMMON | {"model_type": kind} | fields)
-        params = Model(config).init(jax.random.key(0))
+        params = jax.jit(Model(config).init)(jax.random.key(0))
         made[kind] = folder / kind
         write_hf(made[kind], params, json.dumps(config.to_hf()))
     return made
@@ -330,7 +330,7 @@ def _damage(draw: Draw, path: Path) -> None:
 def make_run(folder: Path) -> tuple[Path, dict]:
     """The work folder of a run with two steps, and its parameters."""
     fields = model_config(COMMON | {"model_type": "delta_net", "num_heads": 2}).to_hf()
-    params = Model(model_config(fields)).init(jax.random.key(0))
+    params = jax.jit(Model(model_config(fields)).init)(jax.random.key(0))
     config = Config.from_dict(tiny_runs.tiny_run("midtrain"))
     with CheckpointManager(
         folder / "checkpoints",
@@ -434,7 +434,7 @@ def tfds_folders(draw: Draw, base: None, folder: Path) -> None:
 def make_state(folder: Path) -> tuple[Any, ...]:
     """A saved state, and what made it."""
     model = Model(model_config(COMMON | {"model_type": "delta_net", "num_heads": 2}))
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     prefix = Generator(model, BYTES).read(params, [[1, 2, 3], [4, 5]])
     folder.mkdir()
     save_prefix(folder / "state", prefix, model, params, BYTES)

@@ -22,7 +22,8 @@ from refine_jax.models.config import model_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FORMS = {
-    "demo": (None, "short", "deltanet", "deltanet,short"),
+    "demo": (None, "short", "scratch", "scratch,short", "scratch,deltanet"),
+    "compare": ("deltanet-1.3b", "lact-760m", "qwen3.5-0.8b", "runlocal"),
     "midtrain_lact_760m": (None, "runlocal"),
     "midtrain_deltanet_1_3b": (None, "runlocal"),
     "midtrain_qwen3_5": (None, "0.8b", "2b", "4b", "9b", "runlocal", "9b,runlocal"),

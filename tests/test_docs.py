@@ -86,7 +86,7 @@ def test_the_figures_of_the_demo_are_those_of_a_run_that_is_kept():
     demo = importlib.util.module_from_spec(source)
     source.loader.exec_module(demo)
     kept = json.loads(demo.FILE.read_text(encoding="utf-8"))
-    assert [record["step"] for record in kept["evaluations"]] == [0, 15, 30, 45, 60]
+    assert kept["training"]["refine"]["steps"] == kept["training"]["ntp"]["steps"] == 100
     for quoted in (demo.text(kept), f"Python {kept['python']}", f"jax {kept['jax']}"):
         assert quoted in read("README.md")
 
@@ -324,6 +324,8 @@ MODULES = {
     MAIN + "train.evaluate": "tests/phases/test_tasks.py::test_scores_are_those_of_the_evaluation",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
     MAIN + "configs/demo": ".ci/run: demo, short form",
+    MAIN + "configs/compare": "tests/phases/test_compare.py::"
+    "test_the_figures_are_those_of_the_parts",
     MAIN + "configs/midtrain": "tests/phases/test_main.py::test_a_run_learns_and_reports",
     MAIN
     + "configs/posttrain": "tests/phases/test_posttrain.py::test_a_nested_run_learns_and_reports",
@@ -365,6 +367,8 @@ SCRIPTS = {
     "test_a_step_is_shared_out_among_its_scopes",
     PAPER + " --list": "tests/test_docs.py::test_the_runs_of_a_table_are_listed",
     PAPER: "tests/experiments/test_paper.py::test_a_table_holds_means_beside_published_numbers",
+    r"python experiments/train_small\.py": "tests/test_small.py::"
+    "test_the_script_trains_and_exports_the_same_model_twice",
     STUDY + " .*--signals": "tests/experiments/test_study.py::"
     "test_signals_alone_need_no_more_than_the_base",
     STUDY + " --report": "tests/experiments/test_study.py::test_the_report_of_nothing_says_so",

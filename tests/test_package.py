@@ -58,6 +58,8 @@ def test_a_wheel_holds_all_modules_and_imports(tmp_path):
         archive.extractall(installed)
     tops = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert tops == {"refine_jax"}
+    small = {path.name for path in (installed / "refine_jax" / "small" / "deltanet").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= small
     for name in ("page.css", "page.js"):
         assert (installed / "refine_jax" / "report" / name).is_file()
     assert modules(installed / "refine_jax" / "kernels") == modules(ROOT / "kernels")

@@ -28,6 +28,7 @@ URLS = ("gs://bucket/x", "s3://bucket/x", "hf://org/x", "https://host/x", "file:
 NO_PATHS = {
     *("data.text_field", "data.files", "data.tfds_split", "prompts.prompt_field"),
     *("prompts.answer_field", "posttrain.metric", "evaluate.tasks", "evaluate.lengths"),
+    *("compare.arms", "train.evaluate", "train.profile", "train.project", "train.trackers"),
 }
 TEXTS = {
     f"{name}.{field.name}"

@@ -38,11 +38,11 @@ _QWEN = _COMMON | {
 }
 _OLMO = _COMMON | {
     "model_type": "olmo_hybrid",
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 12,
-    "layer_types": [_L, _L, _F, _F, _L],
+    "layer_types": [_L, _L, _F],
 }
 _DELTA = _COMMON | {"model_type": "delta_net", "num_heads": 2}
 
@@ -57,8 +57,7 @@ CONFIGS = {
     "gated_deltanet": _COMMON
     | {"model_type": "gated_deltanet", "num_heads": 2, "head_dim": 8, "num_v_heads": 4},
     "qwen": _QWEN,
-    "qwen_irregular": _QWEN
-    | {"num_hidden_layers": 6, "layer_types": [_F, _L, _L, _F, _F, _L], "num_key_value_heads": 1},
+    "qwen_irregular": _QWEN | {"layer_types": [_F, _L, _F, _F], "num_key_value_heads": 1},
     "olmo": _OLMO,
     "deltanet_hybrid": _DELTA
     | {
@@ -79,16 +78,21 @@ def tiny(name: str, **changes):
         model_config(CONFIGS[name] | changes), ComputePolicy(implementation=IMPLEMENTATION)
     )
     params = jax.jit(model.init)(jax.random.key(0))
-    leaves, structure = jax.tree.flatten(params)
+    leaves, structure = jax.tree.flatten(jax.device_get(params))
     noise = np.random.default_rng(len(name))
 
     def perturb(leaf):
         # Norm weights away from 1, biases from 0, projections large enough to matter.
         scale = 0.15 if leaf.ndim > 2 else 0.1
-        moved = leaf + jnp.asarray(scale * noise.standard_normal(leaf.shape), jnp.float32)
-        return _FACTORS.get(name, 1.0) * moved
+        return leaf + np.float32(scale * noise.standard_normal(leaf.shape))
 
-    return model, jax.tree.unflatten(structure, [perturb(leaf) for leaf in leaves])
+    moved = jax.tree.unflatten(structure, [perturb(leaf) for leaf in leaves])
+    return model, scaled(moved, _FACTORS.get(name, 1.0))
+
+
+def scaled(params, factor: float):
+    """Parameters times a factor, by numpy: jax would compile a program for each shape."""
+    return jax.tree.map(lambda x: jnp.asarray(np.float32(factor) * np.asarray(x)), params)
 
 
 def tokens(seed: int, *shape: int) -> np.ndarray:

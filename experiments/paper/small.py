@@ -13,7 +13,7 @@ LENGTHS = (256,)
 NEEDLE_LENGTHS = (512,)
 LONGBENCH = ("qasper", "lcc")
 STEPS, EVERY, TRIALS = 2, 1, 2
-CONFIGS = {"lact": "demo.py", "deltanet": "demo.py:deltanet"}
+CONFIGS = {"lact": "demo.py:scratch", "deltanet": "demo.py:scratch,deltanet"}
 # Unoptimised machine code: tiny models run for less time than their programs take to optimise.
 XLA_FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -58,7 +58,7 @@ def without_banner() -> Iterator[None]:
 
 
 def split(data: bytes) -> tuple[bytes, bytes]:
-    """Bytes to pass on, without whole banners, and those to keep, which may become one."""
+    """Split bytes into those to pass on, without banners, and those that may become a banner."""
     data = BANNER.sub(b"", data)
     for head in _HEAD.finditer(data):
         rest = data[head.start() :]

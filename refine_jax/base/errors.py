@@ -62,12 +62,12 @@ _REASONS = {
 
 
 def reason(error: OSError) -> str:
-    """What the system says of a file, as a part of a sentence."""
+    """Say what the system says of a file, as a part of a sentence."""
     return _REASONS.get(error.errno, error.strerror or str(error) or type(error).__name__)
 
 
 def describe(error: BaseException) -> str:
-    """The message of an error for a user: one of the system says which file it is about."""
+    """Make the message of an error for a user; for one of the system, name the file."""
     if isinstance(error, OSError) and error.strerror:
         about = "a file" if error.filename is None else error.filename
         return f"cannot use {about}: {reason(error)}."
@@ -145,7 +145,7 @@ def allow_interrupts() -> None:
 
 
 def output_is_closed(error: BaseException) -> bool:
-    """Whether an error came of a standard output that nobody reads; it takes anything then."""
+    """Tell whether an error came of a closed standard output; let it then take anything."""
     if not isinstance(error, BrokenPipeError):
         return False
     try:

@@ -17,7 +17,7 @@ from refine_jax.base.errors import ConfigError, UserError, reason
 
 _T = TypeVar("_T")
 
-# Also file:/x, and what a path made of gs://x: one slash. Drives of Windows are one letter.
+# A path turns gs://x into gs:/x, so one slash is enough. Drives of Windows are one letter.
 _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*[A-Za-z]://")
 _LONGEST = 3500
 """Bytes of a folder's path that leave room, of the 4096 of Linux, for the files in it."""
@@ -26,7 +26,7 @@ MARK = "\ufeff"
 
 
 def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = ConfigError) -> Path:
-    """A path as the user gave it, with `~` expanded.
+    """Make a path of what the user gave, with `~` expanded.
 
     setting: what the path was given as, for the error.
     Raises `error` for a URL: buckets and hubs are not read or written by this version.
@@ -52,7 +52,7 @@ def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = C
 
 
 def path_flag(text: str) -> Path:
-    """The type of a flag of argparse that is a path: `~` is expanded, URLs are refused."""
+    """Parse a flag of argparse that is a path: expand `~`, refuse URLs."""
     return local_path(text, "it", argparse.ArgumentTypeError)
 
 
@@ -112,17 +112,17 @@ def check_output(path: Path, setting: str, error: type[UserError] = ConfigError)
 
 
 def valid_unicode(text: str) -> str:
-    """The text with lone surrogates, which JSON and shells can hold and UTF-8 cannot, as "?"."""
+    """Replace lone surrogates, which JSON and shells can hold and UTF-8 cannot, by "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean_text(text: str) -> str:
-    """Text as it may enter: valid Unicode, without a byte order mark at its start."""
+    """Make a text fit to enter: valid Unicode, without a byte order mark at its start."""
     return valid_unicode(text).removeprefix(MARK)
 
 
 def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
-    """The text of a UTF-8 file, line ends as they are, without a byte order mark.
+    """Read a UTF-8 file as it is, but for a byte order mark at its start.
 
     Raises `error` if the file cannot be read or is not UTF-8.
     """
@@ -134,7 +134,7 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
 
 
 def decode_text(content: bytes, where: Any, error: type[UserError]) -> str:
-    """The text of UTF-8 bytes, without a byte order mark; raises `error` if they are none."""
+    """Decode UTF-8 bytes, without a byte order mark; raise `error` if they are no UTF-8."""
     try:
         return content.decode("utf-8").removeprefix(MARK)
     except UnicodeDecodeError as problem:
@@ -146,7 +146,7 @@ def decode_text(content: bytes, where: Any, error: type[UserError]) -> str:
 def parse_json(
     text: str | bytes, where: Any, error: type[UserError], *, strict: bool = True
 ) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     where: names the text in the error. strict: refuse NaN and Infinity, which JSON does not have.
     Raises `error` for anything that is no JSON, also where Python gives up (nesting, huge numbers).
@@ -167,12 +167,12 @@ def parse_json(
 
 
 def read_json(path: str | os.PathLike, error: type[UserError]) -> dict[str, Any]:
-    """The fields of a file that holds one JSON object; raises `error` if it does not."""
+    """Read the fields of a file that holds one JSON object; raise `error` if the file does not."""
     return parse_object(read_text(path, error), path, error)
 
 
 def parse_object(text: str | bytes, where: Any, error: type[UserError]) -> dict[str, Any]:
-    """The fields of a JSON object; raises `error`, which names `where`, if the text is none."""
+    """Parse the fields of a JSON object; raise `error`, naming `where`, if it is none."""
     fields = parse_json(text, where, error)
     if not isinstance(fields, dict):
         raise error(f"{where} must hold a JSON object. Got: {kind_of(fields)}.")
@@ -188,7 +188,7 @@ def json_field(
     error: type[UserError],
     default: Any = None,
 ) -> Any:
-    """A field of a JSON object that others wrote; null and absent are the default.
+    """Read a field of a JSON object that others wrote; null and absent give the default.
 
     kind: what it must be, of int, float, str, bool, list, dict. An int is a float, a bool is none.
     Raises `error`, which names the file and the field, for a value of another type.
@@ -226,7 +226,7 @@ class BadLine(NamedTuple):
 def read_lines(
     path: str | os.PathLike, parse: Callable[[bytes], _T], *, longest: int = 1 << 26
 ) -> tuple[list[_T], list[BadLine]]:
-    """The records of a file with one a line, in order, and the lines that are none.
+    """Read the records of a file with one a line, in order, and the lines that are no records.
 
     parse: makes a record of a line, and raises a UserError for what is none. Empty lines are
         passed over. longest: bytes of a line that are read; a longer one is no record.
@@ -255,7 +255,7 @@ def read_lines(
 def recover_lines(
     path: str | os.PathLike, parse: Callable[[bytes], _T], say: Callable[[str], None]
 ) -> list[_T]:
-    """The records of a file that this package appends to; none if there is no file.
+    """Read the records of a file that this package appends to; none if there is no file.
 
     Lines that are none (`read_lines`) are appended to PATH.dropped and said: whoever calls this is
     about to write the file anew without them.
@@ -285,17 +285,17 @@ def recover_lines(
 
 
 def counted(count: int, noun: str) -> str:
-    """How many there are of a noun: "1 row", "2,000 rows"."""
+    """Say how many there are of a noun: "1 row", "2,000 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def numbered(noun: str, numbers: Sequence[int]) -> str:
-    """A noun with ascending numbers: "step 3", "steps 3, 5 to 9" (`spans`)."""
+    """Name a noun with ascending numbers: "step 3", "steps 3, 5 to 9" (`spans`)."""
     return f"{noun}{'' if len(numbers) == 1 else 's'} {spans(numbers)}"
 
 
 def spans(numbers: Sequence[int], most: int = 8) -> str:
-    """Ascending numbers in words: "3, 5 to 9"; no more than `most` spans of them."""
+    """Say ascending numbers in words: "3, 5 to 9"; no more than `most` spans of them."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -307,17 +307,17 @@ def spans(numbers: Sequence[int], most: int = 8) -> str:
 
 
 def names_of(fields: Iterable[str]) -> str:
-    """The names of the fields of an object, for a message."""
+    """List the names of the fields of an object, for a message."""
     return f"{', '.join(fields):.200}" or "an object without fields"
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Say in words what a JSON value is."""
     return "null" if value is None else _KINDS.get(type(value), type(value).__name__)
 
 
 def short(value: Any, limit: int = 80) -> str:
-    """A value for a message, cut where it is long or nested deeply."""
+    """Write a value for a message, cut where it is long or nested deeply."""
     brief = reprlib.Repr()  # a plain repr is as large as the value, and fails on deep nesting
     brief.maxstring = brief.maxlong = brief.maxother = limit
     try:
@@ -334,7 +334,7 @@ _POINTERS = (
 
 
 def is_lfs_pointer(file: bytes | str | os.PathLike) -> bool:
-    """Whether a file is a pointer of git-lfs in place of the content, which was not fetched.
+    """Tell whether a file is a pointer of git-lfs in place of the content, which was not fetched.
 
     file: its path, or its first bytes.
     """
@@ -345,7 +345,7 @@ def is_lfs_pointer(file: bytes | str | os.PathLike) -> bool:
 
 
 def not_fetched(files: str, *, several: bool = False) -> str:
-    """What to say of a pointer of git-lfs that `files` names, or of several."""
+    """Say what to do about a pointer of git-lfs that `files` names, or about several."""
     what = (
         ": pointers of git-lfs, not the files themselves"
         if several
@@ -356,7 +356,7 @@ def not_fetched(files: str, *, several: bool = False) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A new file beside `path` that takes its name when the block ends without an error.
+    """Open a new file beside `path` that takes its name when the block ends without an error.
 
     So a file is there in full or not at all, and a reader never sees a part. The name of the new
     file cannot be guessed, and it is never a link that somebody else put there.

@@ -131,13 +131,13 @@ class Lock:
         return self._process == os.getpid()
 
     def _place(self) -> bool:
-        """Put this process's lock file into place, in full; whether there was none."""
+        """Put this process's lock file into place, in full; returns whether there was none."""
         own = self._beside()
         self._write(own)
         try:
             os.link(own, self.path)
         except FileExistsError:
-            # Of NFS that may be the answer to a request repeated after it was done.
+            # NFS may answer so to a request that it repeats after it was done.
             return own.stat().st_nlink == 2
         except OSError:  # a file system without hard links
             try:
@@ -156,13 +156,14 @@ class Lock:
             file.write(json.dumps(_identity() | {"token": self._token}) + "\n")
 
     def _look(self, path: Path | None = None) -> _Seen | None:
-        """The lock file that is there; None if there is none.
+        """Read the lock file that is there; None if there is none.
 
         Raises RunError if something else has its name.
         """
         path = path or self.path
         try:
-            # Opened, not only looked at: NFS asks its server again when a file is opened.
+            # Open the file, do not only look at it: NFS asks its server again when a file is
+            # opened.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | _NO_LINK)
         except FileNotFoundError:
             return None
@@ -183,7 +184,7 @@ class Lock:
         return _Seen(_read_owner(text), status.st_mtime, (status.st_dev, status.st_ino))
 
     def _now(self) -> float:
-        """The time by the clock that dates the lock's file: those of hosts differ."""
+        """Read the clock that dates the lock's file: those of hosts differ."""
         mark = self._beside()
         descriptor = _create(mark)
         try:
@@ -193,7 +194,7 @@ class Lock:
             mark.unlink(missing_ok=True)
 
     def _move_away(self, dead: _Seen) -> bool:
-        """Remove the lock of a dead owner; False if it is no longer that one.
+        """Remove the lock of a dead owner; returns False if the owner is another one by now.
 
         It is renamed first, which only one process can do. What another process placed since this
         one looked is put back.
@@ -218,7 +219,7 @@ class Lock:
         return False
 
     def _mine(self) -> bool | None:
-        """Whether the lock file is this one's; None where the folder cannot be read just now."""
+        """Tell whether the lock file is this one's; None where it cannot be read just now."""
         try:
             seen = self._look()
             if seen is None:  # it was removed: put it back, unless another run was faster
@@ -261,12 +262,12 @@ def release_all() -> None:
 
 
 def _create(path: Path) -> int:
-    """The descriptor of a new file, never of what a link there points to."""
+    """Open a new file, never what a link there points to; returns the descriptor."""
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_LINK, 0o644)
 
 
 def _identity() -> dict[str, Any]:
-    """What tells this process from all others, as JSON values."""
+    """Describe by JSON values what tells this process from all others."""
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
@@ -278,7 +279,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _read_owner(text: bytes) -> dict[str, Any] | None:
-    """The owner that a lock file names; None if it names none."""
+    """Read the owner that a lock file names; None if it names none."""
     kinds = {"host": str, "boot": str, "pid_namespace": int, "pid": int, "started": int}
     kinds |= {"since": str, "token": str}
     try:
@@ -294,7 +295,7 @@ def _read_owner(text: bytes) -> dict[str, Any] | None:
 
 
 def _alive(seen: _Seen, now: float) -> bool:
-    """Whether the owner of a lock lives; `now` by the clock that dates the lock."""
+    """Tell whether the owner of a lock lives; `now` is by the clock that dates the lock."""
     owner = seen.owner
     if owner is None or not _is_here(owner):
         return abs(now - seen.touched) < PATIENCE
@@ -305,28 +306,28 @@ def _alive(seen: _Seen, now: float) -> bool:
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
-    """Whether a lock's owner is, or was, a process that this one could see."""
+    """Tell whether a lock's owner is, or was, a process that this one could see."""
     if owner["boot"] is None or owner["started"] is None:
         return False
     return (owner["boot"], owner["pid_namespace"]) == (_boot(), _pid_namespace())
 
 
 def _boot() -> str | None:
-    """A name of this start of this machine; None where the system has none."""
+    """Name this start of this machine; None where the system has no name for it."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return None
 
 
 def _pid_namespace() -> int | None:
-    """A number of the set of processes that this one can see: containers have their own."""
+    """Number the set of processes that this one can see: containers have their own."""
     with contextlib.suppress(OSError):
         return os.stat("/proc/self/ns/pid").st_ino
     return None
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process started, in ticks since the machine did; None if there is none such.
+    """Tell when a process started, in ticks since the machine did; None if there is none.
 
     One that has ended and that its parent has not asked for yet is none. Raises PermissionError
     where the process is there but not to be seen.
@@ -337,7 +338,7 @@ def _start_time(pid: int) -> int | None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, 0)
         return None
-    # The second field is the command's name in brackets, which may hold anything.
+    # The second field is the command's name in brackets, which may hold any characters.
     fields = text.rpartition(b")")[2].split()
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 

@@ -1,10 +1,10 @@
 """Checkpoints: of training runs and models (Orbax), and of Hugging Face folders (safetensors)."""
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint.hf import Pretrained, read_hf, write_hf
+from refine_jax.checkpoint.folders import ModelCheckpoint
+from refine_jax.checkpoint.hf import read_hf, write_hf
 from refine_jax.checkpoint.manager import (
     CheckpointManager,
-    ModelCheckpoint,
     Restored,
     load_model,
     save_model,
@@ -14,7 +14,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointManager",
     "ModelCheckpoint",
-    "Pretrained",
     "Restored",
     "load_model",
     "read_hf",

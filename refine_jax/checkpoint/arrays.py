@@ -1,6 +1,16 @@
-"""Named arrays in an Orbax folder, with fingerprints that are checked on reading."""
+"""Named arrays in an Orbax folder, with fingerprints that are checked on reading.
 
-from collections.abc import Mapping
+Orbax reads and writes many arrays side by side in an event loop that it closes at the first
+failure. The others go on, and the threads of the storage drivers and the garbage collector would
+print a traceback for each of them. Here a failure is raised, and says nothing by itself.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,16 +19,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from refine_jax.base.errors import CheckpointError, UserError
-from refine_jax.checkpoint.loops import quiet_orbax
 from refine_jax.checkpoint.tree import differences, fingerprints
 
 _FINGERPRINTS, _DIGESTS = "fingerprints", "digests"
+LOOP_SECONDS = 30.0  # within which the tasks that are left when a loop closes have to end
 
 
 def save_args(
     named: Mapping[str, Any], digests: Mapping[str, str] | None = None
 ) -> ocp.args.CheckpointArgs:
-    """What Orbax needs to save arrays by name, their fingerprints with them.
+    """Make what Orbax needs to save arrays by name, with their fingerprints.
 
     digests: of what else they belong to, by name; compared on reading.
     """
@@ -97,14 +107,14 @@ def read_arrays(
 
 
 def damaged(folder: epath.PathLike, reason: Any, fix: str) -> CheckpointError:
-    """The error for a checkpoint that is corrupt or incomplete, in one line."""
+    """Make the error for a checkpoint that is corrupt or incomplete, in one line."""
     if isinstance(reason, Exception):
         reason = shorten(reason)
     return CheckpointError(f"{folder} is corrupt or incomplete ({reason}). {fix}")
 
 
 def shorten(error: Exception) -> str:
-    """An error of storage, in one line: drivers chain every layer's status into a very long one."""
+    """Say an error of storage in one line: drivers chain the status of every layer."""
     text = " ".join(str(error).split()).split(" See full TensorStore details")[0]
     if isinstance(error, UserError):
         return text.removesuffix(".")
@@ -115,3 +125,44 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape)
+
+
+def quiet_orbax() -> None:
+    """Let event loops finish their tasks before they close; hide Orbax's warnings and failures.
+
+    Call it before Orbax saves or restores; more than once is as good as once.
+    """
+    logging.getLogger("absl").addFilter(_is_wanted)
+    policy = asyncio.get_event_loop_policy()
+    if getattr(policy.new_event_loop, "func", None) is not _new_event_loop:
+        policy.new_event_loop = functools.partial(_new_event_loop, policy.new_event_loop)
+
+
+def _new_event_loop(make: Callable[[], asyncio.AbstractEventLoop]) -> asyncio.AbstractEventLoop:
+    loop = make()
+    loop.close = functools.partial(_close, loop, loop.close)
+    return loop
+
+
+def _close(loop: asyncio.AbstractEventLoop, close: Callable[[], None]) -> None:
+    interrupted = not isinstance(sys.exception(), Exception | None)
+    try:
+        if not (interrupted or loop.is_closed() or loop.is_running()):
+            tasks = asyncio.all_tasks(loop)
+            if tasks:
+                loop.run_until_complete(asyncio.wait(tasks, timeout=LOOP_SECONDS))
+    finally:
+        # Tasks that end still later, or have failed unseen, have nobody left to tell.
+        loop.set_exception_handler(_ignore)
+        loop.call_soon_threadsafe = _ignore
+        close()
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    # Orbax's warnings are advice on how this package uses it, such as after a second's wait.
+    unwanted = record.exc_info or record.levelno == logging.WARNING
+    return not (unwanted and f"{os.sep}orbax{os.sep}" in record.pathname)

@@ -1,4 +1,4 @@
-"""Folders that are there in full or not at all, and the files that travel with the weights."""
+"""A model as a folder holds it; folders that are there in full or not at all."""
 
 import contextlib
 import itertools
@@ -8,6 +8,8 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from refine_jax.base.errors import CheckpointError, UserError, describe
 from refine_jax.base.files import (
@@ -24,7 +26,8 @@ CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
 
-# What of a published folder is kept beside a checkpoint, to be written back (published.py).
+# These files keep what a published folder holds beside the weights, to write it back
+# (published.py).
 PUBLISHED, PUBLISHED_TENSORS = "published.json", "published.safetensors"
 
 # Files beside the weights of a Hugging Face folder that are carried through unread: tokenizers,
@@ -51,12 +54,36 @@ _WEIGHTS = (
 )
 
 
-# What is in the work folder of a run, from its first step on, or in its checkpoints.
+# These files are in the work folder of a run from its first step on, or in its checkpoints.
 _OF_RUN = (RUN, f"checkpoints/{RUN}", f"checkpoints/{CONFIG}", "metrics.jsonl")
 
 
+class ModelCheckpoint(NamedTuple):
+    """A model from a checkpoint, or the description of one that has none yet.
+
+    config: The fields of config.json. config_json: Its text. params: Nested dict of arrays, layers
+    stacked; None: of a run, random or restored with the rest of it. tokenizer: The folder of the
+    tokenizer files; None if there are none. files: What travels with the weights, {name: path}, or
+    a function that writes the file at a path.
+
+    Of a training run alone: step. Of a Hugging Face folder alone: slots, where each tensor went
+    (`names.Slot`); tensors, how many the parameters were made of; left_out, what else the folder
+    holds, a line each.
+    """
+
+    config: Mapping[str, Any]
+    config_json: str
+    params: dict | None = None
+    tokenizer: Path | None = None
+    files: Mapping[str, Any] = MappingProxyType({})
+    step: int | None = None
+    slots: Mapping[str, Any] = MappingProxyType({})
+    tensors: int = 0
+    left_out: tuple[str, ...] = ()
+
+
 def companions(folder) -> dict:
-    """The files of `folder` (a path) that travel with its weights: {name: path}.
+    """Find the files of `folder` (a path) that travel with its weights: {name: path}.
 
     Raises CheckpointError for a link that leaves the folder.
     """
@@ -66,12 +93,12 @@ def companions(folder) -> dict:
 
 
 def has_tokenizer(folder) -> bool:
-    """Whether `folder` (a path) holds a tokenizer."""
+    """Tell whether `folder` (a path) holds a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def contained(folder: Path, name: str) -> Path:
-    """The path of the file `name` in `folder`, which may be a link to another file in it.
+    """Make the path of the file `name` in `folder`, which may be a link to another file in it.
 
     huggingface_hub's cache keeps what a model's folder links to in a folder above, its blobs: they
     are taken for files in it. Whether the file is there is not looked at.
@@ -113,7 +140,7 @@ def copy_files(files: Mapping, folder) -> None:
 def new_folder(
     path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
 ) -> Iterator[Path]:
-    """A temporary folder beside `path` that gets its name when the block ends without an error.
+    """Make a temporary folder that is named `path` when the block ends without an error.
 
     Parent folders are made, and removed with the temporary one if there is an error.
     overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
@@ -140,7 +167,7 @@ def new_folder(
             temporary.rename(path)
     except BaseException as error:
         _clear(temporary, made)
-        # Orbax raises all of these, for one on a full disk.
+        # Orbax raises all of these, for example on a full disk.
         if isinstance(error, UserError) or not isinstance(
             error, (OSError, RuntimeError, ValueError)
         ):
@@ -236,7 +263,7 @@ def _is_weights(entry: Path) -> bool:
 
 
 def _target(path: str | os.PathLike) -> Path:
-    """The absolute path of a folder to write; only its own name may be a link."""
+    """Make the absolute path of a folder to write; only its own name may be a link."""
     path = local_path(path, "the folder to write", CheckpointError).absolute()
     check_no_backslash(path, "the folder to write", CheckpointError)
     if path.name in ("", ".."):

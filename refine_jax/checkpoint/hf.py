@@ -28,6 +28,7 @@ from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
     RUN,
+    ModelCheckpoint,
     companions,
     contained,
     copy_files,
@@ -72,7 +73,7 @@ from refine_jax.models.config import (
     unused_fields,
 )
 
-# Tensors of published files that change nothing: {pattern: (why, whose)}.
+# Published files may hold these tensors, which change nothing: {pattern: (why, of which family)}.
 _UNUSED = {
     r".*\.rotary(_emb)?\.inv_freq": ("it follows from config.json", Architecture),
     r"model\.layers\.\d+\.attn\.D": (
@@ -81,32 +82,14 @@ _UNUSED = {
     ),
 }
 
-# Files of tokenizers in other forms than those that are read.
+# Tokenizers in these forms are not read.
 _OTHER_TOKENIZERS = {"tekken.json", "spiece.model", "sentencepiece.bpe.model", "vocab.txt"}
 
-# Parts of names by which PyTorch's wrappers of modules mark what they wrap.
+# PyTorch's wrappers of modules put these parts into the names of what they wrap.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind
 _BLOCK = 1 << 18  # elements that stay in a processor's cache between copy and check
-
-
-class Pretrained(NamedTuple):
-    """A Hugging Face folder.
-
-    config: the fields of config.json. params: nested dict of numpy arrays, layers stacked.
-    config_json: the text of config.json. files: the other files that travel along, {name: path},
-    or what writes them at a path. slots: where each tensor went. tensors: how many tensors the
-    parameters were made of. left_out: what the folder holds beside that, a line each.
-    """
-
-    config: dict
-    params: dict
-    config_json: str
-    files: dict
-    slots: dict[str, Slot]
-    tensors: int
-    left_out: tuple[str, ...]
 
 
 class _Entry(NamedTuple):
@@ -118,7 +101,7 @@ class _Entry(NamedTuple):
     dtype: str
 
 
-def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pretrained:
+def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> ModelCheckpoint:
     """Read a Hugging Face folder into stacked parameters, dtypes as they are.
 
     allow_nonfinite: take weights that are NaN or infinite.
@@ -163,11 +146,13 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Pret
     left_out = (*unused, *_left_out(folder, fields, weights, files))
     if config.layer_kinds is not None:
         files |= _kept(folder, weights, others)
-    return Pretrained(fields, nest(arrays), config_json, files, slots, len(stored), left_out)
+    tokenizer = folder if has_tokenizer(folder) else None
+    model = ModelCheckpoint(fields, config_json, nest(arrays), tokenizer, files)
+    return model._replace(slots=slots, tensors=len(stored), left_out=left_out)
 
 
 def _kept(folder: Path, weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
-    """The files that keep what else there is in the weights, and how they are laid out."""
+    """Make the files that keep tensors of other parts, and the layout of the files of weights."""
     if weights.torch:
         tensors = {}
         for name, entry in others.items():
@@ -185,7 +170,7 @@ def _kept(folder: Path, weights: WeightFiles, others: Mapping[str, _Entry]) -> d
 
 
 def _read_config(folder: Path) -> str:
-    """The text of config.json; raises CheckpointError that says what else the folder is."""
+    """Read the text of config.json; raise a CheckpointError that says what else the folder is."""
     if not folder.is_dir():
         got = "it is a file" if folder.exists() else "there is no such folder"
         raise CheckpointError(f"{folder} is not a Hugging Face folder: {got}.")
@@ -207,7 +192,7 @@ def _read_config(folder: Path) -> str:
 def _describe(
     weights: WeightFiles, folder: Path, config: Architecture
 ) -> tuple[dict[str, _Entry], dict[str, _Entry], list[str], list[str]]:
-    """The tensors by published name, those of other parts, and lines on what else there is."""
+    """Sort the tensors by published name: the model's and others'; list unused and wrong ones."""
     entries: list[_Entry] = []
     for file in weights.files:
         with weights.open(file) as opened:
@@ -257,7 +242,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _common_prefix(names: Iterable[str], config: Architecture) -> str:
-    """What stands before the published names of all tensors, such as `module.`."""
+    """Find what stands before the published names of all tensors, such as `module.`."""
     names = [_without_wrappers(name) for name in names]
     prefixes = [
         name.removesuffix(embeddings)
@@ -277,7 +262,7 @@ def _read(
     abstract: Mapping[str, Any],
     allow_nonfinite: bool,
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The parameters by name, and the tensor that is none: a head tied to the embeddings."""
+    """Read the parameters by name, and a head tied to the embeddings, which is no parameter."""
     arrays, head, nonfinite = {}, None, []
     names: dict[Path, list[str]] = {file: [] for file in weights.files}
     for name, entry in stored.items():
@@ -301,7 +286,7 @@ def _read(
 
 
 def _part(arrays: Mapping[str, np.ndarray], slot: Slot) -> np.ndarray:
-    """The part of a parameter that a published tensor holds."""
+    """Take the part of a parameter that a published tensor holds."""
     array = arrays[slot.param]
     array = array if slot.layer is None else array[slot.layer]
     return array if slot.rows is None else array[slice(*slot.rows)]
@@ -343,7 +328,7 @@ def _all_finite(x: np.ndarray) -> bool:
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    """Whether all values are finite: no exponent is all ones."""
+    """Tell whether all values are finite: no exponent is all ones."""
     mask = _EXPONENTS[x.dtype.name]
     bits = x.view(f"uint{8 * x.dtype.itemsize}")
     return not np.any((bits & bits.dtype.type(mask)) == mask)
@@ -354,7 +339,7 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _left_out(folder: Path, fields: Mapping, weights: WeightFiles, files: Mapping) -> list[str]:
-    """Lines on what else the folder and its config.json hold: nothing is dropped unsaid."""
+    """List in lines what else the folder and its config.json hold: nothing is dropped unsaid."""
     lines = []
     unread = unused_fields(fields)
     if unread:
@@ -371,13 +356,13 @@ def _left_out(folder: Path, fields: Mapping, weights: WeightFiles, files: Mappin
 
 
 def _brief(names: list[str], most: int = 12) -> str:
-    """Names in a line, printable and not too many."""
+    """Write names in a line, printable and not too many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(_printable(name, 60) for name in names[:most]) + more
 
 
 def _listed(lines: list[str]) -> str:
-    """Lines of a message, printable and not too many of a kind: faults, unknown, missing."""
+    """Write lines of a message, printable and few of a kind: faults, unknown, missing."""
     shown = []
     for kind in (": unknown, ", ": missing, "):
         same = [line for line in lines if kind in line]
@@ -464,7 +449,7 @@ def _unsupported_dtype(name: str, dtype: Any) -> str:
 
 
 def _dtype_problems(slots: Mapping[str, Slot], stored: Mapping[str, _Entry]) -> list[str]:
-    """Lines for dtypes that are not supported, and for layers that do not stack."""
+    """List in lines the dtypes that are not supported, and layers that do not stack."""
     lines = [
         _unsupported_dtype(name, entry.dtype)
         for name, entry in sorted(stored.items())

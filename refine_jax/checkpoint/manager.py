@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,29 +29,40 @@ from orbax.checkpoint import checkpoint_managers as policies
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
-from refine_jax.checkpoint.arrays import damaged, read_arrays, save_args, shorten, write_arrays
+from refine_jax.checkpoint.arrays import (
+    damaged,
+    quiet_orbax,
+    read_arrays,
+    save_args,
+    shorten,
+    write_arrays,
+)
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
     RUN,
+    ModelCheckpoint,
     companions,
     copy_files,
     has_tokenizer,
     new_folder,
 )
-from refine_jax.checkpoint.loops import quiet_orbax
-from refine_jax.checkpoint.record import digest, file_digests, read_run, write_run
+from refine_jax.checkpoint.hf import read_hf
 from refine_jax.checkpoint.steps import (
     DATA,
     STATE,
     StepNames,
     check_newest,
     check_room,
+    digest,
+    file_digests,
     find_best,
     find_steps,
     how_to_fix,
+    read_run,
     read_step_metrics,
     remove_unfinished,
+    write_run,
 )
 from refine_jax.checkpoint.tree import (
     PyTree,
@@ -71,23 +81,6 @@ class Restored(NamedTuple):
     step: int
     state: PyTree
     data_state: Any
-
-
-class ModelCheckpoint(NamedTuple):
-    """A model from a checkpoint, or the description of one that has none yet.
-
-    config: the fields of config.json. config_json: its text. params: nested dict of arrays; None:
-    of a run, random or restored with the rest of it. tokenizer: the folder of the tokenizer files,
-    None if there are none. files: the files that travel with the weights, {name: path}. step: None
-    unless from a run.
-    """
-
-    config: Mapping[str, Any]
-    config_json: str
-    params: dict | None = None
-    tokenizer: epath.Path | None = None
-    files: Mapping[str, Any] = MappingProxyType({})
-    step: int | None = None
 
 
 class CheckpointManager(contextlib.AbstractContextManager):
@@ -136,7 +129,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         steps = find_steps(self.directory)
         check_room(self.directory, steps, last_step)
         for step in steps.saved:
-            # Orbax would not say what is wrong.
+            # Orbax would not say what is wrong with the figures.
             read_step_metrics(self.directory, step, steps.saved)
         if distributed.is_writer():
             self._write_description(
@@ -200,7 +193,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 best_mode=mode,
                 step_name_format=StepNames(),
                 async_options=ocp.AsyncOptions(
-                    # Where that fails, threads would wait for the folders for five minutes.
+                    # Where creating folders fails, threads would wait for them for five minutes.
                     create_directories_asynchronously=False,
                     barrier_sync_fn=self._wait_for_others,
                 ),
@@ -250,7 +243,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 "was not written by this run. Move it elsewhere: it is not overwritten."
             )
         arrays = {name: plain_leaf(leaf) for name, leaf in flatten(state).items()}
-        # Through JSON now: Orbax serialises later, when the iterator has gone on.
+        # Copy the state through JSON now: Orbax serialises later, when the iterator has gone on.
         data = {DATA: json.loads(json.dumps(data_state))}
         digests = self._digests | {DATA: digest(data)}
         with self._reporting_failure():
@@ -265,12 +258,12 @@ class CheckpointManager(contextlib.AbstractContextManager):
         return True
 
     def steps(self) -> list[int]:
-        """Saved steps, ascending."""
+        """List the saved steps, ascending."""
         self.wait()
         return self._known_steps()
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
-        """The newest checkpoint, or None if there is none. See `restore`."""
+        """Read the newest checkpoint, or return None if there is none. See `restore`."""
         steps = self.steps()
         check_newest(self.directory, find_steps(self.directory))
         return self.restore(steps[-1], abstract_state) if steps else None
@@ -373,7 +366,8 @@ def load_model(
 ) -> ModelCheckpoint:
     """Read a model from its folder or from a training run's.
 
-    path: written by `save_model` or CheckpointManager, or a work folder with `checkpoints` in it.
+    path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
+        Hugging Face folder, which is read whole into memory: convert large ones.
     step: of a run: "latest", "best" (by the run's best metric) or a number.
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
@@ -396,10 +390,12 @@ def load_model(
         source, part = folder / str(step) / STATE, f"{PARAMS}."
         fix = how_to_fix(folder / str(step), others)
         digests = {folder / name: saved for name, saved in file_digests(folder).items()}
+    elif any(Path(folder).glob("model*.safetensors*")):
+        return _load_published(Path(folder), shardings, dtype)
     else:
         raise CheckpointError(
-            f"{path} is not a checkpoint of this package: it has no {PARAMS} and no {RUN}. A "
-            "Hugging Face folder is converted by `python -m refine_jax.convert from_hf SRC DST`."
+            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
+            "package have, and no weights (safetensors) of a Hugging Face folder."
         )
     abstract = abstract_params(config)
     placed = flatten(shardings) if shardings is not None else dict.fromkeys(abstract)
@@ -414,14 +410,31 @@ def load_model(
         fix=fix,
     )
     params = nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
-    if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     tokenizer = folder if has_tokenizer(folder) else None
+    params = _cast(params, dtype)
     return ModelCheckpoint(config, config_json, params, tokenizer, companions(folder), step)
 
 
+def _load_published(folder: Path, shardings: PyTree | None, dtype: Any) -> ModelCheckpoint:
+    """Read a model from a Hugging Face folder; arguments and errors as of `load_model`."""
+    model = read_hf(folder)
+    params = model.params
+    if shardings is not None:
+        params = jax.tree.map(jax.device_put, params, shardings)
+    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
+    return ModelCheckpoint(
+        model.config, model.config_json, _cast(params, dtype), tokenizer, model.files
+    )
+
+
+def _cast(params: dict, dtype: Any) -> dict:
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+
+
 def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
-    """The step to read and the other ones there are."""
+    """Choose the step to read; returns it and the other ones."""
     run, steps = read_run(folder, verify=True), find_steps(folder)
     saved = steps.saved
     if step in ("latest", "best"):
@@ -442,7 +455,7 @@ def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
 
 
 def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
-    """What a step saved of the data iterator, under the name `DATA`."""
+    """Read what a step saved of the data iterator, under the name `DATA`."""
     try:
         data = parse_object((folder / "metadata").read_bytes(), "metadata", CheckpointError)
         if DATA not in data:
@@ -453,7 +466,7 @@ def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The abstract leaf with a sharding: its own, or the default device."""
+    """Give the abstract leaf a sharding: its own, or the default device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

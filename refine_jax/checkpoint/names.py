@@ -21,7 +21,7 @@ from refine_jax.models.layer_config import FULL, LINEAR
 HEAD = "lm_head.weight"
 EMBEDDINGS = "embeddings.weight"
 
-# Beginnings of the names of layers' parameters, and of those that published files have for them.
+# Names of layers' parameters begin so here (keys) and in published files (values).
 _RENAMED: dict[type[Architecture], dict[str, dict[str, tuple[str, ...]]]] = {
     QwenTextConfig: {
         LINEAR: {
@@ -78,14 +78,14 @@ class Target(NamedTuple):
 
 
 def embedding_names(config: Architecture) -> tuple[str, ...]:
-    """The names that the embeddings may have."""
+    """List the names that the embeddings may have."""
     if not isinstance(config, QwenTextConfig | OlmoHybridConfig):
         return (f"model.{EMBEDDINGS}",)
     return tuple(f"{base}embed_tokens.weight" for base in _bases(config))
 
 
 def is_of_other_parts(name: str, config: Architecture) -> bool:
-    """Whether a tensor belongs to a part of the published model that is none of the text model.
+    """Tell whether a tensor belongs to a part of the published model beside the text model.
 
     These are the vision tower and the head that predicts several tokens.
     """
@@ -93,28 +93,28 @@ def is_of_other_parts(name: str, config: Architecture) -> bool:
 
 
 def _bases(config: Architecture) -> tuple[str, ...]:
-    """What names of the text model's tensors may begin with."""
+    """List what names of the text model's tensors may begin with."""
     if isinstance(config, QwenConfig):
         return _TEXT_MODEL, "model."
     return ("model.", _TEXT_MODEL) if isinstance(config, QwenTextConfig) else ("model.",)
 
 
 def targets_of(config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[Target]:
-    """The published tensors of parameters of these shapes."""
-    bases, found = _bases(config), []
+    """Find the published tensors of parameters of these shapes."""
+    bases, targets = _bases(config), []
     for param, shape in shapes.items():
         head, *rest = param.split(".")
         if head == "layers":
-            found += _layer_targets(config, bases, param, rest, shape)
+            targets += _layer_targets(config, bases, param, rest, shape)
         elif head == "lm_head":
-            found.append(Target(param, None, shape, ((param,),), shape[:1]))
+            targets.append(Target(param, None, shape, ((param,),), shape[:1]))
         elif head == "embeddings":
             names = tuple((name,) for name in embedding_names(config))
-            found.append(Target(param, None, shape, names, shape[:1]))
+            targets.append(Target(param, None, shape, names, shape[:1]))
         else:
             names = tuple((base + param,) for base in bases)
-            found.append(Target(param, None, shape, names, shape[:1]))
-    return found
+            targets.append(Target(param, None, shape, names, shape[:1]))
+    return targets
 
 
 def _layer_targets(config, bases, param: str, rest: list[str], shape) -> list[Target]:
@@ -122,7 +122,7 @@ def _layer_targets(config, bases, param: str, rest: list[str], shape) -> list[Ta
     renamed: Mapping[str, tuple[str, ...]] = {}
     if kinds is not None:
         kind, *rest = rest
-        layers = [layer for layer, each in enumerate(kinds) if each == kind]
+        layers = [layer for layer, kind_of_layer in enumerate(kinds) if kind_of_layer == kind]
         tables = [t for family, t in _RENAMED.items() if isinstance(config, family)]
         renamed = tables[0][kind] if tables else {}
     # The published module is a Sequential, whose first part is this projection.
@@ -157,7 +157,7 @@ def slots_of(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Slot]:
-    """The place of every published tensor, by its name, in parameters of the given shapes.
+    """Find the place of every published tensor, by its name, in parameters of the given shapes.
 
     stored: shapes of the tensors of files that were read, by name: of several names and forms that
     a tensor may have, those that the files have. None: those that are written.
@@ -171,10 +171,10 @@ def slots_of(
             continue
         rows = target.rows
         if all(name in stored for name in names):
-            found = [stored[name] for name in names]
-            whole = sum(shape[0] for shape in found if shape) == target.shape[0]
-            if whole and all(shape[1:] == target.shape[1:] for shape in found):
-                rows = [shape[0] for shape in found]  # cut elsewhere by some writers
+            shapes_stored = [stored[name] for name in names]
+            whole = sum(shape[0] for shape in shapes_stored if shape) == target.shape[0]
+            if whole and all(shape[1:] == target.shape[1:] for shape in shapes_stored):
+                rows = [shape[0] for shape in shapes_stored]  # cut elsewhere by some writers
         start = 0
         for name, count in zip(names, rows, strict=True):
             shape = (count, *target.shape[1:])

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     size: int
 
     def blocks(self) -> Iterator[bytes]:
-        """The tensor's bytes, some at a time."""
+        """Read the tensor's bytes, some at a time."""
         with self.file.open("rb") as file:
             file.seek(self.start)
             left = self.size
@@ -69,16 +69,16 @@ class InMemory(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.array.nbytes
 
     def blocks(self) -> Iterator[memoryview]:
-        """The tensor's bytes."""
+        """Give the tensor's bytes."""
         yield np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
 
 
 def read_header(file: Path) -> tuple[str, int]:
-    """The text of a safetensors file's header, and the byte where its tensors begin."""
+    """Read the text of a safetensors file's header, and the byte where the tensors begin."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         return opened.read(size).decode(), 8 + size
@@ -89,7 +89,7 @@ def _tensors_of(header: str) -> dict[str, dict[str, Any]]:
 
 
 def stored_tensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file."""
+    """Find the tensors of a safetensors file."""
     header, begin = read_header(file)
     return {
         name: Stored(
@@ -133,7 +133,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], header: str | None
 
 
 def _rank(dtype: str) -> int:
-    """Where the safetensors package puts a dtype: those of wider elements come first in a file."""
+    """Rank a dtype as the safetensors package does: wider elements come first in a file."""
     return _ORDER.index(dtype) if dtype in _ORDER else -1
 
 
@@ -144,7 +144,7 @@ class Record(NamedTuple):
     index: str | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors, by name."""
+        """Read the shapes of all tensors, by name."""
         return {
             name: tuple(x["shape"])
             for header in self.headers.values()
@@ -152,7 +152,7 @@ class Record(NamedTuple):
         }
 
     def holds(self, tensors: Mapping[str, Any]) -> bool:
-        """Whether the files hold exactly these tensors, in shape and dtype, and without gaps."""
+        """Tell whether the files hold exactly these tensors, shapes and dtypes, without gaps."""
         seen = {}
         for header in self.headers.values():
             end = 0
@@ -165,7 +165,7 @@ class Record(NamedTuple):
 
 
 def keep(headers: Mapping[str, str], index: str | None, others: Mapping[str, Stored]) -> dict:
-    """The files that keep this, {name: what writes the file at a path}."""
+    """Make the files that keep headers, index and tensors, {name: function of a path}."""
     record = json.dumps({"headers": dict(headers), "index": index}, indent=1) + "\n"
     files: dict[str, Callable[[Path], None]] = {PUBLISHED: lambda path: write_text(path, record)}
     if others:
@@ -174,7 +174,7 @@ def keep(headers: Mapping[str, str], index: str | None, others: Mapping[str, Sto
 
 
 def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], dict[str, Path]]:
-    """The record and the tensors of other parts among a checkpoint's files, and the other files.
+    """Separate a checkpoint's files: the record, the tensors of other parts, and the other files.
 
     Raises CheckpointError for a record that is damaged.
     """

@@ -1,9 +1,15 @@
-"""Which folders in a run's checkpoint folder are saved steps, and which of them is best.
+"""What a run's checkpoint folder holds: the saved steps, and beside them run.json with digests.
 
 A step is a folder that has the number of the step as its name and the marks of a finished save in
 it. Whatever else people keep there is left alone: nothing that a run did not write is deleted.
+
+Arrays have fingerprints; the files beside them decide as much. A step is saved with the digests of
+what it depends on: the model's config.json, its tokenizer, the place in the data. `run.json` is
+rewritten at every start of the run, with the settings of then, so that its digest is in it.
 """
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -15,10 +21,19 @@ from typing import Any, NamedTuple
 from orbax.checkpoint.path import step as orbax_steps
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import kind_of, parse_json, short
+from refine_jax.base.files import (
+    json_field,
+    kind_of,
+    parse_json,
+    read_json,
+    short,
+    write_text,
+)
 from refine_jax.checkpoint.arrays import damaged
+from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 
 STATE, DATA, METRICS = "state", "data", "metrics"
+_DIGEST = "digest"
 _FINISHED = "_CHECKPOINT_METADATA"  # Orbax's, written last
 _NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,17})")  # ASCII digits, as a run writes them
 _UNFINISHED = re.compile(_NUMBER.pattern + r"\.orbax-checkpoint-tmp(?:-[0-9]+)?")
@@ -38,7 +53,7 @@ class Steps(NamedTuple):
 
 
 def find_steps(folder: str | os.PathLike) -> Steps:
-    """The steps in a checkpoint folder; none if there is no such folder."""
+    """Find the steps in a checkpoint folder; none if there is no such folder."""
     steps = Steps([], [], [], [])
     try:
         numbers = sorted(int(n) for n in os.listdir(folder) if _NUMBER.fullmatch(n))
@@ -102,7 +117,7 @@ def _why_broken(path: Path) -> str | OSError:
 
 
 def how_to_fix(folder: str | os.PathLike, others: list[int]) -> str:
-    """What to do about a damaged step, given the other ones."""
+    """Say what to do about a damaged step, given the other ones."""
     if not others:
         return f"Delete {folder} to start over; there is no other step."
     return f"Delete {folder} to continue from step {others[-1]}, or choose one of {others}."
@@ -124,25 +139,25 @@ class StepNames(orbax_steps.NameFormat):
     """Shows Orbax the folders that the run wrote, and no others: it deletes what it knows of."""
 
     def build_name(self, step: int) -> str:
-        """The name of a step's folder."""
+        """Name a step's folder."""
         return str(step)
 
     def find_all(self, base_path: Any) -> Iterator[orbax_steps.Metadata]:
-        """The finished steps that are no links."""
+        """Find the finished steps that are no links."""
         steps = find_steps(base_path)
         for step in steps.saved:
             if step not in steps.linked:
                 yield self.find_step(base_path, step)
 
     def find_step(self, base_path: Any, step: int) -> orbax_steps.Metadata:
-        """A step, which is there."""
+        """Describe a step, which is there."""
         return orbax_steps.Metadata(
             step=step, path=orbax_steps.build_step_path(base_path, self, step)
         )
 
 
 def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -> dict[str, float]:
-    """The figures that a step was saved with, by name; empty if with none. Some may be NaN.
+    """Read the figures that a step was saved with, by name; none if it has none. Some may be NaN.
 
     Raises CheckpointError if they are damaged.
     """
@@ -163,10 +178,93 @@ def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -
 
 
 def find_best(figures: Mapping[int, Mapping[str, float]], name: str | None, mode: str):
-    """The step whose figure `name` is best ("min" or "max"); None where none has it."""
+    """Find the step whose figure `name` is best ("min" or "max"); None where no step has it."""
     known = {
         step: values[name]
         for step, values in figures.items()
         if name in values and not math.isnan(values[name])
     }
     return (min if mode == "min" else max)(known, key=known.get, default=None)
+
+
+class RunRecord(NamedTuple):
+    """What run.json says.
+
+    best_metric, best_mode: which checkpoint is best ("min" or "max" of a figure; None: none is).
+    config: the configuration of the run.
+    """
+
+    best_metric: str | None
+    best_mode: str
+    config: dict[str, Any]
+
+
+def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write run.json: JSON values, and their digest."""
+    fields = json.loads(json.dumps(fields))
+    text = json.dumps({_DIGEST: digest(fields)} | fields, indent=2) + "\n"
+    write_text(Path(folder) / RUN, text)
+
+
+def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
+    """Read run.json; every field of the right type.
+
+    verify: also compare its digest. Versions before had none.
+
+    Raises CheckpointError: it is missing, damaged, or (`verify`) not as it was written.
+    """
+    path = Path(folder) / RUN
+    fields = read_json(path, CheckpointError)
+
+    def get(name: str, kind: type, default: Any = None) -> Any:
+        return json_field(fields, name, kind, where=path, error=CheckpointError, default=default)
+
+    mode = get("best_mode", str, "min")
+    if mode not in ("min", "max"):
+        raise CheckpointError(f"{path}: best_mode must be 'min' or 'max'. Got: {short(mode)}.")
+    written = get(_DIGEST, str)
+    if verify and written not in (None, digest({k: fields[k] for k in fields if k != _DIGEST})):
+        raise CheckpointError(
+            f"{path} is not as the run wrote it: it was changed or damaged. Put it back from a "
+            f'copy; if what it says is right, remove the line "{_DIGEST}" in it.'
+        )
+    return RunRecord(get("best_metric", str), mode, get("config", dict, {}))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration in run.json, {section: {field: value}}, and its phase.
+
+    Raises CheckpointError as `read_run` does, also where run.json is not as it was written, and for
+    a section that is no object.
+    """
+    config = read_run(folder, verify=True).config
+    for section, values in config.items():
+        wanted = str if section == "phase" else dict
+        if not isinstance(values, wanted):
+            raise CheckpointError(
+                f"{Path(folder) / RUN}: config.{section} must be {kind_of(wanted())}. "
+                f"Got: {short(values)}."
+            )
+    return config
+
+
+def digest(value: Any) -> str:
+    """Compute a digest of a JSON value: the same however the value is written down."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_digests(folder: Path) -> dict[str, str | None]:
+    """Compute digests of the model's description in a folder, by file; None where absent."""
+    digests: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
+    for name in TOKENIZERS:
+        path = Path(folder) / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            digests[name] = None
+            continue
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}.") from None
+        digests[name] = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return digests

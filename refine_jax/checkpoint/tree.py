@@ -21,7 +21,7 @@ PyTree = Any
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Leaves of `tree` by name, in the order of `jax.tree.leaves`."""
+    """Name the leaves of `tree`, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
     if len(named) != len(leaves):
@@ -30,12 +30,12 @@ def flatten(tree: PyTree) -> dict[str, Any]:
 
 
 def unflatten(tree: PyTree, named: Mapping[str, Any]) -> PyTree:
-    """The structure of `tree` with the leaves of `named`."""
+    """Put the leaves of `named` into the structure of `tree`."""
     return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in flatten(tree)])
 
 
 def nest(named: Mapping[str, Any]) -> dict:
-    """Nested dict from dotted names."""
+    """Make a nested dict of dotted names."""
     root: dict = {}
     for name, leaf in named.items():
         *parents, last = name.split(".")
@@ -47,7 +47,7 @@ def nest(named: Mapping[str, Any]) -> dict:
 
 
 def differences(expected: Mapping[str, tuple], got: Mapping[str, tuple]) -> list[str]:
-    """One line for every name that is missing, unknown or has another shape.
+    """Describe in a line every name that is missing, unknown or has another shape.
 
     expected, got: shapes by name.
     """
@@ -63,12 +63,12 @@ def differences(expected: Mapping[str, tuple], got: Mapping[str, tuple]) -> list
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf (or its abstract value) is a typed random key."""
+    """Tell whether a leaf (or its abstract value) is a typed random key."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def plain_leaf(leaf: Any) -> Any:
-    """The leaf, or the data of a typed random key: what a file can hold. Abstract leaves too."""
+    """Replace a typed random key, also an abstract one, by its data, which a file can hold."""
     if not is_key(leaf):
         return leaf
     if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -96,7 +96,7 @@ def _key_impl(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def fingerprints(named: Mapping[str, Any]) -> dict[str, int]:
-    """A 32-bit number for every array, which changes with any change of a single element.
+    """Compute a 32-bit number of every array, which changes with any change of a single element.
 
     Storage formats check their indices but not their data: a flipped bit in a file would be loaded
     as another weight. The number is the sum of bits_i * (2 i + 1) modulo 2^32 over the elements'
@@ -138,7 +138,7 @@ def _device_fingerprint(x: jax.Array) -> jax.Array:
 
 
 def abstract_params(fields: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes by name of the parameters of a model with these config.json fields.
+    """Describe the parameters of a model with these config.json fields: shapes and dtypes by name.
 
     Raises ModelConfigError for a model that is not known.
     """

@@ -48,7 +48,7 @@ class WeightFiles(NamedTuple):
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """The weights that a Hugging Face folder holds; safetensors if there are several.
+    """Find the weights that a Hugging Face folder holds; safetensors if there are several.
 
     Raises CheckpointError if there are none, or an index names files that are not in the folder.
     """
@@ -74,7 +74,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def _shards(folder: Path, index: Path) -> tuple[list[Path], set[str]]:
-    """The files that an index lists, and the tensors in them."""
+    """Read which files an index lists, and which tensors are in them."""
     weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -110,7 +110,7 @@ class _SafetensorsFile:
         self._file = file
 
     def describe(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every tensor."""
+        """Read the shape and dtype of every tensor."""
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         return {
             name: (
@@ -121,7 +121,7 @@ class _SafetensorsFile:
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Read one tensor."""
         return self._file.get_tensor(name)
 
 
@@ -132,14 +132,14 @@ class _TorchFile:
         self._tensors = tensors
 
     def describe(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every tensor."""
+        """Read the shape and dtype of every tensor."""
         return {
             name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """Read one tensor."""
         import torch
 
         tensor = self._tensors[name].detach().contiguous()

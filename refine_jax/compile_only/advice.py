@@ -6,17 +6,17 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.compile_only.estimate.chips import GIB
 from refine_jax.compile_only.report import Report
 from refine_jax.models.config import model_config
-from refine_jax.parallel import check_fits
+from refine_jax.phases.setup import check_fits
 
-# Programs with a backward pass.
+# These programs have a backward pass.
 _DIFFERENTIATED = ("update", "ntp_update", "answer_update", "adaptation")
 
-# Bytes that a change saves on a chip, and the change in words.
+# A change: the bytes that it saves on a chip, and what to change in words.
 Change = tuple[float, str]
 
 
 def advise(report: Report) -> list[str]:
-    """Changes that would make the programs smaller; empty where all fit."""
+    """List changes that would make the programs smaller; none where all fit."""
     failing = report.too_large
     if not failing:
         return []
@@ -33,12 +33,12 @@ def advise(report: Report) -> list[str]:
 
 
 def advise_beside(report: Report) -> list[str]:
-    """Changes that would make programs fit that the run is only compared with; empty if all do."""
+    """List changes that would make programs fit that the run is only compared with."""
     return [text for _, text in _smaller_generation(report, report.too_large_beside)]
 
 
 def _smaller_state(report: Report) -> Iterator[Change]:
-    """Changes of parameters and optimizer state."""
+    """List changes of parameters and optimizer state."""
     mesh, facts, config = report.mesh, report.facts, report.config
     state = facts["params"] + facts["optimizer"]
     others = mesh["data"]
@@ -64,7 +64,7 @@ def _smaller_state(report: Report) -> Iterator[Change]:
 
 
 def _fewer_activations(report: Report, failing: list[dict]) -> Iterator[Change]:
-    """Changes of the arrays between the layers, and of the states of forks."""
+    """List changes of the arrays between the layers, and of the states of forks."""
     mesh, config = report.mesh, report.config
     largest = max(failing, key=lambda program: program["memory"]["peak"])
     temporaries = largest["memory"]["temporaries"]
@@ -94,7 +94,7 @@ def _fewer_activations(report: Report, failing: list[dict]) -> Iterator[Change]:
 def _shared_rows(
     report: Report, section: str, temporaries: float, states: float
 ) -> Iterator[Change]:
-    """Twice as many chips for a row, which divide its tokens or its heads.
+    """Give a row twice as many chips, which divide its tokens or its heads.
 
     section: that says how many rows are read at a time. states: bytes of decode states on a chip;
     they are made of heads, so that `tensor` divides them and `sequence` does not.
@@ -103,7 +103,7 @@ def _shared_rows(
     given = next((name for name in ("fsdp", "data") if mesh[name] % 2 == 0), None)
     if given is None:
         return
-    # Half as many places for rows, but still one row at each.
+    # There are half as many places for rows then, but still one row at each.
     if section == "testtime":
         micro_batch, rows = config.testtime.micro_batch, mesh["data"] * mesh["fsdp"] // 2
     else:
@@ -128,7 +128,7 @@ def _shared_rows(
 
 
 def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
-    """Whether a mesh of these sizes can run the model."""
+    """Tell whether a mesh of these sizes can run the model."""
     model = model_config(report.facts["model"])
     try:
         check_fits(sizes, tokens=report.config.data.sequence_length, model=model)
@@ -138,7 +138,7 @@ def _divides(report: Report, sizes: Mapping[str, int]) -> bool:
 
 
 def _smaller_generation(report: Report, failing: list[dict]) -> Iterator[Change]:
-    """Changes of how prompts are read and answered."""
+    """List changes of how prompts are read and answered."""
     config = report.config
     for program in failing:
         half = program["memory"]["temporaries"] / 2

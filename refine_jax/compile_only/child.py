@@ -43,7 +43,7 @@ _SHOWN_BUFFERS = 12
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:
-    """The devices to compile for.
+    """Describe the devices to compile for.
 
     Raises ConfigError: libtpu has no such slice.
     """
@@ -71,7 +71,7 @@ def ambient(mesh: Mesh) -> contextlib.AbstractContextManager:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes on one device."""
+    """Count the bytes of a tree of arrays on one device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         if not hasattr(leaf, "dtype"):
@@ -85,7 +85,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def _unused(traced, args: tuple) -> int:
-    """Bytes of the arguments that a program does not read: jax does not pass them on."""
+    """Count the bytes of arguments that a program does not read: jax does not pass them on."""
     jaxpr = getattr(traced.jaxpr, "jaxpr", traced.jaxpr)
     used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
     used |= {id(var) for var in jaxpr.outvars}
@@ -95,7 +95,7 @@ def _unused(traced, args: tuple) -> int:
 
 
 def _resident(program: Program, traced) -> int:
-    """Bytes of what is in memory beside a program's arguments, outputs and temporaries."""
+    """Count bytes in memory beside a program's arguments, outputs and temporaries."""
     beside = bytes_of(program.resident)
     arguments = {id(leaf) for leaf in jax.tree.leaves(program.args)}
     shared = [x for x in jax.tree.leaves(program.resident) if id(x) in arguments]
@@ -159,7 +159,8 @@ def compile_program(
     if not assigned:  # the arguments alone were too much
         memory = Memory(bytes_of(program.args), 0, 0, 0)
     if compiled is not None:
-        # Nothing else of it: its temporaries count each value that passes through the VMEM, too.
+        # Take nothing else of the analysis: its temporaries also count values that only pass
+        # through VMEM.
         code = compiled.memory_analysis().generated_code_size_in_bytes
         memory = dataclasses.replace(memory, code=code)
     chip = topology.chip
@@ -201,12 +202,12 @@ def compile_program(
 
 
 def dump_folder() -> Path:
-    """The folder of XLA's dumps, which the process that starts this one names."""
+    """Name the folder of XLA's dumps, as the process that started this one gave it."""
     return Path(re.search(r"--xla_dump_to=(\S+)", os.environ["XLA_FLAGS"])[1])
 
 
 def _dumped(dump: Path, compiled) -> str:
-    """The optimized HLO: what the compiler dumped after or before it made code."""
+    """Read the optimized HLO: what the compiler dumped after or before it made code."""
     for stage in ("after_codegen", "oom_intermediate_module", "after_optimizations"):
         if text := _largest(dump, f"*.{stage}.txt"):
             return text
@@ -214,7 +215,7 @@ def _dumped(dump: Path, compiled) -> str:
 
 
 def _largest(dump: Path, pattern: str) -> str:
-    """The largest of the files of that name: the program's, not that of some constant; or ''."""
+    """Read the largest file of that name: the program's, not that of some constant; or ""."""
     files = list(dump.rglob(pattern))
     if not files:
         return ""
@@ -227,7 +228,7 @@ def _first_line(message: str) -> str:
 
 
 def summary(run: AbstractRun) -> dict:
-    """What all programs share: the model, parameters and optimizer state in bytes on a chip."""
+    """Describe what all programs share: the model; parameters and optimizer in bytes a chip."""
     params = run.params
     state = run.state if run.config.phase in ("midtrain", "posttrain", "testtime") else None
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -241,7 +242,7 @@ def summary(run: AbstractRun) -> dict:
 
 
 def work(task: dict) -> dict:
-    """The figures of a task."""
+    """Compute the figures of a task."""
     config = Config.from_dict(task["config"])
     topology = parse_topology(task["topology"])
     devices = devices_of(topology)

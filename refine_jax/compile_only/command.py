@@ -4,6 +4,7 @@ Each program is compiled in a process of its own (`child.py`), one after the oth
 compiler, runs on any Linux machine.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -25,8 +26,8 @@ from refine_jax.config import Config
 NOT_FITTING = 2
 FAILED = 3
 
-# What libtpu and jax must be told where there is no TPU: no lock file, no cloud metadata server, no
-# logs; and a program that comes from a cache leaves no dumps.
+# Where there is no TPU, libtpu and jax must be told to use no lock file, no cloud metadata server
+# and no logs; and no cache, as a program that comes from a cache leaves no dumps.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -58,6 +59,8 @@ def run(
     Raises ConfigError: no such slice, no libtpu, or a mesh that the run does not fit.
     """
     slice_ = parse_topology(topology)
+    if config.phase == "compare":  # its programs are those of training, and of what is trained
+        config = dataclasses.replace(config, phase="midtrain")
     if out is not None:
         check_output(out, "--json")
     check_libtpu()
@@ -119,7 +122,7 @@ def in_child(
     environment: Mapping[str, str] = os.environ,
     timeout: float | None = None,
 ) -> dict:
-    """Returns what a process of its own makes of a task: JSON, or {"error", "message"}.
+    """Do a task in a process of its own; returns its JSON, or {"error", "message"}.
 
     program: command line of the process, to which files for task and result are added (`child.py`).
     environment: its variables, to which those are added that libtpu needs. timeout: in seconds.

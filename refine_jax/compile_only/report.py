@@ -5,6 +5,7 @@ from typing import Any
 
 from refine_jax.compile_only.estimate.chips import GIB, Topology
 from refine_jax.config import Config
+from refine_jax.parallel import AXES
 
 _SHOWN_BUFFERS = 5
 _BESIDE = " (to compare with, not a part of the run)"
@@ -43,7 +44,7 @@ class Report:
     @property
     def mesh(self) -> dict[str, int]:
         """Sizes of the mesh's axes."""
-        return self.facts["mesh"] or dict.fromkeys(("data", "fsdp", "tensor", "sequence"), 1)
+        return self.facts["mesh"] or dict.fromkeys(AXES, 1)
 
     @property
     def tokens(self) -> int:
@@ -70,7 +71,7 @@ class Report:
         return estimates
 
     def heading(self) -> str:
-        """What is compiled for what."""
+        """Say what is compiled for what."""
         chip, facts = self.topology.chip, self.facts
         mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
         return (
@@ -82,7 +83,7 @@ class Report:
         )
 
     def to_json(self, advice: list[str]) -> dict[str, Any]:
-        """All figures, and what would help a run that does not fit (`advice.advise`)."""
+        """Give all figures, and what would help a run that does not fit (`advice.advise`)."""
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
@@ -106,14 +107,14 @@ def _total(programs: list[dict], key: str) -> float | None:
 
 
 def size(number: float) -> str:
-    """Bytes for people."""
+    """Write bytes for people."""
     if number >= GIB / 10:
         return f"{number / GIB:.2f} GiB"
     return f"{number / (1 << 20):.1f} MiB"
 
 
 def amount(number: float, unit: str) -> str:
-    """A large number for people: 3.21 TFLOP."""
+    """Write a large number for people: 3.21 TFLOP."""
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if abs(number) >= limit:
             return f"{number / limit:.2f} {letter}{unit}"
@@ -121,14 +122,14 @@ def amount(number: float, unit: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds for people."""
+    """Write seconds for people."""
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
 def line(program: dict, topology: Topology) -> str:
-    """A program in one line."""
+    """Write a program in one line."""
     if "error" in program:
         return f"{program['name']:15s} does not compile: {program['message']}"
     chip, peak = topology.chip, program["memory"]["peak"]
@@ -148,7 +149,7 @@ def line(program: dict, topology: Topology) -> str:
 
 
 def text(report: Report, advice: list[str], compared_advice: list[str]) -> str:
-    """Returns everything else, which is printed after the lines of the programs.
+    """Write everything else, which is printed after the lines of the programs.
 
     advice: changes that would make the run fit. compared_advice: changes that would make the
     programs fit that are only compared with.

@@ -20,6 +20,7 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, counted, is_lfs_pointer, local_path, not_fetched
 from refine_jax.data.unpack import read_head, stem_name
 
+TFDS_INFO, TFDS_FEATURES = "dataset_info.json", "features.json"
 KINDS = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
@@ -64,6 +65,13 @@ _COMPANIONS = ("readme*", "license*", "licence*", "notice*", "citation*", "datas
 _SAVED = ("dataset_dict.json", "state.json")  # of datasets.save_to_disk
 _COMPANIONS += (*_SAVED, "config.json", "generation_config.json")
 _COMPANIONS += ("tokenizer*.json", "special_tokens_map.json", "package.json", "package-lock.json")
+
+
+def is_tfds_folder(path: str | os.PathLike) -> bool:
+    """Say whether `path` is a folder that tensorflow-datasets has prepared."""
+    # The library `datasets` writes a dataset_info.json as well, but no features.json.
+    folder = os.path.expanduser(path)
+    return all(os.path.isfile(os.path.join(folder, name)) for name in (TFDS_INFO, TFDS_FEATURES))
 
 
 def kind_of(path: Path) -> str:

@@ -16,10 +16,17 @@ from absl import logging
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import clean_text
 from refine_jax.config import DataConfig
-from refine_jax.data.formats import check_head, files_of, find_files, looks_like_records
+from refine_jax.data.formats import (
+    check_head,
+    files_of,
+    find_files,
+    is_tfds_folder,
+    looks_like_records,
+)
+from refine_jax.data.recall import RecallDocuments
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
-from refine_jax.data.tfds import TfdsSource, is_tfds_folder
+from refine_jax.data.tfds import TfdsSource
 from refine_jax.data.unpack import blocks, is_packed
 
 __all__ = ["FilesSource", "RecordsSource", "TextSource", "find_files", "open_source", "open_texts"]
@@ -146,6 +153,8 @@ def open_source(options: DataConfig) -> TextSource:
         return FilesSource(
             _stdlib_files(setting("source")), setting("files"), importlib.util.decode_source
         )
+    if source == "recall":
+        return RecallDocuments()
     if source.startswith("tfds:") or is_tfds_folder(source):
         documents: TextSource = TfdsSource(options)
         if len(documents) == 0:

@@ -27,8 +27,8 @@ from absl import logging
 from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import clean_text, json_field, local_path, parse_json, read_json, short
 from refine_jax.config import DataConfig
+from refine_jax.data.formats import TFDS_FEATURES, TFDS_INFO, is_tfds_folder
 
-INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 PREFIX = "tfds:"
 CONNECT_SECONDS = 3.0  # within which a server must answer before a download is begun
 
@@ -59,13 +59,6 @@ class Opened(NamedTuple):
     records: Sequence[Mapping[str, Any]]
 
 
-def is_tfds_folder(path: str | os.PathLike) -> bool:
-    """Say whether `path` is a folder that tensorflow-datasets has prepared."""
-    # The library `datasets` writes a dataset_info.json as well, but no features.json.
-    folder = os.path.expanduser(path)
-    return all(os.path.isfile(os.path.join(folder, name)) for name in (INFO_FILE, FEATURES_FILE))
-
-
 def open_tfds(
     source: str, split: str = "train", data_dir: str = "", setting: str = "data.source"
 ) -> Opened:
@@ -87,7 +80,7 @@ def open_tfds(
         elif match := _NAME.fullmatch(source):
             builder = _from_name(match, _data_dir(data_dir), setting)
         elif folder.is_dir():
-            names = (INFO_FILE, FEATURES_FILE)
+            names = (TFDS_INFO, TFDS_FEATURES)
             lacks = " and ".join(name for name in names if not (folder / name).is_file())
             raise DataError(
                 f"{setting}={source!r} is no folder that tensorflow-datasets has prepared: it "
@@ -186,7 +179,7 @@ def _from_name(match: re.Match, data_dir: Path, setting: str) -> Any:
             f"that name, and {data_dir} holds none that is prepared. Close to it: "
             f"{', '.join(near)}."
         )
-    for info in sorted((data_dir / name).glob(f"**/{INFO_FILE}")):
+    for info in sorted((data_dir / name).glob(f"**/{TFDS_INFO}")):
         check_folder(info.parent)
     builder = known(
         data_dir=str(data_dir), config=config, version=version, file_format="array_record"
@@ -205,13 +198,13 @@ def _prepared(root: Path, config: str | None, version: str | None, asked: str) -
     wanted = version or "*"
     folders = [
         path.parent
-        for path in base.glob(f"*/{INFO_FILE}")
+        for path in base.glob(f"*/{TFDS_INFO}")
         if _VERSION.fullmatch(path.parent.name) and fnmatch.fnmatchcase(path.parent.name, wanted)
     ]
     if folders:
         return max(folders, key=lambda path: [int(part) for part in path.name.split(".")])
     if not config:
-        configs = sorted({path.parents[1].name for path in base.glob(f"*/*/{INFO_FILE}")})
+        configs = sorted({path.parents[1].name for path in base.glob(f"*/*/{TFDS_INFO}")})
         if len(configs) == 1:
             return _prepared(root, configs[0], version, asked)
         if configs:
@@ -257,7 +250,7 @@ def check_folder(folder: Path) -> None:
     Raises DataError: a feature whose class is none of tensorflow-datasets' own; a name or a file
     template with a path; a file that is not as tensorflow-datasets writes it.
     """
-    path = folder / INFO_FILE
+    path = folder / TFDS_INFO
     info = read_json(path, DataError)
 
     def field(fields: Mapping, name: str, kind: Any, default: Any) -> Any:
@@ -285,7 +278,7 @@ def check_folder(folder: Path) -> None:
             )
     # Only there: the statistics beside it have types of their own.
     _check_features(field(info, "features", dict, {}), path)
-    features = folder / FEATURES_FILE
+    features = folder / TFDS_FEATURES
     if features.exists():
         _check_features(read_json(features, DataError), features)
 

@@ -25,8 +25,9 @@ from absl import logging
 from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import json_field, read_json
 from refine_jax.config import DataConfig
+from refine_jax.data.formats import is_tfds_folder
 from refine_jax.data.sources import TextSource, open_source
-from refine_jax.data.tfds import first_line, is_tfds_folder, open_tfds
+from refine_jax.data.tfds import first_line, open_tfds
 from refine_jax.data.tokenizer import Tokenizer, check_ends
 
 FORMAT = 1  # of the cache folders and of the iterator fingerprints; raise it when they change

@@ -8,7 +8,7 @@ Examples:
 
     python -m refine_jax.evaluation.position --checkpoint=checkpoints/lact-760m \\
         --source=corpus.jsonl --sequence_length=16384 --min_tokens=4096 --output=positions/
-    python -m refine_jax.evaluation.position --checkpoint=runs/demo --step=best --holdout=0.05
+    python -m refine_jax.evaluation.position --checkpoint=runs/scratch --step=best --holdout=0.05
 """
 
 import json

@@ -88,7 +88,9 @@ def load_questions(
         for length in ([None] if TASKS[name].group == "longbench" else lengths)
     ]
     made = [task.name for task, _, sources in requests if is_built(task.name, None)]
-    made = [name for name in dict.fromkeys(made) if TASKS[name].group in ("niah", "ruler")]
+    made = [
+        name for name in dict.fromkeys(made) if TASKS[name].group in ("niah", "ruler", "recall")
+    ]
     if config.data and made:
         names = ", ".join(made)
         report(f"config.evaluate.data is not read for {names}: they are made from the seed")
@@ -154,7 +156,7 @@ def digest(questions: Sequence[Question]) -> str:
 
 def _sources(config: EvaluateConfig, task: Task, essays: Essays | None) -> dict[str, Any]:
     """Tell `load_examples` what the examples of a task are made or read from."""
-    # Needles, vt, cwe and fwe are made from the seed, whatever else is read.
+    # Needles, vt, cwe, fwe and recall are made from the seed, whatever else is read.
     data = config.data if task.group in ("ruler_qa", "longbench") else ""
     return {"samples": config.samples, "data": data or None, "essays": essays}
 

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.layout import Layout
-from refine_jax.parallel import axis_size, over_shards
+from refine_jax.parallel import axis_size
 
 
 class ChunkPlan(NamedTuple):
@@ -120,45 +119,6 @@ def chunk_of(last, seen, plan: ChunkPlan | None, chunk: int) -> jax.Array:
 def first_rows(last: jax.Array, size: int) -> jax.Array:
     """Where slabs of `size` rows up to row `last` [B, R] begin; the first `size` rows if fewer."""
     return jnp.maximum(last - size + 1, 0)
-
-
-def cut_slabs(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Rows start [B, R] ... start + size - 1 of x [B, heads, T, ...]: [B, R, heads, size, ...].
-
-    Of rows that are spread over devices, what each has of a slab is added up.
-    """
-    devices = axis_size("sequence")
-    spread = devices > 1 and x.shape[2] % devices == 0 and x.shape[2] // devices >= size
-
-    def cut(x, start):
-        if not spread:
-            return _cut(x, start, size)
-        start = start - lax.axis_index("sequence") * x.shape[2]
-        # The slab that begins here or nearest, and how far the wanted one begins behind it.
-        begin = jnp.clip(start, 0, x.shape[2] - size)
-        slabs = _cut(x, begin, size)
-        beside = [(0, 0)] * slabs.ndim
-        beside[3] = (size, size)
-        slabs = jnp.pad(slabs, beside)
-        behind = jnp.clip(start - begin, -size, size)
-        move = jax.vmap(jax.vmap(lambda x, by: lax.dynamic_slice_in_dim(x, size + by, size, 1)))
-        return lax.psum(move(slabs, behind), "sequence")
-
-    axes = ("batch", "heads", "tokens" if spread else None)
-    return over_shards(cut, (axes, ("batch",)), ("batch", None, "heads"))(x, start)
-
-
-def _cut(x, start, size):
-    """One by one: all at once would be a gather, whose result XLA fills with zeros first."""
-    forks = start.shape[1]
-
-    def slab(index):
-        row, fork = index // forks, index % forks
-        begin = (row, 0, start[row, fork], *[0] * (x.ndim - 3))
-        return lax.dynamic_slice(x, begin, (1, x.shape[1], size, *x.shape[3:]))[0]
-
-    slabs = lax.map(slab, jnp.arange(start.size))
-    return slabs.reshape(*start.shape, *slabs.shape[1:])
 
 
 @jax.custom_vjp

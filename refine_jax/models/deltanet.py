@@ -1,4 +1,4 @@
-"""The DeltaNet and Gated DeltaNet mixers (golden README, section 6).
+"""The DeltaNet mixer (golden README, section 6), on which gated_delta.py builds.
 
 Letters: B batch, T tokens, D model dim, H key heads, Hv value heads, K key dim, V value dim,
 W convolution taps, R forks of a sequence, S new tokens, N tokens between two saved states.
@@ -6,7 +6,7 @@ W convolution taps, R forks of a sequence, S new tokens, N tokens between two sa
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,72 @@ from flax import nnx
 from refine_jax.kernels.delta_rule import STEP_IMPLEMENTATIONS, delta_rule, delta_step
 from refine_jax.kernels.numerics import by_rows, l2_norm_fla
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
-from refine_jax.models.delta_state import DeltaPick, DeltaState, DeltaTaps, DeltaTrace
-from refine_jax.models.layers import Linear, RMSNorm
+from refine_jax.models.layers import Linear, RMSNorm, ShortConv, convolve_rows, short_conv
 from refine_jax.models.layout import Layout
-from refine_jax.models.mixer import fork
-from refine_jax.models.short_conv import ShortConv, convolve_rows, short_conv
-from refine_jax.parallel import over_shards, take_slabs, take_tokens, tap_slabs, token_axis
+from refine_jax.models.mixer import Mixer, fork
+from refine_jax.models.slabs import take_slabs, tap_slabs
+from refine_jax.parallel import over_shards, take_tokens, token_axis
 
 _HEADS = ("heads",)
 
 
-class DeltaNetMixer(nnx.Module):
-    """DeltaNet's layer between norm and residual; a `Mixer`."""
+class DeltaTrace(NamedTuple):
+    """What forks need of a forward pass.
 
-    WRITES_MUCH = False
+    x: [B, T, D], the mixer's input: a fork needs the keys and values of at most N tokens, which it
+    computes again. states: [B, ceil(T / N), Hv, K, V] float32, before every N-th token.
+    """
+
+    x: jax.Array
+    states: jax.Array
+
+
+class DeltaPick(NamedTuple):
+    """What R forks of a row need of a trace.
+
+    memory: [B, R, Hv, K, V] float32, the states saved before the blocks of N tokens that the forks
+    lie in. start: [B, R] int32, where N tokens begin that hold what of the block the row has. x:
+    [B, R, N, D], the mixer's inputs there. before, tails: [B, R, W - 1, D], its inputs before
+    these, and before the forks; None without convolutions.
+    """
+
+    memory: jax.Array
+    start: jax.Array
+    x: jax.Array
+    before: jax.Array | None
+    tails: jax.Array | None
+
+
+class DeltaTaps(NamedTuple):
+    """What R forks need of a forward pass that knows where they are.
+
+    memory, start, tails: as of `DeltaPick`. k, v: [B, R, N, channels], the outputs of the
+    convolutions there. beta, log_decay: [B, R, N, Hv] float32.
+    """
+
+    memory: jax.Array
+    start: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    log_decay: jax.Array | None
+    tails: jax.Array | None
+
+
+class DeltaState(NamedTuple):
+    """A decode state; its size does not depend on the tokens seen.
+
+    memory: [B, R, Hv, K, V] float32. tails: the last W - 1 inputs of the convolutions of q, k and
+    v, [B, R, W - 1, channels] each; None without convolutions.
+    """
+
+    memory: jax.Array
+    tails: tuple[jax.Array, jax.Array, jax.Array] | None
+
+
+class DeltaNetMixer(Mixer):
+    """DeltaNet's layer between norm and residual."""
+
     TRACES_INPUTS = True
     FORKS_ONCE = True
     FORK_AXES = ("batch", "forks")
@@ -130,11 +182,6 @@ class DeltaNetMixer(nnx.Module):
         return self.o_proj(out.reshape(*out.shape[:-2], -1))
 
     # The members of `Mixer`
-
-    @staticmethod
-    def plan(config, layout: Layout | None, shape: tuple[int, int]) -> None:
-        """Nothing that the layers would share."""
-        del config, layout, shape
 
     def forward(
         self,
@@ -279,12 +326,6 @@ class DeltaNetMixer(nnx.Module):
         k, beta, log_decay = _keep(replayed, k, taps.beta, taps.log_decay)
         return self._delta_rule(None, k, v, beta, log_decay, memory)[1]
 
-    @staticmethod
-    def finish(config, picked, resumed: DeltaState, positions, layout) -> DeltaState:
-        """Decode states of what was picked and what `resume` computed: all of them."""
-        del config, picked, positions, layout
-        return resumed
-
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> DeltaState:
         """The state before any token, for `batch` (B, R)."""
         config = self.config
@@ -348,34 +389,6 @@ class DeltaNetMixer(nnx.Module):
         before, tails = (x if x is None else norm(x) for x in (picked.before, picked.tails))
         return picked._replace(x=norm(picked.x), before=before, tails=tails)
 
-    @staticmethod
-    def reads_traces(config, num_new: int) -> bool:
-        """Whether forks are read in traces: no, their states are small."""
-        del config, num_new
-        return False
-
-    @staticmethod
-    def advance(state: DeltaState, change: DeltaState) -> DeltaState:
-        """States and what `extend` returns: the new states, which are the latter."""
-        del state
-        return change
-
-    @staticmethod
-    def capacity(state: DeltaState) -> None:
-        """States have room for any number of tokens."""
-        del state
-
-    @staticmethod
-    def used(state: DeltaState) -> None:
-        """No token takes room."""
-        del state
-
-    @staticmethod
-    def resize(state: DeltaState, capacity: int) -> DeltaState:
-        """States as they are."""
-        del capacity
-        return state
-
     def _delta_rule(self, q, k, v, beta, log_decay, memory):
         """The delta rule on arrays [B, R, S, ...] from memory [B, R, ...]; (out, new memory)."""
 
@@ -433,44 +446,6 @@ class DeltaNetMixer(nnx.Module):
         tokens, state = ("batch", axis_name and "tokens", "heads"), ("batch", "heads")
         rule = over_shards(rule, (*(tokens,) * 5, state, tokens[:2]), (tokens, state, tokens))
         return rule(q, k, v, beta, log_decay, initial_state, document)
-
-
-class GatedDeltaNetMixer(DeltaNetMixer):
-    """Gated DeltaNet's layer: DeltaNet (silu, l2 norm) with a decay per value head and token."""
-
-    def __init__(
-        self, config: GatedDeltaNetConfig, *, implementation: str | None = None, rngs: nnx.Rngs
-    ):
-        super().__init__(config, implementation=implementation, rngs=rngs)
-        self.a_proj = Linear(config.hidden_size, config.num_value_heads, rngs=rngs)
-        self._init_decay(config.num_value_heads, rngs)
-
-    def _init_decay(self, heads: int, rngs: nnx.Rngs) -> None:
-        # Initial values of the Gated DeltaNet code: rates of 0 to 16 times a step of 1e-3 to 0.1.
-        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1e-3, maxval=16.0)
-        self.A_log = nnx.Param(jnp.log(rate))
-        low, high = math.log(1e-3), math.log(0.1)
-        step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
-        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is step
-
-    def _decay_logits(self, x: jax.Array) -> jax.Array:
-        return self.a_proj(x)
-
-    @property
-    def _learns_beta(self) -> bool:
-        return True
-
-    @property
-    def _activation(self) -> str:
-        return "silu"
-
-    @property
-    def _norm(self) -> str:
-        return "l2"
-
-    def _log_decay(self, x: jax.Array) -> jax.Array:
-        step = jax.nn.softplus(self._decay_logits(x).astype(jnp.float32) + self.dt_bias[...])
-        return -jnp.exp(self.A_log[...]) * step
 
 
 def _sum_norm(x):

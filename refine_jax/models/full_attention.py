@@ -30,6 +30,7 @@ from refine_jax.models.fork_attention import join_devices
 from refine_jax.models.layer_config import AttentionConfig
 from refine_jax.models.layers import Linear, RMSNorm, rope
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import Mixer
 from refine_jax.parallel import axis_size, over_shards, token_axis
 
 
@@ -77,13 +78,8 @@ class AttentionChange(NamedTuple):
     values: jax.Array
 
 
-class FullAttentionMixer(nnx.Module):
-    """Causal attention with grouped queries; a `Mixer`."""
-
-    WRITES_MUCH = False
-    TRACES_INPUTS = False
-    FORKS_ONCE = False
-    FORK_AXES = ("batch",)
+class FullAttentionMixer(Mixer):
+    """Causal attention with grouped queries."""
 
     def __init__(
         self, config: AttentionConfig, *, implementation: str | None = None, rngs: nnx.Rngs
@@ -152,11 +148,6 @@ class FullAttentionMixer(nnx.Module):
         return self.o_proj(out)
 
     # The members of `Mixer`
-
-    @staticmethod
-    def plan(config: AttentionConfig, layout: Layout | None, shape: tuple[int, int]) -> None:
-        """Nothing that the layers would share."""
-        del config, layout, shape
 
     def forward(
         self,
@@ -301,12 +292,6 @@ class FullAttentionMixer(nnx.Module):
         q, gate, k, v = self._project(x, row.seen[..., None] + jnp.arange(x.shape[2]))
         out = self._attend_forks(q, k, v, None, jnp.zeros_like(positions), row)
         return self._output(out, gate)
-
-    @staticmethod
-    def reads_traces(config: AttentionConfig, num_new: int) -> bool:
-        """Whether forks are read in traces: no, their states share these anyway."""
-        del config, num_new
-        return False
 
     def _attend_forks(self, q, k, v, cached, count, row: SharedRow | None) -> jax.Array:
         """Attention of new tokens to themselves, to those of a cache and to those of the row.

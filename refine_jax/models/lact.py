@@ -22,12 +22,11 @@ from refine_jax.kernels.lact import (
     row_norms,
     update_sums,
 )
-from refine_jax.kernels.tpu import computed_once
+from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.attention import push_to_ring, ring_attention
 from refine_jax.models.chunks import (
     ChunkPlan,
     chunk_of,
-    cut_slabs,
     first_rows,
     last_and_seen,
     tokens_in_chunk,
@@ -39,18 +38,16 @@ from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
+from refine_jax.models.slabs import take_slabs
 from refine_jax.parallel import over_shards, take_tokens
 
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 
 
 class LaCTMixer(LaCTLayer):
-    """LaCT's layer between norm and residual; a `Mixer`."""
+    """LaCT's layer between norm and residual."""
 
     WRITES_MUCH = True
-    TRACES_INPUTS = False
-    FORKS_ONCE = False
-    FORK_AXES = ("batch",)
 
     @staticmethod
     def pick(
@@ -66,8 +63,8 @@ class LaCTMixer(LaCTLayer):
         index = chunk_of(last, seen, plan, chunk)
 
         def cut(x, size):
-            size = min(size, tokens)
-            return None if x is None else cut_slabs(x, first_rows(last, size), size)
+            start, size = first_rows(last, min(size, tokens)), min(size, tokens)
+            return None if x is None else take_slabs(x, start, size, "heads", axis=2, forks=None)
 
         k, v = (cut(x, config.window_size) for x in (trace.k, trace.v))
         pending = k, v
@@ -270,22 +267,6 @@ class LaCTMixer(LaCTLayer):
             keys=push_to_ring(state.keys, change.keys, start),
             values=push_to_ring(state.values, change.values, start),
         )
-
-    @staticmethod
-    def capacity(state: LaCTState) -> None:
-        """States have room for any number of tokens."""
-        del state
-
-    @staticmethod
-    def used(state: LaCTState) -> None:
-        """No token takes room."""
-        del state
-
-    @staticmethod
-    def resize(state: LaCTState, capacity: int) -> LaCTState:
-        """States as they are."""
-        del capacity
-        return state
 
     def _pending(self, picked: LaCTPick, last, seen, horizon):
         """Update sums [B, R, H, ...] and momentum sums [B, R, H] of the forks' partial chunks."""

@@ -2,7 +2,7 @@
 
 A decode state has copies of its chunk's weights and momentum, and sums over up to C tokens. Here
 all chunks are given all forks (`_read_in_chunks`), and a fork that leaves its chunk, which few do,
-gets the update that is pending by itself (`crossing.py`).
+gets the update that is pending by itself (`slabs.py`).
 
 Letters: B batch, T tokens, G groups of L numbers that hold the attention heads, H fast-weight heads
 of width d with hidden F, N chunks of C tokens, E rate channels, R forks of a sequence, S <= C new
@@ -29,9 +29,9 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
 from refine_jax.models.config import LaCTConfig
-from refine_jax.models.crossing import ForkPlace, crossing_forks, of_crossing
 from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.layers import l2_norm_lact, rope
+from refine_jax.models.slabs import ForkPlace, crossing_forks, of_crossing
 
 
 def fast_input(

@@ -34,6 +34,7 @@ from refine_jax.models.lact_forks import fast_input, fast_value
 from refine_jax.models.lact_state import LaCTTrace
 from refine_jax.models.layers import Linear, RMSNorm, normal_param, rope
 from refine_jax.models.layout import Layout
+from refine_jax.models.mixer import Mixer
 from refine_jax.parallel import axis_size, constrain, over_shards, token_axis
 
 _NORM_EPS = 1e-5  # of ttt_norm, q_norm and k_norm, whatever norm_eps is
@@ -55,7 +56,7 @@ class LowRank(nnx.Module):
         return product + 0.5 * jnp.eye(*product.shape[-2:], dtype=product.dtype)
 
 
-class LaCTLayer(nnx.Module):
+class LaCTLayer(Mixer):
     """LaCT's parameters and forward pass; `LaCTMixer` adds decode states."""
 
     def __init__(self, config: LaCTConfig, *, implementation: str | None = None, rngs: nnx.Rngs):
@@ -357,7 +358,7 @@ class LaCTLayer(nnx.Module):
         def run(slots, weights, mask, reset):
             return self._lact(*slots, weights=weights, mask=mask, reset=reset, axis_name=axis_name)
 
-        # Said on both sides, so that neither the one nor its derivative is sent as anything larger.
+        # Constrain input and output: else XLA sends the array, or its gradient, unsharded.
         tokens = jax.tree.map(lambda x: constrain(x, "batch", "heads", "tokens"), tokens)
         slots, mask, reset = to_slots(tokens, plan, self.config.lact_chunk_size)
         arrays, states = ("batch", None, "heads", "tokens"), ("batch", "tokens", "heads")

@@ -1,7 +1,7 @@
-"""The protocol of a mixer: what a layer does between its norm and its residual.
+"""A mixer: what a layer does between its norm and its residual.
 
 A mixer mixes the tokens of a row, causally and document by document. The model (transformer.py)
-scans its layers and calls their mixers by this protocol alone, so that a new architecture is one
+scans its layers and calls their mixers by these members alone, so that a new architecture is one
 file beside `lact.py`, `deltanet.py` and `full_attention.py`, and an entry in block.py.
 
 Letters: B batch, T tokens, D model dim, R forks of a row, S new tokens of a fork, L layers.
@@ -9,7 +9,7 @@ Letters: B batch, T tokens, D model dim, R forks of a row, S new tokens of a for
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,12 @@ from flax import nnx
 from refine_jax.models.layout import Layout
 
 
-class Mixer(Protocol):
+class Mixer(nnx.Module):
     """What the model calls, and why each member is there.
+
+    The members that are defined here serve mixers whose layers share no plan, and whose decode
+    states have room for any number of tokens and are complete as `resume` and `extend` make them.
+    The others raise NotImplementedError.
 
     Four kinds of values belong to the mixer; the model only hands them on. Their leaves lead with
     the axes given here, and with L before them where they are those of all layers.
@@ -39,27 +43,27 @@ class Mixer(Protocol):
     config: Any
     """The part of the model's configuration that layers of this kind read (`layer_config`)."""
 
-    WRITES_MUCH: bool
+    WRITES_MUCH: bool = False
     """Whether writing a state takes longer than reading a few tokens once more.
 
     If so, rollouts leave their states as they are and read all of their tokens at each step.
     """
 
-    TRACES_INPUTS: bool
+    TRACES_INPUTS: bool = False
     """Whether the trace holds the mixer's input, as its field `x` [B, T, D].
 
     With remat "full" the backward pass keeps the layers' inputs anyway; forks then read these,
     through `normed`, and the trace's field is left out.
     """
 
-    FORKS_ONCE: bool
+    FORKS_ONCE: bool = False
     """Whether forks that share a position share what is made of the trace for it.
 
     `fork` then gets P positions, and the model copies the states; `extend_traced` gets
     `positions` [B, P] for R = n P forks. Else each of R forks has a position of its own.
     """
 
-    FORK_AXES: tuple[str, ...]
+    FORK_AXES: tuple[str, ...] = ("batch",)
     """Logical axes by which new tokens [B, R, S, D] are spread over devices (parallel.py).
 
     With the name "forks", chips that share a row share out its forks.
@@ -70,10 +74,12 @@ class Mixer(Protocol):
 
         implementation: Of the kernels, as `ComputePolicy` has it.
         """
+        raise NotImplementedError
 
     @staticmethod
     def plan(config: Any, layout: Layout | None, shape: tuple[int, int]) -> Any:
         """Plan rows of `shape` (B, T): computed once, not in each layer."""
+        del config, layout, shape
 
     def forward(
         self, x: jax.Array, layout: Layout | None, plan: Any, forks: jax.Array | None = None
@@ -88,6 +94,7 @@ class Mixer(Protocol):
         Returns y [B, T, D], undefined at padding, and the trace. The model calls `extend_traced`
         with the same `forks`.
         """
+        raise NotImplementedError
 
     # From a trace to decode states, in three steps: only the second needs parameters, and runs in
     # the scan over layers, on arrays that are as small as the forks.
@@ -97,6 +104,7 @@ class Mixer(Protocol):
         config: Any, trace: Any, positions: jax.Array, layout: Layout | None, plan: Any
     ) -> Any:
         """Cut out of a trace what forks after the first `positions` [B, R] slots need."""
+        raise NotImplementedError
 
     def resume(
         self,
@@ -111,6 +119,7 @@ class Mixer(Protocol):
         horizon: The most tokens that the forks will take. What only later tokens need may be left
           out; None: nothing is.
         """
+        raise NotImplementedError
 
     @staticmethod
     def finish(
@@ -121,6 +130,8 @@ class Mixer(Protocol):
         layout: Layout | None,
     ) -> Any:
         """Make the decode states [B, R, ...] of what was picked and what was resumed."""
+        del config, picked, positions, layout
+        return resumed
 
     @staticmethod
     def normed(picked: Any, norm: nnx.Module) -> Any:
@@ -128,32 +139,41 @@ class Mixer(Protocol):
 
         Only mixers that trace their inputs have it.
         """
+        raise NotImplementedError
 
     # Decode states
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> Any:
         """Make the states of `batch` (B, R) before any token; activations in them have `dtype`."""
+        raise NotImplementedError
 
     def extend(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Continue states by x [B, R, S, D]. Returns y [B, R, S, D] and the change."""
+        raise NotImplementedError
 
     @staticmethod
     def advance(state: Any, change: Any) -> Any:
         """Make the new states of all layers, in place where they are large."""
+        del state
+        return change
 
     # Room in decode states, of all layers, that grow with their tokens
 
     @staticmethod
     def capacity(state: Any) -> int | None:
         """Tell how many tokens of their own the states have room for; None: for any number."""
+        del state
 
     @staticmethod
     def used(state: Any) -> jax.Array | None:
         """Tell how many tokens [L, B, R] that take room the states hold; None: none do."""
+        del state
 
     @staticmethod
     def resize(state: Any, capacity: int) -> Any:
         """Make room for as many tokens, or keep as many; the states' shape is then fixed."""
+        del capacity
+        return state
 
     # Forks without decode states
 
@@ -167,10 +187,13 @@ class Mixer(Protocol):
         Equal to `extend` from the forks' states, which a gradient would have to keep or send.
         Returns y [B, R, S, D].
         """
+        raise NotImplementedError
 
     @staticmethod
     def reads_traces(config: Any, num_new: int) -> bool:
         """Say whether `extend_in_place` takes so many tokens, and less memory than states."""
+        del config, num_new
+        return False
 
     def extend_in_place(
         self,
@@ -185,6 +208,7 @@ class Mixer(Protocol):
 
         Not differentiable. Only mixers that write much have it.
         """
+        raise NotImplementedError
 
 
 def fork(

@@ -19,71 +19,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from refine_jax.kernels import sequence
-from refine_jax.kernels.device import backend
-from refine_jax.kernels.tpu import computed_once
+from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.block import (
-    MIXERS,
-    Block,
-    PostNormBlock,
+    ComputePolicy,
+    LayerStack,
+    Params,
+    State,
     copied,
+    exact_float32,
     extend_forks,
     places_of,
     recomputed_extend_forks,
     run_block,
 )
-from refine_jax.models.config import Architecture
 from refine_jax.models.layers import normal_param, rms_norm
-from refine_jax.models.layout import Layout, round_length
-from refine_jax.models.pattern import Pattern
-from refine_jax.parallel import axis_size, constrain, gather_parameters
+from refine_jax.models.layout import Layout
+from refine_jax.parallel import constrain, gather_parameters
 
-Params = dict[str, Any]
-State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
-
-_KEPT = jax.checkpoint_policies.save_only_these_names(sequence.KEPT)
-_REMAT_POLICIES = {
-    "full": _KEPT,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEPT
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputePolicy:
-    """How a model computes.
-
-    compute_dtype: "float32" or "bfloat16", of activations and matmul operands; None: float32 on
-        CPU, bfloat16 on accelerators. Fast-weight states, norms and losses are float32 in both.
-    remat: what the backward pass of `forward` computes again: "none", "dots" (everything but
-        matmul outputs) or "full" (every layer from its input).
-    implementation: of the mixers' kernels; "xla" holds for attention and head too; None picks the
-        best for the device.
-    """
-
-    compute_dtype: str | None = "float32"
-    remat: str = "none"
-    implementation: str | None = None
-
-    def __post_init__(self):
-        if self.compute_dtype is None:
-            default = "float32" if backend() == "cpu" else "bfloat16"
-            object.__setattr__(self, "compute_dtype", default)
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                "compute_dtype must be 'float32' or 'bfloat16'. "
-                f"Got: compute_dtype={self.compute_dtype!r}."
-            )
-        if self.remat not in ("none", *_REMAT_POLICIES):
-            raise ValueError(f"remat must be 'none', 'dots' or 'full'. Got: remat={self.remat!r}.")
-
-    @property
-    def head_implementation(self) -> str | None:
-        """Implementation of the head's loss, which has no kernels of the mixers' other names."""
-        return "xla" if self.implementation == "xla" else None
+__all__ = ["ComputePolicy", "Model", "Params", "Rows", "State", "Trace", "TracedForks"]
 
 
 @jax.tree_util.register_dataclass
@@ -142,60 +96,8 @@ class _Pullbacks:
     structure: Any = dataclasses.field(metadata={"static": True})
 
 
-def _exact_float32(method):
-    """Run `method` so that float32 products keep float32 accuracy on every device."""
-
-    @functools.wraps(method)
-    def wrapped(self, *args, **kwargs):
-        with jax.default_matmul_precision(self.matmul_precision):
-            return method(self, *args, **kwargs)
-
-    return wrapped
-
-
-class Model:
+class Model(LayerStack):
     """A fast-weight language model: static configuration, and pure functions of its parameters."""
-
-    def __init__(self, config: Architecture, policy: ComputePolicy | None = None):
-        self.config = config
-        self.policy = policy or ComputePolicy()
-        self._pattern = Pattern(config.layer_kinds)
-        self._parts = {kind: config.layer_config(kind) for kind in self._pattern.kinds}
-        self._mixers = {kind: MIXERS[type(part)] for kind, part in self._parts.items()}
-        axes = {mixer.FORK_AXES for mixer in self._mixers.values()}
-        self._fork_axes = axes.pop() if len(axes) == 1 else ("batch",)
-        self._block_graphs = {}
-        for kind in self._pattern.kinds:
-            block = nnx.eval_shape(lambda kind=kind: self._new_block(kind, jax.random.key(0)))
-            self._block_graphs[kind], _ = nnx.split(block)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of activations."""
-        return jnp.dtype(self.policy.compute_dtype)
-
-    @property
-    def writes_much(self) -> bool:
-        """Whether writing a decode state takes longer than reading a few tokens once more."""
-        return any(mixer.WRITES_MUCH for mixer in self._mixers.values())
-
-    @property
-    def matmul_precision(self) -> str:
-        """Precision under which the model's products run."""
-        return "highest" if self.policy.compute_dtype == "float32" else "default"
-
-    def _new_block(self, kind: str | None, key: jax.Array) -> Block:
-        form = PostNormBlock if self.config.is_post_norm(kind) else Block
-        return form(self.config, kind, self.policy.implementation, rngs=nnx.Rngs(key))
-
-    def _block(self, kind: str | None, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graphs[kind], gather_parameters(layer_params, self.dtype))
-
-    def _plan(self, layout: Layout | None, shape: tuple[int, int]) -> Any:
-        """The mixers' plans, by kinds."""
-        return self._pattern.map(
-            lambda kind: self._mixers[kind].plan(self._parts[kind], layout, shape)
-        )
 
     def init(self, key: jax.Array) -> Params:
         """Draw random float32 parameters, those of the layers stacked [L, ...]."""
@@ -204,17 +106,10 @@ class Model:
         shape = (config.vocab_size, config.hidden_size)
         std = config.initializer_range
 
-        def layers(kind, keys):
-            def layer(layer_key):
-                return nnx.to_pure_dict(nnx.split(self._new_block(kind, layer_key))[1])
-
-            return jax.vmap(layer)(keys)
-
-        keys = jax.random.split(layers_key, config.num_hidden_layers)
         norm = jnp.full((config.hidden_size,), 1.0 - config.norm_offset, jnp.float32)
         params = {
             "embeddings": {"weight": normal_param(embedding_key, shape, std)[...]},
-            "layers": self._pattern.map(layers, self._pattern.by_kind(keys)),
+            "layers": self.init_layers(layers_key),
             "norm": {"weight": norm},
         }
         if not config.tie_word_embeddings:
@@ -257,7 +152,7 @@ class Model:
         config = self.config
         return rms_norm(x, params["norm"]["weight"], config.norm_eps, config.norm_offset)
 
-    @_exact_float32
+    @exact_float32
     def forward(
         self,
         params: Params,
@@ -279,20 +174,13 @@ class Model:
             x, trace = run_block(block, x, layout, self._pattern.of_kind(plan, kind))
             return x, trace if with_trace else None
 
-        layer = self._recomputed(layer)
+        layer = self.policy.recomputed(layer, static_argnums=0)
         x = constrain(self._embed(params, tokens), "batch", "tokens")
         x, layers = self._pattern.scan(layer, x, params["layers"])
         trace = Trace(layers, layout, plan) if with_trace else None
         return self._final_norm(params, x), trace
 
-    def _recomputed(self, layer):
-        """A layer of a scan, of which the backward pass computes again what the policy says."""
-        if self.policy.remat == "none":
-            return layer
-        policy = _REMAT_POLICIES[self.policy.remat]
-        return jax.checkpoint(layer, policy=policy, static_argnums=0)
-
-    @_exact_float32
+    @exact_float32
     def fork(
         self,
         params: Params,
@@ -313,16 +201,12 @@ class Model:
         places = {kind: places_of(mixer, positions, copies) for kind, mixer in self._mixers.items()}
 
         def pick(kind, layers, inputs):
-            mixer, part, plan = (
-                self._mixers[kind],
-                self._parts[kind],
-                pattern.of_kind(trace.plan, kind),
-            )
+            mixer, plan = self._mixers[kind], pattern.of_kind(trace.plan, kind)
 
             def layer(layer_trace, inputs):
                 if inputs is not None:
                     layer_trace = layer_trace._replace(x=inputs)
-                return mixer.pick(part, layer_trace, places[kind], layout, plan)
+                return mixer.pick(self._parts[kind], layer_trace, places[kind], layout, plan)
 
             return jax.vmap(layer)(layers, inputs)
 
@@ -345,7 +229,7 @@ class Model:
         resumed = pattern.scan(layer, None, pattern.zip(params["layers"], picked))[1]
         return pattern.map(finish, picked, resumed)
 
-    @_exact_float32
+    @exact_float32
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
         """Continue decode states by `tokens` [B, R, S].
 
@@ -363,29 +247,7 @@ class Model:
         state = self._pattern.map(lambda kind, *x: self._mixers[kind].advance(*x), state, changes)
         return self._final_norm(params, x), state
 
-    def capacity(self, state: State) -> int | None:
-        """Tokens of their own that decode states have room for; None: for any number."""
-        found = self._pattern.map(lambda kind, x: self._mixers[kind].capacity(x), state)
-        return max(jax.tree.leaves(found), default=None)
-
-    def resize(self, state: State, capacity: int) -> State:
-        """Decode states with room for `capacity` tokens of their own, where they grow with these.
-
-        Their shapes then stay as they are, and whoever extends them keeps to the room. Others get
-        larger by each extension. States of layers that do not grow are as they were.
-        """
-        return self._pattern.map(lambda kind, x: self._mixers[kind].resize(x, capacity), state)
-
-    def with_room(self, state: State, num_new: int) -> State:
-        """Decode states with room for `num_new` more tokens; of few sizes. Not inside `jax.jit`."""
-        capacity = self.capacity(state)
-        if capacity is None:
-            return state
-        used = self._pattern.map(lambda kind, x: self._mixers[kind].used(x), state)
-        needed = max(int(x.max()) for x in jax.tree.leaves(used)) + num_new
-        return self.resize(state, capacity if needed <= capacity else round_length(needed))
-
-    @_exact_float32
+    @exact_float32
     def forward_forks(
         self, params: Params, trace: Trace, positions: jax.Array, tokens: jax.Array
     ) -> jax.Array:
@@ -409,7 +271,7 @@ class Model:
         x, _ = self._pattern.scan(layer, self._embed(params, tokens), inputs)
         return self._final_norm(params, x)
 
-    @_exact_float32
+    @exact_float32
     def forward_with_forks(
         self,
         params: Params,
@@ -436,7 +298,7 @@ class Model:
             x, trace = run_block(block, x, layout, plan, positions)
             return (x, extend(block, forks, trace, positions, layout, plan)), None
 
-        layer = self._recomputed(layer)
+        layer = self.policy.recomputed(layer, static_argnums=0)
         x = constrain(self._embed(params, tokens), "batch", "tokens")
         forks = constrain(self._embed(params, continuations), *self._fork_axes)
         (x, forks), _ = self._pattern.scan(layer, (x, forks), params["layers"])
@@ -444,7 +306,7 @@ class Model:
 
     # One forward pass that forks join: their tokens are known when it has ended only
 
-    @_exact_float32
+    @exact_float32
     def run_rows(self, params: Params, tokens: jax.Array, layout: Layout | None) -> Rows:
         """Run whole rows `tokens` [B, T], for forks and a `backward` pass.
 
@@ -454,17 +316,16 @@ class Model:
         recompute, pattern = self.policy.remat == "full", self._pattern
 
         def layer(kind, x, layer_params):
-            mixer = self._mixers[kind]
-
             def run(layer_params, x):
                 block = self._block(kind, layer_params)
                 return run_block(block, x, layout, pattern.of_kind(plan, kind))
 
             if self.policy.remat == "dots":
-                run = jax.checkpoint(run, policy=_REMAT_POLICIES["dots"])
+                run = self.policy.recomputed(run)
             if recompute:
                 new, trace = run(layer_params, x)
-                return new, (trace._replace(x=None) if mixer.TRACES_INPUTS else trace, x)
+                inputs_kept = self._mixers[kind].TRACES_INPUTS
+                return new, (trace._replace(x=None) if inputs_kept else trace, x)
             (new, trace), pullback = jax.vjp(run, layer_params, x)
             # The parameters are there in the backward pass: no copies of them.
             pullback.args_res[0] = None
@@ -489,15 +350,7 @@ class Model:
         trace = Trace(layers, layout, plan, inputs)
         return Rows(self._final_norm(params, x), x, trace, tokens, saved)
 
-    def reads_traces(self, num_new: int) -> bool:
-        """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
-        decode states need.
-        """
-        return axis_size("sequence") == 1 and all(
-            mixer.reads_traces(self._parts[kind], num_new) for kind, mixer in self._mixers.items()
-        )
-
-    @_exact_float32
+    @exact_float32
     def run_forks(
         self, params: Params, tokens: jax.Array, state: State | TracedForks
     ) -> tuple[jax.Array, jax.Array]:
@@ -533,7 +386,7 @@ class Model:
         x, inputs = pattern.scan(layer, x, pattern.zip(params["layers"], states))
         return self._final_norm(params, x), jnp.concatenate([pattern.in_order(inputs), x[None]])
 
-    @_exact_float32
+    @exact_float32
     def backward(
         self,
         params: Params,
@@ -604,11 +457,3 @@ class Model:
         _, pullback = jax.vjp(embed, params["embeddings"])
         (embeddings,) = pullback(cotangents)
         return {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
-
-    def init_state(self, params: Params, batch: tuple[int, int]) -> State:
-        """Decode states [L, B, R, ...] before any token; `batch` is (B, R)."""
-
-        def layer(kind, _, layer_params):
-            return None, self._block(kind, layer_params).attn.init_state(batch, self.dtype)
-
-        return self._pattern.scan(layer, None, params["layers"])[1]

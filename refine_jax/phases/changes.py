@@ -25,8 +25,7 @@ import jax.numpy as jnp
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import json_field, read_json, short
 from refine_jax.checkpoint.folders import CHECKPOINTS, RUN
-from refine_jax.checkpoint.record import read_config
-from refine_jax.checkpoint.steps import find_steps
+from refine_jax.checkpoint.steps import find_steps, read_config
 from refine_jax.config import SECTIONS, Config, OptimizerConfig, RefineConfig
 from refine_jax.phases.setup import has_checkpoints
 from refine_jax.refine.optimizer import make_optimizer

@@ -42,7 +42,6 @@ from refine_jax.generation import CopiesGenerator, Generator, Sampling
 from refine_jax.models.layout import row_length
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import use_mesh
-from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import has_checkpoints, initial_params, only_run_in, prepare_model
 from refine_jax.refine.adapt import Adapter
 from refine_jax.report.page import write_evaluation
@@ -218,7 +217,7 @@ def run_parts(
     distributed.check_same("model and questions", json.dumps([parts.record, len(groups)]))
     if distributed.is_writer():
         write_text(workdir / RECORD, json.dumps(parts.record, indent=2) + "\n")
-    with Interrupt() as interrupt, Predictions(workdir, FIELDS) as predictions:
+    with distributed.Interrupt() as interrupt, Predictions(workdir, FIELDS) as predictions:
         predictions.check(parts.questions)
         introduce(parts, predictions, answerer.adapter)
 

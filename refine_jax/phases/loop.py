@@ -23,8 +23,8 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import RunError
-from refine_jax.checkpoint.folders import CHECKPOINTS
-from refine_jax.checkpoint.manager import CheckpointManager, ModelCheckpoint
+from refine_jax.checkpoint.folders import CHECKPOINTS, ModelCheckpoint
+from refine_jax.checkpoint.manager import CheckpointManager
 from refine_jax.compiling import Compilations
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Corpus, Dataset
@@ -33,7 +33,6 @@ from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.changes import Changes, check_same_run
-from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.setup import (
     check_enough_batches,
     check_mesh,
@@ -158,7 +157,9 @@ class Loop(abc.ABC):
     def show_examples(self, state: TrainState) -> None:
         """Write what the model does on held-out examples at the end of a run."""
 
-    def run(self, interrupt: Interrupt, check: Callable[[], None] = lambda: None) -> dict:
+    def run(
+        self, interrupt: distributed.Interrupt, check: Callable[[], None] = lambda: None
+    ) -> dict:
         """Train from the latest checkpoint, or from the start, to the end.
 
         check: called between steps; raises what ends the run.
@@ -187,7 +188,7 @@ class Loop(abc.ABC):
             write=distributed.is_writer(),
         )
 
-    def _run(self, interrupt: Interrupt, check: Callable[[], None]) -> dict:
+    def _run(self, interrupt: distributed.Interrupt, check: Callable[[], None]) -> dict:
         train = self.config.train
         with self.open_checkpoints() as manager:
             step, state, batches = self.restore_or_start(manager)
@@ -289,7 +290,7 @@ class Loop(abc.ABC):
         batches: BatchIterator,
         manager: CheckpointManager,
         monitor: Monitor,
-        interrupt: Interrupt,
+        interrupt: distributed.Interrupt,
         check: Callable[[], None],
     ) -> TrainState:
         """Run all remaining steps, evaluations and checkpoints; stops early when interrupted."""

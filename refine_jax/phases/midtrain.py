@@ -19,7 +19,6 @@ from refine_jax.data.pipeline import Batch, Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.parallel import use_mesh
 from refine_jax.phases import loop
-from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop, TrainingParts
 from refine_jax.phases.setup import data_options, only_run_in, rows_at_once
 from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
@@ -52,7 +51,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
       RunError: Training cannot go on.
     """
     workdir = local_path(workdir, "workdir").absolute()
-    with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
+    with only_run_in(workdir) as check, use_mesh(config.mesh), distributed.Interrupt() as interrupt:
         return MidtrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 

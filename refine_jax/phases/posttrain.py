@@ -43,7 +43,6 @@ from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.evaluation.metrics import METRICS, score
 from refine_jax.parallel import use_mesh
 from refine_jax.phases import loop
-from refine_jax.phases.interrupt import Interrupt
 from refine_jax.phases.loop import Loop, TrainingParts
 from refine_jax.phases.setup import data_options, only_run_in, rows_at_once
 from refine_jax.refine.answers import (
@@ -85,7 +84,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
     Arguments, result and errors are those of `refine_jax.phases.midtrain.run`.
     """
     workdir = local_path(workdir, "workdir").absolute()
-    with only_run_in(workdir) as check, use_mesh(config.mesh), Interrupt() as interrupt:
+    with only_run_in(workdir) as check, use_mesh(config.mesh), distributed.Interrupt() as interrupt:
         return PosttrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,13 @@ from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
 from refine_jax.base.lock import Lock
-from refine_jax.checkpoint.folders import CHECKPOINTS, CONFIG, has_tokenizer
-from refine_jax.checkpoint.manager import ModelCheckpoint, load_model
+from refine_jax.checkpoint.folders import (
+    CHECKPOINTS,
+    CONFIG,
+    ModelCheckpoint,
+    has_tokenizer,
+)
+from refine_jax.checkpoint.manager import load_model
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
 from refine_jax.data.pipeline import Corpus, Dataset
@@ -25,9 +30,9 @@ from refine_jax.data.prompts import PromptCorpus
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.generation.loading import GENERATION, further_ends, trained_with
 from refine_jax.kernels.device import backend
-from refine_jax.models.config import model_config
+from refine_jax.models.config import Architecture, model_config
 from refine_jax.models.transformer import ComputePolicy, Model, Params
-from refine_jax.parallel import axis_sizes, check_fits, place_state, rows_here, state_shardings
+from refine_jax.parallel import axis_sizes, place_state, rows_here, state_shardings
 from refine_jax.settings import suggestion
 
 
@@ -187,6 +192,35 @@ def check_mesh(config: Config, model: Model) -> None:
                 "Choose larger mini-batches, or give devices to config.mesh.tensor or sequence."
             )
     check_fits(sizes, tokens=config.data.sequence_length, model=model.config)
+
+
+def check_fits(sizes: Mapping[str, int], *, tokens: int, model: Architecture) -> None:
+    """Refuse a mesh whose axes, of `sizes` devices, cannot divide a model of configuration `model`.
+
+    tokens: The length of a row.
+
+    Raises ConfigError: with what does not divide.
+    """
+    names = ("num_heads", "num_value_heads", "num_attn_heads", "num_lact_heads")
+    for name in (*names, "num_attention_heads"):
+        heads = getattr(model, name, 0)
+        if heads % sizes["tensor"]:
+            raise ConfigError(
+                "config.mesh.tensor must divide the heads of the model. Got: "
+                f"tensor={sizes['tensor']}, {name}={heads}."
+            )
+    chunk = getattr(model, "lact_chunk_size", 0)
+    if chunk % sizes["sequence"]:
+        raise ConfigError(
+            "config.mesh.sequence must divide lact_chunk_size: its devices share the tokens of "
+            f"every chunk. Got: sequence={sizes['sequence']}, lact_chunk_size={chunk}."
+        )
+    if sizes["sequence"] > 1 and tokens % (sizes["sequence"] * model.token_multiple):
+        raise ConfigError(
+            "config.mesh.sequence gives every device the same number of tokens of a row, a "
+            f"multiple of {model.token_multiple} for this model. Got: "
+            f"sequence={sizes['sequence']}, sequence_length={tokens}."
+        )
 
 
 def check_room(config: Config, model: Model) -> None:

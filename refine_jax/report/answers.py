@@ -21,8 +21,11 @@ _DARK = 47  # colours on which white is more legible than black
 _LONG = 600  # characters of an answer that are shown before a click
 
 
-def sections(runs: Sequence[Run]) -> str:
-    """The sections of one evaluation, or of several side by side."""
+def sections(runs: Sequence[Run], *, with_settings: bool = True) -> str:
+    """Write the sections of one evaluation, or of several side by side.
+
+    with_settings: whether the settings of one are shown.
+    """
     (first, *_), several = runs, len(runs) > 1
     intervals = "The bar is the mean score, the line across its end the 95 % interval."
     body = "".join(_scores(run, several) for run in runs)
@@ -30,13 +33,13 @@ def sections(runs: Sequence[Run]) -> str:
     adaptation = "".join(_adaptation(run, several) for run in runs)
     parts = [section("scores", "Scores", body, intervals)]
     if several:
-        parts.append(section("paired", "Paired differences", _paired(runs), _PAIRED))
+        parts.append(section("answers-paired", "Paired scores", _paired(runs), _PAIRED))
     parts += [
         section("needles", "Needles", needles, "Share of needles found, by depth and length."),
         section("adaptation", "Test-time training", adaptation),
         section("answers", "Answers", _answers(runs)),
     ]
-    if not several:
+    if with_settings and not several:
         parts.append(section("settings", "Settings", settings(first)))
     return "".join(parts)
 
@@ -54,7 +57,7 @@ def _scores(run: Run, several: bool) -> str:
     results = summarize(run.predictions)
     rows = []
     for name, figures in results["sets"].items():
-        low, mean, high = (100 * figures[each] for each in ("low", "mean", "high"))
+        low, mean, high = (100 * figures[name] for name in ("low", "mean", "high"))
         bar = (
             f'<span class="bar" role="img" aria-label="{mean:.1f} %, from {low:.1f} to {high:.1f}">'
             f'<span style="width:{mean:.2f}%"></span>'
@@ -104,18 +107,18 @@ def _paired(runs: Sequence[Run]) -> str:
 
 
 def _difference(name: str, pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
-    """The cells of a set: its name, and those of `_PAIRED_HEAD`."""
+    """Write the cells of a set: its name, and those of `_PAIRED_HEAD`."""
     before, after = ([pair[i]["score"] for pair in pairs] for i in (0, 1))
-    found = compare(before, after)
+    result = compare(before, after)
     better = sum(b > a for a, b in zip(before, after, strict=True))
     worse = sum(b < a for a, b in zip(before, after, strict=True))
     return [
         text(name),
-        number(100 * found.difference, 1, sign=True),
-        f"{number(100 * found.low, 1, sign=True)} – {number(100 * found.high, 1, sign=True)}",
-        f"{found.p_value:.3f}" if found.p_value >= 0.001 else "below 0.001",
+        number(100 * result.difference, 1, sign=True),
+        f"{number(100 * result.low, 1, sign=True)} – {number(100 * result.high, 1, sign=True)}",
+        f"{result.p_value:.3f}" if result.p_value >= 0.001 else "below 0.001",
         f"{better:,} / {worse:,}",
-        f"{found.samples:,}",
+        f"{result.samples:,}",
     ]
 
 
@@ -127,17 +130,17 @@ def _same_question(one: Mapping[str, Any] | None, two: Mapping[str, Any]) -> boo
 
 def _needles(run: Run, several: bool) -> str:
     tasks = dict.fromkeys(record["task"] for record in run.predictions)
-    found = {task: recall_by_depth(run.predictions, task) for task in tasks}
+    recalls = {task: recall_by_depth(run.predictions, task) for task in tasks}
     label = f", {run.name}" if several else ""
     return "".join(
         _heatmap(f"Needles found (%): {task}{label}", recall)
-        for task, recall in found.items()
+        for task, recall in recalls.items()
         if recall
     )
 
 
 def _heatmap(caption: str, recall: DepthRecall) -> str:
-    """Depth downwards, length across."""
+    """Draw scores, depth downwards and length across."""
     rows = []
     for place, depth in enumerate(recall.depths):
         low = recall.depths[place - 1] if place else 0
@@ -177,7 +180,7 @@ def _adaptation(run: Run, several: bool) -> str:
 
 
 def _gained(run: Run, label: str) -> str:
-    """Scores after training on each prompt against those before, where both were answered."""
+    """Draw scores after training on each prompt against those before, where both exist."""
     pairs = [(record["before"], record) for record in run.predictions if "before" in record]
     sets = dict.fromkeys(record["set"] for _, record in pairs)
     rows = [_difference(name, [pair for pair in pairs if pair[1]["set"] == name]) for name in sets]
@@ -186,7 +189,7 @@ def _gained(run: Run, label: str) -> str:
 
 
 def _answers(runs: Sequence[Run]) -> str:
-    """Every answer beside its references, with what searches them."""
+    """List every answer beside its references, with what searches them."""
     others = [(run.name, {r["id"]: r for r in run.predictions}) for run in runs[1:]]
     records = runs[0].predictions
     shown = records[:MOST_ANSWERS]
@@ -219,7 +222,7 @@ def _answers(runs: Sequence[Run]) -> str:
 def _card(
     record: Mapping[str, Any], others: Sequence[tuple[str, Mapping | None]], name: str
 ) -> str:
-    """An answer with its references, and beside it those of other runs to the same prompt."""
+    """Write an answer with its references, and beside it those of other runs to the same prompt."""
     kinds = [_kind(record["score"])]
     responses = [_response(name or "answer", record, record["answers"])]
     for label, other in others:
@@ -250,7 +253,7 @@ def _kind(score: float) -> str:
 
 
 def _losses(costs: Any) -> str:
-    """The prompt's next-token loss in the last pass over it, before its update."""
+    """Take the prompt's next-token loss in the last pass over it, before its update."""
     if not isinstance(costs, Mapping) or costs.get("loss") is None:
         return ""
     return f"prompt loss {costs['loss']:.3f}"
@@ -283,17 +286,17 @@ def _long(marked: tuple[str, str]) -> str:
 
 
 def _marked(response: str, answers: Sequence[Any]) -> tuple[str, str]:
-    """The response as HTML in which references stand out, and as text."""
+    """Write the response as HTML in which references stand out, and as text."""
     plain = visible(response)
     lower = plain.lower()
-    found = []
+    matches = []
     for answer in answers if len(lower) == len(plain) else ():
         wanted = visible(str(answer)).lower().strip()
         at = lower.find(wanted) if wanted else -1
         if at >= 0:
-            found.append((at, at + len(wanted)))
+            matches.append((at, at + len(wanted)))
     parts, done = [], 0
-    for a, b in sorted(found):
+    for a, b in sorted(matches):
         if a >= done:
             parts += [html.escape(plain[done:a]), f"<mark>{html.escape(plain[a:b])}</mark>"]
             done = b

@@ -20,7 +20,7 @@ from refine_jax.report.markup import number, text
 from refine_jax.report.metrics import is_refine, task_figures
 from refine_jax.report.plots import running_mean
 
-# Legible on white and on near black.
+# These colours are legible on white and on near black.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f81d6", "#d9730d", "#2e9e5b", "#9a6dd7", "#80868f"
 RUN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#c94f7c", "#2a9aa8", "#a07d1c", GREY)
 MOST_POINTS = 1500
@@ -154,12 +154,12 @@ class Charts:
         self._places: list[str] = []
 
     def frames(self, charts: Sequence[Chart]) -> str:
-        """HTML of the charts that have anything to show, in a grid."""
+        """Write the HTML of the charts that have anything to show, in a grid."""
         frames = "".join(map(self._frame, charts))
         return f'<div class="charts">{frames}</div>\n' if frames else ""
 
     def data(self) -> dict[str, Any] | None:
-        """What `Bokeh.embed.embed_items` takes; None where nothing is drawn."""
+        """Make what `Bokeh.embed.embed_items` takes; None where nothing is drawn."""
         if not self._figures:
             return None
         from bokeh.document import Document
@@ -181,7 +181,7 @@ class Charts:
                 self._runs.items(), self._colours(series.colour), strict=True
             )
         ]
-        drawn = [each for each in drawn if len(each[3][0])]
+        drawn = [curve for curve in drawn if len(curve[3][0])]
         if not drawn:
             return ""
         figure = self._new_figure(chart)
@@ -193,7 +193,7 @@ class Charts:
             self._draw(figure, series, label, colour, steps, values)
             kind = "swatch dot" if series.points and not self._several else "swatch"
             legend[name if self._several else label] = (kind, colour)
-            if series.points or not any(each[0].points for each in drawn):
+            if series.points or not any(curve[0].points for curve in drawn):
                 said.append(_said(label, steps, values, chart.medians))
         top = max(np.abs(values).max() for *_, (_, values) in drawn)
         if chart.unit == "seconds":
@@ -261,9 +261,9 @@ class Charts:
             line_width=2,
             line_dash="solid" if series.points or not self._several else "dotted",
         )
-        found = line
+        drawing = line
         if series.points or len(steps) < 3:
-            found = figure.scatter("step", "value", source=source, color=colour, size=7)
+            drawing = figure.scatter("step", "value", source=source, color=colour, size=7)
         # The library replaces what follows @ and $; the rest is HTML.
         tips = f"<b>{text(label).replace('@', '&#64;').replace('$', '&#36;')}</b><br>"
         tips += "step @step{0,0}: @value{0,0.[00000]}"
@@ -271,7 +271,7 @@ class Charts:
             tips += "<br>running mean @mean{0,0.[00000]}"
         figure.add_tools(
             HoverTool(
-                renderers=[found],
+                renderers=[drawing],
                 tooltips=f"<div>{tips}</div>",
                 mode="mouse" if self._several or series.points else "vline",
                 line_policy="nearest",
@@ -310,7 +310,7 @@ class Charts:
 
 
 def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a figure; of long runs means over equally many steps each."""
+    """Take steps and values of a figure; of long runs means over equally many steps each."""
     pairs = [(r["step"], r[series.name]) for r in records if r.get(series.name) is not None]
     steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
     if len(steps) > MOST_POINTS:
@@ -322,7 +322,7 @@ def _values(records, series: Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _said(label: str, steps: np.ndarray, values: np.ndarray, medians: bool) -> str:
-    """A curve in words: its ends, or its median."""
+    """Say a curve in words: its ends, or its median."""
     if medians:
         middle = float(np.median(values))
         return f"{text(label)}: median {number(middle, 3 if middle < 10 else 0)}"
@@ -335,7 +335,7 @@ def _said(label: str, steps: np.ndarray, values: np.ndarray, medians: bool) -> s
 
 @functools.cache
 def library() -> str:
-    """The text of the library's script."""
+    """Read the text of the library's script."""
     from bokeh.resources import Resources
 
     inline = Resources(mode="inline", components=["bokeh"], minified=True, log_level="warn")
@@ -344,5 +344,5 @@ def library() -> str:
 
 @functools.cache
 def packed_library() -> str:
-    """The script in gzip and base64, about a third of its size; browsers unpack it."""
+    """Pack the script in gzip and base64, a third of its size; browsers unpack it."""
     return base64.b64encode(gzip.compress(library().encode(), 9, mtime=0)).decode()

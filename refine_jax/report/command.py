@@ -2,7 +2,9 @@
 
 Works while a run goes on, and after it: of a training run, metrics.jsonl and held_out.jsonl are
 read; of an evaluation or test-time training, predictions.jsonl. The page report.html is one file
-for a browser. For several runs it shows them side by side, with paired differences from the first.
+for a browser. For several runs it shows them side by side, with paired differences from the first:
+those of training, and those that answered questions. The folder of a comparison stands for its
+runs.
 The last line on standard output is a JSON object: the figures, which results.json keeps, or with
 several runs the figures of each by its name.
 
@@ -52,7 +54,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, dict]:
     """Write a page about several runs to `out`; returns the figures of each, by its name.
 
     Raises:
-      DataError: A folder holds no records of a run, or runs of training and evaluations are mixed.
+      DataError: A folder holds no records of a run.
       CheckpointError: A run.json is damaged.
     """
     from refine_jax.evaluation.report import summarize
@@ -65,14 +67,19 @@ def compare_runs(folders: Sequence[Path], out: Path) -> dict[str, dict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; returns the exit status."""
     return command().run(run, arguments, imports=("jax", "refine_jax.report.page"))
 
 
 def run(options: Options) -> None:
     """Do what the command line asks for; prints the table and the figures."""
+    from refine_jax.report.page import PAGE_FILE
+    from refine_jax.report.runs import parts_of
+
     folders = [local_path(folder, "RUN") for folder in options.run]
     out = local_path(options.out, "--out") if options.out else None
+    if len(folders) == 1 and (parts := parts_of(folders[0])):
+        out, folders = out or folders[0] / PAGE_FILE, parts
     if len(folders) == 1 and out is None:
         check_writable(folders[0], "RUN")
         print(json.dumps(report_run(folders[0])))
@@ -86,7 +93,7 @@ def run(options: Options) -> None:
 
 
 def command() -> Command:
-    """The command, its flags and its page of help."""
+    """Make the command, its flags and its page of help."""
     words = {"RUN ...": "folder of a run, or of several"}
     made = Command("refine_jax.report", __doc__, "RUN [RUN ...]", words=words)
     made.group("what is written")

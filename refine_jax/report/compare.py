@@ -13,7 +13,7 @@ from refine_jax.report.training import FIGURES, evaluations, method, row_sums
 
 
 def sections(runs: Sequence[Run], charts: Charts) -> str:
-    """Their ends, paired differences, curves, text and settings."""
+    """Write the sections of several runs: ends, paired differences, curves, text and settings."""
     drawn = [*CHARTS, *task_charts(run.history for run in runs)]
     return (
         section("ends", "After training", _ends(runs), "Held-out figures of the last evaluation.")
@@ -68,10 +68,10 @@ def _paired(runs: Sequence[Run]) -> str:
         record = common[-1]
         for name, label, unit, scale, sums, better in FIGURES:
             used = row_sums(run, name, sums)
-            found = used and differences(first[record["step"]], record, *used)
-            if not found:
+            difference = used and differences(first[record["step"]], record, *used)
+            if not difference:
                 continue
-            mean, half, count = found
+            mean, half, count = difference
             interval, verdict = "–", ""
             if half is not None:
                 low, high = (mean - half) * scale, (mean + half) * scale
@@ -89,7 +89,7 @@ def _paired(runs: Sequence[Run]) -> str:
 
 def _settings(runs: Sequence[Run]) -> str:
     changed = [changed_settings(run.config) for run in runs]
-    names = dict.fromkeys(name for each in changed for name in each)
+    names = dict.fromkeys(name for settings in changed for name in settings)
     rows = []
     for name in names:
         section_name, field = name.split(".")

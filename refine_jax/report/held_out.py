@@ -80,11 +80,11 @@ class HeldOutRecord:
             kept += [rounded(value, 6) for value in np.asarray(values, np.float64)]
 
     def fields(self) -> dict[str, Any]:
-        """The record as JSON values, without its step."""
+        """Give the record as JSON values, without its step."""
         return {"data": self._data, "rows": self._rows, "shown": self._shown}
 
     def _show(self, row: int, tokens: np.ndarray, seen: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as JSON values: its text in segments, and its positions with their rollouts."""
+        """Give a row as JSON values: its text in segments, its positions with their rollouts."""
         k, n = self._refine.rollout_length, self._refine.rollouts_per_position
         starts, valid = seen["starts"][row][::n], seen["valid"][row].reshape(-1, n).all(axis=1)
         groups = {
@@ -95,7 +95,7 @@ class HeldOutRecord:
         real = np.flatnonzero(seen["mask"][row])
         first, end = int(real[0]), int(real[-1]) + 1
         texts = token_texts(self._tokenizer.decode, tokens[first:end])
-        # What slot t says of the prediction of slot t + 1 stands with that slot here.
+        # Figures of the prediction of slot t + 1, made in slot t, stand with slot t + 1 here.
         ahead = {
             name: [None, *(to_digits(x, 3) for x in seen[name][row][first : end - 1])]
             for name in ("entropy", "match")
@@ -141,7 +141,7 @@ class HeldOutRecord:
 
 
 def _spans(first: int, end: int, starts: Sequence[int], k: int) -> list[tuple[int, int]]:
-    """Which slots of a row from `first` to `end` are kept: all, or those around the starts."""
+    """Choose the slots of a row from `first` to `end` to keep: all, or those around the starts."""
     if end - first <= SHOWN_TOKENS or not starts:
         return [(first, min(end, first + SHOWN_TOKENS))]
     room = max(SHOWN_TOKENS // len(starts) - k, 8)
@@ -156,13 +156,13 @@ def _spans(first: int, end: int, starts: Sequence[int], k: int) -> list[tuple[in
 
 
 def rounded(value, digits: int) -> float | None:
-    """A number of so many decimals; None where it is not finite."""
+    """Round a number to so many decimals; None where it is not finite."""
     value = float(value)
     return round(value, digits) if math.isfinite(value) else None
 
 
 def to_digits(value, digits: int) -> float | None:
-    """A number of so many significant digits; None where it is not finite."""
+    """Round a number to so many significant digits; None where it is not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
@@ -197,13 +197,13 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def read_held_out(path: Path) -> list[dict[str, Any]]:
-    """The records of a `held_out.jsonl` in the order of their steps; none if there is no file."""
+    """Read a `held_out.jsonl` in the order of its steps; no records if there is no file."""
     records = read_lines(path, _parser())[0] if path.exists() else []
     return sorted(records, key=lambda record: record["step"])
 
 
 def _parser() -> Callable[[bytes], dict[str, Any]]:
-    """A parser of lines, each step once, with what the page reads of the right types."""
+    """Make a parser of lines, each step once, with what the page reads of the right types."""
     seen: set[int] = set()
 
     def parse(line: bytes) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _all(values: list, kind: type, what: str) -> list:
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any], figure: str, count: str
 ) -> tuple[float, float | None, int] | None:
-    """How a mean over held-out rows differs from one record to another, paired by row.
+    """Compare a mean over held-out rows between two records, paired by row.
 
     figure, count: names of the sums whose ratio is the mean, as "nll" over "tokens".
 
@@ -304,7 +304,7 @@ def differences(
 
 
 def thinned(records: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the records, evenly spread, the first and the last among them."""
+    """Choose at most so many of the records, evenly spread, the first and the last among them."""
     if len(records) <= most:
         return list(records)
     places = np.linspace(0, len(records) - 1, most).round().astype(int)

@@ -14,15 +14,15 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Controls (but tab and line feed), format characters (bidi controls and zero-width ones among
-# them), lone surrogates, private use, and line and paragraph separators.
+# These categories show nothing: controls (but tab and line feed), format characters (bidi controls
+# and zero-width ones among them), lone surrogates, private use, and line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 _NEEDED = "\n\t\u200c\u200d"  # the last two join letters of some scripts, and emoji
 _PLAIN = re.compile(r"[\n\t\x20-\x7e]*\Z")
 
 
 def visible(value: str) -> str:
-    """The text with a sign in place of each character that shows nothing or moves others."""
+    """Put a sign in place of each character that shows nothing or moves others."""
     if _PLAIN.match(value):
         return value
     return "".join(map(_sign, value))
@@ -38,17 +38,17 @@ def _sign(character: str) -> str:
 
 
 def text(value: Any) -> str:
-    """A value as HTML text, also inside of quoted attributes."""
+    """Write a value as HTML text, also inside of quoted attributes."""
     return html.escape(visible(str(value)))
 
 
 def quoted(value: str) -> str:
-    """Text of others as an element of its own, whose direction its neighbours do not feel."""
+    """Write text of others as an element whose direction its neighbours do not feel."""
     return f"<bdi>{text(value)}</bdi>"
 
 
 def json_block(name: str, value: Any) -> str:
-    """Data for the script of the page, which reads it by the id `name`."""
+    """Write data for the script of the page, which reads it by the id `name`."""
     data = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -56,7 +56,7 @@ def json_block(name: str, value: Any) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of cells that are HTML already; the first of each row is its heading."""
+    """Write a table of cells that are HTML already; the first of each row is its heading."""
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
@@ -70,7 +70,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind
 
 
 def section(name: str, title: str, body: str, note: str = "") -> str:
-    """A section of the page; `title`, `body` and `note` are HTML already; "" without a body."""
+    """Write a section; `title`, `body` and `note` are HTML already; "" without a body."""
     if not body:
         return ""
     note = f'<p class="note">{note}</p>\n' if note else ""
@@ -78,7 +78,7 @@ def section(name: str, title: str, body: str, note: str = "") -> str:
 
 
 def number(value: float | None, digits: int = 4, unit: str = "", *, sign: bool = False) -> str:
-    """A number for a cell; a dash where there is none."""
+    """Write a number for a cell; a dash where there is none."""
     if value is None:
         return "–"
     return f"{value:{'+' if sign else ''},.{digits}f}{unit}".replace("-", "−")

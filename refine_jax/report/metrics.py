@@ -23,7 +23,7 @@ ANSWER_FIGURES = ("exact", "score", "prompt_loss")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Records of a `metrics.jsonl` or `predictions.jsonl`, oldest first; none if there is no file.
+    """Read a `metrics.jsonl` or `predictions.jsonl`, oldest record first; none without a file.
 
     Lines that are no JSON objects are left out, such as a last one that a crash cut off.
     """
@@ -35,7 +35,7 @@ def _fields(line: bytes) -> dict:
 
 
 def step_parser() -> Callable[[bytes], dict]:
-    """A parser of the lines of one `metrics.jsonl`: numbers and nulls by name, each step once."""
+    """Make a parser of one `metrics.jsonl`: numbers and nulls by name, each step once."""
     seen: set[int] = set()
 
     def parse(line: bytes) -> dict:
@@ -63,13 +63,13 @@ def _is_finite(value: object) -> bool:
 
 
 def total_seconds(history: list[dict]) -> float:
-    """Seconds of the run up to its last record that says so."""
+    """Find the seconds of the run up to its last record that says so."""
     totals = (record.get("time/total") for record in reversed(history))
     return next((total for total in totals if total is not None), 0.0)
 
 
 def summarize(history: list[dict]) -> dict:
-    """Figures of a run: before and after, rewards of its first and last ReFINE steps, times.
+    """Compute a run's figures: before, after, rewards of first and last ReFINE steps, times.
 
     Values are None where the run has no such figure; figures of answers are there in post-training
     only. Step times are medians, in seconds, over the steps of one kind, the first (which compiles)
@@ -114,7 +114,7 @@ def task_figures(records: Iterable[Mapping]) -> dict[str, list[str]]:
 
 
 def is_refine(record: Mapping) -> bool:
-    """Whether the record of a training step is one of ReFINE, with rollouts or without."""
+    """Tell whether a training step's record is one of ReFINE, with rollouts or without."""
     return "reward/mean" in record or "policy/expected_match" in record
 
 
@@ -124,7 +124,7 @@ def write_results(workdir: Path, results: Mapping) -> None:
 
 
 def table(results: Mapping) -> str:
-    """The closing table: before and after on held-out documents, rewards, step times."""
+    """Write the closing table: before and after on held-out documents, rewards, step times."""
     head = f"{'':28}{'before':>12}{'after':>12}{'change':>12}"
     lines = []
     of = "answers'" if "posttrain_steps" in results else "validation"

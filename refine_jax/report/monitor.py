@@ -66,7 +66,7 @@ class Monitor(contextlib.AbstractContextManager):
 
     @property
     def seconds(self) -> float:
-        """Seconds of the run so far, those before an interruption included."""
+        """Count the seconds of the run so far, those before an interruption included."""
         return self._before + time.perf_counter() - self._started
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -111,7 +111,7 @@ class Monitor(contextlib.AbstractContextManager):
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `42 s`, `3 min 20 s` or `2 h 5 min`."""
+    """Write seconds as `42 s`, `3 min 20 s` or `2 h 5 min`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def _brief(record: Mapping) -> str:
-    """The few numbers of a record worth watching."""
+    """Choose the few numbers of a record worth watching."""
     parts = []
     of = "answer " if "eval/exact" in record else ""
     for label, name, form in (

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refine_jax import distributed
-from refine_jax.base.errors import DataError
 from refine_jax.base.files import valid_unicode, write_text
 from refine_jax.data.tasks import TASKS
 from refine_jax.evaluation.plots import plot_recall, plot_scores
@@ -39,7 +38,7 @@ def write_evaluation(records: Sequence[dict], workdir: Path) -> dict:
     Returns the figures.
     """
     results = summarize(records)
-    needles = [task for task in results["mean_by_task"] if TASKS[task].group == "niah"]
+    needles = [task for task in results["mean_by_task"] if TASKS[task].group in ("niah", "recall")]
     recalls = {task: recall_by_depth(records, task) for task in needles}
     recalls = {task: recall for task, recall in recalls.items() if recall is not None}
     if recalls:
@@ -57,39 +56,30 @@ def write_evaluation(records: Sequence[dict], workdir: Path) -> dict:
 
 
 def write_page(path: Path, runs: Sequence[Run]) -> None:
-    """Write a page about some runs, all of training or all evaluations.
-
-    Raises:
-      DataError: Runs of training and evaluations are mixed.
-    """
+    """Write a page about some runs: side by side those of training, and those that answered."""
     write_text(path, page(runs))
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The text of a page about some runs; errors as of `write_page`."""
-    if len({run.trains for run in runs}) > 1:
-        kinds = ", ".join(f"{run.name}: {run.phase}" for run in runs)
-        raise DataError(
-            "Runs on one page must be all of training, or all evaluations and test-time training. "
-            f"Got: {kinds}. Make a page of each kind."
-        )
+    """Write the text of a page about some runs."""
     runs = named_apart(runs)
-    (first, *others) = runs
-    data, drawn = "", None
-    if first.trains:
-        curves = charts.Charts({run.name: run.history for run in runs})
-        if others:
-            body = compare.sections(runs, curves)
+    trained = [run for run in runs if run.trains]
+    answered = [run for run in runs if not run.trains]
+    body, data = "", ""
+    if answered:
+        # The settings of one evaluation, but for a page that has those of training.
+        body += answers.sections(answered, with_settings=not trained)
+    if trained:
+        curves = charts.Charts({run.name: run.history for run in trained})
+        if len(trained) > 1:
+            body += compare.sections(trained, curves)
         else:
-            body = training.tiles(first) + training.sections(first, curves)
-        drawn = curves.data()
-        data = json_block("charts-data", drawn)
-        data += json_block("method-data", training.method_data(runs))
-    else:
-        body = answers.sections(runs)
+            body += training.tiles(trained[0]) + training.sections(trained[0], curves)
+        data = json_block("charts-data", curves.data())
+        data += json_block("method-data", training.method_data(trained))
     title = " · ".join(run.name for run in runs)
-    kind = f"{len(runs)} runs" if others else first.phase
-    return valid_unicode(_frame(title, kind, body, data, charts=drawn is not None))
+    kind = f"{len(runs)} runs" if len(runs) > 1 else runs[0].phase
+    return valid_unicode(_frame(title, kind, body, data, charts=bool(trained)))
 
 
 def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
@@ -101,7 +91,7 @@ def _frame(title: str, kind: str, body: str, data: str, *, charts: bool) -> str:
 
         allowed.append(plain())
         library = f'<script type="text/plain" id="library">{packed_library()}</script>\n'
-    digests = " ".join(f"'sha256-{_digest(each)}'" for each in allowed)
+    digests = " ".join(f"'sha256-{_digest(script)}'" for script in allowed)
     policy = (
         f"default-src 'none'; script-src {digests}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
@@ -139,6 +129,7 @@ _NAVIGATION = {
     "before-after": "Before and after",
     "ends": "After training",
     "scores": "Scores",
+    "answers-paired": "Differences of scores",
     "paired": "Differences",
     "curves": "Curves",
     "method": "Method",

@@ -24,7 +24,7 @@ def write_report(
 
 
 def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | None) -> None:
-    """Training curves of the records of `metrics.jsonl`: losses, rewards, gradients, speed.
+    """Plot the records of `metrics.jsonl`: losses, rewards, gradients, speed.
 
     path: PNG file to write.
     history: records, one a step (`refine_jax.report.monitor.Monitor.history`).
@@ -109,7 +109,7 @@ def plot_rollouts(
     reward_name: str,
     texts: Sequence[tuple[str, str]] | None = None,
 ) -> None:
-    """One sequence: its entropy, where rollouts start, and the reward of each.
+    """Plot one sequence: its entropy, where rollouts start, and the reward of each.
 
     path: PNG file to write. entropy: [T] nats of the prediction at each token, NaN where there is
     no real token. starts: [c] index of the first token of the rollouts of each position. rewards:
@@ -175,7 +175,7 @@ def _series(records: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _curve(axis, records, name: str, colour: str, label: str) -> None:
-    """A line; with many steps a pale one and its running mean."""
+    """Draw a line; with many steps a pale one and its running mean."""
     steps, values = _series(records, name)
     if not len(steps):
         return
@@ -195,7 +195,7 @@ def _curve(axis, records, name: str, colour: str, label: str) -> None:
 
 
 def _band(axis, records, mean: str, deviation: str, colour: str) -> bool:
-    """A band around a curve; returns whether there is one."""
+    """Draw a band around a curve; returns whether there is one."""
     steps, centre = _series(records, mean)
     same, spread = _series(records, deviation)
     drawn = len(steps) > 0 and np.array_equal(steps, same)
@@ -226,7 +226,7 @@ def _shade_warmup(axis, training) -> None:
 
 
 def _stack_times(axis, training) -> None:
-    """Seconds of a step by part; steps that compile reach beyond the range shown."""
+    """Stack seconds of a step by part; steps that compile reach beyond the range shown."""
     steps = np.asarray([record["step"] for record in training])
     parts = {
         "data": ("time/data", GREY),
@@ -240,7 +240,7 @@ def _stack_times(axis, training) -> None:
         for label, (name, _) in parts.items()
     }
     totals = np.sum(list(values.values()), axis=0)
-    # What takes no time that could be seen, as where nothing is collected, is no part.
+    # Leave out parts that take no visible time, as where no experience is collected.
     values = {label: part for label, part in values.items() if part.max() > 1e-3 * totals.max()}
     axis.stackplot(
         steps,
@@ -255,7 +255,7 @@ def _stack_times(axis, training) -> None:
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred mean over `width` entries; at the ends, and around NaN, over those there are."""
+    """Compute centred means over `width` entries; over fewer at the ends and around NaN."""
     width = max(1, width)
     kernel, known = np.ones(width), np.isfinite(values)
     total = np.convolve(np.where(known, values, 0.0), kernel, "full")

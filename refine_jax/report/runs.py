@@ -11,7 +11,7 @@ from typing import Any
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import read_json, read_lines
 from refine_jax.checkpoint.folders import CHECKPOINTS, RUN
-from refine_jax.checkpoint.record import read_config
+from refine_jax.checkpoint.steps import read_config
 from refine_jax.config import SECTIONS
 from refine_jax.evaluation import runner
 from refine_jax.report.held_out import HELD_OUT_FILE, read_held_out
@@ -45,11 +45,11 @@ class Run:
         return str(self.config.get("phase", "training" if self.trains else "evaluation"))
 
     def setting(self, section: str, field: str, default: Any = None) -> Any:
-        """The value of a setting; `default` where the run did not write it down."""
+        """Look up the value of a setting; `default` where the run did not write it down."""
         return (self.config.get(section) or {}).get(field, default)
 
     def figures(self) -> dict[str, Any]:
-        """The figures of a training run (`metrics.summarize`)."""
+        """Compute the figures of a training run (`metrics.summarize`)."""
         return summarize(list(self.history))
 
 
@@ -77,8 +77,17 @@ def read_run(folder: Path) -> Run:
     return Run(name, folder, config, history, read_held_out(folder / HELD_OUT_FILE))
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of a comparison's runs, the oldest first; none where it is a run's own folder."""
+    names = (METRICS_FILE, runner.PREDICTIONS)
+    if any((folder / name).exists() for name in names):
+        return []
+    records = [path for name in names for path in folder.glob(f"*/{name}")]
+    return [path.parent for path in sorted(records, key=lambda path: path.stat().st_ctime)]
+
+
 def named_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs, by more of their paths where folders have one name."""
+    """Name runs by more of their paths where folders have one name."""
     names = [run.name for run in runs]
     return [
         dataclasses.replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run
@@ -87,7 +96,7 @@ def named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str]]:
-    """{section.field: (value, default, meaning)} of the settings that differ from the defaults."""
+    """Find settings that differ from defaults: {section.field: (value, default, meaning)}."""
     changed = {}
     for name, section in SECTIONS.items():
         values = config.get(name)
@@ -99,5 +108,5 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, tuple[Any, Any, str
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON keeps it, so that a tuple and a list of one content are equal."""
+    """Make a value as JSON keeps it, so that a tuple and a list of one content are equal."""
     return json.loads(json.dumps(value, default=str))

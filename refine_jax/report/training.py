@@ -29,24 +29,24 @@ direction is better (0: neither)."""
 
 
 def of_answers(run: Run) -> bool:
-    """Whether held-out figures are of answers to prompts, as in post-training."""
+    """Tell whether held-out figures are of answers to prompts, as in post-training."""
     return any("eval/exact" in record for record in run.history)
 
 
 def row_sums(run: Run, name: str, sums: tuple[str, str] | None) -> tuple[str, str] | None:
-    """Which sums over rows a figure of this run is the ratio of; None where rows do not have it."""
-    # Rows keep sums over the tokens of prompts, or of documents, not over those of answers.
+    """Name the row sums whose ratio a figure of this run is; None where rows do not have it."""
+    # Records of rows have sums over tokens of prompts or documents, and none over those of answers.
     others = ("loss", "accuracy") if of_answers(run) else ("prompt_loss", "score")
     return None if name in others else sums
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
-    """The records of evaluations, in order."""
+    """Take the records of evaluations, in order."""
     return [record for record in run.history if "eval/loss" in record]
 
 
 def tiles(run: Run) -> str:
-    """The figures to see first."""
+    """Write the figures to see first."""
     figures = run.figures()
     total = run.setting("train", "steps", figures["steps"])
     done = figures["steps"] >= total
@@ -76,7 +76,7 @@ def tiles(run: Run) -> str:
 
 
 def before_and_after(run: Run) -> str:
-    """A table of held-out figures at both ends of the run, with intervals of their change."""
+    """Write held-out figures at both ends of the run, with intervals of their change."""
     records = evaluations(run)
     if not records:
         return ""
@@ -94,9 +94,9 @@ def before_and_after(run: Run) -> str:
             both = [seen.get(record["step"]) for record in (first, last)]
             used = row_sums(run, name, sums)
             if None not in both and used:
-                found = differences(*both, *used)
-                if found and found[1] is not None:
-                    reach = f"± {number(found[1] * scale)} over {found[2]:,} rows"
+                _, half, count = differences(*both, *used) or (None, None, None)
+                if half is not None:
+                    reach = f"± {number(half * scale)} over {count:,} rows"
         cells = [number(None if x is None else x * scale) for x in (before, after)]
         rows.append([f"{text(label)} <small>{unit}</small>", *cells, change, reach])
     head = (
@@ -117,7 +117,7 @@ def _change(difference: float, better: int) -> str:
 
 
 def speed(run: Run) -> str:
-    """A table of what steps took."""
+    """Write a table of what steps took."""
     figures = run.figures()
     rows = [
         [label, number(figures.get(seconds), 3, " s"), f"{figures.get(count) or 0:,}"]
@@ -137,7 +137,7 @@ def speed(run: Run) -> str:
 
 
 def settings(run: Run) -> str:
-    """A table of the settings that differ from their defaults."""
+    """Write a table of the settings that differ from their defaults."""
     changed = changed_settings(run.config)
     rows = [
         [f"<code>{text(name)}</code>", _value(value), _value(default), _codes(meaning)]
@@ -148,7 +148,7 @@ def settings(run: Run) -> str:
 
 
 def _codes(meaning: str) -> str:
-    """A docstring's text as HTML, what stands between backticks as code."""
+    """Write a docstring's text as HTML, what stands between backticks as code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(meaning))
 
 
@@ -158,7 +158,7 @@ def _value(value: Any) -> str:
 
 
 def sections(run: Run, charts: Charts) -> str:
-    """The sections of one training run but for the method."""
+    """Write the sections of one training run but for the method."""
     intervals = (
         "Intervals are of the difference, paired by held-out row: they say what other rows of the "
         "kind would give, not what another seed would."
@@ -187,7 +187,7 @@ def _speed_note(run: Run) -> str:
 
 
 def method(runs: Sequence[Run]) -> str:
-    """Where the method's text is shown, if a run kept any; the page's script fills it in."""
+    """Write the place for the method's text, if a run kept any; the page's script fills it."""
     runs = [run for run in runs if any(record["shown"] for record in run.held_out)]
     if not runs:
         return ""
@@ -222,8 +222,9 @@ def method(runs: Sequence[Run]) -> str:
 
 
 def method_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the page's script shows of the method: of each run its evaluations, with signs in place
-    of characters that would not be seen.
+    """Make what the page's script shows of the method.
+
+    Of each run its evaluations, with signs in place of characters that would not be seen.
     """
     texts: dict[tuple[str, ...], int] = {}
     runs = [run for run in runs if any(record["shown"] for record in run.held_out)]
@@ -241,7 +242,7 @@ def method_data(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _without_copies(rows: list[dict], texts: dict[tuple[str, ...], int]) -> list[dict]:
-    """The rows with numbers in place of the texts of segments, which most evaluations share.
+    """Put numbers in place of the texts of segments, which most evaluations share.
 
     texts: the number of each, which grows.
     """
@@ -255,5 +256,5 @@ def _signed(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
-        return {name: _signed(each) for name, each in value.items()}
-    return [_signed(each) for each in value] if isinstance(value, list) else value
+        return {name: _signed(part) for name, part in value.items()}
+    return [_signed(part) for part in value] if isinstance(value, list) else value

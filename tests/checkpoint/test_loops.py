@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint import loops
+from refine_jax.checkpoint import arrays
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 
 # So many arrays that others are under way when the first one fails.
@@ -84,7 +84,7 @@ def test_a_restore_that_fails_leaves_no_task_behind(tmp_path, capfd, monkeypatch
 
 
 def test_a_loop_ends_its_tasks_before_it_closes():
-    loops.quiet_orbax()
+    arrays.quiet_orbax()
     ended = []
 
     async def late() -> None:
@@ -107,8 +107,8 @@ def test_a_loop_ends_its_tasks_before_it_closes():
 
 
 def test_a_loop_does_not_wait_for_ever_nor_after_an_interrupt(monkeypatch, caplog):
-    loops.quiet_orbax()
-    monkeypatch.setattr(loops, "SECONDS", 0.2)
+    arrays.quiet_orbax()
+    monkeypatch.setattr(arrays, "LOOP_SECONDS", 0.2)
 
     async def begin(failure: BaseException) -> None:
         asyncio.get_running_loop().kept = asyncio.ensure_future(asyncio.sleep(1000))
@@ -131,7 +131,7 @@ def test_a_loop_does_not_wait_for_ever_nor_after_an_interrupt(monkeypatch, caplo
 
 def test_what_orbax_logs_of_waits_and_failures_is_not_shown():
     """It is raised; and a second's wait on a busy machine is nothing to act on."""
-    loops.quiet_orbax()
+    arrays.quiet_orbax()
     theirs = Path("/site-packages/orbax/checkpoint/_src/futures/future.py")
     ours = Path("/refine_jax/checkpoint/manager.py")
     fault = (OSError, OSError("full"), None)
@@ -150,8 +150,8 @@ def test_what_orbax_logs_of_waits_and_failures_is_not_shown():
 
 
 def test_loops_are_made_as_before_only_once():
-    loops.quiet_orbax()
+    arrays.quiet_orbax()
     make = asyncio.get_event_loop_policy().new_event_loop
-    loops.quiet_orbax()
+    arrays.quiet_orbax()
     assert asyncio.get_event_loop_policy().new_event_loop is make
     assert asyncio.run(asyncio.sleep(0, "as ever")) == "as ever"

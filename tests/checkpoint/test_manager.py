@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint import CheckpointManager, arrays, record, tree
+from refine_jax.checkpoint import CheckpointManager, arrays, steps, tree
 from refine_jax.checkpoint import manager as manager_module
 
 CONFIG = json.dumps({"model_type": "delta_net", "hidden_size": 8})
@@ -518,7 +518,7 @@ def test_run_json_is_as_it_was_written_or_refused(two_steps):
         (folder / "run.json").write_text(json.dumps(fields))
         with open_manager(folder, run_config={"now": 2}):
             pass
-        assert record.read_run(folder, verify=True).config == {"now": 2}
+        assert steps.read_run(folder, verify=True).config == {"now": 2}
 
 
 @pytest.mark.parametrize(
@@ -536,7 +536,7 @@ def test_fields_of_run_json_have_types(two_steps, change, words):
     folder, _ = two_steps
     (folder / "run.json").write_text(json.dumps(change))
     with pytest.raises(CheckpointError, match=f"run.json: {words}. Got: "):
-        record.read_config(folder)
+        steps.read_config(folder)
 
 
 def test_a_checkpoint_without_digests_is_restored(tmp_path, monkeypatch):

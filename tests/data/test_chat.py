@@ -10,7 +10,7 @@ from tiny import tiny
 
 from refine_jax.base.errors import DataError
 from refine_jax.checkpoint import save_model
-from refine_jax.checkpoint.manager import ModelCheckpoint
+from refine_jax.checkpoint.folders import ModelCheckpoint
 from refine_jax.convert import from_hf, to_hf
 from refine_jax.data import ChatTemplate, encode_chat, load_chat_template, load_tokenizer
 from refine_jax.generation import load

@@ -183,7 +183,7 @@ def tiny_lab(family="deltanet"):
 
 def test_sampled_recall_is_the_probability_of_whole_values():
     lab = tiny_lab()
-    params = lab.model.init(jax.random.key(0))
+    params = jax.jit(lab.model.init)(jax.random.key(0))
     figures, rows = lab.measure(params), lab.task.documents(8, 3, held_out=True)
     hidden = lab.model.forward(params, rows.tokens)[0]
     log_probs = np.asarray(jax.nn.log_softmax(hidden @ lab.model.head(params).T))
@@ -227,7 +227,7 @@ def test_rules_are_what_they_say():
     By gradients with respect to the vocabulary head, to which every rule comes down.
     """
     lab = tiny_lab()
-    params = jax.tree.map(lambda x: 1.5 * x, lab.model.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: 1.5 * x, jax.jit(lab.model.init)(jax.random.key(0)))
     rows, ntp = lab.task.documents(4, 1), RefineConfig(objective="ntp")
     batch = {"tokens": rows.tokens, "recall": np.ones_like(rows.recall)}
 
@@ -269,7 +269,7 @@ def test_rules_are_what_they_say():
 def test_arms_read_the_same_rows():
     """With weight 0 every arm is next-token training, and one without steps changes nothing."""
     lab = tiny_lab()
-    params = lab.model.init(jax.random.key(0))
+    params = jax.jit(lab.model.init)(jax.random.key(0))
     names = ("ntp", "exact whole", "published")
     weightless = {
         name: dataclasses.replace(ARMS[name], fields=ARMS[name].fields | {"lambda_rl": 0.0})
@@ -399,7 +399,7 @@ def test_signals_alone_need_no_more_than_the_base(tmp_path):
 
 def test_signal_against_itself():
     lab = tiny_lab()
-    params = lab.model.init(jax.random.key(0))
+    params = jax.jit(lab.model.init)(jax.random.key(0))
     of_ntp = gradients(lab, params, ARMS["ntp"], batches=3)
     found = signal(of_ntp, of_ntp)
     for name in ("norm_ratio", "cosine", "same_rows"):

@@ -269,7 +269,6 @@ def test_each_prompt_is_continued_by_a_copy_trained_on_it(generate, checkpoint):
     )
     sampling = Sampling(max_new_tokens=6)
 
-    @jax.jit
     @jax.grad
     def gradient(params, rows, last):
         hidden, _ = model.forward(params, rows)
@@ -277,15 +276,17 @@ def test_each_prompt_is_continued_by_a_copy_trained_on_it(generate, checkpoint):
         taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[0, :, 0]
         return -jnp.sum(jnp.where(jnp.arange(len(taken)) < last, taken, 0)) / last
 
+    @jax.jit
+    def update(params, moments, rows, last):
+        updates, moments = optimizer.update(gradient(params, rows, last), moments, params)
+        return optax.apply_updates(params, updates), moments
+
     for got, ids in zip(lines(out), generator.encode(texts), strict=True):
         rows = np.zeros((1, 64), np.int32)
         rows[0, : len(ids)] = ids
-        trained, moments = params, optimizer.init(params)
+        trained, moments = params, jax.jit(optimizer.init)(params)
         for _ in range(2):
-            updates, moments = optimizer.update(
-                gradient(trained, rows, len(ids) - 1), moments, trained
-            )
-            trained = optax.apply_updates(trained, updates)
+            trained, moments = update(trained, moments, rows, len(ids) - 1)
         want = generator.generate(trained, generator.read(trained, [ids]), sampling)
         assert got["text"] == want[0].text
         assert got["adapt_tokens"] == 2 * len(ids) and got["adapt_seconds"] > 0

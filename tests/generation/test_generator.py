@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny, tokens
+from tiny import scaled, tiny, tokens
 
 from refine_jax.base.errors import CheckpointError, DataError
 from refine_jax.checkpoint.hf import read_hf
@@ -216,8 +216,8 @@ def test_blocks_of_tokens_continue_each_other():
         assert [int(token) for token in ended[row] if token >= 0] == want
 
     # Several parameters at once, as adapted prompts have them.
-    other = jax.tree.map(lambda x: x * 1.1, params)
-    both = jax.tree.map(lambda *x: jnp.stack(x), params, other)
+    other = scaled(params, 1.1)
+    both = jax.tree.map(lambda *x: np.stack(x), params, other)
     many, _ = jax.jit(jax.vmap(run, (0, None, None)))(both, prefix, jnp.asarray([6, 6, 6]))
     np.testing.assert_array_equal(many[0, :, :6], whole[:, :6])
     np.testing.assert_array_equal(many[1], run(other, prefix, jnp.asarray([6, 6, 6]))[0])
@@ -274,7 +274,7 @@ def test_a_saved_state_is_the_same_bit_for_bit(tmp_path):
     with pytest.raises(CheckpointError, match=r"another model.*window_size: 6, not 5"):
         refused(other, params, made.tokenizer)
     with pytest.raises(CheckpointError, match="other parameters"):
-        refused(made.model, jax.tree.map(lambda x: x * 1.001, params), made.tokenizer)
+        refused(made.model, scaled(params, 1.001), made.tokenizer)
     with pytest.raises(CheckpointError, match="another tokenizer"):
         refused(made.model, params, Letters(eos_id=1))
     low = Model(made.model.config, ComputePolicy(compute_dtype="bfloat16"))
@@ -311,9 +311,9 @@ def test_a_saved_state_that_grew_goes_on_growing(tmp_path):
 
 def test_each_row_is_read_and_continued_by_a_copy_of_its_own():
     made, params = generator("qwen")
-    each = [jax.tree.map(lambda x, i=i: x * (1 + 0.1 * i), params) for i in range(3)]
+    each = [scaled(params, 1 + 0.1 * i) for i in range(3)]
     copies = CopiesGenerator(made.model, made.tokenizer)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *each)
     got = copies.generate(stacked, copies.read(stacked, PROMPTS), Sampling(max_new_tokens=50))
     for i, prompt in enumerate(PROMPTS):
         prefix = made.read(each[i], [prompt])

@@ -52,13 +52,13 @@ def test_smoothing_matches_golden():
     lengths = names_like(arrays, r"smoothed_k(\d+)")
     assert lengths
     for k in lengths:
-        got = selection.smooth_entropy(jnp.asarray(arrays["entropy"]), int(k))
+        got = jax.jit(selection.smooth_entropy, static_argnums=1)(arrays["entropy"], int(k))
         np.testing.assert_allclose(got, arrays[f"smoothed_k{k}"], **TOLERANCE)
 
 
 def test_smoothing_of_padded_rows_matches_golden(golden_selection):
     arrays, _, _, k = golden_selection
-    got = selection.smooth_entropy(jnp.asarray(arrays["entropy"]), k)
+    got = jax.jit(selection.smooth_entropy, static_argnums=1)(arrays["entropy"], k)
     np.testing.assert_allclose(got, arrays["smoothed"], **TOLERANCE)
 
 
@@ -87,11 +87,11 @@ def test_probabilities_match_golden(golden_selection, method, name):
 
 def test_starts_match_golden_for_every_index(golden_selection):
     arrays, cs, mask, k = golden_selection
+    starts = jax.jit(selection.response_starts, static_argnums=2)
     for c in cs:
         expected = arrays[f"c{c}/start_for_index"]
         for i in range(expected.shape[-1]):
-            chosen = jnp.asarray(arrays[f"c{c}/chunk_start"] + i)
-            got = np.asarray(selection.response_starts(chosen, jnp.asarray(mask), k))
+            got = np.asarray(starts(arrays[f"c{c}/chunk_start"] + i, mask, k))
             exists = expected[..., i] >= 0
             np.testing.assert_array_equal(got[exists], expected[..., i][exists])
 
@@ -142,9 +142,8 @@ def test_training_batch_matches_golden(golden_selection):
 
 def check_grouping(group, shape, grouping):
     values = np.random.default_rng(0).normal(size=group.shape).astype(np.float32)
-    got = grpo.group_advantages(
-        jnp.asarray(values.reshape(shape)), jnp.ones(shape, bool), grouping=grouping
-    )
+    run = jax.jit(grpo.group_advantages, static_argnames="grouping")
+    got = run(values.reshape(shape), np.ones(shape, bool), grouping=grouping)
     for g in np.unique(group):
         members = values[group == g]
         expected = (members - members.mean()) / (members.std(ddof=1) + 1e-6)
@@ -186,9 +185,9 @@ def golden_rewards():
 @pytest.mark.parametrize("kind", ["cosine", "binary", "hybrid"])  # the published ones
 def test_rewards_match_golden(golden_rewards, kind):
     arrays, inputs = golden_rewards
-    per_token = rewards.REWARDS[kind](*inputs)
+    per_token = jax.jit(rewards.REWARDS[kind])(*inputs)
     np.testing.assert_allclose(per_token, arrays[f"{kind}/per_token"], **TOLERANCE)
-    scores = rewards.token_rewards(kind, *inputs).mean(-1)
+    scores = jax.jit(rewards.token_rewards, static_argnums=0)(kind, *inputs).mean(-1)
     expected = arrays[f"{kind}/scores"]
     np.testing.assert_allclose(scores, expected[:, -1], **TOLERANCE)
     assert not expected[:, :-1].any()
@@ -286,9 +285,8 @@ def test_policy_loss_matches_golden():
 @pytest.mark.parametrize("kind", grpo.KL_PENALTIES)
 def test_kl_penalty_matches_golden(kind):
     arrays = load_arrays(FOLDER, "kl_penalty.npz")
-    got = grpo.kl_penalty(
-        jnp.asarray(arrays["log_prob"]), jnp.asarray(arrays["ref_log_prob"]), kind
-    )
+    penalty = jax.jit(grpo.kl_penalty, static_argnums=2)
+    got = penalty(arrays["log_prob"], arrays["ref_log_prob"], kind)
     np.testing.assert_allclose(got, arrays[kind], **TOLERANCE)
 
 
@@ -298,11 +296,17 @@ def test_kl_penalty_matches_golden(kind):
 def test_entropy_and_log_probs_match_golden():
     arrays = load_arrays(FOLDER, "entropy_logprob.npz")
     logits, labels = jnp.asarray(arrays["logits"]), jnp.asarray(arrays["labels"])
-    with jax.default_matmul_precision("highest"):
-        identity = jnp.eye(logits.shape[-1])
-        log_probs, entropy = head.token_log_probs(logits, identity, labels)
-        _, stats = head.next_token_loss(logits, identity, labels, jnp.ones(labels.shape))
-    for got in (log_probs, -stats.nll, head.log_prob(logits, labels)):
-        np.testing.assert_allclose(got, arrays["logprobs"], **TOLERANCE)
-    for got in (entropy, stats.entropy, head.entropy(logits)):
-        np.testing.assert_allclose(got, arrays["entropy"], **TOLERANCE)
+
+    @jax.jit
+    def all_forms(logits, labels):
+        """Log-probabilities, and entropies, each by three functions."""
+        with jax.default_matmul_precision("highest"):
+            identity = jnp.eye(logits.shape[-1])
+            log_probs, entropy = head.token_log_probs(logits, identity, labels)
+            _, stats = head.next_token_loss(logits, identity, labels, jnp.ones(labels.shape))
+        direct = head.log_prob(logits, labels)
+        return (log_probs, -stats.nll, direct), (entropy, stats.entropy, head.entropy(logits))
+
+    for found, name in zip(all_forms(logits, labels), ("logprobs", "entropy"), strict=True):
+        for got in found:
+            np.testing.assert_allclose(got, arrays[name], **TOLERANCE)

@@ -57,6 +57,14 @@ def value_and_gradients(arguments, keywords, implementation):
     return both(cotangents, arguments)
 
 
+@functools.cache
+def specified(spec, dtype="float32"):
+    """What the specification makes of a spec's arguments, of `dtype` but computed in float32."""
+    arguments, keywords = spec.arguments(dtype)
+    exact = tuple(x.astype(jnp.float32) for x in arguments[:3])
+    return jax.device_get(value_and_gradients((*exact, *arguments[3:]), keywords, "reference"))
+
+
 @pytest.mark.parametrize(
     ("name", "implementation"),
     [
@@ -67,21 +75,17 @@ def value_and_gradients(arguments, keywords, implementation):
     ],
 )
 def test_matches_the_specification(name, implementation):
-    arguments, keywords = SPECS[name].arguments()
-    expected = value_and_gradients(arguments, keywords, "reference")
-    got = value_and_gradients(arguments, keywords, implementation)
+    got = value_and_gradients(*SPECS[name].arguments(), implementation)
     # Newton-Schulz amplifies rounding.
-    assert_close(got, expected, 1e-4 if SPECS[name].options.muon else 1e-5)
+    assert_close(got, specified(SPECS[name]), 1e-4 if SPECS[name].options.muon else 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_operands(implementation):
     heads = 1 if implementation == "pallas_tpu" else 2
     spec = LaCTSpec("", 4, 1, heads, chunk=32, dim=16, hidden=16)
-    arguments, keywords = spec.arguments("bfloat16")
-    exact = tuple(x.astype(jnp.float32) for x in arguments[:3])
-    expected = value_and_gradients((*exact, *arguments[3:]), keywords, "reference")
-    got = value_and_gradients(arguments, keywords, implementation)
+    expected = specified(spec, "bfloat16")
+    got = value_and_gradients(*spec.arguments("bfloat16"), implementation)
     (out, trace), gradients = got
     assert out.dtype == gradients[0][0].dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(trace)} == {jnp.dtype("float32")}
@@ -101,9 +105,8 @@ def test_blocks_of_tokens_and_little_memory(monkeypatch, tile):
     params = pltpu.InterpretParams(detect_races=True)
     monkeypatch.setattr(tpu, "interpret_mode", lambda: params)
     spec = LaCTSpec("", 3, heads=1, chunk=200, dim=6, hidden=130, masked=True)
-    arguments, keywords = spec.arguments()
-    expected = value_and_gradients(arguments, keywords, "reference")
-    assert_close(value_and_gradients(arguments, keywords, "pallas_tpu"), expected, 1e-5)
+    got = value_and_gradients(*spec.arguments(), "pallas_tpu")
+    assert_close(got, specified(spec), 1e-5)
     races = interpret_pallas_call.races
     assert races is None or not races.races_found
 

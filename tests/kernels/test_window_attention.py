@@ -1,6 +1,5 @@
 """Window attention: every implementation against the specification, dense masks and its laws."""
 
-import functools
 import re
 
 import jax
@@ -22,11 +21,16 @@ from tests.models.test_attention import dense_attention, draw
 TESTED = sorted(set(IMPLEMENTATIONS) - {"reference", "cudnn"})
 
 
-@functools.partial(jax.jit, static_argnames=("window", "heads_per_group", "implementation"))
-def value_and_gradients(arrays, cotangent, **keywords):
+STATIC = {"static_argnames": ("window", "heads_per_group", "implementation")}
+
+
+def attend_and_back(arrays, cotangent, **keywords):
     with jax.default_matmul_precision("highest"):
         out, pullback = jax.vjp(lambda *x: window_attention(*x, **keywords), *arrays)
         return out, pullback(cotangent)
+
+
+value_and_gradients = jax.jit(attend_and_back, **STATIC)
 
 
 def relative_rms(got, want):
@@ -130,21 +134,16 @@ def test_kernels_equal_the_blocked_form(monkeypatch, name, packed, tokens, in_gr
         segments[0, 5:60], segments[0, 60:280] = 1, 2  # padding on both sides
         segments[1, :90], segments[1, 150:] = 1, 2  # and between
         ids = jnp.asarray(segments)
-    q, k, v, cotangent = (draw(2, 2, length, 8, seed=i) for i in range(4))
+    *arrays, cotangent = (draw(2, 2, length, 8, seed=i) for i in range(4))
 
     def with_gradient(name):
-        def attend(q, k, v):
-            return window_attention(
-                q, k, v, window, ids, implementation=name, heads_per_group=in_group
-            )
+        run = value_and_gradients
+        if name != "xla":  # anew: blocks are chosen while a function is traced
+            run = jax.jit(lambda *x, **keywords: attend_and_back(*x, **keywords), **STATIC)
+        options = {"window": window, "heads_per_group": in_group, "implementation": name}
+        return jax.tree.leaves(run(arrays, cotangent, ids=ids, **options))
 
-        with jax.default_matmul_precision("highest"):
-            out, pullback = jax.vjp(attend, q, k, v)
-            return out, pullback(cotangent)
-
-    run = jax.jit(with_gradient, static_argnums=0)
-    got, want = (jax.tree.leaves(run(name)) for name in (name, "xla"))
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(with_gradient(name), with_gradient("xla"), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -28,25 +28,27 @@ def dense_attention(q, k, v, seen):
 
 def side_by_side(x, count):
     """Heads [..., A, T, hd] -> groups [..., A / count, T, count hd]."""
-    parts = [x[..., i::count, :, :] for i in range(count)]
-    return jnp.concatenate(parts, axis=-1)
+    parts = [np.asarray(x)[..., i::count, :, :] for i in range(count)]
+    return np.concatenate(parts, axis=-1)
 
 
 def test_heads_side_by_side_are_heads():
     """Window and ring attention of groups of two against those of four heads."""
     q, k, v = (draw(2, 4, 40, 6, seed=i) for i in range(3))
     grouped = [side_by_side(x, 2) for x in (q, k, v)]
-    want = window_attention(q, k, v, 9)
-    got = window_attention(*grouped, 9, heads_per_group=2)
+    attend = jax.jit(window_attention, static_argnums=3, static_argnames="heads_per_group")
+    want = attend(q, k, v, 9)
+    got = attend(*grouped, 9, heads_per_group=2)
     np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)
 
     new = [draw(2, 3, 4, 5, 6, seed=i) for i in range(3)]
     rings = [draw(2, 3, 4, 9, 6, seed=i) for i in (3, 4)]
     cursor = jnp.asarray([[0, 3, 8], [1, 2, 5]])
     position = jnp.asarray([[0, 3, 20], [1, 11, 5]])
-    want = ring_attention(*new, *rings, cursor, position)
+    attend = jax.jit(ring_attention, static_argnames="heads_per_group")
+    want = attend(*new, *rings, cursor, position)
     arrays = [side_by_side(x, 2) for x in (*new, *rings)]
-    got = ring_attention(*arrays, cursor, position, heads_per_group=2)
+    got = attend(*arrays, cursor, position, heads_per_group=2)
     np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)
 
 
@@ -55,7 +57,8 @@ def test_ring_continues_a_row(window):
     """New tokens in groups of 1 and of more than the window, in two phases at once."""
     length = 18
     q, k, v = (draw(2, length, 4, seed=i) for i in range(3))  # [A, T, hd]
-    expected = np.asarray(window_attention(q[None], k[None], v[None], window))[0]
+    whole = jax.jit(window_attention, static_argnums=3)
+    expected = np.asarray(whole(*(np.asarray(x)[None] for x in (q, k, v)), window))[0]
     # Fork 0 begins before any token; fork 1 after 5, with the ring turned by 3.
     cursor, position = np.array([[0, 3 % window]]), np.array([[0, 5]])
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from refine_jax.models.config import DeltaNetConfig, GatedDeltaNetConfig
-from refine_jax.models.deltanet import DeltaNetMixer, DeltaState, GatedDeltaNetMixer
+from refine_jax.models.deltanet import DeltaNetMixer, DeltaState
+from refine_jax.models.gated_delta import GatedDeltaNetMixer
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
 
@@ -44,12 +45,12 @@ def make(name):
     graph, state = nnx.split(family(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(3)
     params = jax.tree.map(
-        lambda x: x + 0.4 * rng.standard_normal(x.shape, dtype=np.float32),
+        lambda x: np.asarray(x) + np.float32(0.4) * rng.standard_normal(x.shape, dtype=np.float32),
         nnx.to_pure_dict(state),
     )
     if name == "silu_sum":  # keep the sums away from 0, where x / sum(x) is not continuous
         for side in ("q", "k"):
-            params[f"{side}_conv1d"]["weight"] = jnp.abs(params[f"{side}_conv1d"]["weight"])
+            params[f"{side}_conv1d"]["weight"] = np.abs(params[f"{side}_conv1d"]["weight"])
             params[f"{side}_proj"]["weight"] = params[f"{side}_proj"]["weight"] + 1.0
     return graph, params, config
 
@@ -183,11 +184,16 @@ def test_equals_token_by_token(name):
 
 def test_fork_at_zero_is_the_initial_state():
     graph, params, _ = make("released")
-    mixer = nnx.merge(graph, params)
-    x = jnp.asarray(inputs("released")[0][:, :5])
-    _, trace = mixer.forward(x, None, None)
-    forked = fork(mixer, trace, jnp.zeros((2, 3), jnp.int32), None, None, 4)
-    initial = mixer.init_state((2, 3), x.dtype)
+    x = inputs("released")[0][:, :5]
+
+    @jax.jit
+    def both(params, x):
+        mixer = nnx.merge(graph, params)
+        _, trace = mixer.forward(x, None, None)
+        forked = fork(mixer, trace, jnp.zeros((2, 3), jnp.int32), None, None, 4)
+        return forked, mixer.init_state((2, 3), x.dtype)
+
+    forked, initial = both(params, x)
     assert isinstance(initial, DeltaState)
     jax.tree.map(np.testing.assert_array_equal, forked, initial)
 

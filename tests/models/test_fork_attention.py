@@ -76,6 +76,7 @@ def test_matches_dense_masks(monkeypatch, window, key_blocks, forks):
 def test_heads_side_by_side_are_heads():
     inputs = arrays(4, 6, LAST.shape[1])
     place = jnp.asarray(LAST), jnp.asarray(SEEN), 50
-    want = fork_attention(*inputs, *place)
-    got = fork_attention(*(side_by_side(x, 2) for x in inputs), *place, heads_per_group=2)
+    attend = jax.jit(fork_attention, static_argnums=7, static_argnames="heads_per_group")
+    want = attend(*inputs, *place)
+    got = attend(*(side_by_side(x, 2) for x in inputs), *place, heads_per_group=2)
     np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)

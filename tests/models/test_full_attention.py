@@ -88,12 +88,18 @@ def test_parts_that_are_joined_are_the_whole():
     q = q[:, :, 0]
     last = np.broadcast_to(np.arange(60), (ROWS, 60))
     zero = np.zeros_like(last)
-    whole, _ = attend(q, k, v, zero, last)
-    parts = [
-        attend(q, k[:, :, :25], v[:, :, :25], zero, np.minimum(last, 24)),
-        attend(q, k[:, :, 25:], v[:, :, 25:], zero, last - 25),
-    ]
-    np.testing.assert_allclose(join(parts), whole, atol=1e-6)
+
+    @jax.jit
+    def both(q, k, v):
+        whole, _ = attend(q, k, v, zero, last)
+        parts = [
+            attend(q, k[:, :, :25], v[:, :, :25], zero, np.minimum(last, 24)),
+            attend(q, k[:, :, 25:], v[:, :, 25:], zero, last - 25),
+        ]
+        return join(parts), whole
+
+    joined, whole = both(q, k, v)
+    np.testing.assert_allclose(joined, whole, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_row():
@@ -141,9 +147,9 @@ def test_forks_share_the_keys_and_values_of_their_row():
 
 def test_more_tokens_than_a_state_has_room_for_are_refused():
     model, params = tiny("qwen")
-    state = model.resize(model.init_state(params, (1, 1)), 3)
+    state = jax.jit(lambda params: model.resize(model.init_state(params, (1, 1)), 3))(params)
     with pytest.raises(ValueError, match=r"must have room for the tokens.*4 tokens, room for 3"):
-        model.extend(params, tokens(1, 1, 1, 4), state)
+        jax.eval_shape(model.extend, params, tokens(1, 1, 1, 4), state)
 
 
 def turned(x, position, theta):
@@ -163,12 +169,14 @@ def test_a_layer_of_the_published_fast_weight_code(window):
     model = Model(model_config(fields | {"attn": spec}))
     params = jax.tree.map(
         lambda x: x + np.random.default_rng(x.size).standard_normal(x.shape, np.float32),
-        model.init(jax.random.key(0)),
+        jax.device_get(jax.jit(model.init)(jax.random.key(0))),
     )
     layer = jax.tree.map(lambda x: x[0], params["layers"]["full_attention"])
     x = np.random.default_rng(3).standard_normal((1, 11, 16)).astype(np.float32)
-    block = model._block("full_attention", layer)
-    got, _ = block.attn.forward(x, None, None)
+    run = jax.jit(
+        lambda layer: model._block("full_attention", layer).attn.forward(x, None, None)[0]
+    )
+    got = run(layer)
 
     names = {name: np.asarray(w, np.float64) for name, w in flatten(layer["attn"]).items()}
 

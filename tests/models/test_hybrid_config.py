@@ -116,7 +116,7 @@ def test_sizes_that_follow_from_others():
         (QWEN | {"layer_types": None, "full_attention_interval": 2}, [L, F, L, F]),
         (QWEN | {"layer_types": None}, [L, L, L, F]),
         (QWEN | {"layer_types": [F] * 4}, [F] * 4),
-        (OLMO | {"layer_types": None}, [L, L, L, F, L]),
+        (OLMO | {"layer_types": None, "num_hidden_layers": 5}, [L, L, L, F, L]),
         (OLMO | {"layer_types": None, "num_hidden_layers": 3}, [L, L, F]),
         (CONFIGS["deltanet_hybrid"], [L, F, L]),
     ],

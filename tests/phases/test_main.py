@@ -141,12 +141,13 @@ def test_the_held_out_loss_is_that_of_the_held_out_documents(whole, corpus):
     loaded = load_model(workdir)
     model = Model(model_config(loaded.config))
     options = data_options(config, load_tokenizer("bytes"))
+    logits_of = jax.jit(lambda params, ids: model.forward(params, ids)[0] @ model.head(params).T)
     total, count, right = 0.0, 0, 0
     for batch in load_corpus(**options).dataset("validation", 1):
         real = batch["segments"][0] > 0
         tokens = batch["tokens"][0][real]
-        hidden, _ = model.forward(loaded.params, tokens[None])
-        logits = np.asarray(hidden[0, :-1] @ model.head(loaded.params).T, np.float64)
+        row = np.pad(tokens, (0, LENGTH - len(tokens)))  # what fills it comes after the text
+        logits = np.float64(logits_of(loaded.params, row[None])[0, : len(tokens) - 1])
         truth = logits[np.arange(len(tokens) - 1), tokens[1:]]
         total += np.sum(np.log(np.exp(logits).sum(-1)) - truth)
         right += np.sum(logits.argmax(-1) == tokens[1:])
@@ -266,7 +267,7 @@ def poisoned(corpus, folder, tokens):
     """A checkpoint whose embeddings of some tokens are NaN."""
     fields = tiny(corpus).model.fresh.to_dict()
     model = Model(model_config(fields))
-    params = jax.device_get(model.init(jax.random.key(0)))
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
     params["embeddings"]["weight"] = np.array(params["embeddings"]["weight"])
     params["embeddings"]["weight"][tokens] = np.nan
     save_model(folder, params, json.dumps(fields))

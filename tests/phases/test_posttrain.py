@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny
+from tiny import scaled, tiny
 from tiny_runs import comparable, tiny_run
 
 from refine_jax.config import Config, RefineConfig
@@ -65,12 +65,14 @@ def log_softmax(hidden, head):
 
 
 def plain_loss(model, params, batch):
-    """(loss summed over answer tokens, how many, how many are the likeliest): rows on their own."""
+    """(loss summed over answer tokens, how many, how many are the likeliest): rows on their own.
+
+    What fills a row comes after its text.
+    """
     total, count, right = 0.0, 0, 0
+    hidden, _ = model.forward(params, batch["tokens"][:3])
     for row, (prompt, answer) in enumerate(LENGTHS[:3]):
-        ids = batch["tokens"][row, : prompt + answer]
-        hidden, _ = model.forward(params, ids[None])
-        z = log_softmax(hidden[0], model.head(params))
+        z, ids = log_softmax(hidden[row], model.head(params)), batch["tokens"][row]
         for slot in range(prompt, prompt + answer):
             total -= z[slot - 1, ids[slot]]
             right += jnp.argmax(z[slot - 1]) == ids[slot]
@@ -94,7 +96,9 @@ def test_gradients_are_zero_but_where_tokens_of_answers_are_predicted():
     hidden = jnp.asarray(random.standard_normal((4, 24, 8)), jnp.float32)
     head = jnp.asarray(random.standard_normal((53, 8)), jnp.float32)
 
-    def loss(hidden, tokens):
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradient(hidden, tokens):
         slots = answer_slots(batch | {"tokens": tokens}, WIDTH)
         return answer_nll(hidden, head, slots)[0]
 
@@ -109,14 +113,14 @@ def test_gradients_are_zero_but_where_tokens_of_answers_are_predicted():
             total -= np.log(p[target])
             logits_gradient[row, slot] = p
             logits_gradient[row, slot, target] -= 1
-    value, gradient = jax.value_and_grad(loss)(hidden, batch["tokens"])
+    value, gradient = loss_and_gradient(hidden, batch["tokens"])
     assert float(value) == pytest.approx(total, rel=1e-5)
     np.testing.assert_allclose(gradient, logits_gradient @ np.asarray(head), atol=1e-5)
     elsewhere = np.roll(batch["answer_mask"], -1, axis=1) == 0
     assert np.all(np.asarray(gradient)[elsewhere] == 0)
     # Other tokens of the prompts as labels: not a bit changes.
     other = np.where(batch["answer_mask"] == 1, batch["tokens"], 7)
-    again, same = jax.value_and_grad(loss)(hidden, other)
+    again, same = loss_and_gradient(hidden, other)
     assert value == again
     np.testing.assert_array_equal(gradient, same)
 
@@ -131,7 +135,7 @@ def test_prompts_are_the_rows_without_their_answers():
 
 
 def state_of(params, optimizer):
-    copy = jax.tree.map(jnp.copy, params)  # a step gives the buffers of its state away
+    copy = scaled(params, 1)  # a step gives the buffers of its state away
     return TrainState.create(copy, optimizer, jax.random.key(5), RefineConfig())
 
 
@@ -363,7 +367,7 @@ def test_a_nested_step_trains_on_prompts_and_then_on_answers(source, tmp_path):
     loop = posttrain.PosttrainLoop(parts, tmp_path)
     batch = next(iter(loop.parts.training))
     start = loop.initial_state()
-    copy = jax.tree.map(jnp.copy, start)  # a step gives the buffers of its state away
+    copy = scaled(start, 1)  # a step gives the buffers of its state away
     got, metrics = loop.train_step(0, copy, dict(batch))
     rows = {name: x for name, x in batch.items() if name != "example"}
     prompts = {"tokens": rows["tokens"].copy(), "segments": rows["segments"].copy()}

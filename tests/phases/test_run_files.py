@@ -9,7 +9,7 @@ from tiny_runs import tiny_run
 
 from refine_jax.base.errors import CheckpointError, ConfigError, DataError
 from refine_jax.base.files import parse_object, read_lines, recover_lines, spans
-from refine_jax.checkpoint.record import read_config, write_run
+from refine_jax.checkpoint.steps import read_config, write_run
 from refine_jax.config import Config
 from refine_jax.evaluation.runner import FIELDS, Predictions
 from refine_jax.phases import loop

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny, tokens
+from goldens.refine_rl import select
+from tiny import scaled, tiny, tokens
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.refine.adapt import Adapter, has_rollouts, pad_rows, prompt_key
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.refine.selection import select_positions
 from refine_jax.refine.step import TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -128,25 +128,30 @@ def test_a_step_is_the_one_computed_by_hand(name):
     )
 
 
-def each(config=REFINE, order=range(4), group=1, **options):
+@functools.cache
+def copying(group):
+    """An adapter of copies, which what was adapted before leaves as it was."""
+    return adapter(reset="example", copies=group, steps=2)
+
+
+def each(order=range(4), group=1):
     """{name: (parameters, cost)} of four prompts, adapted in the given order."""
     given, named = prompts(30, 44, 9, 61), names(4)
-    adapting = adapter(config=config, reset="example", copies=group, **options)
-    found = {}
+    adapting, found = copying(group), {}
     for at in range(0, len(order), group):
         part = order[at : at + group]
         adapted = adapting.adapt([given[i] for i in part], [named[i] for i in part])
         for row, i in enumerate(part):
             params = adapted.params
             if group > 1:
-                params = jax.tree.map(lambda x, row=row: x[row], params)
+                params = jax.tree.map(lambda x, row=row: x[row], jax.device_get(params))
             found[named[i]] = jax.device_get(params), adapted.costs[row]
     return found
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return each(steps=2)
+    return each()
 
 
 def test_several_steps_are_those_of_training(alone):
@@ -155,7 +160,7 @@ def test_several_steps_are_those_of_training(alone):
     step = make_train_step(model, optimizer(), REFINE, mini_batch=1, micro_batch=1, eos_id=2)
     prompt, name = prompts(30)[0], names(1)[0]
     key = prompt_key(KEY, name)
-    state = TrainState.create(jax.tree.map(jnp.copy, params), optimizer(), key, REFINE)
+    state = TrainState.create(scaled(params, 1), optimizer(), key, REFINE)
     batch = pad_rows([prompt], rows=1, length=64, pad_id=PAD)
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -165,14 +170,14 @@ def test_several_steps_are_those_of_training(alone):
 
 def test_a_copy_depends_on_its_prompt_alone(alone):
     for order in ((2, 0, 3, 1), (3, 2, 1, 0), (1,)):
-        for name, (params, _) in each(steps=2, order=order).items():
+        for name, (params, _) in each(order).items():
             assert_same(params, alone[name][0])
 
 
 def test_copies_at_once_are_those_one_by_one(alone):
-    whole = each(steps=2, group=3)
+    whole = each(group=3)
     for order in ((2, 0, 3, 1), (3, 1, 0, 2)):
-        for name, (params, cost) in each(steps=2, order=order, group=3).items():
+        for name, (params, cost) in each(order, group=3).items():
             assert_same(params, whole[name][0])
             assert_same(params, alone[name][0], 1e-5)
             assert cost[1:5] == alone[name][1][1:5]
@@ -191,15 +196,15 @@ def test_costs(alone):
 @pytest.mark.parametrize(("c", "k", "margin"), [(2, 2, 3), (5, 2, 3), (2, 4, 3), (3, 1, 20)])
 def test_which_prompts_have_rollouts(length, c, k, margin):
     config = RefineConfig(num_positions=c, rollout_length=k, edge_margin=margin)
-    mask = jnp.arange(64)[None] < length
-    selection = select_positions(
-        KEY[None],
-        jnp.zeros((1, 64)),
+    mask = np.arange(64)[None] < length
+    selection = select(
+        jax.random.split(KEY, 1),
+        np.zeros((1, 64), np.float32),
         mask,
         num_positions=c,
         rollout_length=k,
         edge_margin=margin,
-        document=mask.astype(jnp.int32),
+        document=mask.astype(np.int32),
     )
     valid = np.asarray(selection.valid)
     assert valid.all() == valid.any() == has_rollouts(length, config)
@@ -210,7 +215,6 @@ def by_hand(groups, *, reset):
     """Parameters after next-token training on groups of mini-batches of prompts, each twice."""
     model, trained = tiny("deltanet")
 
-    @jax.jit
     @jax.grad
     def gradient(params, rows, weights):
         hidden, _ = model.forward(params, rows)
@@ -218,17 +222,19 @@ def by_hand(groups, *, reset):
         taken = jnp.take_along_axis(log_probs, rows[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(taken * weights) / jnp.sum(weights)
 
+    @jax.jit
+    def update(params, moments, rows, weights):
+        updates, moments = optimizer().update(gradient(params, rows, weights), moments, params)
+        return optax.apply_updates(params, updates), moments
+
     results, params = [], None
     for minis in groups:
         if params is None or reset == "batch":
-            params, moments = trained, optimizer().init(trained)
+            params, moments = trained, jax.jit(optimizer().init)(trained)
         for mini in minis * 2:
             rows = pad_rows(mini, rows=2, length=64, pad_id=PAD)
             weights = rows["segments"][:, 1:].astype(np.float32)
-            updates, moments = optimizer().update(
-                gradient(params, rows["tokens"], weights), moments, params
-            )
-            params = optax.apply_updates(params, updates)
+            params, moments = update(params, moments, rows["tokens"], weights)
         results.append(params)
     return results
 

@@ -19,6 +19,13 @@ from refine_jax.refine import grpo, rewards
 VOCABULARY = 4
 TRUTH = np.array([2, 0, 3])
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+# Compiled as a whole: one by one, their operations would be dozens of programs.
+token_returns = jax.jit(grpo.token_returns, static_argnames=("credit", "own_reward"))
+group_advantages = jax.jit(grpo.group_advantages, static_argnames=("grouping", "normalize_std"))
+token_advantages = jax.jit(
+    grpo.token_advantages,
+    static_argnames=("credit", "baseline", "grouping", "normalize_std", "own_reward"),
+)
 
 
 def random_tokens(shape=(7, 3, 5), seed=0):
@@ -52,11 +59,10 @@ def test_a_rollouts_reward_is_the_mean_of_its_tokens(kind):
     tokens, truth = random_tokens()
     hidden, true_hidden = np.random.default_rng(1).normal(size=(2, *tokens.shape, 8))
     log_probs = -np.random.default_rng(2).exponential(size=tokens.shape)
-    arguments = (kind, hidden, true_hidden, tokens, truth)
-    per_token = rewards.token_rewards(*arguments, true_log_probs=log_probs)
+    run = jax.jit(rewards.token_rewards, static_argnums=0)
+    per_token = run(kind, hidden, true_hidden, tokens, truth, true_log_probs=log_probs)
     assert per_token.shape == tokens.shape and per_token.dtype == jnp.float32
-    got = rewards.token_rewards(*arguments, true_log_probs=log_probs).mean(-1)
-    close(got, np.asarray(per_token, np.float64).mean(axis=-1))
+    close(per_token.mean(-1), np.asarray(per_token, np.float64).mean(axis=-1))
     if kind == "expected":
         close(per_token, np.exp(log_probs))
 
@@ -152,10 +158,10 @@ def test_expected_rewards_need_their_probabilities():
 def test_returns():
     values = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     to_go = np.array([[row[j:].sum() / 5 for j in range(5)] for row in values.astype(np.float64)])
-    close(grpo.token_returns(values), np.repeat(values.mean(axis=-1, keepdims=True), 5, axis=-1))
-    close(grpo.token_returns(values, credit="reward_to_go"), to_go)
+    close(token_returns(values), np.repeat(values.mean(axis=-1, keepdims=True), 5, axis=-1))
+    close(token_returns(values, credit="reward_to_go"), to_go)
     later = np.concatenate([to_go[:, 1:], np.zeros((4, 1))], axis=-1)
-    close(grpo.token_returns(values, credit="reward_to_go", own_reward=False), later)
+    close(token_returns(values, credit="reward_to_go", own_reward=False), later)
     with pytest.raises(ValueError, match="Got: 'token'"):
         grpo.token_returns(values, credit="token")
 
@@ -197,11 +203,11 @@ def test_token_advantages(credit, baseline, grouping, normalize_std):
     valid[0, 0] = False  # a group of none, and one of a single rollout
     valid[0, 1] = [False, True, False]
     options = {"baseline": baseline, "grouping": grouping, "normalize_std": normalize_std}
-    got = grpo.token_advantages(
-        jnp.where(valid[..., None], values, jnp.nan),
+    got = token_advantages(
+        np.where(valid[..., None], values, np.nan),
         valid,
         credit=credit,
-        energy=jnp.where(valid[..., None], energy, jnp.nan),
+        energy=np.where(valid[..., None], energy, np.nan),
         **options,
     )
     to_go = np.flip(np.cumsum(np.flip(values, -1), -1), -1) / 5
@@ -210,7 +216,7 @@ def test_token_advantages(credit, baseline, grouping, normalize_std):
     expected = plain_advantages(returns, valid, energy, **options)
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
     if baseline == "group" and credit == "sequence":
-        today = grpo.group_advantages(
+        today = group_advantages(
             jnp.mean(values, axis=-1), valid, grouping=grouping, normalize_std=normalize_std
         )
         np.testing.assert_array_equal(got, np.repeat(np.asarray(today)[..., None], 5, axis=-1))
@@ -218,11 +224,11 @@ def test_token_advantages(credit, baseline, grouping, normalize_std):
 
 @pytest.mark.parametrize("baseline", grpo.BASELINES)
 def test_equal_returns_give_exactly_zero(baseline):
-    values = jnp.full((1, 2, 3, 4), 0.1)
-    energy = jnp.cumsum(jnp.abs(jax.random.normal(jax.random.key(0), values.shape)), axis=-1)
+    values = np.full((1, 2, 3, 4), 0.1, np.float32)
+    energy = np.cumsum(np.abs(np.random.default_rng(0).normal(size=values.shape)), axis=-1)
     for credit in grpo.CREDITS:
-        got = grpo.token_advantages(
-            values, jnp.ones((1, 2, 3), bool), credit=credit, baseline=baseline, energy=energy
+        got = token_advantages(
+            values, np.ones((1, 2, 3), bool), credit=credit, baseline=baseline, energy=energy
         )
         np.testing.assert_array_equal(got, 0.0)
 
@@ -251,8 +257,8 @@ def test_energy_is_that_of_the_gradient_by_the_logits():
     def log_prob(logits, token):
         return jax.nn.log_softmax(logits)[token]
 
-    log_probs = jax.vmap(jax.vmap(log_prob))(logits, tokens)
-    gradients = jax.vmap(jax.vmap(jax.grad(log_prob)))(logits, tokens)
+    both = jax.jit(jax.vmap(jax.vmap(jax.value_and_grad(log_prob))))
+    log_probs, gradients = both(logits, tokens)
     expected = np.cumsum(np.sum(np.asarray(gradients, np.float64) ** 2, axis=-1), axis=-1)
     squares = np.sum(np.asarray(jax.nn.softmax(logits), np.float64) ** 2, axis=-1)
     close(grpo.sum_squared_probs(logits), squares)
@@ -306,7 +312,10 @@ def exact_gradient(tables, reward, length=None):
         log_probs = jax.vmap(lambda rollout: scores_of(tables, rollout)[0])(jnp.asarray(rollouts))
         return jnp.sum(jnp.asarray(values) * jnp.exp(jnp.sum(log_probs, axis=-1)))
 
-    return flat([*jax.jit(jax.grad(expectation))(tables), *map(jnp.zeros_like, unread)])
+    def gradient(tables):
+        return flat([*jax.grad(expectation)(tables), *map(jnp.zeros_like, unread)])
+
+    return jax.jit(gradient)(tables)
 
 
 def estimated_gradient(tables, group, reward, length=None, **options):
@@ -350,7 +359,8 @@ def mean_over_all_groups(tables, reward, n=2, **options):
     """Expectation of the estimate: each group of n rollouts with its probability."""
     k = len(tables)
     rollouts = np.array(list(itertools.product(range(VOCABULARY), repeat=k)))
-    log_probs = jax.vmap(lambda rollout: scores_of(tables, rollout)[0])(jnp.asarray(rollouts))
+    run = jax.jit(jax.vmap(lambda rollout: scores_of(tables, rollout)[0]))
+    log_probs = run(jnp.asarray(rollouts))
     chances = np.exp(np.asarray(log_probs, np.float64).sum(axis=-1))
     indices = np.array(list(itertools.product(range(len(rollouts)), repeat=n)))
     estimate = jax.jit(jax.vmap(lambda group: estimated_gradient(tables, group, reward, **options)))

@@ -170,24 +170,22 @@ def test_unknown_names_are_refused():
 def test_a_truth_stands_against_several_rollouts():
     """Leading axes broadcast: [c, n, k, D] rollouts against [c, 1, k, D] truths."""
     rng = np.random.default_rng(0)
-    hidden, truth = jnp.asarray(rng.normal(size=(2, 4, 5, 16)), jnp.float32)
-    tokens, true_tokens = jnp.asarray(rng.integers(0, 3, (2, 4, 5)))
-    repeat = functools.partial(jnp.repeat, repeats=3, axis=1)
-    got = rewards.token_rewards(
-        "hybrid",
-        repeat(hidden[:, None]),
-        truth[:, None],
-        repeat(tokens[:, None]),
-        true_tokens[:, None],
+    hidden, truth = np.float32(rng.normal(size=(2, 4, 5, 16)))
+    tokens, true_tokens = rng.integers(0, 3, (2, 4, 5))
+    repeat = functools.partial(np.repeat, repeats=3, axis=1)
+    hybrid = jax.jit(functools.partial(rewards.token_rewards, "hybrid"))
+    got = hybrid(
+        repeat(hidden[:, None]), truth[:, None], repeat(tokens[:, None]), true_tokens[:, None]
     ).mean(-1)
-    alone = rewards.token_rewards("hybrid", hidden, truth, tokens, true_tokens).mean(-1)
+    alone = hybrid(hidden, truth, tokens, true_tokens).mean(-1)
     np.testing.assert_allclose(got, np.repeat(alone[:, None], 3, axis=1), **TOLERANCE)
 
 
 def test_rewards_accumulate_in_float32():
     hidden = jax.random.normal(jax.random.key(0), (3, 5, 4096)).astype(jnp.bfloat16)
     tokens = jnp.zeros((3, 5), jnp.int32)
-    got = rewards.token_rewards("cosine", hidden, hidden, tokens, tokens).mean(-1)
+    run = jax.jit(functools.partial(rewards.token_rewards, "cosine"))
+    got = run(hidden, hidden, tokens, tokens).mean(-1)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, 1.0, **TOLERANCE)
 
@@ -249,7 +247,9 @@ def test_groupings(grouping):
     shape = (3, 4, 2)
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     valid = np.random.default_rng(1).random((3, 4, 1)) < 0.7
-    got = grpo.group_advantages(jnp.asarray(values), jnp.asarray(valid), grouping=grouping)
+    got = jax.jit(grpo.group_advantages, static_argnames="grouping")(
+        values, valid, grouping=grouping
+    )
     groups = {"sequence": [(b,) for b in range(3)], "position": list(np.ndindex(3, 4))}[grouping]
     for index in groups:
         members = np.broadcast_to(valid, shape)[index]

@@ -345,8 +345,18 @@ def test_the_command_takes_one_run_or_several(tmp_path, capsys, monkeypatch):
     assert report.main([str(folders[0]), "--out=one.html"]) == 0
     assert (tmp_path / "one.html").exists()
     evaluation(tmp_path / "c", 3)
-    assert report.main(["a", "c"]) == 1
-    assert "all of training, or all evaluations" in capsys.readouterr().err
+    # A comparison holds runs of both kinds, and its folder stands for them.
+    assert report.main(["a", "c"]) == 0
+    both = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert both.count('<section id="scores">') == both.count('<section id="curves">') == 1
+    (tmp_path / "compared").mkdir()
+    for name in "abc":
+        (tmp_path / name).rename(tmp_path / "compared" / name)
+    capsys.readouterr()
+    assert report.main(["compared"]) == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])) == ["a", "b", "c"]
+    assert (tmp_path / "compared" / "report.html").exists()
+    monkeypatch.chdir(tmp_path / "compared")
     assert report.main(["a", "./a"]) == 1
     assert "another folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):

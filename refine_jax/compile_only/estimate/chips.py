@@ -81,7 +81,7 @@ class Topology:
 
 
 def parse_topology(name: str | None) -> Topology:
-    """The slice of that name, as v5p:4x4x4.
+    """Parse the name of a slice, as v5p:4x4x4.
 
     Raises ConfigError: no such generation, or sizes that it does not have.
     """

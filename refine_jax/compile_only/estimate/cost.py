@@ -39,10 +39,11 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
     "async-update",
 }
-# Shares of the chip's peaks, by libtpu's cycles for the rollouts of DeltaNet-1.3B on a v5e: what
-# has products of matrices took 1.88 s for 1.66 s of them, all else 2.39 s for 0.92 s of transfers.
+# Operations reach these shares of the chip's peaks, by libtpu's cycles for the rollouts of
+# DeltaNet-1.3B on a v5e: those with products of matrices took 1.88 s where the peak needs 1.66 s,
+# all others 2.39 s where their transfers need 0.92 s.
 _PRODUCT_SHARE, _TRANSFER_SHARE = 0.88, 0.38
-# Libtpu writes the largest number there is where it has no estimate.
+# Where libtpu has no estimate, it writes the largest number there is.
 NO_ESTIMATE = 1e15
 
 
@@ -77,8 +78,8 @@ class ProgramCost:
             self.counts[kind] += times * other.counts[kind]
 
 
-# What is on its way while the program goes on: when the links and the copy engine are free again,
-# and when each transfer that has started will be done.
+# Transfers go on beside the program: when the links and the copy engine are free again, and when
+# each transfer that has started will be done.
 @dataclasses.dataclass
 class _Transfers:
     links: float = 0.0
@@ -98,7 +99,7 @@ class Estimator:
         self._known: dict[str, ProgramCost] = {}
 
     def run(self) -> ProgramCost:
-        """The cost of the whole program; nothing for an empty module."""
+        """Estimate the cost of the whole program; nothing for an empty module."""
         if not self._module.computations:
             return ProgramCost()
         return self._computation(self._module.entry)
@@ -139,7 +140,7 @@ class Estimator:
             self._compute(instruction, computation, cost)
 
     def _chain(self, instruction: Instruction) -> tuple[str, bool, bool] | None:
-        """What a fusion is of a collective that XLA has divided into several.
+        """Tell which part a fusion is of a collective that XLA has divided into several.
 
         (chain, whether it starts it, whether it ends it): the fusions between go on with other work
         beside it, and all of them hold the collective. None: it is no such part.
@@ -164,7 +165,7 @@ class Estimator:
             self._compute(instruction, computation, cost)
 
     def _copy(self, instruction, cost: ProgramCost, transfers: _Transfers) -> None:
-        """A copy, or a slice, that goes on beside the program."""
+        """Start a copy, or a slice, that goes on beside the program."""
         arrays = instruction.arrays
         if instruction.opcode == "async-start":
             arrays = self._module.computations[instruction.callee("calls")].root.arrays
@@ -189,7 +190,7 @@ class Estimator:
         cost.waits += waited
 
     def _send(self, collectives: list[Collective], cost: ProgramCost, transfers) -> float:
-        """Collectives that start now; returns when they are done."""
+        """Start collectives now; returns when they are done."""
         seconds = sum(self._network.seconds(collective) for collective in collectives)
         cost.links += seconds
         for collective in collectives:
@@ -210,7 +211,7 @@ class Estimator:
     def collectives(
         self, instruction: Instruction, computation: Computation
     ) -> list[Collective] | None:
-        """The collectives that an instruction is, starts, or has fused into it; None for none."""
+        """List the collectives that an instruction is, starts or has fused into it; or None."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             return [self._collective(kind, instruction, computation)]
@@ -236,7 +237,7 @@ class Estimator:
 
     @staticmethod
     def _is_scattered(instruction: Instruction, computation: Computation) -> bool:
-        """Whether an all-reduce keeps only each device's part: XLA fuses the two on TPUs."""
+        """Tell whether an all-reduce keeps only each device's part: XLA fuses the two on TPUs."""
         users = computation.users.get(instruction.name, [])
         return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
@@ -244,7 +245,7 @@ class Estimator:
         moved = self.traffic(instruction, computation)
         cost.bytes += moved
         if instruction.opcode == "custom-call" and _KERNEL in instruction.attributes:
-            # Differentiated, it is called `transpose(jvp(name))`.
+            # A differentiated function is called `transpose(jvp(name))`.
             name = re.search(r"(\w+)\)*/pallas_call", instruction.source)
             shapes = tuple(array.shape for array in instruction.arrays)
             seconds = self._kernel_seconds(name[1] if name else instruction.name, shapes, moved)
@@ -264,7 +265,7 @@ class Estimator:
         cost.seconds += seconds
 
     def _products(self, instruction: Instruction, computation: Computation) -> float:
-        """Operations of an instruction's products of matrices, which XLA calls convolutions."""
+        """Count operations of an instruction's products, which XLA calls convolutions."""
         if instruction.opcode == "fusion":
             inner = self._module.computations[instruction.callee("calls")]
             return sum(self._products(fused, inner) for fused in inner.instructions.values())
@@ -276,7 +277,7 @@ class Estimator:
         )
 
     def traffic(self, instruction: Instruction, computation: Computation) -> float:
-        """Bytes that an instruction reads from the HBM and writes to it.
+        """Count the bytes that an instruction reads from the HBM and writes to it.
 
         A slice of an array counts as large as the slice, inside a fusion too. Kernels that read
         parts of arrays say how much.
@@ -306,7 +307,7 @@ class Estimator:
 
 
 def convolution_operations(attributes: str, left: tuple, right: tuple, out: tuple) -> float:
-    """Multiplications and additions of a convolution, as which XLA writes products of matrices.
+    """Count multiplications and additions of a convolution; XLA writes products as such.
 
     Axes that only one side has may be slid over the other's, of size 1: of all pairs of a place and
     an entry of the window those count that meet the other array.
@@ -344,7 +345,7 @@ def _sizes(instruction: Instruction) -> float:
 
 
 def _read(computation: Computation, value: Instruction, module: Module) -> float:
-    """Bytes of a fusion's parameter that its computation reads."""
+    """Count the bytes of a fusion's parameter that its computation reads."""
     total = 0.0
     for user in computation.users.get(value.name, ()):
         index = user.operands.index(value.name)
@@ -365,13 +366,13 @@ def _read(computation: Computation, value: Instruction, module: Module) -> float
 
 
 def _sends(instruction: Instruction) -> bool:
-    """Whether it is a collective, or a part of one that XLA has divided."""
+    """Tell whether an instruction is a collective, or a part of one that XLA has divided."""
     opcode = instruction.opcode
     return opcode in KINDS or "AsyncCollective" in instruction.attributes
 
 
 def _written(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """Bytes that an instruction writes to the HBM."""
+    """Count the bytes that an instruction writes to the HBM."""
     if instruction.opcode == "dynamic-update-slice":
         return min(_sizes(computation.instructions[instruction.operands[1]]), _in_hbm(instruction))
     if instruction.opcode != "fusion":

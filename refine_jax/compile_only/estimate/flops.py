@@ -24,7 +24,7 @@ class Kernel:
 
 
 def count_flops(jaxpr) -> tuple[float, set[Kernel]]:
-    """Operations of a jaxpr on all devices, Pallas kernels among them, and the kernels.
+    """Count operations of a jaxpr on all devices, Pallas kernels included; list the kernels.
 
     Of branches the most expensive one counts, but in kernels those that the step of the grid
     decides. A loop without a known number of turns counts as one, one that compares its counter
@@ -85,7 +85,7 @@ def _equation(equation, kernels: set[Kernel], known: dict) -> float:
 
 
 def _kernel_flops(params, kernels: set[Kernel]) -> float:
-    """Operations of one call: of each step of its grid."""
+    """Count operations of one call: of each step of its grid."""
     # The size of a grid may be known only when the program runs.
     grid = tuple(d if isinstance(d, int) else 1 for d in params["grid_mapping"].grid)
     used = sorted(_branching_axes(params["jaxpr"], len(grid)))
@@ -98,7 +98,7 @@ def _kernel_flops(params, kernels: set[Kernel]) -> float:
 
 
 def _branching_axes(jaxpr, axes: int) -> set[int]:
-    """Axes of the grid that a kernel asks for its place on, if it branches at all."""
+    """List axes of the grid that a kernel asks for its place on, if it branches at all."""
     text = {equation.primitive.name for equation in jaxpr.eqns}
     if "cond" not in text:
         return set()
@@ -106,7 +106,7 @@ def _branching_axes(jaxpr, axes: int) -> set[int]:
     return {axis for axis in asked if axis < axes}
 
 
-# Primitives of jax by name; those in the first line are called as in Python's `operator`.
+# These are primitives of jax by name; those in the first line are called as in Python's `operator`.
 _ALIKE = ("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul")
 _INTEGER_OPERATIONS = {name: getattr(operator, name) for name in _ALIKE} | {
     **{"and": operator.and_, "or": operator.or_, "not": operator.not_, "max": max, "min": min},
@@ -143,7 +143,7 @@ def _grid(known: dict) -> dict:
 
 
 def _passed(jaxpr, operands, known: dict) -> dict:
-    """What is known inside a call of `jaxpr`."""
+    """Pass what is known into a call of `jaxpr`."""
     values = {
         var: value
         for var, operand in zip(jaxpr.invars, operands, strict=True)
@@ -170,7 +170,7 @@ def _turns(condition) -> int:
 
 
 def matrix_parameters(config: Architecture) -> int:
-    """Parameters of a layer's matrices that every token is multiplied with."""
+    """Count the parameters of a layer's matrices that every token is multiplied with."""
     width, hidden = config.hidden_size, config.mlp_size
     mlp = 3 * width * hidden
     if isinstance(config, LaCTConfig):
@@ -187,7 +187,7 @@ def matrix_parameters(config: Architecture) -> int:
 
 
 def mixer_flops(config: Architecture, length: int) -> float:
-    """Operations a token of a layer's mixer, projections aside, in a forward pass over `length`.
+    """Count operations a token of a mixer, without projections, forward over `length` tokens.
 
     Attention: the scores and sums over the window. LaCT: the fast weights applied, and the three
     matrices' updates, for all chunks but the last. Delta rule: reading from the state and writing
@@ -196,7 +196,7 @@ def mixer_flops(config: Architecture, length: int) -> float:
     if not isinstance(config, LaCTConfig):
         return 6.0 * config.num_value_heads * config.key_dim * config.value_dim
     window = min(config.window_size, length)
-    # The first tokens see less than a window.
+    # The first tokens of a row see less than a window.
     seen = window - window * (window - 1) / (2 * length)
     attention = 4.0 * config.hidden_size * seen
     d, hidden, heads = config.lact_head_dim, config.fast_hidden, config.num_lact_heads
@@ -206,7 +206,7 @@ def mixer_flops(config: Architecture, length: int) -> float:
 
 
 def forward_flops(config: Architecture, length: int) -> float:
-    """Operations a token of a forward pass over `length` tokens, the head's logits among them."""
+    """Count operations a token of a forward pass over `length`, the head's logits included."""
     head = 2.0 * config.vocab_size * config.hidden_size
     if config.layer_kinds is None:
         layer = 2.0 * matrix_parameters(config) + mixer_flops(config, length)
@@ -215,7 +215,7 @@ def forward_flops(config: Architecture, length: int) -> float:
 
 
 def _hybrid_layer_flops(config: Architecture, kind: str, length: int) -> float:
-    """Operations a token of a layer of a hybrid model, with its MLP."""
+    """Count operations a token of a layer of a hybrid model, with its MLP."""
     part, width = config.layer_config(kind), config.hidden_size
     mlp = 3 * width * config.mlp_size
     if isinstance(part, AttentionConfig):

@@ -73,7 +73,7 @@ class Instruction:
         )
 
     def callee(self, role: str) -> str:
-        """The computation in one role: body, condition, calls."""
+        """Name the computation in one role: body, condition, calls."""
         return re.search(rf"\b{role}=%([\w.\-]+)", self.attributes)[1]
 
     @property
@@ -96,7 +96,7 @@ class Computation:
         return next(i for i in self.instructions.values() if i.is_root)
 
     def parameter(self, index: int) -> Instruction:
-        """Parameter number `index`."""
+        """Find parameter number `index`."""
         return next(
             i
             for i in self.instructions.values()
@@ -105,7 +105,7 @@ class Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instructions that read each value."""
+        """Find the instructions that read each value."""
         users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
             for name in dict.fromkeys(instruction.operands):
@@ -121,7 +121,7 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction, within: Computation) -> int | None:
-        """How often a `while` of the computation `within` runs its body; None if nothing says so.
+        """Count how often a `while` of the computation `within` runs its body; None: not said.
 
         For loops that may end early it is the most that they run.
         """
@@ -140,7 +140,7 @@ class Module:
         return min(trips, default=None)
 
     def _limits(self, condition, test, within, initial, bound):
-        """(element of the carry, limit, 1 if it is included) of the tests that all must hold."""
+        """Read the tests that must all hold: (element of the carry, limit, 1 if included)."""
         if test.opcode == "and":
             for name in test.operands:
                 yield from self._limits(
@@ -188,7 +188,7 @@ def _carried(computation, instruction, bound):
 
 
 def _element(computation, carry, index) -> int | None:
-    """The number that element `index` of a tuple is, if it is a constant."""
+    """Look up the number that element `index` of a tuple is, if it is a constant."""
     if carry is None or carry.opcode != "tuple":
         return None
     value = computation.instructions[carry.operands[index]]
@@ -199,7 +199,7 @@ def _element(computation, carry, index) -> int | None:
 
 
 def _step(body, index) -> int:
-    """The number that a loop's body adds to element `index` of its carry."""
+    """Find the number that a loop's body adds to element `index` of its carry."""
     if body.root.opcode != "tuple":
         return 1
     value = body.instructions[body.root.operands[index]]
@@ -215,7 +215,7 @@ def _step(body, index) -> int:
 
 
 def parse(text: str) -> Module:
-    """The module of an HLO text."""
+    """Parse the module of an HLO text."""
     computations, entry, current, lines = {}, "", None, []
 
     def finish():
@@ -251,7 +251,7 @@ def _instruction(text: str) -> Instruction:
 
 
 def _closing(text: str, start: int = 0) -> int:
-    """Index after the parenthesis that closes the one at `start`."""
+    """Find the index after the parenthesis that closes the one at `start`."""
     depth, quoted = 0, False
     for index in range(start, len(text)):
         letter = text[index]

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from refine_jax.compile_only.estimate.chips import Chip
 from refine_jax.compile_only.estimate.flops import Kernel
 
-# By the beginning of a kernel's name: delta rule with 16 heads of 128, 8192 tokens; LaCT-760M,
-# 16,384 tokens; the head's loss, width 2048, 32,000 words; window attention, window 2048, 24 heads
-# of 64 in groups of 128, as large as which the products of splash attention are; what 8 forks of 5
-# tokens read, and their attention to a row.
+# Kernels, known by the beginning of their names, reach these shares of the peak in these cases: the
+# delta rule with 16 heads of 128 over 8192 tokens; LaCT-760M over 16,384 tokens; the head's loss of
+# width 2048 and 32,000 words; window attention with a window of 2048 and 24 heads of 64 in groups
+# of 128 (products of splash attention are as large); what 8 forks of 5 tokens read, and their
+# attention to a row.
 _SHARES = {
     "delta_rule_forward": {"v5e": 0.76, "v5p": 0.74, "v6e": 0.23},
     "delta_rule_backward": {"v5e": 0.66, "v5p": 0.64, "v6e": 0.20},
@@ -33,7 +34,7 @@ _SHARES = {
     "splash_mha_fwd": {"v5e": 0.68, "v5p": 0.66, "v6e": 0.25},
     "splash_": {"v5e": 0.46, "v5p": 0.46, "v6e": 0.17},
 }
-# Generations without figures of their own, and kernels without any.
+# Some generations have no figures of their own, and some kernels have none at all.
 _LIKE = {"v4": "v5e", "tpu7x": "v6e"}
 _DEFAULT = 0.3
 
@@ -53,12 +54,12 @@ class KernelTimes:
         self._generation, self._chip = _LIKE.get(generation, generation), chip
 
     def share(self, name: str) -> float:
-        """The share of the peak at which the kernel of this name runs."""
+        """Look up the share of the peak at which the kernel of this name runs."""
         known = next((shares for start, shares in _SHARES.items() if name.startswith(start)), {})
         return known.get(self._generation, _DEFAULT)
 
     def __call__(self, name: str, shapes: tuple, moved: float) -> float:
-        """Seconds of one call with results of these shapes, which moves so many bytes."""
+        """Estimate seconds of one call, of results of these shapes, that moves so many bytes."""
         flops = self._flops.get((name, shapes), self._largest.get(name, 0.0))
         seconds = flops / (self._chip.flops * self.share(name))
         return max(seconds, moved / self._chip.bandwidth)

@@ -38,7 +38,7 @@ class Memory:
 
 
 def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
-    """Memory and buffers, the largest first, of a `buffer-assignment.txt` of XLA's dumps."""
+    """Read memory and buffers, largest first, from a `buffer-assignment.txt` of XLA's dumps."""
     sources = {
         instruction.name: instruction.source
         for computation in module.computations.values()
@@ -61,7 +61,7 @@ def read_assignment(text: str, module: Module) -> tuple[Memory, list[Buffer]]:
             name, phi, size, offset, shape = match.groups()
             known = slots.get((number, int(offset)))
             source = sources.get(name, "")
-            # Of the values in a place the largest one stands for it, if it says where it is from.
+            # The largest value in a place stands for the place, if it says where it is from.
             better = known is None or int(size) > known.bytes
             equal = known is not None and int(size) == known.bytes and not known.source
             if better or (equal and source and not phi):
@@ -77,5 +77,5 @@ def _kind(about: str) -> str:
 
 
 def _plain(shape: str) -> str:
-    """f32[8,128] of f32[8,128]{1,0:T(8,128)}."""
+    """Shorten f32[8,128]{1,0:T(8,128)} to f32[8,128]."""
     return re.sub(r"\{[^{}]*\}", "", shape)

@@ -59,12 +59,12 @@ class Network:
     link: float
 
     def seconds(self, collective: Collective) -> float:
-        """Time of one collective."""
+        """Estimate the time of one collective, in seconds."""
         if not collective.sent:
             return 0.0
         if collective.kind == "collective-permute":
             hops = max(self._distance(a, b) for a, b in collective.pairs)
-            # Messages over several hops share the links between.
+            # Messages over several hops share the links on their way.
             return collective.size * hops / self.link + hops * HOP_SECONDS
         axes = self._axes(collective.group)
         ways = sum(2 if wraps else 1 for _, wraps in axes)
@@ -78,7 +78,7 @@ class Network:
         return seconds + hops * HOP_SECONDS
 
     def _axes(self, group: tuple[int, ...]) -> list[tuple[int, bool]]:
-        """(extent, whether it is a ring) of each axis that a group lies along."""
+        """List (extent, whether it is a ring) of each axis that a group lies along."""
         axes = []
         for axis, (size, wraps) in enumerate(zip(self.sizes, self.wraps, strict=True)):
             extent = len({self.coordinates[device][axis] for device in group})
@@ -96,14 +96,14 @@ class Network:
 
 
 def parse_pairs(attributes: str) -> tuple[tuple[int, int], ...]:
-    """The pairs of a permutation: source_target_pairs={{0,1},{1,2}}."""
+    """Parse the pairs of a permutation: source_target_pairs={{0,1},{1,2}}."""
     match = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
     pairs = re.findall(r"\{(\d+),(\d+)\}", match[1]) if match else []
     return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def parse_group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of replica_groups in any of its three notations; all devices if it has none.
+    """Parse the first group of replica_groups in any of its notations; none: all devices.
 
     {{0,1},{2,3}}; [2,4]<=[4,2]T(1,0), groups as rows of a transposed range of numbers; or
     mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, the axes of a mesh that a group lies along.
@@ -127,13 +127,13 @@ def _numbers(text: str | None) -> list[int]:
 
 
 def _range(shape: list[int], order: list[int]) -> list[int]:
-    """0, 1, 2, ... as an array of `shape`, its axes in another order, flat."""
+    """Make 0, 1, 2, ... an array of `shape`, its axes in another order, flat."""
     numbers = np.arange(math.prod(shape)).reshape(shape)
     return numbers.transpose(order or range(len(shape))).ravel().tolist()
 
 
 def _along(ids: list[int], sizes: dict[str, int], axes: str) -> tuple[int, ...]:
-    """Devices along some axes from the first one; an axis may be a part: 'x':(2)4."""
+    """List devices along some axes from the first one; an axis may be a part: 'x':(2)4."""
     strides, stride = {}, 1
     for name, size in reversed(sizes.items()):
         strides[name] = stride

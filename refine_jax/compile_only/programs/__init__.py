@@ -13,7 +13,7 @@ from refine_jax.compile_only.programs.training import answer_programs, evaluatio
 
 
 def programs_of_run(run: AbstractRun) -> dict[str, Callable[[], Program]]:
-    """What makes each program, by name; call it where the devices' mesh is ambient."""
+    """List what makes each program, by name; call it where the devices' mesh is ambient."""
     phase, programs = run.config.phase, {}
     if phase == "midtrain" or (phase == "posttrain" and run.config.posttrain.nested):
         programs |= training_programs(run)

@@ -20,12 +20,12 @@ _TRAINING = ("midtrain", "posttrain")
 
 
 def generation_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
-    """Reading prompts, and a block of tokens after them."""
+    """Make the programs that read prompts, and a block of tokens after them."""
     return {"prefill": lambda: _prefill(run), "decode": lambda: _decode(run)}
 
 
 def adaptation_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
-    """Training on prompts before they are answered."""
+    """Make the programs that train on prompts before they are answered."""
     return {"adaptation": lambda: _adaptation(run)}
 
 
@@ -36,14 +36,14 @@ def _copies(run: AbstractRun) -> int:
 
 
 def _stacked(run: AbstractRun, tree: Any) -> Any:
-    """The tree with a copy for each prompt, [copies, ...], where each adapts one of its own."""
+    """Copy the tree for each prompt, [copies, ...], where each adapts one of its own."""
     if _copies(run) == 1:
         return tree
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((_copies(run), *x.shape), x.dtype), tree)
 
 
 def _longest(run: AbstractRun) -> int:
-    """Tokens of the longest prompt that is known of."""
+    """Count the tokens of the longest prompt that is known of."""
     config = run.config
     if config.phase in _TRAINING:
         return config.data.sequence_length
@@ -55,7 +55,7 @@ def _longest(run: AbstractRun) -> int:
 
 
 def _prompts(run: AbstractRun) -> int:
-    """Prompts that are answered together."""
+    """Count the prompts that are answered together."""
     config = run.config
     if config.phase in _TRAINING:
         return rows_at_once(config)
@@ -120,7 +120,7 @@ def _prefill(run: AbstractRun) -> Program:
 def _decode(run: AbstractRun) -> Program:
     rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
     params = prefill.args[0]
-    # What is known after a prompt does not depend on its length, but for the room of caches.
+    # The state after a prompt does not depend on the prompt's length, but for the room of caches.
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
     read = jax.eval_shape(prefill.function, params, *prompts)
     answer = max(run.config.generation.max_new_tokens or 0, BLOCK)  # None: tasks say how many

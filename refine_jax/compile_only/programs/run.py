@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
-from refine_jax.checkpoint.manager import ModelCheckpoint
+from refine_jax.checkpoint.folders import ModelCheckpoint
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
@@ -23,7 +23,7 @@ from refine_jax.refine.step import TrainState, states_together
 
 CONFIG = "config.json"
 
-# Documents and prompts are read with a tokenizer, whose special tokens change no shape.
+# A run reads documents and prompts with a tokenizer, whose special tokens change no shape.
 EOS, PAD = 2, 0
 
 
@@ -51,7 +51,7 @@ class Program:
 
 
 def describe_model(config: Config) -> ModelCheckpoint:
-    """The model of the run, by its config.json or the fields of `model.fresh`; no parameters.
+    """Describe the run's model, by config.json or `model.fresh`, without parameters.
 
     Raises ConfigError, ModelConfigError: neither describes a model.
     """
@@ -67,7 +67,7 @@ def describe_model(config: Config) -> ModelCheckpoint:
                 f"config.model.checkpoint has no {CONFIG}, and there is no config.model.fresh to "
                 f"describe the model instead. Got: {folder}."
             )
-    # No run has this name: what is compiled does not depend on what a work folder holds.
+    # No run has this name, so that no work folder changes what is compiled.
     return load_start(dataclasses.replace(config.model, checkpoint=None), Path("/dev/null"))
 
 
@@ -81,19 +81,19 @@ class Shapes:
         self._device = device
 
     def state(self, tree: Any) -> Any:
-        """Parameters, or a state that holds them."""
+        """Place parameters, or a state that holds them."""
         return self._place(tree, state_shardings(tree))
 
     def rows(self, tree: Any, axis: int = 0) -> Any:
-        """Arrays with rows of a batch along an axis."""
+        """Place arrays with rows of a batch along an axis."""
         return self._spread(tree, (*(None,) * axis, "batch"))
 
     def states(self, tree: Any) -> Any:
-        """Decode states; their leaves are [L, B, R, H, ...], or small."""
+        """Place decode states; their leaves are [L, B, R, H, ...], or small."""
         return self._spread(tree, (None, "batch", None, "heads"))
 
     def copies(self, tree: Any) -> Any:
-        """Arrays that every device has."""
+        """Place arrays that every device has."""
         if not is_spread():
             return self._place(tree, None)
         whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
@@ -117,11 +117,11 @@ class Shapes:
         )
 
     def integers(self, *shape: int) -> jax.ShapeDtypeStruct:
-        """Whole numbers of rows [B, ...]."""
+        """Make whole numbers of rows [B, ...]."""
         return self.rows(jax.ShapeDtypeStruct(shape, jnp.int32))
 
     def scalar(self, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """A number."""
+        """Make a number."""
         return self.copies(jax.ShapeDtypeStruct((), dtype))
 
 
@@ -167,11 +167,11 @@ class AbstractRun:
         return self.config.data.max_documents if self.config.data.pack else 1
 
     def keys(self, rows: int) -> jax.ShapeDtypeStruct:
-        """Random keys of rows."""
+        """Make random keys of rows."""
         return self.shapes.rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)))
 
     def batch(self, rows: int, *, answers: bool = False) -> dict[str, Any]:
-        """A batch as the phase's data pipeline makes it."""
+        """Make a batch as the phase's data pipeline does."""
         config, length = self.config, self.config.data.sequence_length
         batch = {"tokens": self.shapes.integers(rows, length)}
         full = config.data.chunking == "first" and not config.data.pack
@@ -189,7 +189,7 @@ class AbstractRun:
         *,
         together: bool = True,
     ) -> tuple:
-        """The decode states that are there at once where the rows of a batch roll out.
+        """Make the decode states that exist at once where the rows of a batch roll out.
 
         parts: of the batch that forward passes read one by one. together: as many of them roll out
         at once as `states_together` says; else each for itself.
@@ -201,7 +201,7 @@ class AbstractRun:
         return (self.shapes.states(states),) * (count if together else 1)
 
     def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
-        """Operations of rows in `trunk` forward passes, and of their rollouts in `rollouts`."""
+        """Count operations of rows in `trunk` forward passes, of their rollouts in `rollouts`."""
         config, length = self.config.refine, self.config.data.sequence_length
         rollout_tokens = config.num_positions * config.rollouts_per_position * config.rollout_length
         tokens = rows * (trunk * length + rollouts * rollout_tokens)

@@ -21,7 +21,7 @@ from refine_jax.refine.step import make_eval_step, make_train_step
 
 
 def training_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
-    """Steps on whole rows: documents, or the prompts of post-training."""
+    """Make the steps on whole rows: documents, or the prompts of post-training."""
     train = run.config.train
     if run.config.refine.objective == "ntp":
         return {"update": lambda: _update(run, "ntp", compared=False)}
@@ -33,7 +33,7 @@ def training_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
 
 
 def answer_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
-    """Steps on the answers of post-training, and their evaluation."""
+    """Make the steps on the answers of post-training, and their evaluation."""
     rest = {"answer_evaluation": lambda: _answer_evaluation(run)}
     if run.config.posttrain.answers == "sft":
         return {"answer_update": lambda: _supervised(run)} | rest
@@ -41,7 +41,7 @@ def answer_programs(run: AbstractRun) -> dict[str, Callable[[], Program]]:
 
 
 def evaluation(run: AbstractRun) -> Program:
-    """Held-out rows."""
+    """Make the evaluation of held-out rows."""
     rows = rows_at_once(run.config)
     batch = run.batch(rows)
     step = make_eval_step(run.model, run.config.refine, eos_id=EOS, max_documents=run.max_documents)

@@ -1,4 +1,4 @@
-"""Tasks with prompts and answers: RULER, built here at any length, and LongBench, from files.
+"""Tasks with prompts and answers: RULER and made-up facts, built here, and LongBench, from files.
 
     from refine_jax.data.tasks import TASKS, load_examples
     from refine_jax.data.tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ from absl import logging
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import local_path, short
 from refine_jax.data.sources import find_files
-from refine_jax.data.tasks import files, niah, ruler_qa, synthetic
+from refine_jax.data.tasks import facts, files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Naming, Task, settings_of
 from refine_jax.data.tasks.files import MAX_LENGTH, NoExamplesError
 from refine_jax.data.tasks.haystack import Essays, load_essays
@@ -53,6 +53,7 @@ TASKS: dict[str, Task] = {
         name: Task(name, "ruler", "ruler_recall", budget)
         for name, budget in synthetic.MAX_NEW_TOKENS.items()
     },
+    "recall": Task("recall", "recall", "ruler_recall", facts.MAX_NEW_TOKENS),
     **RULER_QA,
     **LONGBENCH,
 }
@@ -133,7 +134,7 @@ def load_examples(
 ) -> list[Example]:
     """Return the examples of a task.
 
-    The needle tasks, vt, cwe and fwe are built from the seed alone; ruler_squadqa and
+    The needle tasks, vt, cwe, fwe and recall are built from the seed alone; ruler_squadqa and
     ruler_hotpotqa from SQuAD's and HotpotQA's .json files. Everything else is read from `data`,
     also sets that `refine_jax.data.tasks.generate` wrote.
 
@@ -169,6 +170,8 @@ def load_examples(
         return files.read_examples(task, data, report=report, setting=setting, **build)
     if name in RULER_QA:
         return ruler_qa.build_examples(task, data, setting=setting, **build)
+    if name == "recall":
+        return facts.make_examples(**build)
     del build["samples"]
     if name in niah.NEEDLES:
         text = essays if needs_essays(name) else None

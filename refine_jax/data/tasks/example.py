@@ -46,7 +46,7 @@ class Task:
 
     Attributes:
         name: as `load_examples` takes it.
-        group: "niah", "ruler", "ruler_qa" or "longbench".
+        group: "niah", "ruler", "recall", "ruler_qa" or "longbench".
         metric: name of a score in `refine_jax.evaluation.metrics`.
         max_new_tokens: budget of an answer.
     """

@@ -17,10 +17,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from refine_jax.data.tasks.draw import Draw
+from refine_jax.data.tasks.draw import Draw, draw_pair
 from refine_jax.data.tasks.example import Example
 from refine_jax.data.tasks.haystack import DEPTHS, NOISE, Essays, fit, hide
-from refine_jax.data.tasks.words import draw_pair
 from refine_jax.data.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128

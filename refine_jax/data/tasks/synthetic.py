@@ -15,10 +15,9 @@ import math
 import string
 from collections.abc import Callable, Sequence
 
-from refine_jax.data.tasks.draw import Draw
+from refine_jax.data.tasks.draw import Draw, draw_pair, vocabulary
 from refine_jax.data.tasks.example import Example
 from refine_jax.data.tasks.haystack import DEPTHS, NOISE, count_tokens, fit, hide
-from refine_jax.data.tasks.words import draw_pair, vocabulary
 from refine_jax.data.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50}

@@ -16,10 +16,9 @@ from hypothesis import strategies as st
 from refine_jax.base.errors import DataError
 from refine_jax.data import load_tokenizer
 from refine_jax.data.tasks import TASKS, load_examples, needs_essays, synthetic
-from refine_jax.data.tasks.draw import Draw
+from refine_jax.data.tasks.draw import Draw, word_lists
 from refine_jax.data.tasks.files import digest
 from refine_jax.data.tasks.haystack import DEPTHS, NOISE, fit, load_essays
-from refine_jax.data.tasks.words import word_lists
 
 ROOT = Path(__file__).parents[3]
 BUILT = [name for name, task in TASKS.items() if task.group in ("niah", "ruler")]

@@ -1,4 +1,4 @@
-"""The delta rule's mixers of hybrid models: Gated DeltaNet's, with parameters as published there.
+"""The Gated DeltaNet mixer, and those of hybrid models, which name its parameters otherwise.
 
 Letters as in deltanet.py: B batch, T tokens, D model dim, H key heads, Hv value heads, K key dim,
 V value dim, W convolution taps.
@@ -6,13 +6,54 @@ V value dim, W convolution taps.
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from refine_jax.models.deltanet import GatedDeltaNetMixer
+from refine_jax.models.config import GatedDeltaNetConfig
+from refine_jax.models.deltanet import DeltaNetMixer
 from refine_jax.models.layer_config import DeltaLayerConfig
-from refine_jax.models.layers import Linear, RMSNorm
-from refine_jax.models.short_conv import ShortConv
+from refine_jax.models.layers import Linear, RMSNorm, ShortConv
+
+
+class GatedDeltaNetMixer(DeltaNetMixer):
+    """Gated DeltaNet's layer: DeltaNet (silu, l2 norm) with a decay per value head and token."""
+
+    def __init__(
+        self, config: GatedDeltaNetConfig, *, implementation: str | None = None, rngs: nnx.Rngs
+    ):
+        super().__init__(config, implementation=implementation, rngs=rngs)
+        self.a_proj = Linear(config.hidden_size, config.num_value_heads, rngs=rngs)
+        self._init_decay(config.num_value_heads, rngs)
+
+    def _init_decay(self, heads: int, rngs: nnx.Rngs) -> None:
+        # Initial values of the Gated DeltaNet code: rates of 0 to 16 times a step of 1e-3 to 0.1.
+        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, minval=1e-3, maxval=16.0)
+        self.A_log = nnx.Param(jnp.log(rate))
+        low, high = math.log(1e-3), math.log(0.1)
+        step = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=low, maxval=high))
+        self.dt_bias = nnx.Param(step + jnp.log(-jnp.expm1(-step)))  # softplus of it is step
+
+    def _decay_logits(self, x: jax.Array) -> jax.Array:
+        return self.a_proj(x)
+
+    @property
+    def _learns_beta(self) -> bool:
+        return True
+
+    @property
+    def _activation(self) -> str:
+        return "silu"
+
+    @property
+    def _norm(self) -> str:
+        return "l2"
+
+    def _log_decay(self, x: jax.Array) -> jax.Array:
+        step = jax.nn.softplus(self._decay_logits(x).astype(jnp.float32) + self.dt_bias[...])
+        return -jnp.exp(self.A_log[...]) * step
 
 
 def _widths(config: DeltaLayerConfig) -> tuple[int, int]:
