@@ -42,6 +42,10 @@ RULES = {
 }
 
 
+# Of sampling, without any training: what sharper distributions alone do.
+TEMPERATURES = (0.9, 0.8, 0.65, 0.5)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """One way to continue training.

@@ -303,6 +303,11 @@ class Lab:
             found |= {f"{name}_{scale}": value for name, value in figures.items()}
         return found
 
+    def cooled(self, params: Params, temperature: float) -> Params:
+        """The same model with its logits divided by a temperature."""
+        head = jax.tree.map(lambda x: x / temperature, params["lm_head"])
+        return {**params, "lm_head": head}
+
     def fingerprint(self, params: Params) -> str:
         """A name of the parameters, the same for the same numbers only."""
         digest = hashlib.blake2b(digest_size=6)

@@ -35,7 +35,7 @@ def report(lines: Sequence[Line]) -> str:
     pairs = {(line["task"], line["family"]): None for line in lines}
     for task, family in pairs:
         own = [line for line in lines if (line["task"], line["family"]) == (task, family)]
-        tables = [_saturation(own), _arms(own), _signals(own), _answers(own)]
+        tables = [_saturation(own), _arms(own), _cooled(own), _signals(own), _answers(own)]
         parts.append(f"### {TITLES[task].capitalize()}, {TITLES[family]}")
         parts += [markdown(table) for table in tables if table]
     return "\n\n".join(parts)
@@ -104,6 +104,20 @@ def _saturation(lines: Sequence[Line]) -> list[dict[str, str]]:
             rows.append({"next-token training": "base models"} | _means([b for b, _ in pairs]))
         row = {"next-token training": f"rate {rate:g}"} | _means(of_rate)
         row |= _differences(pairs, "recall_1", "recall against base, points", 100, 2)
+        row |= _differences(pairs, "loss_1", "loss against base, nats", 1, 4)
+        rows.append(row)
+    return rows
+
+
+def _cooled(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """What a lower temperature alone does to the base models."""
+    bases = {line["base"]: line for line in _of_kind(lines, "base")}
+    runs, rows = _of_kind(lines, "cooled"), []
+    for temperature in dict.fromkeys(line["temperature"] for line in runs):
+        of_one = [line for line in runs if line["temperature"] == temperature]
+        pairs = [(bases[line["base"]], line) for line in of_one]
+        row = {"base models at temperature": f"{temperature:g}", "seeds": str(len(pairs))}
+        row |= _differences(pairs, "sampled_1", "sampled against base, points", 100, 2)
         row |= _differences(pairs, "loss_1", "loss against base, nats", 1, 4)
         rows.append(row)
     return rows

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arms import ARMS, BEST, CORE, FINAL, SMALL, Arm, Seeds
+from arms import ARMS, BEST, CORE, FINAL, SMALL, TEMPERATURES, Arm, Seeds
 
 from refine_jax.base.files import path_flag, write_bytes
 
@@ -141,6 +141,18 @@ class Study:
             for rate in self.seeds.rates:
                 self.run("saturation", "ntp", rate, seed)
 
+    def cooling(self) -> None:
+        """Measure the base models at lower temperatures."""
+        for seed in self.seeds.final:
+            params, base = self.base(seed)
+            for temperature in TEMPERATURES:
+                what = {"kind": "cooled", "temperature": temperature, "seed": seed, "base": base}
+
+                def make(params=params, temperature=temperature) -> Line:
+                    return {"measured": self.lab.measure(self.lab.cooled(params, temperature))}
+
+                self.store.get(self.common | what, make)
+
     def compare(self, names: tuple[str, ...]) -> None:
         """Tune arms and run their final seeds, arm by arm; then their costs."""
         for name in names:
@@ -233,6 +245,7 @@ def stages(study: Study, args: argparse.Namespace) -> Iterator[Callable[[], None
         yield lambda: study.signals(tuple(ARMS))
         return
     yield study.saturation
+    yield study.cooling
     yield lambda: study.compare(CORE)
     if not args.core:
         yield lambda: study.compare(tuple(ARMS))

@@ -200,6 +200,16 @@ def test_sampled_recall_is_the_probability_of_whole_values():
     }
 
 
+def test_a_cooled_model_has_its_logits_divided():
+    lab = tiny_lab()
+    params = jax.jit(lab.model.init)(jax.random.key(0))
+    hidden = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    plain, cooled = (
+        hidden @ np.asarray(lab.model.head(each)).T for each in (params, lab.cooled(params, 0.5))
+    )
+    np.testing.assert_allclose(cooled, 2 * plain, rtol=1e-6)
+
+
 # Arms
 
 
@@ -452,11 +462,13 @@ def test_the_report_compares_seed_by_seed():
         lines.append(line("final", "ntp, 2 x steps", seed, ntp + 0.04))
     lines.append(line("final", "exact whole", 3, 0.9, base="another"))  # has no pair
     lines.append(line("cost", "exact whole", 0, 0.0, ratio=1.9))
+    lines += [line("cooled", None, seed, 0.22, temperature=0.5) for seed in range(3)]
     table = report.report(lines)
     # Differences 10, 11, 12: 11 -+ 4.303 / sqrt(3).
     assert "| +11.00 +- 2.48 |" in table
     assert "| -0.1100 +- 0.0248 |" in table
     assert "| +5.50 +- 1.24 |" in table
+    assert "| 0.5 | 3 | +1.00 +- 0.00 | -0.0200 +- 0.0000 |" in table
     assert "| 1.90 x | +7.00 +- 2.48 |" in table
     assert "| exact whole | 4 |" in table
     (row,) = [row for row in table.splitlines() if row.startswith("| rate 0.001")]
