@@ -13,6 +13,7 @@ LaCT the chunks [B, N, H, C, d] that the elementwise work after its projections 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -27,7 +28,6 @@ from refine_jax.kernels.fork_reads import (
     ForkRows,
     Reach,
     attend_row,
-    attend_row_backward,
     attend_windows,
     read_weights,
 )
@@ -334,12 +334,11 @@ def _fork_reads_cases(name, tokens, forks=8, count=5, groups=12, window=2048) ->
     layers, chunk, heads, size = 24, 2048, 4, groups * 128 // 4
 
     def attend(implementation):
-        del implementation  # one form for all
-        return lambda new, k, v, where: attend_windows(new, k, v, where, window, 2)
+        run = functools.partial(attend_windows, implementation=implementation)
+        return lambda new, k, v, where: run(new, k, v, where, window, 2)
 
     def read(implementation):
-        del implementation
-        return read_weights
+        return functools.partial(read_weights, implementation=implementation)
 
     place = _array(forks, dtype=jnp.int32)
     where = ForkRows(_array(dtype=jnp.int32), place, place, place, place)
@@ -356,7 +355,7 @@ def _fork_reads_cases(name, tokens, forks=8, count=5, groups=12, window=2048) ->
 
 
 def _fork_rows_cases(name, tokens, queries=80, groups=12) -> tuple[Case, Case]:
-    """Attention of 8 forks of 5 tokens to a row of LaCT-760M, for its gradient, and that gradient.
+    """Attention of 8 forks of 5 tokens to a row of LaCT-760M, alone and with its gradient.
 
     queries: Of a group of two heads. Every query is taken to meet all keys of the row, in two
     products of 2 T hd operations forward and five backward.
@@ -365,21 +364,24 @@ def _fork_rows_cases(name, tokens, queries=80, groups=12) -> tuple[Case, Case]:
     row = _array(1, groups, tokens, 128, dtype=jnp.bfloat16)
     slot = _array(1, 1, queries, dtype=jnp.int32)
     args = query, row, row, Reach(slot, slot)
-    out, rest = (_array(1, 1, groups, queries, *size) for size in ((128,), ()))
+    cotangents = tuple(_array(1, 1, groups, queries, *size) for size in ((128,), ()))
 
     def forward(implementation):
-        del implementation  # one form for all
-        return lambda *args: attend_row(*args, 0.125)
+        return lambda *args: attend_row(*args, 0.125, 2048, implementation=implementation)
 
-    def backward(implementation):
-        del implementation
-        return lambda args, *more: attend_row_backward(*args, 0.125, *more)
+    def both(implementation):
+        def run(args, cotangents):
+            *arrays, reach = args
+            out, pullback = jax.vjp(lambda *x: forward(implementation)(*x, reach), *arrays)
+            return out, pullback(cotangents)
+
+        return run
 
     shape = f"{queries} queries of {groups} groups of 128, T {tokens}, bfloat16"
     flops = 2 * queries * groups * tokens * 128
     return (
         Case(name.format("fwd"), shape, forward, args, 2 * flops),
-        Case(name.format("bwd"), shape, backward, (args, rest, out, rest), 5 * flops),
+        Case(name.format("fwdbwd"), shape, both, (args, cotangents), 7 * flops),
     )
 
 

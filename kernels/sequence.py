@@ -69,6 +69,21 @@ def exchange(
     )
 
 
+def join_softmax(
+    out: jax.Array, log_total: jax.Array, axis_name: str
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to whole rows, of what each device found in its part of them.
+
+    out: [..., L], by a softmax whose denominator has the log `log_total` [...]; where a device sees
+    nothing, that is far below that of others. Returns both of the whole rows, on all devices.
+    """
+    top = lax.pmax(lax.stop_gradient(log_total), axis_name)
+    weight = jnp.exp(log_total - top)
+    total = lax.psum(weight, axis_name)
+    out = lax.psum(weight[..., None] * out, axis_name) / total[..., None]
+    return out, top + jnp.log(total)
+
+
 def own_part(x: Tree, axis_name: str, axis: int) -> Tree:
     """This device's part along `axis` of arrays that are the same on all devices."""
 

@@ -50,6 +50,7 @@ def call_kernel(
     parallel: int = 0,
     vmem: float | None = 7 / 8,
     moved: int | None = None,
+    operations: int = 0,
     in_place: Mapping[str, str] | None = None,
 ) -> dict[str, jax.Array]:
     """Call a kernel over a grid on a TPU; elsewhere it is interpreted.
@@ -62,6 +63,7 @@ def call_kernel(
     parallel: leading axes of the grid that cores may share; the others go in their order.
     vmem: share of the vector memory that the kernel may use; None leaves it to the compiler.
     moved: bytes that the kernel reads and writes, where these are not those of whole arrays.
+    operations: by which the compiler chooses what is sent beside the kernel.
     in_place: outputs that take the memory of an input, as {input: output}.
 
     Returns the outputs by name.
@@ -73,7 +75,7 @@ def call_kernel(
     def body(*refs):
         kernel(**dict(zip(names, refs, strict=True)))
 
-    results = pl.pallas_call(
+    run = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -84,14 +86,18 @@ def call_kernel(
         ),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs.values()],
         input_output_aliases={taken.index(x): written.index(y) for x, y in in_place.items()},
-        cost_estimate=None if moved is None else pl.CostEstimate(0, 0, moved),
+        cost_estimate=pl.CostEstimate(operations, 0, moved or 0) if operations or moved else None,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             vmem_limit_bytes=None if vmem is None else int(vmem_bytes() * vmem),
         ),
         interpret=interpret_mode(),
         name=name,
-    )(*scalars.values(), *(array for array, _ in inputs.values()))
+    )
+    # Arrays that stay where they are get no further axis: vmap runs the kernel once for each entry.
+    if any(spec.memory_space is pl.ANY for _, spec in inputs.values()):
+        run = jax.custom_batching.sequential_vmap(run)
+    results = run(*scalars.values(), *(array for array, _ in inputs.values()))
     return dict(zip(outputs, results, strict=True))
 
 

@@ -9,12 +9,24 @@ from collections.abc import Callable, Iterator
 from jax import monitoring
 
 from refine_jax.base.banner import without_banner
+from refine_jax.kernels.device import backend
+from refine_jax.parallel import axis_size
 
 # jax reports here when it begins and ends to trace, lower and compile.
 _EVENTS = "/jax/core/compile/"
 PATIENCE = 2.0
 """Seconds of compilation without a word; most programs take less, as do those from a cache."""
 _ALARM = 60.0  # before XLA's, at 120 s
+
+
+def compiler_options() -> dict[str, bool] | None:
+    """Options of `jax.jit` for programs over the ambient mesh; None: those of XLA itself.
+
+    Where chips share rows, they exchange tokens for heads beside what they compute.
+    """
+    if backend() != "tpu" or axis_size("sequence") == 1:
+        return None
+    return {"xla_tpu_enable_async_all_to_all": True}
 
 
 class Compilations:

@@ -148,6 +148,13 @@ def _check(config: Config) -> None:
             f"a `model_type` and the fields of the model. Got: checkpoint=None, "
             f"fresh={short(model.fresh)}."
         )
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        value = getattr(model, name)
+        if value and train.trainable != "lora":
+            raise ConfigError(
+                f"config.model.{name} is for config.train.trainable='lora'. Got: {name}="
+                f"{short(value)}, trainable={train.trainable!r}."
+            )
     _check_batches(train, train.mini_batch)
     _check_sizes(config)
     _check_steps(train, config.optimizer)

@@ -4,6 +4,9 @@ from_hf makes a checkpoint, which `config.model.checkpoint` takes, of a folder w
 weights (safetensors, one file or shards; pytorch_model.bin needs the extra [torch]) and tokenizer
 files. to_hf makes such a folder of a model checkpoint or of a training run's work folder.
 
+A run that trains low-rank updates becomes an adapter of the peft package, or with --merge a model;
+from_hf adds an adapter to the weights of a checkpoint (--base).
+
 What a folder holds and no model of ours uses is printed ("not used: ..."); what would change the
 function, weights that are not finite, and links that leave the folder are refused by name.
 
@@ -32,15 +35,35 @@ from refine_jax.commands import Command, Options, step_argument
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def from_hf(src: str, dst: str, *, overwrite: bool = False, allow_nonfinite: bool = False) -> str:
-    """Convert a Hugging Face folder to a model checkpoint.
+def from_hf(
+    src: str,
+    dst: str,
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    base: str | None = None,
+) -> str:
+    """Convert a Hugging Face folder, or an adapter of the peft package, to a model checkpoint.
 
-    allow_nonfinite: take weights that are NaN or infinite.
+    allow_nonfinite: take weights that are NaN or infinite. base: the checkpoint or run to whose
+    weights an adapter is added.
     Returns a line that says what was written, and lines on what was left out.
     """
-    from refine_jax.checkpoint import read_hf, save_model
+    from refine_jax.checkpoint import load_model, read_hf, save_model
+    from refine_jax.checkpoint.peft import is_adapter
 
     source, target = _paths(src, dst, overwrite)
+    if is_adapter(source):
+        if base is None:
+            raise CheckpointError(
+                f"{src} is an adapter: name the checkpoint that it belongs to, --base=DIR, as "
+                "from_hf made it of the model."
+            )
+        added = load_model(base, adapter=source)
+        save_model(target, added.params, added.config_json, added.files, overwrite=overwrite)
+        return _summary(len(added.params), added.params, dst)
+    if base is not None:
+        raise CheckpointError(f"--base is for an adapter, which {src} is not.")
     model = read_hf(source, allow_nonfinite=allow_nonfinite)
     save_model(target, model.params, model.config_json, model.files, overwrite=overwrite)
     lines = [_summary(model.tensors, model.params, dst)]
@@ -56,18 +79,32 @@ def to_hf(
     max_shard_bytes: int | None = None,
     dtype: str | None = None,
     step: int | str = "latest",
+    merge: bool = False,
+    base: str | None = None,
 ) -> str:
     """Convert a checkpoint to a Hugging Face folder; returns a line that says what.
+
+    Of a run that trains low-rank updates it is an adapter of the peft package.
 
     max_shard_bytes: cut larger weights into shards; None: as those of a hybrid model were,
     else 5 GB. dtype: cast the parameters ("float32", "bfloat16", "float16") and say so there.
     step: of a training run: "latest", "best" or a number. allow_nonfinite: write parameters that
-    are NaN or infinite, or become so in `dtype`.
+    are NaN or infinite, or become so in `dtype`. merge: add low-rank updates to the weights. base:
+    name or path of the model that an adapter says it belongs to; None: what the run started from.
     """
     from refine_jax.checkpoint import load_model, write_hf
+    from refine_jax.checkpoint.peft import write_adapter
+    from refine_jax.models.config import model_config
 
     source, target = _paths(src, dst, overwrite)
-    model = load_model(source, step=step, dtype=dtype)
+    model = load_model(source, step=step, dtype=dtype, merge=merge)
+    if model.lora is not None:
+        config = model_config(model.config)
+        name = model.base if base is None else base
+        tensors = write_adapter(
+            target, model.params, model.lora, config, base=name, overwrite=overwrite
+        )
+        return f"{dst}: {tensors} tensors of low-rank updates, rank {model.lora.rank}"
     config_json = model.config_json
     if dtype is not None:
         name = "dtype" if "dtype" in model.config else "torch_dtype"
@@ -97,14 +134,14 @@ def run(options: Options) -> None:
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.FATAL)  # Orbax logs what its errors say
-    given = {name: getattr(options, name) for name in ("overwrite", "allow_nonfinite")}
+    given = {name: getattr(options, name) for name in ("overwrite", "allow_nonfinite", "base")}
     if options.direction == "to_hf":
         given |= {"max_shard_bytes": options.max_shard_size, "dtype": options.dtype}
-        given["step"] = options.step
+        given |= {"step": options.step, "merge": options.merge}
     elif options.direction != "from_hf":
         raise ConfigError(f"from_hf or to_hf comes first. Got: {short(options.direction)}.")
     else:
-        for name in ("max_shard_size", "dtype", "step"):
+        for name in ("max_shard_size", "dtype", "step", "merge"):
             if name in options.given:
                 raise ConfigError(f"--{name} goes with to_hf.")
     convert = {"from_hf": from_hf, "to_hf": to_hf}[options.direction]
@@ -129,6 +166,7 @@ def command() -> Command:
         bool,
         default=False,
     )
+    made.flag("base", "adapter: from_hf adds it to this checkpoint; to_hf names it", metavar="DIR")
     made.group("to_hf")
     made.flag(
         "max_shard_size",
@@ -140,6 +178,7 @@ def command() -> Command:
     dtypes = ("float32", "bfloat16", "float16")
     made.flag("dtype", "cast the parameters (default: as they are)", choices=dtypes)
     made.flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
+    made.flag("merge", "add low-rank updates to the weights", bool, default=False)
     return made
 
 

@@ -1,8 +1,7 @@
 """Generate text from a checkpoint that refine_jax.convert or a training run wrote.
 
-Prompts are taken as they are, line ends at their end too; with --chat, each is a message of a user
-to a model that answers. The texts end at the end tokens of generation_config.json, at --stop, or
-after --max_new_tokens.
+Prompts are taken as they are, line ends at their end too; with --chat, each is the message of a
+user. Texts end at the end tokens of generation_config.json, at --stop or after --max_new_tokens.
 
 Examples:
 
@@ -68,7 +67,7 @@ def answer(options: Options) -> None:
     from refine_jax.generation import Generator, Sampling, load
     from refine_jax.generation.states import check_state_path, load_prefix, save_prefix
 
-    expand_flags(vars(options), "checkpoint", "tokenizer", "load_state", "save_state")
+    expand_flags(vars(options), "checkpoint", "adapter", "tokenizer", "load_state", "save_state")
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,
@@ -87,6 +86,7 @@ def answer(options: Options) -> None:
         step=options.step,
         tokenizer=options.tokenizer,
         compute_dtype=options.compute_dtype,
+        adapter=options.adapter,
     )
     model, params, tokenizer = loaded
     generator = Generator(model, tokenizer)
@@ -344,6 +344,7 @@ def command() -> Command:
     flag = made.flag
     made.group("model")
     flag("checkpoint", "model to load", metavar="DIR", needed=True)
+    flag("adapter", "of the peft package, to add to it", metavar="DIR")
     flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
     flag("tokenizer", "mistral-v1, bytes or a path (default: DIR's, or that of its run)")
     dtypes = ("float32", "bfloat16")

@@ -39,6 +39,7 @@ def evaluate(
     tasks: list[str],
     *,
     step: int | str = "latest",
+    adapter: str | None = None,
     tokenizer: str | None = None,
     include_path: str | None = None,
     num_fewshot: int | None = None,
@@ -79,6 +80,7 @@ def evaluate(
     lm = harness.RefineLM.from_checkpoint(
         checkpoint,
         step=step,
+        adapter=adapter,
         tokenizer=tokenizer,
         batch_size=batch_size,
         max_length=max_length,
@@ -310,7 +312,7 @@ def run(options: Options) -> int | None:
 
     logging.set_verbosity(logging.WARNING)
     given = {name: getattr(options, name) for name in command().flags}
-    expand_flags(given, "checkpoint", "tokenizer", "include_path", "output")
+    expand_flags(given, "checkpoint", "adapter", "tokenizer", "include_path", "output")
     output = given.pop("output")
     if output is not None:
         output = Path(output)
@@ -355,6 +357,7 @@ def command() -> Command:
     text = "made by refine_jax.convert, or a run's work folder"
     flag("checkpoint", text, metavar="DIR", needed=True)
     flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
+    flag("adapter", "of the peft package, to add to it", metavar="DIR")
     flag("tokenizer", "mistral-v1, bytes or a path (default: that of the checkpoint)")
     made.group("tasks")
     flag("tasks", "lm-eval's names", list, needed=True)

@@ -40,6 +40,8 @@ RULES = {
     # The devices that share a row share out its continuations.
     "forks": ("sequence",),
     "heads": ("tensor",),
+    # Heads of fast weights, of which the devices that share a row take some for all its tokens.
+    "fast_heads": ("tensor", "sequence"),
     "hidden": ("tensor",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
@@ -219,6 +221,11 @@ def _is_names(axes: Sequence) -> bool:
 def _axes_of(path: Any) -> tuple[str | None, ...]:
     """Find logical names of the last axes of a parameter, or of its moment, at a tree path."""
     name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    # An update B A of a weight [out, in]: A [r, in] and B [out, r] are spread as the weight is.
+    linear, _, update = name.rpartition("/")
+    if update in ("lora_A", "lora_B"):
+        size_out, size_in = _axes_of([f"{linear}/weight"]) or (None, None)
+        return (None, size_in) if update == "lora_A" else (size_out, None)
     for pattern, axes in PARAMETERS:
         if re.search(rf"(^|/){pattern}$", name):
             return axes
@@ -356,7 +363,7 @@ def take_tokens(x: jax.Array, index: jax.Array, *rest: str | None) -> jax.Array:
     have. Of tokens that are spread, what each device has is added up: nothing is gathered.
     """
     tokens = x.shape[1]
-    size = axis_size("sequence")
+    size = 1 if "fast_heads" in rest else axis_size("sequence")
     out_axes = ("batch", *[None] * (index.ndim - 1), *rest)
     if size == 1 or tokens % size:
         take = over_shards(_take, (("batch", None, *rest), ("batch",)), out_axes)

@@ -40,6 +40,9 @@ CUTS = ("middle", "left")
 """Where a prompt that is too long is cut."""
 
 
+_OF_LORA = never("the saved updates have it")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
     """Which model, and how it computes."""
@@ -54,6 +57,25 @@ class ModelConfig(Section):
         None,
         "a randomly initialised model: `model_type` and fields of a Hugging Face config.json",
         never("it is the model"),
+    )
+    adapter: str | None = setting(
+        None,
+        "start from this adapter of the peft package; without `train.trainable` `lora` it is added "
+        "to the weights",
+        PATH,
+        FREELY,
+    )
+    lora_rank: int | None = setting(
+        None, "r: of low-rank updates; None: the adapter's, else 8", between(1, 2**16), _OF_LORA
+    )
+    lora_alpha: float | None = setting(
+        None, "they are scaled by alpha / r; None: the adapter's, else 16", above(0, 1e6), _OF_LORA
+    )
+    lora_targets: str = setting(
+        "",
+        "linear maps that have one, by names or patterns joined by commas, such as "
+        "`q_proj,*.mlp.*`; '': the adapter's, else all",
+        _OF_LORA,
     )
     compute_dtype: str | None = setting(
         None,
@@ -222,6 +244,12 @@ class TrainConfig(Section):
     """The loop."""
 
     steps: int = setting(100, "training steps, one batch each", STEPS)
+    trainable: str = choice(
+        ("all", "lora", "fast"),
+        "what is trained: all, low-rank updates of linear maps, or what feeds the fast weights "
+        "alone (initial values, rates, decays, gates)",
+        never("a checkpoint holds what is trained"),
+    )
     warmup_ntp_steps: int = setting(0, "steps of plain next-token training at the start", COUNT)
     batch_size: int = setting(128, "sequences a step", ROWS)
     mini_batch_size: int | None = setting(None, "sequences an update; None: batch_size", ROWS)

@@ -323,6 +323,10 @@ MODULES = {
     MAIN + "train.profile": "tests/report/test_profile.py::test_it_holds_the_steps_asked_for",
     MAIN + "train.evaluate": "tests/phases/test_tasks.py::test_scores_are_those_of_the_evaluation",
     MAIN + "refine.preset": "tests/test_presets.py::test_flags_win_over_the_file",
+    MAIN + "train.trainable=lora .*copies": "tests/phases/test_lora.py::"
+    "test_prompts_adapt_updates_of_their_own_at_once",
+    MAIN + "train.trainable=lora": "tests/phases/test_lora.py::"
+    "test_checkpoints_hold_updates_and_their_moments_alone",
     MAIN + "configs/demo": ".ci/run: demo, short form",
     MAIN + "configs/compare": "tests/phases/test_compare.py::"
     "test_the_figures_are_those_of_the_parts",
@@ -341,6 +345,8 @@ MODULES = {
     "test_each_prompt_is_continued_by_a_copy_trained_on_it",
     GENERATE: "tests/generation/test_command.py::"
     "test_prompts_and_files_of_any_length_are_continued_as_by_the_library",
+    r"python -m refine_jax\.convert .*(lora)": "tests/phases/test_lora.py::"
+    "test_an_adapter_and_a_merged_model_are_written_and_read",
     r"python -m refine_jax\.convert to_hf runs/": "tests/checkpoint/test_convert.py::"
     "test_a_training_run_goes_back_to_pytorch",
     r"python -m refine_jax\.convert .*--dtype": "tests/checkpoint/test_convert.py::"

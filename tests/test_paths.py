@@ -26,7 +26,8 @@ URLS = ("gs://bucket/x", "s3://bucket/x", "hf://org/x", "https://host/x", "file:
 
 # Text that names no file.
 NO_PATHS = {
-    *("data.text_field", "data.files", "data.tfds_split", "prompts.prompt_field"),
+    *("model.lora_targets", "data.text_field", "data.files", "data.tfds_split"),
+    "prompts.prompt_field",
     *("prompts.answer_field", "posttrain.metric", "evaluate.tasks", "evaluate.lengths"),
     *("compare.arms", "train.evaluate", "train.profile", "train.project", "train.trackers"),
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.fork_reads.reference import ForkRows
 from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
@@ -31,31 +31,22 @@ _BLOCK = 512  # most tokens of a block of a row
 _MOST_NEW = 32  # tokens of a fork: scores of all groups with a block of the row stay near
 _TOGETHER = 12  # groups that are worked on at once, so that no result is waited for
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
+_LOWEST = -1e29  # of maxima: with nothing but masked scores, all weights are 0
 
 
-class ForkRows(NamedTuple):
-    """Where forks read: one layer [] int32 for all, and for each fork [F] int32:
-
-    row: the row that it reads. last: the slot of the row's last token before the fork. seen: the
-    number of tokens of the fork's document up to that slot; with 0 the fork sees nothing of the
-    row. chunk: the chunk whose fast weights it reads.
-    """
-
-    layer: jax.Array
-    row: jax.Array
-    last: jax.Array
-    seen: jax.Array
-    chunk: jax.Array
+def takes_windows(keys: tuple[int, ...], num_new: int) -> bool:
+    """Whether the kernel takes keys of this shape, and is compiled here."""
+    whole = all(size % _LANES == 0 for size in keys[-2:])
+    return whole and num_new <= _MOST_NEW and backend() == "tpu"
 
 
-def takes(keys: tuple[int, ...], weights: tuple[int, ...], num_new: int) -> bool:
-    """Whether the kernels take keys and weights of these shapes, and are compiled here."""
-    if num_new > _MOST_NEW or backend() != "tpu":
+def takes_weights(weights: tuple[int, ...], num_new: int) -> bool:
+    """Whether the kernel takes weights of this shape, and is compiled here."""
+    whole = all(size % _LANES == 0 for size in weights[-2:])
+    if not whole or num_new > _MOST_NEW or backend() != "tpu":
         return False
-    whole = all(size % _LANES == 0 for size in (*keys[-2:], *weights[-2:]))
     # Two blocks of the three matrices of a head, which are float32.
-    fits = 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
-    return whole and fits
+    return 2 * 3 * 4 * math.prod(weights[-2:]) <= tpu.vmem_bytes() // 2
 
 
 def _pad_tokens(x: jax.Array) -> jax.Array:
@@ -64,12 +55,13 @@ def _pad_tokens(x: jax.Array) -> jax.Array:
 
 
 def _attend_kernel(
-    heads, window, block, *, lasts, seens, new, row_k, row_v, out, top, total, acc, **_
-):
+    heads, window, block, blocks, *, own, lasts, seens, new, row_k, row_v, out, top, total, acc,
+    log_total=None, **_
+):  # fmt: skip
     fork, step = pl.program_id(0), pl.program_id(1)
     last, seen = lasts[fork], seens[fork]
     _, groups, num_new, size = new.shape
-    width, dtype = size // heads, out.dtype
+    width, dtype = size // heads, new.dtype
     scale = width**-0.5
     lane = jax.lax.broadcasted_iota(jnp.int32, (num_new, size), 1) // width
 
@@ -85,11 +77,11 @@ def _attend_kernel(
     def _own():
         shape = heads * num_new, num_new
         back = token(shape, 0) - token(shape, 1)
-        visible = (back >= 0) & (back < window)
+        visible = (back >= 0) & (back < window) & (own[0] > 0)
         for group in range(groups):
             scores = nt(queries(group), new[1, group]) * scale
             scores = jnp.where(visible, scores, _MASKED)
-            highest = jnp.max(scores, 1, keepdims=True)  # finite: a token sees itself
+            highest = jnp.maximum(jnp.max(scores, 1, keepdims=True), _LOWEST)
             weights = jnp.exp(scores - highest)
             top[group] = highest
             total[group] = jnp.sum(weights, 1, keepdims=True)
@@ -97,7 +89,7 @@ def _attend_kernel(
 
     number = _first_block(last, window, block) + step
 
-    @pl.when(number <= _last_block(last, block))
+    @pl.when(number <= _last_block(last, block, blocks))
     def _row():
         shape = heads * num_new, block
         slot = number * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -124,11 +116,13 @@ def _attend_kernel(
     @pl.when(step == pl.num_programs(1) - 1)
     def _end():
         for group in range(groups):
-            found = acc[group] / total[group]
+            found = acc[group] / jnp.maximum(total[group], 1e-30)
+            if log_total is not None:
+                log_total[group] = top[group] + jnp.log(jnp.maximum(total[group], 1e-30))
             y = found[:num_new]
             for head in range(1, heads):
                 y = jnp.where(lane == head, found[head * num_new : (head + 1) * num_new], y)
-            out[group] = y.astype(dtype)
+            out[group] = y.astype(out.dtype)
 
 
 def _first_block(last, window: int, block: int):
@@ -136,34 +130,28 @@ def _first_block(last, window: int, block: int):
     return jnp.maximum(last - window + 2, 0) // block
 
 
-def _last_block(last, block: int):
-    return jnp.maximum(last, 0) // block
+def _last_block(last, block: int, blocks: int):
+    return jnp.minimum(jnp.maximum(last, 0) // block, blocks - 1)
 
 
-def attend_windows(
-    new: tuple[jax.Array, jax.Array, jax.Array],
-    row_k: jax.Array,
-    row_v: jax.Array,
-    where: ForkRows,
-    window: int,
-    heads: int,
-) -> jax.Array:
-    """Causal attention of the S tokens of each fork to themselves and to the row before them.
+def attend_windows_tpu(new, row_k, row_v, where: ForkRows, own, window: int, heads: int):
+    """Run `attend_windows` of api.py on one device's part of the rows.
 
-    new: q, k, v [F, G, S, L] of the forks, with rope. row_k, row_v: [N, B, G, T, L], T a multiple
-    of 128, keys with rope. heads: n. Scores are scaled by (L / n)^-0.5, tokens see W - 1 before
-    them. Returns [F, G, S, L] in the dtype of k; on a CPU in interpret mode, for tests.
+    own: whether the forks' own tokens count: True, or [] bool where devices share the rows; only
+    then is the log of the denominators returned, else None. On a CPU in interpret mode, for tests.
     """
+    partly = own is not True
     forks, groups, count, size = new[0].shape
     padded = _pad_tokens(jnp.stack([x.astype(new[1].dtype) for x in new]))
     num_new, num_tokens = padded.shape[3], row_k.shape[3]
     block = math.gcd(num_tokens, _BLOCK)
-    steps = min(-(-max(window - 2, 0) // block) + 1, num_tokens // block)
+    blocks = num_tokens // block
+    steps = min(-(-max(window - 2, 0) // block) + 1, blocks)
 
-    def of_row(fork, step, layer, row, last, seen):
-        del seen
+    def of_row(fork, step, own, layer, row, last, seen):
+        del own, seen
         number = _first_block(last[fork], window, block) + step
-        number = jnp.minimum(number, _last_block(last[fork], block))
+        number = jnp.minimum(number, _last_block(last[fork], block, blocks))
         return layer[0], row[fork], 0, number, 0
 
     def of_fork(fork, *_):
@@ -173,24 +161,37 @@ def attend_windows(
     shape = forks, groups, num_new, size
     rows = groups, heads * num_new
     read = forks * steps * groups * block * size
-    own = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
-    scalars = where.layer[None], where.row, where.last, where.seen
+    of_new = pl.BlockSpec((3, None, groups, num_new, size), lambda f, *_: (0, f, 0, 0, 0))
+    shapes = {"out": shape, "log_total": (forks, *rows, 1)} if partly else {"out": shape}
+    outputs = {
+        name: (
+            shape,
+            jnp.float32 if partly else padded.dtype,
+            pl.BlockSpec((None, *shape[1:]), of_fork),
+        )
+        for name, shape in shapes.items()
+    }
+    scalars = {"own": jnp.asarray(own, jnp.int32)[None], "layer": where.layer[None]}
+    scalars |= {"row": where.row, "lasts": where.last, "seens": where.seen}
     found = tpu.call_kernel(
-        functools.partial(_attend_kernel, heads, window, block),
+        functools.partial(_attend_kernel, heads, window, block, blocks),
         "fork_reads_attention",
         (forks, steps),
-        {"new": (padded, own), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
-        {"out": (shape, padded.dtype, pl.BlockSpec((None, *shape[1:]), of_fork))},
+        {"new": (padded, of_new), "row_k": (row_k, tokens), "row_v": (row_v, tokens)},
+        outputs,
         {
             "top": pltpu.VMEM((*rows, 1), jnp.float32),
             "total": pltpu.VMEM((*rows, 1), jnp.float32),
             "acc": pltpu.VMEM((*rows, size), jnp.float32),
         },
-        scalars=dict(zip(("layer", "row", "lasts", "seens"), scalars, strict=True)),
+        scalars=scalars,
         parallel=1,
         moved=read * (row_k.dtype.itemsize + row_v.dtype.itemsize),
     )
-    return found["out"][:, :, :count]
+    log_total = None
+    if partly:
+        log_total = found["log_total"].reshape(forks, groups, heads, num_new)[..., :count]
+    return found["out"][:, :, :count], log_total
 
 
 def _weights_kernel(*, q, w0, w1, w2, out, **_):
@@ -200,11 +201,10 @@ def _weights_kernel(*, q, w0, w1, w2, out, **_):
     out[...] = nt(hidden, w1[...].astype(x.dtype)).astype(out.dtype)
 
 
-def read_weights(q: jax.Array, weights: tuple, where: ForkRows) -> jax.Array:
-    """`apply_fast_weights` of q [F, H, S, d], each fork with the weights of its chunk.
+def read_weights_tpu(q, weights, where: ForkRows):
+    """Run `read_weights` of api.py on one device's part of the chunks.
 
-    weights: W0 [N, B, chunks, H, D, d], W1 [..., d, D] and W2 [..., D, d].
-    Returns [F, H, S, d] as q; on a CPU in interpret mode, for tests.
+    On a CPU in interpret mode, for tests.
     """
     forks, heads, count, _ = q.shape
     padded = _pad_tokens(q)

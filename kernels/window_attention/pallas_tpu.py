@@ -82,6 +82,11 @@ class _Plan:
         """Of scores as powers of two."""
         return self.scale * _LOG2_E
 
+    def operations(self, products: int) -> int:
+        """Of one group of a row, in so many products of all queries with what they reach."""
+        pairs = self.own * self.block * self.ring * self.block
+        return 2 * products * self.heads * self.size * pairs
+
     def of_head(self, head: int) -> slice:
         """The numbers of a head within its group."""
         width = self.size // self.heads
@@ -326,6 +331,7 @@ def _forward(plan: _Plan, q, k, v, ids):
         outputs,
         scratch,
         parallel=2,
+        operations=math.prod(q.shape[:2]) * plan.operations(2),
     )
     return results["out"], results["log_total"]
 
@@ -382,6 +388,7 @@ def _backward(plan: _Plan, q, k, v, ids, out, log_total, d_out):
         outputs,
         scratch,
         parallel=2,
+        operations=math.prod(q.shape[:2]) * plan.operations(5),
     )
     return results["dq"], results["dk"], results["dv"]
 

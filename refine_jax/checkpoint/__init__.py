@@ -3,12 +3,9 @@
 from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint.folders import ModelCheckpoint
 from refine_jax.checkpoint.hf import read_hf, write_hf
-from refine_jax.checkpoint.manager import (
-    CheckpointManager,
-    Restored,
-    load_model,
-    save_model,
-)
+from refine_jax.checkpoint.manager import CheckpointManager, Restored
+from refine_jax.checkpoint.model import load_model, save_model
+from refine_jax.checkpoint.peft import read_adapter, write_adapter
 
 __all__ = [
     "CheckpointError",
@@ -16,7 +13,9 @@ __all__ = [
     "ModelCheckpoint",
     "Restored",
     "load_model",
+    "read_adapter",
     "read_hf",
     "save_model",
+    "write_adapter",
     "write_hf",
 ]

@@ -37,10 +37,10 @@ def save_args(
 
 
 def write_arrays(folder: epath.PathLike, named: Mapping[str, Any]) -> None:
-    """Write arrays by name to a new Orbax folder."""
+    """Write arrays by name to an Orbax folder, which is replaced if it is there."""
     quiet_orbax()
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(epath.Path(folder), args=save_args(named))
+        checkpointer.save(epath.Path(folder), args=save_args(named), force=True)
 
 
 def read_arrays(

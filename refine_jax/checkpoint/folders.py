@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
+ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+FROZEN = "frozen"  # of a run: the parameters that it does not train
 
 # These files keep what a published folder holds beside the weights, to write it back
 # (published.py).
@@ -66,7 +68,11 @@ class ModelCheckpoint(NamedTuple):
     tokenizer files; None if there are none. files: What travels with the weights, {name: path}, or
     a function that writes the file at a path.
 
-    Of a training run alone: step. Of a Hugging Face folder alone: slots, where each tensor went
+    lora: The low-rank updates (`models.lora.LoRA`) that are among params, or will be trained.
+    updates: Their nested dict, where they are to be put to the params.
+
+    Of a training run alone: step; base, the checkpoint that it started from, as it names it. Of a
+    Hugging Face folder alone: slots, where each tensor went
     (`names.Slot`); tensors, how many the parameters were made of; left_out, what else the folder
     holds, a line each.
     """
@@ -80,6 +86,9 @@ class ModelCheckpoint(NamedTuple):
     slots: Mapping[str, Any] = MappingProxyType({})
     tensors: int = 0
     left_out: tuple[str, ...] = ()
+    lora: Any = None
+    updates: dict | None = None
+    base: str = ""
 
 
 def companions(folder) -> dict:
@@ -202,7 +211,8 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
 def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Raise CheckpointError unless a model may be written to `path`.
 
-    overwrite: it may hold a model, of ours or in the form of Hugging Face, and nothing else.
+    overwrite: it may hold a model, of ours or in the form of Hugging Face, or an adapter, and
+    nothing else.
     """
     path = _target(path)
     if not os.path.lexists(path):
@@ -223,6 +233,8 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
             "another name."
         )
     entries = sorted(path.iterdir())
+    if [entry.name for entry in entries] == [ADAPTER, ADAPTER_TENSORS]:
+        return
     if entries and not (path / CONFIG).is_file():
         raise CheckpointError(
             f"{path} is a folder without {CONFIG}, no checkpoint: it is not overwritten."

@@ -1,11 +1,11 @@
-"""Checkpoints of training runs, and of models alone.
+"""Checkpoints of training runs: steps, and what is beside them.
 
-A run's folder (usually `WORKDIR/checkpoints`) and a model's folder look alike:
+A run's folder (usually `WORKDIR/checkpoints`) looks like a model's (model.py):
 
     config.json  tokenizer.model ...     the model, as in a Hugging Face folder
-    params/                              a model: its parameters
-    run.json  100/  200/ ...             a run: its configuration, and a folder a saved step with
+    run.json  100/  200/ ...             the run's configuration, and a folder a saved step with
                                          state/ (arrays), data/ (the data iterator) and metrics/
+    frozen/                              the parameters that the run does not train, if any
 
 so that whatever reads a model (training, evaluation, conversion to PyTorch) takes both.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -28,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import local_path, parse_object, read_json, read_text, write_text
+from refine_jax.base.files import local_path, parse_object, read_json, write_text
 from refine_jax.checkpoint.arrays import (
     damaged,
     quiet_orbax,
@@ -37,19 +36,10 @@ from refine_jax.checkpoint.arrays import (
     shorten,
     write_arrays,
 )
-from refine_jax.checkpoint.folders import (
-    CONFIG,
-    PARAMS,
-    RUN,
-    ModelCheckpoint,
-    companions,
-    copy_files,
-    has_tokenizer,
-    new_folder,
-)
-from refine_jax.checkpoint.hf import read_hf
+from refine_jax.checkpoint.folders import CONFIG, FROZEN, copy_files
 from refine_jax.checkpoint.steps import (
     DATA,
+    FROZEN_FIX,
     STATE,
     StepNames,
     check_newest,
@@ -64,15 +54,7 @@ from refine_jax.checkpoint.steps import (
     remove_unfinished,
     write_run,
 )
-from refine_jax.checkpoint.tree import (
-    PyTree,
-    abstract_params,
-    flatten,
-    nest,
-    plain_leaf,
-    typed_leaf,
-    unflatten,
-)
+from refine_jax.checkpoint.tree import PyTree, flatten, plain_leaf, typed_leaf, unflatten
 
 
 class Restored(NamedTuple):
@@ -282,24 +264,28 @@ class CheckpointManager(contextlib.AbstractContextManager):
             raise CheckpointError(f"{self.directory} has no step {step}. Got: steps {steps}.")
         folder = self.directory / str(step)
         fix = how_to_fix(folder, [s for s in steps if s != step])
-        abstract = flatten(abstract_state)
         data = _read_data(folder / DATA, fix)
         digests = {self.directory / name: saved for name, saved in self._digests.items()}
-        arrays = read_arrays(
-            folder / STATE,
-            {name: _placed(plain_leaf(leaf)) for name, leaf in abstract.items()},
-            digests=digests | {folder / DATA: digest(data)},
-            fix=fix,
-        )
-        for name, leaf in abstract.items():
-            want = plain_leaf(leaf).dtype
-            if arrays[name].dtype != want:
-                raise CheckpointError(
-                    f"{folder}: {name} was saved as {arrays[name].dtype}, but the configuration "
-                    f"asks for {want}."
-                )
-            arrays[name] = typed_leaf(arrays[name], leaf)
-        return Restored(step, unflatten(abstract_state, arrays), data[DATA])
+        digests |= {folder / DATA: digest(data)}
+        return Restored(step, _restore(folder / STATE, abstract_state, digests, fix), data[DATA])
+
+    def save_frozen(self, params: PyTree) -> None:
+        """Write the parameters that the run does not train, once, before its first step.
+
+        Raises CheckpointError: something else has their name, or they could not be written.
+        """
+        folder = self.directory / FROZEN
+        if os.path.lexists(folder) and not (folder / "_METADATA").is_file():
+            raise CheckpointError(
+                f"{folder} is in the way of the parameters that are not trained and was not "
+                "written by this run. Move it elsewhere: it is not overwritten."
+            )
+        with self._reporting_failure():
+            write_arrays(folder, flatten(params))
+
+    def restore_frozen(self, abstract_params: PyTree) -> PyTree:
+        """Read the parameters that the run does not train. See `restore`."""
+        return _restore(self.directory / FROZEN, abstract_params, None, FROZEN_FIX)
 
     def check(self) -> None:
         """Raise CheckpointError if the save under way has failed; does not wait for it."""
@@ -336,124 +322,6 @@ class CheckpointManager(contextlib.AbstractContextManager):
             self._failed.clear()
 
 
-def save_model(
-    path: epath.PathLike,
-    params: dict,
-    config_json: str,
-    files: Mapping[str, Path] | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write a model's folder: `params`, the text of its config.json, and {name: path} of files.
-
-    The folder appears when it is complete. One process, local disk.
-    Raises CheckpointError if it exists (with `overwrite`: if it is no checkpoint).
-    """
-    named = flatten(params)
-    size = sum(leaf.nbytes for leaf in named.values())
-    with new_folder(path, overwrite=overwrite, size=size) as folder:
-        write_arrays(folder / PARAMS, named)
-        copy_files(files or {}, folder)
-        write_text(folder / CONFIG, config_json)
-
-
-def load_model(
-    path: epath.PathLike,
-    *,
-    step: int | str = "latest",
-    shardings: PyTree | None = None,
-    dtype: Any = None,
-) -> ModelCheckpoint:
-    """Read a model from its folder or from a training run's.
-
-    path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
-        Hugging Face folder, which is read whole into memory: convert large ones.
-    step: of a run: "latest", "best" (by the run's best metric) or a number.
-    shardings: like the params, where to put them; None gives numpy arrays.
-    dtype: cast the parameters; None keeps those of the file.
-
-    Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
-    its config.json.
-    """
-    folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
-    if (folder / "checkpoints" / CONFIG).exists():
-        folder = folder / "checkpoints"
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
-    config_json = read_text(folder / CONFIG, CheckpointError)
-    config = parse_object(config_json, folder / CONFIG, CheckpointError)
-    if (folder / PARAMS).exists():
-        step, source, part, digests = None, folder / PARAMS, "", None
-        fix = "Convert or copy it again."
-    elif (folder / RUN).exists():
-        step, others = _choose_step(folder, step)
-        source, part = folder / str(step) / STATE, f"{PARAMS}."
-        fix = how_to_fix(folder / str(step), others)
-        digests = {folder / name: saved for name, saved in file_digests(folder).items()}
-    elif any(Path(folder).glob("model*.safetensors*")):
-        return _load_published(Path(folder), shardings, dtype)
-    else:
-        raise CheckpointError(
-            f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
-            "package have, and no weights (safetensors) of a Hugging Face folder."
-        )
-    abstract = abstract_params(config)
-    placed = flatten(shardings) if shardings is not None else dict.fromkeys(abstract)
-    arrays = read_arrays(
-        source,
-        {
-            part + name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[name])
-            for name, leaf in abstract.items()
-        },
-        part=part,
-        digests=digests,
-        fix=fix,
-    )
-    params = nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
-    tokenizer = folder if has_tokenizer(folder) else None
-    params = _cast(params, dtype)
-    return ModelCheckpoint(config, config_json, params, tokenizer, companions(folder), step)
-
-
-def _load_published(folder: Path, shardings: PyTree | None, dtype: Any) -> ModelCheckpoint:
-    """Read a model from a Hugging Face folder; arguments and errors as of `load_model`."""
-    model = read_hf(folder)
-    params = model.params
-    if shardings is not None:
-        params = jax.tree.map(jax.device_put, params, shardings)
-    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
-    return ModelCheckpoint(
-        model.config, model.config_json, _cast(params, dtype), tokenizer, model.files
-    )
-
-
-def _cast(params: dict, dtype: Any) -> dict:
-    if dtype is None:
-        return params
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
-
-
-def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
-    """Choose the step to read; returns it and the other ones."""
-    run, steps = read_run(folder, verify=True), find_steps(folder)
-    saved = steps.saved
-    if step in ("latest", "best"):
-        check_newest(folder, steps)
-    if not saved:
-        raise CheckpointError(f"{folder} holds no finished checkpoint.")
-    chosen = saved[-1] if step == "latest" else step
-    if step == "best":
-        figures = {number: read_step_metrics(folder, number, saved) for number in saved}
-        chosen = find_best(figures, run.best_metric, run.best_mode)
-        if chosen is None:
-            raise CheckpointError(
-                f"{folder} has no best step: no checkpoint was saved with a metric."
-            )
-    if chosen not in saved:
-        raise CheckpointError(f"{folder} has no step {step}. Got: steps {saved}.")
-    return chosen, [other for other in saved if other != chosen]
-
-
 def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
     """Read what a step saved of the data iterator, under the name `DATA`."""
     try:
@@ -463,6 +331,24 @@ def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
         return data
     except (OSError, CheckpointError) as error:
         raise damaged(folder, error, fix) from None
+
+
+def _restore(
+    folder: epath.PathLike, abstract: PyTree, digests: Mapping[str, Any] | None, fix: str
+) -> PyTree:
+    """Read arrays as leaves like `abstract`, in its dtypes; see `CheckpointManager.restore`."""
+    named = flatten(abstract)
+    placed = {name: _placed(plain_leaf(leaf)) for name, leaf in named.items()}
+    arrays = read_arrays(folder, placed, digests=digests, fix=fix)
+    for name, leaf in named.items():
+        want = plain_leaf(leaf).dtype
+        if arrays[name].dtype != want:
+            raise CheckpointError(
+                f"{folder}: {name} was saved as {arrays[name].dtype}, but the configuration asks "
+                f"for {want}."
+            )
+        arrays[name] = typed_leaf(arrays[name], leaf)
+    return unflatten(abstract, arrays)
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

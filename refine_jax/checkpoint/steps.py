@@ -34,6 +34,7 @@ from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 
 STATE, DATA, METRICS = "state", "data", "metrics"
 _DIGEST = "digest"
+FROZEN_FIX = "Put it back from a copy: the run has no other of the parameters it does not train."
 _FINISHED = "_CHECKPOINT_METADATA"  # Orbax's, written last
 _NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,17})")  # ASCII digits, as a run writes them
 _UNFINISHED = re.compile(_NUMBER.pattern + r"\.orbax-checkpoint-tmp(?:-[0-9]+)?")
@@ -191,12 +192,14 @@ class RunRecord(NamedTuple):
     """What run.json says.
 
     best_metric, best_mode: which checkpoint is best ("min" or "max" of a figure; None: none is).
-    config: the configuration of the run.
+    config: the configuration of the run. lora: rank, alpha and targets of its low-rank updates;
+    None: there are none.
     """
 
     best_metric: str | None
     best_mode: str
     config: dict[str, Any]
+    lora: dict[str, Any] | None = None
 
 
 def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -228,7 +231,7 @@ def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
             f"{path} is not as the run wrote it: it was changed or damaged. Put it back from a "
             f'copy; if what it says is right, remove the line "{_DIGEST}" in it.'
         )
-    return RunRecord(get("best_metric", str), mode, get("config", dict, {}))
+    return RunRecord(get("best_metric", str), mode, get("config", dict, {}), get("lora", dict))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -142,9 +142,10 @@ def abstract_params(fields: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct
 
     Raises ModelConfigError for a model that is not known.
     """
-    return _traced(model_config(dict(fields)))
+    return shapes_of(model_config(dict(fields)))
 
 
 @functools.cache
-def _traced(config: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(config: Architecture) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes by name of the parameters of a model with this configuration."""
     return flatten(Model(config).abstract_params())

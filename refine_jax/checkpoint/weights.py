@@ -52,7 +52,7 @@ def weight_files(folder: Path) -> WeightFiles:
 
     Raises CheckpointError if there are none, or an index names files that are not in the folder.
     """
-    for name, open_file in ((SAFETENSORS, _open_safetensors), (TORCH, _open_torch)):
+    for name, open_file in ((SAFETENSORS, open_safetensors), (TORCH, _open_torch)):
         index = contained(folder, name + INDEX)
         torch = name == TORCH
         single = sorted(path.name for path in folder.glob(f"{name}-00001-of-00001*"))
@@ -150,7 +150,8 @@ class _TorchFile:
 
 
 @contextlib.contextmanager
-def _open_safetensors(file: Path) -> Iterator[_SafetensorsFile]:
+def open_safetensors(file: Path) -> Iterator[_SafetensorsFile]:
+    """Open a .safetensors file; raises CheckpointError for one that is damaged."""
     size = file.stat().st_size
     with file.open("rb") as start:
         header = int.from_bytes(start.read(8), "little")

@@ -248,7 +248,8 @@ def work(task: dict) -> dict:
     devices = devices_of(topology)
     with compiled_for("tpu"), contextlib.ExitStack() as stack:
         run = AbstractRun(config, devices[0])
-        stack.enter_context(ambient(make_mesh(config.mesh, devices)))
+        spread = make_mesh(config.mesh, devices)
+        stack.enter_context(ambient(spread))
         mesh = jax.sharding.get_abstract_mesh()
         sizes = dict(mesh.shape) if mesh.size > 1 else {}
         if sizes and config.phase in ("midtrain", "posttrain"):
@@ -257,7 +258,9 @@ def work(task: dict) -> dict:
         if task["program"] is None:
             return facts
         plan = task.get("plan", False)
-        figures = compile_program(run, task["program"], topology, dump_folder(), devices, plan=plan)
+        # A program numbers its devices in the order of the mesh.
+        order = list(spread.devices.flat)
+        figures = compile_program(run, task["program"], topology, dump_folder(), order, plan=plan)
         return figures | {"facts": facts}
 
 

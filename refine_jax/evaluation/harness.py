@@ -126,19 +126,21 @@ class RefineLM(TemplateLM):
         step: int | str = "latest",
         tokenizer: str | None = None,
         compute_dtype: str | None = None,
+        adapter: str | None = None,
         **options: Any,
     ) -> RefineLM:
         """Wrap the model of a checkpoint folder or of a training run.
 
         step: of a run: "latest", "best" or a number. tokenizer: "mistral-v1", "bytes" or a path;
         None: that of the checkpoint. compute_dtype: None: float32 on CPU, bfloat16 on accelerators.
-        options: of the constructor.
+        adapter: folder of the peft package, to add to the weights. options: of the constructor.
 
         Raises:
           CheckpointError: No checkpoint, or a corrupt one.
           DataError: No tokenizer, or options that cannot work.
         """
-        loaded = load(path, step=step, tokenizer=tokenizer, compute_dtype=compute_dtype)
+        given = {"step": step, "tokenizer": tokenizer, "compute_dtype": compute_dtype}
+        loaded = load(path, adapter=adapter, **given)
         return cls(*loaded, **options)
 
     # What TemplateLM asks for

@@ -10,39 +10,43 @@ import numpy as np
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.engine import Prefix, advance, decode, prefill
 from refine_jax.generation.generator import BLOCK, Generator
+from refine_jax.models.trainable import join
 from refine_jax.models.transformer import Model, Params
 
 
 class CopiesGenerator(Generator):
     """A Generator whose `params` have leaves [n, ...]: copy i reads and continues row i.
 
+    shared: the parameters that all copies have in common; None: there are none.
+
     It takes at most n prompts at a time; they are read in one pass, so they should be of similar
     length. Up to rounding, rows are what a Generator makes of them with their copy alone.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer):
+    def __init__(self, model: Model, tokenizer: Tokenizer, shared: Params | None = None):
         super().__init__(model, tokenizer, prefill_tokens=np.iinfo(np.int32).max)
-        self._prefill, self._advance, self._decode = copies_programs(model)
+        programs = (functools.partial(program, shared) for program in copies_programs(model))
+        self._prefill, self._advance, self._decode = programs
 
 
 def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
-    """Compile prefill, advance and decode of a CopiesGenerator."""
+    """Compile prefill, advance and decode of a CopiesGenerator; `shared` comes before `params`."""
 
-    def prefill_each(params, tokens, lengths):
-        vmapped = jax.vmap(functools.partial(prefill, model))
-        return _join(vmapped(_for_rows(params, len(tokens)), tokens[:, None], lengths[:, None]))
+    def of_copy(run, shared, **options):
+        return lambda own, *rest: run(model, join(own, shared), *rest, **options)
 
-    def advance_each(params, prefix, tokens, taken):
-        vmapped, params = (
-            jax.vmap(functools.partial(advance, model)),
-            _for_rows(params, len(tokens)),
-        )
+    def prefill_each(shared, params, tokens, lengths):
+        vmapped, params = jax.vmap(of_copy(prefill, shared)), _for_rows(params, len(tokens))
+        return _join(vmapped(params, tokens[:, None], lengths[:, None]))
+
+    def advance_each(shared, params, prefix, tokens, taken):
+        vmapped, params = jax.vmap(of_copy(advance, shared)), _for_rows(params, len(tokens))
         return _join(vmapped(params, _split(prefix), tokens[:, None], taken[:, None]))
 
-    def decode_each(params, prefix, keys, sampler, budgets):
+    def decode_each(shared, params, prefix, keys, sampler, budgets):
         # All rows go on as far as the longest budget, which leaves the loop's end common to them:
         # ends of their own would copy the states in every step. The caller cuts the rows.
-        vmapped = jax.vmap(functools.partial(decode, model, block=BLOCK), (0, 0, 0, None, None))
+        vmapped = jax.vmap(of_copy(decode, shared, block=BLOCK), (0, 0, 0, None, None))
         params = _for_rows(params, len(budgets))
         common = jnp.max(budgets, keepdims=True)
         tokens, prefix = vmapped(params, _split(prefix), keys[:, None], sampler, common)
@@ -50,8 +54,8 @@ def copies_programs(model: Model) -> tuple[Callable, Callable, Callable]:
 
     return (
         jax.jit(prefill_each),
-        jax.jit(advance_each, donate_argnums=1),
-        jax.jit(decode_each, donate_argnums=1),
+        jax.jit(advance_each, donate_argnums=2),
+        jax.jit(decode_each, donate_argnums=2),
     )
 
 

@@ -35,12 +35,13 @@ def load(
     step: int | str = "latest",
     tokenizer: str | None = None,
     compute_dtype: str | None = None,
+    adapter: str | None = None,
 ) -> Loaded:
     """Load a checkpoint to generate from.
 
     step: of a training run: "latest", "best" or a number. tokenizer: name or path; None: that of
     the checkpoint, or the one that the run was trained with. compute_dtype: None: float32 on CPU,
-    bfloat16 on accelerators.
+    bfloat16 on accelerators. adapter: folder of the peft package, which is added to the weights.
 
     The tokens that end a text are those of the tokenizer and of the checkpoint (`further_ends`).
 
@@ -49,7 +50,7 @@ def load(
       DataError: No such tokenizer, or the checkpoint has none.
     """
     folder = local_path(checkpoint, "the checkpoint", CheckpointError)
-    saved = load_model(folder, step=step)
+    saved = load_model(folder, step=step, adapter=adapter)
     model = Model(model_config(saved.config), ComputePolicy(compute_dtype=compute_dtype))
     name = tokenizer or saved.tokenizer
     if name is None:

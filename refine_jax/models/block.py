@@ -30,11 +30,12 @@ from refine_jax.models.lact import LaCTMixer
 from refine_jax.models.layer_config import AttentionConfig, OlmoDeltaConfig, QwenDeltaConfig
 from refine_jax.models.layers import MLP, RMSNorm
 from refine_jax.models.layout import Layout, round_length
+from refine_jax.models.lora import attach, take_updates
 from refine_jax.models.mixer import Mixer
 from refine_jax.models.pattern import Pattern
-from refine_jax.parallel import axis_size, constrain, gather_parameters
+from refine_jax.models.trainable import Params
+from refine_jax.parallel import constrain, gather_parameters
 
-Params = dict[str, Any]
 State = Any  # pytree of a mixer's decode state; every leaf leads with [L, B, R]
 
 MIXERS: dict[type, type[Mixer]] = {
@@ -221,7 +222,7 @@ class LayerStack:
         """Whether `run_forks` takes `TracedForks` for that many tokens, with less memory than
         decode states need.
         """
-        return axis_size("sequence") == 1 and all(
+        return all(
             mixer.reads_traces(self._parts[kind], num_new) for kind, mixer in self._mixers.items()
         )
 
@@ -272,7 +273,10 @@ class LayerStack:
         return form(self.config, kind, self.policy.implementation, rngs=nnx.Rngs(key))
 
     def _block(self, kind: str | None, layer_params: Params) -> Block:
-        return nnx.merge(self._block_graphs[kind], gather_parameters(layer_params, self.dtype))
+        params, updates = take_updates(gather_parameters(layer_params, self.dtype))
+        block = nnx.merge(self._block_graphs[kind], params)
+        attach(block, updates)
+        return block
 
     def _plan(self, layout: Layout | None, shape: tuple[int, int]) -> Any:
         """The mixers' plans of rows of `shape` (B, T), by kinds."""

@@ -18,8 +18,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.fork_reads import Reach, attend_row
 from refine_jax.kernels.window_attention.splash import make_kernel
-from refine_jax.models.fork_attention import Reach, attend_row
 from refine_jax.models.layout import Layout
 
 _QUERY_BLOCK = 128

@@ -12,19 +12,15 @@ row in J blocks, S tokens of a fork, M = n S R / J queries of a group, T tokens 
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.kernels import fork_reads, heads
+from refine_jax.kernels import fork_reads, heads, sequence
 from refine_jax.kernels.fork_reads import Reach
 from refine_jax.models.attention import MASKED, product
 
-_SCORE_BYTES = 1 << 26  # most bytes of float32 scores at a time; more go by blocks of keys
 _FORKS = 8  # most forks of a block, where there are blocks
-_LANES = 128  # blocks are whole multiples of it
 
 
 def fork_attention(
@@ -67,9 +63,9 @@ def fork_attention(
     by_block = jnp.moveaxis(by_block, 3, 0)
     shape = by_block.shape
     by_block = by_block.reshape(*shape[:3], -1, size)  # [J, B, G, M, L]
-    out, log_total = attend_row(by_block, row_k, row_v, reach, scale, window)
+    out, log_total = fork_reads.attend_row(by_block, row_k, row_v, reach, scale, window)
     if axis_name is not None:
-        out, log_total = join_devices(out, log_total, axis_name)
+        out, log_total = sequence.join_softmax(out, log_total, axis_name)
     out = jnp.moveaxis(out.reshape(shape), 0, 3)
     log_total = jnp.moveaxis(log_total.reshape(shape[:-1]), 0, 3)
 
@@ -86,153 +82,8 @@ def fork_attention(
     return jnp.swapaxes(out.reshape(rows, groups, forks, num_new, size), 1, 2)
 
 
-def join_devices(out, log_total, axis_name: str):
-    """What `attend_row` finds in whole rows, of what each device found in its part of them."""
-    top = lax.pmax(lax.stop_gradient(log_total), axis_name)
-    weight = jnp.exp(log_total - top)
-    total = lax.psum(weight, axis_name)
-    out = lax.psum(weight[..., None] * out, axis_name) / total[..., None]
-    return out, top + jnp.log(total)
-
-
 def _fork_blocks(forks: int, num_tokens: int, window: int) -> int:
     """J: 1 for few forks, and for rows not much longer than what a block of forks would see."""
     if forks <= _FORKS or num_tokens <= 4 * window:
         return 1
     return forks // max(n for n in range(1, _FORKS + 1) if forks % n == 0)
-
-
-def _block_size(q: jax.Array, num_tokens: int, window: int) -> int:
-    """Keys of a block: as many as have `_SCORE_BYTES` of scores; a window at most for many forks.
-
-    q: [J, B, G, M, L].
-    """
-    per_key = 4 * q[0, ..., 0].size
-    block = max(_SCORE_BYTES // per_key // _LANES, 1) * _LANES
-    if len(q) > 1:
-        block = min(block, -(-window // _LANES) * _LANES)
-    return min(block, num_tokens)
-
-
-def _over_blocks(function, carry, block: int, num_tokens: int, reach: Reach | None):
-    """`function(carry, start, fresh)` for blocks of keys from `start` on.
-
-    The last block begins early enough to be a whole one; `fresh` [block] bool leaves out the keys
-    that the one before had. reach: [B, M], leaves out blocks that none sees; None: all count.
-    """
-    if block == num_tokens:
-        return function(carry, 0, jnp.ones(block, bool))
-
-    def step(index, carry):
-        start = jnp.minimum(index * block, num_tokens - block)
-        return function(carry, start, start + jnp.arange(block) >= index * block)
-
-    low, high = 0, -(-num_tokens // block)
-    if reach is not None:
-        first, last = jnp.maximum(reach.first, 0), jnp.minimum(reach.last, num_tokens - 1)
-        low = jnp.min(jnp.where(first <= last, first // block, high))
-        high = jnp.max(jnp.where(first <= last, last // block + 1, 0))
-    return lax.fori_loop(low, high, step, carry)
-
-
-def _cut(x: jax.Array, start, size: int) -> jax.Array:
-    """Tokens start ... start + size - 1 of [B, G, T, L]; x itself if these are all."""
-    return x if size == x.shape[2] else lax.dynamic_slice_in_dim(x, start, size, axis=2)
-
-
-def _add(x: jax.Array, part: jax.Array, start) -> jax.Array:
-    """`x` [B, G, T, L] with `part` added to its tokens from `start` on."""
-    total = _cut(x, start, part.shape[2]) + part.astype(x.dtype)
-    if part.shape[2] == x.shape[2]:
-        return total
-    return lax.dynamic_update_slice_in_dim(x, total, start, axis=2)
-
-
-def _seen(reach: Reach, start, fresh: jax.Array) -> jax.Array:
-    """Which keys of a block a query sees: [B, 1, M, block]."""
-    slot = start + jnp.arange(fresh.size)
-    inside = (slot >= reach.first[..., None]) & (slot <= reach.last[..., None])
-    return (inside & fresh)[:, None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attend_row(q, k, v, reach: Reach, scale: float, window: int):
-    """Softmax attention of q [J, B, G, M, L] to a row's k and v [B, G, T, L].
-
-    Returns the output [J, B, G, M, L] and the log of the softmax's denominator [J, B, G, M], both
-    float32; queries that see nothing get 0 and about `MASKED`. window: for the size of blocks.
-    """
-    return _attend_row_forward(q, k, v, reach, scale, window)[0]
-
-
-def _attend_row_forward(q, k, v, reach, scale, window):
-    if fork_reads.takes_row(q.shape, k.shape):
-        found = fork_reads.attend_row(q.astype(k.dtype), k, v, reach, scale)
-        return found, (q, k, v, reach, *found)
-    block, by_reach = _block_size(q, k.shape[2], window), len(q) > 1
-
-    def attend_forks(_, inputs):
-        q, reach = inputs
-
-        def attend(carry, start, fresh):
-            out, top, total = carry
-            seen = _seen(reach, start, fresh)
-            scores = product("bgmh,bgth->bgmt", q, _cut(k, start, block)) * scale
-            scores = jnp.where(seen, scores, MASKED)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
-            decay = jnp.exp(top - new_top)
-            found = product("bgmt,bgth->bgmh", weights, _cut(v, start, block))
-            return decay[..., None] * out + found, new_top, decay * total + weights.sum(-1)
-
-        nothing = jnp.full(q.shape[:3], MASKED)
-        carry = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
-        bounds = reach if by_reach else None
-        out, top, total = _over_blocks(attend, carry, block, k.shape[2], bounds)
-        total = jnp.maximum(total, 1e-30)
-        return None, (out / total[..., None], top + jnp.log(total))
-
-    _, found = lax.scan(attend_forks, None, (q, reach), unroll=not by_reach)
-    return found, (q, k, v, reach, *found)
-
-
-def _attend_row_backward(scale, window, residuals, cotangents):
-    """Recomputes the probabilities from the log of their denominator."""
-    q, k, v, reach, out, log_total = residuals
-    d_out, d_log = cotangents
-    rest = jnp.sum(d_out * out, -1) - d_log
-    if fork_reads.takes_row(q.shape, k.shape):
-        dq, dk, dv = fork_reads.attend_row_backward(
-            q.astype(k.dtype), k, v, reach, scale, log_total, d_out, rest
-        )
-        return dq.astype(q.dtype), dk, dv, None
-    block, by_reach = _block_size(q, k.shape[2], window), len(q) > 1
-
-    def add_forks(totals, inputs):
-        q, reach, d_out, rest, log_total = inputs
-
-        def add_block(carry, start, fresh):
-            dq, dk, dv = carry
-            keys, values = _cut(k, start, block), _cut(v, start, block)
-            seen = _seen(reach, start, fresh)
-            scores = product("bgmh,bgth->bgmt", q, keys) * scale
-            weights = jnp.where(seen, jnp.exp(scores - log_total[..., None]), 0.0)
-            d_weights = product("bgmh,bgth->bgmt", d_out, values)
-            d_scores = scale * weights * (d_weights - rest[..., None])
-            dq = dq + product("bgmt,bgth->bgmh", d_scores, keys)
-            dk = _add(dk, product("bgmt,bgmh->bgth", d_scores, q), start)
-            return dq, dk, _add(dv, product("bgmt,bgmh->bgth", weights, d_out), start)
-
-        carry = jnp.zeros(q.shape, jnp.float32), *totals
-        bounds = reach if by_reach else None
-        dq, *totals = _over_blocks(add_block, carry, block, k.shape[2], bounds)
-        return tuple(totals), dq.astype(q.dtype)
-
-    # Blocks of forks add to the same keys: in float32 then.
-    totals = tuple(jnp.zeros(x.shape, jnp.float32 if by_reach else x.dtype) for x in (k, v))
-    inputs = q, reach, d_out.astype(v.dtype), rest, log_total
-    (dk, dv), dq = lax.scan(add_forks, totals, inputs, unroll=not by_reach)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-attend_row.defvjp(_attend_row_forward, _attend_row_backward)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from refine_jax.kernels.sequence import join_softmax
 from refine_jax.models.attention import push_to_ring
 from refine_jax.models.causal_attention import (
     attend,
@@ -26,7 +27,6 @@ from refine_jax.models.causal_attention import (
     repeats_for,
 )
 from refine_jax.models.chunks import last_and_seen
-from refine_jax.models.fork_attention import join_devices
 from refine_jax.models.layer_config import AttentionConfig
 from refine_jax.models.layers import Linear, RMSNorm, rope
 from refine_jax.models.layout import Layout
@@ -350,7 +350,7 @@ def _attend_rows(q, k, v, first, last, axis_name):
     queries = jnp.swapaxes(q, 1, 2)  # [B, G, R, n, S, hd]: the forks of a row meet it together
     shape = queries.shape
     found = attend(queries.reshape(rows, groups, -1, shape[-1]), k, v, *reach)
-    out, log_total = found if axis_name is None else join_devices(*found, axis_name)
+    out, log_total = found if axis_name is None else join_softmax(*found, axis_name)
     log_total = jnp.swapaxes(log_total.reshape(shape[:-1]), 1, 2)
     return jnp.swapaxes(out.reshape(shape), 1, 2), log_total
 

@@ -33,13 +33,18 @@ from refine_jax.models.chunks import (
 )
 from refine_jax.models.config import LaCTConfig
 from refine_jax.models.fork_attention import fork_attention
-from refine_jax.models.lact_forks import fast_value, fork_place, read_forks, read_traced_forks
+from refine_jax.models.lact_forks import (
+    fast_value,
+    fork_place,
+    read_forks,
+    read_traced_forks,
+)
 from refine_jax.models.lact_layer import LaCTLayer
 from refine_jax.models.lact_state import LaCTPick, LaCTState, LaCTTrace
 from refine_jax.models.layout import Layout
 from refine_jax.models.mixer import fork
-from refine_jax.models.slabs import take_slabs
-from refine_jax.parallel import over_shards, take_tokens
+from refine_jax.models.slabs import RowAxes, take_slabs
+from refine_jax.parallel import constrain, over_shards, take_tokens
 
 _EXTEND_BLOCK = 512  # most tokens that `extend` takes at once: bounds its attention scores
 
@@ -61,6 +66,7 @@ class LaCTMixer(LaCTLayer):
         chunk, tokens = config.lact_chunk_size, trace.k.shape[2]
         last, seen = last_and_seen(positions, layout)
         index = chunk_of(last, seen, plan, chunk)
+        _, heads = LaCTMixer.fast_axes(config, LaCTMixer.token_axis(config, tokens))
 
         def cut(x, size):
             start, size = first_rows(last, min(size, tokens)), min(size, tokens)
@@ -72,7 +78,8 @@ class LaCTMixer(LaCTLayer):
             pending = tuple(cut(x, chunk) for x in (trace.k, trace.v))
         pending = *pending, cut(trace.rates, chunk), cut(trace.momentum, chunk)
         # A document's first chunk is read with the initial weights: also right for no token.
-        fast = jax.tree.map(lambda x: take_tokens(x, index, "heads"), trace.chunks)
+        fast = jax.tree.map(lambda x: take_tokens(x, index, heads), trace.chunks)
+        fast = jax.tree.map(lambda x: constrain(x, "batch", None, "heads"), fast)
         return LaCTPick(fast, k, v, pending)
 
     def resume(
@@ -179,18 +186,20 @@ class LaCTMixer(LaCTLayer):
         if num_new > min(config.lact_chunk_size, _EXTEND_BLOCK):
             return self.extend(x, fork(self, trace, positions, layout, plan, num_new))[0]
         last, seen = last_and_seen(positions, layout)
-        axis_name = self._token_axis(num_tokens)
+        axis_name = self.token_axis(config, num_tokens)
+        chunk_name, heads = self.fast_axes(config, axis_name)
         at = (seen[..., None] + jnp.arange(num_new))[:, :, None]
         q, k, v = self._qkv(x)
 
         inputs = self._fast_inputs(*self._to_heads(q, k, v), at)
         place = fork_place(config, last, seen, plan, num_tokens, num_new)
-        read = functools.partial(read_forks, config, self._options, axis_name)
+        axes = RowAxes(axis_name, chunk_name and axis_name)
+        read = functools.partial(read_forks, config, self._options, axes)
         forks, batch = ("batch", None, "heads"), ("batch",)
-        rows = ("batch", "heads", axis_name and "tokens")
-        chunks = ("batch", axis_name and "tokens", "heads")
-        in_axes = (forks, rows, chunks, ("heads",), ("heads",), batch)
-        read = over_shards(read, in_axes, (forks, rows, chunks))
+        new_axes, rows = ("batch", None, heads), ("batch", "heads", axis_name and "tokens")
+        chunks = ("batch", chunk_name, heads)
+        in_axes = (new_axes, rows, chunks, (heads,), (heads,), batch)
+        read = over_shards(read, in_axes, (new_axes, rows, chunks))
         new = *inputs, self._rates(x), self._momentum(x)
         # Made apart: libtpu 0.0.52 fails to sum their gradient over as many chips as there are
         # heads and to spread it by rows in one operation.
@@ -228,27 +237,34 @@ class LaCTMixer(LaCTLayer):
         """`extend_traced` in one of the layers [L, B, ...] of traces. Not for gradients.
 
         Each fork reads its window and its chunk's weights alone: no layer's trace is copied, nor
-        is there a state for each fork of each layer.
+        is there a state for each fork of each layer. Devices that share a row read what they have
+        of it, for all its forks.
         """
         config, num_new = self.config, x.shape[2]
         num_tokens = traces.k.shape[3]
+        axis_name = self.token_axis(config, num_tokens)
+        chunk_name, heads = self.fast_axes(config, axis_name)
         last, seen = last_and_seen(positions, layout)
         at = (seen[..., None] + jnp.arange(num_new))[:, :, None]
         q, k, v = self._qkv(x)
         fast = *self._fast_inputs(*self._to_heads(q, k, v), at), self._rates(x), self._momentum(x)
         window = self._rope(q, at), self._rope(k, at), v
         place = fork_place(config, last, seen, plan, num_tokens, num_new)
-        read = functools.partial(read_traced_forks, config, self._options, self._heads_in_group)
+        axes = RowAxes(axis_name, chunk_name and axis_name)
+        read = functools.partial(
+            read_traced_forks, config, self._options, axes, self._heads_in_group
+        )
         forks, batch = ("batch", None, "heads"), ("batch",)
-        rows, chunks = (None, "batch", "heads"), (None, "batch", None, "heads")
-        in_axes = (forks, forks, rows, chunks, ("heads",), ("heads",), batch, batch, ())
+        new, rows = ("batch", None, heads), (None, "batch", "heads", axis_name and "tokens")
+        chunks = (None, "batch", chunk_name, heads)
+        in_axes = (forks, new, rows, chunks, (heads,), (heads,), batch, batch, ())
         norms = jax.eval_shape(lambda: row_norms(self._initial_weights()))
         norms = lax.cond(
             place.crosses.any(),
             lambda: row_norms(self._initial_weights()),
             lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), norms),
         )
-        attention, out = over_shards(read, in_axes, (forks, forks))(
+        attention, out = over_shards(read, in_axes, (forks, new))(
             window, fast, traces[:4], traces.chunks, self._scales(1), norms, place, last, layer
         )
         out = regroup(self._fast_output(out, self._scale(x)), attention.shape[2])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from refine_jax.kernels import fork_reads
+from refine_jax.kernels import fork_reads, sequence
 from refine_jax.kernels.heads import regroup
 from refine_jax.kernels.lact import (
     FastState,
@@ -29,9 +29,8 @@ from refine_jax.kernels.lact import (
 )
 from refine_jax.models.chunks import ChunkPlan, chunk_of, first_rows, tokens_in_chunk
 from refine_jax.models.config import LaCTConfig
-from refine_jax.models.fork_attention import fork_attention
 from refine_jax.models.layers import l2_norm_lact, rope
-from refine_jax.models.slabs import ForkPlace, crossing_forks, of_crossing
+from refine_jax.models.slabs import ForkPlace, RowAxes, of_crossing
 
 
 def fast_input(
@@ -83,7 +82,7 @@ def fork_place(
 def read_forks(
     config: LaCTConfig,
     options: Options,
-    axis_name: str | None,
+    axes: RowAxes,
     new: tuple[jax.Array, ...],
     tokens: tuple[jax.Array, ...],
     chunks: FastState,
@@ -95,25 +94,21 @@ def read_forks(
 
     new: q, k, v [B, R, H, S, d], rates [B, R, H, S, 3, E], momentum [B, R, H, S] or None. tokens: k
     (with rope) and v [B, G, T, L], rates and momentum [B, H, T, ...] of the rows. chunks:
-    [B, N, H, ...]. scales: of `fast_input` for keys. norms: `row_norms`. axis_name: inside
-    `jax.shard_map`, the mesh axis over which T and N are spread.
+    [B, N, H, ...]. scales: of `fast_input` for keys. norms: `row_norms`. axes: of T and N; where it
+    spreads T alone, each device has its part of H in `new`, chunks, scales and norms.
     Returns the output [B, R, H, S, d], and tokens and chunks as `of_crossing` does.
     """
-    size = config.lact_chunk_size
-    if axis_name is None:
-        size = min(size, tokens[0].shape[2])
-    function = functools.partial(_read_next_chunk, config, options)
-    later, tokens, chunks = of_crossing(
-        function, size, axis_name, (scales, norms), new, tokens, chunks, place
+    later, tokens, chunks = _read_next_chunks(
+        config, options, axes, new, tokens, chunks, scales, norms, place
     )
-    out = _read_in_chunks(chunks.weights, new[0], place.chunk, axis_name)
-    inside = place.count[..., None] + jnp.arange(out.shape[3]) < config.lact_chunk_size  # [B, R, S]
-    return jnp.where(inside[:, :, None, :, None], out, later), tokens, chunks
+    out = _read_in_chunks(chunks.weights, new[0], place.chunk, axes.chunks)
+    return _where_inside(config, place, out, later), tokens, chunks
 
 
 def read_traced_forks(
     config: LaCTConfig,
     options: Options,
+    axes: RowAxes,
     heads_per_group: int,
     window: tuple[jax.Array, ...],
     fast: tuple[jax.Array, ...],
@@ -127,72 +122,43 @@ def read_traced_forks(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention [B, R, G, S, L] and fast weights' output [B, R, H, S, d] of forks in one layer.
 
-    Not for gradients. window: q, k, v [B, R, G, S, L] with rope. fast, scales, norms, place: as
-    `new`, ... of `read_forks`. tokens: [layers, B, heads, T, ...] as there, and chunks
+    Not for gradients. window: q, k, v [B, R, G, S, L] with rope. fast, scales, norms, place, axes:
+    as `new`, ... of `read_forks`. tokens: [layers, B, heads, T, ...] as there, and chunks
     [layers, B, N, ...], of which what a fork reads is read where it is. last: [B, R].
     """
-    num_tokens = tokens[0].shape[3]
+    row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
+    places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
+    where = fork_reads.ForkRows(layer, *places)
+    *new, q = (x.reshape(-1, *x.shape[2:]) for x in (*window, fast[0]))
+    windows = *tokens[:2], where, config.window_size, heads_per_group
+    attention = fork_reads.attend_windows(new, *windows, axis_name=axes.tokens)
+    out = fork_reads.read_weights(q, chunks.weights, where, axis_name=axes.chunks)
+    attention, out = (x.reshape(*last.shape, *x.shape[1:]) for x in (attention, out))
 
-    def cut(x, row, axis, start, size):
-        begin = [layer, row, *[0] * (x.ndim - 2)]
-        begin[axis] = start
-        sizes = [1, 1, *x.shape[2:]]
-        sizes[axis] = size
-        return lax.dynamic_slice(x, begin, sizes)[0, 0]
-
-    def chunk_of_fork(tree, row, place):
-        return jax.tree.map(lambda x: cut(x, row, 2, place.chunk, 1)[0], tree)
-
-    def of_fork(row, fork):
-        return jax.tree.map(lambda x: x[row, fork], (window, fast, place, last))
-
-    def read(index):
-        row, fork = index // last.shape[1], index % last.shape[1]
-        window, fast, place, last_slot = of_fork(row, fork)
-        size = min(config.window_size, num_tokens)
-        start = first_rows(last_slot, size)
-        keys, values = (cut(x, row, 3, start, size) for x in tokens[:2])
-        attention = fork_attention(
-            *(x[None, None] for x in window),
-            keys[None],
-            values[None],
-            (last_slot - start)[None, None],
-            place.seen[None, None],
-            config.window_size,
-            heads_per_group=heads_per_group,
-        )[0, 0]
-        return attention, apply_fast_weights(chunk_of_fork(chunks.weights, row, place), fast[0])
-
-    if fork_reads.takes(tokens[0].shape, chunks.weights.w0.shape, fast[0].shape[3]):
-        row = jnp.broadcast_to(jnp.arange(last.shape[0])[:, None], last.shape)
-        places = (x.reshape(-1) for x in (row, last, place.seen, place.chunk))
-        where = fork_reads.ForkRows(layer, *places)
-        new = [x.reshape(-1, *x.shape[2:]) for x in (*window, fast[0])]
-        found = (
-            fork_reads.attend_windows(
-                new[:3], *tokens[:2], where, config.window_size, heads_per_group
-            ),
-            fork_reads.read_weights(new[3], chunks.weights, where),
+    def read_next():
+        of_layer = functools.partial(
+            jax.tree.map, lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False)
         )
-    else:
-        found = lax.map(read, jnp.arange(last.size))
-    attention, out = (x.reshape(*last.shape, *x.shape[1:]) for x in found)
+        rows = of_layer(tokens), of_layer(chunks)
+        later, *_ = _read_next_chunks(config, options, axes, fast, *rows, scales, norms, place)
+        return _where_inside(config, place, out, later)
 
-    def read_next(fork_of, turn, out):
-        row, fork = fork_of(turn)
-        _, mine, here, _ = of_fork(row, fork)
-        slab = min(config.lact_chunk_size, num_tokens)
-        slabs = jax.tree.map(lambda x: cut(x, row, 3, here.start, slab), tokens)
-        chunk = chunk_of_fork(chunks, row, here)
-        later = _read_next_chunk(config, options, (scales, norms), mine, slabs, chunk, here)
-        inside = here.count + jnp.arange(out.shape[3]) < config.lact_chunk_size
-        return out.at[row, fork].set(jnp.where(inside[:, None], out[row, fork], later))
+    return attention, lax.cond(place.crosses.any(), read_next, lambda: out)
 
-    def read_all_next():
-        number, fork_of = crossing_forks(place.crosses)
-        return lax.fori_loop(0, number, functools.partial(read_next, fork_of), out)
 
-    return attention, lax.cond(place.crosses.any(), read_all_next, lambda: out)
+def _read_next_chunks(config, options, axes, new, tokens, chunks, scales, norms, place):
+    """What `read_forks` takes and returns, of the tokens alone that lie in the next chunk."""
+    size = config.lact_chunk_size
+    if axes.tokens is None:
+        size = min(size, tokens[0].shape[2])
+    function = functools.partial(_read_next_chunk, config, options, axes.tokens)
+    return of_crossing(function, size, axes, (scales, norms), new, tokens, chunks, place)
+
+
+def _where_inside(config: LaCTConfig, place: ForkPlace, out, later) -> jax.Array:
+    """Outputs [B, R, H, S, d]: `out` of tokens inside the forks' chunks, `later` behind them."""
+    inside = place.count[..., None] + jnp.arange(out.shape[3]) < config.lact_chunk_size  # [B, R, S]
+    return jnp.where(inside[:, :, None, :, None], out, later)
 
 
 def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name: str | None):
@@ -216,26 +182,38 @@ def _read_in_chunks(weights: Weights, q: jax.Array, chunk: jax.Array, axis_name:
 
 
 def _read_next_chunk(
-    config: LaCTConfig, options: Options, shared, new, slab, fast: FastState, place: ForkPlace
+    config: LaCTConfig,
+    options: Options,
+    axis_name: str | None,
+    shared,
+    new,
+    slab,
+    fast: FastState,
+    place: ForkPlace,
 ) -> jax.Array:
     """Outputs [H, S, d] of one fork's tokens with the weights after the chunk that they leave.
 
     shared, new: as in `read_forks`. slab: k, v [G, C, L], rates [H, C, 3, E] and momentum [H, C] of
-    the row's last tokens, of which `place.count` are in the chunk; or the row's first tokens.
+    the row's last tokens, of which `place.count` are in the chunk; or the row's first tokens. If
+    the slab has more heads than `new`, the devices of `axis_name` take each its part of them.
     """
     scales, norms = shared
     q, k, v, rates, momentum = new
     row_k, row_v, row_rates, row_momentum = slab
-    chunk, heads = config.lact_chunk_size, q.shape[0]
+    chunk, heads = config.lact_chunk_size, row_rates.shape[0]
+
+    def own(x):
+        return x if heads == q.shape[0] else sequence.own_part(x, axis_name, axis=0)
+
     ahead = jnp.arange(row_k.shape[1]) - place.before  # 0 at the fork's last token
     pending = (ahead <= 0) & (ahead > -place.count)
     inside = place.count + jnp.arange(q.shape[1]) < chunk
 
     positions = (place.seen - 1 + ahead)[None]
     row_k = rope(row_k, -positions, config.rope_theta, config.attn_head_dim)  # takes rope off
-    row_k = fast_input(config, regroup(row_k, heads), scales, positions)
-    row_v = fast_value(config, regroup(row_v, heads))
-    row_rates = jnp.where(pending[:, None, None], row_rates, 0.0)
+    row_k = fast_input(config, own(regroup(row_k, heads)), scales, positions)
+    row_v = fast_value(config, own(regroup(row_v, heads)))
+    row_rates = jnp.where(pending[:, None, None], own(row_rates), 0.0)
     rates = jnp.where(inside[:, None, None], rates, 0.0)
     sums = jax.tree.map(
         jnp.add,
@@ -244,7 +222,7 @@ def _read_next_chunk(
     )
     mean = None
     if momentum is not None:
-        total = jnp.where(pending, row_momentum, 0.0).sum(-1)
+        total = jnp.where(pending, own(row_momentum), 0.0).sum(-1)
         mean = (total + jnp.where(inside, momentum, 0.0).sum(-1)) / chunk
     fast = apply_update(fast, sums, mean, norms, options)
     return apply_fast_weights(fast.weights, q)

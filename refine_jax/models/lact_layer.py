@@ -167,14 +167,15 @@ class LaCTLayer(Mixer):
     ) -> tuple[jax.Array, LaCTTrace]:
         """Whole rows x [B, T, D] -> y [B, T, D] (undefined at padding) and the trace for forks.
 
-        forks: [B, R], slots before forks, where these are known: the trace is the same.
+        forks: [B, R], slots before forks, where these are known. The trace is the same: what
+        `extend_traced` reads gets its gradient in place, or by whole chunks.
         """
         del forks
         num_tokens = x.shape[1]
         positions = jnp.arange(num_tokens)[None] if layout is None else layout.position
         positions = positions[:, None]
         q, k, v = self._qkv(x)
-        axis_name = self._token_axis(num_tokens)
+        axis_name = self.token_axis(self.config, num_tokens)
         in_chunks = plan is None and axis_name is None
         in_chunks = in_chunks and num_tokens % self.config.lact_chunk_size == 0
         of_attention, inputs = self._inputs(q, k, v, positions, in_chunks, axis_name)
@@ -215,10 +216,24 @@ class LaCTLayer(Mixer):
         attend = over_shards(attend, (heads, heads, heads, ("batch", tokens)), heads)
         return attend(q, k, v, layout)
 
-    def _token_axis(self, num_tokens: int) -> str | None:
+    @staticmethod
+    def token_axis(config: LaCTConfig, num_tokens: int) -> str | None:
         """The mesh axis over which tokens are spread: those of rows, and those of every chunk."""
-        chunk = self.config.lact_chunk_size
+        chunk = config.lact_chunk_size
         return token_axis(num_tokens, chunk) if chunk % axis_size("sequence") == 0 else None
+
+    @staticmethod
+    def fast_axes(config: LaCTConfig, axis_name: str | None) -> tuple[str | None, str]:
+        """Logical names of the axes of the fast weights' states: of chunks, and of heads.
+
+        Devices that share a row's tokens exchange them for heads if each gets some, and keep what
+        these heads have in all chunks. Else they share the tokens of every chunk, and each keeps
+        the states of its part of the chunks.
+        """
+        if axis_name is None:
+            return None, "heads"
+        divides = config.num_lact_heads % (axis_size("tensor") * axis_size(axis_name)) == 0
+        return (None, "fast_heads") if divides else ("tokens", "heads")
 
     def _here(self, groups: int) -> tuple[int, int]:
         """Fast-weight heads, and of `groups` those, that a device has."""
@@ -327,29 +342,24 @@ class LaCTLayer(Mixer):
     def _run_fast(self, tokens, plan: ChunkPlan | None, axis_name: str | None):
         """Fast weights over rows: tokens' arrays [B, H, T, ...] to [B, H, T, d] and the states.
 
-        Each device takes its rows and heads. Where tokens are spread, devices exchange tokens for
-        heads if each gets some; else they share the tokens of every chunk. A device keeps the
-        states of its share of the chunks.
+        Each device takes its rows and heads; where tokens are spread, as `fast_axes` says.
         """
-        devices = 1 if axis_name is None else axis_size(axis_name)
-        if self.config.num_lact_heads // axis_size("tensor") % devices:
+        chunks, heads = self.fast_axes(self.config, axis_name)
+        if chunks is not None:
             return self._share_chunks(tokens, plan, axis_name)
 
         def run(tokens, weights, plan):
-            if devices > 1:
+            if axis_name is not None:
                 tokens = sequence.exchange(tokens, axis_name, split=1, join=2)
-                weights = sequence.own_part(weights, axis_name, axis=0)
             slots, mask, reset = to_slots(tokens, plan, self.config.lact_chunk_size)
             out, states = self._lact(*slots, weights=weights, mask=mask, reset=reset)
             out = to_tokens(out, plan, tokens[0].shape[2])
-            if devices > 1:
+            if axis_name is not None:
                 out = sequence.exchange(out, axis_name, split=2, join=1)
-                states = sequence.exchange(states, axis_name, split=1, join=2)
             return out, states
 
-        names = axis_name and "tokens"
-        arrays, states = ("batch", "heads", names), ("batch", names, "heads")
-        run = over_shards(run, (arrays, ("heads",), ("batch",)), (arrays, states))
+        arrays = "batch", "heads", axis_name and "tokens"
+        run = over_shards(run, (arrays, (heads,), ("batch",)), (arrays, ("batch", None, heads)))
         return run(tokens, self._initial_weights(), plan)
 
     def _share_chunks(self, tokens, plan: ChunkPlan | None, axis_name: str):

@@ -69,12 +69,34 @@ def _product_of_few_backward(axes, residuals, cotangent):
 _product_of_few.defvjp(_product_of_few_forward, _product_of_few_backward)
 
 
+class LowRankUpdate(nnx.Module):
+    """`s B A`, which is added to a linear map [out, in] (lora.py).
+
+    a: A [r, in]. b: B [out, r]. scale: s.
+    """
+
+    def __init__(self, a: jax.Array, b: jax.Array, scale: jax.Array):
+        self.a, self.b, self.scale = nnx.Param(a), nnx.Param(b), nnx.Param(scale)
+
+    def down(self, x: jax.Array, a: jax.Array, axes: tuple[tuple, tuple]) -> jax.Array:
+        """`s A x` [..., r]; a: A, its inputs cut as those of x are. axes: as of `_product`."""
+        return _product(x, a.astype(x.dtype), axes) * self.scale[...].astype(x.dtype)
+
+    def up(self, low: jax.Array, b: jax.Array) -> jax.Array:
+        """`B low` [..., out], of low [..., r] and B [..., r]."""
+        return _product(low, b.astype(low.dtype), ((low.ndim - 1,), (b.ndim - 1,)))
+
+
 class Linear(nnx.Module):
-    """Affine map with `weight` [out, in] and, if asked for, `bias` [out]."""
+    """Affine map with `weight` [out, in] and, if asked for, `bias` [out].
+
+    update: added to the weight; None: nothing is.
+    """
 
     def __init__(self, size_in: int, size_out: int, *, bias: bool = False, rngs: nnx.Rngs):
         self.weight = normal_param(rngs.params(), (size_out, size_in))
         self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32)) if bias else None
+        self.update: LowRankUpdate | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] -> [..., out]."""
@@ -82,7 +104,10 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...].astype(x.dtype)
 
         def rows(x):
-            y = _product(x, weight, ((x.ndim - 1,), (1,)))
+            axes = (x.ndim - 1,), (1,)
+            y = _product(x, weight, axes)
+            if update := self.update:
+                y = y + update.up(update.down(x, update.a[...], axes), update.b[...])
             return y if bias is None else y + bias
 
         return by_rows(rows, x)
@@ -92,14 +117,22 @@ class Linear(nnx.Module):
 
         x: [..., T, in]. Returns arrays [..., groups, T, out / (count groups)].
         """
-        weight = self.weight[...].astype(x.dtype)
-        # Devices that share heads need some outputs of each part, which no contiguous share of the
-        # whole output is.
-        weight = constrain(weight.reshape(count, groups, -1, weight.shape[-1]), None, "heads")
+
+        def parts(weight):
+            # Devices that share heads need some outputs of each part, which no contiguous share of
+            # the whole output is.
+            return constrain(weight.reshape(count, groups, -1, weight.shape[-1]), None, "heads")
+
+        weight = parts(self.weight[...].astype(x.dtype))
         rows = drop_unit_axes(x, 2)
+        if update := self.update:
+            low = update.down(rows, update.a[...], ((rows.ndim - 1,), (1,)))
+            outputs = parts(update.b[...])
         found = []
         for i in range(count):
             y = _product(rows, weight[i], ((rows.ndim - 1,), (2,)))
+            if update:
+                y = y + update.up(low, outputs[i])
             if self.bias is not None:
                 y = y + self.bias[...].astype(x.dtype).reshape(count, groups, -1)[i]
             y = jnp.moveaxis(y, -2, -3)
@@ -108,10 +141,16 @@ class Linear(nnx.Module):
 
     def from_groups(self, x: jax.Array) -> jax.Array:
         """The map of groups side by side: [..., groups, T, in / groups] -> [..., T, out]."""
-        weight = self.weight[...].astype(x.dtype)
-        weight = weight.reshape(weight.shape[0], x.shape[-3], x.shape[-1])
+
+        def parts(weight):
+            return weight.reshape(weight.shape[0], x.shape[-3], x.shape[-1])
+
+        weight = parts(self.weight[...].astype(x.dtype))
         rows = drop_unit_axes(x, 3)
-        y = _product(rows, weight, ((rows.ndim - 3, rows.ndim - 1), (1, 2)))
+        axes = (rows.ndim - 3, rows.ndim - 1), (1, 2)
+        y = _product(rows, weight, axes)
+        if update := self.update:
+            y = y + update.up(update.down(rows, parts(update.a[...]), axes), update.b[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y.reshape(*x.shape[:-3], *y.shape[-2:])

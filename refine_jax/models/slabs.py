@@ -166,11 +166,22 @@ class ForkPlace(NamedTuple):
     crosses: jax.Array
 
 
+class RowAxes(NamedTuple):
+    """Mesh axes, inside `jax.shard_map`, over which rows are spread in contiguous blocks.
+
+    tokens: of their tokens; None where each device has whole rows. chunks: of the states of their
+    chunks; None where each device has those of all chunks, of some heads or of all.
+    """
+
+    tokens: str | None = None
+    chunks: str | None = None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def of_crossing(
     function: Callable,
     size: int,
-    axis_name: str | None,
+    axes: RowAxes,
     shared: Any,
     own: Any,
     tokens: Any,
@@ -182,15 +193,14 @@ def of_crossing(
     For one fork: `own` of arrays [B, R, ...]; `slab`, the `size` tokens up to its last, of `tokens`
     [B, heads, T, ...]; `chunk` of `chunks` [B, N, ...]. Nothing is cut out for other forks: the
     loop has as many turns as there are forks that cross.
-    axis_name: inside `jax.shard_map`, the mesh axis over which T and N are spread in contiguous
-    blocks, those of tokens no shorter than a slab.
+    axes: of T and N; blocks of tokens are no shorter than a slab.
 
     Returns the results [B, R, ...], 0 for forks that do not cross, and `tokens` and `chunks` as
     they are. What else differentiates through these must take them from here: their gradient then
     comes to the backward pass of this function, which adds to it in place. A gradient of its own
     would be arrays of zeros as large as the row.
     """
-    return _forward(function, size, axis_name, shared, own, tokens, chunks, place)[0]
+    return _forward(function, size, axes, shared, own, tokens, chunks, place)[0]
 
 
 class _Fork(NamedTuple):
@@ -201,9 +211,9 @@ class _Fork(NamedTuple):
     chunk: Any
 
 
-def _forward(function, size, axis_name, shared, own, tokens, chunks, place):
-    read, _ = _reader_and_adder(size, axis_name, place)
-    number, fork_of = crossing_forks(place.crosses)
+def _forward(function, size, axes, shared, own, tokens, chunks, place):
+    read, _ = _reader_and_adder(size, axes, place)
+    number, fork_of = _crossing_forks(place.crosses)
 
     def result(row, fork):
         here, found = read(row, fork, _Fork(own, tokens, chunks))
@@ -219,11 +229,11 @@ def _forward(function, size, axis_name, shared, own, tokens, chunks, place):
     return (out, tokens, chunks), (shared, own, tokens, chunks, place)
 
 
-def _backward(function, size, axis_name, residuals, cotangents):
+def _backward(function, size, axes, residuals, cotangents):
     shared, own, tokens, chunks, place = residuals
     d_out, d_tokens, d_chunks = cotangents
-    read, add = _reader_and_adder(size, axis_name, place)
-    number, fork_of = crossing_forks(place.crosses)
+    read, add = _reader_and_adder(size, axes, place)
+    number, fork_of = _crossing_forks(place.crosses)
 
     def add_fork(turn, totals):
         d_shared, d_arrays = totals
@@ -251,7 +261,7 @@ def _loop_if_any(number: jax.Array, turn: Callable, carry: Any) -> Any:
     return lax.cond(number > 0, loop, lambda carry: carry, carry)
 
 
-def crossing_forks(crosses: jax.Array):
+def _crossing_forks(crosses: jax.Array):
     """Count the forks [B, R] that cross; and return a function from a turn to a (row, number)."""
     order = jnp.argsort(jnp.logical_not(crosses).reshape(-1))
     return crosses.sum(), lambda turn: divmod(order[turn], crosses.shape[1])
@@ -269,18 +279,18 @@ def _call(function: Callable, here: ForkPlace, shared: Any, found: _Fork) -> jax
     return function(shared, own, slab, chunk, here)[None, None]
 
 
-def _reader_and_adder(size: int, axis_name: str | None, place: ForkPlace):
+def _reader_and_adder(size: int, axes: RowAxes, place: ForkPlace):
     """Functions that cut a fork's part out of arrays, and add its gradient to theirs.
 
-    Every device of `axis_name` computes each fork. What it has of a slab is added up, in the
-    backward pass as well, where each has its share of the gradient.
+    Every device that shares a row computes each of its forks. What it has of a slab is added up,
+    in the backward pass as well, where each has its share of the gradient.
     """
 
     def slabs(row, fork) -> tuple[ForkPlace, _Fork]:
         own = _of_fork((row, fork))
         here = jax.tree.map(lambda x: own.read(x)[0, 0], place)
-        tokens = Slab(row, 2, here.start, size, axis_name)
-        return here, _Fork(own, tokens, Slab(row, 1, here.chunk, 1, axis_name))
+        tokens = Slab(row, 2, here.start, size, axes.tokens)
+        return here, _Fork(own, tokens, Slab(row, 1, here.chunk, 1, axes.chunks))
 
     def whole(part, slab: Slab):
         return part if slab.axis_name is None else lax.psum(part, slab.axis_name)

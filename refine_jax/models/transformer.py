@@ -24,7 +24,6 @@ from refine_jax.kernels.numerics import computed_once
 from refine_jax.models.block import (
     ComputePolicy,
     LayerStack,
-    Params,
     State,
     copied,
     exact_float32,
@@ -35,6 +34,7 @@ from refine_jax.models.block import (
 )
 from refine_jax.models.layers import normal_param, rms_norm
 from refine_jax.models.layout import Layout
+from refine_jax.models.trainable import Params, join, select
 from refine_jax.parallel import constrain, gather_parameters
 
 __all__ = ["ComputePolicy", "Model", "Params", "Rows", "State", "Trace", "TracedForks"]
@@ -395,6 +395,7 @@ class Model(LayerStack):
         continuations: jax.Array,
         fork_inputs: jax.Array,
         cotangents: tuple[jax.Array, jax.Array],
+        trained: Params | None = None,
     ) -> Params:
         """Gradient of rows and of forks that continue them, layer by layer in reverse.
 
@@ -408,37 +409,45 @@ class Model(LayerStack):
           continuations: [B, R, S] int32, tokens of the forks.
           fork_inputs: [L + 1, B, R, S, D], as `run_forks` gives them.
           cotangents: Of the hidden states of the rows [B, T, D] and of the forks [B, R, S, D].
+          trained: Nested dict with the names of the parameters that are trained; None: all are.
 
-        Returns the gradient with respect to all parameters but those of the head alone.
+        Returns the gradient with respect to the parameters that are trained, but for those of the
+        head alone.
         """
         layout, pattern = rows.trace.layout, self._pattern
+        trained = params if trained is None else trained
         recompute = self.policy.remat == "full"
+
+        def of_trained(kind, layer_params):
+            layers = trained.get("layers", {})
+            return select(layer_params, layers if kind is None else layers.get(kind, {}))
 
         def layer(kind, cotangents, inputs):
             layer_params, saved, forks, trace = inputs
-            plan = pattern.of_kind(rows.trace.plan, kind)
+            plan, own = pattern.of_kind(rows.trace.plan, kind), of_trained(kind, layer_params)
 
-            def both(layer_params, x, forks):
-                block = self._block(kind, layer_params)
+            def both(own, x, forks):
+                block = self._block(kind, join(layer_params, own))
                 x, trace = run_block(block, x, layout, plan, positions)
                 return x, extend_forks(block, forks, trace, positions, layout, plan)
 
-            def extend(layer_params, forks, trace):
-                block = self._block(kind, layer_params)
+            def extend(own, forks, trace):
+                block = self._block(kind, join(layer_params, own))
                 return extend_forks(block, forks, trace, positions, layout, plan)
 
             if recompute:
-                _, pullback = jax.vjp(both, layer_params, saved, forks)
+                _, pullback = jax.vjp(both, own, saved, forks)
                 gradient, *cotangents = pullback(cotangents)
                 return tuple(cotangents), gradient
             of_x, of_forks = cotangents
-            _, pullback = jax.vjp(extend, layer_params, forks, trace)
+            _, pullback = jax.vjp(extend, own, forks, trace)
             from_forks, of_forks, of_trace = pullback(of_forks)
             if kind is not None:
                 saved = jax.tree.unflatten(saved.structure, saved.leaves)
             saved.args_res[0] = layer_params
             gradient, of_x = saved((of_x, of_trace))
-            return (of_x, of_forks), jax.tree.map(jnp.add, gradient, from_forks)
+            gradient = jax.tree.map(jnp.add, of_trained(kind, gradient), from_forks)
+            return (of_x, of_forks), gradient
 
         def norm(weight, *inputs):
             return tuple(self._final_norm({"norm": weight}, x) for x in inputs)
@@ -456,4 +465,5 @@ class Model(LayerStack):
 
         _, pullback = jax.vjp(embed, params["embeddings"])
         (embeddings,) = pullback(cotangents)
-        return {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
+        gradient = {"embeddings": embeddings, "layers": layers, "norm": norm_gradient}
+        return select(gradient, trained)

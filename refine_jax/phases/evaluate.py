@@ -109,6 +109,9 @@ def describe(
         del sections["evaluate"][path]
     if not sections["testtime"]["answer_before"]:
         del sections["testtime"]["answer_before"]  # as in records of versions without it
+    train = {"seed": config.train.seed}
+    if config.phase == "testtime" and config.train.trainable != "all":
+        train["trainable"] = config.train.trainable
     values = json.dumps(fingerprints(flatten(params)), sort_keys=True).encode()
     return {
         "phase": config.phase,
@@ -119,7 +122,7 @@ def describe(
         # Of one end the tokenizer says all; so do the records of versions that knew no others.
         **({"ends": list(tokenizer.end_ids)} if len(tokenizer.end_ids) > 1 else {}),
         "data": {"add_bos": config.data.add_bos},
-        "train": {"seed": config.train.seed},
+        "train": train,
         **{section: sections[section] for section in kept},
     }
 
@@ -194,7 +197,7 @@ def make_answerer(parts: EvaluationParts, adapter: Adapter | None = None) -> Ans
     plain = Generator(parts.model, parts.tokenizer, prefill_tokens=options.prefill_tokens)
     generator: Generator = plain
     if adapter is not None and adapter.copies > 1:
-        generator = CopiesGenerator(parts.model, parts.tokenizer)
+        generator = CopiesGenerator(parts.model, parts.tokenizer, adapter.frozen)
     sampling = Sampling(
         temperature=options.temperature,
         top_k=options.top_k,

@@ -30,10 +30,12 @@ from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, BatchIterator, Corpus, Dataset
 from refine_jax.data.prompts import PromptCorpus
 from refine_jax.data.tokenizer import Tokenizer
+from refine_jax.models.trainable import Params, split
 from refine_jax.models.transformer import Model
 from refine_jax.parallel import place_rows, state_shardings
 from refine_jax.phases.changes import Changes, check_same_run
 from refine_jax.phases.setup import (
+    abstract_params,
     check_enough_batches,
     check_mesh,
     check_room,
@@ -212,7 +214,9 @@ class Loop(abc.ABC):
 
     def open_checkpoints(self) -> CheckpointManager:
         """Open the checkpoints of this run; makes their folder."""
-        train, start = self.config.train, self.parts.start
+        train, start, record = self.config.train, self.parts.start, self.parts.changes.record()
+        if start.lora is not None:
+            record["lora"] = dataclasses.asdict(start.lora)
         return CheckpointManager(
             self.workdir / CHECKPOINTS,
             save_every=train.checkpoint_every,
@@ -222,25 +226,26 @@ class Loop(abc.ABC):
             last_step=train.steps,
             config_json=start.config_json,
             run_config=self.config.to_dict(),
-            run_record=self.parts.changes.record(),
+            run_record=record,
             files=start.files,
         )
 
     def initial_state(self) -> TrainState:
         """Make the state before the first step."""
-        params = initial_params(self.parts.model, self.parts.start, self.config)
-        state = TrainState.create(params, self.optimizer, self.train_key, self.config.refine)
+        state = self.create(initial_params(self.parts.model, self.parts.start, self.config))
         shardings = state_shardings(state)
         return state if shardings is None else jax.device_put(state, shardings)
 
+    def create(self, params: Params) -> TrainState:
+        """Make the state of parameters before the first step."""
+        trained, frozen = split(params, self.config.train.trainable)
+        key, method = self.train_key, self.config.refine
+        return TrainState.create(trained, self.optimizer, key, method, frozen)
+
     def abstract_state(self) -> TrainState:
         """Give shapes and dtypes of the state, and where its arrays belong on an ambient mesh."""
-        dtype = jnp.dtype(self.config.model.param_dtype)
-        params = self.parts.model.abstract_params()
-        state = jax.eval_shape(
-            lambda x: TrainState.create(x, self.optimizer, self.train_key, self.config.refine),
-            jax.tree.map(lambda x: x.update(dtype=dtype), params),
-        )
+        params = abstract_params(self.parts.model, self.parts.start, self.config)
+        state = jax.eval_shape(self.create, params)
         shardings = state_shardings(state)
         if shardings is None:
             return state
@@ -249,21 +254,34 @@ class Loop(abc.ABC):
     def restore_or_start(self, manager: CheckpointManager) -> tuple[int, TrainState, BatchIterator]:
         """Return the steps done, the state after them, and the batches that follow."""
         batches = iter(self.parts.training)
-        restored = manager.restore_latest(self.abstract_state())
+        abstract = self.abstract_state()
+        restored = manager.restore_latest(dataclasses.replace(abstract, frozen=None))
         if restored is None:
-            return 0, self.initial_state(), batches
+            state = self.initial_state()
+            if state.frozen is not None:
+                manager.save_frozen(state.frozen)
+            return 0, state, batches
+        state = restored.state
+        if abstract.frozen is not None:
+            frozen = manager.restore_frozen(abstract.frozen)
+            state = dataclasses.replace(state, frozen=frozen)
         saved, fingerprint = restored.data_state, self.parts.training.fingerprint
         other = isinstance(saved, Mapping) and saved.get("fingerprint") != fingerprint
         if other and self.parts.changes.other_rows(restored.step):
             distributed.say("The rows are others than before: they are read from the first one on.")
         else:
             batches.set_state(saved)
-        return restored.step, restored.state, batches
+        return restored.step, state, batches
 
     def introduce(self, step: int) -> None:
         """Say what is trained, and on which devices."""
         config, model = self.config, self.parts.model
-        count = sum(math.prod(x.shape) for x in jax.tree.leaves(model.abstract_params()))
+        state = self.abstract_state()
+        count, trained = (
+            sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+            for params in (state.model_params, state.params)
+        )
+        part = "" if state.frozen is None else f" ({trained / 1e6:,.1f} M trained)"
         device = jax.devices()[0]
         if step == config.train.steps:
             plan = f"all {step} steps are done"
@@ -274,7 +292,7 @@ class Loop(abc.ABC):
         if step < config.train.steps:
             plan += self.parts.changes.describe()
         distributed.say(
-            f"{self.parts.start.config['model_type']}, {count / 1e6:,.1f} M parameters, "
+            f"{self.parts.start.config['model_type']}, {count / 1e6:,.1f} M parameters{part}, "
             f"{model.policy.compute_dtype} on {device.device_kind}; {self.describe_data()}, "
             f"{config.train.batch_size} a step; {plan}"
         )
@@ -368,7 +386,7 @@ class Loop(abc.ABC):
             return {}
         begin = time.perf_counter()
         with self.compilations.of("what answers the tasks"):
-            figures = tasks.measure(state.params)
+            figures = tasks.measure(state.model_params)
         return figures | {"time/tasks": time.perf_counter() - begin}
 
     def _save(
@@ -386,7 +404,7 @@ class Loop(abc.ABC):
         metrics = {name.removeprefix("eval/"): value for name, value in evaluation.items()}
         manager.save(
             step,
-            state,
+            dataclasses.replace(state, frozen=None),
             data_state=batches.get_state(),
             metrics=metrics if best and metrics else None,
             force=last or bool(best and metrics),

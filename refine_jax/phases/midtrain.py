@@ -123,7 +123,7 @@ class MidtrainLoop(Loop):
         for index, batch in enumerate(self.parts.held_out):
             batch = self.place(batch, self.parts.held_out)
             first = index * len(batch["tokens"])
-            part, seen = self.eval_step(state.params, batch, self.eval_key, first)
+            part, seen = self.eval_step(state.model_params, batch, self.eval_key, first)
             record.add(batch["tokens"], seen)
             for name, value in jax.device_get(part).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
@@ -139,7 +139,7 @@ class MidtrainLoop(Loop):
         """Draw the first held-out row that rollouts fit in."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
         # With the first row's number, as evaluations call it: without, it would compile again.
-        _, seen = self.eval_step(state.params, batch, self.eval_key, 0)
+        _, seen = self.eval_step(state.model_params, batch, self.eval_key, 0)
         seen = distributed.fetch(seen)
         if not distributed.is_writer():
             return

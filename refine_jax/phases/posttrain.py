@@ -190,11 +190,11 @@ class PosttrainLoop(Loop):
         for index, batch in enumerate(self.parts.held_out):
             batch = self.place(batch, self.parts.held_out)
             examples, rows = distributed.fetch(batch["example"]), _rows(batch)
-            answered, tokens, mask = distributed.fetch(self.answer_eval(state.params, rows))
+            answered, tokens, mask = distributed.fetch(self.answer_eval(state.model_params, rows))
             scores = self.rewards(examples, tokens[:, None], mask[:, None])
             prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
             first = index * len(examples)
-            of_prompts, seen = self.prompt_eval(state.params, prompts, self.eval_key, first)
+            of_prompts, seen = self.prompt_eval(state.model_params, prompts, self.eval_key, first)
             record.add(prompts["tokens"], seen)
             record.add_rows(score=scores[:, 0], real=examples >= 0)
             of_prompts = jax.device_get(of_prompts)
@@ -217,7 +217,7 @@ class PosttrainLoop(Loop):
         """Write the final answers to the first held-out prompts."""
         batch = self.place(next(iter(self.parts.held_out)), self.parts.held_out)
         examples, rows = distributed.fetch(batch["example"]), _rows(batch)
-        _, tokens, mask = self.answer_eval(state.params, rows)
+        _, tokens, mask = self.answer_eval(state.model_params, rows)
         prompts = prompts_of(rows, self.parts.tokenizer.pad_id)
         tokens, mask, prompts = distributed.fetch((tokens, mask, prompts))
         if not distributed.is_writer():

@@ -14,15 +14,17 @@ import jax.numpy as jnp
 
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_text
+from refine_jax.base.files import parse_object, read_text, short
 from refine_jax.base.lock import Lock
 from refine_jax.checkpoint.folders import (
     CHECKPOINTS,
     CONFIG,
+    RUN,
     ModelCheckpoint,
     has_tokenizer,
 )
-from refine_jax.checkpoint.manager import load_model
+from refine_jax.checkpoint.model import load_model, read_lora
+from refine_jax.checkpoint.peft import read_adapter
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
 from refine_jax.data.pipeline import Corpus, Dataset
@@ -31,9 +33,22 @@ from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.generation.loading import GENERATION, further_ends, trained_with
 from refine_jax.kernels.device import backend
 from refine_jax.models.config import Architecture, model_config
+from refine_jax.models.lora import (
+    ALPHA,
+    RANK,
+    LoRA,
+    abstract_updates,
+    choose_targets,
+    init_updates,
+    merge,
+)
+from refine_jax.models.trainable import join
 from refine_jax.models.transformer import ComputePolicy, Model, Params
 from refine_jax.parallel import axis_sizes, place_state, rows_here, state_shardings
 from refine_jax.settings import suggestion
+
+# A stream of random numbers of its own, apart from those of training, evaluation and prompts.
+_UPDATES_STREAM = 4
 
 
 @contextlib.contextmanager
@@ -74,7 +89,8 @@ def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
             )
         text = read_text(folder / CONFIG, CheckpointError)
         fields = parse_object(text, folder / CONFIG, CheckpointError)
-        return ModelCheckpoint(fields, text, tokenizer=folder)
+        lora = read_lora(folder) if (folder / RUN).exists() else None
+        return ModelCheckpoint(fields, text, tokenizer=folder, lora=lora)
     if config.checkpoint is not None:
         return load_model(config.checkpoint)
     described = model_config(dict(config.fresh))
@@ -115,10 +131,54 @@ def initial_params(model: Model, start: ModelCheckpoint, config: Config) -> Para
     def cast(params: Params) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
+    key = jax.random.key(config.train.seed)
     if start.params is not None:
-        return cast(place_state(start.params, shardings))
-    init = jax.jit(lambda key: cast(model.init(key)), out_shardings=shardings)
-    return init(jax.random.key(config.train.seed))
+        params = cast(place_state(start.params, shardings))
+    else:
+        params = jax.jit(lambda key: cast(model.init(key)), out_shardings=shardings)(key)
+    if start.updates is not None:
+        updates = place_state(start.updates, state_shardings(start.updates))
+    elif start.lora is not None:
+        abstract = model.abstract_params()
+        places = state_shardings(abstract_updates(abstract, start.lora))
+        draw = jax.jit(lambda key: init_updates(abstract, start.lora, key), out_shardings=places)
+        updates = draw(jax.random.fold_in(key, _UPDATES_STREAM))
+    else:
+        return params
+    params = join(params, updates)
+    return params if start.lora is not None else merge(params)
+
+
+def abstract_params(model: Model, start: ModelCheckpoint, config: Config) -> Params:
+    """Give shapes and dtypes of `initial_params`."""
+    dtype = jnp.dtype(config.model.param_dtype)
+    params = jax.tree.map(lambda x: x.update(dtype=dtype), model.abstract_params())
+    return params if start.lora is None else join(params, abstract_updates(params, start.lora))
+
+
+def with_updates(start: ModelCheckpoint, model: Model, config: Config) -> ModelCheckpoint:
+    """Say which low-rank updates a new run trains, or adds to the weights that it starts from.
+
+    Raises:
+      CheckpointError: config.model.adapter is no adapter of this model.
+      ConfigError, ModelConfigError: what is asked for fits neither model nor adapter.
+    """
+    settings, trains = config.model, config.train.trainable == "lora"
+    asked = {"rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": None}
+    if settings.lora_targets or (trains and settings.adapter is None):
+        shapes = model.abstract_params()
+        asked["targets"] = choose_targets(shapes, settings.lora_targets or "*")
+    if settings.adapter is None:
+        new = LoRA(asked["rank"] or RANK, asked["alpha"] or ALPHA, asked["targets"] or ())
+        return start._replace(lora=new if trains else None)
+    lora, updates = read_adapter(settings.adapter, model.config)
+    for name, value in asked.items():
+        if value not in (None, getattr(lora, name)):
+            raise ConfigError(
+                f"config.model.lora_{name} must be that of config.model.adapter, or be left out. "
+                f"Got: {short(value)}, not {short(getattr(lora, name))}."
+            )
+    return start._replace(lora=lora if trains else None, updates=updates)
 
 
 def prepare_model(config: Config, workdir: Path) -> tuple[ModelCheckpoint, Model, Tokenizer]:
@@ -129,6 +189,8 @@ def prepare_model(config: Config, workdir: Path) -> tuple[ModelCheckpoint, Model
     """
     start = load_start(config.model, workdir)
     model = make_model(start, config.model)
+    if not has_checkpoints(workdir):
+        start = with_updates(start, model, config)
     tokenizer = load_matching_tokenizer(config, start)
     return with_tokenizer_files(start, tokenizer), model, tokenizer
 

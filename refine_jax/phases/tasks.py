@@ -81,7 +81,7 @@ class TrainingTasks:
         if jax.process_count() > 1:
             params = distributed.fetch(params)
         with use_mesh(MeshConfig(), alone=True):
-            params = place_state(params, state_shardings(self._model.abstract_params()))
+            params = place_state(params, state_shardings(params))
             scores = self._scores(params)
             return scores | self._by_position(params)
 

@@ -38,6 +38,7 @@ def make_adapter(parts: EvaluationParts) -> Adapter:
         key=jax.random.fold_in(jax.random.key(config.train.seed), _STREAM),
         eos_id=parts.tokenizer.end_ids,
         pad_id=parts.tokenizer.pad_id,
+        trainable=config.train.trainable,
     )
 
 

@@ -28,6 +28,7 @@ import optax
 
 from refine_jax.config import RefineConfig, TestTimeConfig
 from refine_jax.models.layout import row_length
+from refine_jax.models.trainable import join, split
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.objective import Metrics, Objective
 from refine_jax.refine.reading import Batch
@@ -49,8 +50,9 @@ class Cost(NamedTuple):
 class Adapted(NamedTuple):
     """Parameters to answer a group of prompts with.
 
-    params: leaves [n, ...] with one copy a prompt where the Adapter's `copies` n is above 1 (a
-        smaller group leaves the last ones unused); else one set for all prompts.
+    params: where the Adapter's `copies` n is above 1, those that are trained, leaves [n, ...] with
+        one copy a prompt (a smaller group leaves the last ones unused); else all, one set for all
+        prompts.
     """
 
     params: Params
@@ -94,13 +96,15 @@ def make_update(
     options: TestTimeConfig,
     *,
     eos_id: int | Sequence[int] | None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile `update(state, batch)` as `options.reset` says; it gives the state's buffers away.
+) -> Callable[[TrainState, Batch, Params | None], tuple[TrainState, Metrics]]:
+    """Compile `update(state, batch, frozen)` as `options.reset` says.
 
-    With `example` batches have a row, or, with n copies, leaves of states and batches a leading n.
+    It gives the state's buffers away, but not those of the frozen parameters, which the state
+    lacks. With `example` batches have a row, or, with n copies, leaves of states and batches a
+    leading n; these share what is frozen.
     """
     if options.reset != "example":
-        return make_train_step(
+        run = make_train_step(
             model,
             optimizer,
             config,
@@ -108,10 +112,17 @@ def make_update(
             micro_batch=options.micro_batch,
             eos_id=eos_id,
             steps=options.steps,
-        )
-    objective = Objective(model, config, eos_id=eos_id, max_documents=1)
-    update = functools.partial(update_rows, objective, optimizer, steps=options.steps)
-    return jax.jit(update if options.copies == 1 else jax.vmap(update), donate_argnums=0)
+        ).run
+    else:
+        objective = Objective(model, config, eos_id=eos_id, max_documents=1)
+        run = functools.partial(update_rows, objective, optimizer, steps=options.steps)
+
+    def update(state: TrainState, batch: Batch, frozen: Params | None):
+        state, metrics = run(dataclasses.replace(state, frozen=frozen), batch)
+        return dataclasses.replace(state, frozen=None), metrics
+
+    several = options.reset == "example" and options.copies > 1
+    return jax.jit(jax.vmap(update, (0, 0, None)) if several else update, donate_argnums=0)
 
 
 class Adapter:
@@ -120,7 +131,10 @@ class Adapter:
     model, params: the trained model; `params` are left as they are. optimizer: of one training on a
     prompt, or, with reset `never`, of all of them. config: the objective and its numbers. options:
     how much, and when to reset. key: random key of all rollouts. eos_id: see `Objective`. pad_id:
-    any token.
+    any token. trainable: which parameters are adapted (models/trainable.py).
+
+    Attributes:
+      frozen: the parameters that are not adapted, which all copies share; None: all are.
     """
 
     def __init__(
@@ -134,8 +148,9 @@ class Adapter:
         key: jax.Array,
         eos_id: int | Sequence[int] | None,
         pad_id: int,
+        trainable: str = "all",
     ):
-        self._trained = params
+        self._trained, self.frozen = split(params, trainable)
         self._config, self._options = config, options
         self._key, self._pad_id = key, pad_id
         self._state: TrainState | None = None  # of reset `never`, between groups
@@ -204,10 +219,9 @@ class Adapter:
     def _adapt_each(self, prompts, names):
         keys = [prompt_key(self._key, name) for name in names]
         if max(map(len, prompts)) < 2:
-            params = self._trained
-            if self.copies > 1:
-                params = jax.tree.map(lambda x: jnp.stack([x] * self.copies), params)
-            return params, {}, None
+            if self.copies == 1:
+                return join(self._trained, self.frozen), {}, None
+            return jax.tree.map(lambda x: jnp.stack([x] * self.copies), self._trained), {}, None
         length = row_length(len(prompts[0]))
         if self.copies == 1:
             state = self._fresh(self._trained, keys[0])
@@ -221,9 +235,10 @@ class Adapter:
             batch = pad_rows(rows, rows=len(rows), length=length, pad_id=self._pad_id)
             batch = {name: array[:, None] for name, array in batch.items()}
         for _ in range(self._options.steps):
-            state, metrics = self._update(state, batch)
-        if self.copies > 1:
-            metrics = {name: value[: len(prompts)] for name, value in metrics.items()}
+            state, metrics = self._update(state, batch, self.frozen)
+        if self.copies == 1:
+            return join(state.params, self.frozen), metrics, (1, length)
+        metrics = {name: value[: len(prompts)] for name, value in metrics.items()}
         return state.params, metrics, (self.copies, length)
 
     def _adapt_together(self, prompts, names):
@@ -240,9 +255,9 @@ class Adapter:
             shape = (rows, row_length(max(map(len, usable))))
             batch = pad_rows(usable, rows=rows, length=shape[1], pad_id=self._pad_id)
             for _ in range(self._options.steps):
-                state, metrics = self._update(state, batch)
+                state, metrics = self._update(state, batch, self.frozen)
             metrics["update/skipped"] = int(state.skipped) - skipped
         if self._options.reset == "never":
             # The caller answers with these while the next group's steps give their state away.
             self._state = dataclasses.replace(state, params=jax.tree.map(jnp.copy, state.params))
-        return state.params, metrics, shape
+        return join(state.params, self.frozen), metrics, shape

@@ -25,6 +25,7 @@ from refine_jax.config import RefineConfig
 from refine_jax.generation.sampling import as_ends
 from refine_jax.models.head import TokenStats, next_token_loss
 from refine_jax.models.layout import Layout
+from refine_jax.models.trainable import join
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import aggregate, group_advantages, loss_options, policy_loss
@@ -247,7 +248,8 @@ def _compile_updates(optimizer, loss_of: Callable, mini_batch: int, micro_batch:
     """
 
     def update(state: TrainState, rows):
-        gradient = jax.grad(loss_of(rows), has_aux=True)
+        loss = loss_of(rows)
+        gradient = jax.grad(lambda p, part: loss(join(p, state.frozen), part), has_aux=True)
         gradients, metrics = accumulate(gradient, state.params, rows, mini_batch // micro_batch)
         state, update_metrics = apply_update(optimizer, state, gradients)
         return state, metrics | update_metrics
@@ -324,7 +326,7 @@ class PolicyStep:
         begin = time.perf_counter()
         key = jax.random.fold_in(state.key, _ANSWER_STREAM)
         keys = row_keys(key, jnp.int32(index), batch["tokens"].shape[0])
-        answers = self.collect(state.params, batch, keys)
+        answers = self.collect(state.model_params, batch, keys)
         tokens, mask = distributed.fetch((answers.tokens, answers.mask))
         rewards = np.asarray(reward(tokens, mask), np.float32)
         advantages = self.advantages(rewards, answers)

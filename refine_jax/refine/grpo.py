@@ -260,6 +260,26 @@ def aggregate(
     return loss_sum(values, mask, aggregation) / loss_count(whole, aggregation)
 
 
+def reward_shares(
+    rewards: jax.Array, advantages: jax.Array, mask: jax.Array, whole: jax.Array
+) -> dict[str, jax.Array]:
+    """Average rewards and advantages, and their squares: means that add up over micro-batches.
+
+    rewards: [B, R]. advantages: [B, R, k or 1]. mask: [B R, k]. whole: the mask of the mini-batch.
+    """
+
+    def mean(x):
+        x = jnp.broadcast_to(x.reshape(len(mask), -1), mask.shape)
+        return aggregate(x, mask, "token-mean", whole)
+
+    return {
+        "reward/mean": mean(rewards),
+        "reward/square": mean(rewards**2),
+        "advantage/mean": mean(advantages),
+        "advantage/square": mean(advantages**2),
+    }
+
+
 def loss_options(config: RefineConfig) -> dict[str, Any]:
     """Read the clipping and the aggregation of `policy_loss` from a configuration."""
     return {

@@ -20,6 +20,7 @@ from jax import lax
 from refine_jax.config import RefineConfig
 from refine_jax.models.head import reweighted_loss, token_log_probs
 from refine_jax.models.layout import Layout
+from refine_jax.models.trainable import join, select
 from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.exact import (
@@ -34,6 +35,7 @@ from refine_jax.refine.grpo import (
     kl_penalty,
     loss_options,
     policy_loss,
+    reward_shares,
     token_advantages,
 )
 from refine_jax.refine.reading import (
@@ -141,23 +143,27 @@ class Objective:
         keys: jax.Array | None = None,
         experience: Experience | None = None,
         reference_params: Params | None = None,
+        frozen: Params | None = None,
     ) -> tuple[Params, Metrics]:
         """Compute a micro-batch's share of the mini-batch's gradient and metrics; shares add up.
 
-        whole: of the mini-batch. keys: [B], of the rows, where positions are chosen here.
-        experience: rollouts of these rows; None: roll out in the forward pass that the gradient
-        goes back through.
+        params: those that are trained. frozen: the others; None: there are none. whole: of the
+        mini-batch. keys: [B], of the rows, where positions are chosen here. experience: rollouts of
+        these rows; None: roll out in the forward pass that the gradient goes back through.
         """
         if self.rolls_out:
-            return self._rollout_gradient(params, batch, whole, keys, experience, reference_params)
-        return jax.grad(self._loss, has_aux=True)(params, batch, whole, keys)
+            rest = batch, whole, keys, experience, reference_params
+            return self._rollout_gradient(params, frozen, *rest)
+        loss = functools.partial(self._loss, batch=batch, whole=whole, keys=keys)
+        return jax.grad(lambda p: loss(join(p, frozen)), has_aux=True)(params)
 
-    def _rollout_gradient(self, params, batch, whole, keys, experience, reference_params):
+    def _rollout_gradient(self, trained, frozen, batch, whole, keys, experience, reference_params):
         """Compute the gradient by hand: rollouts are sampled between the forward and the backward
         pass of the rows, so that autodiff of one loss function cannot express it.
         """
         model, config, tokens = self.model, self.config, batch["tokens"]
         layout = layout_of(batch, self.max_documents)
+        params = join(trained, frozen)
         # The one forward pass; rollouts that are known already go through it with their rows.
         if experience is None:
             rows = model.run_rows(params, tokens, layout)
@@ -166,13 +172,17 @@ class Objective:
             starts, rollouts = experience.starts, experience.tokens
             positions = starts[:, :: self._repeats]
             (hidden, fork_hidden), pull_layers = jax.vjp(
-                lambda p: model.forward_with_forks(p, tokens, layout, positions, rollouts), params
+                lambda trained: model.forward_with_forks(
+                    join(trained, frozen), tokens, layout, positions, rollouts
+                ),
+                trained,
             )
 
         # Next tokens, whose entropies say where to roll out.
-        head = model.head_params(params)
+        whole_head = model.head_params(params)
+        head = select(whole_head, trained)
         nll_sum, pull_next_tokens, (stats, weights) = jax.vjp(
-            lambda head, hidden: read_hidden(model, head, batch, layout, hidden),
+            lambda head, hidden: read_hidden(model, whole_head | head, batch, layout, hidden),
             head,
             hidden,
             has_aux=True,
@@ -186,12 +196,13 @@ class Objective:
             forks = starts[:, :: self._repeats], rollouts, fork_inputs
 
             def pull_layers(cotangents):
-                return (model.backward(params, rows, *forks, cotangents),)
+                return (model.backward(params, rows, *forks, cotangents, trained),)
 
         # The policy loss: of the rollouts, and of the hidden states before them.
         true_tokens = take_tokens(batch["tokens"], rollout_slots(starts, config.rollout_length))
 
         def policy(head, last_hidden, fork_hidden):
+            head = whole_head | head
             scores = self.scores(head, last_hidden, fork_hidden, rollouts, true_tokens)
             return self._policy_loss(experience, scores, whole)
 
@@ -292,7 +303,9 @@ class Objective:
             penalty = kl_penalty(arrays[0], tokens(experience.ref_log_probs), config.kl_type)
             metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole_mask)
             loss += config.kl_coef * metrics["loss/kl"]
-        return loss, metrics | _reward_shares(experience, rollouts, whole_mask)
+        shares = reward_shares(experience.rewards, experience.advantages, rollouts, whole_mask)
+        shares["rollouts/valid"] = jnp.sum(experience.valid) / len(whole_mask)
+        return loss, metrics | shares
 
     # Selection, sampling, rewards: nothing here is differentiated
 
@@ -481,19 +494,3 @@ def _add_parts(gradient: Params, more: Params) -> Params:
 def _token_mask(valid: jax.Array, rollout_length: int) -> jax.Array:
     """Repeat `valid` [B, R] bool for every token: [B * R, k] float32."""
     return jnp.repeat(valid.reshape(-1, 1), rollout_length, axis=1).astype(jnp.float32)
-
-
-def _reward_shares(experience: Experience, mask: jax.Array, whole: jax.Array) -> Metrics:
-    """Average rewards and advantages, and their squares: means that add up over micro-batches."""
-
-    def mean(x):
-        x = jnp.broadcast_to(x.reshape(len(mask), -1), mask.shape)
-        return aggregate(x, mask, "token-mean", whole)
-
-    return {
-        "reward/mean": mean(experience.rewards),
-        "reward/square": mean(experience.rewards**2),
-        "advantage/mean": mean(experience.advantages),
-        "advantage/square": mean(experience.advantages**2),
-        "rollouts/valid": jnp.sum(experience.valid) / (whole.shape[0]),
-    }

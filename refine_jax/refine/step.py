@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from refine_jax.compiling import compiler_options
 from refine_jax.config import RefineConfig
+from refine_jax.models.trainable import join
 from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.exact import match_probabilities
@@ -35,7 +37,10 @@ from refine_jax.refine.selection import rollout_slots
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes, and the key that all its randomness comes from."""
+    """Everything that a step changes, and what else it needs: a key, and what is not trained.
+
+    params: those that are trained. frozen: the others; None: there are none.
+    """
 
     params: Params
     opt_state: Any
@@ -44,6 +49,17 @@ class TrainState:
     skipped: jax.Array  # int32, updates skipped for non-finite gradients
     skipped_in_a_row: jax.Array  # int32
     reference_params: Params | None = None  # the initial policy, kept only for the KL term
+    frozen: Params | None = None
+
+    @property
+    def model_params(self) -> Params:
+        """All parameters of the model."""
+        return join(self.params, self.frozen)
+
+    @property
+    def model_reference_params(self) -> Params | None:
+        """All parameters of the initial policy; None: it is not kept."""
+        return self.reference_params and join(self.reference_params, self.frozen)
 
     @classmethod
     def create(
@@ -52,6 +68,7 @@ class TrainState:
         optimizer: optax.GradientTransformation,
         key: jax.Array,
         config: RefineConfig,
+        frozen: Params | None = None,
     ) -> TrainState:
         """Make the state before the first step; the key is a scalar of jax.random."""
         keep_reference = config.objective == "refine" and config.kl_coef > 0
@@ -65,6 +82,7 @@ class TrainState:
             skipped=skipped,
             skipped_in_a_row=in_a_row,
             reference_params=jax.tree.map(jnp.copy, params) if keep_reference else None,
+            frozen=frozen,
         )
 
 
@@ -152,8 +170,15 @@ def update_in_turn(
     total = jax.tree.leaves(rows)[0].shape[0]
     if total % mini_batch:
         raise ValueError(f"mini_batch must divide the batch. Got: {mini_batch=}, rows={total}.")
-    state, metrics = lax.scan(update, state, split_rows(rows, total // mini_batch))
-    return state, {
+    frozen = state.frozen  # not carried by the loop, which would copy it
+
+    def one(state, rows):
+        state, metrics = update(dataclasses.replace(state, frozen=frozen), rows)
+        return dataclasses.replace(state, frozen=None), metrics
+
+    state = dataclasses.replace(state, frozen=None)
+    state, metrics = lax.scan(one, state, split_rows(rows, total // mini_batch))
+    return dataclasses.replace(state, frozen=frozen), {
         name: values[-1] if name.startswith("update/") else jnp.mean(values, axis=0)
         for name, values in metrics.items()
     }
@@ -194,7 +219,8 @@ def _update(
             whole,
             keys=keys,
             experience=experience,
-            reference_params=state.reference_params,
+            reference_params=state.model_reference_params,
+            frozen=state.frozen,
         )
 
     gradients, metrics = accumulate(gradient, state.params, inputs, parts)
@@ -225,7 +251,7 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
     Reading the parameters takes nearly all the time of so few tokens. So the rows of several
     micro-batches roll out together: as many as have states of a quarter of one's trace at most.
     """
-    params, rows = state.params, batch["tokens"].shape[0]
+    params, rows = state.model_params, batch["tokens"].shape[0]
     keys, parts = row_keys(state.key, state.step, rows), rows // micro_batch
     group = states_together(objective, params, batch, parts)[0]
 
@@ -241,7 +267,7 @@ def collect(objective: Objective, state: TrainState, batch: Batch, micro_batch: 
         forks = forks._replace(state=jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), forks.state))
 
         def of_micro_batch(inputs):
-            return objective.reference_log_probs(state.reference_params, *inputs)
+            return objective.reference_log_probs(state.model_reference_params, *inputs)
 
         def reference(tokens):
             inputs = split_rows((batch, forks.starts, tokens), group)
@@ -333,7 +359,7 @@ def make_train_step(
     parts = mini_batch // micro_batch
     update = functools.partial(_update, objective, optimizer, parts, steps=steps)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
     def run(state: TrainState, batch: Batch, experience: Experience | None = None):
         if collects and experience is None:
             experience = roll_out(state, batch)

@@ -18,6 +18,7 @@ import pytest
 from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint import CheckpointManager, arrays, steps, tree
 from refine_jax.checkpoint import manager as manager_module
+from refine_jax.checkpoint import model as model_module
 
 CONFIG = json.dumps({"model_type": "delta_net", "hidden_size": 8})
 
@@ -143,7 +144,7 @@ def run_python(script: str, expect: int = 0, **environment) -> None:
 def best_step(manager):
     """The step that a run's checkpoint is read from where the best one is asked for."""
     manager.wait()
-    return manager_module._choose_step(manager.directory, "best")[0]
+    return model_module._choose_step(manager.directory, "best")[0]
 
 
 def test_interval_keep_and_best(tmp_path):

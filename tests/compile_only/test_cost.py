@@ -265,6 +265,31 @@ def test_the_estimate_by_hand():
     assert cost.seconds == pytest.approx(links + 1e-6)
 
 
+TWO_GATHERS = """HloModule two, is_scheduled=true
+
+ENTRY %main (x: f32[400000]) -> f32[1600000] {{
+  %x = f32[400000]{{0}} parameter(0)
+  %go = (f32[400000], f32[1600000]) all-gather-start(%x),
+    replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}
+  %go.1 = (f32[400000], f32[1600000]) all-gather-start(%x),
+    replica_groups={{{group}}}, dimensions={{0}}
+  %all = f32[1600000]{{0}} all-gather-done(%go)
+  ROOT %all.1 = f32[1600000]{{0}} all-gather-done(%go.1)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "times"), [("{4,5,6,7}", 2), ("{0,4,8,12}", 1), ("{0,1,4,5}", 1.5)]
+)
+def test_collectives_along_different_axes_go_at_the_same_time(group, times):
+    """Rows after rows, beside columns, and after rows for four devices of both axes."""
+    square = Network([(i, j) for i in range(4) for j in range(4)], (4, 4), (False, False), 50e9)
+    one = 4.8e6 / 50e9  # 3/4 of 6.4 MB over one link; over two links half
+    cost = estimate(TWO_GATHERS.format(group=group), network=square)
+    assert cost.seconds == pytest.approx(times * one, rel=0.1)  # and some hops
+
+
 def test_a_kernel_that_reads_parts_of_arrays_says_how_much():
     calls = []
 

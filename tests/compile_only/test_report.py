@@ -439,6 +439,34 @@ def test_caches_have_room_for_a_prompt_and_its_answer():
     assert room() >= 1024 + 3000
 
 
+def test_prompts_that_adapt_updates_share_the_weights():
+    """Three at once: three updates with their moments, and the model once."""
+    values = small_config()
+    values.model.fresh = dict(CONFIGS["deltanet"])
+    values.model.lora_rank = 2
+    values.train.trainable = "lora"
+    values.phase = "testtime"
+    values.testtime.copies = 3
+    run = AbstractRun(Config.from_dict(values), jax.devices()[0])
+    model = child.bytes_of(run.model.abstract_params())
+    updates = child.bytes_of(run.state.params)
+    layers, size, hidden, heads = 2, 16, 24, 2
+    widths = [4 * (size + size), size + heads, 3 * (size + hidden)]  # in and out of linear maps
+    assert updates == 4 * layers * 2 * sum(widths)
+    facts = child.summary(run)
+    assert 2 * updates <= facts["optimizer"] <= 2 * updates + 16
+    assert model <= child.bytes_of(run.state.frozen) <= model + 4 * layers * 8  # with scales
+    programs = programs_of_run(run)
+    for name in ("adaptation", "prefill", "decode"):
+        program = programs[name]()
+        taken = child.bytes_of(program.args)
+        jax.eval_shape(program.function, *program.args)
+        if name == "adaptation":
+            tokens = child.bytes_of(program.args[1])
+            assert taken <= model + 3 * 3 * updates + tokens + 1024
+            assert child.bytes_of(program.resident) == updates
+
+
 # The compiler
 
 needs_libtpu = pytest.mark.skipif(

@@ -1,4 +1,6 @@
-"""Kernels that read traces for forks, interpreted, against loops over queries in float64."""
+"""What forks read of rows, each implementation against loops over queries in float64."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +8,19 @@ import numpy as np
 import pytest
 
 from refine_jax.kernels.fork_reads import (
-    ForkRows,
-    Reach,
+    ROW_IMPLEMENTATIONS,
+    WEIGHT_IMPLEMENTATIONS,
+    WINDOW_IMPLEMENTATIONS,
     attend_row,
-    attend_row_backward,
     attend_windows,
     read_weights,
 )
-
-LAYERS, ROWS = 2, 2
-
-
-def draw(*shape, seed, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+from refine_jax.kernels.fork_reads.specs import ROW_SPECS, TRACE_SPECS
 
 
-def places(num_tokens):
-    """Forks before any token, after few, deep in the row, in a later document, at its end."""
-    last = [-1, 0, 5, num_tokens // 2 + 3, num_tokens - 9, num_tokens - 1]
-    seen = [0, 1, 6, num_tokens // 2 + 4, 3, num_tokens]
-    row, chunk = [0, 1, 1, 0, 1, 0], [0, 0, 2, 1, 1, 2]
-    return ForkRows(*(jnp.asarray(x, jnp.int32) for x in (1, row, last, seen, chunk)))
+def low(spec):
+    """Whether a spec is tried in bfloat16."""
+    return spec.name in ("blocks", "two_heads")
 
 
 def softmax_of_seen(query, keys, values):
@@ -36,66 +30,57 @@ def softmax_of_seen(query, keys, values):
     return weights @ values / weights.sum()
 
 
-@pytest.mark.parametrize(
-    ("heads", "num_tokens", "window", "count", "dtype"),
-    [
-        (2, 1280, 2048, 5, "float32"),
-        (2, 1024, 300, 5, "bfloat16"),
-        (4, 1280, 300, 1, "float32"),
-        (1, 1024, 512, 9, "float32"),
-        (2, 256, 2, 5, "float32"),
-    ],
-)
-def test_windows(heads, num_tokens, window, count, dtype):
-    where = places(num_tokens)
-    forks, groups, size = len(where.row), 3, 128
-    q, k, v = (draw(forks, groups, count, size, seed=i, dtype=dtype) for i in range(3))
-    row_k, row_v = (
-        draw(LAYERS, ROWS, groups, num_tokens, size, seed=i, dtype=dtype) for i in (3, 4)
-    )
-    got = np.float64(
-        jax.jit(attend_windows, static_argnums=(4, 5))(
-            (q, k, v), row_k, row_v, where, window, heads
+@pytest.mark.parametrize("spec", TRACE_SPECS, ids=lambda spec: spec.name)
+def test_windows(spec):
+    dtype = "bfloat16" if low(spec) else "float32"
+    arguments = spec.window_arguments(dtype)
+    found = {
+        name: np.float64(
+            jax.jit(functools.partial(attend_windows, implementation=name), static_argnums=(4, 5))(
+                *arguments
+            )
         )
-    )
+        for name in WINDOW_IMPLEMENTATIONS
+    }
+    new, row_k, row_v, where, window, heads = arguments
     q, k, v, row_k, row_v = (
-        np.float64(x).reshape(*x.shape[:-1], heads, -1) for x in (q, k, v, row_k, row_v)
+        np.float64(x).reshape(*x.shape[:-1], heads, -1) for x in (*new, row_k, row_v)
     )
     want = np.zeros(q.shape)
-    for fork, group, new, head in np.ndindex(want.shape[:-1]):
+    for fork, group, token, head in np.ndindex(want.shape[:-1]):
         last, row = int(where.last[fork]), int(where.row[fork])
-        before = max(min(window - 1 - new, int(where.seen[fork])), 0)
+        before = max(min(window - 1 - token, int(where.seen[fork])), 0)
         seen = slice(last + 1 - before, last + 1)
-        own = slice(max(new + 1 - window, 0), new + 1)
+        own = slice(max(token + 1 - window, 0), token + 1)
         keys, values = (
             np.concatenate([x[1, row, group, seen, head], y[fork, group, own, head]])
             for x, y in ((row_k, k), (row_v, v))
         )
-        want[fork, group, new, head] = softmax_of_seen(q[fork, group, new, head], keys, values)
-    np.testing.assert_allclose(
-        got, want.reshape(got.shape), atol=2e-5 if dtype == "float32" else 2e-2
-    )
+        want[fork, group, token, head] = softmax_of_seen(q[fork, group, token, head], keys, values)
+    for name, got in found.items():
+        tolerance = 2e-2 if low(spec) else 2e-5
+        np.testing.assert_allclose(got, want.reshape(got.shape), atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(1, "float32"), (5, "float32"), (5, "bfloat16")])
-def test_weights(count, dtype):
-    where = places(1280)
-    forks, heads, size, hidden, chunks = len(where.row), 2, 128, 256, 3
-    q = draw(forks, heads, count, size, seed=0, dtype=dtype)
-    shapes = (hidden, size), (size, hidden), (hidden, size)
-    weights = [
-        draw(LAYERS, ROWS, chunks, heads, *shape, seed=i) / shape[1] ** 0.5
-        for i, shape in enumerate(shapes)
-    ]
-    got = np.float64(jax.jit(read_weights)(q, weights, where))
-    for fork in range(forks):
+@pytest.mark.parametrize("spec", TRACE_SPECS[1:3], ids=lambda spec: spec.name)
+def test_weights(spec):
+    q, weights, where = spec.weight_arguments("bfloat16" if low(spec) else "float32")
+    found = {
+        name: np.float64(
+            jax.jit(functools.partial(read_weights, implementation=name))(q, weights, where)
+        )
+        for name in WEIGHT_IMPLEMENTATIONS
+    }
+    for fork in range(len(q)):
         w0, w1, w2 = (
             np.float64(w[1, where.row[fork], where.chunk[fork]]).swapaxes(-1, -2) for w in weights
         )
         x = np.float64(q[fork])
         gate = x @ w0
         want = gate / (1 + np.exp(-gate)) * (x @ w2) @ w1
-        np.testing.assert_allclose(got[fork], want, atol=2e-5 if dtype == "float32" else 3e-2)
+        for name, got in found.items():
+            tolerance = 3e-2 if low(spec) else 2e-5
+            np.testing.assert_allclose(got[fork], want, atol=tolerance, err_msg=name)
 
 
 def row_attention(q, k, v, seen, scale, d_out, d_log):
@@ -112,40 +97,51 @@ def row_attention(q, k, v, seen, scale, d_out, d_log):
     return weights @ v, log_total, d_scores @ k, d_scores.T @ q, weights.T @ d_out
 
 
-@pytest.mark.parametrize(
-    ("blocks", "rows", "count", "num_tokens", "dtype"),
-    [(1, 2, 20, 1280, "float32"), (3, 1, 136, 1024, "float32"), (2, 2, 16, 1536, "bfloat16")],
-)
-def test_rows(blocks, rows, count, num_tokens, dtype):
+@pytest.mark.parametrize("spec", ROW_SPECS, ids=lambda spec: spec.name)
+def test_rows(spec):
     """Forward and backward; some queries see nothing, some blocks of keys are seen by none."""
-    random, groups, size, scale = np.random.default_rng(0), 3, 128, 0.1
-    shape = blocks, rows, groups, count
-    last = random.integers(-1, num_tokens - 300, (blocks, rows, count))
-    first = last - random.integers(-1, 600, last.shape)
-    reach = Reach(*(jnp.asarray(x, jnp.int32) for x in (first, last)))
-    q, d_out = (draw(*shape, size, seed=i, dtype=dtype) for i in (0, 1))
-    k, v = (draw(rows, groups, num_tokens, size, seed=i, dtype=dtype) for i in (2, 3))
-    d_log = draw(*shape, seed=4)
-    out, log_total = jax.jit(attend_row, static_argnums=4)(q, k, v, reach, scale)
-    rest = jnp.sum(d_out.astype(jnp.float32) * out, -1) - d_log
-    gradients = jax.jit(attend_row_backward, static_argnums=4)(
-        q, k, v, reach, scale, log_total, d_out.astype(jnp.float32), rest
-    )
-    assert not gradients[1][:, :, -128:].any()  # no query sees so far
+    dtype = "bfloat16" if low(spec) else "float32"
+    arrays, reach = spec.arguments(dtype)
+    q, k, v = arrays
+    random = np.random.default_rng(4)
+    d_out = jnp.asarray(random.standard_normal(q.shape), dtype)
+    d_log = jnp.asarray(random.standard_normal(q.shape[:-1]), jnp.float32)
 
-    slot = np.arange(num_tokens)
+    def run(name, arrays, reach):
+        def attend(*arrays):
+            return attend_row(*arrays, reach, spec.scale, 600, implementation=name)
+
+        out, pullback = jax.vjp(attend, *arrays)
+        return *out, *pullback((d_out.astype(jnp.float32), d_log))
+
+    found = {
+        name: jax.jit(run, static_argnums=0)(name, arrays, reach) for name in ROW_IMPLEMENTATIONS
+    }
+    slot = np.arange(k.shape[2])
     want_k, want_v = np.zeros(k.shape), np.zeros(v.shape)
-    tolerance = 1e-4 if dtype == "float32" else 4e-2
-    for j, b, g in np.ndindex(shape[:3]):
-        seen = (slot >= first[j, b, :, None]) & (slot <= last[j, b, :, None])
+    tolerance = 4e-2 if low(spec) else 1e-4
+    for j, b, g in np.ndindex(q.shape[:3]):
+        seen = (slot >= reach.first[j, b, :, None]) & (slot <= reach.last[j, b, :, None])
         some = seen.any(1)
-        assert not out[j, b, g][~some].any()
-        arrays = [np.float64(x[j, b, g])[some] for x in (q, d_out, d_log)]
+        query, cotangent, of_log = (np.float64(x[j, b, g])[some] for x in (q, d_out, d_log))
         keys, values = np.float64(k[b, g]), np.float64(v[b, g])
-        want = row_attention(arrays[0], keys, values, seen[some], scale, *arrays[1:])
-        for x, y in zip((out, log_total, gradients[0]), want[:3], strict=True):
-            np.testing.assert_allclose(np.asarray(x[j, b, g])[some], y, atol=tolerance)
-        want_k[b, g] += want[3]
-        want_v[b, g] += want[4]
-    for x, y in zip(gradients[1:], (want_k, want_v), strict=True):
-        np.testing.assert_allclose(np.float64(x), y, atol=tolerance)
+        *want, d_k, d_v = row_attention(
+            query, keys, values, seen[some], spec.scale, cotangent, of_log
+        )
+        for name, got in found.items():
+            assert not got[0][j, b, g][~some].any()
+            for x, y in zip(got[:3], want, strict=True):
+                x = np.float64(x[j, b, g])[some]
+                np.testing.assert_allclose(x, y, atol=tolerance, err_msg=name)
+        want_k[b, g] += d_k
+        want_v[b, g] += d_v
+    for name, (*_, d_k, d_v) in found.items():
+        assert not d_k[:, :, -128:].any()  # no query sees so far
+        for x, y in ((d_k, want_k), (d_v, want_v)):
+            np.testing.assert_allclose(np.float64(x), y, atol=tolerance, err_msg=name)
+
+
+def test_errors_name_what_was_got():
+    spec = TRACE_SPECS[0]
+    with pytest.raises(ValueError, match=r"attend_windows must be None or one of .*'nothing'"):
+        attend_windows(*spec.window_arguments(), implementation="nothing")

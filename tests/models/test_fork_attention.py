@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from refine_jax.kernels.fork_reads import xla
 from refine_jax.models import fork_attention as module
 from refine_jax.models.fork_attention import fork_attention
 from tests.models.test_attention import dense_attention, draw, side_by_side
@@ -37,7 +38,7 @@ def visible(window):
 def test_matches_dense_masks(monkeypatch, window, key_blocks, forks):
     """Values and gradients; also where keys go by blocks, the last of which is cut, and forks."""
     if key_blocks:
-        monkeypatch.setattr(module, "_SCORE_BYTES", 1)
+        monkeypatch.setattr(xla, "_SCORE_BYTES", 1)
     monkeypatch.setattr(module, "_FORKS", forks)
     inputs, seen = arrays(2, 4, LAST.shape[1]), visible(window)
 

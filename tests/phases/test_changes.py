@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import comparable, tiny_run, write_documents
 
 from refine_jax.base.errors import CheckpointError, ConfigError, DataError
-from refine_jax.checkpoint.manager import load_model
+from refine_jax.checkpoint.model import load_model
 from refine_jax.config import SECTIONS, Config
 from refine_jax.data.tokenizer import load_tokenizer
 from refine_jax.main import execute

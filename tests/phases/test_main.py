@@ -18,7 +18,7 @@ from tiny_runs import comparable, config_file, tiny_run, write_documents
 
 from refine_jax import report
 from refine_jax.base.errors import ConfigError
-from refine_jax.checkpoint.manager import load_model, save_model
+from refine_jax.checkpoint.model import load_model, save_model
 from refine_jax.config import Config
 from refine_jax.data.pipeline import load_corpus
 from refine_jax.data.tokenizer import load_tokenizer

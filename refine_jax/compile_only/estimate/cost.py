@@ -78,11 +78,11 @@ class ProgramCost:
             self.counts[kind] += times * other.counts[kind]
 
 
-# Transfers go on beside the program: when the links and the copy engine are free again, and when
-# each transfer that has started will be done.
+# What is on its way while the program goes on: when the links of each axis of the slice, and the
+# copy engine, are free again, and when each transfer that has started will be done.
 @dataclasses.dataclass
 class _Transfers:
-    links: float = 0.0
+    links: dict[int, float] = dataclasses.field(default_factory=dict)
     copies: float = 0.0
     done: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -190,14 +190,19 @@ class Estimator:
         cost.waits += waited
 
     def _send(self, collectives: list[Collective], cost: ProgramCost, transfers) -> float:
-        """Start collectives now; returns when they are done."""
-        seconds = sum(self._network.seconds(collective) for collective in collectives)
-        cost.links += seconds
+        """Start collectives now, one after the other; returns when they are done.
+
+        Those along different axes of the slice use different links, at the same time.
+        """
+        done = cost.seconds
         for collective in collectives:
+            seconds, axes = self._network.seconds(collective), self._network.axes(collective)
+            cost.links += seconds
             cost.sent[collective.kind] += collective.sent
             cost.counts[collective.kind] += 1
-        transfers.links = max(cost.seconds, transfers.links) + seconds
-        return transfers.links
+            done = max(done, *(transfers.links.get(axis, 0.0) for axis in axes), 0.0) + seconds
+            transfers.links |= dict.fromkeys(axes, done)
+        return done
 
     def _communicate(self, collectives, instruction, computation, cost, transfers) -> None:
         done = self._send(collectives, cost, transfers)

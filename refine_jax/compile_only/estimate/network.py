@@ -2,7 +2,8 @@
 
 An estimate by bandwidth: what a chip must send, over the links that its group of devices can use,
 and a microsecond a hop. A group that lies along n axes of the torus is taken for n rings, or lines
-where the ends of an axis are not linked; rings send both ways. Nothing else uses the links.
+where the ends of an axis are not linked; rings send both ways. Nothing else uses the links of these
+axes meanwhile.
 """
 
 import dataclasses
@@ -76,6 +77,14 @@ class Network:
         else:
             seconds = collective.sent / (self.link * ways)
         return seconds + hops * HOP_SECONDS
+
+    def axes(self, collective: Collective) -> frozenset[int]:
+        """Numbers of the slice's axes whose links a collective uses."""
+        used = set()
+        for group in collective.pairs or (collective.group,):
+            places = zip(*(self.coordinates[device] for device in group), strict=True)
+            used |= {axis for axis, place in enumerate(places) if len(set(place)) > 1}
+        return frozenset(used)
 
     def _axes(self, group: tuple[int, ...]) -> list[tuple[int, bool]]:
         """List (extent, whether it is a ring) of each axis that a group lies along."""

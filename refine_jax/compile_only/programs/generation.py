@@ -1,5 +1,6 @@
 """The programs of test-time training and of generation."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from refine_jax.generation.engine import Prefix
 from refine_jax.generation.generator import BLOCK, programs_of
 from refine_jax.generation.sampling import Sampler
 from refine_jax.models.layout import round_length, round_rows
+from refine_jax.models.trainable import split
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.adapt import make_update
 
@@ -73,20 +75,19 @@ def _prompt_rows(run: AbstractRun, *rows: int) -> dict[str, Any]:
 def _adaptation(run: AbstractRun) -> Program:
     options, copies = run.config.testtime, _copies(run)
     update = make_update(run.model, run.optimizer, run.config.refine, options, eos_id=EOS)
-    if options.reset != "example":
-        rows, function = options.batch_size, update.run
-        args = (run.state, _prompt_rows(run, rows))
-    else:
-        rows, function, shape = copies, update, (1,) if copies == 1 else (copies, 1)
-        state = run.state if copies == 1 else run.shapes.state(_stacked(run, run.state))
-        args = (state, _prompt_rows(run, *shape))
+    rows = copies if options.reset == "example" else options.batch_size
+    batch = _prompt_rows(run, *((copies, 1) if copies > 1 else (rows,)))
+    state = dataclasses.replace(run.state, frozen=None)
+    if copies > 1:
+        state = run.shapes.state(_stacked(run, state))
+    trained, _ = split(run.unplaced_params, run.config.train.trainable)
     tokens = rows * round_length(_longest(run))
     return Program(
         "adaptation",
         f"update on {rows} prompts of {round_length(_longest(run))} tokens",
-        function,
-        args,
-        resident=(run.params,),
+        update,
+        (state, batch, run.state.frozen),
+        resident=(run.shapes.state(trained),),  # as they were before
         model_flops=3 * tokens * forward_flops(run.model.config, _longest(run)),
     )
 
@@ -98,6 +99,14 @@ def _generation(run: AbstractRun) -> tuple[Callable, Callable, Callable]:
     return programs.prefill, programs.advance, programs.decode
 
 
+def _params(run: AbstractRun) -> tuple:
+    """The parameters as the programs take them: of copies, what they share comes first."""
+    if _copies(run) == 1:
+        return (run.params,)
+    trained, _ = split(run.unplaced_params, run.config.train.trainable)
+    return run.state.frozen, run.shapes.state(_stacked(run, trained))
+
+
 def _prefill(run: AbstractRun) -> Program:
     most = run.config.generation.prefill_tokens
     length, rows = round_length(min(_longest(run), most)), round_rows(_prompts(run))
@@ -107,11 +116,7 @@ def _prefill(run: AbstractRun) -> Program:
         "prefill",
         f"{rows} prompts of {length} tokens read",
         _generation(run)[0],
-        (
-            run.shapes.state(_stacked(run, run.unplaced_params)),
-            run.shapes.integers(rows, length),
-            run.shapes.integers(rows),
-        ),
+        (*_params(run), run.shapes.integers(rows, length), run.shapes.integers(rows)),
         model_flops=rows * length * forward_flops(run.model.config, length),
         compared=run.config.phase in _TRAINING,
     )
@@ -119,10 +124,10 @@ def _prefill(run: AbstractRun) -> Program:
 
 def _decode(run: AbstractRun) -> Program:
     rows, shapes, prefill = round_rows(_prompts(run)), run.shapes, _prefill(run)
-    params = prefill.args[0]
+    params = _params(run)
     # The state after a prompt does not depend on the prompt's length, but for the room of caches.
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
-    read = jax.eval_shape(prefill.function, params, *prompts)
+    read = jax.eval_shape(prefill.function, *params, *prompts)
     answer = max(run.config.generation.max_new_tokens or 0, BLOCK)  # None: tasks say how many
     room = round_length(_longest(run) + answer)
     state = jax.eval_shape(lambda state: run.model.resize(state, room), read.state)
@@ -132,7 +137,7 @@ def _decode(run: AbstractRun) -> Program:
         "decode",
         f"{BLOCK} tokens after each of {rows} prompts",
         _generation(run)[2],
-        (params, prefix, run.keys(rows), sampler, shapes.integers(rows)),
+        (*params, prefix, run.keys(rows), sampler, shapes.integers(rows)),
         model_flops=rows * BLOCK * forward_flops(run.model.config, _longest(run)),
         compared=prefill.compared,
     )

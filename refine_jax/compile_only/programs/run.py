@@ -15,8 +15,9 @@ from refine_jax.base.files import parse_object, read_text
 from refine_jax.checkpoint.folders import ModelCheckpoint
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
+from refine_jax.models.trainable import split
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
-from refine_jax.phases.setup import load_start, make_model
+from refine_jax.phases.setup import abstract_params, load_start, make_model, with_updates
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
@@ -134,11 +135,10 @@ class AbstractRun:
 
     def __init__(self, config: Config, device: jax.Device):
         self.config = config
-        self.model = make_model(describe_model(config), config.model)
-        dtype = jnp.dtype(config.model.param_dtype)
-        self.unplaced_params = jax.tree.map(
-            lambda x: x.update(dtype=dtype), self.model.abstract_params()
-        )
+        start = describe_model(config)
+        self.model = make_model(start, config.model)
+        start = with_updates(start, self.model, config)
+        self.unplaced_params = abstract_params(self.model, start, config)
         self.shapes = Shapes(device)
 
     @functools.cached_property
@@ -156,8 +156,8 @@ class AbstractRun:
         """What a step changes."""
 
         def create(params):
-            key = jax.random.key(0)
-            return TrainState.create(params, self.optimizer, key, self.config.refine)
+            key, (trained, frozen) = jax.random.key(0), split(params, self.config.train.trainable)
+            return TrainState.create(trained, self.optimizer, key, self.config.refine, frozen)
 
         return self.shapes.state(jax.eval_shape(create, self.unplaced_params))
 

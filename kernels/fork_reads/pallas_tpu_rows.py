@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from refine_jax.kernels import tpu
 from refine_jax.kernels.device import backend
+from refine_jax.kernels.fork_reads.reference import Reach
 from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt, tn
 
@@ -34,13 +34,6 @@ _LANES = 128
 _BLOCK = 512  # most keys of a block
 _TOGETHER = 6  # most groups that are worked on at once: the products of one hide another's sums
 _MASKED = -1e30  # finite: the difference of two of them must not be NaN
-
-
-class Reach(NamedTuple):
-    """The slots that a query sees: first ... last, [J, B, M] int32; none if first > last."""
-
-    first: jax.Array
-    last: jax.Array
 
 
 def takes_row(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
@@ -54,14 +47,32 @@ def takes_row(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
     return held <= tpu.vmem_bytes() // 4
 
 
-def attend_row(
-    q: jax.Array, k: jax.Array, v: jax.Array, reach: Reach, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention of q [J, B, G, M, L] to a row's k and v [B, G, T, L], T a multiple of 128.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend_row_tpu(q, k, v, reach: Reach, scale: float, window: int):
+    """Run `attend_row` of api.py; on a CPU in interpret mode, for tests."""
+    del window
+    return _forward(q.astype(k.dtype), k, v, reach, scale)
 
-    Returns the output [J, B, G, M, L] and the log of the softmax's denominator [J, B, G, M], both
-    float32; queries that see nothing get 0 and about -1e30. On a CPU in interpret mode, for tests.
-    """
+
+def _attend_row_forward(q, k, v, reach, scale, window):
+    found = attend_row_tpu(q, k, v, reach, scale, window)
+    return found, (q, k, v, reach, *found)
+
+
+def _attend_row_backward(scale, window, residuals, cotangents):
+    del window
+    q, k, v, reach, out, log_total = residuals
+    d_out, d_log = cotangents
+    rest = jnp.sum(d_out * out, -1) - d_log
+    dq, dk, dv = _backward(q.astype(k.dtype), k, v, reach, scale, log_total, d_out, rest)
+    return dq.astype(q.dtype), dk, dv, None
+
+
+attend_row_tpu.defvjp(_attend_row_forward, _attend_row_backward)
+
+
+def _forward(q, k, v, reach: Reach, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Output [J, B, G, M, L] and log of the denominator [J, B, G, M], float32."""
     call = _Call.of(q, k, scale)
     found = call.run(
         "fork_attention_forward",
@@ -74,20 +85,11 @@ def attend_row(
     return call.transposed(found["out"]), call.transposed(found["log_total"])[..., 0]
 
 
-def attend_row_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    reach: Reach,
-    scale: float,
-    log_total: jax.Array,
-    d_out: jax.Array,
-    rest: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients with respect to q (float32), k and v, of `attend_row`.
+def _backward(q, k, v, reach: Reach, scale: float, log_total, d_out, rest):
+    """Gradients with respect to q (float32), k and v.
 
-    log_total: as it returns it. d_out: cotangent of its output. rest: [J, B, G, M] float32, the
-    inner product of output and d_out less the cotangent of log_total.
+    log_total: as `_forward` returns it. d_out: cotangent of its output. rest: [J, B, G, M] float32,
+    the inner product of output and d_out less the cotangent of log_total.
     """
     call = _Call.of(q, k, scale)
 
