@@ -25,8 +25,8 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import logits, next_token_loss, token_log_probs
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.grpo import group_advantages, policy_loss
-from refine_jax.refine.objective import Experience
 from refine_jax.refine.rewards import token_rewards
+from refine_jax.refine.rollout import Experience
 from refine_jax.refine.selection import select_positions
 
 

@@ -301,6 +301,18 @@ def _check_estimator(refine: RefineConfig) -> None:
             "config.refine.selection='all' is for config.refine.estimator='exact': rollouts start "
             "at a position of each span. Got: estimator='rollouts'."
         )
+    if refine.objective == "refine" and refine.rollout_lengths == "adaptive":
+        if exact:
+            raise ConfigError(
+                "config.refine.rollout_lengths='adaptive' is of rollouts, of which "
+                "config.refine.estimator='exact' makes none."
+            )
+        if refine.loss_aggregation not in ("seq-mean-token-sum", "seq-mean-token-mean"):
+            raise ConfigError(
+                "config.refine.rollout_lengths='adaptive' needs config.refine.loss_aggregation="
+                "'seq-mean-token-mean' or 'seq-mean-token-sum': how many tokens there are to "
+                f"average is not known in advance. Got: {refine.loss_aggregation!r}."
+            )
     if (exact or refine.selection == "variance") and k > MOST_MATCHED:
         raise ConfigError(
             f"config.refine.rollout_length must be at most {MOST_MATCHED} with "

@@ -161,9 +161,11 @@ class RefineConfig(Section):
         "position counts, for `exact` alone",
     )
     reward: str = choice(
-        ("cosine", "binary", "hybrid", "whole", "prefix", "expected"),
-        "similarity to the true continuation: of hidden states, of tokens, or the sum; whether all "
-        "tokens match, the share before the first mistake, or the probability of the true tokens",
+        ("cosine", "binary", "hybrid", "prefix", "edit", "whole", "pooled_cosine", "expected"),
+        "similarity to the true continuation: of hidden states, of tokens, or the sum; the share "
+        "of tokens before the first mistake; the share left by edit distance, which forgives "
+        "shifts; whether all tokens match; of mean-pooled hidden states; or the probability of the "
+        "true tokens",
     )
     grouping: str = choice(
         ("sequence", "position"),
@@ -179,6 +181,13 @@ class RefineConfig(Section):
         "weighted by the energy of gradients (arXiv 2602.07078)",
     )
     rollout_length: int = setting(5, "k: tokens a rollout", between(1, 2**16))
+    rollout_lengths: str = choice(
+        ("fixed", "adaptive"),
+        "tokens of a rollout that count: all k, or the first ones, until `entropy_budget` is spent",
+    )
+    entropy_budget: float = setting(
+        3.0, "nats of entropy that `adaptive` rollouts may follow, by the text", above(0, 1e6)
+    )
     num_positions: int = setting(8, "c: positions a sequence", between(1, 2**16))
     rollouts_per_position: int = setting(1, "n: rollouts a position", between(1, 2**12))
     selection_temperature: float = setting(

@@ -117,7 +117,11 @@ def test_a_section_by_itself_takes_values():
 def test_choices_are_what_the_functions_know():
     fields = {field.name: field.metadata["choices"] for field in dataclasses.fields(RefineConfig)}
     assert fields["selection"] == selection.SELECTIONS
-    assert fields["reward"] == (*rewards.REWARDS, rewards.EXPECTED)
+    assert fields["reward"] == (
+        *rewards.REWARDS,
+        *rewards.ROLLOUT_REWARDS,
+        rewards.EXPECTED,
+    )
     assert fields["grouping"] == grpo.GROUPINGS
     assert fields["credit"] == grpo.CREDITS
     assert fields["baseline"] == grpo.BASELINES
@@ -135,6 +139,9 @@ EXACT = PRESETS["exact"]
         (EXACT | {"reward": "expected"}, ["Got: reward='expected'"]),
         (EXACT | {"kl_coef": 0.1}, ["config.refine.kl_coef", "Got: kl_coef=0.1"]),
         ({"selection": "all"}, ["config.refine.estimator='exact'", "Got: estimator='rollouts'"]),
+        (EXACT | {"rollout_lengths": "adaptive"}, ["rollout_lengths='adaptive'", "makes none"]),
+        ({"rollout_lengths": "adaptive"}, ["seq-mean-token-mean", "Got: 'token-mean'"]),
+        ({"entropy_budget": 0}, ["config.refine.entropy_budget must be more than 0"]),
         (EXACT | {"rollout_length": 65, "edge_margin": 99}, ["at most 64", "rollout_length=65"]),
         (
             {"selection": "variance", "rollout_length": 65, "edge_margin": 99},

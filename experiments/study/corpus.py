@@ -133,15 +133,6 @@ class FactCorpus:
             rows.append((np.concatenate([tokens, tail]), np.concatenate([recall, marked])))
         return RecallRows(*(np.stack(part) for part in zip(*rows, strict=True)))
 
-    def repeats(self, length: int, count: int, *key: int, first: int = 0) -> np.ndarray:
-        """[count, length] int32: random words and digits, over and over, five times or more."""
-        symbols, rows = np.concatenate([self._words, self._digits]), []
-        for index in range(first, first + count):
-            random = np.random.default_rng((*key, index))
-            period = int(random.integers(6, max(length // 5, 6), endpoint=True))
-            rows.append(np.resize(random.choice(symbols, period), length))
-        return np.stack(rows)
-
     def _draw_facts(self, random, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
         count = int(random.integers(shape.facts[0], shape.facts[1] + 1))
         names = random.choice(self._words, count, replace=False)

@@ -1,467 +1,364 @@
-"""What the study does with one model: pre-train, mid-train, post-train, adapt, measure.
+"""What the study does with one model on one task: pre-train, continue by an arm, adapt, measure.
 
-Everything goes through the package's own steps; what is particular to the study is the text, the
-sizes and what is measured. Programs are compiled once for all seeds of a setting.
+Everything goes through the package's own objective and step; what is particular to the study is
+the text, the sizes, what is measured, and the rules of `arms.RULES`. A program is compiled once for
+all seeds, learning rates, weights and numbers of steps of an arm.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from corpus import ANSWER, VALUE, FactCorpus, RecallRows, Shape
+import optax
+from arms import Arm
+from corpus import VALUE, RecallRows
+from tasks import Task
 
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.models.config import model_config
+from refine_jax.models.head import logits
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.answers import AnswerMethod, make_supervised_step, prompts_of
 from refine_jax.refine.objective import Objective
-from refine_jax.refine.optimizer import make_optimizer
-from refine_jax.refine.reading import read_rows
-from refine_jax.refine.step import TrainState, make_eval_step, make_train_step
+from refine_jax.refine.optimizer import make_optimizer, make_schedule
+from refine_jax.refine.reading import Batch, read_rows, target_weights
+from refine_jax.refine.step import TrainState, make_train_step, update_rows
 
 # First numbers of the keys that rows are drawn with.
-PRETRAIN, MIDTRAIN, POSTTRAIN, MEASURE, TUNE, ASK, REPEAT = range(7)
-# What is trained on prompts before the answers (the paper's Table 4), and its objective.
-POSTTRAINING = {"sft": None, "nested_sft": "ntp", "nested_refine": "refine"}
+PRETRAIN, CONTINUE, POSTTRAIN, MEASURE, TUNE, ASK = range(6)
+_BINS = 10  # of the calibration
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Training steps on documents of one shape, `rows` a step."""
+class Training:
+    """So many steps of `rows` rows, the first ones easy; the rate falls to 0 as a cosine.
 
-    shape: Shape
-    rows: int
-    steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How large everything is.
-
-    fields: of each model's config.json. repeated: rows of each pre-training step that are random
-    sequences repeated, which window attention needs to learn copying in so few steps. fast_rate:
-    LaCT's initial rates (0.001 is made for chunks of 2048 tokens).
+    rate: at the start, where no arm says it. easy: part of the steps.
     """
 
-    fields: dict[str, dict[str, Any]]
-    pretrain: dict[str, tuple[Stage, ...]]
-    repeated: dict[str, int]
-    fast_rate: float
-    pretrain_rate: dict[str, float]
-    midtrain: Stage
-    posttrain: Stage
-    measured: tuple[Shape, ...]  # held-out documents that final models are measured on
-    questions: Shape
-    vocabulary: int = 1024
-    measured_rows: int = 48
-    curve_rows: int = 24
-    questions_asked: int = 192
-    questions_adapted: int = 96
-    curve_points: int = 4
-    # Training of that much more steps than ReFINE's shows next-token training at equal compute.
-    longest: float = 1.75
+    rows: int
+    steps: int
+    rate: float = 0.0
+    easy: float = 0.0
 
 
-@functools.cache
-def _optimizer(rate: float, steps: int = 1, **options):
-    config = OptimizerConfig(learning_rate=rate, clip_norm=1.0, **options)
-    return make_optimizer(config, steps=steps)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How large everything is, for one family on one task.
+
+    fields: of config.json. fast_rate: LaCT's initial rate (0.001 is made for chunks of 2048
+    tokens); None: as published. sizes: of the section `refine`, for all arms. measured: held-out
+    rows. scales: lengths that are measured, as multiples of the training length.
+    """
+
+    fields: Mapping[str, Any]
+    pretrain: Training
+    arms: Training
+    posttrain: Training
+    sizes: Mapping[str, Any]
+    fast_rate: float | None = None
+    measured: int = 512
+    adapted: int = 96
+    scales: tuple[int, ...] = (1, 2, 4)
+
+
+class StudyObjective(Objective):
+    """The library's objective with a weight of the policy loss that may be traced."""
+
+    def __init__(self, model: Model, config: RefineConfig, weight: jax.Array, eos: int | None):
+        super().__init__(model, config, eos_id=eos, max_documents=1)
+        self.weight = weight
+
+    def mini_batch(self, batch: Batch, policy_weight: jax.Array | float | None = None):
+        """Count as `Objective` does, with this objective's own weight."""
+        return super().mini_batch(batch, self.weight)
+
+
+class RuleObjective(StudyObjective):
+    """Next-token training whose tokens weigh by a rule of `arms.RULES`; rows come with `recall`."""
+
+    def __init__(self, rule: str, *args: Any):
+        super().__init__(*args)
+        self.rule = rule
+
+    def _loss(self, params, batch, whole, keys):
+        tokens = batch["tokens"]
+        hidden, _ = self.model.forward(params, tokens, None)
+        log_probs = jax.nn.log_softmax(logits(hidden, self.model.head(params)))
+        targets = jnp.roll(tokens, -1, axis=1)
+        nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+        p = jax.lax.stop_gradient(jnp.exp(-nll))
+        extra = {
+            "p": lambda: p * nll,
+            "p^3": lambda: p**3 * nll,
+            "1-p": lambda: (1 - p) * nll,
+            "smoothing": lambda: -jnp.mean(log_probs, axis=-1),
+            "oracle": lambda: jnp.roll(batch["recall"], -1, axis=1) * nll,
+        }[self.rule]()
+        weights = target_weights(tokens, None) / whole.token_count
+        ntp = jnp.sum(weights * nll)
+        return ntp + self.weight * jnp.sum(weights * extra), {"loss/ntp": ntp}
+
+
+def _optimizer(rate: jax.Array | float) -> optax.GradientTransformation:
+    """The library's AdamW at rate 1, scaled: its updates are linear in the rate."""
+    config = OptimizerConfig(learning_rate=1.0, clip_norm=1.0)
+    return optax.chain(make_optimizer(config, steps=1), optax.scale(rate))
 
 
 class Lab:
-    """One model on the study's text."""
+    """One model on one task."""
 
-    def __init__(self, name: str, sizes: Sizes, corpus: FactCorpus):
-        self.name, self.sizes, self.corpus = name, sizes, corpus
-        self.model = Model(model_config(sizes.fields[name] | {"vocab_size": corpus.vocab_size}))
+    def __init__(self, family: str, plan: Plan, task: Task):
+        self.family, self.plan, self.task = family, plan, task
+        self.model = Model(model_config({**plan.fields, "vocab_size": task.vocab_size}))
 
     # -- training -------------------------------------------------------------------------------
 
-    def pretrain(self) -> tuple[Params, dict[str, Any]]:
-        """A base model from random weights, and its curve by tokens read."""
-        stages = self.sizes.pretrain[self.name]
-        total = sum(stage.steps for stage in stages)
-        optimizer = _optimizer(
-            self.sizes.pretrain_rate[self.name],
-            total,
-            schedule="cosine",
-            warmup_steps=max(total // 20, 1),
-            final_fraction=0.1,
-        )
-        params = self._initial_params()
-        config = RefineConfig(objective="ntp")
-        state = TrainState.create(params, optimizer, jax.random.key(1), config)
-        curve, tokens = [{"tokens": 0} | self._point(state.params)], 0
-        for number, stage in enumerate(stages):
-            train_step = make_train_step(
-                self.model, optimizer, config, mini_batch=stage.rows, micro_batch=stage.rows
-            )
-            marks = _spread(stage.steps, 3 * self.sizes.curve_points)
-            for step, batch in enumerate(self._batches(stage, PRETRAIN, number), 1):
-                if repeated := self.sizes.repeated[self.name]:
-                    batch["tokens"][:repeated] = self.corpus.repeats(
-                        stage.shape.length, repeated, REPEAT, number, first=step * repeated
-                    )
-                state, _ = train_step(state, batch)
-                tokens += batch["tokens"].size
-                if step in marks:
-                    short = self.corpus.documents(stage.shape, 32, MEASURE, held_out=True)
-                    recall = {"recall_here": self._read(state.params, short)["recall"]}
-                    curve.append({"tokens": tokens} | self._point(state.params) | recall)
-                    self._say("pre-training", curve[-1])
-        return state.params, {"curve": curve}
-
-    def _initial_params(self) -> Params:
-        params = jax.jit(self.model.init)(jax.random.key(0))
-        if self.name == "lact":
+    def pretrain(self, seed: int) -> Params:
+        """A base model from random weights."""
+        training = self.plan.pretrain
+        params = jax.jit(self.model.init)(jax.random.key(seed))
+        if self.plan.fast_rate is not None:
             # Rates are softplus(projection + softplus^-1(0.001)).
-            shift = math.log(math.expm1(self.sizes.fast_rate) / math.expm1(0.001))
+            shift = math.log(math.expm1(self.plan.fast_rate) / math.expm1(0.001))
             params["layers"]["attn"]["lr_proj"]["bias"] += shift
-        return params
+        warmup = training.steps // 20
+        return self._train(
+            params, Arm({"objective": "ntp"}), training, seed, PRETRAIN, training.rate, warmup
+        )
 
-    def midtrain(
-        self,
-        params: Params,
-        config: RefineConfig,
-        rate: float,
-        seed: int,
-        *,
-        steps: int | None = None,
-        marks: Iterable[int] = (),
-        stream: int = MEASURE,
-    ) -> tuple[Params, dict[str, Any]]:
-        """Continue on longer documents: parameters after the last step, and the figures.
+    def continue_by(self, params: Params, arm: Arm, rate: float, seed: int) -> Params:
+        """Train on by an arm; all arms of a seed read the same rows in the same order."""
+        steps = arm.times * self.plan.arms.steps
+        training = dataclasses.replace(self.plan.arms, steps=steps)
+        return self._train(params, arm, training, seed, CONTINUE, rate, 0)
 
-        seed: of the documents and the rollouts; every configuration sees the same documents.
-        marks: steps whose models are measured as the last one is. stream: of the held-out rows.
-        """
-        stage = self.sizes.midtrain
-        steps = steps or stage.steps
-        batches = self._batches(dataclasses.replace(stage, steps=steps), MIDTRAIN, seed)
-        train_step, optimizer = self._midtrain_step(config, rate)
-        params = jax.tree.map(jnp.copy, params)
-        state = TrainState.create(params, optimizer, jax.random.key(seed), config)
-        shown = _spread(stage.steps, self.sizes.curve_points)
-        curve, measured, rewards = [], {}, []
-        for step, batch in enumerate(batches, 1):
-            state, metrics = train_step(state, batch)
-            if "reward/mean" in metrics:
-                rewards.append(float(metrics["reward/mean"]))
-            if step in shown and stream == MEASURE:
-                curve.append({"step": step} | self._point(state.params))
-            if step in marks and step < steps:
-                measured[str(step)] = self.measure(state.params, stream)
-        last = self.measure(state.params, stream)
-        self._say(f"mid-training {config.objective} seed {seed} rate {rate:g}", last)
-        return state.params, {
-            "curve": curve,
-            "rewards": rewards,
-            "measured": measured | {str(steps): last},
-        }
+    def _train(self, params, arm, training, seed, stream, rate, warmup) -> Params:
+        schedule = OptimizerConfig(learning_rate=rate, schedule="cosine", warmup_steps=warmup)
+        rates = np.asarray(make_schedule(schedule, training.steps)(np.arange(training.steps)))
+        state, update = self._begin(params, arm, seed), self._update(arm)
+        batches = self._batches(training, stream, seed)
+        for batch, step_rate in zip(batches, rates, strict=True):
+            state = update(state, batch, step_rate, arm.config(self.plan.sizes).lambda_rl)
+        return state.params
 
-    def step_seconds(
-        self, params: Params, configs: Mapping[str, tuple[RefineConfig, float]], rounds: int = 16
-    ) -> dict[str, float]:
-        """Median seconds of a training step of each (configuration, rate), by the same names.
+    def _begin(self, params: Params, arm: Arm, seed: int) -> TrainState:
+        copy = jax.tree.map(jnp.copy, params)
+        config = arm.config(self.plan.sizes)
+        return TrainState.create(copy, _optimizer(1.0), jax.random.key(seed), config)
 
-        They take turns, so that whatever else the machine does slows all of them.
-        """
-        states, train_steps, seconds = {}, {}, {name: [] for name in configs}
-        for name, (config, rate) in configs.items():
-            train_steps[name], optimizer = self._midtrain_step(config, rate)
-            copy = jax.tree.map(jnp.copy, params)
-            states[name] = TrainState.create(copy, optimizer, jax.random.key(0), config)
-        stage = dataclasses.replace(self.sizes.midtrain, steps=rounds + 1)
-        for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
-            for name, train_step in train_steps.items():
-                states[name], metrics = train_step(states[name], batch)
-                if number > 0:  # the first one compiles
-                    seconds[name].append(metrics["time/update"] + metrics.get("time/collect", 0.0))
-        return {name: statistics.median(times) for name, times in seconds.items()}
+    def objective(self, config: RefineConfig, rule: str | None, weight: Any) -> StudyObjective:
+        """The objective of an arm."""
+        args = (self.model, config, weight, self.task.eos)
+        return StudyObjective(*args) if rule is None else RuleObjective(rule, *args)
+
+    def _update(self, arm: Arm) -> Callable[..., TrainState]:
+        config = dataclasses.replace(arm.config(self.plan.sizes), lambda_rl=1.0)
+        return self._program(config, arm.rule)
 
     @functools.cache  # noqa: B019 - a Lab lives as long as the study
-    def _midtrain_step(self, config: RefineConfig, rate: float):
-        optimizer, rows = _optimizer(rate), self.sizes.midtrain.rows
-        train_step = make_train_step(
-            self.model,
-            optimizer,
-            config,
-            mini_batch=rows,
-            micro_batch=rows,
-            eos_id=self.corpus.eos,
-        )
-        return train_step, optimizer
+    def _program(self, config: RefineConfig, rule: str | None) -> Callable[..., TrainState]:
+        @functools.partial(jax.jit, donate_argnums=0)
+        def update(state, batch, rate, weight):
+            objective = self.objective(config, rule, weight)
+            return update_rows(objective, _optimizer(rate), state, batch)[0]
 
-    def posttrain(
-        self, params: Params, variant: str, rate: float, seed: int, *, stream: int = ASK
-    ) -> tuple[Params, dict[str, Any]]:
-        """Train on prompts and answers; `variant` of POSTTRAINING."""
-        stage = self.sizes.posttrain
-        on_prompts, on_answers, optimizer, config = self._posttrain_steps(variant, rate)
-        params = jax.tree.map(jnp.copy, params)
-        state = TrainState.create(params, optimizer, jax.random.key(seed), config)
-        for step in range(stage.steps):
-            rows = self.corpus.prompts(
-                stage.shape, stage.rows, POSTTRAIN, seed, first=step * stage.rows
-            )
+        return update
+
+    def _batches(self, training: Training, *key: int) -> Iterator[Batch]:
+        for step in range(training.steps):
+            easy = step < training.easy * training.steps
+            rows = self.task.documents(training.rows, *key, step, easy=easy)
+            yield {"tokens": rows.tokens, "recall": rows.recall}
+
+    def step_seconds(self, params: Params, arms: Mapping[str, Arm], rounds: int = 16) -> dict:
+        """Median seconds of a training step of each arm.
+
+        They take turns, so that whatever else the machine does slows all of them. Seconds are of
+        this process' processor time, which other processes slow least.
+        """
+        programs = {name: self._update(arm) for name, arm in arms.items()}
+        states = {name: self._begin(params, arm, 0) for name, arm in arms.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        training = dataclasses.replace(self.plan.arms, steps=rounds + 1)
+        for number, batch in enumerate(self._batches(training, TUNE, 0)):
+            for name, update in programs.items():
+                begin = time.process_time()
+                states[name] = jax.block_until_ready(update(states[name], batch, 0.0, 1.0))
+                if number > 0:  # the first one compiles
+                    seconds[name].append(time.process_time() - begin)
+        return {name: statistics.median(times) for name, times in seconds.items()}
+
+    # -- prompts with answers -------------------------------------------------------------------
+
+    def posttrain(self, params: Params, arm: Arm | None, rate: float, seed: int) -> Params:
+        """Train on prompts by an arm, then on their answers, batch by batch; None: on answers."""
+        training, nested = self.plan.posttrain, arm is not None
+        arm = arm or Arm({"objective": "ntp"})
+        on_prompts, on_answers = self._posttrain_steps(arm.config(self.plan.sizes))
+        state = self._begin(params, arm, seed)
+        for step in range(training.steps):
+            rows = self.task.prompts(training.rows, POSTTRAIN, seed, step)
             batch = {
                 "tokens": rows.tokens,
                 "segments": np.ones_like(rows.tokens),
-                "answer_mask": _answers(rows),
+                "answer_mask": self._answers(rows),
             }
-            if on_prompts is not None:
-                state, _ = on_prompts(state, prompts_of(batch, self.corpus.eos))
-            state, _ = on_answers(state, batch)
-        figures = self.answers(state.params, stream)
-        self._say(f"post-training {variant} seed {seed} rate {rate:g}", figures)
-        return state.params, figures
+            if nested:
+                state = on_prompts(state, batch, rate)
+            state = on_answers(state, batch, rate)
+        return state.params
+
+    def _answers(self, rows: RecallRows) -> np.ndarray:
+        mask = np.zeros_like(rows.tokens)
+        mask[:, -self.task.answer :] = 1
+        return mask
 
     @functools.cache  # noqa: B019
-    def _posttrain_steps(self, variant: str, rate: float):
-        stage, objective = self.sizes.posttrain, POSTTRAINING[variant]
-        optimizer = _optimizer(rate)
-        config = RefineConfig(objective=objective or "ntp", reward="hybrid")
-        sizes = {"mini_batch": stage.rows, "micro_batch": stage.rows}
-        on_prompts = None
-        if objective is not None:
-            on_prompts = make_train_step(
-                self.model, optimizer, config, eos_id=self.corpus.eos, **sizes
-            )
+    def _posttrain_steps(self, config: RefineConfig):
+        rows, pad = self.plan.posttrain.rows, self.task.eos or 0
+        sizes = {"mini_batch": rows, "micro_batch": rows}
         method = AnswerMethod(
             self.model,
             config,
-            max_answer_tokens=ANSWER,
-            eos_id=self.corpus.eos,
-            pad_id=self.corpus.eos,
+            max_answer_tokens=self.task.answer,
+            eos_id=pad,
+            pad_id=pad,
         )
-        return on_prompts, make_supervised_step(method, optimizer, **sizes), optimizer, config
 
-    # -- measuring ------------------------------------------------------------------------------
+        @jax.jit
+        def on_prompts(state, batch, rate):
+            step = make_train_step(
+                self.model, _optimizer(rate), config, eos_id=self.task.eos, **sizes
+            )
+            return step.run(state, prompts_of(batch, pad))[0]
 
-    def measure(self, params: Params, stream: int = MEASURE) -> dict[str, Any]:
-        """Figures of held-out documents of each length, and of rollouts from them.
+        @jax.jit
+        def on_answers(state, batch, rate):
+            step = make_supervised_step(method, _optimizer(rate), **sizes)
+            return step.update(state, batch)[0]
 
-        {"recall_T": fraction of repeated values that greedy decoding gets whole, "loss_T": nats a
-        token, "recalls_T": the recall of each document}; "reward": fraction of tokens of rollouts
-        from uniform places that are the text's own.
+        return on_prompts, on_answers
+
+    def answer(self, params: Params, *, stream: int = ASK) -> dict[str, float]:
+        """{"recall": fraction of held-out questions answered whole}."""
+        rows = self.task.prompts(self.plan.measured, stream, held_out=True)
+        return {"recall": self._figures(params, rows)["recall"]}
+
+    def adapt_and_answer(
+        self, params: Params, arm: Arm, rate: float, seed: int, *, stream: int = ASK
+    ) -> dict[str, float]:
+        """Adapt a copy of the parameters to each prompt by an arm, then answer it.
+
+        {"recall": of the first prompts of those that `answer` asks, "recall_before": without}
         """
-        found: dict[str, Any] = {}
-        for shape in self.sizes.measured:
-            rows = self.corpus.documents(shape, self.sizes.measured_rows, stream, held_out=True)
-            figures = self._read(params, rows)
-            found |= {f"{name}_{shape.length}": value for name, value in figures.items()}
-            if shape.length == self.sizes.midtrain.shape.length:
-                found["reward"] = self._reward(params, rows)
-        return found
-
-    def answers(self, params: Params, stream: int = ASK) -> dict[str, Any]:
-        """{"recall": fraction of held-out questions answered whole, "recalls": each}."""
-        rows = self.questions(self.sizes.questions_asked, stream)
-        figures = self._read(params, rows)
-        return {"recall": figures["recall"], "recalls": figures["recalls"]}
-
-    def questions(self, count: int, stream: int = ASK) -> RecallRows:
-        """Held-out prompts with their answers."""
-        return self.corpus.prompts(self.sizes.questions, count, stream, held_out=True)
-
-    def testtime(
-        self, params: Params, objective: str, rate: float, seed: int, *, stream: int = ASK
-    ) -> dict[str, Any]:
-        """Adapt a copy of the parameters to each prompt, then answer it.
-
-        {"recall", "recalls", "seconds": of adapting, a prompt; None where all prompts waited for
-        compilation}
-        """
-        rows = self.questions(self.sizes.questions_adapted, stream)
-        copies = 8
+        rows, answer = self.task.prompts(self.plan.adapted, stream, held_out=True), self.task.answer
+        copies = min(8, self.plan.adapted)
         adapter = Adapter(
             self.model,
             params,
             _optimizer(rate),
-            RefineConfig(objective=objective, reward="binary", lambda_rl=0.4),
+            arm.config(self.plan.sizes),
             TestTimeConfig(reset="example", copies=copies),
             key=jax.random.key(seed),
-            eos_id=self.corpus.eos,
-            pad_id=self.corpus.eos,
+            eos_id=self.task.eos,
+            pad_id=self.task.eos or 0,
         )
-        correct, seconds = [], []
+        correct = []
         for begin in range(0, len(rows.tokens), copies):
             group = rows.tokens[begin : begin + copies]
             names = [str(begin + index) for index in range(len(group))]
-            adapted = adapter.adapt(group[:, :-ANSWER].tolist(), names)
-            seconds += [cost.seconds for cost in adapted.costs if not cost.compiled]
-            read = jax.vmap(self._correct)(adapted.params, group[:, None])
-            correct.append(np.asarray(read[0])[:, 0])
-        recalls = _recalls(np.concatenate(correct), rows)
-        figures = {"recall": float(np.mean(recalls)), "recalls": recalls}
-        self._say(f"test-time {objective} seed {seed} rate {rate:g}", figures)
-        return figures | {"seconds": statistics.median(seconds) if seconds else None}
+            adapted = adapter.adapt(group[:, :-answer].tolist(), names)
+            read = jax.vmap(self._read)(adapted.params, group[:, None])
+            correct.append(np.asarray(read["correct"])[:, 0])
+        before = self._figures(params, rows)["recall"]
+        return {"recall": _recall(np.concatenate(correct), rows), "recall_before": before}
 
-    def gradients(
-        self, params: Params, config: RefineConfig, batches: int = 12, draws: int = 2
-    ) -> np.ndarray:
-        """Gradients [batches, draws, P] float32 of batches of mid-training, P parameters in a row.
+    # -- measuring ------------------------------------------------------------------------------
 
-        The draws of a batch have its documents, and positions and rollouts of their own. ReFINE is
-        measured without its next-token loss: the policy loss, or minus the expected reward.
+    def measure(self, params: Params, stream: int = MEASURE) -> dict[str, float]:
+        """Figures of held-out rows of each length, `NAME_S` for those of S times the training's.
+
+        loss: nats a token. recall: fraction of repeated values that greedy decoding gets whole.
+        sampled: the same for sampling at temperature 1, as its exact expectation. calibration: of
+        repeated values' tokens, the mean difference of confidence and accuracy over BINS equal
+        bins of confidence, weighted by their tokens.
         """
-        stage = dataclasses.replace(self.sizes.midtrain, steps=batches)
-        objective = Objective(
-            self.model,
-            dataclasses.replace(config, lambda_sft=0.0, lambda_rl=1.0),
-            eos_id=self.corpus.eos,
-            max_documents=1,
-        )
+        found = {}
+        for scale in self.plan.scales:
+            rows = self.task.documents(self.plan.measured, stream, held_out=True, scale=scale)
+            figures = self._figures(params, rows)
+            found |= {f"{name}_{scale}": value for name, value in figures.items()}
+        return found
 
-        @jax.jit
-        def gradient(params, batch, key):
-            keys = jax.random.split(key, batch["tokens"].shape[0])
-            whole = objective.mini_batch(batch)
-            tree, _ = objective.gradient(params, batch, whole, keys=keys)
-            return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+    def cooled(self, params: Params, temperature: float) -> Params:
+        """The same model with its logits divided by a temperature."""
+        head = jax.tree.map(lambda x: x / temperature, params["lm_head"])
+        return {**params, "lm_head": head}
 
-        gradients = []
-        for number, batch in enumerate(self._batches(stage, MIDTRAIN, TUNE)):
-            keys = jax.random.split(jax.random.key(number), draws)
-            gradients.append([np.asarray(gradient(params, batch, key)) for key in keys])
-        return np.stack(gradients)
-
-    def signal(self, label: str, policy: np.ndarray, next_token: np.ndarray) -> dict[str, float]:
-        """How much the `gradients` of a policy say, and how they compare with the next-token loss'.
-
-        {"signal": squared norm of the expected gradient, as a fraction of the expected squared norm
-        (unbiased; 1: no noise), "same_documents": the same with the documents given, so that only
-        the draw of positions and rollouts is noise, "signal_error", "same_documents_error":
-        standard errors over batches, "norm_ratio": of the policy's gradients to those of the
-        next-token loss, both root mean squares, "cosine": of the two mean gradients}
-        """
-        flat = [
-            draws.reshape(-1, draws.shape[-1]).astype(np.float64) for draws in (policy, next_token)
-        ]
-        squares = [np.mean(np.sum(draws**2, axis=1)) for draws in flat]
-        means = [draws.mean(axis=0) for draws in flat]
-        norms = [np.linalg.norm(mean) for mean in means]
-        shares, errors = _jackknife((flat[0] @ flat[0].T).reshape(2 * policy.shape[:2]))
-        figures = {
-            "signal": float(shares[0]),
-            "signal_error": float(errors[0]),
-            "same_documents": float(shares[1]),
-            "same_documents_error": float(errors[1]),
-            "norm_ratio": float(np.sqrt(squares[0] / squares[1])),
-            # Without any rollout that was rewarded there is no direction.
-            "cosine": float(means[0] @ means[1] / np.prod(norms)) if norms[0] else 0.0,
-        }
-        self._say(f"signal of {label}", figures)
-        return figures
-
-    def _point(self, params: Params) -> dict[str, float]:
-        rows = self._curve_rows()
-        figures = self._read(params, rows)
-        return {"loss": figures["loss"], "recall": figures["recall"]}
-
-    @functools.cache  # noqa: B019
-    def _curve_rows(self) -> RecallRows:
-        shape, rows = self.sizes.midtrain.shape, self.sizes.curve_rows
-        return self.corpus.documents(shape, rows, MEASURE, 1, held_out=True)
+    def fingerprint(self, params: Params) -> str:
+        """A name of the parameters, the same for the same numbers only."""
+        digest = hashlib.blake2b(digest_size=6)
+        for leaf in jax.tree.leaves(params):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
     @functools.cached_property
-    def _correct(self):
+    def _read(self):
         @jax.jit
         def read(params, tokens):
-            trunk = read_rows(self.model, params, {"tokens": tokens}, with_trace=False)
-            return trunk.stats.correct, trunk.nll_sum, jnp.sum(trunk.weights)
+            reading = read_rows(self.model, params, {"tokens": tokens}, with_trace=False)
+            highest = jnp.max(logits(reading.hidden, self.model.head(params)), axis=-1)
+            total = jax.nn.logsumexp(logits(reading.hidden, self.model.head(params)), axis=-1)
+            return {
+                "correct": reading.stats.correct,
+                "nll": reading.stats.nll,
+                "confidence": jnp.exp(highest - total),
+            }
 
         return read
 
-    def _read(self, params: Params, rows: RecallRows) -> dict[str, Any]:
-        size = max(self.sizes.midtrain.rows * self.sizes.midtrain.shape.length, 1)
-        size = max(size // rows.tokens.shape[1], 1)
-        correct, nll, count = [], 0.0, 0.0
-        for begin in range(0, len(rows.tokens), size):
-            part = self._correct(params, rows.tokens[begin : begin + size])
-            correct.append(np.asarray(part[0]))
-            nll, count = nll + float(part[1]), count + float(part[2])
-        recalls = _recalls(np.concatenate(correct), rows)
-        values = np.sum(rows.recall, axis=1) / VALUE
+    def _figures(self, params: Params, rows: RecallRows) -> dict[str, float]:
+        size = max(8192 // rows.tokens.shape[1], 1)
+        parts = [
+            self._read(params, rows.tokens[begin : begin + size])
+            for begin in range(0, len(rows.tokens), size)
+        ]
+        read = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        marked = rows.recall[:, 1:]
+        nll = read["nll"][:, :-1]
+        whole = np.exp(-nll[marked].reshape(-1, VALUE).sum(axis=1))
         return {
-            "loss": nll / count,
-            "recall": float(np.average(recalls, weights=values)),
-            "recalls": recalls,
+            "loss": float(nll.mean()),
+            "recall": _recall(read["correct"], rows),
+            "sampled": float(whole.mean()),
+            "calibration": calibration_error(
+                read["confidence"][:, :-1][marked], read["correct"][:, :-1][marked]
+            ),
         }
 
-    @functools.cached_property
-    def _eval_step(self):
-        config = RefineConfig(reward="binary", selection="uniform", num_positions=16)
-        return make_eval_step(self.model, config, eos_id=self.corpus.eos)
 
-    def _reward(self, params: Params, rows: RecallRows) -> float:
-        size = self.sizes.midtrain.rows
-        total = count = 0.0
-        for index, begin in enumerate(range(0, len(rows.tokens) - size + 1, size)):
-            batch = {"tokens": rows.tokens[begin : begin + size]}
-            sums, _ = self._eval_step(params, batch, jax.random.key(index))
-            total, count = total + float(sums["reward_sum"]), count + float(sums["rollout_count"])
-        return total / count
-
-    def _batches(self, stage: Stage, *key: int) -> Iterator[dict[str, np.ndarray]]:
-        for step in range(stage.steps):
-            rows = self.corpus.documents(stage.shape, stage.rows, *key, first=step * stage.rows)
-            yield {"tokens": rows.tokens}
-
-    def _say(self, what: str, figures: dict[str, Any]) -> None:
-        words = [f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, int | float)]
-        print(f"{self.name}: {what}: {', '.join(words)}", flush=True)
+def _recall(correct: np.ndarray, rows: RecallRows) -> float:
+    """Fraction of the rows' values that are predicted whole, by correct [n, T] (of t + 1)."""
+    return float(correct[:, :-1][rows.recall[:, 1:]].reshape(-1, VALUE).all(axis=1).mean())
 
 
-def _answers(rows: RecallRows) -> np.ndarray:
-    """[n, T] int32: 1 at the answers, their ends of sequence among them."""
-    mask = np.zeros_like(rows.tokens)
-    mask[:, -ANSWER:] = 1
-    return mask
-
-
-def _recalls(correct: np.ndarray, rows: RecallRows) -> list[float]:
-    """Fraction of each row's values that are predicted whole, by correct [n, T] (of t + 1)."""
-    recalls = []
-    for row, marked in zip(correct, rows.recall, strict=True):
-        values = row[:-1][marked[1:]].reshape(-1, VALUE)
-        recalls.append(float(values.all(axis=1).mean()))
-    return recalls
-
-
-def _spread(steps: int, points: int) -> set[int]:
-    return {round(steps * (index + 1) / points) for index in range(points)}
-
-
-def _jackknife(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The shares of signal, and their standard errors by leaving out one batch at a time."""
-    batches = len(products)
-    without = [
-        _signal_shares(np.delete(np.delete(products, batch, axis=0), batch, axis=2))
-        for batch in range(batches)
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Mean of |accuracy - confidence| [n] over equal bins of confidence, weighted by their size."""
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = [
+        abs(np.sum(correct[bins == index] - confidence[bins == index])) for index in range(_BINS)
     ]
-    return _signal_shares(products), np.sqrt((batches - 1) * np.var(without, axis=0))
-
-
-def _signal_shares(products: np.ndarray) -> np.ndarray:
-    """Shares of gradients' mean square that batches have in common, and draws of one batch.
-
-    products: inner products [b, n, b, n] of the gradients of b batches, n draws of each. Those of
-    two independent gradients have the squared norm of what both expect as their mean.
-    """
-    batches, draws = products.shape[:2]
-    squares, same = np.einsum("bnbn->", products), np.einsum("bnbm->", products)
-    if not squares:  # no rollout was rewarded
-        return np.zeros(2)
-    of_batches = (products.sum() - same) / ((batches - 1) * draws)
-    of_draws = (same - squares) / (draws - 1)
-    return np.array([of_batches, of_draws]) / squares
+    return float(np.sum(gaps) / len(confidence))

@@ -1,278 +1,256 @@
-"""A study on a CPU: does ReFINE help a small LaCT and a small DeltaNet to remember?
+"""A study on a CPU: what does ReFINE add to models that next-token training no longer improves?
 
     python experiments/study/study.py                      # all; goes on where it was interrupted
-    python experiments/study/study.py --small              # a few steps: does everything run?
-    python experiments/study/study.py --report             # tables and curves of what is done
+    python experiments/study/study.py --task=symbols --family=deltanet --core
     python experiments/study/study.py --signals            # only how noisy each estimator is
+    python experiments/study/study.py --report             # tables of what is done
+    python experiments/study/study.py --small              # a few steps: does everything run?
 
-Both models are pre-trained on short documents that are mostly facts, then mid-trained on longer
-ones that are mostly source code (`corpus.py`), by next-token training (NTP) and by ReFINE, with the
-same documents in the same order. Compared are models after equal steps and after equal time, five
-seeds each; learning rates are chosen for each objective on other documents and another seed.
-Ablations change one thing of ReFINE. Then the ReFINE models are post-trained on questions, and
-adapted to each prompt before they answer it. The models run in processes of their own, each on its
-share of the cores.
+Base models of two families are trained on two tasks (`tasks.py`) until further next-token training
+does not improve them. Every arm of `arms.py` then continues from the same models. A finished run is
+a line of results.jsonl, beside this file, and is never repeated; a line says what it measured, with
+which learning rate, seed and base model. Delete lines to run them again.
 
-`--signals` pre-trains, or reuses, the base models and measures for each of ESTIMATORS how much of
-its gradient is signal: one table, and last its figures as one line of JSON.
-
-    WORKDIR/study.md  study.json  study.png    tables, figures, curves
-    WORKDIR/MODEL/NAME.json  NAME.msgpack      what each run gave, and its parameters
+    --results FILE       what each run gave; study.png beside it: recall against loss, by weight
+    --workdir DIR        DIR/TASK/FAMILY/base-SEED.msgpack, and compiled programs
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sizes import MODELS, SIZES, StudyPlan
+from arms import ARMS, BEST, CORE, FINAL, SMALL, TEMPERATURES, Arm, Seeds
 
-from refine_jax.base.files import path_flag, write_bytes, write_text
-from refine_jax.presets import PRESETS
+from refine_jax.base.files import path_flag, write_bytes
 
 if TYPE_CHECKING:
     from lab import Lab
 
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "reward=binary": {"reward": "binary"},
-    "reward=hybrid": {"reward": "hybrid"},
-    "selection=uniform": {"selection": "uniform"},
-    "selection=argmax": {"selection": "argmax"},
-    "k=1": {"rollout_length": 1},
-    "k=7": {"rollout_length": 7},
-    "c=2": {"num_positions": 2},
-    "n=4 a position, lambda_rl=1": {
-        "rollouts_per_position": 4,
-        "grouping": "position",
-        "lambda_rl": 1.0,
-    },
-}
-# Of these it is measured how much of the gradient is signal (whatever the weight lambda_rl), by
-# what they change of the published estimator.
-ESTIMATORS: dict[str, dict[str, Any]] = {
-    "next-token": {"objective": "ntp"},
-    "published": {},
-    "reward=binary": ABLATIONS["reward=binary"],
-    "reward=hybrid": ABLATIONS["reward=hybrid"],
-    "reward=whole": {"reward": "whole"},
-    "reward=prefix": {"reward": "prefix"},
-    "reward=expected": {"reward": "expected"},
-    "selection=uniform": ABLATIONS["selection=uniform"],
-    "selection=argmax": ABLATIONS["selection=argmax"],
-    "selection=variance": {"selection": "variance"},
-    "credit=reward_to_go": {"credit": "reward_to_go"},
-    "baseline=optimal_token": {"baseline": "optimal_token"},
-    "n=4 a position": ABLATIONS["n=4 a position, lambda_rl=1"],
-    "n=8, c=1, baseline=leave_one_out": {
-        "rollouts_per_position": 8,
-        "num_positions": 1,
-        "baseline": "leave_one_out",
-    },
-    "preset=low_noise": PRESETS["low_noise"],
-    "preset=exact": PRESETS["exact"],
-} | {
-    f"exact, {reward}, {selection}": {
-        "estimator": "exact",
-        "reward": reward,
-        "selection": selection,
-    }
-    for reward in ("whole", "prefix")
-    for selection in ("all", "entropy", "variance")
-}
-TUNING_SEED = 1000
+TASKS = ("symbols", "crowded", "text")
+FAMILIES = ("deltanet", "lact")
+RESULTS = Path(__file__).with_name("results.jsonl")
+Line = dict[str, Any]
 
 
 class ResultStore:
-    """Results of runs as JSON files, parameters beside them; a finished run is not repeated."""
+    """Lines of a JSON-lines file, found by what was run; a finished run is not repeated."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path):
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
 
-    def get(
-        self, name: str, settings: Mapping[str, Any], run: Callable[[], tuple[Any, dict]]
-    ) -> dict[str, Any]:
-        """What `run` gives as its second value, from the file if it was run with these settings."""
-        from flax import serialization
+    def find(self, **wanted: Any) -> list[Line]:
+        """The lines with these values."""
+        return [
+            line
+            for line in self.lines
+            if all(line.get(name) == value for name, value in wanted.items())
+        ]
 
-        file = self.folder / f"{name}.json"
-        settings = json.loads(json.dumps(settings))
-        if file.is_file():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["settings"] == settings:
-                return record["results"]
-        params, results = run()
-        if params is not None:
-            write_bytes(self._params(name), serialization.to_bytes(params))
-        record = {"settings": settings, "results": results}
-        write_text(file, json.dumps(record))
-        return results
-
-    def params(self, name: str, like: Any) -> Any:
-        """The parameters of a run that is done."""
-        from flax import serialization
-
-        return serialization.from_bytes(like, self._params(name).read_bytes())
-
-    def _params(self, name: str) -> Path:
-        return self.folder / f"{name}.msgpack"
+    def get(self, what: Line, run: Callable[[], Line]) -> Line:
+        """The line of the run `what`, with what `run` gives if there is none yet."""
+        if found := self.find(**what):
+            return found[0]
+        begin = time.process_time()
+        line = what | _rounded(run())
+        line["cpu_seconds"] = round(time.process_time() - begin, 1)
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        return line
 
 
-@dataclasses.dataclass(frozen=True)
-class StudyStart:
-    """What the runs of one model start from.
-
-    base: parameters of the pre-trained model. settings: what made it, and the study's sizes.
-    """
-
-    lab: Lab
-    records: ResultStore
-    base: Any
-    settings: dict[str, Any]
-
-
-def begin(name: str, plan: StudyPlan, workdir: Path) -> StudyStart:
-    """Pre-train one model, unless that is done."""
-    import jax
-    from corpus import FactCorpus, train_vocabulary
-    from lab import Lab
-
-    # Programs recur when a study goes on.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    sizes = plan.sizes
-    vocabulary = workdir / "vocabulary.model"
-    if not vocabulary.is_file():
-        train_vocabulary(vocabulary, sizes.vocabulary)
-    lab = Lab(name, sizes, FactCorpus(vocabulary))
-    records = ResultStore(workdir / name)
-    made_of = {
-        "fields": sizes.fields[name],
-        "vocabulary": sizes.vocabulary,
-        "stages": [dataclasses.asdict(stage) for stage in sizes.pretrain[name]],
-        "rate": sizes.pretrain_rate[name],
-        "repeated": sizes.repeated[name],
-        "fast_rate": sizes.fast_rate,
-        "jax": jax.__version__,
+def _rounded(line: Line) -> Line:
+    return {
+        name: _rounded(value)
+        if isinstance(value, dict)
+        else round(value, 6)
+        if isinstance(value, float)
+        else value
+        for name, value in line.items()
     }
-    records.get("base", made_of, lab.pretrain)
-    own = {"fields": {}, "pretrain": {}, "repeated": {}, "pretrain_rate": {}}  # in `made_of`
-    settings = made_of | {"sizes": dataclasses.asdict(dataclasses.replace(sizes, **own))}
-    return StudyStart(lab, records, records.params("base", lab.model.abstract_params()), settings)
 
 
-def measure_signals(start: StudyStart) -> None:
-    """How much of the gradient of each of ESTIMATORS is signal, in the base model."""
-    from refine_jax.config import RefineConfig
+class Study:
+    """The runs of one family on one task."""
 
-    lab, base = start.lab, start.base
-    configs = {name: RefineConfig(**values) for name, values in ESTIMATORS.items()}
-    next_token = functools.cache(lambda: lab.gradients(base, configs["next-token"]))
-    for name, config in configs.items():
+    def __init__(self, lab: Lab, task: str, store: ResultStore, workdir: Path, seeds: Seeds):
+        self.lab, self.store, self.seeds = lab, store, seeds
+        self.common = {"task": task, "family": lab.family}
+        self.folder = workdir / task / lab.family
+        self._bases: dict[int, tuple[Any, str]] = {}
 
-        def measure(name=name, config=config):
-            return None, lab.signal(name, lab.gradients(base, config), next_token())
+    def base(self, seed: int) -> tuple[Any, str]:
+        """The base model of a seed and its fingerprint; trained where its file is not there."""
+        from flax import serialization
 
-        start.records.get(f"share-{name}", start.settings | dataclasses.asdict(config), measure)
+        if seed not in self._bases:
+            file = self.folder / f"base-{seed}.msgpack"
+            if file.is_file():
+                params = serialization.from_bytes(
+                    self.lab.model.abstract_params(), file.read_bytes()
+                )
+            else:
+                params = self.lab.pretrain(seed)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(file, serialization.to_bytes(params))
+            self._bases[seed] = params, self.lab.fingerprint(params)
+        params, name = self._bases[seed]
+        what = self.common | {"kind": "base", "seed": seed, "base": name}
+        self.store.get(what, lambda: {"measured": self.lab.measure(params)})
+        return params, name
+
+    def run(self, kind: str, name: str, rate: float, seed: int) -> Line:
+        """One run of an arm: "saturation", "tune" or "final"."""
+        params, base = self.base(seed)
+        what = self.common | {"kind": kind, "arm": name, "rate": rate, "seed": seed, "base": base}
+
+        def make() -> Line:
+            from lab import MEASURE, TUNE
+
+            if same := self.store.find(**what | {"kind": "saturation"}):
+                return {"measured": same[0]["measured"]}
+            trained = self.lab.continue_by(params, ARMS[name], rate, seed)
+            stream = TUNE if kind == "tune" else MEASURE
+            return {"measured": self.lab.measure(trained, stream)}
+
+        return self.store.get(what, make)
+
+    def rate(self, name: str) -> float:
+        """The learning rate of an arm, chosen by recall on the tuning seeds."""
+        name = ARMS[name].rate_of or name
+
+        def recall(rate: float) -> float:
+            runs = [self.run("tune", name, rate, seed) for seed in self.seeds.tuning]
+            return sum(run["measured"]["recall_1"] for run in runs)
+
+        return max(self.seeds.rates, key=recall)
+
+    def saturation(self) -> None:
+        """Continue next-token training at every rate, from every base."""
+        for seed in self.seeds.final:
+            for rate in self.seeds.rates:
+                self.run("saturation", "ntp", rate, seed)
+
+    def cooling(self) -> None:
+        """Measure the base models at lower temperatures."""
+        for seed in self.seeds.final:
+            params, base = self.base(seed)
+            for temperature in TEMPERATURES:
+                what = {"kind": "cooled", "temperature": temperature, "seed": seed, "base": base}
+
+                def make(params=params, temperature=temperature) -> Line:
+                    return {"measured": self.lab.measure(self.lab.cooled(params, temperature))}
+
+                self.store.get(self.common | what, make)
+
+    def compare(self, names: tuple[str, ...]) -> None:
+        """Tune arms and run their final seeds, arm by arm; then their costs."""
+        for name in names:
+            rate = self.rate(name)
+            for seed in self.seeds.final:
+                self.run("final", name, rate, seed)
+            self.cost(name)
+
+    def cost(self, name: str) -> None:
+        """Measure a step of an arm against one of next-token training."""
+        params, _ = self.base(self.seeds.tuning[0])
+        rounds = self.seeds.rounds
+
+        def make() -> Line:
+            pair = {"ntp": ARMS["ntp"], name: ARMS[name]}
+            seconds = self.lab.step_seconds(params, pair, rounds)
+            return {"seconds": seconds, "ratio": seconds[name] / seconds["ntp"]}
+
+        self.store.get(self.common | {"kind": "cost", "arm": name}, make)
+
+    def signals(self, names: tuple[str, ...]) -> None:
+        """How much of the gradient of each estimator is signal, in the tuning seed's base."""
+        from signals import gradients, signal
+
+        params, base = self.base(self.seeds.tuning[0])
+        next_token = None
+        for name in names:
+            what = self.common | {"kind": "signal", "arm": name, "base": base}
+            if self.store.find(**what):
+                continue
+            if next_token is None:
+                next_token = gradients(self.lab, params, ARMS["ntp"])
+
+            def make(name=name, next_token=next_token) -> Line:
+                return signal(gradients(self.lab, params, ARMS[name]), next_token)
+
+            self.store.get(what, make)
+            self.cost(name)
+
+    def answers(self) -> None:
+        """Post-training and test-time training by the arms of BEST, and by next tokens."""
+        methods: dict[str, Arm | None] = {"answers only": None}
+        methods |= {name: ARMS[name] for name in ("ntp", *BEST)}
+
+        def posttrained(name: str, rate: float, seed: int) -> tuple[Any, str]:
+            params, base = self.base(seed)
+            return self.lab.posttrain(params, methods[name], rate, seed), base
+
+        def run(kind: str, name: str, rate: float, seed: int, tuning: bool, make) -> Line:
+            what = self.common | {"kind": kind, "arm": name, "rate": rate, "seed": seed}
+            return self.store.get(what, lambda: make(name, rate, seed, tuning))
+
+        def all_seeds(kind: str, names, make) -> None:
+            from lab import ASK, TUNE
+
+            for name in names:
+                tuned = {
+                    rate: run(kind, name, rate, seed, TUNE, make)["recall"]
+                    for rate in self.seeds.rates
+                    for seed in self.seeds.tuning[:1]
+                }
+                rate = max(tuned, key=tuned.__getitem__)
+                for seed in self.seeds.final:
+                    run(kind, name, rate, seed, ASK, make)
+
+        def post(name, rate, seed, stream) -> Line:
+            params, base = posttrained(name, rate, seed)
+            return {"base": base} | self.lab.answer(params, stream=stream)
+
+        def adapt(name, rate, seed, stream) -> Line:
+            params, base = posttrained("answers only", self._answer_rate(), seed)
+            arm = methods[name]
+            return {"base": base} | self.lab.adapt_and_answer(
+                params, arm, rate, seed, stream=stream
+            )
+
+        all_seeds("posttrain", methods, post)
+        all_seeds("testtime", ("ntp", *BEST), adapt)
+
+    def _answer_rate(self) -> float:
+        (line, *_) = self.store.find(
+            **self.common, kind="posttrain", arm="answers only", seed=self.seeds.final[0]
+        )
+        return line["rate"]
 
 
-def study(name: str, plan: StudyPlan, workdir: Path) -> None:
-    """All runs of one model, in an order in which each finds what it starts from."""
-    from lab import POSTTRAINING, TUNE
-
-    from refine_jax.config import RefineConfig
-
-    start = begin(name, plan, workdir)
-    lab, records, base, common = start.lab, start.records, start.base, start.settings
-    sizes, like = plan.sizes, lab.model.abstract_params()
-    records.get("before", common, lambda: (None, lab.measure(base)))
-    measure_signals(start)
-
-    def midtrain(run: str, config: RefineConfig, rate: float, seed: int, keep=False, **options):
-        def make():
-            params, results = lab.midtrain(base, config, rate, seed, **options)
-            return params if keep else None, results
-
-        settings = common | dataclasses.asdict(config) | {"rate": rate, "seed": seed} | options
-        return records.get(run, settings, make)
-
-    configs = {name: RefineConfig(objective=name) for name in ("ntp", "refine")}
-    ablations = {n: ABLATIONS[n] for n in (ABLATIONS if plan.ablations is None else plan.ablations)}
-    steps, rates = sizes.midtrain.steps, {}
-    for objective, config in configs.items():
-        runs = {
-            rate: midtrain(f"tune-{objective}-{rate:g}", config, rate, TUNING_SEED, stream=TUNE)
-            for rate in plan.rates
-        }
-        loss = f"loss_{sizes.midtrain.shape.length}"
-        rates[objective] = min(runs, key=lambda rate: runs[rate]["measured"][str(steps)][loss])
-    configured = {name: (config, rates[name]) for name, config in configs.items()}
-    settings = common | {"rates": dict(rates)}
-    cost = records.get("cost", settings, lambda: (None, lab.step_seconds(base, configured)))
-    # As many steps of next-token training as take the time of ReFINE's.
-    equal = round(steps * min(max(cost["refine"] / cost["ntp"], 1.0), sizes.longest))
-    chosen = {"rates": rates, "step_seconds": cost, "steps": steps, "equal_compute_steps": equal}
-
-    for seed in range(plan.seeds):
-        more = {"steps": equal, "marks": [steps, equal]}
-        midtrain(f"mid-ntp-{seed}", configs["ntp"], rates["ntp"], seed, **more)
-        midtrain(f"mid-refine-{seed}", configs["refine"], rates["refine"], seed, keep=True)
-
-    starts = {s: records.params(f"mid-refine-{s}", like) for s in range(plan.seeds)}
-    for seed, start in starts.items():
-        settings = common | {"start": chosen}
-        records.get(f"post-none-{seed}", settings, lambda p=start: (None, lab.answers(p)))
-
-    def all_seeds(run: str, tried: str, choices: tuple[float, ...], train) -> None:
-        """Choose a rate on other questions, then train with it; train(start, rate, seed)."""
-
-        def get(label: str, rate: float, make) -> dict[str, Any]:
-            return records.get(label, common | {"rate": rate, "start": chosen}, make)
-
-        def tune(rate: float) -> float:
-            def make():
-                return None, train(0, rate, TUNING_SEED, stream=TUNE)[1]
-
-            return get(f"tune-{tried}-{rate:g}", rate, make)["recall"]
-
-        rate = max(choices, key=tune)
-        rates[tried] = rate
-        for seed in range(plan.seeds):
-            get(f"{run}-{seed}", rate, lambda s=seed: train(s, rate, s))
-
-    for variant in POSTTRAINING:
-
-        def posttrain(start, rate, seed, variant=variant, **options):
-            return lab.posttrain(starts[start], variant, rate, seed, **options)
-
-        all_seeds(f"post-{variant}", variant, plan.answer_rates, posttrain)
-
-    trained = {s: records.params(f"post-nested_refine-{s}", like) for s in range(plan.seeds)}
-    for objective in configs:
-
-        def testtime(start, rate, seed, objective=objective, **options):
-            return None, lab.testtime(trained[start], objective, rate, seed, **options)
-
-        all_seeds(f"testtime-{objective}", f"testtime-{objective}", plan.rates, testtime)
-
-    write_text(workdir / name / "chosen.json", json.dumps(chosen))
-    for seed in range(plan.ablation_seeds):
-        for ablation, change in ablations.items():
-            config = dataclasses.replace(configs["refine"], **change)
-            midtrain(f"ablation-{ablation}-{seed}", config, rates["refine"], seed)
-
-
-def _start(name: str, share: set[int] | None, arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, __file__, f"--model={name}", *arguments]
-    limit = None if share is None else (lambda: os.sched_setaffinity(0, share))
-    return subprocess.Popen(command, preexec_fn=limit)
+def stages(study: Study, args: argparse.Namespace) -> Iterator[Callable[[], None]]:
+    """What is run, the most important first."""
+    if args.signals:
+        yield lambda: study.signals(tuple(ARMS))
+        return
+    yield study.saturation
+    yield study.cooling
+    yield lambda: study.compare(CORE)
+    if not args.core:
+        yield lambda: study.compare(tuple(ARMS))
+        yield lambda: study.signals(tuple(ARMS))
+        yield study.answers
 
 
 def main() -> int:
@@ -281,54 +259,50 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--workdir", type=path_flag, help="default: runs/study, or runs/study-small")
-    flags.add_argument("--model", choices=MODELS, help="only the runs of this model, and no report")
+    flags.add_argument("--results", type=path_flag, help="default: results.jsonl beside this file")
+    flags.add_argument("--task", choices=TASKS, help="only this task")
+    flags.add_argument("--family", choices=FAMILIES, help="only this family")
+    flags.add_argument("--core", action="store_true", help="only saturation and the core arms")
+    flags.add_argument("--signals", action="store_true", help="only the shares of signal")
     flags.add_argument("--small", action="store_true", help="tiny models, a few steps")
-    flags.add_argument("--report", action="store_true", help="only the tables and curves")
-    flags.add_argument(
-        "--signals",
-        action="store_true",
-        help="only how much of each estimator's gradient is signal",
-    )
+    flags.add_argument("--report", action="store_true", help="only the tables of what is done")
     args = flags.parse_args()
-    form = "small" if args.small else "full"
     workdir = args.workdir or Path("runs/study-small" if args.small else "runs/study")
-    workdir.mkdir(parents=True, exist_ok=True)
+    results = args.results or (workdir / "results.jsonl" if args.small else RESULTS)
+    if not args.report:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run(args, workdir, results)
+    from report import plot_trade, report
+
+    lines = ResultStore(results).lines
+    print(report(lines))
+    plot_trade(lines, results.with_name("study.png"))
+    return 0
+
+
+def run(args: argparse.Namespace, workdir: Path, results: Path) -> None:
+    """All runs that are not done yet."""
     if args.small:
         # Unoptimised machine code: its programs run for less time than they take to optimise.
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    if args.model:
-        if args.signals:
-            measure_signals(begin(args.model, SIZES[form], workdir))
-        else:
-            study(args.model, SIZES[form], workdir)
-        return 0
-    if not args.report:
-        from corpus import train_vocabulary
+    import jax
+    from lab import Lab
+    from plans import make_task, plan_of
 
-        if not (workdir / "vocabulary.model").is_file():
-            train_vocabulary(workdir / "vocabulary.model", SIZES[form].sizes.vocabulary)
-        shares = [None] * len(MODELS)
-        if hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-            if len(cores) >= len(MODELS):
-                shares = [set(cores[i :: len(MODELS)]) for i in range(len(MODELS))]
-        arguments = [f"--workdir={workdir}"] + ["--small"] * args.small
-        arguments += ["--signals"] * args.signals
-        started = [
-            _start(name, share, arguments) for name, share in zip(MODELS, shares, strict=True)
+    # Programs recur when a study goes on.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    store = ResultStore(results)
+    seeds = SMALL if args.small else FINAL
+    for task in [args.task] if args.task else TASKS:
+        made = make_task(task, workdir, args.small)
+        studies = [
+            Study(Lab(family, plan_of(task, family, args.small), made), task, store, workdir, seeds)
+            for family in ([args.family] if args.family else FAMILIES)
         ]
-        failed = [process.args for process in started if process.wait() != 0]
-        if failed:
-            print(f"error: failed: {failed}", file=sys.stderr)
-            return 1
-    from report import report, report_signals
-
-    if args.signals:
-        print(report_signals(workdir, SIZES[form], ESTIMATORS))
-    else:
-        print(report(workdir, SIZES[form], ABLATIONS, ESTIMATORS))
-    return 0
+        for stage in zip(*(stages(study, args) for study in studies), strict=True):
+            for of_family in stage:
+                of_family()
 
 
 if __name__ == "__main__":

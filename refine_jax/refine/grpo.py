@@ -373,7 +373,8 @@ def expected_reward_loss(
         mini_batch_mask=mini_batch_mask,
         **clipping,
     )
-    rewards = jnp.exp(jnp.where(mask != 0, true_log_probs, -jnp.inf)) / mask.shape[-1]
+    length = jnp.maximum(jnp.sum(mask != 0, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
+    rewards = jnp.exp(jnp.where(mask != 0, true_log_probs, -jnp.inf)) / length
     return loss - aggregate(rewards, mask, aggregation, mini_batch_mask), metrics
 
 

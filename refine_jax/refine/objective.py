@@ -21,7 +21,7 @@ from refine_jax.config import RefineConfig
 from refine_jax.models.head import reweighted_loss, token_log_probs
 from refine_jax.models.layout import Layout
 from refine_jax.models.trainable import join, select
-from refine_jax.models.transformer import Model, Params, State, TracedForks
+from refine_jax.models.transformer import Model, Params
 from refine_jax.parallel import constrain, over_shards, take_tokens
 from refine_jax.refine.exact import (
     expected_match_loss,
@@ -46,34 +46,18 @@ from refine_jax.refine.reading import (
     read_rows,
     target_weights,
 )
-from refine_jax.refine.rewards import EXPECTED, token_rewards
-from refine_jax.refine.rollout import Scores, fork_rollouts, sample_rollouts, scores_of
+from refine_jax.refine.rewards import EXPECTED, counted_tokens, token_rewards
+from refine_jax.refine.rollout import (
+    Experience,
+    Forks,
+    Scores,
+    fork_rollouts,
+    sample_rollouts,
+    scores_of,
+)
 from refine_jax.refine.selection import rollout_slots, select_positions, selectable
 
 Metrics = dict[str, jax.Array]
-
-
-class Forks(NamedTuple):
-    """States that rollouts continue, and the true tokens that they are compared with."""
-
-    starts: jax.Array  # [B, R] int32, slot of the first token
-    valid: jax.Array  # [B, R] bool, whether the k true tokens are real and of one document
-    last_hidden: jax.Array  # [B, R, D], predicts the first token
-    state: State | TracedForks  # leaves [L, B, R, ...]
-    true_tokens: jax.Array  # [B, R, k] int32
-    true_hidden: jax.Array  # [B, R, k, D]
-
-
-class Experience(NamedTuple):
-    """Rollouts with their rewards; constants for the gradient."""
-
-    starts: jax.Array  # [B, R] int32, as in `Forks`
-    valid: jax.Array  # [B, R] bool
-    tokens: jax.Array  # [B, R, k] int32
-    rewards: jax.Array  # [B, R]
-    advantages: jax.Array  # [B, R, k], or [B, R, 1] where all tokens of a rollout have one
-    old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
-    ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
 
 
 class MiniBatch(NamedTuple):
@@ -287,10 +271,16 @@ class Objective:
     def _policy_loss(self, experience, scores, whole):
         """Compute the micro-batch's share of the mini-batch's policy loss, with the KL term."""
         config, k = self.config, self.config.rollout_length
-        mask, whole_mask = (_token_mask(valid, k) for valid in (experience.valid, whole.valid))
+        rollouts, whole_mask = (_token_mask(valid, k) for valid in (experience.valid, whole.valid))
 
         def tokens(x):  # [B, R, k] -> [B R, k]
             return jnp.broadcast_to(x, experience.tokens.shape).reshape(-1, k)
+
+        # Tokens beyond a rollout's length have no loss. Denominators count rollouts then, which
+        # are known before any forward pass.
+        mask = rollouts
+        if experience.counted is not None:
+            mask = rollouts * tokens(experience.counted)
 
         arrays = [tokens(scores.log_probs), tokens(experience.old_log_probs)]
         loss_of = policy_loss
@@ -306,14 +296,14 @@ class Objective:
         )
         metrics = {f"policy/{name}": value for name, value in metrics.items()}
         metrics["policy/entropy"] = aggregate(
-            tokens(scores.entropies), mask, "token-mean", whole_mask
+            tokens(scores.entropies), mask, "seq-mean-token-mean", whole_mask
         )
         metrics["loss/policy"] = loss
         if config.kl_coef > 0:
             penalty = kl_penalty(arrays[0], tokens(experience.ref_log_probs), config.kl_type)
             metrics["loss/kl"] = aggregate(penalty, mask, config.loss_aggregation, whole_mask)
             loss += config.kl_coef * metrics["loss/kl"]
-        shares = reward_shares(experience.rewards, experience.advantages, mask, whole_mask)
+        shares = reward_shares(experience.rewards, experience.advantages, rollouts, whole_mask)
         shares["rollouts/valid"] = jnp.sum(experience.valid) / len(whole_mask)
         return loss, metrics | shares
 
@@ -368,7 +358,11 @@ class Objective:
             )
             slots = rollout_slots(starts, k)
             truth = take_tokens(batch["tokens"], slots), take_tokens(reading.hidden, slots)
-        return Forks(starts, valid, last_hidden, state, *truth)
+        counted = None
+        if self.config.rollout_lengths == "adaptive":
+            entropy = take_tokens(reading.stats.entropy, slots - 1)
+            counted = counted_tokens(entropy, self.config.entropy_budget)
+        return Forks(starts, valid, last_hidden, state, *truth, counted)
 
     def scores(
         self, params: Params, last_hidden, hidden, tokens: jax.Array, true_tokens: jax.Array
@@ -396,6 +390,7 @@ class Objective:
             tokens,
             forks.true_tokens,
             true_log_probs=scores.true_log_probs,
+            counted=forks.counted,
         )
 
         def compare(rewards, valid, energy):
@@ -423,6 +418,7 @@ class Objective:
             advantages,
             scores.log_probs,
             ref_log_probs,
+            forks.counted,
         )
 
     def reference_log_probs(

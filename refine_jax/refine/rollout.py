@@ -21,6 +21,31 @@ from refine_jax.refine.grpo import gradient_energy, sum_squared_probs
 _READ_AGAIN = 16
 
 
+class Forks(NamedTuple):
+    """States that rollouts continue, and the true tokens that they are compared with."""
+
+    starts: jax.Array  # [B, R] int32, slot of the first token
+    valid: jax.Array  # [B, R] bool, whether the k true tokens are real and of one document
+    last_hidden: jax.Array  # [B, R, D], predicts the first token
+    state: State | TracedForks  # leaves [L, B, R, ...]
+    true_tokens: jax.Array  # [B, R, k] int32
+    true_hidden: jax.Array  # [B, R, k, D]
+    counted: jax.Array | None = None  # [B, R, k] bool, tokens that count; None: all of them
+
+
+class Experience(NamedTuple):
+    """Rollouts with their rewards; constants for the gradient."""
+
+    starts: jax.Array  # [B, R] int32, as in `Forks`
+    valid: jax.Array  # [B, R] bool
+    tokens: jax.Array  # [B, R, k] int32
+    rewards: jax.Array  # [B, R]
+    advantages: jax.Array  # [B, R, k], or [B, R, 1] where all tokens of a rollout have one
+    old_log_probs: jax.Array  # [B, R, k], of the policy that rolled out
+    ref_log_probs: jax.Array | None  # [B, R, k], of the initial policy
+    counted: jax.Array | None = None  # [B, R, k] bool, as in `Forks`
+
+
 class Scores(NamedTuple):
     """What the policy says of given rollouts."""
 

@@ -28,8 +28,9 @@ from refine_jax.models.transformer import Model, Params, State
 from refine_jax.parallel import axis_size, constrain_state, take_tokens
 from refine_jax.refine.exact import match_probabilities
 from refine_jax.refine.grpo import policy_weight
-from refine_jax.refine.objective import Experience, Metrics, Objective
+from refine_jax.refine.objective import Metrics, Objective
 from refine_jax.refine.reading import Batch
+from refine_jax.refine.rollout import Experience
 from refine_jax.refine.selection import rollout_slots
 
 

@@ -1,12 +1,13 @@
-"""The study of `experiments/study`: its text, its bookkeeping and its statistics."""
+"""The study of `experiments/study`: its tasks, its bookkeeping and its statistics."""
 
 import dataclasses
-import json
+import functools
 import re
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,9 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "st
 
 import corpus as text
 import report
-import sizes
-from lab import TUNE, Lab, _jackknife, _recalls
-from study import ABLATIONS, ESTIMATORS, ResultStore, begin, measure_signals, study
+import study as command
+from arms import ARMS, BEST, CORE, FINAL, RULES, SMALL
+from lab import Lab, _recall, calibration_error
+from plans import make_task, plan_of
+from signals import at_equal_cost, gradients, jackknife, signal
+from study import ResultStore, Study
+from tasks import SymbolTask
 
 from refine_jax.base.errors import DataError
 from refine_jax.config import Config, RefineConfig
@@ -102,6 +107,58 @@ def test_facts_that_leave_no_text_are_refused(corpus):
         corpus.documents(text.Shape(60, (4, 4), 3), 1, 0)
 
 
+# Symbols
+
+
+def facts_of(row):
+    """[(key, value)] of a row, in order."""
+    return [(int(key), tuple(map(int, value))) for key, *value in row.reshape(-1, 4)]
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_symbols_mark_the_values_that_were_mentioned_before(scale):
+    task = SymbolTask(keys=9, symbols=5, facts=4, length=32)
+    rows = task.documents(30, 3, 4, scale=scale)
+    assert rows.tokens.shape == rows.recall.shape == (30, 32 * scale)
+    assert rows.tokens.max() < task.vocab_size
+    for tokens, recall in zip(rows.tokens, rows.recall, strict=True):
+        known = {}
+        for (key, value), marks in zip(facts_of(tokens), recall.reshape(-1, 4), strict=True):
+            assert key < 9 <= min(value)
+            assert marks.tolist() == [False] + [key in known] * 3
+            assert known.setdefault(key, value) == value
+        assert len(known) == 4
+
+
+def test_easy_rows_have_fewer_facts():
+    task = SymbolTask(keys=9, symbols=5, facts=8, length=64)
+    rows = task.documents(8, 3, 4, easy=True)
+    counts = [len({key for key, _ in facts_of(tokens)}) for tokens in rows.tokens]
+    assert counts == [8, 4, 2, 1] * 2
+
+
+def test_a_prompt_of_symbols_asks_for_a_fact_that_was_mentioned():
+    rows = SymbolTask(keys=9, symbols=5, facts=4, length=32).prompts(30, 3, 4)
+    places = set()
+    for tokens, recall in zip(rows.tokens, rows.recall, strict=True):
+        *before, asked = facts_of(tokens)
+        assert asked in before
+        assert recall.tolist() == [False] * 29 + [True] * 3
+        places.add(before.index(asked))
+    assert len(places) > 3
+
+
+def test_held_out_symbols_are_others():
+    task = SymbolTask()
+    np.testing.assert_array_equal(task.documents(4, 1).tokens, task.documents(4, 1).tokens)
+    others = (task.documents(4, 2), task.documents(4, 1, held_out=True))
+    for other in others:
+        assert (task.documents(4, 1).tokens != other.tokens).mean() > 0.5
+
+
+# What is measured
+
+
 def test_recall_counts_values_that_are_predicted_whole():
     recall = np.zeros((2, 9), bool)
     recall[0, 2:5] = recall[0, 6:9] = recall[1, 1:4] = True
@@ -109,136 +166,260 @@ def test_recall_counts_values_that_are_predicted_whole():
     correct[0, 1:4] = 1  # predicts tokens 2 to 4
     correct[0, 5:7] = 1  # two of the three tokens 6 to 8
     correct[1, 0:3] = 1
-    assert _recalls(correct, text.RecallRows(np.zeros((2, 9), np.int32), recall)) == [0.5, 1.0]
+    assert _recall(correct, text.RecallRows(np.zeros((2, 9), np.int32), recall)) == 2 / 3
 
 
-def test_a_finished_run_is_repeated_only_with_other_settings(tmp_path):
-    records, calls = ResultStore(tmp_path), []
+def test_calibration_is_the_gap_of_confidence_and_accuracy():
+    confidence = np.array([0.05, 0.95, 0.92, 0.91, 1.0])
+    correct = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
+    # Bins: the first has a gap of 0.05, the last one |3 - 3.78|.
+    assert calibration_error(confidence, correct) == pytest.approx((0.05 + 0.78) / 5)
+
+
+def tiny_lab(family="deltanet"):
+    plan = plan_of("symbols", family, small=True)
+    return Lab(family, plan, make_task("symbols", Path(), small=True))
+
+
+def test_sampled_recall_is_the_probability_of_whole_values():
+    lab = tiny_lab()
+    params = jax.jit(lab.model.init)(jax.random.key(0))
+    figures, rows = lab.measure(params), lab.task.documents(8, 3, held_out=True)
+    hidden = lab.model.forward(params, rows.tokens)[0]
+    log_probs = np.asarray(jax.nn.log_softmax(hidden @ lab.model.head(params).T))
+    chances = [
+        np.exp(sum(log_probs[row, end - 3 + i, rows.tokens[row, end - 2 + i]] for i in range(3)))
+        for row, end in zip(*np.nonzero(rows.recall), strict=True)
+        if (end + 1) % 4 == 0
+    ]
+    assert figures["sampled_1"] == pytest.approx(np.mean(chances), rel=1e-4)
+    assert set(figures) == {
+        f"{name}_{scale}"
+        for name in ("loss", "recall", "sampled", "calibration")
+        for scale in (1, 2)
+    }
+
+
+def test_a_cooled_model_has_its_logits_divided():
+    lab = tiny_lab()
+    params = jax.jit(lab.model.init)(jax.random.key(0))
+    hidden = np.random.default_rng(0).normal(size=(5, 16)).astype(np.float32)
+    plain, cooled = (
+        hidden @ np.asarray(lab.model.head(each)).T for each in (params, lab.cooled(params, 0.5))
+    )
+    np.testing.assert_allclose(cooled, 2 * plain, rtol=1e-6)
+
+
+# Arms
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_arms_are_configurations_of_a_run(name):
+    for task in command.TASKS:
+        plan = plan_of(task, "deltanet", small=False)
+        refine = {**plan.sizes, **ARMS[name].fields}
+        fields = {**plan.fields, "vocab_size": 64}
+        data = {"sequence_length": 64, "min_tokens": 64}
+        config = Config.from_dict({"model": {"fresh": fields}, "refine": refine, "data": data})
+        assert config.refine == ARMS[name].config(plan.sizes)
+
+
+def test_arms_are_known_by_name():
+    assert {arm.rule for arm in ARMS.values()} == {None, *RULES}
+    assert {arm.rate_of for arm in ARMS.values()} <= {None, *ARMS}
+    assert set(BEST) | set(CORE) <= set(ARMS)
+    assert not set(FINAL.final) & set(FINAL.tuning)
+
+
+def test_rules_are_what_they_say():
+    """p is the exact objective for k = 1; an oracle of all tokens scales; smoothing is uniform.
+
+    By gradients with respect to the vocabulary head, to which every rule comes down.
+    """
+    lab = tiny_lab()
+    params = jax.tree.map(lambda x: 1.5 * x, jax.jit(lab.model.init)(jax.random.key(0)))
+    rows, ntp = lab.task.documents(4, 1), RefineConfig(objective="ntp")
+    batch = {"tokens": rows.tokens, "recall": np.ones_like(rows.recall)}
+
+    def of(rule, weight, config=ntp, recall=batch["recall"]):
+        objective = lab.objective(config, rule, weight)
+        marked = batch | {"recall": recall}
+        whole = objective.mini_batch(marked)
+
+        def loss(head):
+            # The library's own objective reads the head's parameters through `head_params`.
+            return objective._loss(params | {"lm_head": head}, marked, whole, None)[0]
+
+        return jax.jit(jax.grad(loss))(params["lm_head"])["weight"]
+
+    exact = RefineConfig(estimator="exact", selection="all", reward="whole", rollout_length=1)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    p, plain = of("p", 3.0), of("oracle", 0.0)
+    close(p, of(None, 3.0, exact))
+    close(of("oracle", 0.5), 1.5 * plain)
+    close(3 * of("1-p", 1.0) + p, 7 * plain)  # plain + 3 (1 - p) and plain + 3 p
+    both = [of("oracle", 2.0, recall=recall) for recall in (rows.recall, ~rows.recall)]
+    close(sum(both), 4 * plain)
+    assert np.abs(both[0] - both[1]).max() > 0.01 * np.abs(plain).max()
+
+    hidden = lab.model.forward(params, rows.tokens)[0][:, :-1]
+
+    def by_hand(head):
+        log_probs = jax.nn.log_softmax(hidden @ head.T)
+        true = jnp.take_along_axis(log_probs, rows.tokens[:, 1:, None], axis=-1)
+        # The gradient of p^3 / 3 weighs that of log p by p^3.
+        return jnp.mean(true), jnp.mean(log_probs), jnp.mean(jnp.exp(3 * true)) / 3
+
+    truth, uniform, cubed = jax.jit(jax.jacrev(by_hand))(params["lm_head"]["weight"])
+    close(plain, -truth)
+    close(of("smoothing", 0.4), -truth - 0.4 * uniform)
+    close(of("p^3", 0.4), -truth - 0.4 * cubed)
+
+
+def test_arms_read_the_same_rows():
+    """With weight 0 every arm is next-token training, and one without steps changes nothing."""
+    lab = tiny_lab()
+    params = jax.jit(lab.model.init)(jax.random.key(0))
+    names = ("ntp", "exact whole", "published")
+    weightless = {
+        name: dataclasses.replace(ARMS[name], fields=ARMS[name].fields | {"lambda_rl": 0.0})
+        for name in names
+    }
+    trained = {name: lab.continue_by(params, arm, 1e-3, 0) for name, arm in weightless.items()}
+    for name in names[1:]:
+        for one, two in zip(*map(jax.tree.leaves, (trained["ntp"], trained[name])), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-5)
+    moved = lab.fingerprint(trained["ntp"])
+    assert moved != lab.fingerprint(params)
+    assert moved == lab.fingerprint(lab.continue_by(params, ARMS["ntp"], 1e-3, 0))
+    assert moved != lab.fingerprint(lab.continue_by(params, ARMS["ntp"], 1e-3, 1))
+
+
+# Bookkeeping
+
+
+def test_a_finished_run_is_never_repeated(tmp_path):
+    path, calls = tmp_path / "results.jsonl", []
 
     def run():
         calls.append(1)
-        return {"w": np.arange(3.0)}, {"loss": len(calls)}
+        return {"measured": {"loss": 1 / 3}, "recall": 0.5}
 
-    assert records.get("a", {"rate": 1e-3, "marks": (1, 2)}, run) == {"loss": 1}
-    assert ResultStore(tmp_path).get("a", {"rate": 1e-3, "marks": (1, 2)}, run) == {"loss": 1}
-    np.testing.assert_array_equal(records.params("a", {"w": np.zeros(3)})["w"], np.arange(3.0))
-    assert records.get("a", {"rate": 2e-3, "marks": (1, 2)}, run) == {"loss": 2}
-
-
-def test_refine_without_policy_loss_is_next_token_training(corpus):
-    """Both objectives see the same documents: with lambda_rl = 0 their models are the same."""
-    plan = sizes.SIZES["small"].sizes
-    lab = Lab("deltanet", dataclasses.replace(plan, measured=plan.measured[:1]), corpus)
-    params = jax.jit(lab.model.init)(jax.random.key(0))
-    trained, figures = {}, {}
-    for name, config in {
-        "ntp": RefineConfig(objective="ntp"),
-        "refine": RefineConfig(lambda_rl=0.0),
-    }.items():
-        trained[name], run = lab.midtrain(params, config, 1e-3, 0, stream=TUNE)
-        figures[name] = run["measured"]["3"]["loss_128"]
-    assert figures["ntp"] == pytest.approx(figures["refine"], rel=1e-6)
-    for one, two, before in zip(*map(jax.tree.leaves, (*trained.values(), params)), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-5)
-        assert np.abs(one - before).max() > 1e-4
-
-
-_FIGURES = ("signal", "same_documents", "norm_ratio", "cosine")
-_FIGURES += ("signal_error", "same_documents_error")
+    what = {"kind": "final", "arm": "ntp", "rate": 1e-3, "seed": 0}
+    line = ResultStore(path).get(what, run)
+    assert line["measured"] == {"loss": 0.333333}
+    assert ResultStore(path).get(what, run) == line
+    assert len(calls) == 1
+    ResultStore(path).get(what | {"rate": 2e-3}, run)
+    assert len(calls) == 2
+    assert len(path.read_text().splitlines()) == 2
 
 
 class CountingLab:
     """Stands for a Lab; rates of 1e-3 are the best everywhere."""
 
-    def __init__(self, name, plan, corpus):
+    family = "lact"
+
+    def __init__(self):
         self.calls, self.model = [], self
-        CountingLab.last = self
 
     def abstract_params(self):
         return {"w": np.zeros(1)}
 
-    def _trained(self, name, rate, **figures):
-        self.calls.append(name)
-        return {"w": np.full(1, rate)}, figures
+    def pretrain(self, seed):
+        self.calls.append(("pretrain", seed))
+        return {"w": np.full(1, float(seed))}
 
-    def pretrain(self):
-        return self._trained("pretrain", 0.0, curve=[{"tokens": 0}, {"tokens": 9, "loss": 3.5}])
+    def fingerprint(self, params):
+        return f"{params['w'][0]:g}"
 
-    def measure(self, params):
-        return {}
+    def measure(self, params, stream=None):
+        return {"recall_1": -abs(float(params["w"][0]) - 1e-3)}
 
-    def gradients(self, params, config):
-        return self.calls.append("gradients")
+    def continue_by(self, params, arm, rate, seed):
+        self.calls.append((arm, rate, seed))
+        return {"w": np.full(1, rate)}
 
-    def signal(self, label, policy, next_token):
-        return {name: len(label) / 100 for name in _FIGURES}
+    def step_seconds(self, params, arms, rounds):
+        return {name: 1.0 + len(name) / 10 for name in arms}
 
-    def step_seconds(self, params, configs):
-        return {"ntp": 1.0, "refine": 1.4}
+    def posttrain(self, params, arm, rate, seed):
+        self.calls.append((arm, rate, seed))
+        return {"w": np.full(1, rate)}
 
-    def midtrain(self, params, config, rate, seed, **options):
-        loss = {str(3): {"loss_192": abs(rate - 1e-3)}}
-        return self._trained(f"midtrain {config.objective} {rate:g} {seed}", rate, measured=loss)
+    def answer(self, params, *, stream):
+        return {"recall": self.measure(params)["recall_1"]}
 
-    def answers(self, params):
-        return {"recall": 0.0}
+    def adapt_and_answer(self, params, arm, rate, seed, *, stream):
+        assert params["w"][0] == 1e-3
+        return {"recall": -abs(rate - 1e-3), "recall_before": 0.0}
 
-    def posttrain(self, params, variant, rate, seed, **options):
-        return self._trained(f"{variant} {rate:g} {seed}", rate, recall=-abs(rate - 1e-3))
 
-    def testtime(self, params, objective, rate, seed, **options):
-        return self._trained(f"testtime {objective} {rate:g} {seed}", rate, recall=rate)[1]
+def counting_study(folder):
+    seeds = dataclasses.replace(SMALL, rates=(3e-4, 1e-3))
+    return Study(CountingLab(), "text", ResultStore(folder / "results.jsonl"), folder, seeds)
+
+
+def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path):
+    study = counting_study(tmp_path)
+    study.saturation()
+    study.compare(("ntp", "exact whole", "exact whole, k=2"))
+    study.answers()
+    calls = [call for call in study.lab.calls if call[0] != "pretrain"]
+    assert study.lab.calls.count(("pretrain", 1000)) == 1
+    assert len(study.lab.calls) - len(calls) == 3
+    tuned = [call for call in calls if call[2] == 1000]
+    # Two arms with rates of their own, then post-training: answers alone, next tokens, the best.
+    assert len(tuned) == 2 * 2 + (2 + len(BEST)) * 2 + (1 + len(BEST)) * 2
+    for name in ("exact whole", "exact whole, k=2"):
+        runs = study.store.find(kind="final", arm=name)
+        assert [run["seed"] for run in runs] == [0, 1]
+        assert {run["rate"] for run in runs} == {1e-3}
+    saturation = study.store.find(kind="saturation")
+    assert {(run["rate"], run["seed"]) for run in saturation} == {
+        (rate, seed) for rate in (3e-4, 1e-3) for seed in (0, 1)
+    }
+    again = counting_study(tmp_path)
+    again.saturation()
+    again.compare(("ntp", "exact whole", "exact whole, k=2"))
+    again.answers()
+    assert again.lab.calls == []
+
+
+# Signals
 
 
 @pytest.mark.usefixtures("programs_kept_elsewhere")
-def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
-    (tmp_path / "vocabulary.model").touch()
-    plan = dataclasses.replace(sizes.SIZES["small"], rates=(1e-4, 1e-3), answer_rates=(1e-3, 3e-3))
-    study("lact", plan, tmp_path)
-    calls = CountingLab.last.calls
-    assert calls.count("gradients") == len(ESTIMATORS) + 1
-    calls = [call for call in calls if call != "gradients"]
-    study("lact", plan, tmp_path)
-    assert CountingLab.last.calls == []
-    assert len(set(calls)) == len(calls) - 1  # the one ablation has ReFINE's name, rate and seed
-    tried = {call for call in calls if call.endswith(" 1000")}
-    assert len(tried) == 2 * 2 + 3 * 2 + 2 * 2  # objectives, variants, objectives; two rates each
-    seeds = [call.split() for call in calls if call not in tried and call != "pretrain"]
-    assert {rate for *_, rate, _ in seeds} == {"0.001"}
-    assert {seed for *_, seed in seeds} == {"0", "1"}
-    chosen = json.loads((tmp_path / "lact" / "chosen.json").read_text())
-    assert chosen["rates"]["nested_sft"] == chosen["rates"]["testtime-ntp"] == 1e-3
+def test_signals_alone_need_no_more_than_the_base(tmp_path):
+    lab = tiny_lab()
+    lab.step_seconds = lambda params, arms, rounds: dict.fromkeys(arms, 1.0)
+    names = ("exact whole", "exact whole, entropy")
+    found = Study(lab, "symbols", ResultStore(tmp_path / "results.jsonl"), tmp_path, SMALL)
+    found.signals(names)
+    kinds = [line["kind"] for line in found.store.lines]
+    assert kinds == ["base", "signal", "cost", "signal", "cost"]
+    exact, chosen = found.store.find(kind="signal")
+    # An objective that draws nothing has no noise but of the rows.
+    assert exact["same_rows"] == pytest.approx(1.0)
+    assert exact["signal"] < 0.99
+    assert chosen["same_rows"] < 0.99
+    table = report.report(found.store.lines)
+    assert "| exact whole, entropy |" in table
 
 
-@pytest.mark.usefixtures("programs_kept_elsewhere")
-def test_signals_alone_need_no_more_than_the_base(tmp_path, monkeypatch):
-    monkeypatch.setattr("lab.Lab", CountingLab)
-    monkeypatch.setattr("corpus.FactCorpus", lambda vocabulary: None)
-    (tmp_path / "vocabulary.model").touch()
-    plan = sizes.SIZES["small"]
-    with pytest.raises(FileNotFoundError, match="run with --signals first"):
-        report.report_signals(tmp_path, plan, ESTIMATORS)
-    measure_signals(begin("lact", plan, tmp_path))
-    assert CountingLab.last.calls == ["pretrain"] + ["gradients"] * (len(ESTIMATORS) + 1)
-    measure_signals(begin("lact", plan, tmp_path))
-    assert CountingLab.last.calls == []
-    *table, empty, line = report.report_signals(tmp_path, plan, ESTIMATORS).splitlines()
-    assert not empty
-    assert len(table) == len(ESTIMATORS) + 2
-    assert "| published | 9.0 (9.0) | 9.0 (9.0) | 0.09 | +0.090 |" in table
-    figures = json.loads(line)
-    assert list(figures) == ["lact"]
-    assert figures["lact"]["base"] == {"tokens": 9, "loss": 3.5}
-    assert figures["lact"]["signals"]["published"] == dict.fromkeys(_FIGURES, 0.09)
+def test_signal_against_itself():
+    lab = tiny_lab()
+    params = jax.jit(lab.model.init)(jax.random.key(0))
+    of_ntp = gradients(lab, params, ARMS["ntp"], batches=3)
+    found = signal(of_ntp, of_ntp)
+    for name in ("norm_ratio", "cosine", "same_rows"):
+        assert found[name] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_estimators_are_configurations_of_a_run(name):
-    fields = sizes.SIZES["full"].sizes.fields["deltanet"] | {"vocab_size": 64}
-    config = Config.from_dict({"model": {"fresh": fields}, "refine": ESTIMATORS[name]})
-    assert config.refine == RefineConfig(**ESTIMATORS[name])
+def test_a_dearer_step_has_fewer_rows():
+    """A gradient of unit signal and unit noise, with a fifth of the rows: noise is 5."""
+    assert at_equal_cost(0.5, 5.0) == pytest.approx(1 / 6)
+    assert at_equal_cost(0.3, 1.0) == pytest.approx(0.3)
 
 
 def test_signal_is_what_independent_gradients_have_in_common():
@@ -250,114 +431,106 @@ def test_signal_is_what_independent_gradients_have_in_common():
     sampling = 2 * random.normal(size=(batches, draws, size))
     gradients = (mean + documents + sampling).reshape(-1, size)
     products = (gradients @ gradients.T).reshape(batches, draws, batches, draws)
-    shares, errors = _jackknife(products)
+    shares, errors = jackknife(products)
     true = np.array([0.25, 1.25]) / 5.25
     assert np.all(errors < 0.01)
     assert np.all(np.abs(shares - true) < 4 * errors)
     # Without noise all is signal, without gradients nothing is.
     for products, share in ((np.ones((4, 2, 4, 2)), 1.0), (np.zeros((4, 2, 4, 2)), 0.0)):
-        shares, errors = _jackknife(products)
+        shares, errors = jackknife(products)
         np.testing.assert_allclose(shares, share)
         np.testing.assert_allclose(errors, 0.0)
 
 
-def test_exact_gradients_depend_on_the_documents_alone(corpus):
-    lab = Lab("deltanet", sizes.SIZES["small"].sizes, corpus)
-    params = jax.jit(lab.model.init)(jax.random.key(0))
-    names = ("next-token", "exact, whole, all", "exact, whole, entropy")
-    gradients = {
-        name: lab.gradients(params, RefineConfig(**ESTIMATORS[name]), batches=3) for name in names
-    }
-    found = {
-        name: lab.signal(name, gradient, gradients["next-token"])
-        for name, gradient in gradients.items()
-    }
-    for name in names[:2]:
-        assert found[name]["same_documents"] == pytest.approx(1.0)
-        assert found[name]["signal"] < 0.99
-    assert found["exact, whole, entropy"]["same_documents"] < 0.99
-    assert found["next-token"]["norm_ratio"] == found["next-token"]["cosine"] == pytest.approx(1.0)
+# Tables
 
 
-_ANSWERS = {"none": 0.3, "sft": 0.4, "nested_sft": 0.5, "nested_refine": 0.6}
+def line(kind, arm, seed, recall, **more):
+    measured = {"recall_1": recall, "loss_1": 2 - recall, "sampled_1": recall / 2}
+    common = {"task": "symbols", "family": "deltanet", "kind": kind, "base": f"b{seed}"}
+    return common | {"arm": arm, "seed": seed, "rate": 1e-3, "measured": measured} | more
 
 
-@pytest.fixture
-def finished(tmp_path):
-    """A study of one model whose ReFINE runs recall 10, 11, 12 points more than their NTP runs."""
-    plan = sizes.SIZES["small"]
-    plan = dataclasses.replace(plan, seeds=3, ablation_seeds=2)
-    folder = tmp_path / "deltanet"
-    folder.mkdir()
-
-    def write(name, results):
-        record = {"settings": {}, "results": results}
-        (folder / f"{name}.json").write_text(json.dumps(record))
-
-    def figures(recall):
-        lengths = {f"recall_{length}": recall for length in (128, 192)}
-        lengths |= {f"recalls_{length}": [recall] * 8 for length in (128, 192)}
-        return lengths | {"loss_128": 2.0, "loss_192": 2.0 - recall, "reward": recall / 2}
-
-    def curve(recall):
-        return [{"step": step, "loss": 2.0, "recall": recall * step / 3} for step in (2, 3)]
-
-    write("base", {"curve": [{"tokens": 0, "loss": 3.0, "recall": 0.0}]})
-    write("before", figures(0.1))
-    for objective, loss in (("ntp", 2.5), ("refine", 2.6)):
-        tuned = {"loss_192": loss, "recall_192": 0.25}
-        write(f"tune-{objective}-0.001", {"measured": {"3": tuned}})
+def test_the_report_compares_seed_by_seed():
+    """Exact runs recall 10, 11, 12 points more than next-token runs, at 1.9 times the cost."""
+    lines = [line("base", None, seed, 0.2) for seed in range(3)]
+    lines += [line("saturation", "ntp", seed, 0.2 + seed / 1000) for seed in range(3)]
     for seed in range(3):
-        ntp, refine = 0.2 + seed / 10, 0.3 + seed / 10 + seed / 100
-        runs = {"rewards": [0.5, 0.6, 0.7]}
-        after = {"3": figures(ntp), "4": figures(ntp + 0.05)}
-        write(f"mid-ntp-{seed}", runs | {"curve": curve(ntp), "measured": after})
-        after = {"3": figures(refine)}
-        write(f"mid-refine-{seed}", runs | {"curve": curve(refine), "measured": after})
-        if seed < 2:
-            write(f"ablation-k=1-{seed}", runs | {"curve": [], "measured": after})
-        for name, recall in _ANSWERS.items():
-            answers = {"recall": recall, "recalls": [recall] * 8}
-            write(f"post-{name}-{seed}", answers)
-        for name in ("ntp", "refine"):
-            answers = {"recall": 0.7 + seed / 100, "recalls": [0.7] * 8}
-            # NTP's time is not known at all, ReFINE's of two seeds.
-            answers["seconds"] = None if name == "ntp" or seed == 0 else seed / 2
-            write(f"testtime-{name}-{seed}", answers)
-    chosen = {"rates": {"ntp": 1e-3, "refine": 3e-4}, "step_seconds": {"ntp": 1.0, "refine": 1.3}}
-    chosen |= {"steps": 3, "equal_compute_steps": 4}
-    (folder / "chosen.json").write_text(json.dumps(chosen))
-    return tmp_path, plan
+        ntp = 0.2 + seed / 10
+        lines.append(line("final", "ntp", seed, ntp))
+        lines.append(line("final", "exact whole", seed, ntp + 0.1 + seed / 100))
+        lines.append(line("final", "ntp, 2 x steps", seed, ntp + 0.04))
+    lines.append(line("final", "exact whole", 3, 0.9, base="another"))  # has no pair
+    lines.append(line("cost", "exact whole", 0, 0.0, ratio=1.9))
+    lines += [line("cooled", None, seed, 0.22, temperature=0.5) for seed in range(3)]
+    table = report.report(lines)
+    # Differences 10, 11, 12: 11 -+ 4.303 / sqrt(3).
+    assert "| +11.00 +- 2.48 |" in table
+    assert "| -0.1100 +- 0.0248 |" in table
+    assert "| +5.50 +- 1.24 |" in table
+    assert "| 0.5 | 3 | +1.00 +- 0.00 | -0.0200 +- 0.0000 |" in table
+    assert "| 1.90 x | +7.00 +- 2.48 |" in table
+    assert "| exact whole | 4 |" in table
+    (row,) = [row for row in table.splitlines() if row.startswith("| rate 0.001")]
+    assert "| +0.10 +- 0.25 |" in row
 
 
-def test_the_report_compares_seed_by_seed(finished):
-    workdir, plan = finished
-    written = report.report(workdir, plan, ABLATIONS, ESTIMATORS)
-    content = json.loads((workdir / "study.json").read_text())["deltanet"]
-    assert (workdir / "study.md").read_text() == written
-    assert (workdir / "study.png").stat().st_size > 10_000
-    tests = {row["ReFINE - NTP"]: row for row in content["tests"]}
-    equal_steps = tests["equal steps: recall 192, %"]
-    assert equal_steps["difference"] == "+11"
-    # Differences 10, 11, 12: standard error 1 / sqrt(3), t = 19.05 of 2 degrees of freedom.
-    assert equal_steps["p, by seed"] == "0.003"
-    assert equal_steps["95 % interval"] == "+8.52 to +13.5"  # 11 -+ 4.303 / sqrt(3)
-    # Eight documents, all better: the sign-flip test's smallest p is 2 / 2**8.
-    assert equal_steps["p, by document"] == "0.008"
-    assert tests["equal time: recall 192, %"]["difference"] == "+6"
-    (tuned,) = content["learning rates"]
-    assert tuned["one seed, other documents"] == "rate 0.001"
-    assert (tuned["NTP: loss 192, nats"], tuned["ReFINE: recall 192, %"]) == ("2.500", "25.0")
-    rows = {row["mid-training"]: row for row in content["mid-training"]}
-    assert rows["ReFINE, 3 steps"]["recall 192, %"] == "41.0 (11.0)"
-    assert rows["NTP, 4 steps (equal time)"]["recall 192, %"] == "35.0 (10.0)"
-    questions = {row["answers right, %"]: row for row in content["questions"]}
-    assert questions["no post-training"]["mean (deviation)"] == "30.0 (0.0)"
-    times = [name.split(", ")[2] for name in questions if "test-time" in name]
-    assert times == ["-", "0.75 s a prompt"]
-    assert [row["2 seeds"] for row in content["ablations"]][-1] == "k=1"
+def test_the_trade_is_a_curve_over_the_weight(tmp_path):
+    lines = [line("final", "ntp", seed, 0.2 + seed / 10) for seed in range(2)]
+    for name, gain in (("exact whole", 0.05), ("exact whole, lambda_rl=1", 0.03)):
+        lines += [line("final", name, seed, 0.2 + seed / 10 + gain) for seed in range(2)]
+    lines.append(line("final", "exact whole, k=2", 0, 0.9))  # differs in k
+    np.testing.assert_allclose(
+        report.trade(lines, "exact whole", "recall_1"), [(1, -0.03, 3), (10, -0.05, 5)]
+    )
+    report.plot_trade(lines, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 10_000
 
 
-def test_the_report_of_nothing_says_so(tmp_path):
+def test_equal_time_gives_next_tokens_at_least_the_time():
+    runs = {name: [1] for name in ("ntp", "ntp, 2 x steps", "ntp, 4 x steps", "exact whole")}
+    names = [report.equal_time(cost, runs) for cost in (0.9, 1.04, 1.2, 2.5, 9.0)]
+    assert names == ["ntp", "ntp", "ntp, 2 x steps", "ntp, 4 x steps", None]
+
+
+def test_differences_of_answers():
+    lines = []
+    for seed in (0, 1):
+        common = {"task": "symbols", "family": "lact", "seed": seed, "base": "b", "rate": 1e-3}
+        for name, recall in (("answers only", 0.5), ("ntp", 0.52 + seed / 50)):
+            lines.append(common | {"kind": "posttrain", "arm": name, "recall": recall})
+        figures = {"recall": 0.6 + seed / 50, "recall_before": 0.6}
+        lines.append(common | {"kind": "testtime", "arm": "ntp"} | figures)
+    lines.append(lines[0] | {"seed": 1000, "recall": 0.0})  # a tuning run
+    table = report.report(lines)
+    # Differences 2 and 4: 3 -+ 12.706; and 0 and 2: 1 -+ 12.706.
+    assert "| post-training: ntp | 53.0 | 2 | +3.00 +- 12.71 |" in table
+    assert "| test time, after answers only: ntp | 61.0 | 2 | +1.00 +- 12.71 |" in table
+
+
+def test_the_report_of_nothing_says_so():
     with pytest.raises(FileNotFoundError, match="run the study first"):
-        report.report(tmp_path, sizes.SIZES["small"], ABLATIONS, ESTIMATORS)
+        report.report([])
+
+
+def test_the_results_are_of_declared_arms():
+    """The lines that are kept beside the study are of arms that it still declares."""
+    lines = ResultStore(command.RESULTS).lines
+    assert {one["arm"] for one in lines if "arm" in one} <= {*ARMS, "answers only"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("programs_kept_elsewhere")
+@pytest.mark.parametrize(("family", "task"), [("deltanet", "text"), ("lact", "crowded")])
+def test_the_study_in_small(tmp_path, family, task, vocabulary):
+    """An arm of each kind, and answers."""
+    (tmp_path / "vocabulary.model").write_bytes(vocabulary.read_bytes())
+    lab = Lab(family, plan_of(task, family, small=True), make_task(task, tmp_path, small=True))
+    study = Study(lab, task, ResultStore(tmp_path / "results.jsonl"), tmp_path, SMALL)
+    arms = ("ntp", "exact whole", "published, adaptive k", "oracle")
+    study.saturation()
+    study.compare(arms)
+    study.answers()
+    text = report.report(ResultStore(tmp_path / "results.jsonl").lines)
+    for name in (*arms, *(f"post-training: {name}" for name in ("answers only", *BEST))):
+        assert f"| {name} |" in text

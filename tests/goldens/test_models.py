@@ -24,11 +24,11 @@ from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.parallel import take_tokens
 from refine_jax.refine.grpo import group_advantages, policy_loss
-from refine_jax.refine.objective import Experience, MiniBatch, Objective
+from refine_jax.refine.objective import MiniBatch, Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.reading import read_rows
 from refine_jax.refine.rewards import REWARDS
-from refine_jax.refine.rollout import fork_rollouts, score_rollouts, scores_of
+from refine_jax.refine.rollout import Experience, fork_rollouts, score_rollouts, scores_of
 from refine_jax.refine.selection import rollout_slots
 
 

@@ -51,7 +51,10 @@ def test_match_rewards():
         close(rewards.token_rewards(kind, None, None, tokens, truth).mean(-1), per_rollout)
 
 
-@pytest.mark.parametrize("kind", [*rewards.REWARDS, rewards.EXPECTED])
+KINDS = (*rewards.REWARDS, *rewards.ROLLOUT_REWARDS, rewards.EXPECTED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_rollouts_reward_is_the_mean_of_its_tokens(kind):
     tokens, truth = random_tokens()
     hidden, true_hidden = np.random.default_rng(1).normal(size=(2, *tokens.shape, 8))
@@ -62,6 +65,85 @@ def test_a_rollouts_reward_is_the_mean_of_its_tokens(kind):
     close(per_token.mean(-1), np.asarray(per_token, np.float64).mean(axis=-1))
     if kind == "expected":
         close(per_token, np.exp(log_probs))
+
+
+@functools.cache
+def edit_distance(one, two):
+    """Levenshtein's, by its recursion."""
+    if not one or not two:
+        return len(one) + len(two)
+    replaced = edit_distance(one[:-1], two[:-1]) + (one[-1] != two[-1])
+    return min(replaced, edit_distance(one[:-1], two) + 1, edit_distance(one, two[:-1]) + 1)
+
+
+def test_edit_rewards_are_what_the_distance_of_prefixes_grows_by():
+    """Of rollouts that are right, shifted, cut in the middle, or unlike; the truth broadcasts."""
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 5, (40, 1, 6))
+    shifted = np.concatenate([random.integers(0, 5, (40, 1, 1)), truth[..., :-1]], axis=-1)
+    ahead = np.concatenate([truth[..., :2], truth[..., 3:], truth[..., :1]], axis=-1)
+    tokens = np.concatenate([truth, shifted, ahead, random.integers(0, 3, (40, 2, 6))], axis=1)
+    per_token = np.asarray(rewards.token_rewards("edit", None, None, tokens, truth))
+    for row, fork in np.ndindex(tokens.shape[:2]):
+        one, two = tuple(tokens[row, fork].tolist()), tuple(truth[row, 0].tolist())
+        distances = [edit_distance(one[:j], two[:j]) for j in range(7)]
+        close(per_token[row, fork], 1 - np.diff(distances))
+        close(per_token[row, fork].mean(), 1 - edit_distance(one, two) / 6)
+    # A shift by one costs an insertion and a deletion, where tokens place by place are all wrong.
+    assert per_token[:, 1].mean() > 0.6
+    binary = rewards.token_rewards("binary", None, None, tokens[:, 1:2], truth)
+    assert np.asarray(binary).mean() < 0.4
+
+
+def test_pooled_cosine_compares_means():
+    tokens, truth = random_tokens()
+    hidden, true_hidden = np.random.default_rng(1).normal(size=(2, *tokens.shape, 8))
+    got = rewards.token_rewards("pooled_cosine", hidden, true_hidden, tokens, truth)
+    a, b = hidden.mean(axis=-2), true_hidden.mean(axis=-2)
+    want = np.sum(a * b, axis=-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    close(got.mean(-1), want)
+    assert not np.asarray(got)[..., :-1].any()
+    order = np.random.default_rng(2).permutation(5)
+    moved = hidden[..., order, :]
+    close(rewards.token_rewards("pooled_cosine", moved, true_hidden, tokens, truth), got)
+
+
+# Rollouts of which the first tokens count
+
+
+def test_tokens_count_until_the_entropy_is_spent():
+    entropy = np.random.default_rng(0).exponential(size=(50, 6)).astype(np.float32)
+    counted = np.asarray(rewards.counted_tokens(entropy, 3.0))
+    for row, got in zip(entropy, counted, strict=True):
+        length, spent = 1, row[0]
+        while length < 6 and spent + row[length] <= 3.0:
+            spent += row[length]
+            length += 1
+        np.testing.assert_array_equal(got, np.arange(6) < length)
+    assert set(counted.sum(axis=-1)) == set(range(1, 7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_do_not_count_are_as_if_cut_off(kind):
+    tokens, truth = random_tokens()
+    hidden, true_hidden = np.random.default_rng(1).normal(size=(2, *tokens.shape, 8))
+    log_probs = -np.random.default_rng(2).exponential(size=tokens.shape)
+    lengths = np.random.default_rng(3).integers(1, 6, tokens.shape[:-1])
+    counted = np.arange(5) < lengths[..., None]
+    got = rewards.token_rewards(
+        kind, hidden, true_hidden, tokens, truth, true_log_probs=log_probs, counted=counted
+    )
+    assert not np.asarray(got)[~counted].any()
+    for length in range(1, 6):
+        cut = rewards.token_rewards(
+            kind,
+            *(x[..., :length, :] for x in (hidden, true_hidden)),
+            *(x[..., :length] for x in (tokens, truth)),
+            true_log_probs=log_probs[..., :length],
+        )
+        here = lengths == length
+        close(np.asarray(got)[here].mean(-1), np.asarray(cut)[here].mean(-1))
+        close(np.asarray(got)[here][:, :length], np.asarray(cut)[here] * 5 / length)
 
 
 def test_expected_rewards_need_their_probabilities():
@@ -212,8 +294,9 @@ def flat(tables):
     return jnp.concatenate([table.ravel() for table in tables])
 
 
-def exact_gradient(tables, reward):
-    """Of the expected reward, summed over all rollouts."""
+def exact_gradient(tables, reward, length=None):
+    """Of the expected reward of the first tokens, summed over all rollouts."""
+    tables, unread = tables[:length], tables[length or len(tables) :]
     k = len(tables)
     rollouts = np.array(list(itertools.product(range(VOCABULARY), repeat=k)))
     match = (rollouts == TRUTH[:k]).astype(float)
@@ -222,23 +305,37 @@ def exact_gradient(tables, reward):
         "expected": match.mean(axis=-1),  # its expectation is that of `binary`
         "prefix": np.cumprod(match, axis=-1).mean(axis=-1),
         "whole": match.prod(axis=-1),
+        "edit": [1 - edit_distance((*y,), (*TRUTH[:k].tolist(),)) / k for y in rollouts.tolist()],
     }[reward]
 
     def expectation(tables):
         log_probs = jax.vmap(lambda rollout: scores_of(tables, rollout)[0])(jnp.asarray(rollouts))
-        return jnp.sum(values * jnp.exp(jnp.sum(log_probs, axis=-1)))
+        return jnp.sum(jnp.asarray(values) * jnp.exp(jnp.sum(log_probs, axis=-1)))
 
-    return jax.jit(lambda tables: flat(jax.grad(expectation)(tables)))(tables)
+    def gradient(tables):
+        return flat([*jax.grad(expectation)(tables), *map(jnp.zeros_like, unread)])
+
+    return jax.jit(gradient)(tables)
 
 
-def estimated_gradient(tables, group, reward, **options):
-    """The estimate of one group of rollouts [n, k], ascending; normalised as `exact_gradient`."""
+def estimated_gradient(tables, group, reward, length=None, **options):
+    """The estimate of one group of rollouts [n, k], ascending; normalised as `exact_gradient`.
+
+    length: of the first tokens, which count; None: all do.
+    """
     n, k = group.shape
+    counted = None if length is None else jnp.arange(k) < jnp.full((n, 1), length)
 
     def loss(tables):
         own, true, energy = jax.vmap(lambda rollout: scores_of(tables, rollout))(group)
         per_token = rewards.token_rewards(
-            reward, None, None, group, jnp.asarray(TRUTH[:k]), true_log_probs=true
+            reward,
+            None,
+            None,
+            group,
+            jnp.asarray(TRUTH[:k]),
+            true_log_probs=true,
+            counted=counted,
         )
         advantages = grpo.token_advantages(
             per_token[None, None],
@@ -250,7 +347,7 @@ def estimated_gradient(tables, group, reward, **options):
         )[0, 0]
         advantages, old = jax.lax.stop_gradient((advantages, own))
         rest = {"aggregation": "seq-mean-token-sum"}
-        mask = jnp.ones((n, k))
+        mask = jnp.ones((n, k)) if counted is None else counted.astype(jnp.float32)
         if reward == "expected":
             return grpo.expected_reward_loss(own, old, true, advantages, mask, **rest)[0]
         return grpo.policy_loss(own, old, advantages, mask, **rest)[0]
@@ -271,7 +368,7 @@ def mean_over_all_groups(tables, reward, n=2, **options):
     return np.sum(chances[indices].prod(axis=-1)[:, None] * gradients, axis=0)
 
 
-@pytest.mark.parametrize("reward", ["binary", "whole", "prefix", "expected"])
+@pytest.mark.parametrize("reward", ["binary", "whole", "prefix", "expected", "edit"])
 @pytest.mark.parametrize("credit", grpo.CREDITS)
 def test_expectations_of_the_baselines(credit, reward):
     """Over all pairs of rollouts: leave-one-out is unbiased, the group's mean gives half of it."""
@@ -284,6 +381,15 @@ def test_expectations_of_the_baselines(credit, reward):
         close(mean(baseline="group"), exact / 2)
     biased = mean(baseline="optimal_token")
     assert np.abs(biased - exact).max() > 0.01
+
+
+@pytest.mark.parametrize("reward", ["edit", "whole", "expected"])
+def test_rollouts_of_which_a_part_counts_are_unbiased(reward):
+    """Two of three tokens: leave-one-out estimates the gradient of the reward of two."""
+    tables = random_tables(3)
+    options = {"credit": "reward_to_go", "normalize_std": False, "baseline": "leave_one_out"}
+    got = mean_over_all_groups(tables, reward, length=2, **options)
+    close(got, exact_gradient(tables, reward, length=2), atol=1e-5)
 
 
 def test_dividing_by_the_deviation_is_biased():

@@ -163,22 +163,30 @@ def one_step(name, config, *, packed, mini_batch=ROWS, micro_batch=1, at=0, **op
     return state.params, metrics
 
 
+# Two of three tokens count, in a vocabulary of 53 words of which each is about as likely.
+SHORTER = {
+    "reward": "edit",
+    "rollout_lengths": "adaptive",
+    "entropy_budget": 8.0,
+    "loss_aggregation": "seq-mean-token-mean",
+}
+FOUR_WAYS = (("update", 1), ("batch", 1), ("update", ROWS), ("batch", 2))
+
+
 @pytest.mark.parametrize(
-    ("name", "packed", "kl", "ways"),
+    ("name", "packed", "changes", "ways"),
     [
         # The other cases have another kind of rollouts and another micro-batch at once.
-        ("deltanet", True, 0.1, (("update", 1), ("batch", 1), ("update", ROWS), ("batch", 2))),
-        ("deltanet", False, 0.0, (("update", ROWS), ("batch", 2))),
-        ("lact", True, 0.0, (("update", 1), ("batch", 2))),
+        ("deltanet", True, {"kl_coef": 0.1}, FOUR_WAYS),
+        ("deltanet", False, SHORTER, (("update", ROWS), ("batch", 2))),
+        ("lact", True, {}, (("update", 1), ("batch", 2))),
     ],
-    ids=["deltanet-packed-kl", "deltanet", "lact-packed"],
+    ids=["deltanet-packed-kl", "deltanet-shorter", "lact-packed"],
 )
-def test_in_a_batch_of_one_mini_batch_both_rollouts_are_equal(name, packed, kl, ways):
+def test_in_a_batch_of_one_mini_batch_both_rollouts_are_equal(name, packed, changes, ways):
     """Tokens, rewards, losses and parameters, over several micro-batches and over one."""
     found = [
-        one_step(
-            name, {"rollouts": rollouts, "kl_coef": kl}, packed=packed, micro_batch=micro_batch
-        )
+        one_step(name, {"rollouts": rollouts} | changes, packed=packed, micro_batch=micro_batch)
         for rollouts, micro_batch in ways
     ]
     (want, figures), *others = found
@@ -244,6 +252,13 @@ ESTIMATORS = {
     "expected": {"reward": "expected", "credit": "reward_to_go", "baseline": "leave_one_out"},
     "optimal_token": {"reward": "prefix", "credit": "reward_to_go", "baseline": "optimal_token"},
     "whole": {"reward": "whole", "normalize_std": False},
+    "adaptive": {
+        "reward": "prefix",
+        "rollout_lengths": "adaptive",
+        "entropy_budget": 2.7702,  # of ln 4 for each token at most
+        "loss_aggregation": "seq-mean-token-mean",
+        "normalize_std": False,
+    },
 }
 
 
@@ -300,6 +315,20 @@ def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
         rewards = np.cumprod(match, axis=-1).astype(np.float64)
     else:
         rewards = np.take_along_axis(probabilities, truth[..., None], axis=-1)[..., 0]
+    counted = np.ones(match.shape, bool)
+    if config.rollout_lengths == "adaptive":
+
+        def read(params):
+            hidden = model.forward(params, batch["tokens"])[0]
+            return jax.nn.log_softmax(hidden @ model.head(params).T)
+
+        text = np.asarray(jax.jit(read)(params), np.float64)
+        entropy = -np.sum(np.exp(text) * text, axis=-1)
+        for row, fork in np.ndindex(starts.shape):
+            follows = entropy[row, starts[row, fork] - 1 : starts[row, fork] - 1 + k]
+            counted[row, fork, 1:] = np.cumsum(follows)[1:] <= config.entropy_budget
+        assert counted.any(-1).all() and counted.all(-1).any() and not counted.all()
+        rewards = np.where(counted, rewards * k / counted.sum(-1, keepdims=True), 0)
     assert rewards.std() > 0
     own = np.take_along_axis(probabilities, rollouts[..., None], axis=-1)[..., 0]
     energy = np.cumsum(1 - 2 * own + np.sum(probabilities**2, axis=-1), axis=-1)
@@ -319,7 +348,8 @@ def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
 
     def surrogate(params):
         logits = scores(params)
-        loss = -jnp.mean(advantages * log_probs_of(logits, rollouts))
+        terms = advantages * log_probs_of(logits, rollouts)
+        loss = -jnp.mean(jnp.sum(jnp.where(counted, terms, 0.0), axis=-1) / counted.sum(-1))
         if config.reward == "expected":
             loss -= jnp.mean(jnp.exp(log_probs_of(logits, truth))) / k
         return config.lambda_rl * loss
