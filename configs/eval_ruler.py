@@ -27,26 +27,12 @@ hour of a CPU core before the first one is answered, most of it for those of ess
 from ml_collections import ConfigDict
 
 from refine_jax.architectures import TINY_DELTANET
-from refine_jax.config import defaults
-
-NEEDLES = (
-    "niah_single_1,niah_single_2,niah_single_3,niah_multikey_1,niah_multikey_2,niah_multikey_3,"
-    "niah_multiquery,niah_multivalue"
-)
+from refine_jax.recipes import evaluate
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The paper's evaluation; `arg` is None or "runlocal"."""
-    if arg not in (None, "runlocal"):
-        raise ValueError(f"eval_ruler.py has the form runlocal. Got: {arg!r}.")
-    config = defaults()
-    config.phase = "evaluate"
-    config.model.checkpoint = "checkpoints/lact-760m"
-    config.data.tokenizer = "mistral-v1"
-    config.evaluate.update(tasks=NEEDLES, lengths="4096,8192,16384", samples=500, batch_size=16)
-    if arg == "runlocal":
-        config.model.checkpoint = None
-        config.model.fresh = dict(TINY_DELTANET)
-        config.evaluate.update(tasks="niah_single_1,niah_multikey_2", lengths="512,1024", samples=4)
-        config.generation.max_new_tokens = 16
+    config = evaluate("eval_ruler.py", arg, None, TINY_DELTANET)
+    if config.model.fresh is None:
+        config.model.checkpoint = "checkpoints/lact-760m"
     return config

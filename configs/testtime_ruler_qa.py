@@ -34,42 +34,12 @@ a copy is parameters and two moments in float32, 9 GB for LaCT-760M. We have not
 from ml_collections import ConfigDict
 
 from refine_jax.architectures import TINY_DELTANET
-from refine_jax.config import defaults
+from refine_jax.recipes import testtime
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The paper's test-time training with a reset for each prompt; `arg` names forms."""
-    forms = set(arg.split(",")) if arg else set()
-    if unknown := forms - {"official", "ntp", "runlocal"}:
-        raise ValueError(
-            "testtime_ruler_qa.py has the forms official, ntp and runlocal. "
-            f"Got: {sorted(unknown)}."
-        )
-    config = defaults()
-    config.phase = "testtime"
-    config.model.checkpoint = "checkpoints/lact-760m"
-    config.model.remat = "full"
-    config.data.tokenizer = "mistral-v1"
-    config.refine.update(
-        reward="binary", num_positions=8, rollout_length=5, lambda_sft=1.0, lambda_rl=0.4
-    )
-    config.optimizer.update(
-        learning_rate=1e-6, schedule="constant", weight_decay=0.01, clip_norm=0.2
-    )
-    config.testtime.update(reset="example", steps=1, copies=1)
-    config.evaluate.update(
-        tasks="ruler_squadqa", lengths="4096,8192,16384", samples=200, ruler_qa="refine"
-    )
-    if "official" in forms:
-        config.testtime.update(reset="never", batch_size=8, mini_batch_size=4, micro_batch_size=1)
-    if "ntp" in forms:
-        config.refine.objective = "ntp"
-    if "runlocal" in forms:
-        config.model.checkpoint = None
-        config.model.remat = "none"
-        config.model.fresh = dict(TINY_DELTANET)
-        config.optimizer.learning_rate = 1e-3
-        config.testtime.steps = 2
-        config.generation.max_new_tokens = 8
-        config.evaluate.update(tasks="niah_single_1", lengths="320", samples=8)
+    config = testtime("testtime_ruler_qa.py", arg, None, TINY_DELTANET)
+    if config.model.fresh is None:
+        config.model.checkpoint = "checkpoints/lact-760m"
     return config

@@ -6,6 +6,11 @@ The context is read in pieces; from the state after 1K, 4K, 16K and 64K tokens, 
 greedily one at a time, the same number from each, in turns; medians are reported.
 For LaCT that includes the fast-weight update that is due after each whole chunk. Re-running the
 whole prefix, as the published code generates, means a forward pass over 16K tokens for one token.
+
+    python experiments/bench_decode.py --model=hybrid --json
+
+also says which share of a token's time is reading the context, as attention layers do, and what
+forks of a row of 16K tokens cost in these layers: their own time and memory, for 1 to 64 of them.
 """
 
 from __future__ import annotations
@@ -25,15 +30,23 @@ from refine_jax.generation import (
     empty_prefix,
     row_keys,
 )
+from refine_jax.generation.engine import with_room
 from refine_jax.models.transformer import Model, Params
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 RERUN = 16384
 BLOCK = 1024
+FORKS = (1, 8, 64)
 
 
 def prefixes_after(model: Model, params: Params, tokens: jax.Array) -> dict[int, Prefix]:
-    """What is known after each of CONTEXTS tokens of `tokens` [1, T]."""
+    """What is known after each of CONTEXTS tokens of `tokens` [1, T].
+
+    Caches that grow with the context are not read but of zeros: that takes the same time a token.
+    """
+    if grows(model, params):
+        empty = empty_prefix(model, params, 1)
+        return {context: _zeros_after(model, empty, context) for context in (0, *CONTEXTS)}
     read = jax.jit(functools.partial(advance, model))
     prefix, every = empty_prefix(model, params, 1), jnp.ones((1,), bool)
     prefixes = {}
@@ -42,6 +55,39 @@ def prefixes_after(model: Model, params: Params, tokens: jax.Array) -> dict[int,
         if at + BLOCK in CONTEXTS:
             prefixes[at + BLOCK] = prefix
     return prefixes
+
+
+def grows(model: Model, params: Params) -> bool:
+    """Say whether what a token costs grows with the context."""
+    return model.capacity(empty_prefix(model, params, 1).state) is not None
+
+
+def _zeros_after(model: Model, empty: Prefix, context: int) -> Prefix:
+    """A prefix whose caches hold `context` tokens of zeros; counts are the integers of a state."""
+    state = model.resize(empty.state, context)
+    state = jax.tree.map(
+        lambda x: jnp.full_like(x, context) if jnp.issubdtype(x.dtype, jnp.integer) else x, state
+    )
+    return empty._replace(state=state, length=jnp.full_like(empty.length, context))
+
+
+def fork_costs(model: Model, params: Params, tokens: jax.Array, repeats: int) -> dict:
+    """Seconds and bytes of making R forks of a row `tokens` [1, T], for R of `FORKS`.
+
+    Bytes are those of the forks' states beside what they share with the row.
+    """
+    run = jax.jit(functools.partial(model.forward, with_trace=True))
+    trace = run(params, tokens)[1]
+    row_bytes = tree_bytes(trace.layers)
+    fork = jax.jit(functools.partial(model.fork, horizon=1))
+
+    def positions(forks: int) -> jax.Array:
+        return jnp.linspace(1, tokens.shape[1], forks).astype(jnp.int32)[None]
+
+    runs = {forks: functools.partial(fork, params, trace, positions(forks)) for forks in FORKS}
+    sizes = {forks: tree_bytes(run()) - row_bytes for forks, run in runs.items()}
+    times = medians(runs, repeats)
+    return {"forks": list(FORKS), "seconds": list(times.values()), "bytes": list(sizes.values())}
 
 
 def make_generate(model: Model, count: int):
@@ -67,6 +113,9 @@ def main():
     tokens = jax.random.randint(jax.random.key(1), shape, 3, model.config.vocab_size)
 
     prefixes = prefixes_after(model, params, tokens)
+    prefixes = {
+        context: with_room(model, prefix, args.generate) for context, prefix in prefixes.items()
+    }
     generate = make_generate(model, args.generate)
     runs = {
         context: functools.partial(generate, params, prefix) for context, prefix in prefixes.items()
@@ -90,6 +139,24 @@ def main():
         f"state {state_bytes[context] / 2**20:.2f} MiB"
         for context in CONTEXTS
     ]
+    if 0 in times:
+        alone = times[0] / args.generate
+        shares = [1 - alone / per_token[context] for context in CONTEXTS]
+        result["context_share"] = shares
+        lines = [
+            f"{line}, {share:.0%} of the time for reading the context"
+            for line, share in zip(lines, shares, strict=True)
+        ]
+        kinds = ["full_attention"] * model.config.num_hidden_layers
+        attention = small_model(args.model, layer_types=kinds)
+        attention_params = attention.init(jax.random.key(0))
+        costs = fork_costs(attention, attention_params, tokens[:, :RERUN], args.repeats)
+        result["attention_forks"] = costs
+        lines += [
+            f"{forks:>6} forks of {RERUN} tokens, attention layers alone: {seconds * 1e3:.3f} ms, "
+            f"{size / forks / 2**10:.1f} KiB a fork beside the row"
+            for forks, seconds, size in zip(*costs.values(), strict=True)
+        ]
     lines.append(
         f"slowest / fastest {result['flatness']:.3f}; re-running {RERUN} tokens takes "
         f"{rerun_s:.3f} s, {result['speedup_over_rerun_16k']:.0f} x a token"

@@ -30,14 +30,28 @@ SMALL_MODELS = {
     },
     "deltanet": {"model_type": "delta_net", "num_heads": 2},
     "gated_deltanet": {"model_type": "gated_deltanet", "num_heads": 2, "head_dim": 96},
+    "hybrid": {  # three layers of the delta rule, one of attention
+        "model_type": "qwen3_5_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "intermediate_size": 704,
+    },
 }
 
 
-def small_model(name: str) -> Model:
-    """A model of 4 layers, width 256, vocabulary 32,000, in the device's default policy."""
+def small_model(name: str, **fields) -> Model:
+    """A model of 4 layers, width 256, vocabulary 32,000, in the device's default policy.
+
+    fields: of its config.json, in place of those of `SMALL_MODELS`.
+    """
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 32000}
     dtype = "float32" if backend() == "cpu" else "bfloat16"
-    return Model(model_config(SMALL_MODELS[name] | sizes), ComputePolicy(compute_dtype=dtype))
+    return Model(
+        model_config(SMALL_MODELS[name] | sizes | fields), ComputePolicy(compute_dtype=dtype)
+    )
 
 
 def make_rerun(model: Model):

@@ -23,6 +23,7 @@ from typing import Any
 # As early as this: where libtpu is installed, jax looks for a TPU when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from refine_jax.architectures import QWEN3_5
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import path_flag
 from refine_jax.compile_only.advice import advise
@@ -32,12 +33,17 @@ from refine_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"deltanet_1_3b": "DeltaNet-1.3B", "lact_760m": "LaCT-760M"}
+HYBRIDS = {f"qwen3_5:{size}": f"Qwen3.5-{size.upper()}" for size in QWEN3_5}
 PROGRAMS = ("update", "ntp_update")
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleCase:
-    """A configuration for a slice. settings: of the configuration, by dotted names."""
+    """A configuration for a slice.
+
+    model: FILE or FILE:FORM of configs/midtrain_FILE.py. settings: of the configuration, by dotted
+    names.
+    """
 
     group: str
     model: str
@@ -48,12 +54,13 @@ class ScaleCase:
     def file(self, out: Path) -> Path:
         """Where its figures are."""
         name = self.name or self.topology.replace(":", "-")
-        return out / self.group / self.model / f"{name}.json"
+        return out / self.group / self.model.replace(":", "-") / f"{name}.json"
 
     def config(self) -> Config:
         """The configuration."""
-        path = ROOT / "configs" / f"midtrain_{self.model}.py"
-        values = runpy.run_path(str(path))["get_config"]()
+        file, _, form = self.model.partition(":")
+        path = ROOT / "configs" / f"midtrain_{file}.py"
+        values = runpy.run_path(str(path))["get_config"](form or None)
         for name, value in self.settings.items():
             section, field = name.split(".")
             values[section][field] = value
@@ -90,9 +97,47 @@ SLICES = {
     },
 }
 
+# Hybrid models at 16K and 128K tokens, on the slices that people begin with and on the smallest
+# ones that hold them. `tensor` shares the vocabulary's gradient and the states of forks, which are
+# most of what a chip holds; `sequence` shares the tokens of long rows.
+HYBRID_SLICES = (
+    ("0.8b", 16, "v5e:1x1", mesh()),
+    ("0.8b", 16, "v6e:1x1", mesh()),
+    ("0.8b", 16, "v5e:2x2", mesh(fsdp=4)),
+    ("2b", 16, "v5e:2x4", mesh(fsdp=8)),
+    ("2b", 16, "v6e:2x2", mesh(fsdp=4)),
+    ("4b", 16, "v5e:2x4", mesh(fsdp=8)),
+    ("4b", 16, "v6e:2x2", mesh(fsdp=4)),
+    ("9b", 16, "v5p:2x2x1", mesh(fsdp=4)),
+    ("27b", 16, "v5p:4x4x4", mesh(fsdp=32, tensor=2)),
+    ("4b", 16, "v6e:2x2", mesh(fsdp=2, tensor=2)),
+    ("2b", 16, "v5e:2x4", mesh(fsdp=4, tensor=2)),
+    ("4b", 16, "v5e:2x4", mesh(fsdp=2, tensor=4)),
+    ("4b", 16, "v5e:4x4", mesh(fsdp=4, tensor=4)),
+    ("0.8b", 128, "v5e:1x1", mesh()),
+    ("0.8b", 128, "v6e:1x1", mesh()),
+    ("2b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+    ("2b", 128, "v6e:2x2", mesh(fsdp=2, sequence=2)),
+    ("4b", 128, "v5e:2x4", mesh(tensor=2, sequence=4)),
+    ("4b", 128, "v6e:2x2", mesh(tensor=2, sequence=2)),
+    ("9b", 128, "v5p:2x2x1", mesh(fsdp=2, sequence=2)),
+    ("27b", 128, "v5p:4x4x4", mesh(fsdp=8, tensor=2, sequence=4)),
+    ("0.8b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+)
+
+
+def hybrid_cases() -> Iterator[ScaleCase]:
+    """Qwen 3.5."""
+    for size, length, topology, settings in HYBRID_SLICES:
+        shared = described(settings).replace(" x ", "-").replace(" ", "")
+        name = f"{length}K-{topology.replace(':', '-')}-{shared}"
+        settings = settings | {"data.sequence_length": 1024 * length}
+        yield ScaleCase("hybrid", f"qwen3_5:{size}", topology, settings, name=name)
+
 
 def cases() -> Iterator[ScaleCase]:
     """All, those that say most first."""
+    yield from hybrid_cases()
     for model, slices in SLICES.items():
         for topology, settings in slices.items():
             yield ScaleCase("slices", model, topology, settings)
@@ -231,7 +276,7 @@ def main() -> None:
             if (case.group, case.model) == (group, model) and case.file(options.out).exists()
         ]
         if lines:
-            print(f"\n{group}, {MODELS[model]}\n\n{table(lines)}")
+            print(f"\n{group}, {(MODELS | HYBRIDS)[model]}\n\n{table(lines)}")
 
 
 if __name__ == "__main__":

@@ -71,3 +71,21 @@ QWEN3_5_9B = QWEN3_5_4B | {
     "tie_word_embeddings": False,
 }
 """The text model of Qwen3.5-9B."""
+
+QWEN3_5_27B = QWEN3_5_9B | {
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 24,
+    "linear_num_value_heads": 48,
+}
+"""The text model of Qwen3.5-27B."""
+
+QWEN3_5 = {
+    "0.8b": QWEN3_5_0_8B,
+    "2b": QWEN3_5_2B,
+    "4b": QWEN3_5_4B,
+    "9b": QWEN3_5_9B,
+    "27b": QWEN3_5_27B,
+}
+"""The sizes of Qwen 3.5 by the names that the forms of configs/ have."""

@@ -304,10 +304,13 @@ def show_json(
 ) -> None:
     """Generate, and print one JSON object a prompt.
 
-    ids: numbers of the rows. facts: `prefill_seconds` of all rows, compilation included, and what
+    ids: numbers of the rows. state_mib: memory of a prompt's state, which grows with the context in
+    layers of full attention. facts: `prefill_seconds` of all rows, compilation included, and what
     adaptation cost. ms_per_token: of one decoded token of all rows, without compilation; a stop
     string is looked for when several tokens are decoded, so that these may be more than are shown.
     """
+    import jax
+
     # One token compiles all that the timed call runs.
     once = dataclasses.replace(sampling, max_new_tokens=1)
     generator.generate(params, prefix, once, ids=ids)
@@ -315,6 +318,7 @@ def show_json(
     results = generator.generate(params, prefix, sampling, ids=ids)
     seconds = time.perf_counter() - begin
     steps = generator.decode_steps - before
+    size = sum(x.nbytes for x in jax.tree.leaves(prefix.state)) / prefix.length.shape[0]
     for index, result in enumerate(results):
         line = {
             "prompt": ids[index],
@@ -322,6 +326,7 @@ def show_json(
             "tokens": result.tokens,
             "finish_reason": result.finish_reason,
             "tokens_read": int(prefix.length[index]),
+            "state_mib": round(size / 2**20, 3),
             **{name: round(value, 4) for name, value in facts.items()},
             "ms_per_token": round(1e3 * seconds / steps, 3) if steps else None,
         }

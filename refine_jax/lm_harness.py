@@ -13,6 +13,8 @@ Examples:
         --tasks=lambada_openai,hellaswag,wikitext --output=results.json
     python -m refine_jax.lm_harness --checkpoint=runs/mine --step=best --include_path=my_tasks/ \\
         --tasks='my_*' --limit=100
+    python -m refine_jax.lm_harness --checkpoint=checkpoints/qwen3.5-0.8b --tasks=ifeval \\
+        --apply_chat_template
 """
 
 import contextlib
@@ -45,6 +47,8 @@ def evaluate(
     num_fewshot: int | None = None,
     limit: float | None = None,
     gen_kwargs: str | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     seed: int = 0,
@@ -86,6 +90,10 @@ def evaluate(
         max_length=max_length,
         seed=seed,
     )
+    if apply_chat_template:
+        from refine_jax.data.chat import load_chat_template
+
+        load_chat_template(lm.tokenizer)  # said before any work
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -98,6 +106,8 @@ def evaluate(
                 num_fewshot=num_fewshot,
                 limit=limit,
                 gen_kwargs=gen_kwargs,
+                apply_chat_template=apply_chat_template,
+                system_instruction=system_instruction,
                 batch_size=batch_size,
                 log_samples=log_samples,
             )
@@ -363,6 +373,9 @@ def command() -> Command:
     flag("tasks", "lm-eval's names", list, needed=True)
     flag("include_path", "folder with further tasks", metavar="DIR")
     flag("num_fewshot", "examples in front (default: the task's)", int)
+    text = "prompts are messages of a chat, examples in front turns of it"
+    flag("apply_chat_template", text, bool, default=False)
+    flag("system_instruction", "text in front of each prompt, or its first message")
     flag("limit", "documents of each task, or a fraction of them if below 1", float)
     flag("gen_kwargs", "of generations, e.g. temperature=0.7,do_sample=True,max_gen_toks=64")
     made.group("computation and output")

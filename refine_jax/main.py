@@ -135,6 +135,7 @@ def compile_for(
     workdir: str | None,
     file: str | None,
     *,
+    slices: int = 1,
     plan: bool = False,
     debug: bool = False,
 ) -> int:
@@ -142,7 +143,8 @@ def compile_for(
 
     values: a ConfigDict or nested dict of fields. topology: the slice, as v5p:4x4x4. workdir: an
     optional folder for compile_only.json, made if it is not there. file: another file for the same,
-    optional. plan: stop before code is made. debug: show where an error came from.
+    optional. slices: how many such slices. plan: stop before code is made. debug: show where an
+    error came from.
     """
     from refine_jax.config import Config
 
@@ -156,7 +158,7 @@ def compile_for(
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / "compile_only.json"
     command = importlib.import_module("refine_jax.compile_only.command")
-    return command.run(config, topology, out, plan=plan, debug=debug)
+    return command.run(config, topology, out, slices=slices, plan=plan, debug=debug)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -185,9 +187,15 @@ def run(options: Options) -> int:
     workdir, debug = options.workdir, options.debug
     if options.compile_only:
         return compile_for(
-            values, options.topology, workdir, options.json, plan=options.plan, debug=debug
+            values,
+            options.topology,
+            workdir,
+            options.json,
+            slices=1 if options.slices is None else options.slices,
+            plan=options.plan,
+            debug=debug,
         )
-    for name in ("topology", "json", "plan"):
+    for name in ("topology", "json", "plan", "slices"):
         if getattr(options, name):
             raise ConfigError(f"--{name} goes with --compile_only.")
     from refine_jax import distributed
@@ -228,6 +236,7 @@ def command() -> Command:
     made.group("what it needs of TPUs, without any")
     flag("compile_only", "compile the run's programs for --topology; no run", bool, default=False)
     flag("topology", "the TPU slice, as v5e:4x4 or v5p:4x4x4")
+    flag("slices", "how many such slices the data-centre network joins (default: one)", int)
     flag(
         "plan",
         "stop before code is made: far sooner done; memory and transfers are the same to a few "

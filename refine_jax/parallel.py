@@ -7,6 +7,8 @@ A mesh has the axes
     tensor      heads, the hidden axis of the MLP, the vocabulary
     sequence    the tokens of a row, in contiguous blocks
 
+Several TPU slices, which the data-centre network joins, share the axes `data` or `fsdp`.
+
 and is ambient (`jax.set_mesh`): models and steps are written for whole arrays, say by logical names
 how an array is to be spread (`constrain`), and run what XLA cannot divide by itself, such as
 Pallas kernels, on each device's part (`over_shards`). Without an ambient mesh of several devices
@@ -14,6 +16,7 @@ all of this does nothing, and the programs are those of one device.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -72,26 +75,59 @@ PARAMETERS = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Make the mesh of a configuration over `devices`.
+    """The mesh of a configuration over `devices`.
 
-    The devices of a process are neighbours along the last axes, where most is communicated.
+    The devices of a process are neighbours along the last axes, where most is communicated. An axis
+    that goes over several slices has the devices of a slice side by side.
 
-    Raises ConfigError: the sizes do not make up the number of devices.
+    Raises ConfigError: the sizes do not make up the number of devices or of slices.
     """
+    across = _slices(config, devices)
     sizes = [getattr(config, name) for name in AXES]
     given = math.prod(size for size in sizes if size != -1)
-    fits = len(devices) % given == 0 if -1 in sizes else len(devices) == given
+    count = len(devices) // math.prod(across)
+    fits = count % given == 0 if -1 in sizes else count == given
     if not fits:
         described = ", ".join(f"{n}={s}" for n, s in zip(AXES, sizes, strict=True))
+        slices = f" in each of {math.prod(across)} slices" if math.prod(across) > 1 else ""
         raise ConfigError(
             "config.mesh: the sizes of the axes must multiply to the number of devices; one may be "
-            f"-1, what is left. Got: {described} for {len(devices)} devices."
+            f"-1, what is left. Got: {described} for {count} devices{slices}."
         )
-    sizes = [len(devices) // given if size == -1 else size for size in sizes]
-    # `jax.make_mesh` does the same, but refuses sizes that are no product of whole axes of a TPU's
-    # torus.
-    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    sizes = [count // given if size == -1 else size for size in sizes]
+    # As `jax.make_mesh`, which refuses sizes that are no product of whole axes of a TPU's torus.
+    options = {"allow_split_physical_axes": True}
+    if math.prod(across) == 1:
+        array = mesh_utils.create_device_mesh(sizes, devices, **options)
+    elif _count_slices(devices) > 1:
+        array = mesh_utils.create_hybrid_device_mesh(sizes, across, devices, **options)
+    else:  # devices that know of no slices, such as simulated ones: parts of their list
+        parts = np.array(devices).reshape(*across, *sizes)
+        order = [axis for pair in zip(range(4), range(4, 8), strict=True) for axis in pair]
+        array = parts.transpose(order).reshape(np.multiply(across, sizes))
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _count_slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices the devices say that they are of; 1 where they do not say."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _slices(config: MeshConfig, devices: Sequence[jax.Device]) -> tuple[int, int, int, int]:
+    """Slices along each axis of the mesh."""
+    sizes = [config.dcn_data, config.dcn_fsdp]
+    there = _count_slices(devices)
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(there // given, 1)
+    asked = math.prod(sizes)
+    if there not in (1, asked) or len(devices) % asked:
+        raise ConfigError(
+            "config.mesh: dcn_data and dcn_fsdp must multiply to the number of slices, which have "
+            f"equally many devices; one may be -1, what is left. Got: dcn_data={config.dcn_data}, "
+            f"dcn_fsdp={config.dcn_fsdp} for {len(devices)} devices of {there} slice(s)."
+        )
+    return (*sizes, 1, 1)
 
 
 def default_devices() -> list[jax.Device]:
@@ -109,6 +145,7 @@ def use_mesh(config: MeshConfig, *, alone: bool = False) -> Iterator[Mesh]:
     """
     devices = default_devices()
     if alone:
+        config = dataclasses.replace(config, dcn_data=1, dcn_fsdp=1)  # a process is of one slice
         devices = [device for device in devices if device.process_index == jax.process_index()]
     mesh = make_mesh(config, devices)
     if not alone:

@@ -97,7 +97,8 @@ class ModelConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """How many devices share what (`refine_jax.parallel`); one size may be -1: all that are left.
+    """How many devices of a slice share what (`refine_jax.parallel`), and how many slices; one size
+    may be -1: all that are left.
 
     Does not change what is computed.
     """
@@ -108,10 +109,25 @@ class MeshConfig(Section):
     )
     tensor: int = setting(1, "devices that share heads, MLP and vocabulary", DEVICES, FREELY)
     sequence: int = setting(1, "devices that share the tokens of a row", DEVICES, FREELY)
+    dcn_data: int = setting(
+        -1,
+        "slices, joined by the data-centre network, that share the rows; -1: all that are left",
+        DEVICES,
+        FREELY,
+    )
+    dcn_fsdp: int = setting(
+        1, "slices that share the rows, and parameters and optimizer state too", DEVICES, FREELY
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if 0 in (self.dcn_data, self.dcn_fsdp) or self.dcn_data == self.dcn_fsdp == -1:
+            raise ConfigError(
+                "config.mesh: dcn_data and dcn_fsdp are at least 1, and only one may be -1. Got: "
+                f"dcn_data={self.dcn_data}, dcn_fsdp={self.dcn_fsdp}."
+            )
         sizes = dataclasses.asdict(self)
+        del sizes["dcn_data"], sizes["dcn_fsdp"]
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             got = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise ConfigError(
@@ -422,12 +438,20 @@ class PromptsConfig(Section):
 
     prompt_field: str = setting("prompt", "parquet column or JSON field with the prompt")
     answer_field: str = setting("answer", "the one with the reference answer: a string or a list")
+    messages_field: str = setting(
+        "",
+        "the one with the messages of a chat, by the tokenizer's chat template, in place of prompt "
+        "and answer: all before the assistant's last message is the prompt; '': none",
+    )
     target: str = choice(
         ("first", "random"),
         "which of several answers is trained on; random: drawn for each prompt and epoch",
     )
     max_answer_tokens: int = setting(
-        32, "A: most tokens of an answer, end of sequence counted; longer ones are cut", TOKENS
+        32,
+        "A: most tokens of an answer, end of sequence counted, or of all answers of a chat; longer "
+        "ones are cut",
+        TOKENS,
     )
     cut: str = choice(CUTS, "where prompts of more than data.sequence_length - A tokens are cut")
 

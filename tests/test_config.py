@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refine_jax.architectures import QWEN3_5
 from refine_jax.base.errors import ConfigError
 from refine_jax.config import (
     SECTIONS,
@@ -26,7 +27,12 @@ FORMS = {
     "compare": ("deltanet-1.3b", "lact-760m", "qwen3.5-0.8b", "runlocal"),
     "midtrain_lact_760m": (None, "runlocal"),
     "midtrain_deltanet_1_3b": (None, "runlocal"),
-    "midtrain_qwen3_5": (None, "0.8b", "2b", "4b", "9b", "runlocal", "9b,runlocal"),
+    "midtrain_qwen3_5": (None, *QWEN3_5, "runlocal", "9b,runlocal"),
+    "posttrain_qwen3_5": (None, "sft", "4b,grpo", "runlocal", "27b,nested_sft,runlocal"),
+    "testtime_qwen3_5": (None, "2b,ntp", "official", "runlocal"),
+    "eval_qwen3_5": (None, "4b", "runlocal"),
+    "testtime_ruler_qa": (None, "official", "ntp", "runlocal"),
+    "eval_ruler": (None, "runlocal"),
     "posttrain_lact_760m": (None, "sft", "nested_sft", "grpo", "runlocal", "grpo,runlocal"),
     "posttrain_deltanet_1_3b": (None, "sft", "nested_sft", "grpo", "runlocal"),
 }
@@ -167,11 +173,11 @@ def test_full_size_configs_carry_the_papers_numbers(name):
 
 @pytest.mark.parametrize("arg", ["0.8b,2b", "9b,runlocal,sft", "runlocal,runlocal", "", "9B"])
 def test_sizes_of_qwen_that_there_are_not(arg):
-    with pytest.raises(ValueError, match=r"has the sizes 0\.8b, 2b, 4b, 9b.*Got: '"):
+    with pytest.raises(ValueError, match=r"has the sizes 0\.8b, 2b, 4b, 9b, 27b, and .*Got: '"):
         load("midtrain_qwen3_5").get_config(arg)
 
 
-@pytest.mark.parametrize("size", ["0.8b", "2b", "4b", "9b"])
+@pytest.mark.parametrize("size", QWEN3_5)
 def test_a_small_qwen_has_the_layers_of_the_large_one(size):
     """Its kinds of layers, and how many heads share a key."""
 
@@ -186,7 +192,8 @@ def test_a_small_qwen_has_the_layers_of_the_large_one(size):
         {each.linear.num_value_heads / each.linear.num_heads for each in (made, small)},
         {each.attention.num_heads / each.attention.num_kv_heads for each in (made, small)},
     )
-    assert (values, queries) == ({2.0 if size in ("4b", "9b") else 1.0}, {4.0})
+    sharing = {"27b": (3.0, 6.0), "4b": (2.0, 4.0), "9b": (2.0, 4.0)}.get(size, (1.0, 4.0))
+    assert (values, queries) == ({sharing[0]}, {sharing[1]})
     assert made.tie_word_embeddings == small.tie_word_embeddings
     # The published tokenizer has no bos; the small model's is that of Mistral.
     assert (large.data.tokenizer, large.data.add_bos) == ("checkpoint", False)

@@ -355,6 +355,8 @@ MODULES = {
     "test_golden_folders_round_trip",
     r"python -m refine_jax\.report": "tests/report/test_page.py::"
     "test_the_command_takes_one_run_or_several",
+    r"python -m refine_jax\.lm_harness .*--apply_chat_template": "tests/evaluation/"
+    "test_harness_oracle.py::test_answers_are_those_of_the_hf_model",
     r"python -m refine_jax\.lm_harness": "tests/evaluation/test_harness.py::test_command",
     r"python -m refine_jax\.evaluation\.position": "tests/evaluation/test_position.py::"
     "test_command",
@@ -365,6 +367,8 @@ PAPER = r"python experiments/paper/\w+\.py"
 STUDY = r"python experiments/study/study\.py"
 SCRIPTS = {
     r"python experiments/bench_": "tests/test_docs.py::test_benchmarks_run_in_their_smallest_form",
+    r"python experiments/gpu_check": "tests/experiments/test_gpu_check.py::"
+    "test_kernels_are_compared_with_their_reference",
     r"python experiments/tpu_kernels": "tests/experiments/test_tpu_kernels.py::"
     "test_figures_and_table",
     r"python experiments/tune_tpu": "tests/experiments/test_tpu_kernels.py::"
@@ -439,6 +443,7 @@ def test_the_runs_of_a_table_are_listed(monkeypatch, tmp_path, capsys):
     [
         ("bench_refine_step", ["--model=lact", "--tokens=512", "--repeats=2"]),
         ("bench_decode", ["--model=deltanet", "--generate=2", "--repeats=1"]),
+        ("bench_decode", ["--model=hybrid", "--generate=2", "--repeats=1"]),
         ("bench_ops", ["--cases", "delta_rule", "--repeats=1"]),
     ],
 )

@@ -55,6 +55,7 @@ from refine_jax.kernels.numerics import pad_axes
 from refine_jax.kernels.tpu import nn, nt
 
 _LANES = 128
+_SPAN_BYTES = 2**30  # of the exponentials that are kept at a time, at most
 _MASKED = -1e30  # of padded words: finite, as a difference of two infinities is NaN
 
 
@@ -228,7 +229,11 @@ def choose_blocks(
             break
     else:
         return None
-    span = span or (8192 if vmem > 100 * 2**20 else 4096)
+    if span is None:
+        # Each span passes over the head's gradient once: the larger, the less traffic.
+        span = 8192 if vmem > 100 * 2**20 else 4096
+        while span > 1024 and span * vocabulary * itemsize > _SPAN_BYTES:
+            span //= 2
     count = -(-tokens // span)
     block = min(block, _round_up(-(-tokens // count), _LANES))
     span = _round_up(-(-tokens // count), block)

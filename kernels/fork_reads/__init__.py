@@ -5,6 +5,7 @@ from refine_jax.kernels.fork_reads.api import (
     WEIGHT_IMPLEMENTATIONS,
     WINDOW_IMPLEMENTATIONS,
     attend_row,
+    attend_row_of_layer,
     attend_windows,
     read_weights,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "ForkRows",
     "Reach",
     "attend_row",
+    "attend_row_of_layer",
     "attend_windows",
     "read_weights",
 ]

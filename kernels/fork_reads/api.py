@@ -84,6 +84,22 @@ def attend_row(
     return run(q, k, v, reach, scale, window)
 
 
+def attend_row_of_layer(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, reach: Reach, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Run `attend_row` of q [B, G, M, L] to one `layer` of k and v [N, ..., G, T, L].
+
+    ...: axes that are B together. Returns [B, G, M, L] and [B, G, M], float32. Not for gradients.
+    """
+    rows, tokens = q.shape[0], k.shape[-2]
+    if not pallas_tpu_rows.takes_row((1, *q.shape), (rows, *k.shape[-3:])):
+        return xla.attend_blocks_of_layer(q, k, v, layer, reach, scale)
+    reach = jax.tree.map(lambda x: x[None], reach)
+    k, v = (xla.cut_layer(x, layer, rows, 0, tokens) for x in (k, v))
+    out, log_total = attend_row(q[None], k, v, reach, scale, tokens)
+    return out[0], log_total[0]
+
+
 def attend_windows(
     new: tuple[jax.Array, jax.Array, jax.Array],
     row_k: jax.Array,

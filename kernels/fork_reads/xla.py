@@ -15,6 +15,7 @@ from refine_jax.kernels.lact.xla import apply_fast_weights
 from refine_jax.kernels.window_attention.xla import product
 
 _SCORE_BYTES = 1 << 26  # most bytes of float32 scores at a time; more go by blocks of keys
+_LAYER_BLOCK = 1024  # keys of a layer that decoding reads at a time
 _LANES = 128  # blocks are whole multiples of it
 
 
@@ -71,6 +72,53 @@ def _seen(reach: Reach, start, fresh: jax.Array) -> jax.Array:
     return (inside & fresh)[:, None]
 
 
+def _met_none(q: jax.Array):
+    """Sum, maximum and denominator of the softmax of queries [B, G, M, L] before any key."""
+    top = jnp.full(q.shape[:3], MASKED)
+    return jnp.zeros(q.shape, jnp.float32), top, jnp.zeros_like(top)
+
+
+def _meet(carry, q, keys, values, seen, scale: float):
+    """Let queries meet a block of keys, of which they see `seen` [B, 1, M, block]."""
+    out, top, total = carry
+    scores = product("bgmh,bgth->bgmt", q, keys) * scale
+    scores = jnp.where(seen, scores, MASKED)
+    new_top = jnp.maximum(top, scores.max(-1))
+    weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
+    decay = jnp.exp(top - new_top)
+    found = product("bgmt,bgth->bgmh", weights, values)
+    return decay[..., None] * out + found, new_top, decay * total + weights.sum(-1)
+
+
+def _divided(carry):
+    """The output and the log of the softmax's denominator."""
+    out, top, total = carry
+    total = jnp.maximum(total, 1e-30)
+    return out / total[..., None], top + jnp.log(total)
+
+
+def attend_blocks_of_layer(q, k, v, layer, reach: Reach, scale: float):
+    """Run `attend_row_of_layer` of api.py: keys and values in blocks, where they are.
+
+    A copy of a layer takes longer than a token, and XLA:CPU makes one of what is reshaped whole.
+    """
+    tokens = k.shape[-2]
+    block = min(_LAYER_BLOCK, tokens)
+
+    def attend(carry, start, fresh):
+        keys, values = (cut_layer(x, layer, q.shape[0], start, block) for x in (k, v))
+        return _meet(carry, q, keys, values, _seen(reach, start, fresh), scale)
+
+    return _divided(_over_blocks(attend, _met_none(q), block, tokens, reach))
+
+
+def cut_layer(x: jax.Array, layer, rows: int, start, count: int) -> jax.Array:
+    """Tokens start ... start + count - 1 of a layer of x [N, ..., G, T, L]: [rows, G, count, L]."""
+    begin = (layer, *[0] * (x.ndim - 3), start, 0)
+    found = lax.dynamic_slice(x, begin, (1, *x.shape[1:-2], count, x.shape[-1]))
+    return found.reshape(rows, x.shape[-3], count, x.shape[-1])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_row_xla(q, k, v, reach: Reach, scale: float, window: int):
     """Run `attend_row` of api.py; blocks of keys pass by, of many forks those that one sees."""
@@ -84,22 +132,11 @@ def _attend_row_forward(q, k, v, reach, scale, window):
         q, reach = inputs
 
         def attend(carry, start, fresh):
-            out, top, total = carry
-            seen = _seen(reach, start, fresh)
-            scores = product("bgmh,bgth->bgmt", q, _cut(k, start, block)) * scale
-            scores = jnp.where(seen, scores, MASKED)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0.0)
-            decay = jnp.exp(top - new_top)
-            found = product("bgmt,bgth->bgmh", weights, _cut(v, start, block))
-            return decay[..., None] * out + found, new_top, decay * total + weights.sum(-1)
+            keys, values = _cut(k, start, block), _cut(v, start, block)
+            return _meet(carry, q, keys, values, _seen(reach, start, fresh), scale)
 
-        nothing = jnp.full(q.shape[:3], MASKED)
-        carry = jnp.zeros(q.shape, jnp.float32), nothing, jnp.zeros_like(nothing)
         bounds = reach if by_reach else None
-        out, top, total = _over_blocks(attend, carry, block, k.shape[2], bounds)
-        total = jnp.maximum(total, 1e-30)
-        return None, (out / total[..., None], top + jnp.log(total))
+        return None, _divided(_over_blocks(attend, _met_none(q), block, k.shape[2], bounds))
 
     _, found = lax.scan(attend_forks, None, (q, reach), unroll=not by_reach)
     return found, (q, k, v, reach, *found)

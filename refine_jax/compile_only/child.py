@@ -165,7 +165,9 @@ def compile_program(
         memory = dataclasses.replace(memory, code=code)
     chip = topology.chip
     coordinates = [tuple(device.coords)[: len(topology.sizes)] for device in devices]
-    network = Network(coordinates, topology.sizes, topology.wraps, chip.link)
+    slices = [device.slice_index for device in devices] if topology.slices > 1 else ()
+    torus = topology.sizes, topology.wraps, chip.link
+    network = Network(coordinates, *torus, slices, chip.dcn)
     times = KernelTimes(kernels, topology.generation, chip)
     cost = Estimator(module, chip, network, times).run()
     resident = _resident(program, traced)
@@ -191,6 +193,7 @@ def compile_program(
             "xla": cost.xla,
             "waits": cost.waits,
             "links": cost.links,
+            "dcn": cost.dcn,
             "rare": cost.rare,
         },
         "unknown_loops": cost.unknown,
@@ -244,7 +247,7 @@ def summary(run: AbstractRun) -> dict:
 def work(task: dict) -> dict:
     """Compute the figures of a task."""
     config = Config.from_dict(task["config"])
-    topology = parse_topology(task["topology"])
+    topology = parse_topology(task["topology"], task.get("slices", 1))
     devices = devices_of(topology)
     with compiled_for("tpu"), contextlib.ExitStack() as stack:
         run = AbstractRun(config, devices[0])

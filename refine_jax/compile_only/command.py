@@ -44,21 +44,23 @@ def run(
     topology: str | None,
     out: Path | None = None,
     *,
+    slices: int = 1,
     plan: bool = False,
     debug: bool = False,
 ) -> int:
     """Compile the programs of a run and print what they need; returns the exit code.
 
-    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures, as JSON. plan:
-    stop before code is made, which takes most of the time (`estimate/cost.py` says how times are
-    estimated then). debug: let the processes print where an error came from.
+    config: the run. topology: the slice, as v5p:4x4x4. out: a file for all figures as JSON. slices:
+    how many such slices. plan: stop before code is made, which takes most of the time
+    (`estimate/cost.py` says how times are estimated then). debug: let the processes print where an
+    error came from.
 
     Returns:
       0: all fits. `NOT_FITTING`: a program of the run does not. `FAILED`: one does not compile.
 
     Raises ConfigError: no such slice, no libtpu, or a mesh that the run does not fit.
     """
-    slice_ = parse_topology(topology)
+    slice_ = parse_topology(topology, slices)
     if config.phase == "compare":  # its programs are those of training, and of what is trained
         config = dataclasses.replace(config, phase="midtrain")
     if out is not None:
@@ -88,7 +90,8 @@ def compile_programs(
 
     Raises ConfigError: a mesh that the run does not fit.
     """
-    task = {"config": config.to_dict(), "topology": topology.name, "plan": plan, "debug": debug}
+    task = {"config": config.to_dict(), "topology": topology.name, "slices": topology.slices}
+    task |= {"plan": plan, "debug": debug}
     facts = in_child(task | {"program": None})
     if "error" in facts:
         raise ConfigError(facts["message"])

@@ -76,7 +76,7 @@ class Report:
         mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
         return (
             f"{facts['model_type']}, {facts['parameter_count'] / 1e6:,.1f} M parameters, compiled "
-            f"for {self.topology.name}: {self.topology.devices} devices of {size(chip.hbm)} HBM, "
+            f"for {self.topology}: {self.topology.devices} devices of {size(chip.hbm)} HBM, "
             f"{chip.flops / 1e12:,.0f} bfloat16 TFLOP/s; mesh {mesh}\n"
             f"per chip: parameters {size(facts['params'])}, optimizer {size(facts['optimizer'])} "
             f"({self.config.model.param_dtype})"
@@ -86,6 +86,7 @@ class Report:
         """Give all figures, and what would help a run that does not fit (`advice.advise`)."""
         return {
             "topology": self.topology.name,
+            "slices": self.topology.slices,
             "devices": self.topology.devices,
             "chip": dataclasses.asdict(self.topology.chip),
             "config": self.config.to_dict(),
@@ -171,12 +172,12 @@ def text(report: Report, advice: list[str], compared_advice: list[str]) -> str:
     if broken:
         parts.append(f"does not compile: {', '.join(broken)}")
     elif report.fits:
-        parts.append(f"fits {report.topology.name}")
+        parts.append(f"fits {report.topology}")
     else:
         names = [program["name"] for program in report.run_programs if not program["fits"]]
         changes = "\n".join(f"  {change}" for change in advice)
         parts.append(
-            f"does not fit {report.topology.name}: {', '.join(names)}. What would help:\n{changes}"
+            f"does not fit {report.topology}: {', '.join(names)}. What would help:\n{changes}"
         )
     if report.too_large_beside:
         names = ", ".join(program["name"] for program in report.too_large_beside)
@@ -209,10 +210,12 @@ def _details(program: dict) -> str:
         counted = f"; {unknown} loops of unknown length counted once" if unknown else ""
         if rare > 0.01 * program["seconds"]:
             counted += f"; {duration(rare)} more where conditions take their longer branches"
+        dcn = parts.get("dcn", 0)
+        between = f", between slices {duration(dcn)}" if dcn else ""
         lines.append(
             f"  estimate     {duration(program['seconds'])}: kernels {duration(parts['kernels'])}, "
             f"XLA {duration(parts['xla'])}, waits for transfers {duration(parts['waits'])} (links "
-            f"busy {duration(parts['links'])}){counted}"
+            f"busy {duration(parts['links'])}{between}){counted}"
         )
     elif program["compiler_message"]:
         lines.append(f"  compiler     {program['compiler_message']}")

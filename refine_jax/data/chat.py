@@ -30,7 +30,8 @@ from refine_jax.data.tokenizer_files import CHAT, CONFIG, read_bytes
 
 Message = Mapping[str, Any]
 
-_CUT = "\ufdd0"  # marks a place in a text; Unicode keeps this character for use within programs
+_CUT = "\ufdd0"  # marks a place in a text
+_MARKS = re.compile("[\ufdd0-\ufddf]")  # Unicode keeps these characters for use within programs
 
 
 class ChatTemplate:
@@ -117,17 +118,34 @@ def encode_chat(
 
     Raises DataError: see `ChatTemplate.render`.
     """
-    marked = _cut_tokens(messages, _spelling(tuple(tokenizer.special_tokens)))
+    marked = mark_special_tokens(tokenizer, messages)
     text = template.render(marked, add_generation_prompt=add_generation_prompt)
-    first, *rest = text.split(_CUT)
-    ids = [tokenizer.encode_special(first)]
-    return np.concatenate(ids + encode_continuations(tokenizer, rest, special=True))
+    return tokens_of_marked(tokenizer, [text])[0]
+
+
+def mark_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Message]:
+    """Mark a place within each special token that the texts of messages spell.
+
+    What a template makes of them is for `tokens_of_marked`. Characters that mark places here, which
+    no text needs, are left out.
+    """
+    return _cut_tokens(messages, _spelling(tuple(tokenizer.special_tokens)))
+
+
+def tokens_of_marked(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids [T] int32 of each part of a text whose messages are marked."""
+    parts = [text.split(_CUT) for text in texts]
+    first, *rest = (piece for pieces in parts for piece in pieces)
+    ids = iter(
+        [tokenizer.encode_special(first), *encode_continuations(tokenizer, rest, special=True)]
+    )
+    return [np.concatenate([next(ids) for _ in pieces]) for pieces in parts]
 
 
 def _cut_tokens(value: Any, spelling: re.Pattern) -> Any:
     """Mark a place within each special token in the texts of messages."""
     if isinstance(value, str):
-        return spelling.sub(rf"\g<0>{_CUT}", value.replace(_CUT, ""))
+        return spelling.sub(rf"\g<0>{_CUT}", _MARKS.sub("", value))
     if isinstance(value, Mapping):
         return {key: _cut_tokens(each, spelling) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -10,17 +10,21 @@ was cut or left out is counted in `PromptStatistics`. An answer is tokenised on 
 prompt's tokens are those of evaluations; SentencePiece begins it with a word boundary ("Answer:" is
 followed by " 1066"), for other tokenizers the prompt should end with the space. Order, epochs,
 resuming and the held-out split are those of `refine_jax.data.pipeline`.
+
+With `messages_field` a record is a conversation (`refine_jax.data.conversations`): all before the
+assistant's last answer is the prompt, whose earlier answers are trained on as well.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from refine_jax.base.errors import DataError
+from refine_jax.data.conversations import Conversations
 from refine_jax.data.formats import files_of
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.recall import RecallPrompts
@@ -130,6 +134,8 @@ class PromptStatistics:
         longest_prompt: tokens of the longest one before cutting.
         answers_cut: answers that may be targets, were too long, and lost their end and the eos.
         longest_answer: tokens of the longest answer before cutting, with eos.
+        untrained: tokens of earlier answers that are not trained on, as a row's answers have more
+            than `max_answer_tokens`; of conversations.
         copies: prompts left out of this split, as they equal a held-out one.
         unread: records that were left out before they were tokenised, by reason; none of `records`.
     """
@@ -144,6 +150,7 @@ class PromptStatistics:
     longest_prompt: int
     answers_cut: int
     longest_answer: int
+    untrained: int = 0
     copies: int = 0
     unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -155,6 +162,11 @@ class PromptStatistics:
         if self.answers_cut:
             parts.append(
                 f"{self.answers_cut:,} answers cut, the longest of {self.longest_answer:,} tokens "
+                "(raise prompts.max_answer_tokens)"
+            )
+        if self.untrained:
+            parts.append(
+                f"{self.untrained:,} tokens of earlier answers not trained on "
                 "(raise prompts.max_answer_tokens)"
             )
         for count, what in ((self.without_prompt, "a prompt"), (self.without_answer, "an answer")):
@@ -181,7 +193,7 @@ class PromptCorpus:
         options: DataConfig,
         prompts: PromptsConfig,
         tokenizer: Tokenizer,
-        source: PromptSource,
+        source: PromptSource | Conversations,
         *,
         seed: int = 0,
         validation_rows: int | None = None,
@@ -208,12 +220,44 @@ class PromptCorpus:
         """T - A, the most tokens of a prompt in a row."""
         return self._options.sequence_length - self._prompts.max_answer_tokens
 
-    def _read(self, source: PromptSource) -> None:
+    def _read(self, source: PromptSource | Conversations) -> None:
         """Tokenise the records; keep those with a prompt and an answer."""
-        texts = _PromptTexts(source)
-        tokens, index = [], IndexBuilder()
         self.answers: list[tuple[str, ...]] = []
+        self._answer_ids: list[list[np.ndarray]] = []
+        self._earlier: list[list[tuple[int, int]]] = []  # answers in the prompts of conversations
         self._without_prompt = self._without_answer = self._answers_left_out = 0
+        tokens, index = [], IndexBuilder()
+        read = self._conversations if isinstance(source, Conversations) else self._pairs
+        for ids in read(source):
+            index.add(ids)
+            tokens.append(ids)
+        self._unread = unread(source, self._options)
+        if not tokens:
+            raise DataError(
+                f"no prompt with an answer in {self._options.source!r}: {self._without_prompt} of "
+                f"{self._records} records have no prompt, {self._without_answer} no answer"
+            )
+        self._tokens = TokenStore(np.concatenate(tokens).astype(np.int32), index.finish())
+
+    def _conversations(self, source: Conversations) -> Iterator[np.ndarray]:
+        """Yield the prompts [P] of conversations."""
+        self._records = min(len(source), self._options.limit_documents or len(source))
+        for record in range(self._records):
+            ids, answers, last = source[record]
+            if not answers:
+                self._without_answer += 1
+            elif not answers[-1][0]:
+                self._without_prompt += 1
+            else:
+                *earlier, (start, end) = answers
+                self.answers.append((last,))
+                self._answer_ids.append([ids[start:end]])
+                self._earlier.append(earlier)
+                yield ids[:start]
+
+    def _pairs(self, source: PromptSource) -> Iterator[np.ndarray]:
+        """Yield the prompts [P] of records with answers."""
+        texts = _PromptTexts(source)
         unended = dataclasses.replace(self._options, add_eos=False)
         for record, ids in enumerate(tokenize(texts, self._tokenizer, unended)):
             answers = tuple(answer for answer in texts.answers[record] if answer.strip())
@@ -222,22 +266,14 @@ class PromptCorpus:
             elif not answers:
                 self._without_answer += 1
             else:
-                index.add(ids)
-                tokens.append(ids)
                 self.answers.append(answers)
                 self._answers_left_out += len(texts.answers[record]) - len(answers)
+                yield ids
         self._records = len(texts.answers)
-        self._unread = unread(source, self._options)
-        if not tokens:
-            raise DataError(
-                f"no prompt with an answer in {self._options.source!r}: {self._without_prompt} of "
-                f"{self._records} records have no prompt, {self._without_answer} no answer"
-            )
-        store = np.concatenate(tokens).astype(np.int32)
-        self._tokens = TokenStore(store, index.finish())
         flat = [answer for answers in self.answers for answer in answers]
-        ids = iter(self._tokenizer.encode_batch(flat, bos=False, eos=True))
-        self._answer_ids = [[next(ids) for _ in answers] for answers in self.answers]
+        encoded = iter(self._tokenizer.encode_batch(flat, bos=False, eos=True))
+        self._answer_ids = [[next(encoded) for _ in answers] for answers in self.answers]
+        self._earlier = [[] for _ in self.answers]
 
     def dataset(self, split: str, batch_size: int, share: Sequence[int] | None = None) -> Dataset:
         """Return the batches of a split; see `refine_jax.data.pipeline.Corpus.dataset`.
@@ -252,6 +288,7 @@ class PromptCorpus:
         rows = PromptRows(
             self._tokens,
             [self._answer_ids[example] for example in table.document],
+            [self._earlier[example] for example in table.document],
             table.document,
             self._options,
             self._prompts,
@@ -284,17 +321,24 @@ class PromptCorpus:
             longest_prompt=int(lengths.max()),
             answers_cut=int(np.count_nonzero(answers > self._prompts.max_answer_tokens)),
             longest_answer=int(answers.max()),
+            untrained=sum(map(self._untrained, examples)),
             copies=copies,
             unread=self._unread,
         )
+
+    def _untrained(self, example: int) -> int:
+        earlier = sum(end - start for start, end in self._earlier[example])
+        room = self._prompts.max_answer_tokens - len(self._answer_ids[example][0])
+        return min(earlier, max(earlier - room, 0))
 
 
 class PromptRows:
     """Rows of prompt + answer by index, a `refine_jax.data.pipeline.RowSource`.
 
     {"tokens", "segments", "answer_mask": [T] int32, "example": int32}: segments are 1 at prompt and
-    answer, answer_mask is 1 at the answer and its eos; both are 0 at padding. example counts the
-    prompts of the corpus; -1 in a row of padding.
+    answer; answer_mask is 1 at the answer and its eos, and 2 at earlier answers in the prompt of a
+    conversation; both are 0 at padding. example counts the prompts of the corpus; -1 in a row of
+    padding.
     """
 
     full = False
@@ -303,6 +347,7 @@ class PromptRows:
         self,
         prompts: TokenStore,
         answers: Sequence[Sequence[np.ndarray]],
+        earlier: Sequence[Sequence[tuple[int, int]]],
         examples: np.ndarray,
         options: DataConfig,
         prompt_options: PromptsConfig,
@@ -310,6 +355,7 @@ class PromptRows:
         seed: int,
     ) -> None:
         self._prompts, self._answers, self._examples = prompts, answers, examples
+        self._earlier = earlier
         self._options, self._length = prompt_options, options.sequence_length
         self._seed = seed
         self._bos_id, self._pad_id = tokenizer.bos_id, tokenizer.pad_id
@@ -319,6 +365,7 @@ class PromptRows:
         self.identity = (
             prompts.fingerprint,
             digest.hexdigest(),
+            *([json.dumps(earlier)] if any(earlier) else []),
             examples.tolist(),
             self._length,
             json.dumps(dataclasses.asdict(prompt_options)),
@@ -333,14 +380,26 @@ class PromptRows:
         example = int(self._examples[number])
         room = self._options.max_answer_tokens
         ids = self._prompts.read(example, 0, int(self._prompts.lengths[example]))
-        prompt = cut_prompt(ids, self._length - room, self._options.cut, bos_id=self._bos_id)
+        first = 0 if len(ids) and ids[0] == self._bos_id else None
+        kept = cut_prompt(np.arange(len(ids)), self._length - room, self._options.cut, bos_id=first)
         answer = self._choose(number, example, epoch)[:room]
-        row, end = self.empty(), len(prompt) + len(answer)
-        row["tokens"][:end] = np.concatenate([prompt, answer])
+        row, end = self.empty(), len(kept) + len(answer)
+        row["tokens"][:end] = np.concatenate([ids[kept], answer])
         row["segments"][:end] = 1
-        row["answer_mask"][len(prompt) : end] = 1
+        row["answer_mask"][: len(kept)] = self._earlier_answers(number, len(ids))[kept]
+        surplus = np.count_nonzero(row["answer_mask"]) + len(answer) - room
+        if surplus > 0:  # the ones that are next to the last answer stay
+            row["answer_mask"][np.flatnonzero(row["answer_mask"])[:surplus]] = 0
+        row["answer_mask"][len(kept) : end] = 1
         row["example"] = np.int32(example)
         return row
+
+    def _earlier_answers(self, number: int, length: int) -> np.ndarray:
+        """Mark the earlier answers in a prompt of `length` tokens by 2, [length] int32."""
+        mask = np.zeros(length, np.int32)
+        for start, end in self._earlier[number]:
+            mask[start:end] = 2
+        return mask
 
     def _choose(self, number: int, example: int, epoch: int) -> np.ndarray:
         alternatives = self._answers[number]
@@ -415,13 +474,20 @@ def load_prompts(
     Raises DataError: the source is missing, unreadable or empty, or lacks a field.
     """
     if options.source == "recall":
+        if prompts.messages_field:
+            raise DataError(
+                "data.source='recall' has prompts and answers, not messages: set "
+                f"prompts.messages_field=''. Got: {prompts.messages_field!r}."
+            )
         room = options.sequence_length - prompts.max_answer_tokens
-        source: PromptSource = RecallPrompts(room, tokenizer, seed=seed)
+        source: PromptSource | Conversations = RecallPrompts(room, tokenizer, seed=seed)
     elif options.source == "stdlib" or options.source.startswith("tfds:"):
         raise DataError(
             f"data.source={options.source!r} has no prompts: use 'recall', or the path of parquet "
             "or jsonl files"
         )
+    elif prompts.messages_field:
+        source = Conversations(options, prompts.messages_field, tokenizer)
     else:
         source = FilePrompts(options, prompts, alternatives=alternatives)
     if len(source) == 0:

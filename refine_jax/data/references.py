@@ -42,8 +42,9 @@ def read_prompt(value: Any, where: Where) -> str | None:
     first = value[0] if isinstance(value, list) and value else value
     if isinstance(first, Mapping) and "content" in first:
         raise DataError(
-            f"{where()} must be a string. Got: messages of a chat, {short(value)}. Chat templates "
-            "are not supported: write the whole text that the model is to read."
+            f"{where()} must be a string. Got: messages of a chat, {short(value)}. Post-training "
+            "reads these by prompts.messages_field; elsewhere, write the whole text that the model "
+            "is to read."
         )
     raise DataError(f"{where()} must be a string. Got: {type(value).__name__}.")
 

@@ -33,6 +33,12 @@ except ImportError as error:
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import short, valid_unicode
+from refine_jax.data.chat import (
+    ChatTemplate,
+    load_chat_template,
+    mark_special_tokens,
+    tokens_of_marked,
+)
 from refine_jax.data.references import whole_number
 from refine_jax.data.tasks.files import MAX_ANSWER
 from refine_jax.data.tokenizer import Tokenizer, check_ends
@@ -117,6 +123,7 @@ class RefineLM(TemplateLM):
         self.add_bos = tokenizer.bos_id is not None if add_bos is None else add_bos
         self.scorer = Scorer(model, params, batch_size=batch_size)
         self.generator = Generator(model, tokenizer)
+        self._template: ChatTemplate | None = None  # loaded where a chat is rendered
 
     @classmethod
     def from_checkpoint(
@@ -165,20 +172,44 @@ class RefineLM(TemplateLM):
     ) -> list[int]:
         """Encode a text, after bos if `add_special_tokens`, by default `add_bos`, says so.
 
-        Lone surrogates become "?". All texts of tasks come through here.
+        Lone surrogates become "?". All texts of tasks come through here. Once a chat template was
+        applied, special tokens in them are such, but for those that messages spell; bos is then
+        added where the template has not written it.
         """
         del kwargs
+        string = valid_unicode(string)
         bos = self.add_bos if add_special_tokens is None else add_special_tokens
         bos = bos and self.tokenizer.bos_id is not None
-        return self.tokenizer.encode(valid_unicode(string), bos=bos).tolist()
+        if self._template is None:
+            return self.tokenizer.encode(string, bos=bos).tolist()
+        ids = tokens_of_marked(self.tokenizer, [string])[0].tolist()
+        return [self.tokenizer.bos_id, *ids] if bos and ids[:1] != [self.tokenizer.bos_id] else ids
 
-    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
-        """Refuse: these are language models, not chat models."""
-        del chat_history, add_generation_prompt
-        raise DataError(
-            "these models have no chat template: run lm-eval without apply_chat_template and "
-            "fewshot_as_multiturn."
-        )
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render messages as one text, by the template beside the tokenizer.
+
+        add_generation_prompt: end with what begins an answer; False: the text ends within the last
+            message, which goes on.
+
+        Raises DataError: there is no template, or it refuses the messages.
+        """
+        if self._template is None:
+            self._template = load_chat_template(self.tokenizer)
+        messages = mark_special_tokens(self.tokenizer, chat_history)
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = messages[-1]["content"]
+        start = text.rfind(begun.strip())
+        if start < 0:
+            raise DataError(
+                f"{self._template.where} must show the last message as it is, for the model to "
+                f"continue it. Got: {short(text[-80:])}, after {short(begun)}."
+            )
+        whole = begun.lstrip()
+        return text[:start] + (whole if text.startswith(whole, start) else begun.strip())
 
     def get_model_info(self) -> dict[str, Any]:
         """Describe the model, for what lm-eval writes beside the results."""

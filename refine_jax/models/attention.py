@@ -107,6 +107,30 @@ def _push_token(ring, new, cursor):
     return lax.fori_loop(0, cursor.size, write, ring)
 
 
+def write_layer(cache: jax.Array, new: jax.Array, layer: jax.Array, cursor: jax.Array) -> jax.Array:
+    """Caches [N, B, R, G, C, L] after `new` [B, R, G, S, L] is written in one layer.
+
+    It begins at slot `cursor` [B, R] of each fork, behind which there is room for it.
+    """
+    heads_axis = None if cache.shape[3] % axis_size("tensor") else "heads"
+    forks, arrays = ("batch", None, heads_axis), (None, "batch", None, heads_axis)
+    write = over_shards(_write_layer, (arrays, forks, (), ("batch",)), arrays)
+    return write(cache, new.astype(cache.dtype), layer, cursor)
+
+
+def _write_layer(cache, new, layer, cursor):
+    """Fork by fork, as in `_push_token`."""
+    num_forks = cursor.shape[1]
+
+    def write(index, cache):
+        row, fork = index // num_forks, index % num_forks
+        tokens = lax.dynamic_slice(new, (row, fork, 0, 0, 0), (1, 1, *new.shape[2:]))
+        at = (layer, row, fork, 0, cursor[row, fork], 0)
+        return lax.dynamic_update_slice(cache, tokens[None], at)
+
+    return lax.fori_loop(0, cursor.size, write, cache)
+
+
 def _push_tokens(ring, new, cursor):
     def write(ring, new, cursor):  # [N, G, W, L], [N, G, S, L], []
         slots = (cursor + jnp.arange(new.shape[2])) % ring.shape[2]

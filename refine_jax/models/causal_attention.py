@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from refine_jax.kernels.device import backend
-from refine_jax.kernels.fork_reads import Reach, attend_row
+from refine_jax.kernels.fork_reads import Reach, attend_row, attend_row_of_layer
 from refine_jax.kernels.window_attention.splash import make_kernel
 from refine_jax.models.layout import Layout
 
@@ -92,6 +92,18 @@ def attend(
     reach = Reach(first[None], last[None])
     out, log_total = attend_row(q[None], k, v, reach, q.shape[-1] ** -0.5, k.shape[2])
     return out[0], log_total[0]
+
+
+def attend_layer(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` to one `layer` of keys and values [N, B, G, T, hd]. Not differentiable."""
+    return attend_row_of_layer(q, k, v, layer, Reach(first, last), q.shape[-1] ** -0.5)
 
 
 def join(parts: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:

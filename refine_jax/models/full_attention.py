@@ -18,9 +18,10 @@ from flax import nnx
 from jax import lax
 
 from refine_jax.kernels.sequence import join_softmax
-from refine_jax.models.attention import push_to_ring
+from refine_jax.models.attention import write_layer
 from refine_jax.models.causal_attention import (
     attend,
+    attend_layer,
     causal_attention,
     join,
     repeat_heads,
@@ -45,7 +46,7 @@ class SharedRow(NamedTuple):
     """The keys and values of rows that forks begin in.
 
     k, v: [B, G, T, hd]. last: [B, R] int32, slot of the row's last token before a fork. seen:
-    [B, R] int32, tokens that its document has up to there; may be 0.
+    [B, R] int32, tokens that its document has up to there; may be 0. Of all layers: [N, ...] each.
     """
 
     k: jax.Array
@@ -80,6 +81,8 @@ class AttentionChange(NamedTuple):
 
 class FullAttentionMixer(Mixer):
     """Causal attention with grouped queries."""
+
+    GROWS = True
 
     def __init__(
         self, config: AttentionConfig, *, implementation: str | None = None, rngs: nnx.Rngs
@@ -235,32 +238,43 @@ class FullAttentionMixer(Mixer):
 
     def extend(self, x: jax.Array, state: AttentionState) -> tuple[jax.Array, AttentionChange]:
         """Continue `state` by x [B, R, S, D]; returns [B, R, S, D] and the new keys and values."""
-        num_new = x.shape[2]
-        if state.fixed and num_new > state.keys.shape[3]:
-            raise ValueError(
-                "A state must have room for the tokens that extend it (Model.resize). Got: "
-                f"{num_new} tokens, room for {state.keys.shape[3]}."
-            )
         seen = state.count if state.row is None else state.count + state.row.seen
-        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(num_new))
+        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(x.shape[2]))
         cached = (state.keys, state.values) if state.keys.shape[3] else None
         out = self._attend_forks(q, k, v, cached, state.count, state.row)
         return self._output(out, gate), AttentionChange(k, v)
 
-    @staticmethod
-    def advance(state: AttentionState, change: AttentionChange) -> AttentionState:
-        """States of all layers [N, B, R, ...] with the new tokens written behind their own."""
-        num_new = change.keys.shape[4]
-        keys, values = state.keys, state.values
-        if not state.fixed:
-            keys, values = (_with_room(x, x.shape[4] + num_new) for x in (keys, values))
-        count = state.count[0]
-        return dataclasses.replace(
-            state,
-            keys=push_to_ring(keys, change.keys, count),
-            values=push_to_ring(values, change.values, count),
-            count=state.count + num_new,
+    def extend_layer(
+        self, x: jax.Array, states: AttentionState, layer: jax.Array
+    ) -> tuple[jax.Array, AttentionState]:
+        """`extend` of one layer: its new keys and values are written, then the cache is read."""
+        num_new, capacity = x.shape[2], states.keys.shape[4]
+        if num_new > capacity:
+            raise ValueError(
+                "A state must have room for the tokens that extend it (Model.resize). Got: "
+                f"{num_new} tokens, room for {capacity}."
+            )
+        count, row = states.count[layer], states.row
+        if row is not None:
+            row = row._replace(last=row.last[layer], seen=row.seen[layer])
+        seen = count if row is None else count + row.seen
+        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(num_new))
+        keys, values = (
+            write_layer(cache, new, layer, count)
+            for cache, new in ((states.keys, k), (states.values, v))
         )
+        out = self._attend_forks(q, None, None, (keys, values), count, row, layer)
+        count = states.count.at[layer].add(num_new)
+        states = dataclasses.replace(states, keys=keys, values=values, count=count)
+        return self._output(out, gate), states
+
+    @staticmethod
+    def grown(states: AttentionState, num_new: int) -> AttentionState:
+        """States of all layers with room for `num_new` tokens, whose shape is not fixed."""
+        if states.fixed:
+            return states
+        keys, values = (_with_room(x, x.shape[4] + num_new) for x in (states.keys, states.values))
+        return dataclasses.replace(states, keys=keys, values=values)
 
     @staticmethod
     def capacity(state: AttentionState) -> int:
@@ -293,37 +307,50 @@ class FullAttentionMixer(Mixer):
         out = self._attend_forks(q, k, v, None, jnp.zeros_like(positions), row)
         return self._output(out, gate)
 
-    def _attend_forks(self, q, k, v, cached, count, row: SharedRow | None) -> jax.Array:
+    def _attend_forks(
+        self, q, k, v, cached, count, row: SharedRow | None, layer: jax.Array | None = None
+    ) -> jax.Array:
         """Attention of new tokens to themselves, to those of a cache and to those of the row.
 
         q: [B, R, G, n, S, hd]; k, v: [B, R, G, S, hd]. cached: keys and values [B, R, G, C, hd], of
         which there are `count` [B, R]; None: none. Returns the shape of q.
+        layer: `cached` and the row's keys and values are those of all layers, and `cached` holds
+        the new tokens, too; k and v are None.
         """
         window, shape = self.config.window, q.shape
-        axis_name = None if row is None else token_axis(row.k.shape[2], 1)
+        axis = 0 if layer is None else 1  # behind that of the layers
+        axis_name = None if row is None else token_axis(row.k.shape[axis + 2], 1)
         more = repeats_for(shape[2], axis_size("tensor"))
         q = q.reshape(*shape[:2], shape[2] * more, shape[3] // more, *shape[4:])
-        k, v, cached = (jax.tree.map(lambda x: repeat_heads(x, 2, more), x) for x in (k, v, cached))
-        tokens = None if row is None else tuple(repeat_heads(x, 1, more) for x in (row.k, row.v))
+        k, v = (jax.tree.map(lambda x: repeat_heads(x, 2, more), x) for x in (k, v))
+        cached = jax.tree.map(lambda x: repeat_heads(x, axis + 2, more), cached)
+        tokens = None
+        if row is not None:
+            tokens = tuple(repeat_heads(x, axis + 1, more) for x in (row.k, row.v))
         places = None if row is None else (row.last, row.seen)
 
-        def run(q, k, v, cached, count, tokens, places):
+        def run(q, k, v, cached, count, tokens, places, layer):
             new, count = jnp.arange(q.shape[4]), count[..., None]
             # What a window leaves out, counted from the first of the new tokens on.
             begin = jnp.full_like(new, -(2**30)) if window is None else new + 1 - window
-            parts = [_attend_own(q, k, v, jnp.maximum(begin, 0), new)]
+            parts = []
+            if k is not None:
+                parts.append(_attend_own(q, k, v, jnp.maximum(begin, 0), new))
             if cached is not None:
-                parts.append(_attend_own(q, *cached, jnp.maximum(count + begin, 0), count - 1))
+                last = count - 1 if layer is None else count + new
+                parts.append(_attend_own(q, *cached, jnp.maximum(count + begin, 0), last, layer))
             if tokens is not None:
                 last, seen = (x[..., None] for x in places)
                 first = last + 1 + jnp.maximum(-seen, count + begin)
-                parts.append(_attend_rows(q, *tokens, first, last, axis_name))
+                parts.append(_attend_rows(q, *tokens, first, last, axis_name, layer))
             return join(parts).astype(q.dtype)
 
+        layers = (None,) * axis
         forks, batch = ("batch", None, "heads"), ("batch",)
-        rows = ("batch", "heads", axis_name and "tokens")
-        run = over_shards(run, (forks, forks, forks, forks, batch, rows, batch), forks)
-        return run(q, k, v, cached, count, tokens, places).reshape(shape)
+        caches, rows = (*layers, *forks), (*layers, "batch", "heads", axis_name and "tokens")
+        axes = (forks, forks, forks, caches, batch, rows, batch, ())
+        run = over_shards(run, axes, forks)
+        return run(q, k, v, cached, count, tokens, places, layer).reshape(shape)
 
 
 def _reach_of_queries(q: jax.Array, first, last):
@@ -332,27 +359,40 @@ def _reach_of_queries(q: jax.Array, first, last):
     return (jnp.tile(jnp.broadcast_to(x, shape), (1, 1, q.shape[3])) for x in (first, last))
 
 
-def _attend_own(q, k, v, first, last):
-    """Attention of q [B, R, G, n, S, hd] to slots of the forks' own k and v [B, R, G, T, hd]."""
+def _attend_own(q, k, v, first, last, layer=None):
+    """Attention of q [B, R, G, n, S, hd] to slots of the forks' own k and v [B, R, G, T, hd].
+
+    layer: of k and v [N, ...] of all layers; None: they are of one.
+    """
     forks = q.shape[0] * q.shape[1]
     reach = (x.reshape(forks, -1) for x in _reach_of_queries(q, first, last))
     merged = q.reshape(forks, q.shape[2], -1, q.shape[-1])
-    k, v = (x.reshape(forks, *x.shape[2:]) for x in (k, v))
-    out, log_total = attend(merged, k, v, *reach)
+    if layer is None:
+        k, v = (x.reshape(forks, *x.shape[2:]) for x in (k, v))
+    out, log_total = _attend(merged, k, v, *reach, layer)
     return out.reshape(q.shape), log_total.reshape(q.shape[:-1])
 
 
-def _attend_rows(q, k, v, first, last, axis_name):
-    """Attention of q [B, R, G, n, S, hd] to slots of the rows' k and v [B, G, T, hd]."""
+def _attend_rows(q, k, v, first, last, axis_name, layer):
+    """Attention of q [B, R, G, n, S, hd] to slots of the rows' k and v [B, G, T, hd].
+
+    layer: see `_attend_own`.
+    """
     rows, groups = q.shape[0], q.shape[2]
-    offset = 0 if axis_name is None else lax.axis_index(axis_name) * k.shape[2]
+    offset = 0 if axis_name is None else lax.axis_index(axis_name) * k.shape[-2]
     reach = (x.reshape(rows, -1) - offset for x in _reach_of_queries(q, first, last))
     queries = jnp.swapaxes(q, 1, 2)  # [B, G, R, n, S, hd]: the forks of a row meet it together
     shape = queries.shape
-    found = attend(queries.reshape(rows, groups, -1, shape[-1]), k, v, *reach)
+    found = _attend(queries.reshape(rows, groups, -1, shape[-1]), k, v, *reach, layer)
     out, log_total = found if axis_name is None else join_softmax(*found, axis_name)
     log_total = jnp.swapaxes(log_total.reshape(shape[:-1]), 1, 2)
     return jnp.swapaxes(out.reshape(shape), 1, 2), log_total
+
+
+def _attend(q, k, v, first, last, layer):
+    if layer is None:
+        return attend(q, k, v, first, last)
+    return attend_layer(q, k, v, layer, first, last)
 
 
 def _with_room(x: jax.Array, capacity: int) -> jax.Array:

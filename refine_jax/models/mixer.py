@@ -34,7 +34,8 @@ class Mixer(nnx.Module):
       the tokens that were seen, but for the caches of full attention. What the forks of a row share
       leads with [B, ...].
     * A change [B, R, ...] is what `extend` made of a state, as small as it can be sent from one
-      layer of the scan to the next; `advance` makes the new state of it.
+      layer of the scan to the next; `advance` makes the new state of it. States that grow are
+      written in the scan.
 
     Static methods need no parameters: the model calls them for all layers at once, outside the
     scan, which would otherwise copy the trace or the states of each layer.
@@ -61,6 +62,13 @@ class Mixer(nnx.Module):
 
     `fork` then gets P positions, and the model copies the states; `extend_traced` gets
     `positions` [B, P] for R = n P forks. Else each of R forks has a position of its own.
+    """
+
+    GROWS: bool = False
+    """Whether a state holds what it keeps of each token, so that it grows with them.
+
+    States of all layers then go through the scan, which would otherwise copy each of them: they are
+    extended by `extend_layer`, which takes the place of `advance`.
     """
 
     FORK_AXES: tuple[str, ...] = ("batch",)
@@ -157,7 +165,19 @@ class Mixer(nnx.Module):
         del state
         return change
 
-    # Room in decode states, of all layers, that grow with their tokens
+    # Decode states, of all layers, that grow with their tokens
+
+    def extend_layer(self, x: jax.Array, states: Any, layer: jax.Array) -> tuple[jax.Array, Any]:
+        """`extend` of one `layer` of the states of all, written where they are.
+
+        They have room for the new tokens. Not differentiable. Returns y and all states.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def grown(states: Any, num_new: int) -> Any:
+        """Make room for `num_new` tokens in states whose shape is not fixed."""
+        raise NotImplementedError
 
     @staticmethod
     def capacity(state: Any) -> int | None:

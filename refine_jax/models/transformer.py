@@ -233,18 +233,37 @@ class Model(LayerStack):
     def extend(self, params: Params, tokens: jax.Array, state: State) -> tuple[jax.Array, State]:
         """Continue decode states by `tokens` [B, R, S].
 
-        Returns the final norm's output [B, R, S, D] and the new state.
+        Returns the final norm's output [B, R, S, D] and the new state. Differentiable but for
+        models with full attention.
         """
+        pattern = self._pattern
+        grown = {
+            kind: mixer.grown(pattern.of_kind(state, kind), tokens.shape[2])
+            for kind, mixer in self._mixers.items()
+            if mixer.GROWS
+        }
 
-        def layer(kind, x, inputs):
+        def layer(kind, carry, inputs):
+            x, grown = carry
             layer_params, layer_state = inputs
             block = self._block(kind, layer_params)
+            if kind in grown:
+                y, states = block.attn.extend_layer(block.read(x), grown[kind], layer_state)
+                return (block.add(x, y), grown | {kind: states}), None
             y, change = block.attn.extend(block.read(x), layer_state)
-            return block.add(x, y), change
+            return (block.add(x, y), grown), change
 
-        inputs = self._pattern.zip(params["layers"], state)
-        x, changes = self._pattern.scan(layer, self._embed(params, tokens), inputs)
-        state = self._pattern.map(lambda kind, *x: self._mixers[kind].advance(*x), state, changes)
+        states = pattern.map(
+            lambda kind, x: jnp.arange(len(jax.tree.leaves(x)[0])) if kind in grown else x, state
+        )
+        carry = self._embed(params, tokens), grown
+        inputs = pattern.zip(params["layers"], states)
+        (x, grown), changes = pattern.scan(layer, carry, inputs)
+        state = pattern.map(
+            lambda kind, *x: grown[kind] if kind in grown else self._mixers[kind].advance(*x),
+            state,
+            changes,
+        )
         return self._final_norm(params, x), state
 
     @exact_float32

@@ -3,7 +3,8 @@
 A step here changes parameters, optimizer and the counts of skipped updates; it does not count as a
 training step of its own (`TrainState.step`), so that it can follow one on the prompts. Rows come as
 {"tokens", "segments", "answer_mask": [B, T] int32} (`refine_jax.data.prompts`): one document a row,
-padded on the right, whose end is the answer. Letters beyond those of DESIGN: A tokens of an answer
+padded on the right, whose end is the answer (1 in answer_mask); supervised losses count earlier
+answers in the prompt (2), too. Letters beyond those of DESIGN: A tokens of an answer
 at most, n sampled answers a prompt.
 """
 
@@ -68,7 +69,7 @@ class SampledAnswers(NamedTuple):
 @functools.partial(jax.jit, static_argnums=1)
 def prompts_of(batch: Batch, pad_id: int) -> Batch:
     """Replace the answers of rows by padding: {"tokens", "segments"} [B, T]."""
-    is_prompt = batch["answer_mask"] == 0
+    is_prompt = batch["answer_mask"] != 1
     return {
         "tokens": jnp.where(is_prompt, batch["tokens"], pad_id),
         "segments": jnp.where(is_prompt, batch["segments"], 0),
@@ -77,17 +78,16 @@ def prompts_of(batch: Batch, pad_id: int) -> Batch:
 
 def prompt_lengths(batch: Batch) -> jax.Array:
     """Count the tokens [B] int32 of each row before its answer."""
-    return jnp.sum((batch["segments"] != 0) & (batch["answer_mask"] == 0), axis=1, dtype=jnp.int32)
+    return jnp.sum((batch["segments"] != 0) & (batch["answer_mask"] != 1), axis=1, dtype=jnp.int32)
 
 
 def answer_slots(batch: Batch, max_answer_tokens: int) -> AnswerSlots:
     """Find the slots, targets and weights of the answers; A is `max_answer_tokens`."""
-    num_tokens = batch["tokens"].shape[1]
-    slots = prompt_lengths(batch)[:, None] + jnp.arange(max_answer_tokens, dtype=jnp.int32)
-    inside = jnp.minimum(slots, num_tokens - 1)
-    weights = take_tokens(batch["answer_mask"] != 0, inside) & (slots < num_tokens)
-    targets = take_tokens(batch["tokens"], inside)
-    return AnswerSlots(jnp.maximum(inside - 1, 0), targets, weights.astype(jnp.float32))
+    is_answer = batch["answer_mask"] != 0
+    found = jnp.argsort(~is_answer, axis=1, stable=True).astype(jnp.int32)[:, :max_answer_tokens]
+    targets = take_tokens(batch["tokens"], found)
+    weights = take_tokens(is_answer, found)
+    return AnswerSlots(jnp.maximum(found - 1, 0), targets, weights.astype(jnp.float32))
 
 
 def answer_nll(
@@ -292,7 +292,7 @@ def make_supervised_step(
     """
 
     def loss_of(rows: Batch):
-        token_count = jnp.maximum(jnp.sum(rows["answer_mask"], dtype=jnp.float32), 1.0)
+        token_count = jnp.maximum(jnp.sum(rows["answer_mask"] != 0, dtype=jnp.float32), 1.0)
         return functools.partial(method.supervised_loss, token_count=token_count)
 
     return SupervisedStep(_compile_updates(optimizer, loss_of, mini_batch, micro_batch))

@@ -1,5 +1,7 @@
 """Loops, collectives, bytes and times of compiled programs, against counts by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -417,3 +419,70 @@ def test_topologies():
     for name in (None, "v9:4x4", "v5e", "v5e:4x4x4", "v5p:0x2x2", "v5e:4"):
         with pytest.raises(ConfigError, match=r"--topology.*example.*Got: "):
             parse_topology(name)
+
+
+# Between slices
+
+TWO_SLICES = Network(
+    [(i, 0) for i in range(4)] * 2, (4, 1), (False, False), 50e9, [0] * 4 + [1] * 4, 2e9
+)
+
+
+@pytest.mark.parametrize(
+    ("collective", "across"),
+    [
+        # The four chips of a slice share its 8 MB: 2 MB each go there, and 2 MB come back.
+        (Collective("all-reduce", 8e6, tuple(range(8))), 2 * 8e6 / 2 / 4),
+        (Collective("all-reduce", 8e6, (0, 4)), 2 * 8e6 / 2),
+        (Collective("all-gather", 8e6, tuple(range(8))), 8e6 / 2 / 4),
+        (Collective("all-reduce", 8e6, (0, 1, 2, 3)), 0.0),
+        (Collective("collective-permute", 8e6, (), ((0, 1), (1, 4))), 8e6),
+        (Collective("collective-permute", 8e6, (), ((0, 1), (4, 5))), 0.0),
+    ],
+)
+def test_bytes_and_time_between_slices(collective, across):
+    assert TWO_SLICES.sent_across(collective) == across
+    within = dataclasses.replace(
+        collective, group=tuple(d for d in collective.group if d < 4), pairs=()
+    )
+    inside = TWO_SLICES.seconds(within) if within.group and across else 0.0
+    if across:
+        assert TWO_SLICES.seconds(collective) == pytest.approx(across / 2e9 + inside)
+    else:
+        alone = dataclasses.replace(TWO_SLICES, slices=())
+        assert TWO_SLICES.seconds(collective) == alone.seconds(collective)
+
+
+def test_what_libtpu_sends_between_slices_goes_on_beside_the_program():
+    """A receive may be written before its send; the wait is at the end of the receive."""
+    attributes = (
+        'frontend_attributes={_xla_host_transfer_rendezvous="r0",'
+        '_xla_megascale_target="{1,2}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""HloModule m, is_scheduled=true
+
+ENTRY %main (p: f32[1000,1000]) -> f32[1000,1000] {{
+  %p = f32[1000,1000]{{1,0}} parameter(0)
+  %token = token[] after-all()
+  %recv = (f32[1000,1000]{{1,0}}, u32[], token[]) recv(%token), channel_id=1, {attributes}
+  %send = (f32[1000,1000]{{1,0}}, u32[], token[]) send(%p, %token), channel_id=2, {attributes}
+  %send-done = token[] send-done(%send), channel_id=2
+  %work = f32[1000,1000]{{1,0}} multiply(%p, %p)
+  %recv-done = (f32[1000,1000]{{1,0}}, token[]) recv-done(%recv), channel_id=1
+  ROOT %sum = f32[1000,1000]{{1,0}} get-tuple-element(%recv-done), index=0
+}}
+"""
+    cost = estimate(text, network=TWO_SLICES)
+    assert cost.sent == {"all-reduce between slices": 4e6}
+    assert cost.counts == {"all-reduce between slices": 1}
+    assert cost.dcn == pytest.approx(4e6 / 2e9)
+    assert cost.xla > 0 and cost.waits == pytest.approx(4e6 / 2e9 - cost.xla)
+    assert cost.seconds == pytest.approx(4e6 / 2e9)
+
+
+def test_slices_of_a_topology():
+    topology = parse_topology("v5e:4x4", 2)
+    assert topology.devices == 32 and topology.options == {"num_slices": 2}
+    assert str(topology) == "2 slices of v5e:4x4"
+    with pytest.raises(ConfigError, match="--slices must be from 1"):
+        parse_topology("v5e:4x4", 0)

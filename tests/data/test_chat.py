@@ -2,10 +2,10 @@
 
 import datetime
 import json
-from pathlib import Path
 
 import pytest
 import tokenizers
+from chats import SPECIAL, TURNS, tokenizer_folder
 from tiny import tiny
 
 from refine_jax.base.errors import DataError
@@ -16,19 +16,6 @@ from refine_jax.data import ChatTemplate, encode_chat, load_chat_template, load_
 from refine_jax.generation import load
 from refine_jax.phases.setup import with_tokenizer_files
 
-# One split pattern, as published tokenizers have it: words, single digits, signs, line ends.
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-TURNS = """\
-{#- Turns between special tokens. #}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n<think>\\n' }}
-{%- endif %}
-"""
 BLOCKS = """\
 {% macro head(role) %}<|im_start|>{{ role }}
 {% endmacro %}
@@ -67,32 +54,6 @@ CHATS = {
     ],
     "parts": [{"role": "user", "content": [{"type": "text", "text": "<é>", "a": 1}]}],
 }
-
-
-def tokenizer_folder(folder: Path, template: str | None = None, **config) -> Path:
-    """A byte-level tokenizer.json with the properties of Qwen 3.5's: NFC, no bos, two ends."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    merges = [("w", "h"), ("Ġ", "i"), ("Ġi", "s"), ("u", "s"), ("e", "r"), ("us", "er")]
-    pieces = [*alphabet, *("".join(pair) for pair in merges)]
-    model = tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges)
-    made = tokenizers.Tokenizer(model)
-    made.normalizer = tokenizers.normalizers.NFC()
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(SPECIAL)
-    made.add_tokens(["<think>", "</think>"])
-    folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
-    fields = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None} | config
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_prompts_are_text():
     assert read_prompt("\ufeffa \ud83d", lambda: "here") == "a ?"
     assert read_prompt(None, lambda: "here") is None
     for value in ([{"role": "user", "content": "hi"}], {"role": "user", "content": "hi"}):
-        with pytest.raises(DataError, match=r"here must be a string.*Chat templates are not"):
+        with pytest.raises(DataError, match=r"here must be a string.*prompts.messages_field"):
             read_prompt(value, lambda: "here")
     for value in (3, ["a"], {}, []):
         with pytest.raises(DataError, match="here must be a string"):
@@ -297,7 +297,7 @@ def test_prompt_files_as_people_have_them(tmp_path):
     assert numbers.answers == [(str(n),) for n in range(2, 10)]
     squad = prompts_of(str(require_input("prompts_squad_answer.jsonl")))
     assert squad.answers == [("a",)] * 8
-    with pytest.raises(DataError, match=r"'prompt' in .*line 1 must be a string.*Chat templates"):
+    with pytest.raises(DataError, match=r"'prompt' in .*line 1 .*prompts.messages_field"):
         prompts_of(str(require_input("prompts_messages.jsonl")))
     rows = [{"prompt": f"p {n}", "answer": answer} for n, answer in enumerate(([None, 1], "", "b"))]
     corpus = prompts_of(str(rows_file(tmp_path, rows)))

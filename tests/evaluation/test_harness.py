@@ -233,6 +233,7 @@ class Numbers:
     vocab_size = 97
     bos_id, eos_id, pad_id = None, 96, 96
     end_ids = (96,)
+    special_tokens, files = {}, {}
 
     def encode(self, text, bos=True, eos=False):
         assert not (bos or eos)

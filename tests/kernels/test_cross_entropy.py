@@ -97,6 +97,15 @@ def test_blocks_divide_one_another(vmem, monkeypatch):
             assert (spans * blocks.span - tokens) < max(128, 1024 * spans)
 
 
+@pytest.mark.parametrize("size", [1024, 2048, 2560, 4096, 5120])
+def test_large_vocabularies_keep_a_gibibyte_of_exponentials(size, monkeypatch):
+    """Of any width that Qwen 3.5 has, on a v5e or v6e; those of 32,000 words keep longer spans."""
+    monkeypatch.setattr(tpu, "vmem_bytes", lambda: 128 * 2**20)
+    blocks = pallas_tpu.choose_blocks(16384, size, 248320, "bfloat16")
+    assert 2**29 < blocks.span * 248320 * 2 <= 2**30
+    assert pallas_tpu.choose_blocks(16384, size, 32000, "bfloat16").span == 8192
+
+
 def test_token_log_probs():
     hidden, head, tokens, weights = CrossEntropySpec("", 22, batch=2).arguments()
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refine_jax.kernels.fork_reads import xla
+from refine_jax.kernels.fork_reads import Reach, attend_row_of_layer, xla
 from refine_jax.models import fork_attention as module
 from refine_jax.models.fork_attention import fork_attention
 from tests.models.test_attention import dense_attention, draw, side_by_side
@@ -81,3 +81,21 @@ def test_heads_side_by_side_are_heads():
     want = attend(*inputs, *place)
     got = attend(*(side_by_side(x, 2) for x in inputs), *place, heads_per_group=2)
     np.testing.assert_allclose(got, side_by_side(want, 2), atol=1e-6)
+
+
+def test_blocks_of_one_layer_are_read_as_a_whole_row_is(monkeypatch):
+    """Five reaches of 11 keys in blocks of 4, and one that sees nothing; against numpy."""
+    monkeypatch.setattr("refine_jax.kernels.fork_reads.xla._LAYER_BLOCK", 4)
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((6, 2, 3, 8), np.float32)
+    k, v = rng.standard_normal((2, 2, 3, 2, 2, 11, 8), np.float32)
+    first = np.array([[0, 0, 0], [2, 3, 4], [0, 0, 0], [5, 5, 5], [10, 10, 10], [1, 1, 9]])
+    last = np.array([[0, 1, 2], [5, 6, 7], [10, 10, 10], [4, 5, 6], [10, 10, 10], [3, 1, 9]])
+    reach = Reach(jnp.asarray(first), jnp.asarray(last))
+    arrays = (jnp.asarray(x) for x in (q, k, v))
+    out, _ = attend_row_of_layer(*arrays, jnp.int32(1), reach, 8**-0.5)
+    keys, values = (x[1].reshape(6, 2, 11, 8) for x in (k, v))
+    seen = (np.arange(11) >= first[..., None]) & (np.arange(11) <= last[..., None])
+    weights = np.exp(np.einsum("bgmh,bgth->bgmt", q, keys) * 8**-0.5) * seen[:, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    np.testing.assert_allclose(out, np.einsum("bgmt,bgth->bgmh", weights, values), atol=1e-5)

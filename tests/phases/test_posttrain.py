@@ -34,11 +34,12 @@ from refine_jax.report.monitor import Monitor
 pytestmark = pytest.mark.usefixtures("compile_once")
 
 EOS, PAD, WIDTH = 1, 52, 5  # WIDTH: A, most tokens of an answer
+EARLIER = slice(6, 8)  # of row 1: the answer of an earlier turn
 LENGTHS = ((15, 5), (17, 3), (13, 4), (0, 0))  # of prompts and answers; the last row is padding
 
 
 def rows() -> dict[str, np.ndarray]:
-    """Four rows of 24 slots; each answer ends with EOS."""
+    """Four rows of 24 slots; each answer ends with EOS. Row 1 has an earlier answer."""
     random = np.random.default_rng(0)
     batch = {
         "tokens": np.full((4, 24), PAD, np.int32),
@@ -51,6 +52,7 @@ def rows() -> dict[str, np.ndarray]:
         batch["segments"][row, :end] = 1
         batch["answer_mask"][row, prompt:end] = 1
         batch["tokens"][row, end - 1 : end] = EOS
+    batch["answer_mask"][1, EARLIER] = 2
     return batch
 
 
@@ -71,9 +73,9 @@ def plain_loss(model, params, batch):
     """
     total, count, right = 0.0, 0, 0
     hidden, _ = model.forward(params, batch["tokens"][:3])
-    for row, (prompt, answer) in enumerate(LENGTHS[:3]):
+    for row in range(3):
         z, ids = log_softmax(hidden[row], model.head(params)), batch["tokens"][row]
-        for slot in range(prompt, prompt + answer):
+        for slot in np.flatnonzero(rows()["answer_mask"][row]):
             total -= z[slot - 1, ids[slot]]
             right += jnp.argmax(z[slot - 1]) == ids[slot]
             count += 1
@@ -86,7 +88,7 @@ def test_the_answer_loss_is_that_of_rows_run_alone(name):
     nll_sum, stats, slots = jax.jit(method(name).nll)(params, rows())
     expected, (count, right) = jax.jit(functools.partial(plain_loss, model))(params, rows())
     assert float(nll_sum) == pytest.approx(float(expected), rel=1e-5)
-    assert float(slots.weights.sum()) == count == 12
+    assert float(slots.weights.sum()) == count == 14
     assert float((stats.correct * slots.weights).sum()) == right
 
 
@@ -105,8 +107,8 @@ def test_gradients_are_zero_but_where_tokens_of_answers_are_predicted():
     # Of softmax cross entropy with respect to logits: p - onehot at predictors, 0 elsewhere.
     logits_gradient = np.zeros((4, 24, 53), np.float64)
     total = 0.0
-    for row, (prompt, answer) in enumerate(LENGTHS):
-        for slot in range(prompt - 1, prompt + answer - 1):
+    for row in range(len(LENGTHS)):
+        for slot in np.flatnonzero(batch["answer_mask"][row]) - 1:
             z = np.asarray(head, np.float64) @ np.asarray(hidden[row, slot], np.float64)
             p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
             target = batch["tokens"][row, slot + 1]
@@ -119,7 +121,7 @@ def test_gradients_are_zero_but_where_tokens_of_answers_are_predicted():
     elsewhere = np.roll(batch["answer_mask"], -1, axis=1) == 0
     assert np.all(np.asarray(gradient)[elsewhere] == 0)
     # Other tokens of the prompts as labels: not a bit changes.
-    other = np.where(batch["answer_mask"] == 1, batch["tokens"], 7)
+    other = np.where(batch["answer_mask"] != 0, batch["tokens"], 7)
     again, same = loss_and_gradient(hidden, other)
     assert value == again
     np.testing.assert_array_equal(gradient, same)
@@ -406,6 +408,7 @@ BAD_INPUT = {
     "source": ({"data": {"source": "stdlib"}}, "has no prompts"),
     "missing": ({"data": {"source": "/no/such/prompts.jsonl"}}, "/no/such/prompts.jsonl"),
     "field": ({"prompts": {"prompt_field": "question"}}, "set prompts.prompt_field"),
+    "messages": ({"prompts": {"messages_field": "chat"}}, "bytes has no chat template"),
     "epochs": ({"data": {"epochs": 1}, "train": {"steps": 100}}, "epochs=1"),
     "packed": ({"data": {"pack": True}}, "config.data.pack is for documents"),
     "answers": ({"prompts": {"max_answer_tokens": 100}}, "must hold 44 tokens of a prompt"),

@@ -46,11 +46,12 @@ FAMILIES = {
 }
 MESHES = [f"{axis}={size}" for size in (2, 4, 8) for axis in AXES]
 MESHES += ["data=2,fsdp=2", "fsdp=2,tensor=2", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"]
+MESHES += ["dcn_data=2,fsdp=2,tensor=2", "dcn_fsdp=2,sequence=2"]
 MESHES += ["fsdp=2,sequence=2", "tensor=2,sequence=4", "fsdp=2,tensor=2,sequence=2"]
 # What every change is tested on; the others, an hour of compilation, are marked slow.
 COVERING = {
     ("lact", "fsdp=2,tensor=2,sequence=2"),
-    ("deltanet", "data=2,fsdp=2,tensor=2"),
+    ("deltanet", "dcn_data=2,fsdp=2,tensor=2"),
     ("qwen", "fsdp=2,tensor=2,sequence=2"),
 }
 # Each a program of its own: all in one compile for minutes on a busy machine.
@@ -81,7 +82,7 @@ CONFIG = RefineConfig(
 
 def mesh_of(described: str):
     sizes = {name: int(size) for name, size in (part.split("=") for part in described.split(","))}
-    config = MeshConfig(**{name: sizes.get(name, 1) for name in AXES})
+    config = MeshConfig(**dict.fromkeys((*AXES, "dcn_data"), 1) | sizes)
     return make_mesh(config, jax.devices()[: math.prod(sizes.values())])
 
 

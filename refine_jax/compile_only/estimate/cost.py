@@ -39,6 +39,7 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"),
     "async-update",
 }
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_')
 # Operations reach these shares of the chip's peaks, by libtpu's cycles for the rollouts of
 # DeltaNet-1.3B on a v5e: those with products of matrices took 1.88 s where the peak needs 1.66 s,
 # all others 2.39 s where their transfers need 0.92 s.
@@ -52,9 +53,10 @@ class ProgramCost:
     """What one program, or a part of it, costs on one chip.
 
     seconds: estimate; kernels, xla, waits: its parts, the last for collectives and copies.
-    bytes: read from and written to the HBM. sent, counts: of collectives by kind. links: seconds
-    that they need, overlapped or not. unknown: loops of unknown length, counted once. rare: seconds
-    more if conditions took their longest branches, of which the shortest are counted.
+    bytes: read from and written to the HBM. sent, counts: of collectives by kind. links, dcn:
+    seconds that collectives need of links and between slices, overlapped or not. unknown: loops of
+    unknown length, counted once. rare: seconds more if conditions took their longest branches, of
+    which the shortest are counted.
     """
 
     seconds: float = 0.0
@@ -63,6 +65,7 @@ class ProgramCost:
     waits: float = 0.0
     bytes: float = 0.0
     links: float = 0.0
+    dcn: float = 0.0
     rare: float = 0.0
     unknown: int = 0
     sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -70,7 +73,7 @@ class ProgramCost:
 
     def add(self, other: ProgramCost, times: int = 1) -> None:
         """Add a part that runs `times` times."""
-        for name in ("seconds", "kernels", "xla", "waits", "bytes", "links", "rare"):
+        for name in ("seconds", "kernels", "xla", "waits", "bytes", "links", "dcn", "rare"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         self.unknown += other.unknown
         for kind in other.counts:
@@ -84,6 +87,8 @@ class ProgramCost:
 class _Transfers:
     links: dict[int, float] = dataclasses.field(default_factory=dict)
     copies: float = 0.0
+    dcn: float = 0.0
+    meetings: dict[str, str] = dataclasses.field(default_factory=dict)
     done: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -128,6 +133,8 @@ class Estimator:
         elif opcode == "call":
             for name in instruction.callees:
                 cost.add(self._computation(name))
+        elif opcode in ("send", "recv") and (meeting := _MEETING.search(instruction.attributes)):
+            self._cross(meeting[1], instruction, computation, cost, transfers)
         elif opcode.endswith("-done"):
             self._wait(instruction, computation, cost, transfers)
         elif (chain := self._chain(instruction)) is not None:
@@ -176,6 +183,10 @@ class Estimator:
 
     def _wait(self, instruction, computation, cost, transfers) -> None:
         name = instruction.operands[0]
+        if name in transfers.meetings:
+            if instruction.opcode == "recv-done":
+                self._until(transfers.done.get(transfers.meetings[name], 0.0), cost)
+            return
         while name not in transfers.done:
             source = computation.instructions[name]
             if not source.operands:
@@ -203,6 +214,31 @@ class Estimator:
             done = max(done, *(transfers.links.get(axis, 0.0) for axis in axes), 0.0) + seconds
             transfers.links |= dict.fromkeys(axes, done)
         return done
+
+    def _cross(self, meeting, instruction, computation, cost, transfers) -> None:
+        """Start what chips of several slices do together over the data-centre network.
+
+        libtpu writes it as a send to the host and a receive from there, in either order, which meet
+        by name; the parts within a slice are collectives of their own.
+        """
+        transfers.meetings[instruction.name] = meeting
+        if instruction.opcode == "recv":
+            return
+        kind, groups = (
+            found[1] if (found := re.search(rf'{name}="([^"]*)"', instruction.attributes)) else ""
+            for name in ("_xla_megascale_transfer_type", "_xla_megascale_target")
+        )
+        operand = computation.instructions[instruction.operands[0]]
+        slices = len(re.findall(r"\d+", groups.partition("x")[0])) or 2
+        name = kind.lower().replace("_", "-") or "transfer"
+        size = sum(array.bytes for array in operand.arrays)
+        size *= slices if name == "all-gather" else 1
+        sent = Collective(name, size, tuple(range(slices))).sent
+        cost.sent[f"{name} between slices"] += sent
+        cost.counts[f"{name} between slices"] += 1
+        transfers.dcn = max(cost.seconds, transfers.dcn) + sent / self._network.dcn
+        cost.dcn += sent / self._network.dcn
+        transfers.done[meeting] = transfers.dcn
 
     def _communicate(self, collectives, instruction, computation, cost, transfers) -> None:
         done = self._send(collectives, cost, transfers)

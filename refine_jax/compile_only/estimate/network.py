@@ -3,9 +3,11 @@
 An estimate by bandwidth: what a chip must send, over the links that its group of devices can use,
 and a microsecond a hop. A group that lies along n axes of the torus is taken for n rings, or lines
 where the ends of an axis are not linked; rings send both ways. Nothing else uses the links of these
-axes meanwhile.
+axes meanwhile. What goes to other slices takes the data-centre network, each chip a part, after its
+slice is done.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -50,19 +52,37 @@ class Collective:
 class Network:
     """The links between the devices of a program.
 
-    coordinates: of each device, in the order of the program's devices. sizes, wraps: of the axes
-    of the slice. link: bytes a second of one link in one direction.
+    coordinates, slices: of each device, in the order of the program's devices. sizes, wraps: of the
+    axes of a slice. link: bytes a second of one link in one direction. dcn: bytes a second that a
+    device sends to other slices.
     """
 
     coordinates: Sequence[tuple[int, ...]]
     sizes: tuple[int, ...]
     wraps: tuple[bool, ...]
     link: float
+    slices: Sequence[int] = ()
+    dcn: float = math.inf
+
+    def sent_across(self, collective: Collective) -> float:
+        """Count the bytes that a chip sends to other slices."""
+        if not self.slices:
+            return 0.0
+        if collective.kind == "collective-permute":
+            crosses = any(self.slices[a] != self.slices[b] for a, b in collective.pairs)
+            return collective.size if crosses else 0.0
+        members = collections.Counter(self.slices[device] for device in collective.group)
+        across = dataclasses.replace(collective, group=tuple(members))
+        return across.sent / max(members.values(), default=1)
 
     def seconds(self, collective: Collective) -> float:
         """Estimate the time of one collective, in seconds."""
         if not collective.sent:
             return 0.0
+        if crossing := self.sent_across(collective):
+            inside = [d for d in collective.group if self.slices[d] == self.slices[0]]
+            within = dataclasses.replace(collective, group=tuple(inside), pairs=())
+            return crossing / self.dcn + (self.seconds(within) if inside else 0.0)
         if collective.kind == "collective-permute":
             hops = max(self._distance(a, b) for a, b in collective.pairs)
             # Messages over several hops share the links on their way.
