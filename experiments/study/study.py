@@ -44,8 +44,12 @@ class ResultStore:
 
     def __init__(self, path: Path):
         self.path = path
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def lines(self) -> list[Line]:
+        """All lines, those of other processes among them."""
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        return [json.loads(line) for line in text.splitlines()]
 
     def find(self, **wanted: Any) -> list[Line]:
         """The lines with these values."""
@@ -62,7 +66,6 @@ class ResultStore:
         begin = time.process_time()
         line = what | _rounded(run())
         line["cpu_seconds"] = round(time.process_time() - begin, 1)
-        self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
