@@ -93,10 +93,16 @@ def to_hf(
     name or path of the model that an adapter says it belongs to; None: what the run started from.
     """
     from refine_jax.checkpoint import load_model, write_hf
+    from refine_jax.checkpoint.model import is_published
     from refine_jax.checkpoint.peft import write_adapter
     from refine_jax.models.config import model_config
 
     source, target = _paths(src, dst, overwrite)
+    if is_published(source):
+        raise CheckpointError(
+            f"{src} is a Hugging Face folder already. A checkpoint of this package is made of it "
+            "by `python -m refine_jax.convert from_hf SRC DST`."
+        )
     model = load_model(source, step=step, dtype=dtype, merge=merge)
     if model.lora is not None:
         config = model_config(model.config)

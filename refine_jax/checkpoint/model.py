@@ -99,7 +99,7 @@ def load_model(
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
     if (folder / PARAMS).exists() or (folder / RUN).exists():
         model = _load_own(folder, step, shardings)
-    elif any(Path(folder).glob("model*.safetensors*")):
+    elif is_published(Path(folder)):
         model = _load_published(Path(folder), shardings)
     else:
         raise CheckpointError(
@@ -115,6 +115,12 @@ def load_model(
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     return model._replace(params=params, lora=lora)
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder has the weights of a Hugging Face folder and is no checkpoint of ours."""
+    own = any((folder / name).exists() for name in (PARAMS, RUN, "checkpoints"))
+    return not own and any(folder.glob("model*.safetensors*"))
 
 
 def _load_own(folder: epath.Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
