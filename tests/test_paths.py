@@ -27,7 +27,7 @@ URLS = ("gs://bucket/x", "s3://bucket/x", "hf://org/x", "https://host/x", "file:
 # Text that names no file.
 NO_PATHS = {
     *("model.lora_targets", "data.text_field", "data.files", "data.tfds_split"),
-    "prompts.prompt_field",
+    *("prompts.prompt_field", "prompts.messages_field"),
     *("prompts.answer_field", "posttrain.metric", "evaluate.tasks", "evaluate.lengths"),
     *("compare.arms", "train.evaluate", "train.profile", "train.project", "train.trackers"),
 }

@@ -109,7 +109,8 @@ def test_a_report_is_made_again_from_the_files_of_the_run(whole, tmp_path, capsy
     out = capsys.readouterr().out
     assert table(json.loads(before[0])) in out
     assert json.loads(out.splitlines()[-1]) == json.loads(before[0])
-    assert report.main([str(tmp_path)]) == 1
+    (tmp_path / "empty").mkdir()
+    assert report.main([str(tmp_path / "empty")]) == 1
     assert "holds no records of a run" in capsys.readouterr().err
 
 

@@ -369,7 +369,7 @@ def test_a_nested_step_trains_on_prompts_and_then_on_answers(source, tmp_path):
     loop = posttrain.PosttrainLoop(parts, tmp_path)
     batch = next(iter(loop.parts.training))
     start = loop.initial_state()
-    copy = scaled(start, 1)  # a step gives the buffers of its state away
+    copy = jax.tree.map(jnp.copy, start)  # a step gives the buffers of its state away
     got, metrics = loop.train_step(0, copy, dict(batch))
     rows = {name: x for name, x in batch.items() if name != "example"}
     prompts = {"tokens": rows["tokens"].copy(), "segments": rows["segments"].copy()}

@@ -56,7 +56,8 @@ def test_a_run_that_is_continued_goes_on_in_the_same_place(tmp_path, recorder):
         open_all(tmp_path, ["recorder"], said) as tracked,
         Monitor(tmp_path, steps=2, log_every=0) as monitor,
     ):
-        tracked.log(1, monitor.record(1, {"loss": np.float32(2.0), "bad": math.inf}))
+        monitor.record(1, {"loss": np.float32(2.0), "bad": math.inf})
+        tracked.log(1, monitor.history[-1])
     with open_all(tmp_path, ["recorder"], said) as tracked:
         tracked.log(2, {"step": 2, "loss": 1.0})
         tracked.picture(2, "training", picture)
