@@ -100,18 +100,14 @@ CHARTS = (
 
 def task_charts(histories: Iterable[Sequence[Mapping[str, Any]]]) -> list[Chart]:
     """Charts of the tasks that runs answered while training (`train.evaluate`): two at most."""
-    names = task_figures(itertools.chain(*histories))
     charts = []
-    for kind, title, unit, scale in (
-        ("eval/task/", "Tasks", "score, %", 100.0),
-        ("eval/position/", "Loss by tokens of context", "nats a token", 1.0),
-    ):
+    for kind, names in task_figures(itertools.chain(*histories)).items():
         series = [
-            Series(name, name.removeprefix(kind), colour, scale, points=True)
-            for name, colour in zip(names[kind], itertools.cycle(RUN_COLOURS), strict=False)
+            Series(name, name.removeprefix(kind.prefix), colour, kind.scale, points=True)
+            for name, colour in zip(names, itertools.cycle(RUN_COLOURS), strict=False)
         ]
         if series:
-            charts.append(Chart(title, unit, series))
+            charts.append(Chart(kind.title, kind.unit, series))
     return charts
 
 

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import json_field, parse_object, read_lines, short, write_text
@@ -106,11 +107,28 @@ def summarize(history: list[dict]) -> dict:
     return results
 
 
-def task_figures(records: Iterable[Mapping]) -> dict[str, list[str]]:
-    """Names of the figures of tasks answered while training, by their kind, in their order."""
+class TaskKind(NamedTuple):
+    """A kind of figures of tasks answered while training, and how it is drawn.
+
+    prefix: of the figures' names. scale: factor to `unit`.
+    """
+
+    prefix: str
+    title: str
+    unit: str
+    scale: float
+
+
+TASK_KINDS = (
+    TaskKind("eval/task/", "Tasks", "score, %", 100.0),
+    TaskKind("eval/position/", "Loss by tokens of context", "nats a token", 1.0),
+)
+
+
+def task_figures(records: Iterable[Mapping]) -> dict[TaskKind, list[str]]:
+    """Find the names of figures of tasks answered while training, by their kind, in order."""
     names = dict.fromkeys(name for record in records for name in record)
-    kinds = ("eval/task/", "eval/position/")
-    return {kind: [name for name in names if name.startswith(kind)] for kind in kinds}
+    return {kind: [n for n in names if n.startswith(kind.prefix)] for kind in TASK_KINDS}
 
 
 def is_refine(record: Mapping) -> bool:

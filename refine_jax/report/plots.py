@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from refine_jax.base.figures import BLUE, GREEN, GREY, ORANGE, finish, new_figure, save_figure
-from refine_jax.report.metrics import is_refine, task_figures, write_results
+from refine_jax.report.metrics import TaskKind, is_refine, task_figures, write_results
 
 TRAINING_PLOT = "training.png"
 
@@ -82,20 +82,14 @@ def plot_training(path: Path, history: Sequence[Mapping], *, clip_norm: float | 
     save_figure(figure, path)
 
 
-def _draw_tasks(axes, history: Sequence[Mapping], tasks: Mapping[str, Sequence[str]]) -> None:
+def _draw_tasks(axes, history: Sequence[Mapping], tasks: Mapping[TaskKind, list[str]]) -> None:
     """Draw what tasks gave while training, a kind in each of the first two axes."""
-    for axis, (kind, title, unit, scale) in zip(
-        axes,
-        (
-            ("eval/task/", "Tasks", "score (%)", 100),
-            ("eval/position/", "Loss by tokens of context", "nats a token", 1),
-        ),
-        strict=False,
-    ):
-        for number, name in enumerate(tasks[kind]):
-            _points(axis, history, name, f"C{number % 10}", name.removeprefix(kind), scale)
-        axis.set_visible(bool(tasks[kind]))
-        finish(axis, title, unit)
+    for axis, (kind, names) in zip(axes, tasks.items(), strict=False):
+        for number, name in enumerate(names):
+            label = name.removeprefix(kind.prefix)
+            _points(axis, history, name, f"C{number % 10}", label, kind.scale)
+        axis.set_visible(bool(names))
+        finish(axis, kind.title, kind.unit)
     axes[-1].set_visible(False)
 
 
