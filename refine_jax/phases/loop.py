@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,6 @@ from refine_jax.phases.setup import (
     prepare_model,
     training_data,
 )
-from refine_jax.phases.tasks import TrainingTasks, is_due
 from refine_jax.refine.optimizer import make_optimizer, make_schedule
 from refine_jax.refine.step import TrainState
 from refine_jax.report.held_out import HeldOutLog, HeldOutRecord
@@ -53,6 +52,9 @@ from refine_jax.report.page import write_run_page
 from refine_jax.report.plots import write_report
 from refine_jax.report.profile import Profile
 from refine_jax.report.trackers import Trackers, check_trackers
+
+if TYPE_CHECKING:
+    from refine_jax.phases.tasks import TrainingTasks
 
 # Distinct streams of random numbers from the one seed; initial weights use the seed itself.
 _TRAIN_STREAM, _EVAL_STREAM = 1, 2
@@ -70,7 +72,7 @@ class TrainingParts:
     training: Dataset
     held_out: Dataset | None
     changes: Changes
-    tasks: TrainingTasks | None
+    tasks: "TrainingTasks | None"
 
 
 def prepare(
@@ -96,7 +98,11 @@ def prepare(
     training, held_out = training_data(corpus, config)
     check_enough_batches(config, training)
     changes = changes.check_data(training.fingerprint, config)
-    tasks = TrainingTasks(config, model, tokenizer, corpus) if config.train.task_names else None
+    tasks = None
+    if config.train.task_names:
+        from refine_jax.phases.tasks import TrainingTasks  # with all of the evaluation
+
+        tasks = TrainingTasks(config, model, tokenizer, corpus)
     return TrainingParts(
         config, start, model, tokenizer, corpus, training, held_out, changes, tasks
     )
@@ -382,7 +388,9 @@ class Loop(abc.ABC):
 
     def _timed_tasks(self, step: int, state: TrainState) -> dict[str, float]:
         train, tasks = self.config.train, self.parts.tasks
-        if tasks is None or not is_due(step, every=train.evaluate_every, steps=train.steps):
+        every = train.evaluate_every
+        due = step in (0, train.steps) or (every and step % every == 0)
+        if tasks is None or not due:
             return {}
         begin = time.perf_counter()
         with self.compilations.of("what answers the tasks"):

@@ -112,8 +112,3 @@ class TrainingTasks:
             for bucket in buckets
             if math.isfinite(bucket.loss.mean)
         }
-
-
-def is_due(step: int, *, every: int, steps: int) -> bool:
-    """Whether tasks are answered after this step: every so many; 0: before and after training."""
-    return step in (0, steps) or bool(every and step % every == 0)
