@@ -26,6 +26,7 @@ from refine_jax.settings import (
     STEPS,
     TOKENS,
     WEIGHTS,
+    WRITTEN_PATH,
     Section,
     above,
     between,
@@ -420,7 +421,7 @@ class DataConfig(Section):
     epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
     workers: int = setting(0, "processes that read ahead; 0: threads", between(0, 256), FREELY)
     cache_dir: str = setting(
-        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
+        "", "folder that keeps tokens between runs; '': memory", WRITTEN_PATH, CONTENT, DOCUMENTS
     )
 
     @property

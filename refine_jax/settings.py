@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, short
 
 MOST_ROWS = 2**20
 MOST_TOKENS = 2**26
@@ -71,8 +71,10 @@ ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
 SEEDS = between(0, 2**32 - 1)
 WEIGHTS = between(0, 1e6)
-PATH = {"path": True}
-"""It may name a file or folder: `~` is expanded, URLs are refused."""
+PATH = {"path": "read"}
+"""It may name a file or folder, on a disk (`~` is expanded) or in a bucket."""
+WRITTEN_PATH = {"path": "written"}
+"""A path that is written to as well: on a disk or in a bucket of Google's."""
 DOCUMENTS = {"documents_only": True}
 """How documents become rows; prompts do so in another way, so that post-training refuses it."""
 BY_NAME = "by name"
@@ -99,7 +101,8 @@ class Section:
             path = self.prefix + field.name
             value = getattr(self, field.name)
             if field.metadata["path"]:
-                value = expanded(value, path, empty=field.default == "")
+                written = field.metadata["path"] == "written"
+                value = expanded(value, path, empty=field.default == "", write=written)
             value = _converted(value, hints[field.name], path)
             _check_allowed(value, field.metadata, path)
             object.__setattr__(self, field.name, value)
@@ -115,10 +118,11 @@ def flags_of(section: type[Section]) -> type[Section]:
     return type(section.__name__, (section,), {"prefix": "--"})
 
 
-def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
+def expanded(value: Any, setting: str, *, empty: bool = True, write: bool = False) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises ConfigError for a URL.
+    empty: whether "" is allowed. write: it will be written to. Raises ConfigError: it cannot be a
+    path, or this installation lacks what its URL needs.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -126,12 +130,12 @@ def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
         return value
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting)
+    path = given_path(name, setting, write=write)
     return f"{kind}{path}" if name.startswith("~") else value
 
 
 def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
-    """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
+    """Expand `~` in the flags of a command that may be paths; raises ConfigError as `expanded`."""
     for name in names:
         values[name] = expanded(values[name], f"--{name}", empty=False)
 

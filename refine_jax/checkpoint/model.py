@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import json_field, local_path, parse_object, read_text, short, write_text
+from refine_jax.base.files import given_path, json_field, parse_object, read_text, short, write_text
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -92,15 +92,15 @@ def load_model(
     Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
     its config.json.
     """
-    folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
+    folder = given_path(path, "the checkpoint", CheckpointError).absolute()
     if (folder / "checkpoints" / CONFIG).exists():
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
     if (folder / PARAMS).exists() or (folder / RUN).exists():
         model = _load_own(folder, step, shardings)
-    elif is_published(Path(folder)):
-        model = _load_published(Path(folder), shardings)
+    elif is_published(folder):
+        model = _load_published(folder, shardings)
     else:
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
@@ -123,7 +123,7 @@ def is_published(folder: Path) -> bool:
     return not own and any(folder.glob("model*.safetensors*"))
 
 
-def _load_own(folder: epath.Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
+def _load_own(folder: Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
     """Read a model from a folder of this package, with its updates; see `load_model`."""
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
@@ -168,7 +168,7 @@ def _load_published(folder: Path, shardings: PyTree | None) -> ModelCheckpoint:
     params = model.params
     if shardings is not None:
         params = jax.tree.map(jax.device_put, params, shardings)
-    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
+    tokenizer = folder if has_tokenizer(folder) else None
     return ModelCheckpoint(model.config, model.config_json, params, tokenizer, model.files)
 
 
@@ -182,7 +182,7 @@ def read_lora(folder: Path) -> LoRA | None:
         return None if recorded is None else LoRA.from_json(recorded)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{Path(folder) / RUN}: lora must be an object with rank, alpha and targets. "
+            f"{folder / RUN}: lora must be an object with rank, alpha and targets. "
             f"Got: {short(recorded)}."
         ) from None
 
@@ -207,7 +207,7 @@ def _parts_of_run(
     return lora, *split(params, kind), text("model", "checkpoint", "")
 
 
-def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
+def _choose_step(folder: Path, step: int | str) -> tuple[int, list[int]]:
     """Choose the step to read; returns it and the other ones."""
     run, steps = read_run(folder, verify=True), find_steps(folder)
     saved = steps.saved
