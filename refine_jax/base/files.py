@@ -32,7 +32,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 def path_of(path: str | os.PathLike) -> Path | RemotePath:
     """Make the path of a file or folder, on a disk or in a bucket."""
-    return RemotePath(path) if is_remote(path) else Path(path)
+    return RemotePath(os.fspath(path)) if is_remote(path) else Path(path)
 
 
 def given_path(
