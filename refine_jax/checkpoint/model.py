@@ -78,6 +78,7 @@ def load_model(
     dtype: Any = None,
     merge: bool = True,
     adapter: epath.PathLike | None = None,
+    in_memory: bool = True,
 ) -> ModelCheckpoint:
     """Read a model from its folder or from a training run's.
 
@@ -88,6 +89,8 @@ def load_model(
     dtype: cast the parameters; None keeps those of the file.
     merge: add low-rank updates of a run to its weights; else they stand beside them (lora.py).
     adapter: folder of the peft package, whose updates are added to the weights as well.
+    in_memory: read the parameters now; else those of a checkpoint without low-rank updates are
+        `Streamed`, read where they are used.
 
     Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
     its config.json.
@@ -98,7 +101,7 @@ def load_model(
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
     if (folder / PARAMS).exists() or (folder / RUN).exists():
-        model = _load_own(folder, step, shardings)
+        model = _load_own(folder, step, shardings, in_memory or adapter is not None)
     elif is_published(folder):
         model = _load_published(folder, shardings)
     else:
@@ -123,7 +126,9 @@ def is_published(folder: Path) -> bool:
     return not own and any(folder.glob("model*.safetensors*"))
 
 
-def _load_own(folder: Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
+def _load_own(
+    folder: Path, step: int | str, shardings: PyTree | None, in_memory: bool
+) -> ModelCheckpoint:
     """Read a model from a folder of this package, with its updates; see `load_model`."""
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
@@ -148,6 +153,7 @@ def _load_own(folder: Path, step: int | str, shardings: PyTree | None) -> ModelC
                 for name, x in abstract.items()
             },
             part=part,
+            in_memory=in_memory or lora is not None,
             **options,
         )
         return nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
