@@ -1,0 +1,300 @@
+"""Paths of buckets and other stores that fsspec knows: `gs://bucket/x`, `s3://bucket/x`, `hf://x`.
+
+`RemotePath` offers of pathlib what this package uses, for every scheme of fsspec: reading (`open`
+for "r" and "rb", `read_bytes`, `read_text`, `exists`, `is_file`, `is_dir`, `iterdir`, `glob`, `walk`,
+`stat`) and, where `WRITABLE` names the scheme, writing (`write_bytes`, `upload`, `copy`, `unlink`,
+`rmtree`). What a store raises comes out as an OSError in one line, as of a disk. Every look asks the
+store: nothing is remembered, since other processes write, too.
+
+An object appears when its last byte has arrived, or not at all. There are no folders, only names
+with slashes: one is there as long as something is in it. Nothing can be appended to, renamed or
+locked; `base/files.py` and `base/lock.py` say what stands for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
+
+import fsspec
+
+from refine_jax.base.errors import ConfigError, UserError
+
+# Orbax reads and writes small files through etils, which prefers TensorFlow where that happens to
+# be installed: then two clients, with two ways to sign in, would be at work.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+WRITABLE = ("gs",)
+"""Schemes that can be written to: those that arrays can be stored in, too."""
+_EXTRAS = {"gs": "pip install 'refine-jax[gcs]'", "s3": "pip install s3fs"}
+_SIGN_IN = {
+    "gs": "Sign in with `gcloud auth application-default login`, or name a key's file in "
+    "GOOGLE_APPLICATION_CREDENTIALS, and see that the account may use the bucket.",
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
+    "hf": "Sign in with `hf auth login`, or set HF_TOKEN.",
+}
+# Drives of Windows are one letter. pathlib makes gs:/x of gs://x, so one slash is enough.
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/|\s*[A-Za-z]://")
+_OF_DISKS = ("file", "local")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Tell whether a path is a URL, of whatever scheme."""
+    return isinstance(path, RemotePath) or bool(_SCHEME.match(os.fspath(path)))
+
+
+def remote_path(
+    path: str | os.PathLike,
+    setting: str,
+    error: type[UserError] = ConfigError,
+    *,
+    write: bool = False,
+) -> RemotePath:
+    """Make a path of a URL that the user gave; what it names is not looked at.
+
+    setting: what the path was given as, for the error. write: it will be written to.
+    Raises `error`: the scheme is none of fsspec's, cannot be written to, or its package is missing.
+    """
+    text = os.fspath(path)
+    scheme = scheme_of(text)
+    if not re.fullmatch(r"[A-Za-z0-9+.-]+://[^/\s\0][^\0]*", text):
+        raise error(
+            f"{setting} must be a path, or a URL such as gs://bucket/folder. Got: {text!r}."
+        )
+    if scheme in _OF_DISKS or scheme not in fsspec.available_protocols():
+        raise error(
+            f"{setting} must be a path of a file system or of a bucket (gs://, or one of fsspec's "
+            f"to read from). Got: {text!r}."
+        )
+    if write and scheme not in WRITABLE:
+        raise error(
+            f"{setting} must be a path of a file system or gs://: nothing is written to "
+            f"{scheme}://. Got: {text!r}."
+        )
+    try:
+        _file_system(scheme)
+    except ImportError as problem:
+        fix = f" Install it: {_EXTRAS[scheme]}." if scheme in _EXTRAS else ""
+        raise error(f"{setting}={text}: a package is missing: {problem}.{fix}") from None
+    except Exception as problem:  # stores raise whatever their clients do
+        raise error(f"{setting}={text}: {_reason(problem)}. {sign_in(scheme)}".rstrip()) from None
+    return RemotePath(text)
+
+
+def scheme_of(path: str | os.PathLike) -> str:
+    """Name the scheme of a URL: "gs" of gs://bucket/x; "" of a path of a disk."""
+    found = _SCHEME.match(os.fspath(path))
+    return (found[1] or "").lower() if found else ""
+
+
+def sign_in(scheme: str) -> str:
+    """Say how to sign in to a store; "" where this package does not know."""
+    return _SIGN_IN.get(scheme, "")
+
+
+@functools.cache
+def _file_system(scheme: str) -> Any:
+    # A listing that is kept would hide what other processes have written since.
+    options = fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})
+    options.setdefault("use_listings_cache", False)
+    if scheme == "gs":
+        # Its errors are raised; it would also print them, each with a traceback.
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    return fsspec.filesystem(scheme)
+
+
+class _Status(NamedTuple):
+    """What `RemotePath.stat` says: bytes, and the time of the last change in seconds.
+
+    generation: a number that every write of an object changes; None where a store has none.
+    """
+
+    st_size: int
+    st_mtime: float
+    generation: int | None = None
+
+    @property
+    def st_ctime(self) -> float:
+        return self.st_mtime
+
+
+class RemotePath(PurePosixPath):
+    """A path in a bucket or another store, as pathlib spells paths; see the module."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        scheme, _, rest = super().__str__().partition(":/")
+        return f"{scheme}://{rest}"
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __reduce__(self) -> tuple:
+        return RemotePath, (str(self),)
+
+    @property
+    def scheme(self) -> str:
+        """The scheme, such as gs."""
+        return self.parts[0].removesuffix(":").lower()
+
+    @property
+    def _store(self) -> Any:
+        return _file_system(self.scheme)
+
+    # What has no meaning in a store, and what pathlib answers there.
+
+    def absolute(self) -> RemotePath:
+        """Return the path itself, which is whole."""
+        return self
+
+    expanduser = resolve = absolute
+
+    def is_symlink(self) -> bool:
+        """No object is a link."""
+        return False
+
+    is_mount = is_symlink
+
+    def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: a folder is there once something is in it."""
+
+    def rmdir(self) -> None:
+        """Do nothing: a folder is gone with the last object in it."""
+
+    # Reading.
+
+    def exists(self) -> bool:
+        """Tell whether there is such an object or folder."""
+        with failing_as_a_disk():
+            return self._store.exists(str(self))
+
+    def is_file(self) -> bool:
+        """Tell whether there is such an object."""
+        with failing_as_a_disk():
+            return self._store.isfile(str(self))
+
+    def is_dir(self) -> bool:
+        """Tell whether there are objects below this name."""
+        with failing_as_a_disk():
+            return self._store.isdir(str(self))
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        """Find what is in a folder, ascending; FileNotFoundError if there is no such folder."""
+        with failing_as_a_disk():
+            found = self._store.ls(str(self), detail=False)
+        names = {PurePosixPath(name).name for name in found}
+        if names == {self.name} and not self.is_dir():
+            raise NotADirectoryError(20, "it is an object, no folder", str(self))
+        # Consoles mark empty folders by an object of the folder's own name.
+        yield from (self / name for name in sorted(names) if name and not self._is_mark(name))
+
+    def _is_mark(self, name: str) -> bool:
+        return name == self.name and not (self / name).exists()
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """Find what a pattern names below this folder, ascending."""
+        with failing_as_a_disk():
+            found = self._store.glob(f"{self}/{pattern}")
+        for name in sorted(found):
+            yield RemotePath(self._store.unstrip_protocol(name))
+
+    def walk(self) -> Iterator[tuple[RemotePath, int]]:
+        """Find all objects below this folder, at any depth, with their bytes; ascending."""
+        with failing_as_a_disk():
+            found = self._store.find(str(self), detail=True)
+        for name, status in sorted(found.items()):
+            if not name.endswith("/"):
+                yield RemotePath(self._store.unstrip_protocol(name)), status["size"] or 0
+
+    def stat(self) -> _Status:
+        """Look up the size and the time of an object."""
+        with failing_as_a_disk():
+            status = self._store.info(str(self))
+        time = status.get("mtime") or status.get("LastModified") or status.get("updated")
+        generation = status.get("generation")
+        return _Status(
+            status.get("size") or 0,
+            time.timestamp() if hasattr(time, "timestamp") else 0.0,
+            None if generation is None else int(generation),
+        )
+
+    def open(self, mode: str = "r", encoding: str | None = None, **options: Any) -> IO:
+        """Open an object for reading; what is read later may fail with errors of the store."""
+        if set(mode) - set("rbt"):
+            raise OSError(f"objects are written whole. Got: mode={mode!r}")
+        text = {} if "b" in mode else {"encoding": encoding or "utf-8"}
+        with failing_as_a_disk():
+            return self._store.open(str(self), mode, **text, **options)
+
+    def read_bytes(self) -> bytes:
+        """Read a whole object."""
+        with failing_as_a_disk():
+            return self._store.cat_file(str(self))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        """Read a whole object as text."""
+        return self.read_bytes().decode(encoding)
+
+    # Writing. Each of these makes whole objects or none.
+
+    def write_bytes(self, content: bytes, *, new: bool = False) -> None:
+        """Write an object. new: raise FileExistsError where there is one, decided by the store."""
+        with failing_as_a_disk():
+            self._store.pipe_file(str(self), content, mode="create" if new else "overwrite")
+
+    def upload(self, file: Path) -> None:
+        """Write an object with the content of a file of this machine."""
+        with failing_as_a_disk():
+            self._store.put_file(str(file), str(self))
+
+    def download(self, file: Path) -> None:
+        """Write the content of the object to a file of this machine."""
+        with failing_as_a_disk():
+            self._store.get_file(str(self), str(file))
+
+    def copy(self, target: RemotePath) -> None:
+        """Copy an object within its store, which moves no bytes here."""
+        with failing_as_a_disk():
+            self._store.cp_file(str(self), str(target))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete an object."""
+        try:
+            with failing_as_a_disk():
+                self._store.rm_file(str(self))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def rmtree(self) -> None:
+        """Delete all objects below this name."""
+        with contextlib.suppress(FileNotFoundError), failing_as_a_disk():
+            self._store.rm(str(self), recursive=True)
+
+
+@contextlib.contextmanager
+def failing_as_a_disk() -> Iterator[None]:
+    """Raise what a store's client raises as an OSError with a reason of one line."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
+        raise
+    except UserError:
+        raise
+    except Exception as problem:
+        raise OSError(5, _reason(problem)) from problem
+
+
+def _reason(problem: Exception) -> str:
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text[:300].rstrip(".")
