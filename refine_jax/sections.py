@@ -14,11 +14,13 @@ from refine_jax.presets import PRESETS
 from refine_jax.settings import (
     CONTENT,
     COUNT,
+    DATA_PATH,
     DEVICES,
     DOCUMENTS,
     FREELY,
     ITEMS,
     LEAST,
+    MODEL_PATH,
     MOST_TOKENS,
     PATH,
     ROWS,
@@ -49,8 +51,9 @@ class ModelConfig(Section):
 
     checkpoint: str | None = setting(
         None,
-        "start from one of refine_jax.convert, a run's or a Hugging Face folder; replaces `fresh`",
-        PATH,
+        "start from one of refine_jax.convert, a run's or a Hugging Face folder, or from "
+        "`hf://ORG/NAME[@REVISION]`; replaces `fresh`",
+        MODEL_PATH,
         FREELY,
     )
     fresh: Mapping | None = setting(
@@ -371,8 +374,9 @@ class DataConfig(Section):
         "stdlib",
         "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
         "`tfds:NAME`, or a path: parquet, "
-        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
-        PATH,
+        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern, also of a store, "
+        "such as `hf://datasets/ORG/NAME/*.parquet`",
+        DATA_PATH,
         CONTENT,
     )
     text_field: str = setting(

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from refine_jax.base.errors import ConfigError
 from refine_jax.base.files import local_path, short
+from refine_jax.base.hub import is_hub, model_repository
+from refine_jax.base.remote import is_remote, remote_path
 
 MOST_ROWS = 2**20
 MOST_TOKENS = 2**26
@@ -71,8 +73,12 @@ ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
 SEEDS = between(0, 2**32 - 1)
 WEIGHTS = between(0, 1e6)
-PATH = {"path": True}
+PATH = {"path": "disk"}
 """It may name a file or folder: `~` is expanded, URLs are refused."""
+DATA_PATH = {"path": "data"}
+"""It may also be a URL of a store, to be read."""
+MODEL_PATH = {"path": "model"}
+"""It may also name a model on the Hugging Face hub."""
 DOCUMENTS = {"documents_only": True}
 """How documents become rows; prompts do so in another way, so that post-training refuses it."""
 BY_NAME = "by name"
@@ -99,7 +105,7 @@ class Section:
             path = self.prefix + field.name
             value = getattr(self, field.name)
             if field.metadata["path"]:
-                value = expanded(value, path, empty=field.default == "")
+                value = expanded(value, path, field.metadata["path"], empty=field.default == "")
             value = _converted(value, hints[field.name], path)
             _check_allowed(value, field.metadata, path)
             object.__setattr__(self, field.name, value)
@@ -115,15 +121,20 @@ def flags_of(section: type[Section]) -> type[Section]:
     return type(section.__name__, (section,), {"prefix": "--"})
 
 
-def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
+def expanded(value: Any, setting: str, kind: str = "disk", *, empty: bool = True) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises ConfigError for a URL.
+    kind: of the paths, "disk", "data" or "model" (`PATH` and what follows it). empty: whether "" is
+    allowed. Raises ConfigError for a URL that is not of this kind.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or (not value and empty):
         return value
+    if kind == "model" and is_hub(value):
+        return str(model_repository(value, setting, ConfigError))
+    if kind == "data" and is_remote(value):
+        return str(remote_path(value.strip(), setting))
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
     kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
     path = local_path(name, setting)
@@ -133,7 +144,8 @@ def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
 def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
     """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
     for name in names:
-        values[name] = expanded(values[name], f"--{name}", empty=False)
+        kind = "model" if name == "checkpoint" else "disk"
+        values[name] = expanded(values[name], f"--{name}", kind, empty=False)
 
 
 def table(sections: Mapping[str, type[Section]]) -> list[str]:

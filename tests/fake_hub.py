@@ -17,6 +17,7 @@ import re
 import threading
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -72,7 +73,8 @@ class FakeHub:
 
     def add_folder(self, kind, name, folder):
         """Make a commit of a folder's files."""
-        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*")}
+        folder = Path(folder)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
         return self.add(kind, name, files)
 
     def files(self, kind, name, revision="main"):
@@ -279,7 +281,8 @@ def hub(tmp_path, monkeypatch):
     with FakeHub() as server:
         values = {
             "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint
+            + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
             "HF_HOME": str(tmp_path / "hub-home"),
             "HF_TOKEN_PATH": str(tmp_path / "hub-home" / "token"),

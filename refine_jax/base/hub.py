@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from refine_jax.base.errors import UserError
 
 PREFIX = "hf://"
+MARK = "<!-- Written by refine_jax, which replaces this file; keep it by removing this line. -->"
+"""A line of the model cards that this package may replace."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MODEL = re.compile(rf"(?:models/)?({_REPOSITORY.pattern})(?:@([\w./-]+))?", re.ASCII)
 _TOKEN = re.compile(r"hf_\w+|(?<=//)[^/@\s]+@")
@@ -116,7 +118,7 @@ def _say(what: str, problem: Exception, errors: Any, endpoint: str) -> str:
     if found(errors.RevisionNotFoundError):
         return f"{what}: there is no such revision on {endpoint}."
     if found(errors.OfflineModeIsEnabled) or found(errors.LocalEntryNotFoundError):
-        if constants_offline():
+        if _offline():
             return (
                 f"{what} is not in the cache of huggingface_hub as a whole, and HF_HUB_OFFLINE "
                 "forbids to fetch it. Fetch it once without HF_HUB_OFFLINE."
@@ -139,7 +141,7 @@ def _say(what: str, problem: Exception, errors: Any, endpoint: str) -> str:
     return f"{what}: {type(problem).__name__}: {text}"
 
 
-def constants_offline() -> bool:
+def _offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids requests."""
     from huggingface_hub import constants
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, UserError
-from refine_jax.base.hub import Repository, hub_errors, model_repository
+from refine_jax.base.hub import MARK, Repository, hub_errors, model_repository
 from refine_jax.checkpoint.folders import ADAPTER, ADAPTER_TENSORS, COMPANIONS, CONFIG
 from refine_jax.checkpoint.weights import INDEX, SAFETENSORS, TORCH
 
@@ -45,7 +45,10 @@ def fetch(
         if not patterns:
             patterns = _needed(_names(repository, library))
         folder = library.HfApi().snapshot_download(
-            repository.name, revision=repository.revision, allow_patterns=list(patterns)
+            repository.name,
+            revision=repository.revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],  # none of the model's is in a folder of its own
         )
     return Path(folder)
 
@@ -103,10 +106,6 @@ def push(folder: Path, name: str, card: str) -> str:
     return str(commit.commit_url)
 
 
-MARK = "<!-- Written by refine_jax; remove this line to keep your own. -->"
-"""A line of the model cards that `push` may replace."""
-
-
 def prepare_push(name: str) -> None:
     """Make the repository ORG/NAME, private, unless it is there; nothing is written yet.
 
@@ -136,9 +135,7 @@ def _needed(names: Sequence[str] | None) -> tuple[str, ...]:
         return patterns
     if not any(_is_safetensors(name) for name in names):
         patterns += _TORCH_WEIGHTS
-    chosen = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
-    # Patterns of huggingface_hub match files in folders, too, which are none of the model's.
-    return tuple(name for name in chosen if "/" not in name) or patterns
+    return patterns
 
 
 def _is_safetensors(name: str) -> bool:
