@@ -2,7 +2,8 @@
 
 from_hf makes a checkpoint, which `config.model.checkpoint` takes, of a folder with config.json, the
 weights (safetensors, one file or shards; pytorch_model.bin needs the extra [torch]) and tokenizer
-files, or of hf://ORG/NAME[@REVISION]. to_hf makes such a folder of a model checkpoint or of a training run's work folder.
+files, or of hf://ORG/NAME[@REVISION], a model on the Hugging Face hub. to_hf makes such a folder of
+a model checkpoint or of a training run's work folder, and with --push puts it there.
 
 A run that trains low-rank updates becomes an adapter of the peft package, or with --merge a model;
 from_hf adds an adapter to the weights of a checkpoint (--base).
@@ -94,8 +95,8 @@ def to_hf(
     step: of a training run: "latest", "best" or a number. allow_nonfinite: write parameters that
     are NaN or infinite, or become so in `dtype`. merge: add low-rank updates to the weights. base:
     name or path of the model that an adapter says it belongs to; None: what the run started from.
-    push: put the folder and a model card into the repository ORG/NAME on the hub, as one commit; one
-    that is not there is made, private. The folder stays whatever becomes of that.
+    push: put the folder and a model card into the repository ORG/NAME on the hub, as one commit;
+    one that is not there is made, private. The folder stays whatever becomes of that.
     """
     from refine_jax.checkpoint import hub, load_model, write_hf
     from refine_jax.checkpoint.card import hub_name
@@ -144,16 +145,15 @@ def to_hf(
 
 
 def _pushed(line: str, name: str | None, source: Path, target: Path, model) -> str:
-    """Push a folder, if it is to be; returns the line on what was written, and one on the commit."""
+    """Push a folder, if it is to be; returns the line on what was written, and the commit's."""
     if name is None:
         return line
     from refine_jax.checkpoint import hub
     from refine_jax.checkpoint.card import model_card
 
     count, dtypes = _sizes(model.params)
-    return (
-        f"{line}\npushed: {hub.push(target, name, model_card(name, source, model, dtypes, count))}"
-    )
+    card = model_card(name, source, model, dtypes, count)
+    return f"{line}\npushed: {hub.push(target, name, card)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

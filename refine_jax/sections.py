@@ -373,9 +373,8 @@ class DataConfig(Section):
     source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
-        "`tfds:NAME`, or a path: parquet, "
-        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern, also of a store, "
-        "such as `hf://datasets/ORG/NAME/*.parquet`",
+        "`tfds:NAME`, or a path: parquet, JSON lines or arrays, text (also .gz, .zst); a file, "
+        "folder or glob pattern, also of a store, such as `hf://datasets/ORG/NAME/*.parquet`",
         DATA_PATH,
         CONTENT,
     )

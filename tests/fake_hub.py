@@ -281,8 +281,8 @@ def hub(tmp_path, monkeypatch):
     with FakeHub() as server:
         values = {
             "ENDPOINT": server.endpoint,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint
-            + "/{repo_id}/resolve/{revision}/{filename}",
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.endpoint}/"
+            "{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
             "HF_HOME": str(tmp_path / "hub-home"),
             "HF_TOKEN_PATH": str(tmp_path / "hub-home" / "token"),

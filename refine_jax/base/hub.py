@@ -117,12 +117,11 @@ def _say(what: str, problem: Exception, errors: Any, endpoint: str) -> str:
         )
     if found(errors.RevisionNotFoundError):
         return f"{what}: there is no such revision on {endpoint}."
-    if found(errors.OfflineModeIsEnabled) or found(errors.LocalEntryNotFoundError):
-        if _offline():
-            return (
-                f"{what} is not in the cache of huggingface_hub as a whole, and HF_HUB_OFFLINE "
-                "forbids to fetch it. Fetch it once without HF_HUB_OFFLINE."
-            )
+    if _offline() and found(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        return (
+            f"{what} is not in the cache of huggingface_hub as a whole, and HF_HUB_OFFLINE forbids "
+            "to fetch it. Fetch it once without HF_HUB_OFFLINE."
+        )
     status = next((s for each in chain if (s := _status(each))), None)
     if found(errors.RepositoryNotFoundError):
         return (

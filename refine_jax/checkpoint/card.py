@@ -1,7 +1,7 @@
 """The model card of a model that is pushed to the Hugging Face hub: how it was trained.
 
-It is made of what the run recorded: its configuration, its step, its figures. Nothing of the machine
-is in it: paths are left out, and only names of public things stay.
+It is made of what the run recorded: its configuration, its step, its figures. Nothing of the
+machine is in it: paths are left out, and only names of public things stay.
 """
 
 import importlib.metadata

@@ -33,8 +33,8 @@ def fetch(
     """Fetch of a model on the hub what a conversion needs; returns the folder in the cache.
 
     path: hf://ORG/NAME[@REVISION]. only: patterns of the files that are wanted; (): weights,
-    config.json and what travels with them. What the cache has is not fetched again, and serves where
-    the hub cannot be reached.
+    config.json and what travels with them. What the cache has is not fetched again, and serves
+    where the hub cannot be reached.
 
     Raises `error`: there is no such repository or revision, it may not be read, or it is neither on
     the hub nor in the cache.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_hub import hub  # noqa: F401
 from huggingface_hub import constants
 
 from refine_jax import convert
@@ -83,7 +82,7 @@ def test_a_hub_that_does_not_answer_is_replaced_by_the_cache(small, monkeypatch)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     small.status = 503
     same(load_model(MODEL).params, model.params)
-    with pytest.raises(CheckpointError, match="hf://org/other: http://127.*answered 503"):
+    with pytest.raises(CheckpointError, match=r"hf://org/other: http://127.*answered 503"):
         load_model("hf://org/other")
 
 
