@@ -17,6 +17,10 @@ MARK = "<!-- Written by refine_jax, which replaces this file; keep it by removin
 """A line of the model cards that this package may replace."""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MODEL = re.compile(rf"(?:models/)?({_REPOSITORY.pattern})(?:@([\w./-]+))?", re.ASCII)
+_DATA = re.compile(
+    rf"hf://(datasets/|models/)?({_REPOSITORY.pattern})(?:@([\w.-]+))?(/.*)?", re.ASCII
+)
+_COMMIT = re.compile(r"@[0-9a-f]{40}(?=/|$)")
 _TOKEN = re.compile(r"hf_\w+|(?<=//)[^/@\s]+@")
 _LONGEST = 200  # characters of what the hub answers
 # Parts of repositories' names that stand for other things than models.
@@ -61,6 +65,32 @@ def repository_name(text: str, setting: str, error: type[UserError]) -> str:
     if not _REPOSITORY.fullmatch(name) or name.partition("/")[0] in _OTHERS:
         raise error(f"{setting} must be ORG/NAME. Got: {without_tokens(text)!r}.")
     return name
+
+
+def pinned(path: str, setting: str, error: type[UserError]) -> str:
+    """Name the commit in a path on the hub: hf://datasets/ORG/NAME@COMMIT/... of what is there now.
+
+    path: hf://[datasets/]ORG/NAME[@REVISION][/PATH]. So files that are pushed later change nothing.
+    Raises `error`: it is no such path, or the repository or revision cannot be read.
+    """
+    text = os.fspath(path).strip()
+    match = _DATA.fullmatch(text)
+    if not match or match[2].partition("/")[0] in _OTHERS:
+        raise error(
+            f"{setting} must be hf://datasets/ORG/NAME[@REVISION]/PATH on the hub. Got: "
+            f"{without_tokens(text)!r}."
+        )
+    kind, name, revision, rest = match[1] or "", match[2], match[3], match[4] or ""
+    with hub_errors(text, error) as library:
+        info = library.HfApi().repo_info(
+            name, revision=revision, repo_type="dataset" if kind == "datasets/" else "model"
+        )
+    return f"{PREFIX}{kind}{name}@{info.sha}{rest}"
+
+
+def without_commit(path: str) -> str:
+    """A path of `pinned` without its commit: the name of a file, whatever else was pushed."""
+    return _COMMIT.sub("", path, count=1) if is_hub(path) else path
 
 
 def without_tokens(text: str) -> str:

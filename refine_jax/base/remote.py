@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 import fsspec
 
 from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.hub import without_tokens
 
 # Orbax reads and writes small files through etils, which prefers TensorFlow where that happens to
 # be installed: then two clients, with two ways to sign in, would be at work.
@@ -42,6 +43,8 @@ _SIGN_IN = {
 # Drives of Windows are one letter. pathlib makes gs:/x of gs://x, so one slash is enough.
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/|\s*[A-Za-z]://")
 _OF_DISKS = ("file", "local")
+# How stores call what changes with an object's content.
+_VERSIONS = ("blob_id", "md5Hash", "etag", "ETag", "generation", "VersionId", "content_md5")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -113,11 +116,13 @@ class _Status(NamedTuple):
     """What `RemotePath.stat` says: bytes, and the time of the last change in seconds.
 
     generation: a number that every write of an object changes; None where a store has none.
+    version: what the store says that changes with the content, such as a hash; "" if nothing.
     """
 
     st_size: int
     st_mtime: float
     generation: int | None = None
+    version: str = ""
 
     @property
     def st_ctime(self) -> float:
@@ -226,6 +231,7 @@ class RemotePath(PurePosixPath):
             status.get("size") or 0,
             time.timestamp() if hasattr(time, "timestamp") else 0.0,
             None if generation is None else int(generation),
+            next((str(v) for name in _VERSIONS if (v := status.get(name))), ""),
         )
 
     def open(self, mode: str = "r", encoding: str | None = None, **options: Any) -> IO:
@@ -297,4 +303,4 @@ def failing_as_a_disk() -> Iterator[None]:
 
 def _reason(problem: Exception) -> str:
     text = " ".join(str(problem).split()) or type(problem).__name__
-    return text[:300].rstrip(".")
+    return without_tokens(text)[:300].rstrip(".")
