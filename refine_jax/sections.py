@@ -15,10 +15,12 @@ from refine_jax.settings import (
     CONTENT,
     COUNT,
     DEVICES,
+    DISK_PATH,
     DOCUMENTS,
     FREELY,
     ITEMS,
     LEAST,
+    MODEL_PATH,
     MOST_TOKENS,
     PATH,
     ROWS,
@@ -50,8 +52,9 @@ class ModelConfig(Section):
 
     checkpoint: str | None = setting(
         None,
-        "start from one of refine_jax.convert, a run's or a Hugging Face folder; replaces `fresh`",
-        PATH,
+        "start from one of refine_jax.convert, a run's or a Hugging Face folder, or from "
+        "`hf://ORG/NAME[@REVISION]`; replaces `fresh`",
+        MODEL_PATH,
         FREELY,
     )
     fresh: Mapping | None = setting(
@@ -371,8 +374,8 @@ class DataConfig(Section):
     source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
-        "`tfds:NAME`, or a path: parquet, "
-        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
+        "`tfds:NAME`, or a path: parquet, JSON lines or arrays, text (also .gz, .zst); a file, "
+        "folder or glob pattern, also of a store, such as `hf://datasets/ORG/NAME/*.parquet`",
         PATH,
         CONTENT,
     )
@@ -382,7 +385,11 @@ class DataConfig(Section):
     files: str = setting("", "pattern of names in folders, as `*.py`; '': known suffixes", CONTENT)
     tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
     tfds_data_dir: str = setting(
-        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
+        "",
+        "where tensorflow-datasets keeps its data; '': its default",
+        DISK_PATH,
+        CONTENT,
+        DOCUMENTS,
     )
     limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
     tokenizer: str = setting(

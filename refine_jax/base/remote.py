@@ -30,6 +30,7 @@ from typing import IO, Any, NamedTuple
 import fsspec
 
 from refine_jax.base.errors import ConfigError, UserError
+from refine_jax.base.hub import without_tokens
 
 # Orbax reads and writes small files through etils, which prefers TensorFlow where that happens to
 # be installed: then two clients, with two ways to sign in, would be at work.
@@ -47,6 +48,8 @@ _SIGN_IN = {
 # Drives of Windows are one letter. pathlib makes gs:/x of gs://x, so one slash is enough.
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/|\s*[A-Za-z]://")
 _OF_DISKS = ("file", "local")
+# How stores call what changes with an object's content.
+_VERSIONS = ("blob_id", "md5Hash", "etag", "ETag", "generation", "VersionId", "content_md5")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -63,7 +66,8 @@ def remote_path(
 ) -> RemotePath:
     """Make a path of a URL that the user gave; what it names is not looked at.
 
-    setting: what the path was given as, for the error. write: it will be written to.
+    setting: what the path was given as, for the error. write: it will be written to, or
+    arrays are read from it.
     Raises `error`: the scheme is none of fsspec's, cannot be written to, or its package is missing.
     """
     text = os.fspath(path)
@@ -79,8 +83,8 @@ def remote_path(
         )
     if write and scheme not in WRITABLE:
         raise error(
-            f"{setting} must be a path of a file system or gs://: nothing is written to "
-            f"{scheme}://. Got: {text!r}."
+            f"{setting} must be a path of a file system or gs://: {scheme}:// gives data alone. "
+            f"Got: {text!r}."
         )
     try:
         _file_system(scheme)
@@ -118,11 +122,13 @@ class _Status(NamedTuple):
     """What `RemotePath.stat` says: bytes, and the time of the last change in seconds.
 
     generation: a number that every write of an object changes; None where a store has none.
+    version: what the store says that changes with the content, such as a hash; "" if nothing.
     """
 
     st_size: int
     st_mtime: float
     generation: int | None = None
+    version: str = ""
 
     @property
     def st_ctime(self) -> float:
@@ -234,16 +240,24 @@ class RemotePath(PurePosixPath):
             status.get("size") or 0,
             time.timestamp() if hasattr(time, "timestamp") else 0.0,
             None if generation is None else int(generation),
+            next((str(v) for name in _VERSIONS if (v := status.get(name))), ""),
         )
 
-    def open(self, mode: str = "r", encoding: str = "utf-8") -> IO:
-        """Open an object for reading, with modes "r" and "rb"."""
+    def open(
+        self, mode: str = "r", encoding: str = "utf-8", *, buffering: int = 1 << 20, **cache: Any
+    ) -> IO:
+        """Open an object for reading, with modes "r" and "rb".
+
+        buffering: bytes that are fetched together; 0: what is read is what is fetched. cache: how
+        fsspec keeps what it fetches, such as `cache_type`.
+        """
         if mode not in ("r", "rt", "rb"):
             raise OSError(errno.EROFS, f"objects are written whole, not opened {mode!r}", str(self))
         with self._failing():
-            stream = io.BufferedReader(
-                _Reader(self._store.open(str(self), "rb"), str(self)), 1 << 20
-            )
+            reader = _Reader(self._store.open(str(self), "rb", **cache), str(self))
+        if mode == "rb" and not buffering:
+            return reader
+        stream = io.BufferedReader(reader, buffering or 1 << 20)
         return stream if mode == "rb" else io.TextIOWrapper(stream, encoding)
 
     def read_bytes(self) -> bytes:
@@ -371,4 +385,4 @@ class _Reader(io.RawIOBase):
 
 def _reason(problem: Exception) -> str:
     text = " ".join(str(problem).split()) or type(problem).__name__
-    return text[:300].rstrip(".")
+    return without_tokens(text)[:300].rstrip(".")

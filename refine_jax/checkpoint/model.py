@@ -16,6 +16,8 @@ from etils import epath
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import given_path, json_field, parse_object, read_text, short, write_text
+from refine_jax.base.hub import is_hub
+from refine_jax.checkpoint import hub
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -83,7 +85,8 @@ def load_model(
     """Read a model from its folder or from a training run's.
 
     path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
-        Hugging Face folder, which is read whole into memory: convert large ones.
+        Hugging Face folder, which is read whole into memory: convert large ones; or
+        hf://ORG/NAME[@REVISION], a model on the hub, which is converted into a cache once.
     step: of a run: "latest", "best" (by the run's best metric) or a number.
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
@@ -95,7 +98,7 @@ def load_model(
     Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
     its config.json.
     """
-    folder = given_path(path, "the checkpoint", CheckpointError).absolute()
+    folder = local_checkpoint(path).absolute()
     if (folder / "checkpoints" / CONFIG).exists():
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
@@ -118,6 +121,21 @@ def load_model(
     if dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
     return model._replace(params=params, lora=lora)
+
+
+def local_checkpoint(path: epath.PathLike) -> Path:
+    """Find the folder of a checkpoint; a model on the hub has that of its conversion here.
+
+    Raises CheckpointError: it is a URL of another kind, or the hub does not give it.
+    """
+    if is_hub(path):
+        return hub.cached(path, _convert)
+    return given_path(path, "the checkpoint", CheckpointError, write=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    model = read_hf(source)
+    save_model(target, model.params, model.config_json, model.files)
 
 
 def is_published(folder: Path) -> bool:

@@ -28,9 +28,19 @@ import numpy as np
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, clean_text, names_of
+from refine_jax.base.hub import without_commit
+from refine_jax.base.remote import is_remote
 from refine_jax.data.footer import null_counts
 from refine_jax.data.formats import check_format, check_head, kind_of
-from refine_jax.data.unpack import Contents, is_packed, read_head, stem_name, temporary_file, unpack
+from refine_jax.data.unpack import (
+    Contents,
+    is_packed,
+    open_file,
+    read_head,
+    stem_name,
+    temporary_file,
+    unpack,
+)
 
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
@@ -108,9 +118,14 @@ def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
             status = path.stat()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-        name = f"\n{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        name = f"\n{without_commit(str(path.resolve()))} {status.st_size} {stamp(status)}"
         digest.update(name.encode("utf-8", "surrogateescape"))
     return f"{kind}-{digest.hexdigest()}"
+
+
+def stamp(status: Any) -> Any:
+    """Give what says that a file has changed, of its `stat`: the store's version, else its time."""
+    return getattr(status, "version", "") or getattr(status, "st_mtime_ns", "")
 
 
 def clean(value: Any) -> Any:
@@ -410,7 +425,7 @@ class _ParquetFile:
             if text_field:
                 _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
                 packed = contextlib.nullcontext(self._unpacked) if self._unpacked else None
-                with packed or path.open("rb") as stream:
+                with packed or open_file(path, ahead=PIECE_BYTES // 16) as stream:
                     nulls = null_counts(stream, text_field)
             for group, count in enumerate(counts):
                 if count and (group >= len(nulls) or nulls[group] != 0):
@@ -451,13 +466,14 @@ class _ParquetFile:
     def _opened(self) -> Iterator:
         import pyarrow.parquet
 
-        with (
-            _pyarrow_errors(f"not a readable parquet file: {self._path}"),
-            pyarrow.parquet.ParquetFile(
-                self._unpacked or self._path, buffer_size=PIECE_BYTES // 16
-            ) as file,
-        ):
-            yield file
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(_pyarrow_errors(f"not a readable parquet file: {self._path}"))
+            source = self._unpacked or self._path
+            if is_remote(source):
+                source = opened.enter_context(open_file(source))
+            yield opened.enter_context(
+                pyarrow.parquet.ParquetFile(source, buffer_size=PIECE_BYTES // 16)
+            )
 
 
 @contextlib.contextmanager

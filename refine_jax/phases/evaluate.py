@@ -235,6 +235,7 @@ def run_parts(
                 "command continues the evaluation."
             )
             return {"interrupted": interrupt.signal, "done": done, "samples": len(parts.questions)}
+        predictions.close()
         return write_evaluation([predictions.records[q.name] for q in parts.questions], workdir)
 
 

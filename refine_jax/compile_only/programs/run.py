@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.base.files import parse_object, read_text
-from refine_jax.checkpoint.folders import ModelCheckpoint
+from refine_jax.base.hub import is_hub
+from refine_jax.checkpoint.folders import CONFIG, ModelCheckpoint
+from refine_jax.checkpoint.hub import fetch
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
 from refine_jax.models.trainable import split
@@ -21,8 +23,6 @@ from refine_jax.phases.setup import abstract_params, load_start, make_model, wit
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
-
-CONFIG = "config.json"
 
 # A run reads documents and prompts with a tokenizer, whose special tokens change no shape.
 EOS, PAD = 2, 0
@@ -57,7 +57,8 @@ def describe_model(config: Config) -> ModelCheckpoint:
     Raises ConfigError, ModelConfigError: neither describes a model.
     """
     if config.model.checkpoint is not None:
-        folder = Path(config.model.checkpoint)
+        folder = config.model.checkpoint
+        folder = fetch(folder, only=(CONFIG,)) if is_hub(folder) else Path(folder)
         for file in (folder / "checkpoints" / CONFIG, folder / CONFIG):
             if file.is_file():
                 text = read_text(file, CheckpointError)
