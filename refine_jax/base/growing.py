@@ -1,11 +1,16 @@
-"""What grows while a run goes on: files of lines, and folders that libraries write to.
+"""What lies in a bucket and is used on a disk: files that grow, and folders of other libraries.
 
-On a disk a line is appended when it is there, and libraries write where they are told. An object of
-a bucket can only be written whole: from time to time it is written anew.
+On a disk a line is appended when it is there, and libraries write and map files where they are
+told. An object of a bucket can only be written whole: from time to time it is written anew. What a
+library cannot read or write there has a copy in a temporary folder of this machine.
 """
 
+import atexit
 import contextlib
+import functools
 import os
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
@@ -117,6 +122,34 @@ class Mirror(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """Return an empty folder of this machine, in that of temporary files, until the process ends.
+
+    A process that is killed leaves it there.
+    """
+    folder = tempfile.mkdtemp(prefix="refine-jax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def fetch_folder(folder: RemotePath) -> Path:
+    """Copy a folder of a store to this machine; returns the copy, which has the folder's name."""
+    copy = scratch_folder() / secrets.token_hex(8) / folder.name
+    for file, _ in folder.walk():
+        path = copy / file.relative_to(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.download(path)
+    return copy
+
+
+def upload_folder(folder: Path, target: RemotePath, last: str) -> None:
+    """Copy a folder of this machine to a bucket; `last` names the file that says it is complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in sorted(files, key=lambda file: file.name == last):
+        (target / file.relative_to(folder).as_posix()).upload(file)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
