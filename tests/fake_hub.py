@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from refine_jax.base import remote
+
 LARGE = (".safetensors", ".parquet", ".bin", ".model")  # what is uploaded by git-lfs
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.*))?)?)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -294,4 +296,14 @@ def hub(tmp_path, monkeypatch):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        forget_stores()
         yield server
+    forget_stores()
+
+
+def forget_stores():
+    """Let go of file systems, which keep the address of their hub."""
+    from huggingface_hub import HfFileSystem
+
+    remote._file_system.cache_clear()
+    HfFileSystem.clear_instance_cache()

@@ -123,6 +123,20 @@ def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
     return f"{kind}-{digest.hexdigest()}"
 
 
+def check_text(value: Any, field: str, place: str) -> str:
+    """Return the text of a record, cleaned before; raises DataError if it is none."""
+    if isinstance(value, bytes):
+        raise DataError(
+            f"column {field!r} in {place} must hold strings: its bytes are not UTF-8. "
+            f"Got: {value[:20]!r}."
+        )
+    if not isinstance(value, str):
+        raise DataError(
+            f"field {field!r} in {place} must be a string. Got: {type(value).__name__}."
+        )
+    return value
+
+
 def stamp(status: Any) -> Any:
     """Give what says that a file has changed, of its `stat`: the store's version, else its time."""
     return getattr(status, "version", "") or getattr(status, "st_mtime_ns", "")
@@ -180,20 +194,7 @@ class _JsonFile:
         if not self._is_lines and index + 1 < len(self):
             end = int(self._offsets[index + 1])
         raw = self._read(start, end - start, line=self._is_lines)
-        record = _parse(raw, place, whole=self._is_lines)
-        if not isinstance(record, dict):
-            got = "null" if record is None else type(record).__name__
-            raise DataError(f"{place} must be a JSON object. Got: {got}.")
-        for field, setting in (self._fields or {}).items():
-            if field not in record:
-                what = f"set {setting}" if setting else "its texts must have this name"
-                raise DataError(f"no field {field!r} in {place}: {what}. Got: {names_of(record)}.")
-        if self._fields is not None:
-            record = {field: record[field] for field in self._fields}
-        try:  # surrogates are spelled \u in UTF-8
-            return clean(record) if b"\\u" in raw or _MARK_BYTES in raw else record
-        except RecursionError:
-            raise DataError(f"{place} is nested too deeply.") from None
+        return parse_record(raw, place, self._fields, whole=self._is_lines)
 
     def place(self, index: int) -> str:
         run = np.searchsorted(self._after, index, side="right")
@@ -278,6 +279,28 @@ class _JsonFile:
 
 def _is_blank(line: bytes) -> bool:
     return not line.removeprefix(_MARK_BYTES).strip()
+
+
+def parse_record(raw: bytes, place: str, fields: Fields, *, whole: bool = True) -> dict[str, Any]:
+    """Parse the JSON object that bytes begin with; `whole`: nothing may follow it.
+
+    place: says where it stands, for messages. fields: those that are wanted; None: all.
+    Raises DataError: it is no object with these fields.
+    """
+    record = _parse(raw, place, whole=whole)
+    if not isinstance(record, dict):
+        got = "null" if record is None else type(record).__name__
+        raise DataError(f"{place} must be a JSON object. Got: {got}.")
+    for field, setting in (fields or {}).items():
+        if field not in record:
+            what = f"set {setting}" if setting else "its texts must have this name"
+            raise DataError(f"no field {field!r} in {place}: {what}. Got: {names_of(record)}.")
+    if fields is not None:
+        record = {field: record[field] for field in fields}
+    try:  # surrogates are spelled \u in UTF-8
+        return clean(record) if b"\\u" in raw or _MARK_BYTES in raw else record
+    except RecursionError:
+        raise DataError(f"{place} is nested too deeply.") from None
 
 
 def _parse(raw: bytes, place: str, *, whole: bool) -> Any:
@@ -408,15 +431,7 @@ class _ParquetFile:
             self._unpacked = temporary_file(path)
             unpack(path, self._unpacked)
         with self._opened() as file:
-            names = file.schema_arrow.names
-            for name in names if fields is None else fields:
-                if name not in names:
-                    setting, there = fields[name], ", ".join(names) or "no column"
-                    what = f"set {setting} to one of" if setting else "its texts must have it. Got:"
-                    raise DataError(f"no column {name!r} in {path}: {what} {there:.500}")
-                if names.count(name) > 1:
-                    raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
-            self._columns = list(names if fields is None else fields)
+            self._columns = _columns(file, fields, path)
             groups = range(file.metadata.num_row_groups)
             counts = [file.metadata.row_group(group).num_rows for group in groups]
             # The rows that are kept, of groups with nulls.
@@ -464,16 +479,43 @@ class _ParquetFile:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator:
-        import pyarrow.parquet
+        with opened_parquet(self._path, self._unpacked) as file:
+            yield file
 
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(_pyarrow_errors(f"not a readable parquet file: {self._path}"))
-            source = self._unpacked or self._path
-            if is_remote(source):
-                source = opened.enter_context(open_file(source))
-            yield opened.enter_context(
-                pyarrow.parquet.ParquetFile(source, buffer_size=PIECE_BYTES // 16)
-            )
+
+@contextlib.contextmanager
+def opened_parquet(path: Path, unpacked: BinaryIO | None = None) -> Iterator:
+    """Open a parquet file, or what it was unpacked to; raises DataError where it is damaged."""
+    import pyarrow.parquet
+
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(_pyarrow_errors(f"not a readable parquet file: {path}"))
+        source = unpacked or path
+        if unpacked is None and is_remote(path):
+            source = opened.enter_context(open_file(path))
+        yield opened.enter_context(
+            pyarrow.parquet.ParquetFile(source, buffer_size=PIECE_BYTES // 16)
+        )
+
+
+def text_column(file: Any, field: Mapping[str, str], path: Path) -> int:
+    """Find the number of the column that holds the texts; raises DataError if there is none."""
+    (name,) = _columns(file, field, path)
+    _check_strings(file.schema_arrow.field(name).type, name, path)
+    return [file.schema.column(i).path for i in range(len(file.schema))].index(name)
+
+
+def _columns(file: Any, fields: Fields, path: Path) -> list[str]:
+    """Find the columns of fields; raises DataError for one that is not there, or twice."""
+    names = file.schema_arrow.names
+    for name in names if fields is None else fields:
+        if name not in names:
+            setting, there = fields[name], ", ".join(names) or "no column"
+            what = f"set {setting} to one of" if setting else "its texts must have it. Got:"
+            raise DataError(f"no column {name!r} in {path}: {what} {there:.500}")
+        if names.count(name) > 1:
+            raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
+    return list(names if fields is None else fields)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from refine_jax.data.formats import (
     looks_like_records,
 )
 from refine_jax.data.recall import RecallDocuments
-from refine_jax.data.records import LONGEST_BYTES, Records
+from refine_jax.data.records import LONGEST_BYTES, Records, check_text
 from refine_jax.data.records import fingerprint as _fingerprint
 from refine_jax.data.tfds import TfdsSource
 from refine_jax.data.unpack import blocks, is_packed
@@ -129,18 +129,9 @@ class RecordsSource:
 
     def __getitem__(self, index: int) -> str:
         """Return the text of a record; lone surrogates (invalid Unicode) become "?"."""
-        text = self._records[index][self._field]
-        if isinstance(text, bytes):
-            raise DataError(
-                f"column {self._field!r} in {self._records.place(index)} must hold strings: its "
-                f"bytes are not UTF-8. Got: {text[:20]!r}."
-            )
-        if not isinstance(text, str):
-            raise DataError(
-                f"field {self._field!r} in {self._records.place(index)} must be a string. "
-                f"Got: {type(text).__name__}."
-            )
-        return text
+        return check_text(
+            self._records[index][self._field], self._field, self._records.place(index)
+        )
 
 
 def open_source(options: DataConfig) -> TextSource:

@@ -190,9 +190,9 @@ def _unpack_zstd(packed: BinaryIO, path: Path) -> Iterator[bytes]:
 class Contents:
     """Files as streams, whether or not they are compressed or in a store.
 
-    Those that are either are put, unpacked, into one temporary file without a name, in the folder that the
-    environment variable TMPDIR names. It goes when this object does. Of the others one at a time is
-    kept open.
+    Those that are either are put, unpacked, into one temporary file without a name, in the folder
+    that the environment variable TMPDIR names. It goes when this object does. Of the others one at
+    a time is kept open.
     """
 
     def __init__(self) -> None:
