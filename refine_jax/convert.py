@@ -67,7 +67,7 @@ def from_hf(
         return _summary(len(added.params), added.params, dst)
     if base is not None:
         raise CheckpointError(f"--base is for an adapter, which {src} is not.")
-    model = read_hf(source, allow_nonfinite=allow_nonfinite)
+    model = read_hf(source, allow_nonfinite=allow_nonfinite, in_memory=False)
     save_model(target, model.params, model.config_json, model.files, overwrite=overwrite)
     lines = [_summary(model.tensors, model.params, dst)]
     return "\n".join([*lines, *(f"not used: {line}" for line in model.left_out)])
@@ -114,7 +114,7 @@ def to_hf(
         )
     if push is not None:
         hub.prepare_push(push)
-    model = load_model(source, step=step, dtype=dtype, merge=merge)
+    model = load_model(source, step=step, dtype=dtype, merge=merge, in_memory=False)
     if model.lora is not None:
         config = model_config(model.config)
         name = hub_name(model.base if base is None else base)

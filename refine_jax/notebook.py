@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import token_texts
 from refine_jax.report.metrics import METRICS_FILE, read_metrics
@@ -34,7 +34,7 @@ def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[No
     """
     from IPython.display import HTML, Image, display
 
-    metrics = local_path(workdir, "workdir") / METRICS_FILE
+    metrics = given_path(workdir, "workdir") / METRICS_FILE
     shown = display(HTML("<i>The curves follow after the first step.</i>"), display_id=True)
     ended = threading.Event()
     with tempfile.TemporaryDirectory() as folder:

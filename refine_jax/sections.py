@@ -14,8 +14,8 @@ from refine_jax.presets import PRESETS
 from refine_jax.settings import (
     CONTENT,
     COUNT,
-    DATA_PATH,
     DEVICES,
+    DISK_PATH,
     DOCUMENTS,
     FREELY,
     ITEMS,
@@ -28,6 +28,7 @@ from refine_jax.settings import (
     STEPS,
     TOKENS,
     WEIGHTS,
+    WRITTEN_PATH,
     Section,
     above,
     between,
@@ -375,7 +376,7 @@ class DataConfig(Section):
         "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
         "`tfds:NAME`, or a path: parquet, JSON lines or arrays, text (also .gz, .zst); a file, "
         "folder or glob pattern, also of a store, such as `hf://datasets/ORG/NAME/*.parquet`",
-        DATA_PATH,
+        PATH,
         CONTENT,
     )
     text_field: str = setting(
@@ -384,7 +385,11 @@ class DataConfig(Section):
     files: str = setting("", "pattern of names in folders, as `*.py`; '': known suffixes", CONTENT)
     tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
     tfds_data_dir: str = setting(
-        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
+        "",
+        "where tensorflow-datasets keeps its data; '': its default",
+        DISK_PATH,
+        CONTENT,
+        DOCUMENTS,
     )
     limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
     tokenizer: str = setting(
@@ -429,7 +434,7 @@ class DataConfig(Section):
     )
     workers: int = setting(0, "processes that read ahead; 0: threads", between(0, 256), FREELY)
     cache_dir: str = setting(
-        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
+        "", "folder that keeps tokens between runs; '': memory", WRITTEN_PATH, CONTENT, DOCUMENTS
     )
 
     @property

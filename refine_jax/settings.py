@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, local_path, short
 from refine_jax.base.hub import is_hub, model_repository
-from refine_jax.base.remote import is_remote, remote_path
 
 MOST_ROWS = 2**20
 MOST_TOKENS = 2**26
@@ -73,12 +72,14 @@ ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
 SEEDS = between(0, 2**32 - 1)
 WEIGHTS = between(0, 1e6)
-PATH = {"path": "disk"}
-"""It may name a file or folder: `~` is expanded, URLs are refused."""
-DATA_PATH = {"path": "data"}
-"""It may also be a URL of a store, to be read."""
+PATH = {"path": "read"}
+"""It may name a file or folder: on a disk, where `~` is expanded, or a URL of a store."""
+DISK_PATH = {"path": "disk"}
+"""It may name a file or folder of a disk alone."""
 MODEL_PATH = {"path": "model"}
-"""It may also name a model on the Hugging Face hub."""
+"""It may name a model: on a disk, in a bucket or on the Hugging Face hub."""
+WRITTEN_PATH = {"path": "written"}
+"""It may name a folder to write to: on a disk or in a bucket."""
 DOCUMENTS = {"documents_only": True}
 """How documents become rows; prompts do so in another way, so that post-training refuses it."""
 BY_NAME = "by name"
@@ -121,11 +122,12 @@ def flags_of(section: type[Section]) -> type[Section]:
     return type(section.__name__, (section,), {"prefix": "--"})
 
 
-def expanded(value: Any, setting: str, kind: str = "disk", *, empty: bool = True) -> Any:
+def expanded(value: Any, setting: str, kind: str = "read", *, empty: bool = True) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    kind: of the paths, "disk", "data" or "model" (`PATH` and what follows it). empty: whether "" is
-    allowed. Raises ConfigError for a URL that is not of this kind.
+    kind: of the paths, "read", "disk", "model" or "written" (`PATH` and what follows it). empty:
+    whether "" is allowed. Raises ConfigError: it cannot be such a path, or this installation lacks
+    what its URL needs.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -133,18 +135,19 @@ def expanded(value: Any, setting: str, kind: str = "disk", *, empty: bool = True
         return value
     if kind == "model" and is_hub(value):
         return str(model_repository(value, setting, ConfigError))
-    if kind == "data" and is_remote(value):
-        return str(remote_path(value.strip(), setting))
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
-    kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting)
-    return f"{kind}{path}" if name.startswith("~") else value
+    before, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
+    if before or kind == "disk":
+        path = local_path(name, setting)
+    else:
+        path = given_path(name, setting, write=kind != "read")
+    return f"{before}{path}" if name.startswith("~") else value
 
 
 def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
-    """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
+    """Expand `~` in the flags of a command that may be paths; raises ConfigError as `expanded`."""
     for name in names:
-        kind = "model" if name == "checkpoint" else "disk"
+        kind = {"checkpoint": "model", "output": "written", "out": "written"}.get(name, "read")
         values[name] = expanded(values[name], f"--{name}", kind, empty=False)
 
 

@@ -1,23 +1,28 @@
 """Paths of buckets and other stores that fsspec knows: `gs://bucket/x`, `s3://bucket/x`, `hf://x`.
 
-`RemotePath` offers of pathlib what this package uses, for every scheme of fsspec: reading (`open`
-for "r" and "rb", `read_bytes`, `read_text`, `exists`, `is_file`, `is_dir`, `iterdir`, `glob`, `walk`,
-`stat`) and, where `WRITABLE` names the scheme, writing (`write_bytes`, `upload`, `copy`, `unlink`,
-`rmtree`). What a store raises comes out as an OSError in one line, as of a disk. Every look asks the
-store: nothing is remembered, since other processes write, too.
+`RemotePath` offers of pathlib what this package uses. Every scheme of fsspec can be read: `open`
+for "r" and "rb", `read_bytes`, `read_text`, `exists`, `is_file`, `is_dir`, `iterdir`, `glob`,
+`walk`, `stat`, `download`. Those in `WRITABLE` can be written to: `write_bytes`, `write_over`,
+`upload`, `copy`, `unlink`, `rmtree`. What a store raises comes out as an OSError with a reason of
+one line, as of a disk. Every look asks the store: nothing is remembered, since other processes
+write, too.
 
 An object appears when its last byte has arrived, or not at all. There are no folders, only names
-with slashes: one is there as long as something is in it. Nothing can be appended to, renamed or
-locked; `base/files.py` and `base/lock.py` say what stands for that.
+with slashes: one is there as long as something is in it. Nothing can be appended to or renamed;
+`base/files.py` and `base/lock.py` say what stands for that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
+import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -61,7 +66,8 @@ def remote_path(
 ) -> RemotePath:
     """Make a path of a URL that the user gave; what it names is not looked at.
 
-    setting: what the path was given as, for the error. write: it will be written to.
+    setting: what the path was given as, for the error. write: it will be written to, or
+    arrays are read from it.
     Raises `error`: the scheme is none of fsspec's, cannot be written to, or its package is missing.
     """
     text = os.fspath(path)
@@ -77,8 +83,8 @@ def remote_path(
         )
     if write and scheme not in WRITABLE:
         raise error(
-            f"{setting} must be a path of a file system or gs://: nothing is written to "
-            f"{scheme}://. Got: {text!r}."
+            f"{setting} must be a path of a file system or gs://: {scheme}:// gives data alone. "
+            f"Got: {text!r}."
         )
     try:
         _file_system(scheme)
@@ -156,6 +162,9 @@ class RemotePath(PurePosixPath):
     def _store(self) -> Any:
         return _file_system(self.scheme)
 
+    def _failing(self) -> contextlib.AbstractContextManager[None]:
+        return _failing_as_a_disk(str(self))
+
     # What has no meaning in a store, and what pathlib answers there.
 
     def absolute(self) -> RemotePath:
@@ -180,26 +189,26 @@ class RemotePath(PurePosixPath):
 
     def exists(self) -> bool:
         """Tell whether there is such an object or folder."""
-        with failing_as_a_disk():
+        with self._failing():
             return self._store.exists(str(self))
 
     def is_file(self) -> bool:
         """Tell whether there is such an object."""
-        with failing_as_a_disk():
+        with self._failing():
             return self._store.isfile(str(self))
 
     def is_dir(self) -> bool:
         """Tell whether there are objects below this name."""
-        with failing_as_a_disk():
+        with self._failing():
             return self._store.isdir(str(self))
 
     def iterdir(self) -> Iterator[RemotePath]:
         """Find what is in a folder, ascending; FileNotFoundError if there is no such folder."""
-        with failing_as_a_disk():
+        with self._failing():
             found = self._store.ls(str(self), detail=False)
         names = {PurePosixPath(name).name for name in found}
         if names == {self.name} and not self.is_dir():
-            raise NotADirectoryError(20, "it is an object, no folder", str(self))
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
         # Consoles mark empty folders by an object of the folder's own name.
         yield from (self / name for name in sorted(names) if name and not self._is_mark(name))
 
@@ -208,14 +217,14 @@ class RemotePath(PurePosixPath):
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """Find what a pattern names below this folder, ascending."""
-        with failing_as_a_disk():
+        with self._failing():
             found = self._store.glob(f"{self}/{pattern}")
         for name in sorted(found):
             yield RemotePath(self._store.unstrip_protocol(name))
 
     def walk(self) -> Iterator[tuple[RemotePath, int]]:
         """Find all objects below this folder, at any depth, with their bytes; ascending."""
-        with failing_as_a_disk():
+        with self._failing():
             found = self._store.find(str(self), detail=True)
         for name, status in sorted(found.items()):
             if not name.endswith("/"):
@@ -223,7 +232,7 @@ class RemotePath(PurePosixPath):
 
     def stat(self) -> _Status:
         """Look up the size and the time of an object."""
-        with failing_as_a_disk():
+        with self._failing():
             status = self._store.info(str(self))
         time = status.get("mtime") or status.get("LastModified") or status.get("updated")
         generation = status.get("generation")
@@ -234,17 +243,26 @@ class RemotePath(PurePosixPath):
             next((str(v) for name in _VERSIONS if (v := status.get(name))), ""),
         )
 
-    def open(self, mode: str = "r", encoding: str | None = None, **options: Any) -> IO:
-        """Open an object for reading; what is read later may fail with errors of the store."""
-        if set(mode) - set("rbt"):
-            raise OSError(f"objects are written whole. Got: mode={mode!r}")
-        text = {} if "b" in mode else {"encoding": encoding or "utf-8"}
-        with failing_as_a_disk():
-            return self._store.open(str(self), mode, **text, **options)
+    def open(
+        self, mode: str = "r", encoding: str = "utf-8", *, buffering: int = 1 << 20, **cache: Any
+    ) -> IO:
+        """Open an object for reading, with modes "r" and "rb".
+
+        buffering: bytes that are fetched together; 0: what is read is what is fetched. cache: how
+        fsspec keeps what it fetches, such as `cache_type`.
+        """
+        if mode not in ("r", "rt", "rb"):
+            raise OSError(errno.EROFS, f"objects are written whole, not opened {mode!r}", str(self))
+        with self._failing():
+            reader = _Reader(self._store.open(str(self), "rb", **cache), str(self))
+        if mode == "rb" and not buffering:
+            return reader
+        stream = io.BufferedReader(reader, buffering or 1 << 20)
+        return stream if mode == "rb" else io.TextIOWrapper(stream, encoding)
 
     def read_bytes(self) -> bytes:
         """Read a whole object."""
-        with failing_as_a_disk():
+        with self._failing():
             return self._store.cat_file(str(self))
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -253,30 +271,58 @@ class RemotePath(PurePosixPath):
 
     # Writing. Each of these makes whole objects or none.
 
-    def write_bytes(self, content: bytes, *, new: bool = False) -> None:
-        """Write an object. new: raise FileExistsError where there is one, decided by the store."""
-        with failing_as_a_disk():
-            self._store.pipe_file(str(self), content, mode="create" if new else "overwrite")
+    def write_bytes(self, content: bytes) -> None:
+        """Write an object."""
+        with self._failing():
+            self._store.pipe_file(str(self), content)
+
+    def write_over(self, content: bytes, generation: int) -> int:
+        """Write an object over the one of a generation, in one step; 0: where there is none.
+
+        Returns the new generation. Raises FileExistsError where there is another, as after a
+        request that was repeated because its answer was lost. Google's stores alone.
+        """
+        bucket, _, name = str(self).partition("://")[2].partition("/")
+        mark = secrets.token_hex(16)
+        parts = [(b"application/json", json.dumps({"name": name}).encode())]
+        parts.append((b"application/octet-stream", content))
+        line = b"--" + mark.encode()
+        body = b"".join(
+            line + b"\r\nContent-Type: " + kind + b"\r\n\r\n" + part + b"\r\n"
+            for kind, part in parts
+        )
+        with self._failing():
+            answer = self._store.call(
+                "POST",
+                f"{self._store._location}/upload/storage/v1/b/{{}}/o",
+                bucket,
+                uploadType="multipart",
+                ifGenerationMatch=str(generation),
+                headers={"Content-Type": f"multipart/related; boundary={mark}"},
+                data=body + line + b"--",
+                json_out=True,
+            )
+            return int(answer["generation"])
 
     def upload(self, file: Path) -> None:
         """Write an object with the content of a file of this machine."""
-        with failing_as_a_disk():
+        with self._failing():
             self._store.put_file(str(file), str(self))
 
     def download(self, file: Path) -> None:
         """Write the content of the object to a file of this machine."""
-        with failing_as_a_disk():
+        with self._failing():
             self._store.get_file(str(self), str(file))
 
     def copy(self, target: RemotePath) -> None:
         """Copy an object within its store, which moves no bytes here."""
-        with failing_as_a_disk():
+        with self._failing():
             self._store.cp_file(str(self), str(target))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete an object."""
         try:
-            with failing_as_a_disk():
+            with self._failing():
                 self._store.rm_file(str(self))
         except FileNotFoundError:
             if not missing_ok:
@@ -284,21 +330,57 @@ class RemotePath(PurePosixPath):
 
     def rmtree(self) -> None:
         """Delete all objects below this name."""
-        with contextlib.suppress(FileNotFoundError), failing_as_a_disk():
+        with contextlib.suppress(FileNotFoundError), self._failing():
             self._store.rm(str(self), recursive=True)
 
 
 @contextlib.contextmanager
-def failing_as_a_disk() -> Iterator[None]:
+def _failing_as_a_disk(path: str) -> Iterator[None]:
     """Raise what a store's client raises as an OSError with a reason of one line."""
     try:
         yield
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise
     except UserError:
         raise
     except Exception as problem:
-        raise OSError(5, _reason(problem)) from problem
+        for kind, number in _NUMBERS.items():
+            if isinstance(problem, kind):
+                raise OSError(number, os.strerror(number), path) from None
+        raise OSError(errno.EIO, _reason(problem), path) from problem
+
+
+_NUMBERS = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    NotADirectoryError: errno.ENOTDIR,
+    IsADirectoryError: errno.EISDIR,
+}
+
+
+class _Reader(io.RawIOBase):
+    """The bytes of an object, as a stream that fails as one of a disk."""
+
+    def __init__(self, file: Any, path: str):
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int:
+        with _failing_as_a_disk(self._path):
+            return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _reason(problem: Exception) -> str:

@@ -24,8 +24,9 @@ from refine_jax.base.files import json_field, local_path, read_json, short, writ
 from refine_jax.checkpoint.folders import ADAPTER, ADAPTER_TENSORS, contained, new_folder
 from refine_jax.checkpoint.names import targets_of
 from refine_jax.checkpoint.published import InMemory, write_safetensors
+from refine_jax.checkpoint.streams import DTYPES
 from refine_jax.checkpoint.tree import flatten, nest, shapes_of
-from refine_jax.checkpoint.weights import DTYPES, open_safetensors
+from refine_jax.checkpoint.weights import open_safetensors
 from refine_jax.models.config import Architecture, QwenConfig
 from refine_jax.models.lora import LoRA, linear_maps
 from refine_jax.models.trainable import Params

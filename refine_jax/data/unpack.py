@@ -14,7 +14,7 @@ from typing import BinaryIO
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.remote import failing_as_a_disk, is_remote
+from refine_jax.base.remote import is_remote
 
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 READ_BYTES = 1 << 20
@@ -45,7 +45,7 @@ def open_file(path: Path, *, ahead: int = 0) -> Iterator[BinaryIO]:
             yield file
         return
     cache = {"cache_type": "readahead", "block_size": ahead} if ahead else {"cache_type": "none"}
-    with failing_as_a_disk(), path.open("rb", **cache) as file:
+    with path.open("rb", buffering=0, **cache) as file:
         yield file
 
 

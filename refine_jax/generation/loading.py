@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, DataError
-from refine_jax.base.files import json_field, local_path, read_json, short
+from refine_jax.base.files import given_path, json_field, read_json, short
 from refine_jax.checkpoint import load_model
 from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
 from refine_jax.checkpoint.model import local_checkpoint
@@ -87,7 +87,7 @@ def trained_with(checkpoint: Path) -> str | None:
         if name is None or name in ("bytes", "mistral-v1"):
             return name
         if name != "checkpoint":
-            if not local_path(name, f"{where}: config.data.tokenizer", DataError).exists():
+            if not given_path(name, f"{where}: config.data.tokenizer", DataError).exists():
                 raise DataError(
                     f"{where} names the tokenizer {name!r}, which is not there any more. Name it: "
                     "--tokenizer PATH."

@@ -22,7 +22,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from refine_jax import distributed
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.config import Config, RefineConfig
 from refine_jax.evaluation import intervals
 from refine_jax.phases import evaluate, midtrain, testtime
@@ -92,7 +92,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     that was stopped}. Raises ConfigError, ModelConfigError, DataError, CheckpointError: bad input;
     RunError: training cannot go on.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     parts = list_parts(config, workdir)
     begin, spent = time.perf_counter(), time.process_time()
     with only_run_in(workdir), _programs_kept():

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from refine_jax import distributed
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
       RunError: Training cannot go on.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), distributed.Interrupt() as interrupt:
         return MidtrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
