@@ -278,7 +278,11 @@ def _entry(path, content):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that huggingface_hub talks to in this process, with a cache of its own, no token."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfFileSystem, constants
+
+    def forget_stores():  # they keep the address of their hub
+        remote._file_system.cache_clear()
+        HfFileSystem.clear_instance_cache()
 
     with FakeHub() as server:
         values = {
@@ -299,11 +303,3 @@ def hub(tmp_path, monkeypatch):
         forget_stores()
         yield server
     forget_stores()
-
-
-def forget_stores():
-    """Let go of file systems, which keep the address of their hub."""
-    from huggingface_hub import HfFileSystem
-
-    remote._file_system.cache_clear()
-    HfFileSystem.clear_instance_cache()

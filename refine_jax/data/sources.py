@@ -23,8 +23,9 @@ from refine_jax.data.formats import (
     is_tfds_folder,
     looks_like_records,
 )
+from refine_jax.data.parquet import check_text
 from refine_jax.data.recall import RecallDocuments
-from refine_jax.data.records import LONGEST_BYTES, Records, check_text
+from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
 from refine_jax.data.tfds import TfdsSource
 from refine_jax.data.unpack import blocks, is_packed

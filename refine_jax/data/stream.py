@@ -32,15 +32,8 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.remote import is_remote
 from refine_jax.config import DataConfig
 from refine_jax.data.formats import check_head, files_of, kind_of
-from refine_jax.data.records import (
-    LONGEST_BYTES,
-    Records,
-    check_text,
-    opened_parquet,
-    parse_record,
-    stamp,
-    text_column,
-)
+from refine_jax.data.parquet import check_text, clean, opened_parquet, text_column
+from refine_jax.data.records import LONGEST_BYTES, Records, parse_record, stamp
 from refine_jax.data.rows import DocumentRows, RowTable, Statistics, make_rows
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.data.tokens import IndexBuilder, TokenStore, hash_tokens, token_dtype, tokenize
@@ -304,7 +297,7 @@ class _RowGroups:
             table = file.read_row_groups(list(range(*piece)), columns=[self._field])
         for row, text in enumerate(table.column(self._field).to_pylist()):
             place = f"row {first + row} of {self._path}"
-            yield None if text is None else check_text(text, self._field, place)
+            yield None if text is None else check_text(clean(text), self._field, place)
 
 
 def _joined(sizes: Sequence[int]) -> list[tuple[int, int]]:

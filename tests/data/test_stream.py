@@ -13,6 +13,7 @@ from corpora import assert_equal, data_config
 
 from refine_jax.base.errors import DataError
 from refine_jax.data import load_corpus, stream
+from refine_jax.data.sources import open_texts
 from refine_jax.data.tokenizer import ByteTokenizer
 
 LENGTH = 16
@@ -139,6 +140,17 @@ def test_no_text_is_on_both_sides(folder, files):
     assert held | trained == set(pieces_of(files[1]))
     few = load_corpus(options(folder, holdout=0.3), BYTES, validation_rows=4)
     assert len(rows_of(few.dataset("validation", 4))) == 4
+
+
+def test_texts_are_those_of_the_other_readers(tmp_path):
+    values = ["\ufeffbegins with a mark", "ends", "caf\u00e9 \u2028 and more", None] * 5
+    (tmp_path / "a.parquet").write_bytes(parquet(values))
+    (tmp_path / "b.jsonl").write_bytes(lines(values[:-1]) + b'\n{"text": "lone \\ud800"}\n')
+    for path in tmp_path.iterdir():
+        source = open_texts(str(path))
+        expected = [source[i] for i in range(len(source))]
+        batches, _ = take(train(path, batch_size=1, sequence_length=99), len(expected))
+        assert sorted(rows_of(batches)) == sorted(expected)
 
 
 def test_packed_rows_hold_whole_documents(folder, files):
