@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, short
 from refine_jax.base.hub import is_hub, model_repository, repository_name
 from refine_jax.commands import Command, Options, step_argument
 
@@ -234,13 +234,13 @@ def _paths(src: str, dst: str, overwrite: bool, *, from_hub: bool = False) -> tu
     from refine_jax.checkpoint.folders import CONFIG, check_free
     from refine_jax.checkpoint.hub import fetch
 
-    target = local_path(dst, "DST", CheckpointError)
+    target = given_path(dst, "DST", CheckpointError, write=True)
     if is_hub(src) and from_hub:
         model_repository(src, "SRC", CheckpointError)
         check_free(target, overwrite=overwrite)
         return fetch(src, "SRC"), target
-    source = local_path(src, "SRC", CheckpointError)
-    real, written = (Path(os.path.realpath(path)) for path in (source, target))
+    source = given_path(src, "SRC", CheckpointError, write=True)
+    real, written = map(_real, (source, target))
     if real.is_relative_to(written):
         raise CheckpointError(f"{dst} is SRC itself, or holds it: choose another DST.")
     run = real / "checkpoints"  # a run's work folder may take models beside them
@@ -248,6 +248,10 @@ def _paths(src: str, dst: str, overwrite: bool, *, from_hub: bool = False) -> tu
         raise CheckpointError(f"{dst} is inside of SRC: choose another DST.")
     check_free(target, overwrite=overwrite)
     return source, target
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
 
 
 def _summary(tensors: int, params: dict, dst: str) -> str:

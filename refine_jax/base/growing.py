@@ -13,10 +13,11 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from refine_jax.base.errors import UserError
 from refine_jax.base.files import path_of, write_bytes
 from refine_jax.base.remote import RemotePath
 
@@ -135,14 +136,35 @@ def scratch_folder() -> Path:
     return Path(folder)
 
 
-def fetch_folder(folder: RemotePath) -> Path:
-    """Copy a folder of a store to this machine; returns the copy, which has the folder's name."""
+def fetch_folder(folder: RemotePath, *, deep: bool = True) -> Path:
+    """Copy a folder of a store to this machine; returns the copy, which has the folder's name.
+
+    deep: with what is in folders in it.
+    """
     copy = scratch_folder() / secrets.token_hex(8) / folder.name
+    copy.mkdir(parents=True)
     for file, _ in folder.walk():
-        path = copy / file.relative_to(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.download(path)
+        if deep or file.parent == folder:
+            path = copy / file.relative_to(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file.download(path)
     return copy
+
+
+@contextlib.contextmanager
+def as_if_there(folder: Path | RemotePath) -> Iterator[Path]:
+    """Give a folder on a disk: the folder itself, or a copy of what a store has directly in it.
+
+    Errors of the user's input name the folder, not the copy.
+    """
+    if not isinstance(folder, RemotePath):
+        yield folder
+        return
+    copy = fetch_folder(folder, deep=False)
+    try:
+        yield copy
+    except UserError as error:
+        raise type(error)(str(error).replace(str(copy), str(folder))) from None
 
 
 def upload_folder(folder: Path, target: RemotePath, last: str) -> None:

@@ -141,8 +141,9 @@ class RemotePath(PurePosixPath):
     __slots__ = ()
 
     def __str__(self) -> str:
-        scheme, _, rest = super().__str__().partition(":/")
-        return f"{scheme}://{rest}"
+        text = super().__str__()
+        scheme, colon, rest = text.partition(":/")
+        return f"{scheme}://{rest}" if colon and "/" not in scheme else text  # some are relative
 
     def __fspath__(self) -> str:
         return str(self)
@@ -371,6 +372,10 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         with _failing_as_a_disk(self._path):
             return self._file.readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _failing_as_a_disk(self._path):
+            return self._file.read()  # in pieces of a few kB each would be a request
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self._file.seek(offset, whence)

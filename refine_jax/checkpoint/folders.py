@@ -23,6 +23,7 @@ from refine_jax.base.files import (
     short,
     valid_unicode,
 )
+from refine_jax.base.growing import scratch_folder, upload_folder
 from refine_jax.base.remote import RemotePath
 
 CHECKPOINTS = "checkpoints"
@@ -30,6 +31,7 @@ CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
 ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+_MARKS = (CONFIG, ADAPTER)  # without which a folder is no model and no adapter
 FROZEN = "frozen"  # of a run: the parameters that it does not train
 
 # These files keep what a published folder holds beside the weights, to write it back
@@ -153,7 +155,7 @@ def copy_files(files: Mapping, folder) -> None:
 
 @contextlib.contextmanager
 def new_folder(
-    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
+    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0, staged: bool = False
 ) -> Iterator[Path]:
     """Make a temporary folder that is named `path` when the block ends without an error.
 
@@ -161,7 +163,7 @@ def new_folder(
     the objects are copied there, within the bucket, config.json as the last: without it a folder is
     no model, so that a process that is killed leaves the model that was there or none.
     overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
-    written, if known.
+    written, if known. staged: for a bucket, the temporary folder is one of this machine.
     Raises CheckpointError if `path` exists and must not be replaced, or cannot be written.
     """
     path = _target(path)
@@ -169,10 +171,12 @@ def new_folder(
     mark = secrets.token_hex(8)  # so that nobody can put a link there beforehand
     temporary = path.with_name(f".{path.name}.new-{mark}")
     made = missing_folders(path.parent)
+    if staged and isinstance(path, RemotePath):
+        temporary = scratch_folder() / f"{path.name}.new-{mark}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        if isinstance(path, RemotePath):
+        if isinstance(temporary, RemotePath):
             yield temporary
             _move_objects(temporary, path)
             return
@@ -182,7 +186,9 @@ def new_folder(
                 f"{path} takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there."
             )
         yield temporary
-        if overwrite and path.exists():
+        if isinstance(path, RemotePath):
+            _upload(temporary, path)
+        elif overwrite and path.exists():
             _exchange(temporary, path, path.with_name(f".{path.name}.old-{mark}"))
         else:
             temporary.rename(path)
@@ -215,15 +221,26 @@ def _clear(folder: Path, parents: list[Path]) -> None:
 
 def _move_objects(new: RemotePath, path: RemotePath) -> None:
     """Put the objects of `new` in the place of those of `path`; what marks a model comes last."""
-    names = [str(object.relative_to(new)) for object, _ in new.walk()]
-    names.sort(key=lambda name: name in (CONFIG, ADAPTER))
-    before = [object for object, _ in path.walk()] if path.exists() else []
-    before.sort(key=lambda object: object.name not in (CONFIG, ADAPTER))
-    for object in before:
-        object.unlink(missing_ok=True)
-    for name in names:
+    _remove_model(path)
+    names = [str(file.relative_to(new)) for file, _ in new.walk()]
+    for name in sorted(names, key=lambda name: name in _MARKS):
         (new / name).copy(path / name)
     new.rmtree()
+
+
+def _upload(new: Path, path: RemotePath) -> None:
+    """Put the files of `new` in the place of the objects of `path`, which marks a model last."""
+    beside = path.with_name(f".{path.name}.new-{secrets.token_hex(8)}")
+    upload_folder(new, beside, CONFIG)
+    _move_objects(beside, path)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _remove_model(path: RemotePath) -> None:
+    """Delete what is in a folder, first what marks it as a model."""
+    there = [file for file, _ in path.walk()] if path.exists() else []
+    for file in sorted(there, key=lambda file: str(file.relative_to(path)) not in _MARKS):
+        file.unlink(missing_ok=True)
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:

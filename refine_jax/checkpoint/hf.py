@@ -18,12 +18,13 @@ import numpy as np
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import (
+    given_path,
     is_lfs_pointer,
-    local_path,
     not_fetched,
     parse_object,
     read_text,
 )
+from refine_jax.base.growing import as_if_there
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
@@ -117,7 +118,13 @@ def read_hf(
         finite.
       ModelConfigError: config.json describes no model that is supported.
     """
-    folder = local_path(folder, "SRC", CheckpointError).absolute()
+    given = given_path(folder, "SRC", CheckpointError).absolute()
+    with as_if_there(given) as folder:
+        model = _read_folder(folder, allow_nonfinite, in_memory)
+    return model._replace(tokenizer=given if has_tokenizer(given) else None)
+
+
+def _read_folder(folder: Path, allow_nonfinite: bool, in_memory: bool) -> ModelCheckpoint:
     config_json = _read_config(folder)
     fields = parse_object(config_json, folder / CONFIG, CheckpointError)
     config = model_config(fields)
@@ -158,8 +165,7 @@ def read_hf(
     left_out = (*unused, *_left_out(folder, fields, weights, files))
     if config.layer_kinds is not None:
         files |= _kept(folder, weights, others)
-    tokenizer = folder if has_tokenizer(folder) else None
-    model = ModelCheckpoint(fields, config_json, nest(arrays), tokenizer, files)
+    model = ModelCheckpoint(fields, config_json, nest(arrays), None, files)
     return model._replace(slots=slots, tensors=len(stored), left_out=left_out)
 
 

@@ -83,7 +83,7 @@ def write_hf(
     }
     tensors |= others
     size = sum(tensor.size for tensor in tensors.values())
-    with new_folder(folder, overwrite=overwrite, size=size) as target:
+    with new_folder(folder, overwrite=overwrite, size=size, staged=True) as target:
         if record and max_shard_bytes is None and record.holds(tensors):
             starts = {
                 target / name: write_safetensors(target / name, tensors, header)
