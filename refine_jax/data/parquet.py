@@ -114,8 +114,11 @@ class ParquetFile:
 
 
 @contextlib.contextmanager
-def opened_parquet(path: Path, unpacked: BinaryIO | None = None) -> Iterator:
-    """Open a parquet file, or what it was unpacked to; raises DataError where it is damaged."""
+def opened_parquet(path: Path, unpacked: BinaryIO | None = None, metadata: Any = None) -> Iterator:
+    """Open a parquet file, or what it was unpacked to; raises DataError where it is damaged.
+
+    metadata: of the file, if its footer was read before.
+    """
     import pyarrow.parquet
 
     with contextlib.ExitStack() as opened:
@@ -123,7 +126,9 @@ def opened_parquet(path: Path, unpacked: BinaryIO | None = None) -> Iterator:
         source = unpacked or path
         if unpacked is None and is_remote(path):
             source = opened.enter_context(open_file(path))
-        yield opened.enter_context(pyarrow.parquet.ParquetFile(source, buffer_size=BUFFER_BYTES))
+        yield opened.enter_context(
+            pyarrow.parquet.ParquetFile(source, metadata=metadata, buffer_size=BUFFER_BYTES)
+        )
 
 
 def text_column(file: Any, field: Mapping[str, str], path: Path) -> int:

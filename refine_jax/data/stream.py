@@ -288,12 +288,13 @@ class _RowGroups:
                 for group in range(file.metadata.num_row_groups)
             ]
             rows = [file.metadata.row_group(group).num_rows for group in range(len(sizes))]
+            self._metadata = file.metadata
         self._firsts = np.cumsum([0, *rows])
         self.pieces = _joined(sizes)
 
     def texts(self, piece: tuple[int, int]) -> Iterator[str | None]:
         first = int(self._firsts[piece[0]])
-        with opened_parquet(self._path) as file:
+        with opened_parquet(self._path, metadata=self._metadata) as file:
             table = file.read_row_groups(list(range(*piece)), columns=[self._field])
         for row, text in enumerate(table.column(self._field).to_pylist()):
             place = f"row {first + row} of {self._path}"
