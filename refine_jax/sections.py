@@ -426,6 +426,12 @@ class DataConfig(Section):
         between(0, 0.5),
     )
     epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
+    stream: bool | None = setting(
+        None,
+        "read documents while training and never all of them, of parquet or JSON; None: those of a "
+        "store, without `cache_dir`, `epochs` and `limit_documents`",
+        DOCUMENTS,
+    )
     workers: int = setting(0, "processes that read ahead; 0: threads", between(0, 256), FREELY)
     cache_dir: str = setting(
         "", "folder that keeps tokens between runs; '': memory", WRITTEN_PATH, CONTENT, DOCUMENTS

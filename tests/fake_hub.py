@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from refine_jax.base import remote
+
 LARGE = (".safetensors", ".parquet", ".bin", ".model")  # what is uploaded by git-lfs
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w[\w-]*)(?:/([^/]+)(?:/(.*))?)?)?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -276,7 +278,11 @@ def _entry(path, content):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub that huggingface_hub talks to in this process, with a cache of its own, no token."""
-    from huggingface_hub import constants
+    from huggingface_hub import HfFileSystem, constants
+
+    def forget_stores():  # they keep the address of their hub
+        remote._file_system.cache_clear()
+        HfFileSystem.clear_instance_cache()
 
     with FakeHub() as server:
         values = {
@@ -294,4 +300,6 @@ def hub(tmp_path, monkeypatch):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        forget_stores()
         yield server
+    forget_stores()

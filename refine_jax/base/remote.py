@@ -27,8 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-import fsspec
-
 from refine_jax.base.errors import ConfigError, UserError
 from refine_jax.base.hub import without_tokens
 
@@ -70,6 +68,8 @@ def remote_path(
     arrays are read from it.
     Raises `error`: the scheme is none of fsspec's, cannot be written to, or its package is missing.
     """
+    import fsspec  # takes its time, and most runs read disks alone
+
     text = os.fspath(path)
     scheme = scheme_of(text)
     if not re.fullmatch(r"[A-Za-z0-9+.-]+://[^/\s\0][^\0]*", text):
@@ -110,6 +110,8 @@ def sign_in(scheme: str) -> str:
 @functools.cache
 def _file_system(scheme: str) -> Any:
     # A listing that is kept would hide what other processes have written since.
+    import fsspec
+
     options = fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})
     options.setdefault("use_listings_cache", False)
     if scheme == "gs":

@@ -134,7 +134,7 @@ def local_checkpoint(path: epath.PathLike) -> Path:
 
 
 def _convert(source: Path, target: Path) -> None:
-    model = read_hf(source)
+    model = read_hf(source, in_memory=False)
     save_model(target, model.params, model.config_json, model.files)
 
 

@@ -14,7 +14,7 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -328,7 +328,7 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
     source = open_source(options)
     if not options.cache_dir:
         tokens, builder = [], IndexBuilder()
-        dtype = _dtype(tokenizer)
+        dtype = token_dtype(tokenizer)
         for document in tokenize(source, tokenizer, options):
             builder.add(document)
             tokens.append(document.astype(dtype))
@@ -350,7 +350,9 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
     return TokenStore.open(folder)
 
 
-def tokenize(source: TextSource, tokenizer: Tokenizer, options: DataConfig) -> Iterator[np.ndarray]:
+def tokenize(
+    source: TextSource | Sequence[str], tokenizer: Tokenizer, options: DataConfig
+) -> Iterator[np.ndarray]:
     """Yield each document's tokens [T] int32, in order."""
     check_ends(tokenizer, bos=options.add_bos, eos=options.add_eos, setting=options.setting)
     count = min(len(source), options.limit_documents or len(source))
@@ -376,7 +378,7 @@ def _write_cache(
         with _writing(options):
             partial.mkdir(parents=True)
             file = (partial / TOKENS_FILE).open("wb")
-        builder, dtype, checksum = IndexBuilder(), _dtype(tokenizer), 0
+        builder, dtype, checksum = IndexBuilder(), token_dtype(tokenizer), 0
         with file:
             for document in tokenize(source, tokenizer, options):
                 builder.add(document)
@@ -417,7 +419,8 @@ def _writing(options: DataConfig) -> Iterator[None]:
         ) from error
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Name the integers that hold the tokenizer's ids."""
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 

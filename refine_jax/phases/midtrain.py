@@ -83,11 +83,12 @@ class MidtrainLoop(Loop):
     def describe_data(self) -> str:
         """Count the rows, and give their length."""
         rows, length = self.parts.training.rows, self.config.data.sequence_length
-        return f"{rows:,} rows of {length:,} tokens"
+        return f"{'streamed' if rows is None else f'{rows:,}'} rows of {length:,} tokens"
 
     def describe_left_out(self) -> str:
         """Count documents and tokens that are not trained on, by reason."""
-        return self.parts.training.statistics.summary()
+        statistics = self.parts.training.statistics
+        return statistics.summary() if statistics is not None else ""
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
         """Drop the segments where they say nothing, which makes the program faster."""
