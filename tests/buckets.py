@@ -44,6 +44,7 @@ class Bucket:
 
     def __init__(self, name: str = "bucket"):
         self.name, self.requests, self.faults = name, collections.Counter(), collections.Counter()
+        self.uploads: dict[str, tuple] = {}
         self._random, self._probability, self._kinds = random.Random(0), 0.0, FAULTS
         port = _free_port()
         self._proxy = _Proxy(("127.0.0.1", 0), _Handler)
@@ -131,6 +132,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = answer.read()
         finally:
             connection.close()
+        # An upload that is complete answers again; this server has forgotten it.
+        if self.command == "PUT" and "upload_id=" in self.path:
+            if answer.status == 404 and self.path in bucket.uploads:
+                answer, content = bucket.uploads[self.path]
+            bucket.uploads[self.path] = answer, content
         if fault == "answer lost":
             return self._answer(503, {}, b'{"error": {"code": 503, "message": "busy"}}')
         if fault == "cut after":

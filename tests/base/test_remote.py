@@ -6,7 +6,6 @@ import pickle
 import time
 from types import SimpleNamespace
 
-import fsspec
 import pytest
 
 from refine_jax.base import growing, lock
@@ -77,13 +76,13 @@ def test_urls_that_name_nothing_are_one_message(url):
 
 
 def test_a_package_that_is_missing_is_one_message(monkeypatch):
-    def missing(scheme, **_):
-        raise ImportError(f"Install gcsfs to access GCS ({scheme})")
-
-    monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(ConfigError) as error:
-        given_path("abfs://container/x", "--x")
-    assert str(error.value).startswith("--x=abfs://container/x: a package is missing: Install")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for url, fix in (("gs://bucket/x", "'refine-jax[gcs]'"), ("abfs://container/x", "adlfs")):
+        with pytest.raises(ConfigError) as error:
+            given_path(url, "--x")
+        text = str(error.value)
+        assert text.startswith(f"--x={url}: {url.partition(':')[0]}:// needs the package ")
+        assert f"which is not installed: pip install {fix}" in text
 
 
 def test_stores_that_refuse_are_one_message(monkeypatch):
