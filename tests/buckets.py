@@ -44,6 +44,7 @@ class Bucket:
 
     def __init__(self, name: str = "bucket"):
         self.name, self.requests, self.faults = name, collections.Counter(), collections.Counter()
+        self.uploads: dict[str, tuple] = {}
         self._random, self._probability, self._kinds = random.Random(0), 0.0, FAULTS
         port = _free_port()
         self._proxy = _Proxy(("127.0.0.1", 0), _Handler)
@@ -54,6 +55,7 @@ class Bucket:
             "TENSORSTORE_GCS_HTTP_URL": address,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks Google for the bucket's kind
             "GOOGLE_CLOUD_PROJECT": "test",
+            "NO_GCE_CHECK": "true",  # nor are machines of Google looked for
         }
         command = [str(find_server()), "-backend", "memory", "-scheme", "http"]
         command += ["-host", "127.0.0.1", "-port", str(port), "-public-host", address[7:]]
@@ -67,9 +69,7 @@ class Bucket:
         for _ in range(200):
             with contextlib.suppress(OSError):
                 connection = http.client.HTTPConnection("127.0.0.1", self._proxy.port, timeout=5)
-                connection.request(
-                    "POST", "/storage/v1/b?project=test", f'{{"name":"{self.name}"}}'
-                )
+                connection.request("POST", path, body)
                 if connection.getresponse().status == 200:
                     return
             time.sleep(0.05)
@@ -132,6 +132,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = answer.read()
         finally:
             connection.close()
+        # An upload that is complete answers again; this server has forgotten it.
+        if self.command == "PUT" and "upload_id=" in self.path:
+            if answer.status == 404 and self.path in bucket.uploads:
+                answer, content = bucket.uploads[self.path]
+            bucket.uploads[self.path] = answer, content
         if fault == "answer lost":
             return self._answer(503, {}, b'{"error": {"code": 503, "message": "busy"}}')
         if fault == "cut after":

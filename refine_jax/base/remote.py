@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -36,7 +37,10 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 WRITABLE = ("gs",)
 """Schemes that can be written to: those that arrays can be stored in, too."""
-_EXTRAS = {"gs": "pip install 'refine-jax[gcs]'", "s3": "pip install s3fs"}
+_EXTRAS = {
+    "gs": "pip install 'refine-jax[gcs]'",
+    "hf": "pip install 'refine-jax[hub]'",
+}
 _SIGN_IN = {
     "gs": "Sign in with `gcloud auth application-default login`, or name a key's file in "
     "GOOGLE_APPLICATION_CREDENTIALS, and see that the account may use the bucket.",
@@ -68,7 +72,7 @@ def remote_path(
     arrays are read from it.
     Raises `error`: the scheme is none of fsspec's, cannot be written to, or its package is missing.
     """
-    import fsspec  # takes its time, and most runs read disks alone
+    from fsspec.registry import known_implementations  # most runs read disks alone
 
     text = os.fspath(path)
     scheme = scheme_of(text)
@@ -76,7 +80,8 @@ def remote_path(
         raise error(
             f"{setting} must be a path, or a URL such as gs://bucket/folder. Got: {text!r}."
         )
-    if scheme in _OF_DISKS or scheme not in fsspec.available_protocols():
+    known = known_implementations.get(scheme)
+    if scheme in _OF_DISKS or known is None:
         raise error(
             f"{setting} must be a path of a file system or of a bucket (gs://, or one of fsspec's "
             f"to read from). Got: {text!r}."
@@ -86,13 +91,12 @@ def remote_path(
             f"{setting} must be a path of a file system or gs://: {scheme}:// gives data alone. "
             f"Got: {text!r}."
         )
-    try:
-        _file_system(scheme)
-    except ImportError as problem:
-        fix = f" Install it: {_EXTRAS[scheme]}." if scheme in _EXTRAS else ""
-        raise error(f"{setting}={text}: a package is missing: {problem}.{fix}") from None
-    except Exception as problem:  # stores raise whatever their clients do
-        raise error(f"{setting}={text}: {_reason(problem)}. {sign_in(scheme)}".rstrip()) from None
+    package = known["class"].partition(".")[0]  # to import it takes a second
+    if importlib.util.find_spec(package) is None:
+        raise error(
+            f"{setting}={text}: {scheme}:// needs the package {package}, which is not installed: "
+            f"{_EXTRAS.get(scheme, f'pip install {package}')}."
+        )
     return RemotePath(text)
 
 
