@@ -133,7 +133,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         finally:
             connection.close()
         # An upload that is complete answers again; this server has forgotten it.
-        if self.command == "PUT" and "upload_id=" in self.path:
+        if "upload_id=" in self.path:
             if answer.status == 404 and self.path in bucket.uploads:
                 answer, content = bucket.uploads[self.path]
             bucket.uploads[self.path] = answer, content
