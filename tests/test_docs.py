@@ -313,8 +313,7 @@ GENERATE = r"python -m refine_jax\.generate .*"
 MODULES = {
     MAIN + "=.?hf://": "tests/phases/test_hub_run.py::"
     "test_it_streams_resumes_and_comes_back_bit_for_bit",
-    MAIN + "=gs://": "tests/phases/test_buckets.py::"
-    "test_a_run_that_crashed_goes_on_in_a_bucket",
+    MAIN + "=gs://": "tests/phases/test_buckets.py::test_a_run_that_crashed_goes_on_in_a_bucket",
     MAIN + "--compile_only": "tests/compile_only/test_report.py::test_a_run_that_fits",
     MAIN + "--allow_change": "tests/phases/test_changes.py::"
     "test_more_steps_bend_a_cosine_schedule_and_need_permission",

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -184,6 +185,24 @@ def test_a_hub_streams_the_rows_that_its_files_hold(hub, folder, files, kind):
 
 def _first(hub):
     return next(iter(hub.commits["datasets", "org/words"]))
+
+
+def test_faults_of_a_hub_lose_nothing(hub, folder, files, kind, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.add("datasets", "org/words", files[0])
+    hub.every = 3
+    streamed, _ = take(train(f"hf://datasets/org/words/*.{kind}"), 30)
+    assert_equal(streamed, take(train(folder), 30)[0])
+    assert hub.faults > 5
+
+
+def test_any_store_of_fsspec_is_read(folder, files, kind):
+    store = fsspec.filesystem("memory")
+    for name, content in files[0].items():
+        store.pipe_file(f"/corpus/{name}", content)
+    streamed, _ = take(train(f"memory://corpus/*.{kind}", stream=None), 30)
+    store.rm("/corpus", recursive=True)
+    assert_equal(streamed, take(train(folder), 30)[0])
 
 
 def test_only_the_column_of_texts_is_fetched(hub, monkeypatch):
