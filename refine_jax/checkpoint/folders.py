@@ -176,18 +176,14 @@ def new_folder(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        if isinstance(temporary, RemotePath):
-            yield temporary
-            _move_objects(temporary, path)
-            return
-        free = shutil.disk_usage(temporary).free
-        if size > free:
+        if isinstance(temporary, Path) and size > (free := shutil.disk_usage(temporary).free):
             raise CheckpointError(
                 f"{path} takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there."
             )
         yield temporary
         if isinstance(path, RemotePath):
-            _upload(temporary, path)
+            if staged:
+                temporary = _upload(temporary, path.with_name(f".{path.name}.new-{mark}"))
         elif overwrite and path.exists():
             _exchange(temporary, path, path.with_name(f".{path.name}.old-{mark}"))
         else:
@@ -201,6 +197,8 @@ def new_folder(
             raise
         reason = describe(error).rstrip(".")
         raise CheckpointError(f"{path} could not be written: {reason}.") from error
+    if isinstance(path, RemotePath):
+        _move_objects(temporary, path)
 
 
 def _clear(folder: Path, parents: list[Path]) -> None:
@@ -220,20 +218,33 @@ def _clear(folder: Path, parents: list[Path]) -> None:
 
 
 def _move_objects(new: RemotePath, path: RemotePath) -> None:
-    """Put the objects of `new` in the place of those of `path`; what marks a model comes last."""
-    _remove_model(path)
-    names = [str(file.relative_to(new)) for file, _ in new.walk()]
-    for name in sorted(names, key=lambda name: name in _MARKS):
-        (new / name).copy(path / name)
-    new.rmtree()
+    """Put the objects of `new` in the place of those of `path`; what marks a model comes last.
+
+    Raises CheckpointError: it failed on the way; all objects are then in `new`.
+    """
+    try:
+        _remove_model(path)
+        names = [str(file.relative_to(new)) for file, _ in new.walk()]
+        for name in sorted(names, key=lambda name: (name in _MARKS, "/" not in name)):
+            (new / name).copy(path / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {describe(error).rstrip('.')}. All of it is in {new}: "
+            "copy it from there."
+        ) from error
+    with contextlib.suppress(OSError):  # it is a copy by now
+        new.rmtree()
 
 
-def _upload(new: Path, path: RemotePath) -> None:
-    """Put the files of `new` in the place of the objects of `path`, which marks a model last."""
-    beside = path.with_name(f".{path.name}.new-{secrets.token_hex(8)}")
-    upload_folder(new, beside, CONFIG)
-    _move_objects(beside, path)
-    shutil.rmtree(new, ignore_errors=True)
+def _upload(folder: Path, target: RemotePath) -> RemotePath:
+    """Move a folder of this machine to a bucket; returns where it is."""
+    try:
+        upload_folder(folder, target, CONFIG)
+    except BaseException:
+        _clear(target, [])
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return target
 
 
 def _remove_model(path: RemotePath) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import path_of, read_json, write_text
 from refine_jax.checkpoint.folders import PUBLISHED, PUBLISHED_TENSORS
 from refine_jax.checkpoint.streams import BLOCK, DTYPES
 
@@ -214,7 +214,7 @@ def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], d
     tensors, record = {}, None
     try:
         if PUBLISHED_TENSORS in files:
-            tensors = stored_tensors(Path(files[PUBLISHED_TENSORS]))
+            tensors = stored_tensors(path_of(files[PUBLISHED_TENSORS]))
         if PUBLISHED in files:
             fields = read_json(files[PUBLISHED], CheckpointError)
             record = Record(dict(fields["headers"]), fields["index"])
@@ -224,7 +224,7 @@ def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], d
             ):
                 raise ValueError("no names of files of weights")
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-        where = Path(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
+        where = path_of(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
         raise CheckpointError(
             f"{where}: {PUBLISHED} or {PUBLISHED_TENSORS} is damaged. Convert the published folder "
             "again."

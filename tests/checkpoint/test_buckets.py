@@ -1,6 +1,7 @@
 """Checkpoints in buckets: steps that are there when they are whole, models that are replaced."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -11,7 +12,8 @@ from tiny import CONFIGS
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import path_of
-from refine_jax.checkpoint import CheckpointManager, load_model, save_model, write_hf
+from refine_jax.base.remote import RemotePath
+from refine_jax.checkpoint import CheckpointManager, folders, load_model, save_model, write_hf
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.convert import from_hf, to_hf
 from refine_jax.models.config import model_config
@@ -128,6 +130,25 @@ def test_models_are_written_read_and_replaced(bucket, model, monkeypatch):
         ):
             save_model(folder, doubled, config_json, overwrite=True)
     assert_same(load_model(folder).params, params)
+    copies = iter(range(3))
+
+    def copy(self, target):
+        if next(copies, None) is None:
+            fail()
+        original(self, target)
+
+    with monkeypatch.context() as patched:
+        original = RemotePath.copy
+        patched.setattr(RemotePath, "copy", copy)
+        with pytest.raises(CheckpointError, match="All of it is in gs://bucket") as error:
+            save_model(folder, doubled, config_json, overwrite=True)
+    kept = path_of(re.search(r"is in (\S+):", str(error.value))[1])
+    assert_same(load_model(kept).params, doubled)
+    with pytest.raises(CheckpointError, match=f"it has no {folders.CONFIG}"):
+        load_model(folder)
+    folder.rmtree()
+    kept.rmtree()
+    save_model(folder, params, config_json)
     save_model(folder, doubled, config_json, overwrite=True)
     assert_same(load_model(folder).params, doubled)
     assert [path.name for path in folder.parent.iterdir()] == ["ours"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_text
+from refine_jax.base.files import parse_object, path_of, read_text
 from refine_jax.base.hub import is_hub
 from refine_jax.checkpoint.folders import CONFIG, ModelCheckpoint
 from refine_jax.checkpoint.hub import fetch
@@ -58,7 +58,7 @@ def describe_model(config: Config) -> ModelCheckpoint:
     """
     if config.model.checkpoint is not None:
         folder = config.model.checkpoint
-        folder = fetch(folder, only=(CONFIG,)) if is_hub(folder) else Path(folder)
+        folder = fetch(folder, only=(CONFIG,)) if is_hub(folder) else path_of(folder)
         for file in (folder / "checkpoints" / CONFIG, folder / CONFIG):
             if file.is_file():
                 text = read_text(file, CheckpointError)
