@@ -179,7 +179,7 @@ def test_home_and_urls(tmp_path, capsys, monkeypatch):
     ):
         message = fails(capsys, "from_hf", src, dst)
         assert f"{setting} must be a path of a file system" in message
-    with pytest.raises(CheckpointError, match="path of a file system"):
+    with pytest.raises(CheckpointError, match="SRC must be a path"):
         read_hf("file:///model")
 
 
