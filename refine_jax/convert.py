@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import given_path, short
+from refine_jax.base.files import given_path, local_path, short
 from refine_jax.base.hub import is_hub, model_repository, repository_name
 from refine_jax.commands import Command, Options, step_argument
 
@@ -106,6 +106,7 @@ def to_hf(
 
     if push is not None:
         push = repository_name(push, "--push", CheckpointError)
+        local_path(dst, "DST, which --push sends on,", CheckpointError)
     source, target = _paths(src, dst, overwrite)
     if is_published(source):
         raise CheckpointError(

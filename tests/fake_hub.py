@@ -39,6 +39,7 @@ class FakeHub:
         asked: "METHOD path" of every request, in order; of those with the token, `tokens` counts.
         sent: bytes of files that were sent, by path.
         status: answers every request with this error, unless it is None.
+        every: one request of so many is answered with 503; 0: none. faults: how many were.
         gated: names that only `token` may read.
         token: what may write.
     """
@@ -47,6 +48,7 @@ class FakeHub:
         self.commits, self.heads, self.objects = {}, {}, {}
         self.asked, self.sent, self.tokens = [], collections.Counter(), collections.Counter()
         self.status, self.gated, self.token = None, set(), "hf_the_token_that_may_write"
+        self.every, self.faults = 0, 0
         self.private = {}
         hub = self
 
@@ -119,7 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         hub.asked.append(f"{self.command} {path}")
         hub.tokens[self._authorization()] += 1
-        if hub.status is not None:
+        if hub.every and len(hub.asked) % hub.every == 0:
+            hub.faults += 1
+            self._fail(503, "TryAgain")
+        elif hub.status is not None:
             self._fail(hub.status, "NoReason")
         elif match := _FILE.fullmatch(path):
             kind = "datasets" if match[1] else "models"

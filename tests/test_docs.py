@@ -411,6 +411,8 @@ CHECKS = [
     Check(r"ruff (check|format)", nothing, ".ci/run: lint"),
     Check(r"python3 -m venv \.venv$|\. \.venv/bin/activate$", nothing, ".ci/run"),
     Check(r"\.ci/run$", present_files, None),
+    Check(r"python3 -m venv fresh$|fresh/bin/pip install|du -sm fresh$", nothing, None),
+    Check(r"python -X importtime", nothing, None),
     Check(r"git clone REPOSITORY|cd refine-jax$|mkdocs serve$", nothing, None),
 ]
 

@@ -232,6 +232,8 @@ def test_each_refusal_is_one_message(small, tmp_path, monkeypatch):
         assert "must name a model on the hub" in message(from_hf, wrong, new)
     for name in ("model", "datasets/org", "a/b/c"):
         assert "--push must be ORG/NAME" in message(lambda n: to_hf(SMALL, new, push=n), name)
+    said = message(lambda: to_hf(SMALL, "gs://bucket/new", push="a/b"))
+    assert "DST, which --push sends on, must be a path" in said
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'refine-jax[hub]'" in message(from_hf, MODEL, new)
     assert len(small.asked) == asked

@@ -5,14 +5,17 @@ import itertools
 import json
 import random
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from corpora import assert_equal, data_config
+from corpora import assert_equal, collect, data_config
 
 from refine_jax.base.errors import DataError
+from refine_jax.config import PromptsConfig
 from refine_jax.data import load_corpus, stream
+from refine_jax.data.prompts import load_prompts
 from refine_jax.data.sources import open_texts
 from refine_jax.data.tokenizer import ByteTokenizer
 
@@ -184,6 +187,24 @@ def _first(hub):
     return next(iter(hub.commits["datasets", "org/words"]))
 
 
+def test_faults_of_a_hub_lose_nothing(hub, folder, files, kind, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.add("datasets", "org/words", files[0])
+    hub.every = 3
+    streamed, _ = take(train(f"hf://datasets/org/words/*.{kind}"), 30)
+    assert_equal(streamed, take(train(folder), 30)[0])
+    assert hub.faults > 5
+
+
+def test_any_store_of_fsspec_is_read(folder, files, kind):
+    store = fsspec.filesystem("memory")
+    for name, content in files[0].items():
+        store.pipe_file(f"/corpus/{name}", content)
+    streamed, _ = take(train(f"memory://corpus/*.{kind}", stream=None), 30)
+    store.rm("/corpus", recursive=True)
+    assert_equal(streamed, take(train(folder), 30)[0])
+
+
 def test_only_the_column_of_texts_is_fetched(hub, monkeypatch):
     values = texts(60)
     data = parquet(values, group=20)
@@ -224,3 +245,50 @@ def test_broken_lines_are_named_by_their_bytes(tmp_path):
     with pytest.raises(DataError, match=r"data.stream is for records .* Got: .*a.txt, a text"):
         (tmp_path / "a.txt").write_text("text")
         train(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+def test_no_token_is_seen_where_the_hub_refuses(hub, monkeypatch, caplog, status):
+    """The hub's own answer repeats the token that it got."""
+    secret = "hf_aTokenThatMustNotBeSeen"
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.add("datasets", "org/words", {"a.jsonl": lines(texts(8))})
+    opened = iter(train("hf://datasets/org/words/a.jsonl"))
+    hub.status = status
+    for ask in (lambda: next(opened), lambda: train("hf://datasets/org/words/a.jsonl")):
+        with pytest.raises(DataError) as error:
+            ask()
+        assert "hf://datasets/org/words" in str(error.value) and hub.tokens[secret]
+        assert secret not in str(error.value) + caplog.text
+
+
+def test_prompts_and_texts_of_a_hub_are_read_at_first(hub):
+    rows = [{"prompt": f"question {i} " * 8, "answer": f"a{i}"} for i in range(20)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), out)
+    files = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "a.parquet": out.getvalue(),
+        "texts/b.txt": b"another text " * 9,
+    }
+    hub.add("datasets", "org/words", files)
+    source = "hf://datasets/org/words/"
+    found = [
+        load_prompts(
+            options(source + name, stream=None, sequence_length=256, holdout=0.2),
+            PromptsConfig(max_answer_tokens=8),
+            BYTES,
+        )
+        for name in ("a.jsonl", "a.parquet")
+    ]
+    batches = [collect(corpus.dataset("train", 4), 4) for corpus in found]
+    for left, right in zip(*batches, strict=True):
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name])
+    dataset = train(f"{source}texts", stream=None)
+    assert dataset.rows == len(pieces_of(["another text " * 9]))
+    dataset = train(f"{source}a.jsonl", stream=None, text_field="prompt", limit_documents=5)
+    assert dataset.statistics.documents == 5
