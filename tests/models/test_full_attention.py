@@ -145,6 +145,32 @@ def test_forks_share_the_keys_and_values_of_their_row():
         assert found.keys.shape == (2, 2, forks, 2, 4, 8)
 
 
+def test_states_drop_what_leaves_the_window():
+    """After 70 tokens and 210 more caches hold 64 slots, and compute what a forward pass does."""
+    model, params = tiny("deltanet_hybrid")  # with a window of 7
+    ids, read = tokens(1, 2, 280), 70
+
+    @jax.jit
+    def begin(params):
+        hidden, trace = model.forward(params, ids[:, :read], with_trace=True)
+        return hidden, model.fork(params, trace, jnp.full((2, 1), read))
+
+    extend = jax.jit(model.extend)
+    hidden, state = begin(params)
+    kind = "full_attention"
+    assert state[kind].keys.shape[4] == 6
+    parts = [hidden[:, None]]
+    for at in range(read, 280, 30):
+        state = model.with_room(state, 30)
+        assert model.capacity(state) == 64 == model.room_after(at, 30)
+        hidden, state = extend(params, ids[:, None, at : at + 30], state)
+        parts.append(hidden)
+    assert (state[kind].own == 280).all() and (state[kind].dropped > 200).all()
+    want, _ = jax.jit(model.forward)(params, ids)
+    got = jnp.concatenate(parts, axis=2)[:, 0]
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
 def test_more_tokens_than_a_state_has_room_for_are_refused():
     model, params = tiny("qwen")
     state = jax.jit(lambda params: model.resize(model.init_state(params, (1, 1)), 3))(params)
