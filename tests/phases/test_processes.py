@@ -170,7 +170,8 @@ def other_phase(name, folder):
     config = tiny(folder)
     config.phase = name.partition("-")[0]
     if name == "midtrain-lora":
-        write_documents(folder)
+        (folder / "corpus").mkdir()
+        config.data.source = str(write_documents(folder / "corpus"))
         config.model.update(lora_rank=2)
         config.train.update(steps=2, warmup_ntp_steps=0, evaluate="", trainable="lora")
         return config
