@@ -1,7 +1,8 @@
 """The full-attention mixer of hybrid models.
 
 A fork reads the keys and values of its row where they are, up to the slot where it begins, beside
-those of its own tokens: the forks of a row share them. What a state holds grows with its tokens.
+those of its own tokens: the forks of a row share them. What a state holds grows with its tokens, up
+to those of the window, if there is one.
 
 Letters: B batch, T tokens, D model dim, G key heads, n queries of a key head, hd head dim, R forks
 of a row, S new tokens, C tokens that a cache has room for.
