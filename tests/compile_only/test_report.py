@@ -306,7 +306,7 @@ def test_bad_input_is_one_message(compiler, capsys, monkeypatch, tmp_path):
         (tmp_path / "pipe", "It is no regular file"),
         ("/dev/null", "It is no regular file"),
         (tmp_path / ("x" * 300), "the name is too long"),
-        ("gs://bucket/x.json", "--json must be a path of a file system"),
+        ("s3://bucket/x.json", "--json must be a path of a file system"),
     ):
         assert words in complaint(config(), "v5e:4x4", str(file))
     for name in ("v5q:4x4", "V5E:4x4", "v5e:4x4x4", "v5e:0x4", "v5e:99999x4", "v5e:٤x٤", "v5e"):

@@ -153,4 +153,4 @@ def test_cache_at_home_and_cache_that_cannot_be_written(cache, tmp_path, monkeyp
         with pytest.raises(DataError, match=r"cannot write data\.cache_dir="):
             load_corpus(data_config(**{**vars(options), "cache_dir": wrong}))
     with pytest.raises(ConfigError, match=r"data\.cache_dir must be a path of a file system"):
-        load_corpus(data_config(**{**vars(options), "cache_dir": "gs://bucket/cache"}))
+        load_corpus(data_config(**{**vars(options), "cache_dir": "s3://bucket/cache"}))
