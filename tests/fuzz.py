@@ -76,7 +76,7 @@ class Tally:
 
 # ---- Drawing ----
 
-_TEXTS = ("", " ", "x", "12", "true", "null", "../x", "/etc/passwd", "gs://bucket/x", "\ufeffx")
+_TEXTS = ("", " ", "x", "12", "true", "null", "../x", "/etc/passwd", "gs:/bucket/x", "\ufeffx")
 _TEXTS += ("\ud83d", "\x00", "é" * 3, "x" * 3000, "</s>", "²", "1e5", "[1]", "{}", "NaN")
 _NUMBERS = (0, 1, -1, 2, 7, 2.5, -0.0, 1e308, 1e-320, math.nan, math.inf, -math.inf)
 _NUMBERS += (2**31, 2**32, 2**63, -(2**63) - 1, 10**30, 10**9, 1.0, 64.0)

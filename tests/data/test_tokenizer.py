@@ -473,7 +473,7 @@ def test_files_that_are_no_tokenizers(tmp_path: Path, monkeypatch) -> None:
     with (tmp_path / "tokenizer.model").open("wb") as file:
         file.truncate(10 << 30)
     refused(tmp_path, "more than any tokenizer")
-    refused("gs://bucket/tokenizer", "URLs are not supported")
+    refused("gs:/bucket/tokenizer", "must be a path, or a URL such as gs://bucket/folder")
     refused("x" * 5000, "cannot read the tokenizer")
     refused("a\0b", "null character")
     monkeypatch.setenv("HOME", str(tmp_path))

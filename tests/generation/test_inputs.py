@@ -286,7 +286,7 @@ def test_prompts_are_cleaned_where_they_enter(tmp_path, monkeypatch):
     for name, message in (
         (tmp_path, "it is a folder, no file"),
         (tmp_path / "none", "No such file"),
-        ("gs://bucket/a.txt", "URLs are not supported"),
+        ("gs:/bucket/a.txt", "must be a path, or a URL"),
         ("x" * 5000, "too long"),
     ):
         with pytest.raises(DataError, match=message):
@@ -353,9 +353,9 @@ def test_settings_at_their_ends_work(run, plain):
         (["--stop", ""], "stop must be"),
         (["--stop", os.fsdecode(b"caf\xe9")], "stop must be"),
         (["--adapt_steps", 10**12], "--adapt_steps must be at most"),
-        (["--checkpoint", "gs://bucket/model"], "URLs are not supported"),
-        (["--save_state", "gs://bucket/state"], "URLs are not supported"),
-        (["--load_state", "gs://bucket/state"], "URLs are not supported"),
+        (["--checkpoint", "gs:/bucket/model"], "must be a path, or a URL"),
+        (["--save_state", "gs:/bucket/state"], "must be a path, or a URL"),
+        (["--load_state", "gs:/bucket/state"], "must be a path, or a URL"),
     ):
         given = arguments[2:] if "--checkpoint" in options else arguments
         code, out, err = run(*given, *options)
