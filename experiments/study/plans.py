@@ -41,12 +41,15 @@ def plan_of(task: str, family: str, small: bool) -> Plan:
         }
     else:
         # A state has hidden_size / num_heads numbers a channel: half as many where it is crowded.
-        fields |= {"model_type": "delta_net", "num_heads": 4 if task == "crowded" else 2}
+        fields |= {"model_type": "delta_net", "num_heads": 4 if task in ("crowded", "half") else 2}
     if small:
         pretrain, arms, posttrain = Training(2, 4, 1e-3, 0.5), Training(2, 2), Training(2, 2)
         sizes = {"num_positions": 2, "edge_margin": 5}
         return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None, 8, 4, (1, 2))
     pretrain = Training(8, 20_000, 3e-3, 0.25) if text else Training(8, 8000, 5e-3, 0.25)
     sizes = {"num_positions": 8, "edge_margin": 5}
-    arms, posttrain = Training(8, 400), Training(8, 100)
-    return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None)
+    half = task == "half"
+    arms, posttrain = Training(8, 800 if half else 400), Training(8, 100)
+    # The model of `crowded` whose recall is nearest to one half.
+    bases = (1,) if half else ()
+    return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None, bases=bases)

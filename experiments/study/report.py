@@ -14,7 +14,7 @@ from signals import at_equal_cost
 from refine_jax.base.figures import finish, new_figure, save_figure
 
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT", "symbols": "symbols"}
-TITLES |= {"crowded": "crowded symbols", "text": "text"}
+TITLES |= {"crowded": "crowded symbols", "half": "half of crowded symbols", "text": "text"}
 # Column, figure, factor, digits.
 _COLUMNS = (
     ("recall, %", "recall_1", 100, 1),
