@@ -180,7 +180,7 @@ class Study:
 
         self.store.get(self.common | {"kind": "cost", "arm": name}, make)
 
-    def signals(self, names: tuple[str, ...]) -> None:
+    def signals(self, names: Sequence[str]) -> None:
         """How much of the gradient of each estimator is signal, in the tuning seed's base."""
         from signals import gradients, signal
 
@@ -249,7 +249,7 @@ class Study:
 def stages(study: Study, args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     """What is run, the most important first."""
     if args.signals:
-        yield lambda: study.signals(tuple(ARMS))
+        yield lambda: study.signals(args.arms or tuple(ARMS))
         return
     if args.arms:
         yield lambda: study.compare(args.arms)
