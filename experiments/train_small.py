@@ -26,7 +26,7 @@ from absl import logging
 
 sys.path.insert(0, str(Path(__file__).parent / "study"))
 
-from lab import lact_start
+from lab import with_fast_rate
 
 from refine_jax.base.files import write_text
 from refine_jax.checkpoint import save_model
@@ -47,8 +47,6 @@ FIELDS = {
         "lact_chunk_size": 32,
         "window_size": 64,
         "ttt_nope": True,
-        "attn_qk_norm": True,
-        "fw_init_gain": 2.0,
         **_COMMON,
     },
 }
@@ -97,7 +95,7 @@ def write_start(name: str, folder: Path, tokenizer: Path) -> None:
     fields = model_config(FIELDS[name] | {"vocab_size": size + len(PHRASES)}).to_hf()
     params = jax.jit(Model(model_config(fields)).init)(jax.random.key(0))
     if name == "lact":
-        params = lact_start(params, FAST_RATE)
+        params = with_fast_rate(params, FAST_RATE)
     save_model(folder, params, json.dumps(fields, indent=2) + "\n", files, overwrite=True)
 
 

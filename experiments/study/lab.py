@@ -27,7 +27,6 @@ from tasks import Task
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.models.config import model_config
 from refine_jax.models.head import logits
-from refine_jax.models.layers import INIT_STD
 from refine_jax.models.transformer import Model, Params
 from refine_jax.refine.adapt import Adapter
 from refine_jax.refine.answers import AnswerMethod, make_supervised_step, prompts_of
@@ -114,26 +113,11 @@ class RuleObjective(StudyObjective):
         return ntp + self.weight * jnp.sum(weights * extra), {"loss/ntp": ntp}
 
 
-def lact_start(params: Params, fast_rate: float) -> Params:
-    """Make initial parameters of a LaCT fit for a narrow model and short chunks.
-
-    Linear weights get a variance of 1 / inputs, embeddings one of 1: with the published deviation
-    of 0.02, attention of a model this narrow starts out flat. fast_rate: the initial rate of the
-    fast weights. Their output starts open: its scale is silu(1), not 0.
-    """
-
-    def scaled(path, x):
-        name = jax.tree_util.keystr(path)
-        if "embed" in name:
-            return x / INIT_STD
-        linear = any(part in name for part in ("qkv", "o_proj", "mlp")) and "weight" in name
-        return x / (INIT_STD * math.sqrt(x.shape[-1])) if linear else x
-
-    params = jax.tree_util.tree_map_with_path(scaled, params)
-    attention = params["layers"]["attn"]
+def with_fast_rate(params: Params, rate: float) -> Params:
+    """Initial parameters of a LaCT whose fast weights learn at another rate than 0.001."""
     # Rates are softplus(projection + softplus^-1(0.001)).
-    attention["lr_proj"]["bias"] += math.log(math.expm1(fast_rate) / math.expm1(0.001))
-    attention["ttt_scale_proj"]["bias"] += 1.0
+    shift = math.log(math.expm1(rate) / math.expm1(0.001))
+    params["layers"]["attn"]["lr_proj"]["bias"] += shift
     return params
 
 
@@ -157,7 +141,7 @@ class Lab:
         training = self.plan.pretrain
         params = jax.jit(self.model.init)(jax.random.key(seed))
         if self.plan.fast_rate is not None:
-            params = lact_start(params, self.plan.fast_rate)
+            params = with_fast_rate(params, self.plan.fast_rate)
         warmup = training.steps // 20
         return self._train(
             params, Arm({"objective": "ntp"}), training, seed, PRETRAIN, training.rate, warmup

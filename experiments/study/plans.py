@@ -39,8 +39,6 @@ def plan_of(task: str, family: str, small: bool) -> Plan:
             "lact_chunk_size": 16,
             "window_size": 16,
             "ttt_nope": True,
-            "attn_qk_norm": True,
-            "fw_init_gain": 2.0,
         }
     else:
         # A state has hidden_size / num_heads numbers a channel: half as many where it is crowded.
@@ -48,14 +46,14 @@ def plan_of(task: str, family: str, small: bool) -> Plan:
     if small:
         pretrain, arms, posttrain = Training(2, 4, 1e-3, 0.5), Training(2, 2), Training(2, 2)
         sizes = {"num_positions": 2, "edge_margin": 5}
-        return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None, 8, 4, (1, 2))
+        return Plan(fields, pretrain, arms, posttrain, sizes, 0.03 if lact else None, 8, 4, (1, 2))
     pretrain = Training(8, 20_000, 3e-3, 0.25) if text else Training(8, 8000, 5e-3, 0.25)
     sizes = {"num_positions": 8, "edge_margin": 5}
     if lact:
-        pretrain = dataclasses.replace(pretrain, steps=5000)
+        pretrain = dataclasses.replace(pretrain, steps=2000)
     half = task == "half"
     arms, posttrain = Training(8, 800 if half else 400), Training(8, 100)
     # Base models that all seeds share: of `half` the one of `crowded` whose recall is nearest to
     # one half; of LaCT, whose steps are slower, a single one.
     bases = (1,) if half else (0,) if lact else ()
-    return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None, bases=bases)
+    return Plan(fields, pretrain, arms, posttrain, sizes, 0.03 if lact else None, bases=bases)
