@@ -24,10 +24,6 @@ from pathlib import Path
 import jax
 from absl import logging
 
-sys.path.insert(0, str(Path(__file__).parent / "study"))
-
-from lab import with_fast_rate
-
 from refine_jax.base.files import write_text
 from refine_jax.checkpoint import save_model
 from refine_jax.config import Config, defaults
@@ -46,6 +42,7 @@ FIELDS = {
         "num_lact_heads": 2,
         "lact_chunk_size": 32,
         "window_size": 64,
+        "w0_w2_low_rank": 16,
         "ttt_nope": True,
         **_COMMON,
     },
@@ -53,7 +50,8 @@ FIELDS = {
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT"}
 LEARNING_RATES = {"deltanet": 4e-3, "lact": 3e-3}
 STEPS = {"deltanet": 1500, "lact": 1500}
-FAST_RATE = 1.0  # LaCT's initial rates of 0.001 are made for chunks of 2048 tokens.
+# LaCT's initial rates of 0.001 are made for chunks of 2048 tokens.
+FAST_RATE = 0.03
 LENGTH, ROWS, DOCUMENTS = 256, 8, 12_500
 ASKED = 512  # questions of each length
 PHRASES = ("The number of the", "What is the number of the", "? Answer:")
@@ -94,8 +92,9 @@ def write_start(name: str, folder: Path, tokenizer: Path) -> None:
     size = len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
     fields = model_config(FIELDS[name] | {"vocab_size": size + len(PHRASES)}).to_hf()
     params = jax.jit(Model(model_config(fields)).init)(jax.random.key(0))
-    if name == "lact":
-        params = with_fast_rate(params, FAST_RATE)
+    if name == "lact":  # rates are softplus(projection + softplus^-1(0.001))
+        shift = math.log(math.expm1(FAST_RATE) / math.expm1(0.001))
+        params["layers"]["attn"]["lr_proj"]["bias"] += shift
     save_model(folder, params, json.dumps(fields, indent=2) + "\n", files, overwrite=True)
 
 

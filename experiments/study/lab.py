@@ -113,14 +113,6 @@ class RuleObjective(StudyObjective):
         return ntp + self.weight * jnp.sum(weights * extra), {"loss/ntp": ntp}
 
 
-def with_fast_rate(params: Params, rate: float) -> Params:
-    """Initial parameters of a LaCT whose fast weights learn at another rate than 0.001."""
-    # Rates are softplus(projection + softplus^-1(0.001)).
-    shift = math.log(math.expm1(rate) / math.expm1(0.001))
-    params["layers"]["attn"]["lr_proj"]["bias"] += shift
-    return params
-
-
 def _optimizer(rate: jax.Array | float) -> optax.GradientTransformation:
     """The library's AdamW at rate 1, scaled: its updates are linear in the rate."""
     config = OptimizerConfig(learning_rate=1.0, clip_norm=1.0)
@@ -141,7 +133,9 @@ class Lab:
         training = self.plan.pretrain
         params = jax.jit(self.model.init)(jax.random.key(seed))
         if self.plan.fast_rate is not None:
-            params = with_fast_rate(params, self.plan.fast_rate)
+            # Rates are softplus(projection + softplus^-1(0.001)).
+            shift = math.log(math.expm1(self.plan.fast_rate) / math.expm1(0.001))
+            params["layers"]["attn"]["lr_proj"]["bias"] += shift
         warmup = training.steps // 20
         return self._train(
             params, Arm({"objective": "ntp"}), training, seed, PRETRAIN, training.rate, warmup
