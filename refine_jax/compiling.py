@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 from jax import monitoring
 
 from refine_jax.base.banner import without_banner
@@ -22,9 +23,13 @@ _ALARM = 60.0  # before XLA's, at 120 s
 def compiler_options() -> dict[str, bool] | None:
     """Options of `jax.jit` for programs over the ambient mesh; None: those of XLA itself.
 
-    Where chips share rows, they exchange tokens for heads beside what they compute.
+    Where chips share rows, they exchange tokens for heads beside what they compute. Not on a v5e,
+    for which libtpu 0.0.52 ends itself with the option ("Check failed: T::ClassOf(instr)").
     """
     if backend() != "tpu" or axis_size("sequence") == 1:
+        return None
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.device_kind in ("TPU v5 lite", "TPU v5e"):
         return None
     return {"xla_tpu_enable_async_all_to_all": True}
 

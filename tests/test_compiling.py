@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import monitoring
+from jax.sharding import AbstractDevice, AbstractMesh
 from tiny_runs import tiny_run, write_documents
 
 from refine_jax import compiling
 from refine_jax.base.banner import split
 from refine_jax.compiling import Compilations, announced
 from refine_jax.config import Config
+from refine_jax.kernels.device import compiled_for
 from refine_jax.phases import midtrain
 
 # As jaxlib 0.10.2 wrote them while it compiled for more than two minutes.
@@ -53,6 +55,26 @@ def test_a_banner_in_pieces_is_cut_out():
         out, kept = split(f"a\n{BANNER[:cut]}".encode())
         rest, kept = split(kept + f"{BANNER[cut:]}b\n".encode())
         assert out + rest == b"a\nb\n" and not kept
+
+
+@pytest.mark.parametrize(
+    ("kind", "sequence", "together"),
+    [
+        ("TPU v5", 2, False),
+        ("TPU v6 lite", 2, False),
+        ("TPU v5", 1, True),  # nothing is exchanged
+        ("TPU v5 lite", 2, True),  # libtpu would end itself
+    ],
+)
+def test_tokens_are_exchanged_beside_what_is_computed(kind, sequence, together):
+    axes = ("data", "fsdp", "tensor", "sequence")
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1, 2, 1, sequence), axes, abstract_device=device)
+    asked = None if together else {"xla_tpu_enable_async_all_to_all": True}
+    with compiled_for("tpu"), jax.sharding.use_abstract_mesh(mesh):
+        assert compiling.compiler_options() == asked
+    with jax.sharding.use_abstract_mesh(mesh):  # on this machine
+        assert compiling.compiler_options() is None
 
 
 def filtered(body, *, returncode=0):

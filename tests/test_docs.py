@@ -23,7 +23,7 @@ from refine_jax.settings import table
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ("experiments/README.md", "experiments/scale.md")
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))
-PAGES = ("README.md", "CONTRIBUTING.md", *DOCS, *EXPERIMENTS)
+PAGES = ("README.md", "CONTRIBUTING.md", *DOCS, *EXPERIMENTS, "experiments/replicate.md")
 
 
 def read(name: str) -> str:
