@@ -158,6 +158,9 @@ def cases() -> Iterator[ScaleCase]:
             settings = mesh(fsdp=fsdp, tensor=tensor, sequence=sequence) | rows(2 * fsdp, fsdp)
             settings["data.sequence_length"] = 1024 * length
             yield ScaleCase("lengths", model, "v5p:4x4x4", settings, name=f"{length}K")
+    # As many chips as heads: a next-token update alone fits.
+    settings = mesh(fsdp=16, sequence=4) | rows(32, 16) | {"data.sequence_length": 1024 * 1024}
+    yield ScaleCase("lengths", "lact_760m", "v5p:4x4x4", settings, name="1024K-sequence")
     for model in MODELS:
         shared = "sequence" if model == "deltanet_1_3b" else "tensor"
         yield ScaleCase("chips", model, "v5e:8x8", mesh(fsdp=32, **{shared: 2}))
@@ -208,7 +211,8 @@ def row(case: ScaleCase, figures: dict[str, Any]) -> list[str]:
         f"{seconds:.0f}",
     ]
     if step["seconds"] is None or step["ntp_seconds"] is None:
-        return [*head, *cells, *["-"] * 7]
+        ntp = "-" if step["ntp_seconds"] is None else f"{step['ntp_seconds']:.2f}"
+        return [*head, *cells, "-", ntp, *["-"] * 5]
     per_token = 1e6 * step["seconds"] / figures["tokens"]
     return [
         *head,
