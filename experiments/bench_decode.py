@@ -10,7 +10,8 @@ whole prefix, as the published code generates, means a forward pass over 16K tok
     python experiments/bench_decode.py --model=hybrid --json
 
 also says which share of a token's time is reading the context, as attention layers do, and what
-forks of a row of 16K tokens cost in these layers: their own time and memory, for 1 to 64 of them.
+forks of a row of 16K tokens cost in these layers: the time to make 1 to 8 of them, that of a token
+of all, and the memory of each beside the row.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from refine_jax.models.transformer import Model, Params
 CONTEXTS = (1024, 4096, 16384, 65536)
 RERUN = 16384
 BLOCK = 1024
-FORKS = (1, 8, 64)
+FORKS = (1, 2, 4, 8)
 
 
 def prefixes_after(model: Model, params: Params, tokens: jax.Array) -> dict[int, Prefix]:
@@ -72,7 +73,7 @@ def _zeros_after(model: Model, empty: Prefix, context: int) -> Prefix:
 
 
 def fork_costs(model: Model, params: Params, tokens: jax.Array, repeats: int) -> dict:
-    """Seconds and bytes of making R forks of a row `tokens` [1, T], for R of `FORKS`.
+    """Seconds of making R forks of a row `tokens` [1, T] and of a token of all, for R of `FORKS`.
 
     Bytes are those of the forks' states beside what they share with the row.
     """
@@ -84,10 +85,19 @@ def fork_costs(model: Model, params: Params, tokens: jax.Array, repeats: int) ->
     def positions(forks: int) -> jax.Array:
         return jnp.linspace(1, tokens.shape[1], forks).astype(jnp.int32)[None]
 
-    runs = {forks: functools.partial(fork, params, trace, positions(forks)) for forks in FORKS}
-    sizes = {forks: tree_bytes(run()) - row_bytes for forks, run in runs.items()}
-    times = medians(runs, repeats)
-    return {"forks": list(FORKS), "seconds": list(times.values()), "bytes": list(sizes.values())}
+    makes = {forks: functools.partial(fork, params, trace, positions(forks)) for forks in FORKS}
+    states = {forks: make() for forks, make in makes.items()}
+    extend = jax.jit(model.extend)
+    extends = {
+        forks: functools.partial(extend, params, jnp.ones((1, forks, 1), jnp.int32), state)
+        for forks, state in states.items()
+    }
+    return {
+        "forks": list(FORKS),
+        "seconds": list(medians(makes, repeats).values()),
+        "token_seconds": list(medians(extends, repeats).values()),
+        "bytes": [tree_bytes(state) - row_bytes for state in states.values()],
+    }
 
 
 def make_generate(model: Model, count: int):
@@ -154,8 +164,8 @@ def main():
         result["attention_forks"] = costs
         lines += [
             f"{forks:>6} forks of {RERUN} tokens, attention layers alone: {seconds * 1e3:.3f} ms, "
-            f"{size / forks / 2**10:.1f} KiB a fork beside the row"
-            for forks, seconds, size in zip(*costs.values(), strict=True)
+            f"a token {token * 1e3:.3f} ms, {size / forks / 2**10:.1f} KiB each beside the row"
+            for forks, seconds, token, size in zip(*costs.values(), strict=True)
         ]
     lines.append(
         f"slowest / fastest {result['flatness']:.3f}; re-running {RERUN} tokens takes "

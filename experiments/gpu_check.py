@@ -21,10 +21,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+if "--interpret" in sys.argv[1:]:
+    # Of interpreted kernels XLA:CPU makes programs of many small loops, which it compiles for
+    # minutes each where it optimizes them.
+    _PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        _PLAIN += " --xla_cpu_use_fusion_emitters=false"  # later ones lack the flag
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PLAIN}".strip()
 
 import jax
 import jax.numpy as jnp

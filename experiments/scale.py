@@ -100,36 +100,33 @@ SLICES = {
 # Hybrid models at 16K and 128K tokens, on the slices that people begin with and on the smallest
 # ones that hold them. `tensor` shares the vocabulary's gradient and the states of forks, which are
 # most of what a chip holds; `sequence` shares the tokens of long rows.
+LORA = {"train.trainable": "lora", "model.lora_rank": 16}
 HYBRID_SLICES = (
     ("0.8b", 16, "v5e:1x1", mesh()),
+    ("0.8b", 16, "v5e:1x1", mesh() | LORA),
     ("0.8b", 16, "v6e:1x1", mesh()),
+    ("0.8b", 16, "v6e:1x1", mesh() | LORA),
     ("0.8b", 16, "v5e:2x2", mesh(fsdp=4)),
     ("2b", 16, "v5e:2x4", mesh(fsdp=8)),
     ("2b", 16, "v6e:2x2", mesh(fsdp=4)),
     ("4b", 16, "v5e:2x4", mesh(fsdp=8)),
     ("4b", 16, "v6e:2x2", mesh(fsdp=4)),
     ("9b", 16, "v5p:2x2x1", mesh(fsdp=4)),
-    ("27b", 16, "v5p:4x4x4", mesh(fsdp=32, tensor=2)),
-    ("4b", 16, "v6e:2x2", mesh(fsdp=2, tensor=2)),
     ("2b", 16, "v5e:2x4", mesh(fsdp=4, tensor=2)),
-    ("4b", 16, "v5e:2x4", mesh(fsdp=2, tensor=4)),
     ("4b", 16, "v5e:4x4", mesh(fsdp=4, tensor=4)),
-    ("0.8b", 128, "v5e:1x1", mesh()),
-    ("0.8b", 128, "v6e:1x1", mesh()),
-    ("2b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
-    ("2b", 128, "v6e:2x2", mesh(fsdp=2, sequence=2)),
-    ("4b", 128, "v5e:2x4", mesh(tensor=2, sequence=4)),
-    ("4b", 128, "v6e:2x2", mesh(tensor=2, sequence=2)),
+    ("4b", 16, "v6e:2x4", mesh(fsdp=4, tensor=2)),
+    ("27b", 16, "v5p:4x4x4", mesh(fsdp=32, tensor=2)),
+    ("0.8b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+    ("2b", 128, "v6e:2x2", mesh(fsdp=1, sequence=4)),
     ("9b", 128, "v5p:2x2x1", mesh(fsdp=2, sequence=2)),
     ("27b", 128, "v5p:4x4x4", mesh(fsdp=8, tensor=2, sequence=4)),
-    ("0.8b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
 )
 
 
 def hybrid_cases() -> Iterator[ScaleCase]:
     """Qwen 3.5."""
     for size, length, topology, settings in HYBRID_SLICES:
-        shared = described(settings).replace(" x ", "-").replace(" ", "")
+        shared = described(settings).replace(" x ", "-").replace(", ", "-").replace(" ", "")
         name = f"{length}K-{topology.replace(':', '-')}-{shared}"
         settings = settings | {"data.sequence_length": 1024 * length}
         yield ScaleCase("hybrid", f"qwen3_5:{size}", topology, settings, name=name)
@@ -186,6 +183,7 @@ def described(settings: dict[str, Any]) -> str:
     """The mesh in short."""
     sizes = {name.removeprefix("mesh."): size for name, size in settings.items() if "mesh" in name}
     text = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "1"
+    text += ", LoRA" if settings.get("train.trainable") == "lora" else ""
     micro = settings.get("train.micro_batch_size", 1)
     return text + (f", {micro} rows at a time" if micro > 1 else "")
 

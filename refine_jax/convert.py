@@ -2,7 +2,8 @@
 
 from_hf makes a checkpoint, which `config.model.checkpoint` takes, of a folder with config.json, the
 weights (safetensors, one file or shards; pytorch_model.bin needs the extra [torch]) and tokenizer
-files. to_hf makes such a folder of a model checkpoint or of a training run's work folder.
+files, or of hf://ORG/NAME[@REVISION], a model on the Hugging Face hub. to_hf makes such a folder of
+a model checkpoint or of a training run's work folder, and with --push puts it there.
 
 A run that trains low-rank updates becomes an adapter of the peft package, or with --merge a model;
 from_hf adds an adapter to the weights of a checkpoint (--base).
@@ -14,6 +15,7 @@ Examples:
 
     python -m refine_jax.convert from_hf downloads/LaCT-760M checkpoints/lact-760m
     python -m refine_jax.convert to_hf runs/lact-760m converted/lact --step=best --dtype=bfloat16
+    python -m refine_jax.convert to_hf runs/lact-760m converted/lact --push=ORG/NAME
 """
 
 import json
@@ -27,7 +29,8 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, local_path, short
+from refine_jax.base.hub import is_hub, model_repository, repository_name
 from refine_jax.commands import Command, Options, step_argument
 
 # What takes long to import, jax above all, is imported where it is used: help comes at once.
@@ -52,7 +55,7 @@ def from_hf(
     from refine_jax.checkpoint import load_model, read_hf, save_model
     from refine_jax.checkpoint.peft import is_adapter
 
-    source, target = _paths(src, dst, overwrite)
+    source, target = _paths(src, dst, overwrite, from_hub=True)
     if is_adapter(source):
         if base is None:
             raise CheckpointError(
@@ -64,7 +67,7 @@ def from_hf(
         return _summary(len(added.params), added.params, dst)
     if base is not None:
         raise CheckpointError(f"--base is for an adapter, which {src} is not.")
-    model = read_hf(source, allow_nonfinite=allow_nonfinite)
+    model = read_hf(source, allow_nonfinite=allow_nonfinite, in_memory=False)
     save_model(target, model.params, model.config_json, model.files, overwrite=overwrite)
     lines = [_summary(model.tensors, model.params, dst)]
     return "\n".join([*lines, *(f"not used: {line}" for line in model.left_out)])
@@ -81,8 +84,9 @@ def to_hf(
     step: int | str = "latest",
     merge: bool = False,
     base: str | None = None,
+    push: str | None = None,
 ) -> str:
-    """Convert a checkpoint to a Hugging Face folder; returns a line that says what.
+    """Convert a checkpoint to a Hugging Face folder; returns lines that say what.
 
     Of a run that trains low-rank updates it is an adapter of the peft package.
 
@@ -91,26 +95,40 @@ def to_hf(
     step: of a training run: "latest", "best" or a number. allow_nonfinite: write parameters that
     are NaN or infinite, or become so in `dtype`. merge: add low-rank updates to the weights. base:
     name or path of the model that an adapter says it belongs to; None: what the run started from.
+    push: put the folder and a model card into the repository ORG/NAME on the hub, as one commit;
+    one that is not there is made, private. The folder stays whatever becomes of that.
     """
-    from refine_jax.checkpoint import load_model, write_hf
+    from refine_jax.checkpoint import hub, load_model, write_hf
+    from refine_jax.checkpoint.card import hub_name
     from refine_jax.checkpoint.model import is_published
     from refine_jax.checkpoint.peft import write_adapter
     from refine_jax.models.config import model_config
 
+    if push is not None:
+        push = repository_name(push, "--push", CheckpointError)
+        local_path(dst, "DST, which --push sends on,", CheckpointError)
     source, target = _paths(src, dst, overwrite)
     if is_published(source):
         raise CheckpointError(
             f"{src} is a Hugging Face folder already. A checkpoint of this package is made of it "
             "by `python -m refine_jax.convert from_hf SRC DST`."
         )
-    model = load_model(source, step=step, dtype=dtype, merge=merge)
+    if push is not None:
+        hub.prepare_push(push)
+    model = load_model(source, step=step, dtype=dtype, merge=merge, in_memory=False)
     if model.lora is not None:
         config = model_config(model.config)
-        name = model.base if base is None else base
+        name = hub_name(model.base if base is None else base)
+        if push is not None and base is None and not is_hub(model.base):
+            raise CheckpointError(
+                "--push of an adapter needs --base=ORG/NAME, the model that others find it with. "
+                f"Got: a run that started from {model.base or 'random weights'!r}."
+            )
         tensors = write_adapter(
             target, model.params, model.lora, config, base=name, overwrite=overwrite
         )
-        return f"{dst}: {tensors} tensors of low-rank updates, rank {model.lora.rank}"
+        line = f"{dst}: {tensors} tensors of low-rank updates, rank {model.lora.rank}"
+        return _pushed(line, push, source, target, model)
     config_json = model.config_json
     if dtype is not None:
         name = "dtype" if "dtype" in model.config else "torch_dtype"
@@ -124,7 +142,19 @@ def to_hf(
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
     )
-    return _summary(tensors, model.params, dst)
+    return _pushed(_summary(tensors, model.params, dst), push, source, target, model)
+
+
+def _pushed(line: str, name: str | None, source: Path, target: Path, model) -> str:
+    """Push a folder, if it is to be; returns the line on what was written, and the commit's."""
+    if name is None:
+        return line
+    from refine_jax.checkpoint import hub
+    from refine_jax.checkpoint.card import model_card
+
+    count, dtypes = _sizes(model.params)
+    card = model_card(name, source, model, dtypes, count)
+    return f"{line}\npushed: {hub.push(target, name, card)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -143,11 +173,11 @@ def run(options: Options) -> None:
     given = {name: getattr(options, name) for name in ("overwrite", "allow_nonfinite", "base")}
     if options.direction == "to_hf":
         given |= {"max_shard_bytes": options.max_shard_size, "dtype": options.dtype}
-        given |= {"step": options.step, "merge": options.merge}
+        given |= {"step": options.step, "merge": options.merge, "push": options.push}
     elif options.direction != "from_hf":
         raise ConfigError(f"from_hf or to_hf comes first. Got: {short(options.direction)}.")
     else:
-        for name in ("max_shard_size", "dtype", "step", "merge"):
+        for name in ("max_shard_size", "dtype", "step", "merge", "push"):
             if name in options.given:
                 raise ConfigError(f"--{name} goes with to_hf.")
     convert = {"from_hf": from_hf, "to_hf": to_hf}[options.direction]
@@ -185,6 +215,7 @@ def command() -> Command:
     made.flag("dtype", "cast the parameters (default: as they are)", choices=dtypes)
     made.flag("step", "of a run: latest, best, or a number", step_argument, default="latest")
     made.flag("merge", "add low-rank updates to the weights", bool, default=False)
+    made.flag("push", "put it on the Hugging Face hub, with a model card", metavar="ORG/NAME")
     return made
 
 
@@ -196,12 +227,21 @@ def _size(text: str) -> int:
     return int(size)
 
 
-def _paths(src: str, dst: str, overwrite: bool) -> tuple[Path, Path]:
-    """SRC and DST as paths; raises CheckpointError for a wrong DST before any work is done."""
-    from refine_jax.checkpoint.folders import CONFIG, check_free
+def _paths(src: str, dst: str, overwrite: bool, *, from_hub: bool = False) -> tuple[Path, Path]:
+    """SRC and DST as paths; a SRC on the hub is fetched where `from_hub` allows it.
 
-    source, target = (local_path(*named, CheckpointError) for named in ((src, "SRC"), (dst, "DST")))
-    real, written = (Path(os.path.realpath(path)) for path in (source, target))
+    Raises CheckpointError for a wrong DST before any work is done.
+    """
+    from refine_jax.checkpoint.folders import CONFIG, check_free
+    from refine_jax.checkpoint.hub import fetch
+
+    target = given_path(dst, "DST", CheckpointError, write=True)
+    if is_hub(src) and from_hub:
+        model_repository(src, "SRC", CheckpointError)
+        check_free(target, overwrite=overwrite)
+        return fetch(src, "SRC"), target
+    source = given_path(src, "SRC", CheckpointError, write=True)
+    real, written = map(_real, (source, target))
     if real.is_relative_to(written):
         raise CheckpointError(f"{dst} is SRC itself, or holds it: choose another DST.")
     run = real / "checkpoints"  # a run's work folder may take models beside them
@@ -211,13 +251,21 @@ def _paths(src: str, dst: str, overwrite: bool) -> tuple[Path, Path]:
     return source, target
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if isinstance(path, Path) else path
+
+
 def _summary(tensors: int, params: dict, dst: str) -> str:
+    total, dtypes = _sizes(params)
+    return f"{dst}: {tensors} tensors, {total:,} parameters, {dtypes}"
+
+
+def _sizes(params: dict) -> tuple[int, str]:
+    """How many parameters there are, and the names of their dtypes."""
     import jax
 
     leaves = jax.tree.leaves(params)
-    total = sum(leaf.size for leaf in leaves)
-    dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))
-    return f"{dst}: {tensors} tensors, {total:,} parameters, {dtypes}"
+    return sum(leaf.size for leaf in leaves), ", ".join(sorted({x.dtype.name for x in leaves}))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from refine_jax.base.errors import (
     describe,
     output_is_closed,
 )
+from refine_jax.base.files import missing_folders, path_of, write_bytes
 from refine_jax.cluster import bind_address, check_address, find_cluster, is_local, resolve
 
 TIMEOUT = 300
@@ -256,13 +257,13 @@ def check_shared(folder: str | os.PathLike) -> None:
     """
     if jax.process_count() == 1:
         return
-    folder = Path(folder).expanduser().absolute()
+    folder = path_of(folder).expanduser().absolute()
     mark = folder / f".shared-{gather(secrets.randbits(30))[0]}"
     made: list[Path] = []
     if is_writer():
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        write_bytes(mark, b"")
     gather(0)
     seen = gather(mark.exists())
     if is_writer():

@@ -26,7 +26,8 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import ConfigError, DataError, print_json
-from refine_jax.base.files import clean_text, decode_text, local_path, read_text
+from refine_jax.base.files import clean_text, decode_text, given_path, read_text
+from refine_jax.base.remote import RemotePath
 from refine_jax.commands import Command, Options, step_argument
 from refine_jax.config import OptimizerConfig, RefineConfig, TestTimeConfig
 from refine_jax.settings import expand_flags
@@ -283,7 +284,9 @@ def read_prompts(options: Options) -> list[str]:
 
 
 def _prompt_file(name: str) -> Path:
-    path = local_path(name, "--prompt_file", DataError)
+    path = given_path(name, "--prompt_file", DataError)
+    if isinstance(path, RemotePath):
+        return path
     with contextlib.suppress(OSError):  # such as a name that is too long: reading it says so
         # A shell's <(command) is one, too, with a writer: a named pipe may wait for ever.
         endless = path.is_char_device() or (path.is_fifo() and path.parent != Path("/dev/fd"))

@@ -31,7 +31,8 @@ from pathlib import Path
 from absl import logging
 
 from refine_jax.base.errors import DataError, UserError, complain, describe
-from refine_jax.base.files import check_output, local_path, write_text
+from refine_jax.base.files import check_output, local_path, path_of, write_text
+from refine_jax.base.remote import RemotePath
 from refine_jax.commands import Command, Options, step_argument
 from refine_jax.settings import expand_flags
 
@@ -140,6 +141,8 @@ def _keep_responses(loaded: Sequence, folder: str | Path | None) -> str:
     ]
     if not lines:
         return ""
+    if isinstance(folder, RemotePath):  # these go to the machine's folder of temporary files
+        folder = None
     try:
         number, path = tempfile.mkstemp(prefix="responses-", suffix=".jsonl", dir=folder)
         with open(number, "w", encoding="utf-8") as file:
@@ -325,7 +328,7 @@ def run(options: Options) -> int | None:
     expand_flags(given, "checkpoint", "adapter", "tokenizer", "include_path", "output")
     output = given.pop("output")
     if output is not None:
-        output = Path(output)
+        output = path_of(output)
         _check_output(output)
     try:
         with announced():

@@ -24,11 +24,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refine_jax.base.errors import USER_ERRORS, ConfigError, RunError, allow_interrupts, complain
-from refine_jax.base.files import check_writable, local_path
+from refine_jax.base.files import check_writable, given_path, path_of
 from refine_jax.commands import Command, Options, say
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def execute(
     try:
         if values is None or not workdir:
             raise ConfigError("Both --config=FILE and --workdir=DIR are needed.")
-        workdir = local_path(workdir, "--workdir")
+        workdir = given_path(workdir, "--workdir", write=True)
         config = Config.from_dict(values)
         join()
         distributed.check_same("configuration", json.dumps(config.to_dict(), sort_keys=True))
@@ -125,7 +124,7 @@ def keep_programs(workdir: str | os.PathLike) -> None:
     from refine_jax.kernels.device import backend
 
     if jax.config.jax_compilation_cache_dir is None and backend() != "cpu":
-        folder = Path(workdir).expanduser().absolute() / "compiled"
+        folder = path_of(workdir).expanduser().absolute() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -151,9 +150,9 @@ def compile_for(
     if values is None:
         raise ConfigError("--compile_only needs --config=FILE and --topology=NAME.")
     config = Config.from_dict(values)
-    out = local_path(file, "--json") if file else None
+    out = given_path(file, "--json", write=True) if file else None
     if out is None and workdir:
-        folder = local_path(workdir, "--workdir")
+        folder = given_path(workdir, "--workdir", write=True)
         check_writable(folder, "--workdir")
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / "compile_only.json"

@@ -1,4 +1,4 @@
-"""What a notebook shows: training curves while a run goes on, and where a model is unsure.
+"""What a notebook shows: curves while a run goes on, its page, and where a model is unsure.
 
     with live_curves("runs/demo"):
         midtrain.run(config, "runs/demo")
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_jax.base.files import local_path
+from refine_jax.base.errors import DataError
+from refine_jax.base.files import given_path, read_text
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import token_texts
 from refine_jax.report.metrics import METRICS_FILE, read_metrics
@@ -34,7 +35,7 @@ def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[No
     """
     from IPython.display import HTML, Image, display
 
-    metrics = local_path(workdir, "workdir") / METRICS_FILE
+    metrics = given_path(workdir, "workdir") / METRICS_FILE
     shown = display(HTML("<i>The curves follow after the first step.</i>"), display_id=True)
     ended = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +64,16 @@ def live_curves(workdir: str | PathLike, *, seconds: float = 5.0) -> Iterator[No
             ended.set()
             thread.join()
             draw(0)
+
+
+def page_html(path: str | PathLike, *, height: int = 700) -> str:
+    """A page of a run, such as WORKDIR/report.html, as HTML that a notebook shows in a frame.
+
+    height: of the frame, in pixels. Raises DataError: there is no such page.
+    """
+    page = read_text(given_path(path, "the page"), DataError)
+    style = f"width: 100%; height: {height}px; border: 1px solid #ccc"
+    return f'<iframe srcdoc="{html.escape(page)}" style="{style}"></iframe>'
 
 
 def entropy_html(

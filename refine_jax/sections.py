@@ -15,10 +15,12 @@ from refine_jax.settings import (
     CONTENT,
     COUNT,
     DEVICES,
+    DISK_PATH,
     DOCUMENTS,
     FREELY,
     ITEMS,
     LEAST,
+    MODEL_PATH,
     MOST_TOKENS,
     PATH,
     ROWS,
@@ -26,6 +28,7 @@ from refine_jax.settings import (
     STEPS,
     TOKENS,
     WEIGHTS,
+    WRITTEN_PATH,
     Section,
     above,
     between,
@@ -49,8 +52,9 @@ class ModelConfig(Section):
 
     checkpoint: str | None = setting(
         None,
-        "start from one of refine_jax.convert, a run's or a Hugging Face folder; replaces `fresh`",
-        PATH,
+        "start from one of refine_jax.convert, a run's or a Hugging Face folder, or from "
+        "`hf://ORG/NAME[@REVISION]`; replaces `fresh`",
+        MODEL_PATH,
         FREELY,
     )
     fresh: Mapping | None = setting(
@@ -370,8 +374,8 @@ class DataConfig(Section):
     source: str = setting(
         "stdlib",
         "`stdlib` (source files of the Python standard library), `recall` (made-up facts), "
-        "`tfds:NAME`, or a path: parquet, "
-        "JSON lines or arrays, text (also .gz, .zst); a file, folder or glob pattern",
+        "`tfds:NAME`, or a path: parquet, JSON lines or arrays, text (also .gz, .zst); a file, "
+        "folder or glob pattern, also of a store, such as `hf://datasets/ORG/NAME/*.parquet`",
         PATH,
         CONTENT,
     )
@@ -381,7 +385,11 @@ class DataConfig(Section):
     files: str = setting("", "pattern of names in folders, as `*.py`; '': known suffixes", CONTENT)
     tfds_split: str = setting("train", "split of a tfds data set, e.g. `train[:10%]`", DOCUMENTS)
     tfds_data_dir: str = setting(
-        "", "where tensorflow-datasets keeps its data; '': its default", PATH, CONTENT, DOCUMENTS
+        "",
+        "where tensorflow-datasets keeps its data; '': its default",
+        DISK_PATH,
+        CONTENT,
+        DOCUMENTS,
     )
     limit_documents: int | None = setting(None, "use only the first documents; None: all", ITEMS)
     tokenizer: str = setting(
@@ -418,9 +426,15 @@ class DataConfig(Section):
         between(0, 0.5),
     )
     epochs: int | None = setting(None, "passes over the training rows; None: no end", STEPS)
+    stream: bool | None = setting(
+        None,
+        "read documents while training and never all of them, of parquet or JSON; None: those of a "
+        "store, without `cache_dir`, `epochs` and `limit_documents`",
+        DOCUMENTS,
+    )
     workers: int = setting(0, "processes that read ahead; 0: threads", between(0, 256), FREELY)
     cache_dir: str = setting(
-        "", "folder that keeps tokens between runs; '': memory", PATH, CONTENT, DOCUMENTS
+        "", "folder that keeps tokens between runs; '': memory", WRITTEN_PATH, CONTENT, DOCUMENTS
     )
 
     @property

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from ml_collections import ConfigDict
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, local_path, short
+from refine_jax.base.hub import is_hub, model_repository
 
 MOST_ROWS = 2**20
 MOST_TOKENS = 2**26
@@ -71,8 +72,14 @@ ITEMS = between(1, 2**40)
 """Of what is counted and not kept: documents, examples."""
 SEEDS = between(0, 2**32 - 1)
 WEIGHTS = between(0, 1e6)
-PATH = {"path": True}
-"""It may name a file or folder: `~` is expanded, URLs are refused."""
+PATH = {"path": "read"}
+"""It may name a file or folder: on a disk, where `~` is expanded, or a URL of a store."""
+DISK_PATH = {"path": "disk"}
+"""It may name a file or folder of a disk alone."""
+MODEL_PATH = {"path": "model"}
+"""It may name a model: on a disk, in a bucket or on the Hugging Face hub."""
+WRITTEN_PATH = {"path": "written"}
+"""It may name a folder to write to: on a disk or in a bucket."""
 DOCUMENTS = {"documents_only": True}
 """How documents become rows; prompts do so in another way, so that post-training refuses it."""
 BY_NAME = "by name"
@@ -99,7 +106,7 @@ class Section:
             path = self.prefix + field.name
             value = getattr(self, field.name)
             if field.metadata["path"]:
-                value = expanded(value, path, empty=field.default == "")
+                value = expanded(value, path, field.metadata["path"], empty=field.default == "")
             value = _converted(value, hints[field.name], path)
             _check_allowed(value, field.metadata, path)
             object.__setattr__(self, field.name, value)
@@ -115,25 +122,33 @@ def flags_of(section: type[Section]) -> type[Section]:
     return type(section.__name__, (section,), {"prefix": "--"})
 
 
-def expanded(value: Any, setting: str, *, empty: bool = True) -> Any:
+def expanded(value: Any, setting: str, kind: str = "read", *, empty: bool = True) -> Any:
     """A setting that may be a path, with `~` expanded; all else is the text that was given.
 
-    empty: whether "" is allowed. Raises ConfigError for a URL.
+    kind: of the paths, "read", "disk", "model" or "written" (`PATH` and what follows it). empty:
+    whether "" is allowed. Raises ConfigError: it cannot be such a path, or this installation lacks
+    what its URL needs.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or (not value and empty):
         return value
+    if kind == "model" and is_hub(value):
+        return str(model_repository(value, setting, ConfigError))
     # tfds:NAME may name a folder, too; NAME itself has no slash at its start.
-    kind, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    path = local_path(name, setting)
-    return f"{kind}{path}" if name.startswith("~") else value
+    before, name = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
+    if before or kind == "disk":
+        path = local_path(name, setting)
+    else:
+        path = given_path(name, setting, write=kind != "read")
+    return f"{before}{path}" if name.startswith("~") else value
 
 
 def expand_flags(values: MutableMapping[str, Any], *names: str) -> None:
-    """Expand `~` in the flags of a command that may be paths; raises ConfigError for URLs."""
+    """Expand `~` in the flags of a command that may be paths; raises ConfigError as `expanded`."""
     for name in names:
-        values[name] = expanded(values[name], f"--{name}", empty=False)
+        kind = {"checkpoint": "model", "output": "written", "out": "written"}.get(name, "read")
+        values[name] = expanded(values[name], f"--{name}", kind, empty=False)
 
 
 def table(sections: Mapping[str, type[Section]]) -> list[str]:

@@ -29,6 +29,8 @@ os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
 from absl import logging  # noqa: E402
+from buckets import bucket  # noqa: E402, F401
+from fake_hub import hub  # noqa: E402, F401
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 _COUNTS_PAGES = Path("/proc/self/statm").exists()

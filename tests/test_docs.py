@@ -311,6 +311,9 @@ class Check(NamedTuple):
 MAIN = r"python -m refine_jax\.main .*"
 GENERATE = r"python -m refine_jax\.generate .*"
 MODULES = {
+    MAIN + "=.?hf://": "tests/phases/test_hub_run.py::"
+    "test_it_streams_resumes_and_comes_back_bit_for_bit",
+    MAIN + "=gs://": "tests/phases/test_buckets.py::test_a_run_that_crashed_goes_on_in_a_bucket",
     MAIN + "--compile_only": "tests/compile_only/test_report.py::test_a_run_that_fits",
     MAIN + "--allow_change": "tests/phases/test_changes.py::"
     "test_more_steps_bend_a_cosine_schedule_and_need_permission",
@@ -347,6 +350,10 @@ MODULES = {
     "test_prompts_and_files_of_any_length_are_continued_as_by_the_library",
     r"python -m refine_jax\.convert .*(lora)": "tests/phases/test_lora.py::"
     "test_an_adapter_and_a_merged_model_are_written_and_read",
+    r"python -m refine_jax\.convert .*--push": "tests/checkpoint/test_hub.py::"
+    "test_what_is_pushed_reads_back_bit_for_bit",
+    r"python -m refine_jax\.convert from_hf hf:": "tests/checkpoint/test_hub.py::"
+    "test_a_model_on_the_hub_converts_as_its_folder_does",
     r"python -m refine_jax\.convert to_hf runs/": "tests/checkpoint/test_convert.py::"
     "test_a_training_run_goes_back_to_pytorch",
     r"python -m refine_jax\.convert .*--dtype": "tests/checkpoint/test_convert.py::"
@@ -405,6 +412,8 @@ CHECKS = [
     Check(r"ruff (check|format)", nothing, ".ci/run: lint"),
     Check(r"python3 -m venv \.venv$|\. \.venv/bin/activate$", nothing, ".ci/run"),
     Check(r"\.ci/run$", present_files, None),
+    Check(r"python3 -m venv fresh$|fresh/bin/pip install|du -sm fresh$", nothing, None),
+    Check(r"python -X importtime", nothing, None),
     Check(r"git clone REPOSITORY|cd refine-jax$|mkdocs serve$", nothing, None),
 ]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refine_jax.config import RefineConfig
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
 
@@ -65,6 +66,17 @@ CONFIGS = {
         "attn": {"layers": [1], "num_heads": 2, "window_size": 7, "qkv_bias": True},
     },
 }
+
+
+# Rollouts of several a position, with a reward of both kinds.
+REFINE = RefineConfig(
+    num_positions=2,
+    rollouts_per_position=2,
+    rollout_length=3,
+    edge_margin=3,
+    reward="hybrid",
+    lambda_rl=0.7,
+)
 
 
 # As they are, 6e-8 of each parameter, a rounding, moves what follows by 2e-5: more than is tested.

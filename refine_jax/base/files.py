@@ -1,4 +1,8 @@
-"""Files: paths as users name them, text and JSON read strictly, writing in full or not at all."""
+"""Files: paths as users name them, text and JSON read strictly, writing in full or not at all.
+
+What is written here may be in a bucket (`remote.py`) as well as on a disk. A file of a disk is
+written beside its place and renamed; an object of a bucket appears whole.
+"""
 
 import argparse
 import codecs
@@ -6,38 +10,66 @@ import contextlib
 import errno
 import json
 import os
-import re
 import reprlib
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from refine_jax.base.errors import ConfigError, UserError, reason
+from refine_jax.base.remote import RemotePath, is_remote, remote_path, sign_in
 
 _T = TypeVar("_T")
 
-# A path turns gs://x into gs:/x, so one slash is enough. Drives of Windows are one letter.
-_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]+:/|\s*[A-Za-z]://")
 _LONGEST = 3500
 """Bytes of a folder's path that leave room, of the 4096 of Linux, for the files in it."""
 MARK = "\ufeff"
 """The byte order mark, which some editors put before a text; it is never part of one."""
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def path_of(path: str | os.PathLike) -> Path | RemotePath:
+    """Make the path of a file or folder, on a disk or in a bucket."""
+    return RemotePath(os.fspath(path)) if is_remote(path) else Path(path)
+
+
+def given_path(
+    path: str | os.PathLike,
+    setting: str,
+    error: type[UserError] = ConfigError,
+    *,
+    write: bool = False,
+) -> Path | RemotePath:
+    """Make a path of what the user gave: on a disk, with `~` expanded, or a URL.
+
+    setting: what the path was given as, for the error. write: it will be written to.
+    Raises `error`: it cannot be one, or a package that reads such URLs is missing.
+    """
+    if is_remote(path):
+        return remote_path(path, setting, error, write=write)
+    return local_path(path, setting, error)
+
+
+def is_there(path: Path | RemotePath) -> bool:
+    """Tell whether something has this name, be it a link to nothing."""
+    return path.exists() or path.is_symlink()
 
 
 def local_path(path: str | os.PathLike, setting: str, error: type[UserError] = ConfigError) -> Path:
     """Make a path of what the user gave, with `~` expanded.
 
     setting: what the path was given as, for the error.
-    Raises `error` for a URL: buckets and hubs are not read or written by this version.
+    Raises `error` for a URL: this is what is only looked for on disks; see `given_path`.
     """
     text = os.fspath(path)
     if not text:
         raise error(f"{setting} must not be empty. Got: ''.")
-    if _SCHEME.match(text):
+    if is_remote(text):
         raise error(
-            f"{setting} must be a path of a file system: buckets and other URLs are not supported. "
-            f"Got: {text!r}. Copy it to this machine, or mount it and name the folder."
+            f"{setting} must be a path of a file system: buckets and other URLs are not supported "
+            f"here. Got: {text!r}. Copy it to this machine, or mount it and name the folder."
         )
     if "\0" in text:
         raise error(f"{setting} must be a path. Got: {text!r}, with a null character.")
@@ -72,6 +104,9 @@ def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigEr
     """
     made: list[Path] = []
     check_no_backslash(folder, setting, error)
+    if isinstance(folder, RemotePath):
+        _check_bucket(folder, setting, error)
+        return
     try:
         if len(os.fsencode(folder.absolute())) > _LONGEST:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
@@ -79,7 +114,7 @@ def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigEr
             raise error(f"{setting}={str(folder)!r} is a link to a folder that is not there.")
         if folder.exists() and not folder.is_dir():
             raise error(f"{setting}={str(folder)!r} must be a folder. It is a file.")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = missing_folders(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trial = folder / f".{secrets.token_hex(8)}.new"
         os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -93,19 +128,45 @@ def check_writable(folder: Path, setting: str, error: type[UserError] = ConfigEr
                 path.rmdir()
 
 
+def _check_bucket(folder: RemotePath, setting: str, error: type[UserError]) -> None:
+    trial = folder / f".{secrets.token_hex(8)}.new"
+    try:
+        if folder.is_file():
+            raise error(f"{setting}={str(folder)!r} must be a folder. It is a file.")
+        trial.write_bytes(b"")
+        trial.unlink(missing_ok=True)
+    except OSError as problem:
+        missing = isinstance(problem, FileNotFoundError)
+        why = f"there is no bucket {folder.parts[1]}" if missing else reason(problem)
+        raise error(
+            f"{setting}={short(str(folder), 200)}: nothing can be written there: {why}. "
+            f"{sign_in(folder.scheme)}"
+        ) from None
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Find which of a folder and those it is in are not there, the innermost first.
+
+    In a bucket none is missing: nobody makes folders there.
+    """
+    if isinstance(folder, RemotePath):
+        return []
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
 def check_output(path: Path, setting: str, error: type[UserError] = ConfigError) -> None:
     """Raise `error` unless a file can be written in full or not at all (`replacing`)."""
     try:
         if path.exists() and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise error(f"{setting}={str(path)!r} must name a file. It is {kind}.")
-        if not path.parent.is_dir():
+        if isinstance(path, Path) and not path.parent.is_dir():
             raise error(
                 f"There is no folder {str(path.parent)!r}: {setting}={str(path)!r} is in one that "
                 "does not exist."
             )
         with contextlib.suppress(FileNotFoundError):
-            path.lstat()  # says so where the name is too long
+            path.stat()  # says so where the name is too long
     except OSError as problem:
         raise error(f"{setting}={short(str(path), 200)}: {reason(problem)}.") from None
     check_writable(path.parent, setting, error)
@@ -127,7 +188,7 @@ def read_text(path: str | os.PathLike, error: type[UserError]) -> str:
     Raises `error` if the file cannot be read or is not UTF-8.
     """
     try:
-        content = Path(path).read_bytes()
+        content = path_of(path).read_bytes()
     except OSError as problem:
         raise error(f"cannot read {path}: {reason(problem)}.") from None
     return decode_text(content, path, error)
@@ -234,7 +295,7 @@ def read_lines(
     records: list[_T] = []
     bad: list[BadLine] = []
     number = start = 0
-    with Path(path).open("rb") as file:
+    with path_of(path).open("rb") as file:
         while line := file.readline(longest):
             number, size, whole = number + 1, len(line), True
             while len(line) == longest and not line.endswith(b"\n"):
@@ -260,22 +321,21 @@ def recover_lines(
     Lines that are none (`read_lines`) are appended to PATH.dropped and said: whoever calls this is
     about to write the file anew without them.
     """
-    path = Path(path)
+    path = path_of(path)
     if not path.exists():
         return []
     records, bad = read_lines(path, parse)
     if bad:
         aside = path.with_name(path.name + ".dropped")
-        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
-        with path.open("rb") as source, os.fdopen(os.open(aside, flags, 0o666), "wb") as copy:
+        with path.open("rb") as source:
             for line in bad:
                 source.seek(line.start)
                 left = line.size
                 while left and (part := source.read(min(left, 1 << 20))):
-                    copy.write(part)
+                    append(aside, part)
                     left -= len(part)
                 if not part.endswith(b"\n"):
-                    copy.write(b"\n")
+                    append(aside, b"\n")
         said = [f"line {line.number} ({short(line.reason, 120)[1:-1]})" for line in bad[:3]]
         if len(bad) > 3:
             said.append(numbered("line", [line.number for line in bad[3:]]))
@@ -339,7 +399,7 @@ def is_lfs_pointer(file: bytes | str | os.PathLike) -> bool:
     file: its path, or its first bytes.
     """
     if not isinstance(file, bytes):
-        with Path(file).open("rb") as stream:
+        with path_of(file).open("rb") as stream:
             file = stream.read(len(_POINTERS[0]))
     return file.startswith(_POINTERS)
 
@@ -359,13 +419,19 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Open a new file beside `path` that takes its name when the block ends without an error.
 
     So a file is there in full or not at all, and a reader never sees a part. The name of the new
-    file cannot be guessed, and it is never a link that somebody else put there.
+    file cannot be guessed, and it is never a link that somebody else put there. What goes to a
+    bucket is made in a temporary folder of this machine.
     """
-    path = Path(path)
+    path = path_of(path)
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory() as folder:
+            part = Path(folder) / path.name
+            part.touch()
+            yield part
+            path.upload(part)
+        return
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
-    os.close(
-        os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    )
+    os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY | _NO_LINK, 0o666))
     try:
         yield part
         with part.open("rb") as file:
@@ -384,3 +450,23 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write text as UTF-8, its line ends as they are, in full or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def append(path: Path | RemotePath, content: bytes) -> None:
+    """Add to the end of a file, which is made if it is not there; never to what a link names."""
+    if isinstance(path, RemotePath):
+        before = path.read_bytes() if path.exists() else b""
+        path.write_bytes(before + content)
+        return
+    flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | _NO_LINK
+    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+        file.write(content)
+
+
+def copy_file(source: str | os.PathLike, target: Path) -> None:
+    """Copy a file, of a disk or a bucket, to one of this machine."""
+    source = path_of(source)
+    if isinstance(source, RemotePath):
+        source.download(target)
+    else:
+        shutil.copyfile(source, target)

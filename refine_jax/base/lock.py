@@ -2,7 +2,9 @@
 
 The lock is a file, FOLDER/.lock, which says who holds it. File locks of the system (flock, fcntl)
 often do not reach other hosts of a shared folder; a file that is linked into place does. Its owner
-touches it every few seconds, so that it can be told from one that a killed run left behind.
+touches it every few seconds, so that it can be told from one that a killed run left behind. In a
+bucket (`_BucketLock`) the store itself decides who of two is first: it writes an object only over
+the generation that the writer names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from refine_jax.base.errors import RunError, UserError
-from refine_jax.base.files import json_field, parse_object, short
+from refine_jax.base.files import (
+    json_field,
+    missing_folders,
+    parse_object,
+    path_of,
+    short,
+)
+from refine_jax.base.remote import RemotePath
 
 NAME = ".lock"
 BEAT = 5.0
@@ -49,9 +58,13 @@ class Lock:
     over: at once if that was a process of this host, after a minute of silence if it was elsewhere.
     """
 
+    def __new__(cls, folder: str | os.PathLike, say: Callable[[str], None] = print) -> Lock:
+        """Make the kind of lock that fits the folder."""
+        return super().__new__(_BucketLock if isinstance(path_of(folder), RemotePath) else cls)
+
     def __init__(self, folder: str | os.PathLike, say: Callable[[str], None] = print):
         """folder: made if it is not there. say: prints that a dead owner's lock was taken over."""
-        self.folder = Path(folder)
+        self.folder = path_of(folder)
         self.path = self.folder / NAME
         self._say = say
         self._token = secrets.token_hex(16)
@@ -64,8 +77,9 @@ class Lock:
 
         Raises RunError: another run holds it, or the folder cannot be written in.
         """
+        self._text = json.dumps(_identity() | {"token": self._token}).encode("utf-8") + b"\n"
         try:
-            self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self._made = missing_folders(self.folder)
             self._settle()
         except OSError as error:
             self._remove_folders()
@@ -152,8 +166,8 @@ class Lock:
         return self.folder / f"{NAME}.{secrets.token_hex(16)}"
 
     def _write(self, path: Path) -> None:
-        with os.fdopen(_create(path), "w", encoding="utf-8") as file:
-            file.write(json.dumps(_identity() | {"token": self._token}) + "\n")
+        with os.fdopen(_create(path), "wb") as file:
+            file.write(self._text)
 
     def _look(self, path: Path | None = None) -> _Seen | None:
         """Read the lock file that is there; None if there is none.
@@ -234,7 +248,10 @@ class Lock:
         while not self._stop.wait(BEAT):
             if self._mine():
                 with contextlib.suppress(OSError):
-                    os.utime(self.path, follow_symlinks=False)
+                    self._touch()
+
+    def _touch(self) -> None:
+        os.utime(self.path, follow_symlinks=False)
 
     def _refusal(self, seen: _Seen) -> str:
         if seen.owner is None:
@@ -253,6 +270,50 @@ class Lock:
         with contextlib.suppress(OSError):  # something is in them
             for path in self._made:
                 path.rmdir()
+
+
+class _BucketLock(Lock):
+    """The lock of a folder in a bucket: an object that is only ever written over its own kind.
+
+    Each sign of life is a new generation of the object, and so cannot be written over another's.
+    """
+
+    def _place(self) -> bool:
+        return self._write_over(0)
+
+    def _write_over(self, generation: int) -> bool:
+        """Write this process's lock over that generation; returns whether it is there."""
+        try:
+            self._generation = self.path.write_over(self._text, generation)
+        except FileExistsError:
+            # So it is answered, too, where the answer to a first request was lost.
+            seen = self._look()
+            if seen is None or seen.owner is None or seen.owner["token"] != self._token:
+                return False
+            self._generation = seen.file[0]
+        return True
+
+    def _look(self, path: RemotePath | None = None) -> _Seen | None:
+        path = path or self.path
+        try:
+            status = path.stat()
+            return _Seen(_read_owner(path.read_bytes()), status.st_mtime, (status.generation, 0))
+        except FileNotFoundError:
+            return None
+
+    def _now(self) -> float:
+        mark = self._beside()
+        mark.write_bytes(b"")
+        try:
+            return mark.stat().st_mtime
+        finally:
+            mark.unlink(missing_ok=True)
+
+    def _move_away(self, dead: _Seen) -> bool:
+        return self._write_over(dead.file[0])
+
+    def _touch(self) -> None:
+        self._write_over(self._generation)
 
 
 def release_all() -> None:

@@ -2,7 +2,8 @@
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.checkpoint.folders import ModelCheckpoint
-from refine_jax.checkpoint.hf import read_hf, write_hf
+from refine_jax.checkpoint.hf import read_hf
+from refine_jax.checkpoint.hf_export import write_hf
 from refine_jax.checkpoint.manager import CheckpointManager, Restored
 from refine_jax.checkpoint.model import load_model, save_model
 from refine_jax.checkpoint.peft import read_adapter, write_adapter

@@ -6,22 +6,34 @@ print a traceback for each of them. Here a failure is raised, and says nothing b
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from refine_jax.base.errors import CheckpointError, UserError
-from refine_jax.checkpoint.tree import differences, fingerprints
+from refine_jax.checkpoint.streams import (
+    BLOCK,
+    Streamed,
+    block_ranges,
+    chunk_shape,
+    index_of,
+    streamed,
+)
+from refine_jax.checkpoint.tree import block_fingerprint, differences, fingerprints
 
 _FINGERPRINTS, _DIGESTS = "fingerprints", "digests"
+ROOM = 2 * BLOCK  # bytes of blocks that are written side by side
 LOOP_SECONDS = 30.0  # within which the tasks that are left when a loop closes have to end
 
 
@@ -37,10 +49,57 @@ def save_args(
 
 
 def write_arrays(folder: epath.PathLike, named: Mapping[str, Any]) -> None:
-    """Write arrays by name to an Orbax folder, which is replaced if it is there."""
+    """Write arrays by name to an Orbax folder, which is replaced if it is there.
+
+    What is in no jax.Array is written in blocks: `Streamed` is never in memory as a whole.
+    """
     quiet_orbax()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(epath.Path(folder), args=save_args(named), force=True)
+    named = {
+        name: leaf if isinstance(leaf, jax.Array) else streamed(leaf)
+        for name, leaf in named.items()
+    }
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (Streamed, _BlockHandler()),
+        (jax.Array, ocp.type_handlers.get_type_handler(jax.Array)),
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    args = ocp.args.PyTreeSave(named, custom_metadata={_FINGERPRINTS: fingerprints(named)})
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(epath.Path(folder), args=args, force=True)
+
+
+class _BlockHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Streamed` as Orbax writes numpy arrays, but in chunks, of which few are in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes, self._changed = 0, asyncio.Condition()
+
+    async def _open_and_write(self, value: Streamed, tspec: dict, ts_context: ts.Context) -> None:
+        chunk = chunk_shape(value.shape, value.dtype.itemsize)
+        tspec["metadata"]["chunks"] = chunk
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        blocks = value.read()
+        for _ in block_ranges(value.shape, value.dtype.itemsize):
+            async with self._room(min(BLOCK, value.nbytes)):
+                start, values = next(blocks)
+                part = array[index_of(value.shape, start, start + values.size)]
+                values = values.reshape(part.shape)
+                await part.write(values, can_reference_source_data_indefinitely=True)
+                del values
+
+    @contextlib.asynccontextmanager
+    async def _room(self, size: int) -> AsyncIterator[None]:
+        """Wait until the blocks that are being written leave room for `size` bytes."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._bytes or self._bytes + size <= ROOM)
+            self._bytes += size
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._bytes -= size
+                self._changed.notify_all()
 
 
 def read_arrays(
@@ -49,6 +108,7 @@ def read_arrays(
     *,
     part: str = "",
     digests: Mapping[str, str | None] | None = None,
+    in_memory: bool = True,
     fix: str,
 ) -> dict[str, Any]:
     """Read arrays by name.
@@ -58,6 +118,8 @@ def read_arrays(
     part: read the arrays whose names begin so, and leave the others alone.
     digests: of files beside them, {path: digest, None where there is none}. Those that were saved
         under the name of such a file are compared.
+    in_memory: read the arrays now; else return them as `Streamed`, whose values are checked when
+        they have been read.
     fix: what the user can do about a damaged folder; ends the error message.
 
     Raises CheckpointError: the folder is damaged, does not hold exactly what `abstract` names, or
@@ -87,6 +149,11 @@ def read_arrays(
         raise CheckpointError(
             f"{folder} does not hold what the configuration asks for:\n  " + "\n  ".join(wrong)
         )
+    if not in_memory:
+        return {
+            name: _stored(folder, name, leaf, recorded.get(name), fix)
+            for name, leaf in stored.items()
+        }
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             arrays = checkpointer.restore(
@@ -104,6 +171,30 @@ def read_arrays(
     if changed:
         raise damaged(folder, f"the values of {', '.join(changed)} are not those saved", fix)
     return arrays
+
+
+def _stored(folder: epath.Path, name: str, leaf: Any, recorded: int | None, fix: str) -> Streamed:
+    """Make an array that is read from an Orbax folder chunk by chunk, in the order of memory."""
+    shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+    path = str(folder)
+    base = f"{path}/" if "://" in path else f"file://{urllib.parse.quote(path)}/"
+    store = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}}
+
+    def read() -> Iterator[tuple[int, np.ndarray]]:
+        total = 0
+        try:
+            array = ts.open(store, open=True, read=True).result()
+            chunk = array.chunk_layout.read_chunk.shape
+            for start, stop in block_ranges(shape, dtype.itemsize, chunk):
+                values = array[index_of(shape, start, stop)].read().result().reshape(-1)
+                total += block_fingerprint(values, start)
+                yield start, values
+        except Exception as error:
+            raise damaged(folder, error, fix) from None
+        if total % 2**32 != recorded:
+            raise damaged(folder, f"the values of {name} are not those saved", fix)
+
+    return Streamed(shape, dtype, read, recorded)
 
 
 def damaged(folder: epath.PathLike, reason: Any, fix: str) -> CheckpointError:

@@ -1,7 +1,6 @@
 """A model as a folder holds it; folders that are there in full or not at all."""
 
 import contextlib
-import itertools
 import os
 import secrets
 import shutil
@@ -14,18 +13,25 @@ from typing import Any, NamedTuple
 from refine_jax.base.errors import CheckpointError, UserError, describe
 from refine_jax.base.files import (
     check_no_backslash,
-    local_path,
+    copy_file,
+    given_path,
+    is_there,
+    missing_folders,
+    path_of,
     read_json,
     replacing,
     short,
     valid_unicode,
 )
+from refine_jax.base.growing import scratch_folder, upload_folder
+from refine_jax.base.remote import RemotePath
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RUN = "run.json"
 PARAMS = "params"
 ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"  # of peft
+_MARKS = (CONFIG, ADAPTER)  # without which a folder is no model and no adapter
 FROZEN = "frozen"  # of a run: the parameters that it does not train
 
 # These files keep what a published folder holds beside the weights, to write it back
@@ -96,7 +102,7 @@ def companions(folder) -> dict:
 
     Raises CheckpointError for a link that leaves the folder.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     names = {path.name for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     return {name: contained(folder, name) for name in sorted(names)}
 
@@ -119,6 +125,8 @@ def contained(folder: Path, name: str) -> Path:
     plain = "\0" not in name and valid_unicode(name) == name
     if not (plain and parts) or parts[0] == "/" or ".." in parts:
         raise CheckpointError(f"{folder}: {short(name)} is no name of a file in this folder.")
+    if isinstance(folder, RemotePath):
+        return folder / name
     path, roots = folder / name, [Path(os.path.realpath(folder))]
     repository = roots[0].parent.parent
     if roots[0].parent.name == "snapshots" and (repository / "blobs").is_dir():
@@ -142,35 +150,41 @@ def copy_files(files: Mapping, folder) -> None:
             if callable(source):
                 source(part)
             else:
-                shutil.copyfile(source, part)
+                copy_file(source, part)
 
 
 @contextlib.contextmanager
 def new_folder(
-    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0
+    path: str | os.PathLike, *, overwrite: bool = False, size: int = 0, staged: bool = False
 ) -> Iterator[Path]:
     """Make a temporary folder that is named `path` when the block ends without an error.
 
-    Parent folders are made, and removed with the temporary one if there is an error.
+    Parent folders are made, and removed with the temporary one if there is an error. In a bucket
+    the objects are copied there, within the bucket, config.json as the last: without it a folder is
+    no model, so that a process that is killed leaves the model that was there or none.
     overwrite: replace a model that is there already; see `check_free`. size: bytes that will be
-    written, if known.
+    written, if known. staged: for a bucket, the temporary folder is one of this machine.
     Raises CheckpointError if `path` exists and must not be replaced, or cannot be written.
     """
     path = _target(path)
     check_free(path, overwrite=overwrite)
     mark = secrets.token_hex(8)  # so that nobody can put a link there beforehand
     temporary = path.with_name(f".{path.name}.new-{mark}")
-    made = list(itertools.takewhile(lambda parent: not os.path.lexists(parent), path.parents))
+    made = missing_folders(path.parent)
+    if staged and isinstance(path, RemotePath):
+        temporary = scratch_folder() / f"{path.name}.new-{mark}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        free = shutil.disk_usage(temporary).free
-        if size > free:
+        if isinstance(temporary, Path) and size > (free := shutil.disk_usage(temporary).free):
             raise CheckpointError(
                 f"{path} takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there."
             )
         yield temporary
-        if overwrite and path.exists():
+        if isinstance(path, RemotePath):
+            if staged:
+                temporary = _upload(temporary, path.with_name(f".{path.name}.new-{mark}"))
+        elif overwrite and path.exists():
             _exchange(temporary, path, path.with_name(f".{path.name}.old-{mark}"))
         else:
             temporary.rename(path)
@@ -183,10 +197,16 @@ def new_folder(
             raise
         reason = describe(error).rstrip(".")
         raise CheckpointError(f"{path} could not be written: {reason}.") from error
+    if isinstance(path, RemotePath):
+        _move_objects(temporary, path)
 
 
 def _clear(folder: Path, parents: list[Path]) -> None:
     """Remove a folder, and those of its parents that are then empty."""
+    if isinstance(folder, RemotePath):
+        with contextlib.suppress(OSError):
+            folder.rmtree()
+        return
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.02)  # Orbax's other writers do not stop at once when one has failed
@@ -195,6 +215,43 @@ def _clear(folder: Path, parents: list[Path]) -> None:
     for parent in parents:
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+def _move_objects(new: RemotePath, path: RemotePath) -> None:
+    """Put the objects of `new` in the place of those of `path`; what marks a model comes last.
+
+    Raises CheckpointError: it failed on the way; all objects are then in `new`.
+    """
+    try:
+        _remove_model(path)
+        names = [str(file.relative_to(new)) for file, _ in new.walk()]
+        for name in sorted(names, key=lambda name: (name in _MARKS, "/" not in name)):
+            (new / name).copy(path / name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} could not be written: {describe(error).rstrip('.')}. All of it is in {new}: "
+            "copy it from there."
+        ) from error
+    with contextlib.suppress(OSError):  # it is a copy by now
+        new.rmtree()
+
+
+def _upload(folder: Path, target: RemotePath) -> RemotePath:
+    """Move a folder of this machine to a bucket; returns where it is."""
+    try:
+        upload_folder(folder, target, CONFIG)
+    except BaseException:
+        _clear(target, [])
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _remove_model(path: RemotePath) -> None:
+    """Delete what is in a folder, first what marks it as a model."""
+    there = [file for file, _ in path.walk()] if path.exists() else []
+    for file in sorted(there, key=lambda file: str(file.relative_to(path)) not in _MARKS):
+        file.unlink(missing_ok=True)
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:
@@ -215,18 +272,19 @@ def check_free(path: str | os.PathLike, *, overwrite: bool = False) -> None:
     nothing else.
     """
     path = _target(path)
-    if not os.path.lexists(path):
+    if not is_there(path):
         return
     if not overwrite:
         raise CheckpointError(f"{path} exists. Choose another name, or remove it.")
     if path.is_symlink() or not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: it is not overwritten.")
+    disk = isinstance(path, Path)
     for place, what in ((Path.cwd(), "the current folder"), (Path.home(), "your home folder")):
-        if Path(os.path.realpath(place)).is_relative_to(path):
+        if disk and Path(os.path.realpath(place)).is_relative_to(path):
             raise CheckpointError(f"{path} is {what}, or holds it: it is not overwritten.")
     if path.is_mount():
         raise CheckpointError(f"{path} is a mount point: it is not overwritten.")
-    files = [name for name in _OF_RUN if os.path.lexists(path / name)]
+    files = [name for name in _OF_RUN if is_there(path / name)]
     if files:
         raise CheckpointError(
             f"{path} holds a training run ({', '.join(files)}): it is not overwritten. Choose "
@@ -276,8 +334,10 @@ def _is_weights(entry: Path) -> bool:
 
 def _target(path: str | os.PathLike) -> Path:
     """Make the absolute path of a folder to write; only its own name may be a link."""
-    path = local_path(path, "the folder to write", CheckpointError).absolute()
+    path = given_path(path, "the folder to write", CheckpointError, write=True).absolute()
     check_no_backslash(path, "the folder to write", CheckpointError)
+    if isinstance(path, RemotePath):
+        return path
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent)) / path.name

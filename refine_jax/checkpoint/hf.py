@@ -1,4 +1,4 @@
-"""Hugging Face folders of the published PyTorch models, read and written without PyTorch.
+"""Hugging Face folders of the published PyTorch models, read without PyTorch.
 
 A folder holds config.json, the weights (model.safetensors; or shards with an index; or the same as
 pytorch_model.bin) and tokenizer files. What the weights must be follows from the config alone
@@ -6,10 +6,11 @@ pytorch_model.bin) and tokenizer files. What the weights must be follows from th
 folder holds of other parts is kept, too (published.py).
 """
 
-import json
+import dataclasses
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,13 @@ import numpy as np
 
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import (
+    given_path,
     is_lfs_pointer,
-    local_path,
     not_fetched,
     parse_object,
     read_text,
-    write_text,
 )
+from refine_jax.base.growing import as_if_there
 from refine_jax.checkpoint.folders import (
     CONFIG,
     PARAMS,
@@ -31,9 +32,7 @@ from refine_jax.checkpoint.folders import (
     ModelCheckpoint,
     companions,
     contained,
-    copy_files,
     has_tokenizer,
-    new_folder,
 )
 from refine_jax.checkpoint.names import (
     EMBEDDINGS,
@@ -47,19 +46,24 @@ from refine_jax.checkpoint.published import (
     InMemory,
     Stored,
     keep,
+    numpy_dtype,
     read_header,
     stored_tensors,
-    take,
-    write_safetensors,
+)
+from refine_jax.checkpoint.streams import (
+    DTYPES,
+    Streamed,
+    all_finite,
+    block_ranges,
+    same_bits,
 )
 from refine_jax.checkpoint.tree import (
     abstract_params,
+    block_fingerprint,
     differences,
-    flatten,
     nest,
 )
 from refine_jax.checkpoint.weights import (
-    DTYPES,
     INDEX,
     SAFETENSORS,
     TORCH,
@@ -89,7 +93,6 @@ _OTHER_TOKENIZERS = {"tekken.json", "spiece.model", "sentencepiece.bpe.model", "
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _MOST_LINES, _LONGEST_LINE = 15, 240  # of a message, of each kind
-_BLOCK = 1 << 18  # elements that stay in a processor's cache between copy and check
 
 
 class _Entry(NamedTuple):
@@ -101,10 +104,13 @@ class _Entry(NamedTuple):
     dtype: str
 
 
-def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> ModelCheckpoint:
+def read_hf(
+    folder: str | os.PathLike, *, allow_nonfinite: bool = False, in_memory: bool = True
+) -> ModelCheckpoint:
     """Read a Hugging Face folder into stacked parameters, dtypes as they are.
 
-    allow_nonfinite: take weights that are NaN or infinite.
+    allow_nonfinite: take weights that are NaN or infinite. in_memory: make numpy arrays; else
+    parameters are `Streamed`, read again from the folder where they are used.
 
     Raises:
       CheckpointError: A file is missing or damaged, or the tensors are not those that config.json
@@ -112,7 +118,13 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Mode
         finite.
       ModelConfigError: config.json describes no model that is supported.
     """
-    folder = local_path(folder, "SRC", CheckpointError).absolute()
+    given = given_path(folder, "SRC", CheckpointError).absolute()
+    with as_if_there(given) as folder:
+        model = _read_folder(folder, allow_nonfinite, in_memory)
+    return model._replace(tokenizer=given if has_tokenizer(given) else None)
+
+
+def _read_folder(folder: Path, allow_nonfinite: bool, in_memory: bool) -> ModelCheckpoint:
     config_json = _read_config(folder)
     fields = parse_object(config_json, folder / CONFIG, CheckpointError)
     config = model_config(fields)
@@ -122,51 +134,48 @@ def read_hf(folder: str | os.PathLike, *, allow_nonfinite: bool = False) -> Mode
     if pointers:
         raise CheckpointError(not_fetched(f"{folder}: {_brief(pointers)}", several=True))
     stored, others, unused, wrong = _describe(weights, folder, config)
-    slots = slots_of(config, _shapes(abstract_params(fields)), _shapes(stored))
+    slots = slots_of(config, shapes_by_name(abstract_params(fields)), shapes_by_name(stored))
     tied = config.tie_word_embeddings and HEAD in stored
     expected = {name: slot.shape for name, slot in slots.items()}
     (embeddings,) = (name for name, slot in slots.items() if slot.param == EMBEDDINGS)
     if tied:
         expected[HEAD] = expected[embeddings]
-    wrong += differences(expected, _shapes(stored))
+    wrong += differences(expected, shapes_by_name(stored))
     wrong += _dtype_problems(slots, stored)
     if wrong:
         hint = ""
         if [line.partition(":")[0] for line in wrong] == [HEAD] and HEAD not in stored:
             hint = "\nSet tie_word_embeddings to true if the embeddings are the head as well."
         raise CheckpointError(
-            f"The weights in {folder} are not those of its {CONFIG}:\n  {_listed(wrong)}{hint}"
+            f"The weights in {folder} are not those of its {CONFIG}:\n  {listed(wrong)}{hint}"
         )
-    arrays, head = _read(weights, slots, stored, abstract_params(fields), allow_nonfinite)
-    if tied and not _same_bits(head, arrays[EMBEDDINGS]):
-        raise CheckpointError(
-            f"{folder}: {CONFIG} ties the embeddings, but {HEAD} differs from {embeddings}. "
-            "Set tie_word_embeddings to false if the head is a matrix of its own."
-        )
+    sources = _sources(weights, stored)
+    streams = _streams(slots, sources, abstract_params(fields))
+    head = sources.get(HEAD) if tied else None
+    if head is not None:
+        whole = _stream(expected[HEAD], [(0, math.prod(expected[HEAD]), head)])
+        if not same_bits(whole, streams[EMBEDDINGS]):
+            raise CheckpointError(
+                f"{folder}: {CONFIG} ties the embeddings, but {HEAD} differs from {embeddings}. "
+                "Set tie_word_embeddings to false if the head is a matrix of its own."
+            )
+    arrays, nonfinite = _read(streams, in_memory)
+    if nonfinite and not allow_nonfinite:
+        raise nonfinite_error(_nonfinite_tensors(slots, sources, nonfinite), "The weights")
     left_out = (*unused, *_left_out(folder, fields, weights, files))
     if config.layer_kinds is not None:
         files |= _kept(folder, weights, others)
-    tokenizer = folder if has_tokenizer(folder) else None
-    model = ModelCheckpoint(fields, config_json, nest(arrays), tokenizer, files)
+    model = ModelCheckpoint(fields, config_json, nest(arrays), None, files)
     return model._replace(slots=slots, tensors=len(stored), left_out=left_out)
 
 
 def _kept(folder: Path, weights: WeightFiles, others: Mapping[str, _Entry]) -> dict:
     """Make the files that keep tensors of other parts, and the layout of the files of weights."""
-    if weights.torch:
-        tensors = {}
-        for name, entry in others.items():
-            with weights.open(entry.file) as opened:
-                tensors[name] = InMemory(opened.read(entry.stored_name))
-        return keep({}, None, tensors)
     headers, index = {}, None
-    if all(file.parent == folder for file in weights.files):
+    if not weights.torch and all(file.parent == folder for file in weights.files):
         headers = {file.name: read_header(file)[0] for file in weights.files}
         index = None if weights.index is None else read_text(weights.index, CheckpointError)
-    tensors = {
-        name: stored_tensors(entry.file)[entry.stored_name] for name, entry in others.items()
-    }
-    return keep(headers, index, tensors)
+    return keep(headers, index, _sources(weights, others))
 
 
 def _read_config(folder: Path) -> str:
@@ -255,47 +264,97 @@ def _common_prefix(names: Iterable[str], config: Architecture) -> str:
     return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
-def _read(
-    weights: WeightFiles,
-    slots: Mapping[str, Slot],
-    stored: Mapping[str, _Entry],
-    abstract: Mapping[str, Any],
-    allow_nonfinite: bool,
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Read the parameters by name, and a head tied to the embeddings, which is no parameter."""
-    arrays, head, nonfinite = {}, None, []
-    names: dict[Path, list[str]] = {file: [] for file in weights.files}
-    for name, entry in stored.items():
-        names[entry.file].append(name)
+def _sources(weights: WeightFiles, entries: Mapping[str, _Entry]) -> dict[str, Stored | InMemory]:
+    """Make each tensor as what reads parts of it."""
+    sources: dict[str, Stored | InMemory] = {}
     for file in weights.files:
-        with weights.open(file) as opened:
-            for name in names[file]:
-                entry = stored[name]
-                tensor, slot = opened.read(entry.stored_name), slots.get(name)
-                if slot is None:
-                    head = tensor
-                    continue
-                if slot.param not in arrays:
-                    shape = tuple(abstract[slot.param].shape)
-                    arrays[slot.param] = _empty(shape, DTYPES[entry.dtype])
-                if not _copy(tensor, _part(arrays, slot)):
-                    nonfinite.append(name)
-    if nonfinite and not allow_nonfinite:
-        raise _nonfinite(nonfinite, "The weights")
-    return {slot.param: arrays[slot.param] for slot in slots.values()}, head
+        names = [name for name, entry in entries.items() if entry.file == file]
+        if weights.torch:
+            with weights.open(file) as opened:
+                for name in names:
+                    sources[name] = InMemory(opened.read(entries[name].stored_name))
+        elif names:
+            tensors = stored_tensors(file)
+            sources |= {name: tensors[entries[name].stored_name] for name in names}
+    return {name: sources[name] for name in entries}
 
 
-def _part(arrays: Mapping[str, np.ndarray], slot: Slot) -> np.ndarray:
-    """Take the part of a parameter that a published tensor holds."""
-    array = arrays[slot.param]
-    array = array if slot.layer is None else array[slot.layer]
-    return array if slot.rows is None else array[slice(*slot.rows)]
+def _streams(
+    slots: Mapping[str, Slot], sources: Mapping[str, Stored | InMemory], abstract: Mapping[str, Any]
+) -> dict[str, Streamed]:
+    """Make the parameters, which are read from the tensors that hold parts of them."""
+    parts: dict[str, list] = {slot.param: [] for slot in slots.values()}
+    for name, slot in slots.items():
+        parts[slot.param].append((*range_of(slot, abstract[slot.param].shape), sources[name]))
+    return {param: _stream(abstract[param].shape, found) for param, found in parts.items()}
 
 
-def _nonfinite(names: list[str], what: str) -> CheckpointError:
+def _stream(shape: tuple[int, ...], parts: list[tuple[int, int, Stored | InMemory]]) -> Streamed:
+    """Make an array of tensors that hold the elements from `start` to before `stop`."""
+    dtype = numpy_dtype(parts[0][2].dtype)
+    ranges = block_ranges(shape, dtype.itemsize)
+
+    def read() -> Iterator[tuple[int, np.ndarray]]:
+        for begin, end in ranges:
+            overlaps = [
+                tensor.read(max(begin, start) - start, min(end, stop) - start)
+                for start, stop, tensor in sorted(parts, key=lambda part: part[0])
+                if start < end and begin < stop
+            ]
+            yield begin, overlaps[0] if len(overlaps) == 1 else np.concatenate(overlaps)
+
+    return Streamed(tuple(shape), dtype, read)
+
+
+def range_of(slot: Slot, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Find the elements of a parameter of `shape` that a published tensor holds: first and end."""
+    rows = shape if slot.layer is None else shape[1:]
+    start = 0 if slot.layer is None else slot.layer * math.prod(rows)
+    if slot.rows is not None:
+        start += slot.rows[0] * math.prod(rows[1:])
+    return start, start + math.prod(slot.shape)
+
+
+def _read(
+    streams: Mapping[str, Streamed], in_memory: bool
+) -> tuple[dict[str, Streamed | np.ndarray], list[str]]:
+    """Read the parameters once, into memory or for their fingerprints.
+
+    Returns them by name, and the names of those that are not finite.
+    """
+    arrays, nonfinite = {}, []
+    for param, stream in streams.items():
+        array = _empty(stream.shape, stream.dtype) if in_memory else None
+        fingerprint, finite = 0, True
+        for start, values in stream.read():
+            finite &= all_finite(values)
+            if array is None:
+                fingerprint += block_fingerprint(values, start)
+            else:
+                array.reshape(-1)[start : start + values.size] = values
+        nonfinite += [] if finite else [param]
+        known = dataclasses.replace(stream, fingerprint=fingerprint % 2**32)
+        arrays[param] = known if array is None else array
+    return arrays, nonfinite
+
+
+def _nonfinite_tensors(
+    slots: Mapping[str, Slot], sources: Mapping[str, Stored | InMemory], params: list[str]
+) -> list[str]:
+    """List the tensors of these parameters that are not finite."""
+    tensors = {
+        name: _stream(slot.shape, [(0, math.prod(slot.shape), sources[name])])
+        for name, slot in slots.items()
+        if slot.param in params
+    }
+    return _read(tensors, in_memory=False)[1]
+
+
+def nonfinite_error(names: list[str], what: str) -> CheckpointError:
+    """Make the error for tensors with these names, of `what`, which are not finite."""
     return CheckpointError(
         f"{what} hold NaN or infinite values, of which no model computes anything. Convert "
-        f"with --allow_nonfinite to keep them as they are:\n  {_listed(names)}"
+        f"with --allow_nonfinite to keep them as they are:\n  {listed(names)}"
     )
 
 
@@ -306,36 +365,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         raise CheckpointError(
             f"There is not enough memory for the weights: {list(shape)} of {dtype}."
         ) from None
-
-
-def _copy(source: np.ndarray, target: np.ndarray) -> bool:
-    """Copy an array; returns whether all of its values are finite. Memory is passed once."""
-    source, target = source.reshape(-1), target.reshape(-1)
-    finite = True
-    for start in range(0, source.size, _BLOCK):
-        block = source[start : start + _BLOCK]
-        target[start : start + _BLOCK] = block
-        finite &= _is_finite(block)
-    return finite
-
-
-_EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-
-
-def _all_finite(x: np.ndarray) -> bool:
-    flat = x.reshape(-1)
-    return all(_is_finite(flat[i : i + _BLOCK]) for i in range(0, flat.size, _BLOCK))
-
-
-def _is_finite(x: np.ndarray) -> bool:
-    """Tell whether all values are finite: no exponent is all ones."""
-    mask = _EXPONENTS[x.dtype.name]
-    bits = x.view(f"uint{8 * x.dtype.itemsize}")
-    return not np.any((bits & bits.dtype.type(mask)) == mask)
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 def _left_out(folder: Path, fields: Mapping, weights: WeightFiles, files: Mapping) -> list[str]:
@@ -361,7 +390,7 @@ def _brief(names: list[str], most: int = 12) -> str:
     return ", ".join(_printable(name, 60) for name in names[:most]) + more
 
 
-def _listed(lines: list[str]) -> str:
+def listed(lines: list[str]) -> str:
     """Write lines of a message, printable and few of a kind: faults, unknown, missing."""
     shown = []
     for kind in (": unknown, ", ": missing, "):
@@ -383,75 +412,20 @@ def _printable(text: str, most: int = _LONGEST_LINE) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def write_hf(
-    folder: str | os.PathLike,
-    params: dict,
-    config_json: str,
-    files: Mapping[str, Path] | None = None,
-    *,
-    max_shard_bytes: int | None = None,
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-) -> int:
-    """Write a Hugging Face folder, as PyTorch's code reads it; returns the number of tensors.
-
-    params: nested dict of arrays, layers stacked. config_json: text of config.json, written as it
-    is. files: {name: path}, copied; with what `read_hf` kept of other parts, whose tensors are
-    written back. Weights larger than `max_shard_bytes` are cut into shards with an index; None: as
-    they were read, where that was kept, else 5 GB. The folder appears when it is complete.
-    allow_nonfinite: write parameters that are NaN or infinite.
-
-    Raises CheckpointError if the folder exists (with `overwrite`: if it holds more than a model) or
-    cannot be written, or the parameters are not those of the config.
-    """
-    named = flatten(params)
-    fields = parse_object(config_json, CONFIG, CheckpointError)
-    config, expected = model_config(fields), _shapes(abstract_params(fields))
-    wrong = differences(expected, _shapes(named))
-    wrong += [
-        _unsupported_dtype(name, leaf.dtype)
-        for name, leaf in named.items()
-        if np.dtype(leaf.dtype).name not in DTYPES
-    ]
-    if wrong:
-        raise CheckpointError(f"The parameters are not those of {CONFIG}:\n  {_listed(wrong)}")
-    record, others, files = take(files or {})
-    arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
-    slots = slots_of(config, expected, record and record.shapes())
-    tensors = {name: InMemory(_part(arrays, slot)) for name, slot in sorted(slots.items())}
-    count = len(tensors)
-    nonfinite = [name for name, tensor in tensors.items() if not _all_finite(tensor.array)]
-    if nonfinite and not allow_nonfinite:
-        raise _nonfinite(nonfinite, "The parameters")
-    if record and config.tie_word_embeddings and HEAD in record.shapes():
-        tensors[HEAD] = InMemory(arrays[EMBEDDINGS])
-    tensors |= others
-    size = sum(tensor.size for tensor in tensors.values())
-    with new_folder(folder, overwrite=overwrite, size=size) as target:
-        if record and max_shard_bytes is None and record.holds(tensors):
-            for name, header in record.headers.items():
-                write_safetensors(target / name, tensors, header)
-            if record.index is not None:
-                write_text(target / (SAFETENSORS + INDEX), record.index)
-        else:
-            _write_shards(target, tensors, max_shard_bytes or 5 * 10**9)
-        copy_files(files, target)
-        write_text(target / CONFIG, config_json)
-    return count
-
-
-def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_by_name(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Take the shapes of arrays, or of what has one."""
     return {name: tuple(leaf.shape) for name, leaf in named.items()}
 
 
-def _unsupported_dtype(name: str, dtype: Any) -> str:
+def unsupported_dtype(name: str, dtype: Any) -> str:
+    """Say in a line that weights have no such dtype."""
     return f"{name}: dtype {dtype} is not supported, expected one of {list(DTYPES)}"
 
 
 def _dtype_problems(slots: Mapping[str, Slot], stored: Mapping[str, _Entry]) -> list[str]:
     """List in lines the dtypes that are not supported, and layers that do not stack."""
     lines = [
-        _unsupported_dtype(name, entry.dtype)
+        unsupported_dtype(name, entry.dtype)
         for name, entry in sorted(stored.items())
         if entry.dtype not in DTYPES
     ]
@@ -465,25 +439,3 @@ def _dtype_problems(slots: Mapping[str, Slot], stored: Mapping[str, _Entry]) -> 
             got = "; ".join(f"{dtype} in layers {of}" for dtype, of in by_dtype.items())
             lines.append(f"{param}: layers must have one dtype, got {got}")
     return lines
-
-
-def _write_shards(folder: Path, tensors: Mapping[str, InMemory | Stored], max_bytes: int) -> None:
-    shards: list[dict[str, InMemory | Stored]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.size > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.size
-    if len(shards) == 1:
-        write_safetensors(folder / SAFETENSORS, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.size for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / (SAFETENSORS + INDEX), json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,6 @@ so that whatever reads a model (training, evaluation, conversion to PyTorch) tak
 
 import contextlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import local_path, parse_object, read_json, write_text
+from refine_jax.base.files import given_path, is_there, parse_object, read_json, write_text
 from refine_jax.checkpoint.arrays import (
     damaged,
     quiet_orbax,
@@ -103,9 +102,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max'. Got: best_mode={best_mode!r}.")
-        self.directory = epath.Path(
-            local_path(directory, "the folder of checkpoints", CheckpointError)
-        ).resolve()
+        self.directory = given_path(
+            directory, "the folder of checkpoints", CheckpointError, write=True
+        ).absolute()
         self._save_every = save_every
         self._best_metric, self._best_mode = best_metric, best_mode
         steps = find_steps(self.directory)
@@ -168,7 +167,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             )
         quiet_orbax()
         return ocp.CheckpointManager(
-            self.directory,
+            epath.Path(self.directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 best_fn=quality if metric else None,
@@ -217,9 +216,9 @@ class CheckpointManager(contextlib.AbstractContextManager):
         """
         if step in self._known_steps():
             return True
-        if not (force or (self._save_every and step % self._save_every == 0)):
+        if not self.is_due(step, force=force):
             return False
-        if os.path.lexists(self.directory / str(step)):
+        if is_there(self.directory / str(step)):
             raise CheckpointError(
                 f"{self.directory / str(step)} is in the way of the checkpoint of step {step} and "
                 "was not written by this run. Move it elsewhere: it is not overwritten."
@@ -238,6 +237,10 @@ class CheckpointManager(contextlib.AbstractContextManager):
                 force=True,
             )
         return True
+
+    def is_due(self, step: int, *, force: bool = False) -> bool:
+        """Tell whether `save` would save the step, unless it is there already."""
+        return force or bool(self._save_every and step % self._save_every == 0)
 
     def steps(self) -> list[int]:
         """List the saved steps, ascending."""
@@ -275,7 +278,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
         Raises CheckpointError: something else has their name, or they could not be written.
         """
         folder = self.directory / FROZEN
-        if os.path.lexists(folder) and not (folder / "_METADATA").is_file():
+        if is_there(folder) and not (folder / "_METADATA").is_file():
             raise CheckpointError(
                 f"{folder} is in the way of the parameters that are not trained and was not "
                 "written by this run. Move it elsewhere: it is not overwritten."
@@ -322,7 +325,7 @@ class CheckpointManager(contextlib.AbstractContextManager):
             self._failed.clear()
 
 
-def _read_data(folder: epath.Path, fix: str) -> dict[str, Any]:
+def _read_data(folder: Path, fix: str) -> dict[str, Any]:
     """Read what a step saved of the data iterator, under the name `DATA`."""
     try:
         data = parse_object((folder / "metadata").read_bytes(), "metadata", CheckpointError)

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import json_field, local_path, parse_object, read_text, short, write_text
+from refine_jax.base.files import given_path, json_field, parse_object, read_text, short, write_text
+from refine_jax.base.hub import is_hub
+from refine_jax.checkpoint import hub
 from refine_jax.checkpoint.arrays import read_arrays, write_arrays
 from refine_jax.checkpoint.folders import (
     CONFIG,
@@ -78,29 +80,33 @@ def load_model(
     dtype: Any = None,
     merge: bool = True,
     adapter: epath.PathLike | None = None,
+    in_memory: bool = True,
 ) -> ModelCheckpoint:
     """Read a model from its folder or from a training run's.
 
     path: written by `save_model` or CheckpointManager, a work folder with `checkpoints` in it, or a
-        Hugging Face folder, which is read whole into memory: convert large ones.
+        Hugging Face folder, which is read whole into memory: convert large ones; or
+        hf://ORG/NAME[@REVISION], a model on the hub, which is converted into a cache once.
     step: of a run: "latest", "best" (by the run's best metric) or a number.
     shardings: like the params, where to put them; None gives numpy arrays.
     dtype: cast the parameters; None keeps those of the file.
     merge: add low-rank updates of a run to its weights; else they stand beside them (lora.py).
     adapter: folder of the peft package, whose updates are added to the weights as well.
+    in_memory: read the parameters now; else those of a checkpoint without low-rank updates are
+        `Streamed`, read where they are used.
 
     Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
     its config.json.
     """
-    folder = epath.Path(local_path(path, "the checkpoint", CheckpointError)).resolve()
+    folder = local_checkpoint(path).absolute()
     if (folder / "checkpoints" / CONFIG).exists():
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {CONFIG}.")
     if (folder / PARAMS).exists() or (folder / RUN).exists():
-        model = _load_own(folder, step, shardings)
-    elif is_published(Path(folder)):
-        model = _load_published(Path(folder), shardings)
+        model = _load_own(folder, step, shardings, in_memory or adapter is not None)
+    elif is_published(folder):
+        model = _load_published(folder, shardings)
     else:
         raise CheckpointError(
             f"{path} is not a checkpoint: it has no {PARAMS} and no {RUN}, as those of this "
@@ -117,13 +123,30 @@ def load_model(
     return model._replace(params=params, lora=lora)
 
 
+def local_checkpoint(path: epath.PathLike) -> Path:
+    """Find the folder of a checkpoint; a model on the hub has that of its conversion here.
+
+    Raises CheckpointError: it is a URL of another kind, or the hub does not give it.
+    """
+    if is_hub(path):
+        return hub.cached(path, _convert)
+    return given_path(path, "the checkpoint", CheckpointError, write=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    model = read_hf(source, in_memory=False)
+    save_model(target, model.params, model.config_json, model.files)
+
+
 def is_published(folder: Path) -> bool:
     """Whether a folder has the weights of a Hugging Face folder and is no checkpoint of ours."""
     own = any((folder / name).exists() for name in (PARAMS, RUN, "checkpoints"))
     return not own and any(folder.glob("model*.safetensors*"))
 
 
-def _load_own(folder: epath.Path, step: int | str, shardings: PyTree | None) -> ModelCheckpoint:
+def _load_own(
+    folder: Path, step: int | str, shardings: PyTree | None, in_memory: bool
+) -> ModelCheckpoint:
     """Read a model from a folder of this package, with its updates; see `load_model`."""
     config_json = read_text(folder / CONFIG, CheckpointError)
     config = parse_object(config_json, folder / CONFIG, CheckpointError)
@@ -148,6 +171,7 @@ def _load_own(folder: epath.Path, step: int | str, shardings: PyTree | None) -> 
                 for name, x in abstract.items()
             },
             part=part,
+            in_memory=in_memory or lora is not None,
             **options,
         )
         return nest({name.removeprefix(part): leaf for name, leaf in arrays.items()})
@@ -168,7 +192,7 @@ def _load_published(folder: Path, shardings: PyTree | None) -> ModelCheckpoint:
     params = model.params
     if shardings is not None:
         params = jax.tree.map(jax.device_put, params, shardings)
-    tokenizer = epath.Path(folder) if has_tokenizer(folder) else None
+    tokenizer = folder if has_tokenizer(folder) else None
     return ModelCheckpoint(model.config, model.config_json, params, tokenizer, model.files)
 
 
@@ -182,7 +206,7 @@ def read_lora(folder: Path) -> LoRA | None:
         return None if recorded is None else LoRA.from_json(recorded)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{Path(folder) / RUN}: lora must be an object with rank, alpha and targets. "
+            f"{folder / RUN}: lora must be an object with rank, alpha and targets. "
             f"Got: {short(recorded)}."
         ) from None
 
@@ -207,7 +231,7 @@ def _parts_of_run(
     return lora, *split(params, kind), text("model", "checkpoint", "")
 
 
-def _choose_step(folder: epath.Path, step: int | str) -> tuple[int, list[int]]:
+def _choose_step(folder: Path, step: int | str) -> tuple[int, list[int]]:
     """Choose the step to read; returns it and the other ones."""
     run, steps = read_run(folder, verify=True), find_steps(folder)
     saved = steps.saved

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import json_field, local_path, read_json, short, write_text
+from refine_jax.base.files import given_path, json_field, path_of, read_json, short, write_text
+from refine_jax.base.growing import as_if_there
 from refine_jax.checkpoint.folders import ADAPTER, ADAPTER_TENSORS, contained, new_folder
 from refine_jax.checkpoint.names import targets_of
 from refine_jax.checkpoint.published import InMemory, write_safetensors
+from refine_jax.checkpoint.streams import DTYPES
 from refine_jax.checkpoint.tree import flatten, nest, shapes_of
-from refine_jax.checkpoint.weights import DTYPES, open_safetensors
+from refine_jax.checkpoint.weights import open_safetensors
 from refine_jax.models.config import Architecture, QwenConfig
 from refine_jax.models.lora import LoRA, linear_maps
 from refine_jax.models.trainable import Params
@@ -49,7 +51,7 @@ _PLAIN: dict[str, tuple] = {
 
 def is_adapter(folder: str | os.PathLike) -> bool:
     """Whether a folder holds an adapter, and no model."""
-    return (Path(folder) / ADAPTER).is_file()
+    return (path_of(folder) / ADAPTER).is_file()
 
 
 def read_adapter(folder: str | os.PathLike, config: Architecture) -> tuple[LoRA, Params]:
@@ -60,7 +62,11 @@ def read_adapter(folder: str | os.PathLike, config: Architecture) -> tuple[LoRA,
     Raises CheckpointError: a file is missing or damaged, the adapter is of another kind than plain
     LoRA, or its tensors are not those of updates of this model.
     """
-    folder = local_path(folder, "the adapter", CheckpointError).absolute()
+    with as_if_there(given_path(folder, "the adapter", CheckpointError).absolute()) as folder:
+        return _read_folder(folder, config)
+
+
+def _read_folder(folder: Path, config: Architecture) -> tuple[LoRA, Params]:
     path, file = (contained(folder, name) for name in (ADAPTER, ADAPTER_TENSORS))
     for needed in (path, file):
         if not needed.is_file():
@@ -181,7 +187,7 @@ def write_adapter(
         "inference_mode": True,
     }
     with new_folder(
-        path, overwrite=overwrite, size=sum(x.size for x in tensors.values())
+        path, overwrite=overwrite, size=sum(x.size for x in tensors.values()), staged=True
     ) as folder:
         write_safetensors(folder / ADAPTER_TENSORS, tensors)
         write_text(folder / ADAPTER, json.dumps(fields, indent=2) + "\n")

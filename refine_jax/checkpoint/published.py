@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import path_of, read_json, write_text
 from refine_jax.checkpoint.folders import PUBLISHED, PUBLISHED_TENSORS
+from refine_jax.checkpoint.streams import BLOCK, DTYPES
 
-_BLOCK = 1 << 24  # bytes
 _ALIGNMENT = 8  # bytes, of the end of a header
 # fmt: off
 _ORDER = (
@@ -28,6 +28,12 @@ _ORDER = (
 )
 # fmt: on
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NAMES = {short: name for name, short in SAFETENSORS_NAMES.items()}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Find the dtype that headers name so, of those that parameters have."""
+    return DTYPES[_NAMES[name]]
 
 
 class Stored(NamedTuple):
@@ -45,11 +51,21 @@ class Stored(NamedTuple):
             file.seek(self.start)
             left = self.size
             while left:
-                block = file.read(min(left, _BLOCK))
+                block = file.read(min(left, BLOCK))
                 if not block:
                     raise CheckpointError(f"{self.file} ends within a tensor.")
                 left -= len(block)
                 yield block
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Read elements from `start` to before `stop`, in the order of the file."""
+        dtype = numpy_dtype(self.dtype)
+        with self.file.open("rb") as file:
+            file.seek(self.start + start * dtype.itemsize)
+            data = file.read((stop - start) * dtype.itemsize)
+        if len(data) < (stop - start) * dtype.itemsize:
+            raise CheckpointError(f"{self.file} ends within a tensor.")
+        return np.frombuffer(data, dtype)
 
 
 class InMemory(NamedTuple):
@@ -75,6 +91,18 @@ class InMemory(NamedTuple):
     def blocks(self) -> Iterator[memoryview]:
         """Give the tensor's bytes."""
         yield np.ascontiguousarray(self.array).reshape(-1).view(np.uint8).data
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Give elements from `start` to before `stop`."""
+        return self.array.reshape(-1)[start:stop]
+
+
+class OfParams(NamedTuple):
+    """A tensor that will be written, whose elements are those of parameters."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
 
 
 def read_header(file: Path) -> tuple[str, int]:
@@ -103,11 +131,12 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
     }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Any], header: str | None = None) -> None:
-    """Write tensors (`Stored` or `InMemory`) to a safetensors file, one block at a time.
+def write_safetensors(path: Path, tensors: Mapping[str, Any], header: str | None = None) -> dict:
+    """Write tensors to a safetensors file, one block at a time, but for those of `OfParams`.
 
     header: of a file with these tensors, to be written as it is; None: one in the order of the
     safetensors package, larger elements first.
+    Returns the byte of the file where each tensor begins, {name: start}.
     """
     if header is None:
         order = sorted(tensors, key=lambda name: (-_rank(tensors[name].dtype), name))
@@ -120,16 +149,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], header: str | None
             at += tensor.size
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
         header += " " * (-len(header.encode()) % _ALIGNMENT)
-    else:
-        places = {name: x["data_offsets"] for name, x in _tensors_of(header).items()}
-        order = sorted(places, key=places.get)
     encoded = header.encode()
+    begin = 8 + len(encoded)
+    starts = {name: begin + x["data_offsets"][0] for name, x in _tensors_of(header).items()}
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for name in order:
-            for block in tensors[name].blocks():
-                file.write(block)
+        file.truncate(begin + sum(tensors[name].size for name in starts))
+        for name, start in sorted(starts.items(), key=lambda item: item[1]):
+            if not isinstance(tensors[name], OfParams):
+                file.seek(start)
+                for block in tensors[name].blocks():
+                    file.write(block)
+    return starts
 
 
 def _rank(dtype: str) -> int:
@@ -182,7 +214,7 @@ def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], d
     tensors, record = {}, None
     try:
         if PUBLISHED_TENSORS in files:
-            tensors = stored_tensors(Path(files[PUBLISHED_TENSORS]))
+            tensors = stored_tensors(path_of(files[PUBLISHED_TENSORS]))
         if PUBLISHED in files:
             fields = read_json(files[PUBLISHED], CheckpointError)
             record = Record(dict(fields["headers"]), fields["index"])
@@ -192,7 +224,7 @@ def take(files: Mapping[str, Path]) -> tuple[Record | None, dict[str, Stored], d
             ):
                 raise ValueError("no names of files of weights")
     except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-        where = Path(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
+        where = path_of(files.get(PUBLISHED) or files[PUBLISHED_TENSORS]).parent
         raise CheckpointError(
             f"{where}: {PUBLISHED} or {PUBLISHED_TENSORS} is damaged. Convert the published folder "
             "again."

@@ -1,13 +1,16 @@
 """What a run's checkpoint folder holds: the saved steps, and beside them run.json with digests.
 
 A step is a folder that has the number of the step as its name and the marks of a finished save in
-it. Whatever else people keep there is left alone: nothing that a run did not write is deleted.
+it. On a disk a folder gets its name when it is complete. In a bucket, where nothing is renamed, the
+time at which it was finished is written last, into Orbax's `_CHECKPOINT_METADATA`. Whatever else
+people keep there is left alone: nothing that a run did not write is deleted.
 
 Arrays have fingerprints; the files beside them decide as much. A step is saved with the digests of
 what it depends on: the model's config.json, its tokenizer, the place in the data. `run.json` is
 rewritten at every start of the run, with the settings of then, so that its digest is in it.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -25,10 +28,12 @@ from refine_jax.base.files import (
     json_field,
     kind_of,
     parse_json,
+    path_of,
     read_json,
     short,
     write_text,
 )
+from refine_jax.base.remote import RemotePath
 from refine_jax.checkpoint.arrays import damaged
 from refine_jax.checkpoint.folders import CONFIG, RUN, TOKENIZERS
 
@@ -36,6 +41,7 @@ STATE, DATA, METRICS = "state", "data", "metrics"
 _DIGEST = "digest"
 FROZEN_FIX = "Put it back from a copy: the run has no other of the parameters it does not train."
 _FINISHED = "_CHECKPOINT_METADATA"  # Orbax's, written last
+_COMMITTED = "commit_success.txt"  # Orbax's, in buckets, beside it
 _NUMBER = re.compile(r"(?:0|[1-9][0-9]{0,17})")  # ASCII digits, as a run writes them
 _UNFINISHED = re.compile(_NUMBER.pattern + r"\.orbax-checkpoint-tmp(?:-[0-9]+)?")
 
@@ -56,21 +62,24 @@ class Steps(NamedTuple):
 def find_steps(folder: str | os.PathLike) -> Steps:
     """Find the steps in a checkpoint folder; none if there is no such folder."""
     steps = Steps([], [], [], [])
+    folder = path_of(folder)
     try:
-        numbers = sorted(int(n) for n in os.listdir(folder) if _NUMBER.fullmatch(n))
+        numbers = sorted(int(p.name) for p in folder.iterdir() if _NUMBER.fullmatch(p.name))
     except (FileNotFoundError, NotADirectoryError):
         return steps
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror}.") from None
     for number in numbers:
-        path = Path(folder) / str(number)
+        path = folder / str(number)
         try:
-            names = set(os.listdir(path))
+            names = {entry.name for entry in path.iterdir()}
         except (FileNotFoundError, NotADirectoryError):  # deleted just now; a file; a link to none
             steps.other.append(number)
         except OSError:
             steps.broken.append(number)
         else:
+            if isinstance(path, RemotePath) and _is_unfinished(path, names):
+                continue
             if names >= {_FINISHED, STATE, DATA}:
                 steps.saved.append(number)
                 if path.is_symlink():
@@ -90,7 +99,7 @@ def check_newest(folder: str | os.PathLike, steps: Steps) -> None:
     newest = max(steps.saved, default=-1)
     for number in reversed(steps.broken):
         if number > newest:
-            path = Path(folder) / str(number)
+            path = path_of(folder) / str(number)
             raise damaged(path, _why_broken(path), how_to_fix(path, steps.saved))
 
 
@@ -103,7 +112,7 @@ def check_room(folder: str | os.PathLike, steps: Steps, last: int | None) -> Non
     for number in steps.other:
         if newest < number and (last is None or number <= last):
             raise CheckpointError(
-                f"{Path(folder) / str(number)} is no checkpoint of this run but has the name of "
+                f"{path_of(folder) / str(number)} is no checkpoint of this run but has the name of "
                 "one that the run will save. Move it elsewhere: it is not overwritten."
             )
 
@@ -111,7 +120,7 @@ def check_room(folder: str | os.PathLike, steps: Steps, last: int | None) -> Non
 def _why_broken(path: Path) -> str | OSError:
     try:
         missing = [name for name in (STATE, DATA, _FINISHED) if not (path / name).exists()]
-        os.listdir(path)
+        list(path.iterdir())
     except OSError as error:
         return error
     return f"it has no {', '.join(missing)}"
@@ -124,8 +133,31 @@ def how_to_fix(folder: str | os.PathLike, others: list[int]) -> str:
     return f"Delete {folder} to continue from step {others[-1]}, or choose one of {others}."
 
 
+def _is_unfinished(path: RemotePath, names: set[str]) -> bool:
+    """Tell whether a save that was interrupted has left a step's folder in a bucket.
+
+    names: of what is in it. Raises nothing: what cannot be read is none.
+    """
+    if not names or not names <= {_FINISHED, _COMMITTED, STATE, DATA, METRICS}:
+        return False
+    if _FINISHED not in names:
+        return True
+    with contextlib.suppress(OSError, CheckpointError):
+        fields = read_json(path / _FINISHED, CheckpointError)
+        return fields.get("commit_timestamp_nsecs") is None
+    return False
+
+
 def remove_unfinished(folder: str | os.PathLike) -> None:
     """Delete what saves that were interrupted have left; only folders of the names Orbax uses."""
+    folder = path_of(folder)
+    if isinstance(folder, RemotePath):
+        for path in list(folder.iterdir()):
+            if _NUMBER.fullmatch(path.name):
+                names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+                if _is_unfinished(path, names):
+                    path.rmtree()
+        return
     with os.scandir(folder) as entries:
         left = [
             entry.path
@@ -162,7 +194,7 @@ def read_step_metrics(folder: str | os.PathLike, step: int, others: list[int]) -
 
     Raises CheckpointError if they are damaged.
     """
-    path = Path(folder) / str(step)
+    path = path_of(folder) / str(step)
     file = path / METRICS / METRICS
     try:
         if not (path / METRICS).exists():
@@ -206,7 +238,7 @@ def write_run(folder: Path, fields: Mapping[str, Any]) -> None:
     """Write run.json: JSON values, and their digest."""
     fields = json.loads(json.dumps(fields))
     text = json.dumps({_DIGEST: digest(fields)} | fields, indent=2) + "\n"
-    write_text(Path(folder) / RUN, text)
+    write_text(path_of(folder) / RUN, text)
 
 
 def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
@@ -216,7 +248,7 @@ def read_run(folder: Path, *, verify: bool = False) -> RunRecord:
 
     Raises CheckpointError: it is missing, damaged, or (`verify`) not as it was written.
     """
-    path = Path(folder) / RUN
+    path = path_of(folder) / RUN
     fields = read_json(path, CheckpointError)
 
     def get(name: str, kind: type, default: Any = None) -> Any:
@@ -245,7 +277,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         wanted = str if section == "phase" else dict
         if not isinstance(values, wanted):
             raise CheckpointError(
-                f"{Path(folder) / RUN}: config.{section} must be {kind_of(wanted())}. "
+                f"{path_of(folder) / RUN}: config.{section} must be {kind_of(wanted())}. "
                 f"Got: {short(values)}."
             )
     return config
@@ -261,7 +293,7 @@ def file_digests(folder: Path) -> dict[str, str | None]:
     """Compute digests of the model's description in a folder, by file; None where absent."""
     digests: dict[str, str | None] = {CONFIG: digest(read_json(folder / CONFIG, CheckpointError))}
     for name in TOKENIZERS:
-        path = Path(folder) / name
+        path = path_of(folder) / name
         try:
             content = path.read_bytes()
         except FileNotFoundError:

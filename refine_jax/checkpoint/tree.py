@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from refine_jax.checkpoint.streams import streamed
 from refine_jax.models.config import Architecture, model_config
 from refine_jax.models.transformer import Model
 
@@ -103,10 +104,17 @@ def fingerprints(named: Mapping[str, Any]) -> dict[str, int]:
     bits; odd factors keep every change of one of them. It does not depend on device or sharding.
     """
     numbers = {
-        name: _host_fingerprint(np.asarray(leaf)) if _on_host(leaf) else _device_fingerprint(leaf)
+        name: _host_fingerprint(leaf) if _on_host(leaf) else _device_fingerprint(leaf)
         for name, leaf in named.items()
     }
     return {name: int(number) for name, number in jax.device_get(numbers).items()}
+
+
+def _host_fingerprint(leaf: Any) -> int:
+    leaf = streamed(leaf)
+    if leaf.fingerprint is not None:
+        return leaf.fingerprint
+    return sum(block_fingerprint(values, start) for start, values in leaf.read()) % 2**32
 
 
 def _on_host(leaf: Any) -> bool:
@@ -115,12 +123,16 @@ def _on_host(leaf: Any) -> bool:
     return leaf.is_fully_addressable and all(d.platform == "cpu" for d in leaf.devices())
 
 
-def _host_fingerprint(x: np.ndarray, block: int = 1 << 20) -> int:
-    bits = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
+def block_fingerprint(x: np.ndarray, begin: int, piece: int = 1 << 20) -> int:
+    """Add up the terms of the elements `begin`, `begin` + 1, ... of an array, which are `x`."""
+    bits = x.reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
+    begin *= bits.size // max(x.size, 1)
     total = 0
-    for start in range(0, bits.size, block):
-        part = bits[start : start + block].astype(np.uint32)
-        weights = np.arange(start, start + part.size).astype(np.uint32) * np.uint32(2)
+    for start in range(0, bits.size, piece):
+        part = bits[start : start + piece].astype(np.uint32)
+        first = (begin + start) % 2**32
+        weights = np.arange(first, first + part.size, dtype=np.uint64).astype(np.uint32)
+        weights = weights * np.uint32(2)
         total += int(np.sum(part * (weights + np.uint32(1)), dtype=np.uint32))
     return total % 2**32
 

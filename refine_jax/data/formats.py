@@ -18,6 +18,8 @@ from absl import logging
 
 from refine_jax.base.errors import DataError
 from refine_jax.base.files import MARK, counted, is_lfs_pointer, local_path, not_fetched
+from refine_jax.base.hub import is_hub, pinned, without_tokens
+from refine_jax.base.remote import RemotePath, is_remote, remote_path, sign_in
 from refine_jax.data.unpack import read_head, stem_name
 
 TFDS_INFO, TFDS_FEATURES = "dataset_info.json", "features.json"
@@ -186,7 +188,8 @@ def find_files(
 ) -> list[Path]:
     """Return the files that `path` names, sorted; none is hidden.
 
-    path: a file, a folder (searched recursively, also behind links) or a glob pattern.
+    path: a file, a folder (searched recursively, also behind links) or a glob pattern; or a URL of
+        one. A repository of the Hugging Face hub is taken as its newest commit has it.
     pattern: file name pattern for a folder; "" is every known suffix.
     setting: what the path was given as, for errors.
     pattern_setting: what the pattern is given as; "" where there is nothing to give it with.
@@ -194,16 +197,21 @@ def find_files(
     Raises DataError: nothing is there, it cannot be read, a link is broken, or what is there is no
     regular file.
     """
-    root = local_path(path, setting, DataError)
-    try:
-        status = root.stat()
-    except OSError as error:
-        if any(sign in path for sign in "*?["):
-            return _glob(root, path, setting)
-        raise DataError(_unusable(root, error, f"{setting}={path!r}")) from None
-    if not stat.S_ISDIR(status.st_mode):
-        return [_regular(root)]
-    there = sorted(_walk(root, setting), key=lambda file: file.as_posix())
+    if is_remote(path):
+        there, is_folder = _list_store(path, setting)
+        if not is_folder:
+            return there
+    else:
+        root = local_path(path, setting, DataError)
+        try:
+            status = root.stat()
+        except OSError as error:
+            if any(sign in path for sign in "*?["):
+                return _glob(root, path, setting)
+            raise DataError(_unusable(root, error, f"{setting}={path!r}")) from None
+        if not stat.S_ISDIR(status.st_mode):
+            return [_regular(root)]
+        there = sorted(_walk(root, setting), key=lambda file: file.as_posix())
     if not there:
         raise DataError(f"no file at all in {setting}={path!r}: the folder is empty.")
     chosen = [file for file in there if _is_chosen(file, pattern, pattern_setting)]
@@ -214,7 +222,37 @@ def find_files(
     if unread and not pattern:
         names = ", ".join(sorted(unread)[:5])
         _warn(f"{path}: left out {len(unread)} files that are not read: {names}")
-    return [_regular(file) for file in chosen]
+    return [file if is_remote(file) else _regular(file) for file in chosen]
+
+
+def _list_store(path: str, setting: str) -> tuple[list[RemotePath], bool]:
+    """Find the files of a store that a URL names, sorted, and say whether it names a folder.
+
+    Files on the hub are those of the commit that the branch is at now.
+    Raises DataError: there is none, or the store cannot be read.
+    """
+    named = pinned(path, setting, DataError) if is_hub(path) else path.strip()
+    root = remote_path(named, setting, DataError)
+    fixed = next((i for i, part in enumerate(root.parts) if any(s in part for s in "*?[")), None)
+    try:
+        if fixed is not None:
+            base, rest = RemotePath(*root.parts[:fixed]), "/".join(root.parts[fixed:])
+            found = [file for file in base.glob(rest) if file.is_file()]
+            if not found:
+                raise DataError(f"no file matches {setting}={path!r}: the pattern matches nothing.")
+            return found, False
+        if root.is_file():
+            return [root], False
+        found = [file for file, _ in root.walk()]
+        if not found:
+            raise DataError(f"no such file or folder: {setting}={path!r}")
+    except OSError as error:
+        why = without_tokens(error.strerror or str(error))
+        raise DataError(
+            f"cannot read {setting}={path!r}: {why}. {sign_in(root.scheme)}".rstrip()
+        ) from None
+    hidden = [any(p.startswith(".") for p in file.relative_to(root).parts) for file in found]
+    return [file for file, is_hidden in zip(found, hidden, strict=True) if not is_hidden], True
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ any number of processes and workers, and with another batch size.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -27,6 +28,7 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import json_field, short
 from refine_jax.config import DataConfig
 from refine_jax.data.rows import SPLITS, DocumentRows, make_rows
+from refine_jax.data.stream import DocumentStream, Place, Window, open_stream
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
 from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
 
@@ -66,8 +68,9 @@ class Corpus:
 
         Raises DataError: no rows, or a batch without rows.
         """
+        count = self._validation_rows if split == SPLITS[1] else None
         table, statistics = make_rows(
-            self._tokens.lengths, self._tokens.hashes, self.options, split, self._validation_rows
+            self._tokens.lengths, self._tokens.hashes, self.options, split, count
         )
         statistics = dataclasses.replace(statistics, unread=dict(self._tokens.dropped))
         rows = DocumentRows(
@@ -209,18 +212,8 @@ class BatchIterator(Iterator[Batch]):
         Raises:
             DataError: the state is none, or belongs to other data, or to the same in another order.
         """
-        if not isinstance(state, dict):
-            raise DataError(f"the saved position in the data is none. Got: {short(state)}.")
-        fingerprint, next_row = (
-            json_field(state, name, kind, where="the saved position in the data", error=DataError)
-            for name, kind in (("fingerprint", str), ("next_row", int))
-        )
-        if fingerprint != self._dataset.fingerprint:
-            raise DataError(
-                "the saved position belongs to other data: the documents, the tokenizer, the seed "
-                "or a data option has changed since. Restore them, or start a new run. "
-                f"Got: {short(fingerprint)}, expected: {self._dataset.fingerprint}."
-            )
+        check_state(state, self._dataset.fingerprint)
+        next_row = json_field(state, "next_row", int, where=_SAVED, error=DataError)
         last = ENDLESS // 2  # so that rows follow
         if self._dataset.batches is not None:
             # The last batch may have been filled up to a larger size than today's.
@@ -238,6 +231,140 @@ class BatchIterator(Iterator[Batch]):
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+
+class StreamedCorpus:
+    """Documents that are read while training; made by `load_corpus`."""
+
+    def __init__(self, stream: DocumentStream, validation_rows: int | None) -> None:
+        """Take the documents, and how many rows of held-out ones are wanted; None: a few."""
+        self._stream, self._validation_rows = stream, validation_rows
+
+    def dataset(
+        self, split: str, batch_size: int, share: Sequence[int] | None = None
+    ) -> Dataset | StreamedDataset:
+        """Return the batches of a split; arguments and errors as of `Corpus.dataset`."""
+        if split == SPLITS[0]:
+            return StreamedDataset(self._stream, batch_size, share)
+        rows, statistics = self._stream.held_out(self._validation_rows)
+        return Dataset(rows, statistics, self._stream.options, split, batch_size, share)
+
+
+class StreamedDataset:
+    """An endless iterable of batches of documents that are read on the way.
+
+    Attributes as those of `Dataset`; rows, batches: None, as nobody has counted them. statistics:
+    None, as each piece has its own, which is logged.
+    """
+
+    rows = batches = statistics = None
+
+    def __init__(
+        self, stream: DocumentStream, batch_size: int, share: Sequence[int] | None
+    ) -> None:
+        """Raise DataError for a batch without rows."""
+        if batch_size < 1:
+            raise DataError(f"a batch must have rows. Got: batch_size={batch_size}.")
+        self.batch_size = batch_size
+        self.share = tuple(range(batch_size) if share is None else share)
+        self.fingerprint, self.full_rows = stream.fingerprint, stream.full
+        self.stream = stream
+
+    def __iter__(self) -> StreamedBatches:
+        """Return an iterator at the first batch."""
+        return StreamedBatches(self)
+
+
+class StreamedBatches(Iterator[Batch]):
+    """This process's part of the batches; while one piece is trained on, the next one is read.
+
+    Every process reads every piece, and takes its rows: so the order does not depend on how many
+    processes there are.
+    """
+
+    def __init__(self, dataset: StreamedDataset) -> None:
+        self._dataset, self._place, self._row = dataset, Place(), 0
+        self._window: Window | None = None
+        self._ahead: concurrent.futures.Future[Window] | None = None
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def __next__(self) -> Batch:
+        """Return {"tokens": [b, T] int32, "segments": [b, T] int32} of the b rows read here."""
+        rows, share = [], set(self._dataset.share)
+        for number in range(self._dataset.batch_size):
+            window = self._next_window()
+            if number in share:
+                rows.append(window.rows[int(window.order[self._row])])
+            self._row += 1
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _next_window(self) -> Window:
+        """Return the piece that the next row is in."""
+        while self._window is None or self._row >= len(self._window.order):
+            if self._window is not None:
+                self._place, self._row = self._window.after, 0
+            if self._thread is None:
+                self._thread = concurrent.futures.ThreadPoolExecutor(1, "documents")
+            read = self._dataset.stream.read
+            ahead, self._ahead = self._ahead, None
+            self._window = (ahead or self._thread.submit(read, self._place)).result()
+            if self._window.place != self._place:  # pieces before it gave no rows
+                self._place, self._row = self._window.place, 0
+            self._ahead = self._thread.submit(read, self._window.after)
+        return self._window
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the files so far."""
+        if self._window is None:
+            return float(self._place.epoch)
+        return self._place.epoch + self._window.done
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position after the last batch as values for JSON, equal on all processes."""
+        return {
+            **self._place._asdict(),
+            "row": self._row,
+            "fingerprint": self._dataset.fingerprint,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to the position of a `get_state`.
+
+        Raises DataError: the state is none, or belongs to other data.
+        """
+        check_state(state, self._dataset.fingerprint)
+        place = {}
+        for name in (*Place._fields, "row"):
+            value = json_field(state, name, int, where=_SAVED, error=DataError)
+            if value is None or not 0 <= value < ENDLESS:
+                raise DataError(f"{_SAVED} must give {name}. Got: {short(value)}.")
+            place[name] = value
+        self.close()
+        self._row = place.pop("row")
+        self._place = Place(**place)
+
+    def close(self) -> None:
+        """Stop reading ahead; the next batch starts it again."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = self._window = self._ahead = None
+
+
+_SAVED = "the saved position in the data"
+
+
+def check_state(state: Any, fingerprint: str) -> None:
+    """Raise DataError unless a saved position is one in the data of this fingerprint."""
+    if not isinstance(state, dict):
+        raise DataError(f"{_SAVED} is none. Got: {short(state)}.")
+    found = json_field(state, "fingerprint", str, where=_SAVED, error=DataError)
+    if found != fingerprint:
+        raise DataError(
+            "the saved position belongs to other data: the documents, the tokenizer, the seed "
+            "or a data option has changed since. Restore them, or start a new run. "
+            f"Got: {short(found)}, expected: {fingerprint}."
+        )
 
 
 class _Source(grain.MapDataset):
@@ -289,8 +416,8 @@ def load_corpus(
     *,
     seed: int = 0,
     validation_rows: int | None = None,
-) -> Corpus:
-    """Read and tokenise the documents of `options`.
+) -> Corpus | StreamedCorpus:
+    """Read and tokenise the documents of `options`, or get ready to do so while training.
 
     options: the section `data` of a configuration.
     tokenizer: used instead of `options.tokenizer`.
@@ -301,6 +428,9 @@ def load_corpus(
     """
     _check_lengths(options)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
+    stream = open_stream(options, tokenizer, seed=seed)
+    if stream is not None:
+        return StreamedCorpus(stream, validation_rows)
     tokens = open_tokens(options, tokenizer)
     return Corpus(options, tokens, tokenizer, seed=seed, validation_rows=validation_rows)
 

@@ -15,27 +15,26 @@ compressed by gzip or zstd. Corpora, prompts, evaluation sets and essays are rea
 from __future__ import annotations
 
 import codecs
-import contextlib
 import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import MARK, clean_text, names_of
-from refine_jax.data.footer import null_counts
-from refine_jax.data.formats import check_format, check_head, kind_of
-from refine_jax.data.unpack import Contents, is_packed, read_head, stem_name, temporary_file, unpack
+from refine_jax.base.files import MARK, names_of
+from refine_jax.base.hub import without_commit
+from refine_jax.data.formats import check_head, kind_of
+from refine_jax.data.parquet import Fields, ParquetFile, clean
+from refine_jax.data.unpack import Contents, read_head, stem_name
 
 READER = 2  # of the fingerprints; raise it when the same files give other texts
 PIECE_BYTES = 1 << 20
 LONGEST_BYTES = 1 << 26  # of a record of JSON: what is longer is damaged, or a bomb
-Fields = Mapping[str, str] | None  # names, and the settings that name them
 _MARK_BYTES = MARK.encode()
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -69,7 +68,7 @@ class Records:
             if kind == "text":
                 raise DataError(f"records come from parquet or JSON files. Got: {path}, a text.")
         self._parts = [
-            _ParquetFile(path, fields, text_field)
+            ParquetFile(path, fields, text_field)
             if kind == "parquet"
             else _JsonFile(path, fields, text_field, contents)
             for path, kind in zip(files, kinds, strict=True)
@@ -93,7 +92,7 @@ class Records:
         part, index = self._locate(index)
         return part.place(index)
 
-    def _locate(self, index: int) -> tuple[_JsonFile | _ParquetFile, int]:
+    def _locate(self, index: int) -> tuple[_JsonFile | ParquetFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
@@ -108,23 +107,14 @@ def fingerprint(kind: str, *settings: str, files: Sequence[Path] = ()) -> str:
             status = path.stat()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
-        name = f"\n{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        name = f"\n{without_commit(str(path.resolve()))} {status.st_size} {stamp(status)}"
         digest.update(name.encode("utf-8", "surrogateescape"))
     return f"{kind}-{digest.hexdigest()}"
 
 
-def clean(value: Any) -> Any:
-    """Clean every text in a value of JSON or parquet; bytes become text if they are."""
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            return clean_text(value.decode("utf-8"))
-    if isinstance(value, list | tuple):
-        return [clean(item) for item in value]
-    if isinstance(value, dict):
-        return {clean(name): clean(item) for name, item in value.items()}
-    return value
+def stamp(status: Any) -> Any:
+    """Give what says that a file has changed, of its `stat`: the store's version, else its time."""
+    return getattr(status, "version", "") or getattr(status, "st_mtime_ns", "")
 
 
 class _JsonFile:
@@ -165,20 +155,7 @@ class _JsonFile:
         if not self._is_lines and index + 1 < len(self):
             end = int(self._offsets[index + 1])
         raw = self._read(start, end - start, line=self._is_lines)
-        record = _parse(raw, place, whole=self._is_lines)
-        if not isinstance(record, dict):
-            got = "null" if record is None else type(record).__name__
-            raise DataError(f"{place} must be a JSON object. Got: {got}.")
-        for field, setting in (self._fields or {}).items():
-            if field not in record:
-                what = f"set {setting}" if setting else "its texts must have this name"
-                raise DataError(f"no field {field!r} in {place}: {what}. Got: {names_of(record)}.")
-        if self._fields is not None:
-            record = {field: record[field] for field in self._fields}
-        try:  # surrogates are spelled \u in UTF-8
-            return clean(record) if b"\\u" in raw or _MARK_BYTES in raw else record
-        except RecursionError:
-            raise DataError(f"{place} is nested too deeply.") from None
+        return parse_record(raw, place, self._fields, whole=self._is_lines)
 
     def place(self, index: int) -> str:
         run = np.searchsorted(self._after, index, side="right")
@@ -263,6 +240,28 @@ class _JsonFile:
 
 def _is_blank(line: bytes) -> bool:
     return not line.removeprefix(_MARK_BYTES).strip()
+
+
+def parse_record(raw: bytes, place: str, fields: Fields, *, whole: bool = True) -> dict[str, Any]:
+    """Parse the JSON object that bytes begin with; `whole`: nothing may follow it.
+
+    place: says where it stands, for messages. fields: those that are wanted; None: all.
+    Raises DataError: it is no object with these fields.
+    """
+    record = _parse(raw, place, whole=whole)
+    if not isinstance(record, dict):
+        got = "null" if record is None else type(record).__name__
+        raise DataError(f"{place} must be a JSON object. Got: {got}.")
+    for field, setting in (fields or {}).items():
+        if field not in record:
+            what = f"set {setting}" if setting else "its texts must have this name"
+            raise DataError(f"no field {field!r} in {place}: {what}. Got: {names_of(record)}.")
+    if fields is not None:
+        record = {field: record[field] for field in fields}
+    try:  # surrogates are spelled \u in UTF-8
+        return clean(record) if b"\\u" in raw or _MARK_BYTES in raw else record
+    except RecursionError:
+        raise DataError(f"{place} is nested too deeply.") from None
 
 
 def _parse(raw: bytes, place: str, *, whole: bool) -> Any:
@@ -380,103 +379,3 @@ def _values(window: _Window) -> Iterator[tuple[int, Any]]:
         offset = window.offset
         yield offset, window.value()
         first = False
-
-
-class _ParquetFile:
-    """The rows of a parquet file; a row group at a time is decoded and kept."""
-
-    def __init__(self, path: Path, fields: Fields, text_field: str | None) -> None:
-        self._path, self.left_out = path, 0
-        check_format(read_head(path), path)
-        self._unpacked: BinaryIO | None = None
-        if is_packed(path):
-            self._unpacked = temporary_file(path)
-            unpack(path, self._unpacked)
-        with self._opened() as file:
-            names = file.schema_arrow.names
-            for name in names if fields is None else fields:
-                if name not in names:
-                    setting, there = fields[name], ", ".join(names) or "no column"
-                    what = f"set {setting} to one of" if setting else "its texts must have it. Got:"
-                    raise DataError(f"no column {name!r} in {path}: {what} {there:.500}")
-                if names.count(name) > 1:
-                    raise DataError(f"{path} has {names.count(name)} columns of the name {name!r}.")
-            self._columns = list(names if fields is None else fields)
-            groups = range(file.metadata.num_row_groups)
-            counts = [file.metadata.row_group(group).num_rows for group in groups]
-            # The rows that are kept, of groups with nulls.
-            self._kept: dict[int, np.ndarray] = {}
-            nulls: list[int | None] = [0] * len(counts)
-            if text_field:
-                _check_strings(file.schema_arrow.field(text_field).type, text_field, path)
-                packed = contextlib.nullcontext(self._unpacked) if self._unpacked else None
-                with packed or path.open("rb") as stream:
-                    nulls = null_counts(stream, text_field)
-            for group, count in enumerate(counts):
-                if count and (group >= len(nulls) or nulls[group] != 0):
-                    batches = file.iter_batches(row_groups=[group], columns=[text_field])
-                    valid = [batch.column(0).is_valid().to_numpy(False) for batch in batches]
-                    kept = np.flatnonzero(np.concatenate(valid))
-                    if len(kept) < count:
-                        self._kept[group] = kept
-        self._firsts = np.cumsum([0, *counts], dtype=np.int64)
-        lengths = [len(self._kept.get(group, range(counts[group]))) for group in groups]
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-        self.left_out = sum(counts) - sum(lengths)
-        self._cached: tuple[int, Any] = (-1, None)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, index: int) -> dict[str, Any]:
-        group, row = self._locate(index)
-        if self._cached[0] != group:
-            with self._opened() as file:
-                self._cached = (group, file.read_row_group(group, columns=self._columns))
-        table = self._cached[1]
-        with _pyarrow_errors(f"cannot read {self.place(index)}"):
-            return {name: clean(table.column(name)[row].as_py()) for name in self._columns}
-
-    def place(self, index: int) -> str:
-        group, row = self._locate(index)
-        return f"row {self._firsts[group] + row} of {self._path}"
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        """Find the row group of a record, and its row in it."""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - (int(self._ends[group - 1]) if group else 0)
-        return group, int(self._kept[group][row]) if group in self._kept else row
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator:
-        import pyarrow.parquet
-
-        with (
-            _pyarrow_errors(f"not a readable parquet file: {self._path}"),
-            pyarrow.parquet.ParquetFile(
-                self._unpacked or self._path, buffer_size=PIECE_BYTES // 16
-            ) as file,
-        ):
-            yield file
-
-
-@contextlib.contextmanager
-def _pyarrow_errors(message: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow raises many kinds where a file is damaged
-        raise DataError(f"{message} ({error})") from error
-
-
-def _check_strings(kind: Any, column: str, path: Path) -> None:
-    """Raise DataError unless a column holds strings, or bytes that may be UTF-8."""
-    from pyarrow import types
-
-    inner = getattr(kind, "storage_type", kind)
-    inner = inner.value_type if types.is_dictionary(inner) else inner
-    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    checks += (types.is_binary, types.is_large_binary, types.is_binary_view)
-    if not any(check(inner) for check in checks):
-        raise DataError(f"column {column!r} of {path} must hold strings. Got: {kind}.")

@@ -157,7 +157,7 @@ def make_rows(
     hashes: np.ndarray,
     options: DataConfig,
     split: str,
-    validation_rows: int | None = None,
+    count: int | None = None,
 ) -> tuple[RowTable, Statistics]:
     """Decide the rows of a split.
 
@@ -165,7 +165,7 @@ def make_rows(
 
     lengths: tokens of each document, [N] int64. hashes: equal for equal documents, [N] uint64.
     options: the filters, the hold-out, the chunking and the packing. split: "train" or
-    "validation". validation_rows: so many rows of the held-out documents, evenly spread; None: all.
+    "validation". count: keep so many rows, evenly spread; None: all.
 
     Raises DataError: no document passes the filters, or too little to hold some out.
     """
@@ -206,8 +206,8 @@ def make_rows(
             raise DataError(_one_row(split, lengths, passed, options))
         kept = _last_rows(table, options.holdout) ^ (split == "train")
         table, dropped_tokens["other_split"] = _keep(table, kept)
-    if split == "validation" and validation_rows is not None:
-        table, dropped_tokens["surplus_rows"] = _spread(table, validation_rows)
+    if count is not None:
+        table, dropped_tokens["surplus_rows"] = _spread(table, count)
     return table, Statistics(
         documents=len(lengths),
         tokens=int(lengths.sum()),

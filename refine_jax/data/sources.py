@@ -23,6 +23,7 @@ from refine_jax.data.formats import (
     is_tfds_folder,
     looks_like_records,
 )
+from refine_jax.data.parquet import check_text
 from refine_jax.data.recall import RecallDocuments
 from refine_jax.data.records import LONGEST_BYTES, Records
 from refine_jax.data.records import fingerprint as _fingerprint
@@ -129,18 +130,9 @@ class RecordsSource:
 
     def __getitem__(self, index: int) -> str:
         """Return the text of a record; lone surrogates (invalid Unicode) become "?"."""
-        text = self._records[index][self._field]
-        if isinstance(text, bytes):
-            raise DataError(
-                f"column {self._field!r} in {self._records.place(index)} must hold strings: its "
-                f"bytes are not UTF-8. Got: {text[:20]!r}."
-            )
-        if not isinstance(text, str):
-            raise DataError(
-                f"field {self._field!r} in {self._records.place(index)} must be a string. "
-                f"Got: {type(text).__name__}."
-            )
-        return text
+        return check_text(
+            self._records[index][self._field], self._field, self._records.place(index)
+        )
 
 
 def open_source(options: DataConfig) -> TextSource:

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import MARK, local_path, valid_unicode
+from refine_jax.base.files import MARK, given_path, path_of, valid_unicode
 from refine_jax.data.tokenizer_files import (
     FAST,
     MAX_ID,
@@ -169,7 +169,7 @@ class SentencePieceTokenizer(_LibraryTokenizer):
         Raises DataError if the file is missing or no SentencePiece model, or a file beside it is
         none of its kind.
         """
-        path = Path(path)
+        path = path_of(path)
         self._model, content = open_sentencepiece(path)
         named = Named() if name else read_named(path.parent)
         self._pieces = self._model.get_piece_size()
@@ -266,7 +266,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         """
         import tokenizers
 
-        path = Path(path)
+        path = path_of(path)
         content = read_bytes(path)
         with _errors_of_library(f"not a tokenizer.json: {path}"):
             text = content.decode("utf-8").removeprefix(MARK)
@@ -387,7 +387,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         return ByteTokenizer()
     if name_or_path == "mistral-v1":
         return SentencePieceTokenizer(_mistral_model(), name="mistral-v1")
-    path = local_path(name_or_path, "the tokenizer", DataError)
+    path = given_path(name_or_path, "the tokenizer", DataError)
     try:
         if path.is_dir():
             path = find_tokenizer(path)

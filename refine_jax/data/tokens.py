@@ -14,7 +14,7 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +23,11 @@ import numpy as np
 from absl import logging
 
 from refine_jax.base.errors import DataError, describe
-from refine_jax.base.files import json_field, read_json
+from refine_jax.base.files import json_field, path_of, read_json
+from refine_jax.base.growing import fetch_folder, scratch_folder, upload_folder
+from refine_jax.base.remote import RemotePath, is_remote
 from refine_jax.config import DataConfig
-from refine_jax.data.formats import is_tfds_folder
+from refine_jax.data.formats import TFDS_INFO, is_tfds_folder
 from refine_jax.data.sources import TextSource, open_source
 from refine_jax.data.tfds import first_line, open_tfds
 from refine_jax.data.tokenizer import Tokenizer, check_ends
@@ -302,6 +304,8 @@ def unread(source: TextSource, options: DataConfig) -> dict[str, int]:
 
 def is_token_folder(path: str) -> bool:
     """Say whether `refine_jax.data.prepare` wrote the folder `path`."""
+    if is_remote(path):
+        return all((path_of(path) / name).is_file() for name in (TFDS_INFO, INDEX_FILE))
     return is_tfds_folder(path) and os.path.isfile(
         os.path.join(os.path.expanduser(path), INDEX_FILE)
     )
@@ -312,30 +316,43 @@ def open_tokens(options: DataConfig, tokenizer: Tokenizer) -> TokenSource:
 
     They are tokenised once: kept in memory, or in `options.cache_dir` in a folder whose name
     depends on the source's files, the tokenizer and the options that change tokens. A cache folder
-    appears complete or not at all, and several processes may make it at the same time.
+    appears complete or not at all, and several processes may make it at the same time. Of a folder
+    in a bucket each process takes a copy on this machine.
 
     Raises DataError: as `open_source`, or the cache is broken.
     """
     if is_token_folder(options.source):
-        return TokenRecords(options.source, tokenizer, options)
+        folder = options.source
+        folder = str(fetch_folder(path_of(folder))) if is_remote(folder) else folder
+        return TokenRecords(folder, tokenizer, options)
     source = open_source(options)
     if not options.cache_dir:
         tokens, builder = [], IndexBuilder()
-        dtype = _dtype(tokenizer)
+        dtype = token_dtype(tokenizer)
         for document in tokenize(source, tokenizer, options):
             builder.add(document)
             tokens.append(document.astype(dtype))
         dropped = unread(source, options)
         return TokenStore(np.concatenate(tokens), builder.finish(), dropped=dropped)
-    cache = Path(options.cache_dir)
+    cache, kept = path_of(options.cache_dir), None
     folder = cache / f"tokens-{content_key(source, tokenizer, options)}"
+    if isinstance(folder, RemotePath):
+        with _writing(options):
+            if (folder / META_FILE).is_file():
+                return TokenStore.open(fetch_folder(folder))
+        kept, folder = folder, scratch_folder() / folder.name
     if not folder.is_dir():
         _write_cache(folder, source, tokenizer, options)
+        if kept is not None:
+            with _writing(options):
+                upload_folder(folder, kept, META_FILE)
         return TokenStore.open(folder, check=False)
     return TokenStore.open(folder)
 
 
-def tokenize(source: TextSource, tokenizer: Tokenizer, options: DataConfig) -> Iterator[np.ndarray]:
+def tokenize(
+    source: TextSource | Sequence[str], tokenizer: Tokenizer, options: DataConfig
+) -> Iterator[np.ndarray]:
     """Yield each document's tokens [T] int32, in order."""
     check_ends(tokenizer, bos=options.add_bos, eos=options.add_eos, setting=options.setting)
     count = min(len(source), options.limit_documents or len(source))
@@ -361,7 +378,7 @@ def _write_cache(
         with _writing(options):
             partial.mkdir(parents=True)
             file = (partial / TOKENS_FILE).open("wb")
-        builder, dtype, checksum = IndexBuilder(), _dtype(tokenizer), 0
+        builder, dtype, checksum = IndexBuilder(), token_dtype(tokenizer), 0
         with file:
             for document in tokenize(source, tokenizer, options):
                 builder.add(document)
@@ -402,7 +419,8 @@ def _writing(options: DataConfig) -> Iterator[None]:
         ) from error
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Name the integers that hold the tokenizer's ids."""
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 

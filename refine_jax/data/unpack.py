@@ -3,6 +3,7 @@
 A file is compressed if its first bytes say so; a name that ends in .gz or .zst must keep its word.
 """
 
+import contextlib
 import os
 import tempfile
 import zlib
@@ -13,6 +14,7 @@ from typing import BinaryIO
 from absl import logging
 
 from refine_jax.base.errors import DataError
+from refine_jax.base.remote import is_remote
 
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 READ_BYTES = 1 << 20
@@ -32,8 +34,30 @@ def stem_name(path: Path) -> str:
     return name
 
 
+@contextlib.contextmanager
+def open_file(path: Path, *, ahead: int = 0) -> Iterator[BinaryIO]:
+    """Open a file, of this machine or of a store, for reading; errors are those of a disk.
+
+    ahead: bytes that are fetched together from a store; 0: what is read is what is fetched.
+    """
+    if not is_remote(path):
+        with path.open("rb") as file:
+            yield file
+        return
+    cache = {"cache_type": "readahead", "block_size": ahead} if ahead else {"cache_type": "none"}
+    with path.open("rb", buffering=0, **cache) as file:
+        yield file
+
+
 def read_head(path: Path, size: int = 4096) -> bytes:
     """Read the first bytes of a file, unpacked; raises DataError if it cannot be read."""
+    try:
+        with open_file(path) as file:
+            head = file.read(size)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
+    if _codec(path, head[:4]) is None:
+        return head
     head = b""
     for block in blocks(path):
         head += block[: size - len(head)]
@@ -45,7 +69,7 @@ def read_head(path: Path, size: int = 4096) -> bytes:
 def is_packed(path: Path) -> bool:
     """Say whether a file is compressed; raises DataError if its name says so in vain."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return _codec(path, file.read(4)) is not None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from None
@@ -57,7 +81,7 @@ def blocks(path: Path) -> Iterator[bytes]:
     Raises DataError: the file is damaged, cut off or unreadable.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path, ahead=READ_BYTES) as file:
             codec = _codec(path, file.read(4))
             file.seek(0)
             if codec is not None:
@@ -72,7 +96,7 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 
 def unpack(path: Path, target: BinaryIO) -> None:
-    """Append the content of a compressed file to `target`, a temporary file.
+    """Append the content of a file, unpacked, to `target`, a temporary file.
 
     Raises DataError: the file is damaged, or there is no room for its content.
     """
@@ -164,11 +188,11 @@ def _unpack_zstd(packed: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 class Contents:
-    """Files as streams, whether or not they are compressed.
+    """Files as streams, whether or not they are compressed or in a store.
 
-    The compressed ones are unpacked into one temporary file without a name, in the folder that the
-    environment variable TMPDIR names. It goes when this object does. Of the others one at a time is
-    kept open.
+    Those that are either are put, unpacked, into one temporary file without a name, in the folder
+    that the environment variable TMPDIR names. It goes when this object does. Of the others one at
+    a time is kept open.
     """
 
     def __init__(self) -> None:
@@ -181,10 +205,10 @@ class Contents:
 
         Raises DataError: the file is damaged or unreadable, or there is no room to unpack it.
         """
-        if is_packed(path):
+        if is_remote(path) or is_packed(path):
             if self._unpacked is None:
                 self._unpacked = temporary_file(path)
-                logging.info("compressed files are unpacked into %s", tempfile.gettempdir())
+                logging.info("files are unpacked into %s", tempfile.gettempdir())
             start = self._unpacked.seek(0, os.SEEK_END)
             unpack(path, self._unpacked)
             self._spans[path] = (start, self._unpacked.tell())

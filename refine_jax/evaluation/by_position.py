@@ -236,7 +236,8 @@ def evaluate(
             f"Got: {tokenizer.vocab_size}, vocab_size={model.config.vocab_size}."
         )
     bos = options.add_bos and tokenizer.bos_id is not None  # no flag says it
-    options = dataclasses.replace(options, tokenizer=tokenizer.name, add_bos=bos)
+    # All documents are read at first: how many there are is among the results.
+    options = dataclasses.replace(options, tokenizer=tokenizer.name, add_bos=bos, stream=False)
     split = "validation" if options.holdout else "train"
     dataset = load_corpus(options, tokenizer).dataset(split, batch_size)
     started = time.perf_counter()

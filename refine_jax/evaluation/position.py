@@ -14,12 +14,11 @@ Examples:
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import check_writable, write_text
+from refine_jax.base.files import check_writable, path_of, write_text
 from refine_jax.commands import Command, Options, step_argument
 from refine_jax.config import DataConfig
 from refine_jax.settings import expand_flags, flags_of
@@ -44,7 +43,7 @@ def run(options: Options) -> None:
     expand_flags(vars(options), "checkpoint", "output")
     output = None
     if options.output is not None:
-        output = Path(options.output)
+        output = path_of(options.output)
         check_writable(output, "--output", DataError)
         if (output / "position.json").exists():
             raise DataError(f"{output} has a position.json: choose another --output.")
@@ -60,7 +59,7 @@ def run(options: Options) -> None:
 
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "position.json", json.dumps(results, indent=2) + "\n")
-        plot_positions(output / "position.png", {Path(options.checkpoint).name: results})
+        plot_positions(output / "position.png", {path_of(options.checkpoint).name: results})
 
 
 def command() -> Command:

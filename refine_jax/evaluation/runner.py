@@ -25,7 +25,15 @@ from tqdm import tqdm
 
 from refine_jax import distributed
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import json_field, parse_object, recover_lines, replacing, short
+from refine_jax.base.files import (
+    append,
+    json_field,
+    parse_object,
+    path_of,
+    recover_lines,
+    short,
+)
+from refine_jax.base.growing import Journal
 from refine_jax.compiling import Compilations
 from refine_jax.evaluation.metrics import score
 from refine_jax.evaluation.questions import Question
@@ -69,7 +77,7 @@ class Predictions(contextlib.AbstractContextManager):
     """
 
     def __init__(self, workdir: Path, required: Collection[str] = ("id", "score")):
-        self._path = Path(workdir) / PREDICTIONS
+        self._path = path_of(workdir) / PREDICTIONS
         mine = []
         if distributed.is_writer():
             mine = recover_lines(self._path, record_parser(required), distributed.say)
@@ -102,23 +110,19 @@ class Predictions(contextlib.AbstractContextManager):
         if self._file:
             self._file.close()
             aside = self._path.with_name(f"{PREDICTIONS}.dropped")
-            with aside.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, dropped))
+            append(aside, "".join(map(_line, dropped)).encode("utf-8"))
             self._rewrite()
 
     def _rewrite(self) -> None:
         """Write all records and no other line; records to come are appended."""
-        with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, self.records.values()))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = Journal(self._path, map(_line, self.records.values()))
 
     def add(self, records: Sequence[dict]) -> None:
-        """Append records of questions that have none yet; flushed before this returns."""
+        """Append records of questions that have none yet (see `Journal`)."""
         new = [record for record in records if record["id"] not in self.records]
         self.records |= {record["id"]: record for record in new}
         if self._file:
-            self._file.write("".join(map(_line, new)))
-            self._file.flush()
+            self._file.add(*map(_line, new))
 
     def close(self) -> None:
         """Close the file."""

@@ -9,9 +9,10 @@ import jax
 from absl import logging
 
 from refine_jax.base.errors import CheckpointError, DataError
-from refine_jax.base.files import json_field, local_path, read_json, short
+from refine_jax.base.files import given_path, json_field, read_json, short
 from refine_jax.checkpoint import load_model
 from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
+from refine_jax.checkpoint.model import local_checkpoint
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.models.config import model_config
 from refine_jax.models.hybrid_config import text_fields
@@ -49,7 +50,7 @@ def load(
       CheckpointError: No checkpoint, or a corrupt one.
       DataError: No such tokenizer, or the checkpoint has none.
     """
-    folder = local_path(checkpoint, "the checkpoint", CheckpointError)
+    folder = local_checkpoint(checkpoint)
     saved = load_model(folder, step=step, adapter=adapter)
     model = Model(model_config(saved.config), ComputePolicy(compute_dtype=compute_dtype))
     name = tokenizer or saved.tokenizer
@@ -86,7 +87,7 @@ def trained_with(checkpoint: Path) -> str | None:
         if name is None or name in ("bytes", "mistral-v1"):
             return name
         if name != "checkpoint":
-            if not local_path(name, f"{where}: config.data.tokenizer", DataError).exists():
+            if not given_path(name, f"{where}: config.data.tokenizer", DataError).exists():
                 raise DataError(
                     f"{where} names the tokenizer {name!r}, which is not there any more. Name it: "
                     "--tokenizer PATH."
@@ -95,7 +96,7 @@ def trained_with(checkpoint: Path) -> str | None:
         start = _setting(config, "model", "checkpoint", where)
         if start is None:
             return None
-        folder = local_path(start, f"{where}: config.model.checkpoint", CheckpointError)
+        folder = local_checkpoint(start)
         if has_tokenizer(folder):
             return str(folder)
     return None

@@ -18,8 +18,8 @@ import numpy as np
 from refine_jax.base.errors import CheckpointError
 from refine_jax.base.files import (
     check_writable,
+    given_path,
     json_field,
-    local_path,
     read_json,
     short,
     write_text,
@@ -41,7 +41,7 @@ def check_state_path(path: str | os.PathLike) -> Path:
 
     Raises CheckpointError if it exists, or its parent is no folder that may be written to.
     """
-    folder = local_path(path, "the saved state", CheckpointError).absolute()
+    folder = given_path(path, "the saved state", CheckpointError, write=True).absolute()
     check_free(folder)
     check_writable(folder.parent, "the folder of the saved state", CheckpointError)
     return folder
@@ -65,7 +65,7 @@ def save_prefix(
         record["room"] = room
     try:
         with new_folder(path) as folder:
-            write_arrays(folder.resolve() / _ARRAYS, flatten(prefix))
+            write_arrays(folder / _ARRAYS, flatten(prefix))
             write_text(folder / _RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write the saved state {path}: {error.strerror}.") from None
@@ -79,7 +79,7 @@ def load_prefix(
     Raises CheckpointError: no saved state, a corrupt one, or one of another model, other
     parameters, another dtype or another tokenizer.
     """
-    folder = local_path(path, "the saved state", CheckpointError).resolve()
+    folder = given_path(path, "the saved state", CheckpointError).absolute()
     if not (folder / _RECORD).is_file():
         raise CheckpointError(f"{path} is not a saved state: it has no {_RECORD}.")
     again = "Read the document again with this one."

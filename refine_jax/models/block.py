@@ -260,13 +260,33 @@ class LayerStack:
         return self._pattern.map(lambda kind, x: self._mixers[kind].resize(x, capacity), state)
 
     def with_room(self, state: State, num_new: int) -> State:
-        """Decode states with room for `num_new` more tokens; of few sizes. Not inside `jax.jit`."""
+        """Decode states with room for `num_new` more tokens; of few sizes. Not inside `jax.jit`.
+
+        Tokens that windows have left behind make room first.
+        """
         capacity = self.capacity(state)
         if capacity is None:
             return state
-        used = self._pattern.map(lambda kind, x: self._mixers[kind].used(x), state)
-        needed = max(int(x.max()) for x in jax.tree.leaves(used)) + num_new
+        needed = self._used(state) + num_new
+        if needed > capacity:
+            state = self._trim(state)
+            needed = self._used(state) + num_new
         return self.resize(state, capacity if needed <= capacity else round_length(needed))
+
+    def room_after(self, num_tokens: int, num_new: int) -> int:
+        """Tell how much room `with_room` makes for `num_new` tokens after so many own ones."""
+        mixers, parts = self._mixers, self._parts
+        held = max(mixer.held(parts[kind], num_tokens) for kind, mixer in mixers.items())
+        return round_length(held + num_new)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _trim(self, state: State) -> State:
+        parts = self._parts
+        return self._pattern.map(lambda kind, x: self._mixers[kind].trimmed(parts[kind], x), state)
+
+    def _used(self, state: State) -> int:
+        used = self._pattern.map(lambda kind, x: self._mixers[kind].used(x), state)
+        return max(int(x.max()) for x in jax.tree.leaves(used))
 
     def _new_block(self, kind: str | None, key: jax.Array) -> Block:
         form = PostNormBlock if self.config.is_post_norm(kind) else Block

@@ -1,7 +1,8 @@
 """The full-attention mixer of hybrid models.
 
 A fork reads the keys and values of its row where they are, up to the slot where it begins, beside
-those of its own tokens: the forks of a row share them. What a state holds grows with its tokens.
+those of its own tokens: the forks of a row share them. What a state holds grows with its tokens, up
+to those of the window, if there is one.
 
 Letters: B batch, T tokens, D model dim, G key heads, n queries of a key head, hd head dim, R forks
 of a row, S new tokens, C tokens that a cache has room for.
@@ -60,16 +61,29 @@ class SharedRow(NamedTuple):
 class AttentionState:
     """A decode state.
 
-    keys, values: [B, R, G, C, hd], of the fork's own tokens, the first `count` [B, R] of them.
-    row: what came before these; None: nothing. fixed: whether C stays as it is when the state is
-    extended, and whoever extends it sees to it that there is room; else C grows by each extension.
+    keys, values: [B, R, G, C, hd], of the fork's own tokens, in the first `count` [B, R] slots.
+    row: what came before these; None: nothing. dropped: [B, R] int32, own tokens before the first
+    slot, which left the window; None: there is no window. fixed: whether C stays as it is when the
+    state is extended, and whoever extends it sees to it that there is room; else C grows by each
+    extension.
     """
 
     keys: jax.Array
     values: jax.Array
     count: jax.Array
     row: SharedRow | None
+    dropped: jax.Array | None
     fixed: bool = dataclasses.field(metadata={"static": True})
+
+    @property
+    def own(self) -> jax.Array:
+        """The fork's own tokens so far [B, R]."""
+        return self.count if self.dropped is None else self.count + self.dropped
+
+    @property
+    def seen(self) -> jax.Array:
+        """All tokens so far [B, R]."""
+        return self.own if self.row is None else self.own + self.row.seen
 
 
 class AttentionChange(NamedTuple):
@@ -221,27 +235,30 @@ class FullAttentionMixer(Mixer):
     ) -> AttentionState:
         """Make decode states, which share the keys and values of their rows.
 
-        The only fork of a row, whose tokens are not known to be few, takes these for its own.
+        The only fork of a row, whose tokens are not known to be few, takes these for its own, or
+        those that its window reaches.
         """
-        del config
-        fixed = resumed.keys.shape[3] > 0
+        fixed, none = resumed.keys.shape[3] > 0, jnp.zeros_like(positions)
+        dropped = None if config.window is None else none
         if positions.shape[1] == 1 and layout is None and not fixed:
-            return AttentionState(picked.k[:, None], picked.v[:, None], positions, None, False)
+            k, v = picked.k[:, None], picked.v[:, None]
+            return _trimmed(config, AttentionState(k, v, positions, None, dropped, False))
         row = SharedRow(*picked, *last_and_seen(positions, layout))
-        return AttentionState(*resumed, jnp.zeros_like(positions), row, fixed)
+        return AttentionState(*resumed, none, row, dropped, fixed)
 
     def init_state(self, batch: tuple[int, int], dtype: jnp.dtype) -> AttentionState:
         """The state before any token, for `batch` (B, R)."""
         shape = (*batch, self.config.num_kv_heads, 0, self.config.head_dim)
         empty = jnp.zeros(shape, dtype)
-        return AttentionState(empty, empty, jnp.zeros(batch, jnp.int32), None, False)
+        none = jnp.zeros(batch, jnp.int32)
+        dropped = None if self.config.window is None else none
+        return AttentionState(empty, empty, none, None, dropped, False)
 
     def extend(self, x: jax.Array, state: AttentionState) -> tuple[jax.Array, AttentionChange]:
         """Continue `state` by x [B, R, S, D]; returns [B, R, S, D] and the new keys and values."""
-        seen = state.count if state.row is None else state.count + state.row.seen
-        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(x.shape[2]))
+        q, gate, k, v = self._project(x, state.seen[..., None] + jnp.arange(x.shape[2]))
         cached = (state.keys, state.values) if state.keys.shape[3] else None
-        out = self._attend_forks(q, k, v, cached, state.count, state.row)
+        out = self._attend_forks(q, k, v, cached, state.count, state.own, state.row)
         return self._output(out, gate), AttentionChange(k, v)
 
     def extend_layer(
@@ -254,16 +271,15 @@ class FullAttentionMixer(Mixer):
                 "A state must have room for the tokens that extend it (Model.resize). Got: "
                 f"{num_new} tokens, room for {capacity}."
             )
-        count, row = states.count[layer], states.row
+        count, own, row = states.count[layer], states.own[layer], states.row
         if row is not None:
             row = row._replace(last=row.last[layer], seen=row.seen[layer])
-        seen = count if row is None else count + row.seen
-        q, gate, k, v = self._project(x, seen[..., None] + jnp.arange(num_new))
+        q, gate, k, v = self._project(x, states.seen[layer][..., None] + jnp.arange(num_new))
         keys, values = (
             write_layer(cache, new, layer, count)
             for cache, new in ((states.keys, k), (states.values, v))
         )
-        out = self._attend_forks(q, None, None, (keys, values), count, row, layer)
+        out = self._attend_forks(q, None, None, (keys, values), count, own, row, layer)
         count = states.count.at[layer].add(num_new)
         states = dataclasses.replace(states, keys=keys, values=values, count=count)
         return self._output(out, gate), states
@@ -287,6 +303,16 @@ class FullAttentionMixer(Mixer):
         return state.count
 
     @staticmethod
+    def held(config: AttentionConfig, num_tokens: int) -> int:
+        """All tokens, or those that the next one's window reaches; at least one."""
+        return num_tokens if config.window is None else min(num_tokens, max(config.window - 1, 1))
+
+    @staticmethod
+    def trimmed(config: AttentionConfig, state: AttentionState) -> AttentionState:
+        """States of all layers without the tokens that no later one sees."""
+        return jax.vmap(lambda layer: _trimmed(config, layer))(state)
+
+    @staticmethod
     def resize(state: AttentionState, capacity: int) -> AttentionState:
         """States of all layers with room for `capacity` tokens, which stays as it is."""
         keys, values = (_with_room(x, capacity) for x in (state.keys, state.values))
@@ -304,16 +330,18 @@ class FullAttentionMixer(Mixer):
         del plan
         row = SharedRow(*trace, *last_and_seen(positions, layout))
         q, gate, k, v = self._project(x, row.seen[..., None] + jnp.arange(x.shape[2]))
-        out = self._attend_forks(q, k, v, None, jnp.zeros_like(positions), row)
+        none = jnp.zeros_like(positions)
+        out = self._attend_forks(q, k, v, None, none, none, row)
         return self._output(out, gate)
 
     def _attend_forks(
-        self, q, k, v, cached, count, row: SharedRow | None, layer: jax.Array | None = None
+        self, q, k, v, cached, count, own, row: SharedRow | None, layer: jax.Array | None = None
     ) -> jax.Array:
         """Attention of new tokens to themselves, to those of a cache and to those of the row.
 
         q: [B, R, G, n, S, hd]; k, v: [B, R, G, S, hd]. cached: keys and values [B, R, G, C, hd], of
-        which there are `count` [B, R]; None: none. Returns the shape of q.
+        which there are `count` [B, R]; None: none. own: [B, R], the forks' tokens before the new
+        ones. Returns the shape of q.
         layer: `cached` and the row's keys and values are those of all layers, and `cached` holds
         the new tokens, too; k and v are None.
         """
@@ -327,7 +355,7 @@ class FullAttentionMixer(Mixer):
         tokens = None
         if row is not None:
             tokens = tuple(repeat_heads(x, axis + 1, more) for x in (row.k, row.v))
-        places = None if row is None else (row.last, row.seen)
+        places = None if row is None else (row.last, row.seen, own)
 
         def run(q, k, v, cached, count, tokens, places, layer):
             new, count = jnp.arange(q.shape[4]), count[..., None]
@@ -340,8 +368,8 @@ class FullAttentionMixer(Mixer):
                 last = count - 1 if layer is None else count + new
                 parts.append(_attend_own(q, *cached, jnp.maximum(count + begin, 0), last, layer))
             if tokens is not None:
-                last, seen = (x[..., None] for x in places)
-                first = last + 1 + jnp.maximum(-seen, count + begin)
+                last, seen, own = (x[..., None] for x in places)
+                first = last + 1 + jnp.maximum(-seen, own + begin)
                 parts.append(_attend_rows(q, *tokens, first, last, axis_name, layer))
             return join(parts).astype(q.dtype)
 
@@ -351,6 +379,27 @@ class FullAttentionMixer(Mixer):
         axes = (forks, forks, forks, caches, batch, rows, batch, ())
         run = over_shards(run, axes, forks)
         return run(q, k, v, cached, count, tokens, places, layer).reshape(shape)
+
+
+def _trimmed(config: AttentionConfig, state: AttentionState) -> AttentionState:
+    """A state without the tokens that have left the window: later ones move to their slots."""
+    kept = FullAttentionMixer.held(config, state.keys.shape[3])
+    if kept == state.keys.shape[3]:
+        return state
+    gone = jnp.maximum(state.count - kept, 0)
+
+    @jax.vmap
+    @jax.vmap
+    def last(cache, start):  # [G, C, hd], []
+        return lax.dynamic_slice_in_dim(cache, start, kept, axis=1)
+
+    return dataclasses.replace(
+        state,
+        keys=last(state.keys, gone),
+        values=last(state.values, gone),
+        count=state.count - gone,
+        dropped=state.dropped + gone,
+    )
 
 
 def _reach_of_queries(q: jax.Array, first, last):

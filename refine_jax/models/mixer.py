@@ -190,6 +190,18 @@ class Mixer(nnx.Module):
         del state
 
     @staticmethod
+    def held(config: Any, num_tokens: int) -> int:
+        """Tell how many of a fork's own tokens its state must hold to continue after these."""
+        del config, num_tokens
+        return 0
+
+    @staticmethod
+    def trimmed(config: Any, state: Any) -> Any:
+        """Leave out of the states what no later token sees."""
+        del config
+        return state
+
+    @staticmethod
     def resize(state: Any, capacity: int) -> Any:
         """Make room for as many tokens, or keep as many; the states' shape is then fixed."""
         del capacity

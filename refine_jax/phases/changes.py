@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import json_field, read_json, short
+from refine_jax.base.files import json_field, path_of, read_json, short
 from refine_jax.checkpoint.folders import CHECKPOINTS, RUN
 from refine_jax.checkpoint.steps import find_steps, read_config
 from refine_jax.config import SECTIONS, Config, OptimizerConfig, RefineConfig
@@ -179,10 +179,11 @@ def check_same_run(config: Config, workdir: Path, allow_change: Iterable[str] = 
       CheckpointError: Its record cannot be read.
     """
     allowed = allowed_names(allow_change)
-    path = Path(workdir) / CHECKPOINTS / RUN
+    workdir = path_of(workdir)
+    path = workdir / CHECKPOINTS / RUN
     if not has_checkpoints(workdir):
         for name in ("predictions.jsonl", "evaluation.json"):
-            if (Path(workdir) / name).exists():
+            if (workdir / name).exists():
                 raise ConfigError(
                     f"{workdir} holds an evaluation ({name}), which a training run would mix with "
                     "its own files. Choose another --workdir."

@@ -22,7 +22,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from refine_jax import distributed
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.config import Config, RefineConfig
 from refine_jax.evaluation import intervals
 from refine_jax.phases import evaluate, midtrain, testtime
@@ -31,6 +31,7 @@ from refine_jax.presets import PRESETS
 from refine_jax.report.metrics import write_results
 from refine_jax.report.page import PAGE_FILE, write_page
 from refine_jax.report.runs import Run, read_run
+from refine_jax.report.trackers import check_trackers
 
 BEFORE, ADAPTED = "answers-before", "answers-adapted"
 
@@ -92,7 +93,8 @@ def run(config: Config, workdir: str | Path) -> dict:
     that was stopped}. Raises ConfigError, ModelConfigError, DataError, CheckpointError: bad input;
     RunError: training cannot go on.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
+    check_trackers(config.train.tracker_names or [])  # not after the first of the answers
     parts = list_parts(config, workdir)
     begin, spent = time.perf_counter(), time.process_time()
     with only_run_in(workdir), _programs_kept():

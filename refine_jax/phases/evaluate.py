@@ -18,7 +18,7 @@ import jax
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path, read_json, short, write_text
+from refine_jax.base.files import given_path, read_json, short, write_text
 from refine_jax.checkpoint.tree import fingerprints, flatten
 from refine_jax.config import Config
 from refine_jax.data.tokenizer import Tokenizer
@@ -182,7 +182,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     {"interrupted": signal name, "done": examples with a record, "samples": all}. Raises
     ConfigError, ModelConfigError, DataError, CheckpointError: bad input; nothing was written.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh, alone=True):
         parts = prepare(config, workdir)
         return run_parts(parts, workdir, make_answerer(parts), check)
@@ -235,6 +235,7 @@ def run_parts(
                 "command continues the evaluation."
             )
             return {"interrupted": interrupt.signal, "done": done, "samples": len(parts.questions)}
+        predictions.close()
         return write_evaluation([predictions.records[q.name] for q in parts.questions], workdir)
 
 

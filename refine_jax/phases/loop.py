@@ -343,9 +343,9 @@ class Loop(abc.ABC):
                     f"them; the last checkpoint is step {(manager.steps() or [None])[-1]}. Try a "
                     "smaller learning rate, or look at the data."
                 )
-            self._save(manager, step, state, batches, evaluation, last=step == train.steps)
+            self._save(manager, monitor, step, state, batches, evaluation, last=step == train.steps)
         check()
-        self._save(manager, step, state, batches, {}, last=True)
+        self._save(manager, monitor, step, state, batches, {}, last=True)
         return state
 
     def _keep(self, monitor: Monitor, step: int, metrics: Mapping[str, Any]) -> None:
@@ -400,6 +400,7 @@ class Loop(abc.ABC):
     def _save(
         self,
         manager: CheckpointManager,
+        monitor: Monitor,
         step: int,
         state: TrainState,
         batches: BatchIterator,
@@ -410,12 +411,15 @@ class Loop(abc.ABC):
         """Start a checkpoint if one is due; a step that may be the best is saved to be kept."""
         best = self.config.train.best_metric
         metrics = {name.removeprefix("eval/"): value for name, value in evaluation.items()}
+        force = last or bool(best and metrics)
+        if manager.is_due(step, force=force):
+            monitor.flush()  # a step that can be continued from has the metrics up to it
         manager.save(
             step,
             dataclasses.replace(state, frozen=None),
             data_state=batches.get_state(),
             metrics=metrics if best and metrics else None,
-            force=last or bool(best and metrics),
+            force=force,
         )
 
     def report(self, state: TrainState, history: list[dict]) -> dict:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from refine_jax import distributed
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Corpus, Dataset, load_corpus
 from refine_jax.data.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
       ConfigError, ModelConfigError, DataError, CheckpointError: Bad input; nothing was written.
       RunError: Training cannot go on.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), distributed.Interrupt() as interrupt:
         return MidtrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
@@ -83,11 +83,12 @@ class MidtrainLoop(Loop):
     def describe_data(self) -> str:
         """Count the rows, and give their length."""
         rows, length = self.parts.training.rows, self.config.data.sequence_length
-        return f"{rows:,} rows of {length:,} tokens"
+        return f"{'streamed' if rows is None else f'{rows:,}'} rows of {length:,} tokens"
 
     def describe_left_out(self) -> str:
         """Count documents and tokens that are not trained on, by reason."""
-        return self.parts.training.statistics.summary()
+        statistics = self.parts.training.statistics
+        return statistics.summary() if statistics is not None else ""
 
     def place(self, batch: Batch, dataset: Dataset) -> Batch:
         """Drop the segments where they say nothing, which makes the program faster."""

@@ -34,7 +34,7 @@ import numpy as np
 
 from refine_jax import distributed
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path, write_text
 from refine_jax.config import Config
 from refine_jax.data.pipeline import Batch, Dataset
 from refine_jax.data.prompts import PromptCorpus, load_prompts, trim_batch, trimmed_width
@@ -83,7 +83,7 @@ def run(config: Config, workdir: str | Path, allow_change: Sequence[str] = ()) -
 
     Arguments, result and errors are those of `refine_jax.phases.midtrain.run`.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     with only_run_in(workdir) as check, use_mesh(config.mesh), distributed.Interrupt() as interrupt:
         return PosttrainLoop(prepare(config, workdir, allow_change), workdir).run(interrupt, check)
 
@@ -235,7 +235,7 @@ class PosttrainLoop(Loop):
                 "score": self.score(example, response),
             }
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        (self.workdir / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
+        write_text(self.workdir / ANSWERS_FILE, "".join(lines))
 
 
 @jax.jit

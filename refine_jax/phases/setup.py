@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from refine_jax import distributed
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_text, short
+from refine_jax.base.files import parse_object, path_of, read_text, short
 from refine_jax.base.lock import Lock
 from refine_jax.checkpoint.folders import (
     CHECKPOINTS,
@@ -23,7 +23,7 @@ from refine_jax.checkpoint.folders import (
     ModelCheckpoint,
     has_tokenizer,
 )
-from refine_jax.checkpoint.model import load_model, read_lora
+from refine_jax.checkpoint.model import load_model, local_checkpoint, read_lora
 from refine_jax.checkpoint.peft import read_adapter
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
@@ -69,7 +69,7 @@ def only_run_in(workdir: Path) -> Iterator[Callable[[], None]]:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether a run in `workdir` has saved a step, be it one that is damaged now."""
-    steps = find_steps(Path(workdir) / CHECKPOINTS)
+    steps = find_steps(path_of(workdir) / CHECKPOINTS)
     return bool(steps.saved or steps.broken)
 
 
@@ -81,7 +81,7 @@ def load_start(config: ModelConfig, workdir: Path) -> ModelCheckpoint:
       ConfigError, ModelConfigError: `config.fresh` describes no model.
     """
     if has_checkpoints(workdir):
-        folder = Path(workdir) / CHECKPOINTS
+        folder = path_of(workdir) / CHECKPOINTS
         if not (folder / CONFIG).exists():
             raise CheckpointError(
                 f"{folder} holds saved steps but no {CONFIG}, which says of what model. Put it "
@@ -206,7 +206,7 @@ def load_matching_tokenizer(config: Config, start: ModelCheckpoint) -> Tokenizer
     if name == "checkpoint":
         name, source = start.tokenizer, config.model.checkpoint
         if name is None or not has_tokenizer(name):
-            name = None if source is None else trained_with(Path(source).expanduser())
+            name = None if source is None else trained_with(local_checkpoint(source))
         if name is None:
             raise ConfigError(
                 "config.data.tokenizer='checkpoint' needs a model.checkpoint with tokenizer files. "

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import local_path
+from refine_jax.base.files import given_path
 from refine_jax.config import Config
 from refine_jax.parallel import use_mesh
 from refine_jax.phases.evaluate import EvaluationParts, make_answerer, prepare, run_parts
@@ -48,7 +48,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     Arguments, result and errors are those of `refine_jax.phases.evaluate.run`; the figures say what
     adaptation cost.
     """
-    workdir = local_path(workdir, "workdir").absolute()
+    workdir = given_path(workdir, "workdir", write=True).absolute()
     if jax.process_count() > 1 and config.testtime.reset == "never":
         raise ConfigError(
             "config.testtime.reset='never' adapts to one batch after the other, which several "

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import check_output, check_writable, local_path
+from refine_jax.base.files import check_output, check_writable, given_path
 from refine_jax.commands import Command, Options
 
 
@@ -76,8 +76,8 @@ def run(options: Options) -> None:
     from refine_jax.report.page import PAGE_FILE
     from refine_jax.report.runs import parts_of
 
-    folders = [local_path(folder, "RUN") for folder in options.run]
-    out = local_path(options.out, "--out") if options.out else None
+    folders = [given_path(folder, "RUN") for folder in options.run]
+    out = given_path(options.out, "--out", write=True) if options.out else None
     if len(folders) == 1 and (parts := parts_of(folders[0])):
         out, folders = out or folders[0] / PAGE_FILE, parts
     if len(folders) == 1 and out is None:

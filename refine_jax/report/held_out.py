@@ -22,11 +22,12 @@ from refine_jax.base.errors import DataError
 from refine_jax.base.files import (
     json_field,
     parse_object,
+    path_of,
     read_lines,
     recover_lines,
-    replacing,
     short,
 )
+from refine_jax.base.growing import Journal
 from refine_jax.config import RefineConfig
 from refine_jax.data.tokenizer import Tokenizer
 from refine_jax.generation.text import token_texts
@@ -175,21 +176,20 @@ class HeldOutLog:
     """
 
     def __init__(self, workdir: Path, start: int, say: Callable[[str], None], *, write: bool):
-        self._path = Path(workdir) / HELD_OUT_FILE
+        path = path_of(workdir) / HELD_OUT_FILE
         self._write, self._steps = write, set[int]()
         if not write:
             return
-        records = [r for r in recover_lines(self._path, _parser(), say) if r["step"] <= start]
+        records = [r for r in recover_lines(path, _parser(), say) if r["step"] <= start]
         self._steps = {record["step"] for record in records}
-        with replacing(self._path) as part, part.open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, records))
+        self._file = Journal(path, map(_line, records))
 
     def add(self, step: int, record: HeldOutRecord) -> None:
         """Append the evaluation after `step`, once; it is on disk when this returns."""
         if self._write and step not in self._steps:
             self._steps.add(step)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_line({"step": step} | record.fields()))
+            self._file.add(_line({"step": step} | record.fields()))
+            self._file.flush()
 
 
 def _line(record: Mapping[str, Any]) -> str:

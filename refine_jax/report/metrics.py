@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import json_field, parse_object, read_lines, short, write_text
+from refine_jax.base.files import json_field, parse_object, path_of, read_lines, short, write_text
 
 METRICS_FILE = "metrics.jsonl"
 RESULTS_FILE = "results.json"
@@ -138,7 +138,7 @@ def is_refine(record: Mapping) -> bool:
 
 def write_results(workdir: Path, results: Mapping) -> None:
     """Save the figures as `results.json`, replaced whole."""
-    write_text(Path(workdir) / RESULTS_FILE, json.dumps(dict(results), indent=2) + "\n")
+    write_text(path_of(workdir) / RESULTS_FILE, json.dumps(dict(results), indent=2) + "\n")
 
 
 def table(results: Mapping) -> str:

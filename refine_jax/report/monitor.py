@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from refine_jax.base.files import numbered, read_lines, recover_lines, replacing
+from refine_jax.base.files import numbered, path_of, read_lines, recover_lines
+from refine_jax.base.growing import Journal
 from refine_jax.report.metrics import EDGE, METRICS_FILE, step_parser, total_seconds
 
 
@@ -35,7 +36,7 @@ class Monitor(contextlib.AbstractContextManager):
         self, workdir: Path, *, steps: int, start: int = 0, log_every: int = 10, write: bool = True
     ):
         self._steps, self._log_every = steps, log_every if write else 0
-        path = Path(workdir) / METRICS_FILE
+        path = path_of(workdir) / METRICS_FILE
         parse = step_parser()
         if write:
             records = recover_lines(path, parse, self.say)
@@ -49,9 +50,7 @@ class Monitor(contextlib.AbstractContextManager):
             missing = [step for step in range(1, start + 1) if step not in there]
             if missing:
                 self.say(f"{path} lacks {numbered('step', missing)} of the {start} done before.")
-            with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in self.history)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = Journal(path, (json.dumps(record) + "\n" for record in self.history))
         self._before = total_seconds(self.history)
         self._started = time.perf_counter()
         # disable=None: no bar where standard error is not a terminal; the lines remain.
@@ -70,19 +69,23 @@ class Monitor(contextlib.AbstractContextManager):
         return self._before + time.perf_counter() - self._started
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of one step, flushed to the file before this returns."""
+        """Append the metrics of one step; they are in the file when this, or `flush`, returns."""
         record = {"step": step}
         record |= {name: _number(value) for name, value in metrics.items()}
         record["time/total"] = round(self.seconds, 3)
         self.history.append(record)
         if self._file:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._file.add(json.dumps(record) + "\n")
         self._bar.update(step - self._bar.n)
         self._bar.set_postfix_str(_brief(record), refresh=False)
         evaluated = any(name.startswith("eval/") for name in record)
         if self._log_every and (step % self._log_every == 0 or evaluated or step == self._steps):
             self.say(f"step {step}/{self._steps}  {_brief(record)}{self._time_left(step)}")
+
+    def flush(self) -> None:
+        """Return when the metrics of all steps are in the file, also where that is in a bucket."""
+        if self._file:
+            self._file.flush()
 
     def say(self, message: str) -> None:
         """Print a line on standard output without breaking the progress bar."""

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import jax
 
+from refine_jax.base.files import path_of
+from refine_jax.base.growing import Mirror
+
 PROFILE = "profile"
 
 
@@ -28,7 +31,8 @@ class Profile(contextlib.AbstractContextManager):
         *,
         write: bool = True,
     ):
-        self._folder, self._say = Path(workdir) / PROFILE, say
+        self._folder, self._say = path_of(workdir) / PROFILE, say
+        self._mirror: Mirror | None = None
         self._first, self._last = steps if steps and write else (1, 0)
         self._running = False
 
@@ -49,7 +53,8 @@ class Profile(contextlib.AbstractContextManager):
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # calls of Python functions would fill the trace
         try:
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._mirror = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.path), profiler_options=options)
             self._running = True
         except Exception as error:  # such as another profiler that is at work
             self._first, self._last = 1, 0
@@ -61,7 +66,8 @@ class Profile(contextlib.AbstractContextManager):
             return
         self._running = False
         try:
-            jax.profiler.stop_trace()
+            with self._mirror:
+                jax.profiler.stop_trace()
             self._say(f"Trace of the steps: {self._folder} (tensorboard --logdir, or xprof).")
         except Exception as error:
             self._say(f"The trace of the steps could not be written: {error}")

@@ -2,7 +2,8 @@
 
 Each works in a thread of its own, from a queue: training never waits for one, and one that fails
 is told of once and left. `WORKDIR/trackers.json` keeps the names of the run in each of them, so
-that a run that is continued goes on in the same place.
+that a run that is continued goes on in the same place. None of them writes to a bucket: there they
+write to a temporary folder of this machine, which is copied every minute and at the end.
 """
 
 import contextlib
@@ -19,9 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from refine_jax.base.errors import ConfigError
-from refine_jax.base.files import read_json, write_text
+from refine_jax.base.files import path_of, read_json, write_text
+from refine_jax.base.growing import Mirror
 
 TRACKERS_FILE = "trackers.json"
+_DATABASE = "mlflow.db"
+UPLOAD = 60.0
+"""Seconds between two times that what trackers wrote is copied to the bucket of the run."""
 PATIENCE = 60.0
 """Seconds that the end of a run waits for a tracker to send what it holds."""
 
@@ -105,7 +110,7 @@ class MLflow:
         place: dict[str, Any] = {}
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            uri = f"sqlite:///{workdir / 'mlflow.db'}"
+            uri = f"sqlite:///{workdir / _DATABASE}"
             place["artifact_location"] = (workdir / "mlflow").as_uri()
         self._client, self._metric = MlflowClient(tracking_uri=uri), Metric
         if "mlflow" in ids:
@@ -220,15 +225,20 @@ class Trackers(contextlib.AbstractContextManager):
         if names is None:
             names = [name for name in ("tensorboard",) if _is_installed(name)]
         self._workers: list[_Worker] = []
+        self._mirror: Mirror | None = None
         if not write or not names:
             return
-        path = Path(workdir) / TRACKERS_FILE
+        workdir = path_of(workdir)
+        path = workdir / TRACKERS_FILE
+        self._mirror = Mirror(workdir)
+        self._mirror.fetch(_DATABASE)
+        self._next = time.monotonic() + UPLOAD
         ids: Ids = read_json(path, ConfigError) if path.exists() else {}
         lock = threading.Lock()
 
         def start(kind: Callable[..., Tracker]) -> Tracker:
             own = dict(ids)
-            tracker = kind(Path(workdir), project, own, config)
+            tracker = kind(self._mirror.path, project, own, config)
             with lock:
                 if own.items() - ids.items():
                     ids.update(own)
@@ -244,9 +254,14 @@ class Trackers(contextlib.AbstractContextManager):
         known = {n: value for n, value in figures.items() if value is not None and n != "step"}
         for worker in self._workers:
             worker.put(lambda tracker: tracker.log(step, known))
+        if self._workers and time.monotonic() > self._next:
+            self._next = time.monotonic() + UPLOAD
+            self._workers[0].put(lambda _: self._mirror.upload())
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Report a PNG file, which has to stay."""
+        if self._workers:
+            path = self._mirror.fetch(path.name)
         for worker in self._workers:
             worker.put(lambda tracker: tracker.picture(step, name, path))
 
@@ -257,6 +272,8 @@ class Trackers(contextlib.AbstractContextManager):
             worker.put(None)
         for worker in self._workers:
             worker.join(until - time.monotonic())
+        if self._mirror is not None:
+            self._mirror.close()
 
     def __exit__(self, *exception) -> None:
         self.close()

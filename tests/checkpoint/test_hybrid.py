@@ -1,6 +1,7 @@
 """Folders of hybrid models: names of tensors, other parts, and the way back, bit for bit."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIGS
 
-from refine_jax.checkpoint import CheckpointManager, load_model, read_hf
+from refine_jax.checkpoint import CheckpointManager, arrays, load_model, read_hf, streams
 from refine_jax.checkpoint.names import slots_of
 from refine_jax.checkpoint.tree import abstract_params
 from refine_jax.convert import from_hf, to_hf
@@ -82,6 +83,25 @@ def test_there_and_back_is_the_same_folder(tmp_path, fields, shards):
     params = load_model(tmp_path / "b").params
     assert "visual" not in str(params.keys())
     to_hf(str(tmp_path / "b"), str(tmp_path / "c"))
+    assert_same_folders(tmp_path / "c", source)
+
+
+def test_conversions_hold_no_whole_shard(tmp_path, monkeypatch):
+    """Both ways take the memory of some blocks, however large the model is."""
+    fields = NESTED | {"text_config": QWEN | {"vocab_size": 20000, "hidden_size": 64}}
+    source = write_folder(tmp_path / "a", fields, tensors_of(fields), 3)
+    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert largest > 2**21  # else the rest of a conversion is more than the arrays
+    for module in (streams, arrays):
+        monkeypatch.setattr(module, "BLOCK", 2**16)
+    monkeypatch.setattr(arrays, "ROOM", 2**17)
+    for convert, names in ((from_hf, "ab"), (to_hf, "bc")):
+        tracemalloc.start()
+        try:
+            convert(*(str(tmp_path / name) for name in names))
+            assert tracemalloc.get_traced_memory()[1] < largest / 2
+        finally:
+            tracemalloc.stop()
     assert_same_folders(tmp_path / "c", source)
 
 

@@ -218,7 +218,9 @@ def test_fingerprints_agree_on_host_and_device_and_see_every_bit(dtype):
     array = np.asarray(jnp.asarray(rng.normal(size=(7, 3, 5)) * 9).astype(dtype))
     bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(object)
     want = sum(int(b) * (2 * i + 1) for i, b in enumerate(bits)) % 2**32
-    assert tree._host_fingerprint(array) == tree._host_fingerprint(array, block=10) == want
+    flat = array.reshape(-1)
+    parts = [tree.block_fingerprint(flat[i : i + 40], i, piece=9) for i in (0, 40, 80)]
+    assert tree.fingerprints({"x": array})["x"] == sum(parts) % 2**32 == want
     assert int(tree._device_fingerprint(array)) == want
     assert tree.fingerprints({"x": jnp.asarray(array), "y": array}) == {"x": want, "y": want}
     if dtype != "bool":

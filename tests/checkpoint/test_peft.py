@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny, tokens
 
 from refine_jax.base.errors import CheckpointError
-from refine_jax.checkpoint.hf import write_hf
+from refine_jax.checkpoint import write_hf
 from refine_jax.checkpoint.peft import read_adapter, write_adapter
 from refine_jax.checkpoint.tree import flatten
 from refine_jax.models.head import logits

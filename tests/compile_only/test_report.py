@@ -439,6 +439,30 @@ def test_caches_have_room_for_a_prompt_and_its_answer():
     assert room() >= 1024 + 3000
 
 
+def test_gradients_of_frozen_matrices_are_not_counted():
+    """As in the program of the step: it lacks the products of tokens that make them."""
+    counted, asked = {}, {}
+    wide = {"hidden_size": 64, "intermediate_size": 96}
+    for trainable in ("all", "lora"):
+        values = small_config()
+        values.model.fresh = CONFIGS["deltanet"] | wide
+        values.model.lora_rank = 1 if trainable == "lora" else None
+        values.model.remat = "none"
+        values.train.trainable = trainable
+        values.train.update(batch_size=1, mini_batch_size=1)
+        values.refine.objective = "ntp"
+        values.data.sequence_length = 64
+        run = AbstractRun(Config.from_dict(values), jax.devices()[0])
+        program = programs_of_run(run)["update"]()
+        counted[trainable] = count_flops(program.function.trace(*program.args).jaxpr)[0]
+        asked[trainable] = program.model_flops
+    saved = asked["all"] - asked["lora"]
+    assert saved > 0.1 * asked["all"]
+    # The loss makes the head's gradient beside itself; where nothing reads it, XLA leaves it out.
+    head = 2 * 64 * 53 * 64
+    assert saved == pytest.approx(counted["all"] - counted["lora"] + head, rel=0.01)
+
+
 def test_prompts_that_adapt_updates_share_the_weights():
     """Three at once: three updates with their moments, and the model once."""
     values = small_config()

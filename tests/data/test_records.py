@@ -576,7 +576,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path) -> None:
         ("{}/**x", "no glob pattern that works|matches nothing"),
         ("{}/a.txt/b", "no such file or folder"),
         ("x" * 5000, "cannot read data.source=.*name too long"),
-        ("s3://bucket/a.jsonl", "data.source must be a path.*s3://bucket"),
+        ("s3://bucket/a.jsonl", "data.source=s3://bucket.*: s3:// needs the package s3fs"),
         ("a\0b", "null character"),
     ],
 )

@@ -1,5 +1,6 @@
 """experiments/colab_demo.ipynb runs from its first cell to its last, in small; and its helpers."""
 
+import html
 import json
 import re
 import sys
@@ -29,6 +30,7 @@ SMALL = {
     "LENGTHS": "128",
     "SAMPLES": 4,
     "WORKDIR": "demo",
+    "HUB": "hf://org/small",
 }
 # What the test looks at, gathered by a cell at the end.
 FACTS = """
@@ -66,6 +68,12 @@ def cell_of(notebook, name):
     return next(cell for cell in notebook.cells if cell.id == name)
 
 
+def printed_by(cell):
+    """Lines that a cell prints."""
+    said = [output["text"] for output in cell.outputs if output.get("name") == "stdout"]
+    return "".join(said).splitlines()
+
+
 def kinds(cell):
     """MIME types of what a cell shows."""
     return {kind for output in cell.outputs for kind in output.get("data", {})}
@@ -87,7 +95,11 @@ def test_the_file_has_no_outputs_and_stable_ids():
 
 # One test, as parallel workers would each run the notebook again for theirs.
 @pytest.mark.timeout(1200)
-def test_every_cell_runs(tmp_path, monkeypatch):
+def test_every_cell_runs(tmp_path, monkeypatch, hub):
+    hub.add_folder("models", "org/small", folder("deltanet"))
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub")}
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     notebook = execute(load(), tmp_path, SMALL, FACTS)
@@ -99,6 +111,10 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     check_answers(demo, facts)
     for name in ("rollouts-plot", "train", "recall"):
         assert "image/png" in kinds(cell_of(notebook, name)), name
+    report = cell_of(notebook, "report").outputs[-1]["data"]["text/html"]
+    page = html.unescape(re.fullmatch(r'<iframe srcdoc="(.*?)" style=.*', report, re.S)[1])
+    assert page == (demo / "refine" / "report.html").read_text()
+    check_hub(printed_by(cell_of(notebook, "hub")), facts)
     assert "the answer is" in cell_of(notebook, "recall-answers").outputs[0]["text"]
     check_conversion(demo / "refine", tmp_path, facts)
 
@@ -137,6 +153,12 @@ def check_answers(demo, facts):
     references = [{record["id"]: record["answers"] for record in part} for part in (before, after)]
     assert references[0] == references[1]
     assert all(record["prompt_tokens"] <= 128 - 8 for record in before)
+
+
+def check_hub(printed, facts):
+    """The small model of the package came from the hub, and answers as one that was trained on."""
+    assert printed[0] == "demo/published: 31 tensors, 144,992 parameters, bfloat16"
+    assert len(printed) == 1 + len(facts["greedy"])
 
 
 def check_conversion(trained, place, facts):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny, tokens
 
-from refine_jax.checkpoint.hf import read_hf, write_hf
+from refine_jax.checkpoint import read_hf, write_hf
 from refine_jax.generation import Generator, Sampling
 from refine_jax.models.config import model_config
 from refine_jax.models.head import log_prob, logits

@@ -9,6 +9,7 @@ import pytest
 from tiny import CONFIGS, tiny, tokens
 
 from refine_jax.checkpoint.tree import flatten
+from refine_jax.generation import prefill
 from refine_jax.models.causal_attention import IMPLEMENTATIONS, attend, causal_attention, join
 from refine_jax.models.config import model_config
 from refine_jax.models.layout import Layout
@@ -143,6 +144,38 @@ def test_forks_share_the_keys_and_values_of_their_row():
         found = state(forks)
         assert found.row.k.shape == (2, 2, 2, 64, 8)  # [L, B, G, T, hd]
         assert found.keys.shape == (2, 2, forks, 2, 4, 8)
+
+
+def test_states_drop_what_leaves_the_window():
+    """After 70 tokens and 90 more caches hold 64 slots, and compute what a forward pass does."""
+    model, params = tiny("deltanet_hybrid")  # with a window of 7
+    ids, read = tokens(1, 2, 160), 70
+
+    @jax.jit
+    def begin(params):
+        hidden, trace = model.forward(params, ids[:, :read], with_trace=True)
+        return hidden, model.fork(params, trace, jnp.full((2, 1), read))
+
+    def kept(length):  # slots of the caches after a prompt
+        row, lengths = jnp.zeros((1, length), jnp.int32), jnp.full((1,), length)
+        state = jax.eval_shape(lambda p: prefill(model, p, row, lengths).state, params)
+        return model.capacity(state)
+
+    assert kept(64) == kept(1024) == 6
+    extend = jax.jit(model.extend)
+    hidden, state = begin(params)
+    kind = "full_attention"
+    assert state[kind].keys.shape[4] == 6
+    parts = [hidden[:, None]]
+    for at in range(read, 160, 30):
+        state = model.with_room(state, 30)
+        assert model.capacity(state) == 64 == model.room_after(at, 30)
+        hidden, state = extend(params, ids[:, None, at : at + 30], state)
+        parts.append(hidden)
+    assert (state[kind].own == 160).all() and (state[kind].dropped > 90).all()
+    want, _ = jax.jit(model.forward)(params, ids)
+    got = jnp.concatenate(parts, axis=2)[:, 0]
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 def test_more_tokens_than_a_state_has_room_for_are_refused():

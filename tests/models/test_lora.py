@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny, tokens
+from tiny import REFINE, tiny, tokens
 
 from refine_jax.base.errors import ModelConfigError
-from refine_jax.config import RefineConfig
 from refine_jax.models.layers import Linear
 from refine_jax.models.lora import LoRA, attach, choose_targets, init_updates, linear_maps, merge
 from refine_jax.models.trainable import join, select, split
@@ -19,15 +18,6 @@ from refine_jax.models.transformer import Model
 from refine_jax.refine.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("programs_of_a_test")
-
-CONFIG = RefineConfig(
-    num_positions=2,
-    rollouts_per_position=2,
-    rollout_length=3,
-    edge_margin=3,
-    reward="hybrid",
-    lambda_rl=0.7,
-)
 
 
 def with_updates(params, patterns="*", rank=3, alpha=6.0):
@@ -90,22 +80,32 @@ def test_a_linear_map_and_its_derivatives_in_float64(form):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def gradient_of(model, trained, frozen, config, batch, keys):
+def gradient_of(model, trained, frozen, config, batch, keys, experience=None):
     objective = Objective(model, config, eos_id=2, max_documents=2)
     whole = objective.mini_batch(batch)
-    return objective.gradient(trained, batch, whole, keys=keys, frozen=frozen)
+    return objective.gradient(
+        trained, batch, whole, keys=keys, experience=experience, frozen=frozen
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def roll_out(model, params, config, batch, keys):
+    objective = Objective(model, config, eos_id=2, max_documents=2)
+    return objective.roll_out(params, objective.read(params, batch), batch, keys, None)[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "remat", "objective"),
+    ("name", "remat", "changes"),
     [
-        ("lact", "none", "refine"),
-        ("gated_deltanet", "full", "refine"),
-        ("olmo", "dots", "ntp"),
+        ("lact", "none", {}),
+        ("gated_deltanet", "full", {"rollouts": "batch"}),
+        ("olmo", "dots", {"objective": "ntp"}),
     ],
 )
-def test_loss_and_gradient_are_those_of_the_merged_weights(name, remat, objective):
-    """Of a step with rollouts; dA = s B^T dW and dB = s dW A^T of merged weights, in float64."""
+def test_loss_and_gradient_are_those_of_the_merged_weights(name, remat, changes):
+    """Of a step, or of an update whose rollouts are of updates before it (`rollouts=batch`);
+    dA = s B^T dW and dB = s dW A^T of merged weights, in float64.
+    """
     model, params = quiet(name)
     model = Model(model.config, dataclasses.replace(model.policy, remat=remat))
     params = with_updates(params)
@@ -115,13 +115,17 @@ def test_loss_and_gradient_are_those_of_the_merged_weights(name, remat, objectiv
     segments[1, 21:] = 2
     segments[1, 37:] = 0
     batch = {"tokens": jnp.asarray(tokens(3, 2, 40)), "segments": jnp.asarray(segments)}
-    keys, config = (
-        jax.random.split(jax.random.key(4), 2),
-        dataclasses.replace(CONFIG, objective=objective),
-    )
-    got, metrics = gradient_of(model, trained, frozen, config, batch, keys)
-    want, same = gradient_of(model, merge(params), None, config, batch, keys)
-    np.testing.assert_allclose(metrics["loss/total"], same["loss/total"], rtol=1e-5)
+    keys, config = jax.random.split(jax.random.key(4), 2), dataclasses.replace(REFINE, **changes)
+    experience = None
+    if config.rollouts == "batch":
+        before = join(jax.tree.map(lambda x: 0.5 * x, trained), frozen)
+        experience = roll_out(model, before, config, batch, keys)
+    got, metrics = gradient_of(model, trained, frozen, config, batch, keys, experience)
+    want, same = gradient_of(model, merge(params), None, config, batch, keys, experience)
+    for part in metrics:
+        np.testing.assert_allclose(metrics[part], same[part], rtol=1e-4, atol=1e-6, err_msg=part)
+    if experience is not None:
+        assert abs(metrics["policy/ppo_kl"]) > 1e-4  # the policy has moved
     assert jax.tree.structure(got) == jax.tree.structure(trained)
     updates, moved = linear_maps(want), flat(got)
     total = np.sqrt(sum(np.linalg.norm(float64(x)) ** 2 for x in jax.tree.leaves(got)))
@@ -166,8 +170,8 @@ def test_the_gradient_of_what_feeds_fast_weights_is_a_part_of_the_whole():
     trained, frozen = split(params, "fast")
     batch = {"tokens": jnp.asarray(tokens(3, 2, 40))}
     keys = jax.random.split(jax.random.key(4), 2)
-    got, _ = gradient_of(model, trained, frozen, CONFIG, batch, keys)
-    want, _ = gradient_of(model, params, None, CONFIG, batch, keys)
+    got, _ = gradient_of(model, trained, frozen, REFINE, batch, keys)
+    want, _ = gradient_of(model, params, None, REFINE, batch, keys)
     assert jax.tree.structure(got) == jax.tree.structure(trained)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(select(want, got)), strict=True):
         near(a, float64(b), 1e-5)

@@ -168,11 +168,15 @@ def test_an_adapter_and_a_merged_model_are_written_and_read(
     # Generation from either.
     options = ["--tokenizer=bytes", "--prompt=the quick", "--max_new_tokens=12", "--json"]
     texts = []
-    for where in ([f"--checkpoint={base}", f"--adapter={adapter}"], [f"--checkpoint={trained}"]):
-        capsys.readouterr()
-        assert generate([*where, *options]) == 0
-        texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
-    assert texts[0] == texts[1]
+    for adapt in ([], ["--adapt_steps=1", "--adapt_objective=ntp", "--adapt_learning_rate=0.1"]):
+        for where in (
+            [f"--checkpoint={base}", f"--adapter={adapter}"],
+            [f"--checkpoint={trained}"],
+        ):
+            capsys.readouterr()
+            assert generate([*where, *options, *adapt]) == 0
+            texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
+    assert texts[0] == texts[1] != texts[2] == texts[3]  # prompts train the sum
     # A run that goes on training the adapter begins with it.
     start = {"model": {"adapter": adapter, "lora_rank": None, "lora_alpha": None}}
     start["model"]["lora_targets"] = ""

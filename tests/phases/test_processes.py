@@ -19,6 +19,8 @@ from tiny_runs import WORDS, config_file, tiny_run, write_documents
 
 from refine_jax import cluster, distributed
 from refine_jax.base.errors import ConfigError
+from refine_jax.checkpoint import load_model
+from refine_jax.checkpoint.tree import flatten
 from refine_jax.config import Config
 from refine_jax.phases import midtrain
 from refine_jax.report.metrics import read_metrics
@@ -167,6 +169,12 @@ def other_phase(name, folder):
     """A run of another phase than mid-training, as `tiny`."""
     config = tiny(folder)
     config.phase = name.partition("-")[0]
+    if name == "midtrain-lora":
+        (folder / "corpus").mkdir()
+        config.data.source = str(write_documents(folder / "corpus"))
+        config.model.update(lora_rank=2)
+        config.train.update(steps=2, warmup_ntp_steps=0, evaluate="", trainable="lora")
+        return config
     if config.phase == "posttrain":
         config.data.update(source="recall", limit_documents=40, sequence_length=256)
         config.data.min_remainder = None
@@ -203,15 +211,22 @@ def answers_of(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["posttrain-sft", "posttrain-grpo", "evaluate", "testtime"])
+@pytest.mark.parametrize(
+    "phase", ["midtrain-lora", "posttrain-sft", "posttrain-grpo", "evaluate", "testtime"]
+)
 def test_other_phases_over_two_processes_are_those_of_one(phase, tmp_path):
     config = other_phase(phase, tmp_path)
     module = importlib.import_module(f"refine_jax.phases.{config.phase}")
     module.run(Config.from_dict(config), tmp_path / "one")
     ended = finish_together(2, "run", 0, -1, *run_flags(config, tmp_path / "two"))
     assert_codes(ended, 0, 0)
-    assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
-    if config.phase == "posttrain":
+    if config.train.trainable == "lora":  # updates, and the weights that one process wrote
+        runs = [load_model(tmp_path / name, merge=False) for name in ("two", "one")]
+        for name, x in flatten(runs[0].params).items():
+            np.testing.assert_allclose(x, flatten(runs[1].params)[name], atol=1e-6, err_msg=name)
+    else:
+        assert answers_of(tmp_path / "two") == answers_of(tmp_path / "one")
+    if config.phase in ("midtrain", "posttrain"):
         records = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one")]
         assert_same_metrics(*records)
     else:

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import scaled, tiny, tokens
+from tiny import REFINE, scaled, tiny, tokens
 
-from refine_jax.config import RefineConfig
 from refine_jax.models.layout import Layout
 from refine_jax.models.transformer import Model
 from refine_jax.presets import PRESETS
@@ -23,14 +22,6 @@ from refine_jax.refine.step import TrainState, collect, make_train_step, row_key
 pytestmark = pytest.mark.usefixtures("programs_of_a_test")
 
 ROWS, LENGTH, SGD = 4, 40, optax.sgd(0.1)
-CONFIG = RefineConfig(
-    num_positions=2,
-    rollouts_per_position=2,
-    rollout_length=3,
-    edge_margin=3,
-    reward="hybrid",
-    lambda_rl=0.7,
-)
 
 
 def rows(packed: bool) -> dict[str, jax.Array]:
@@ -153,7 +144,7 @@ def step_of(name, config, mini_batch, micro_batch, **options):
 
 def one_step(name, config, *, packed, mini_batch=ROWS, micro_batch=1, at=0, **options):
     """Parameters after the step with number `at`, and its metrics."""
-    config, params = dataclasses.replace(CONFIG, **config), quiet(name)[1]
+    config, params = dataclasses.replace(REFINE, **config), quiet(name)[1]
     state = TrainState.create(scaled(params, 1.0), SGD, jax.random.key(3), config)
     state = dataclasses.replace(state, step=jnp.int32(at))
     if config.kl_coef:
@@ -209,7 +200,7 @@ def test_later_mini_batches_roll_out_with_the_updated_parameters():
     assert max(np.linalg.norm(np.asarray(a) - np.asarray(b)) for a, b in pairs) > 1e-4
 
     model, params = quiet("deltanet")
-    config = dataclasses.replace(CONFIG, rollouts="update")
+    config = dataclasses.replace(REFINE, rollouts="update")
     objective = Objective(model, config, eos_id=2, max_documents=2)
     keys = row_keys(jax.random.key(3), jnp.int32(0), ROWS)
     gradient = gradient_of(objective)
@@ -236,9 +227,9 @@ def test_a_batch_that_mini_batches_do_not_divide_is_refused():
 @pytest.mark.parametrize("name", ["deltanet", "lact"])
 def test_which_rollouts_are_valid_is_known_before(name):
     model, params = quiet(name)
-    objective = Objective(model, CONFIG, eos_id=2, max_documents=2)
+    objective = Objective(model, REFINE, eos_id=2, max_documents=2)
     batch = rows(True)
-    state = TrainState.create(params, SGD, jax.random.key(0), CONFIG)
+    state = TrainState.create(params, SGD, jax.random.key(0), REFINE)
     experience = jax.jit(functools.partial(collect, objective, micro_batch=2))(state, batch)
     valid = jax.jit(objective.mini_batch)(batch).valid
     np.testing.assert_array_equal(experience.valid, valid)
@@ -266,7 +257,7 @@ ESTIMATORS = {
 def test_the_gradient_of_rollouts_is_that_of_prefixes(estimator):
     model, params = quiet("deltanet", vocab_size=4)
     estimated = ESTIMATORS[estimator] | {"rollout_length": 2, "lambda_sft": 0.0}
-    config = dataclasses.replace(CONFIG, **estimated)
+    config = dataclasses.replace(REFINE, **estimated)
     batch = {"tokens": jnp.asarray(tokens(23, 2, LENGTH) % 4)}
     objective = Objective(model, config, eos_id=None, max_documents=1)
 
@@ -404,7 +395,7 @@ def test_the_exact_objective_is_the_mean_of_products(reward, packed):
     model, params = quiet("deltanet")
     batch, weight = rows(packed), 3.0
     exact = PRESETS["exact"] | {"reward": reward, "lambda_rl": weight}
-    config = dataclasses.replace(CONFIG, **exact)
+    config = dataclasses.replace(REFINE, **exact)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -427,7 +418,7 @@ def test_the_exact_objective_is_the_mean_of_products(reward, packed):
 def test_the_exact_objective_at_chosen_positions():
     model, params = quiet("deltanet")
     exact = PRESETS["exact"] | {"selection": "variance", "reward": "prefix"}
-    config = dataclasses.replace(CONFIG, **exact)
+    config = dataclasses.replace(REFINE, **exact)
     objective, batch = Objective(model, config, eos_id=2, max_documents=2), rows(True)
     keys = jax.random.split(jax.random.key(1), ROWS)
     got, metrics = gradient_of(objective)(params, batch, keys)
@@ -454,7 +445,7 @@ def test_the_weight_of_the_policy_follows_its_schedule():
     after = functools.partial(one_step, "deltanet", packed=False, micro_batch=ROWS, steps=8)
     exact = PRESETS["exact"]
     linear = exact | {"lambda_rl_schedule": "linear", "lambda_rl_until": 0.5}
-    half = exact | {"lambda_rl": CONFIG.lambda_rl / 2}
+    half = exact | {"lambda_rl": REFINE.lambda_rl / 2}
     assert "lambda_rl" not in exact
     assert_close(after(linear, at=2)[0], after(half, at=2)[0], 1e-6)
     assert_close(after(linear, at=4)[0], after({"objective": "ntp"}, at=4)[0], 1e-6)

@@ -1,5 +1,6 @@
 """The ReFINE step against the truncated-prefix algorithm, which shares no fork with it."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny, tokens
+from tiny import REFINE, tiny, tokens
 
 from refine_jax.config import RefineConfig
 from refine_jax.refine.objective import Objective
@@ -17,14 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 
 from truncated_prefix import TruncatedPrefixStep
 
-CONFIG = RefineConfig(
-    num_positions=1,
-    rollout_length=5,
-    rollouts_per_position=2,
-    edge_margin=6,
-    reward="hybrid",
-    lambda_rl=0.7,
-)
+CONFIG = dataclasses.replace(REFINE, num_positions=1, rollout_length=5, edge_margin=6)
 EOS = 3
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.compile_only.programs.run import EOS, AbstractRun, Program
 from refine_jax.generation.copies import copies_programs
 from refine_jax.generation.engine import Prefix
@@ -88,7 +87,7 @@ def _adaptation(run: AbstractRun) -> Program:
         update,
         (state, batch, run.state.frozen),
         resident=(run.shapes.state(trained),),  # as they were before
-        model_flops=3 * tokens * forward_flops(run.model.config, _longest(run)),
+        model_flops=run.operations(tokens, _longest(run), trained=1),
     )
 
 
@@ -117,7 +116,7 @@ def _prefill(run: AbstractRun) -> Program:
         f"{rows} prompts of {length} tokens read",
         _generation(run)[0],
         (*_params(run), run.shapes.integers(rows, length), run.shapes.integers(rows)),
-        model_flops=rows * length * forward_flops(run.model.config, length),
+        model_flops=run.operations(rows * length, length, read=1),
         compared=run.config.phase in _TRAINING,
     )
 
@@ -129,7 +128,7 @@ def _decode(run: AbstractRun) -> Program:
     prompts = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,))]
     read = jax.eval_shape(prefill.function, *params, *prompts)
     answer = max(run.config.generation.max_new_tokens or 0, BLOCK)  # None: tasks say how many
-    room = round_length(_longest(run) + answer)
+    room = run.model.room_after(_longest(run) + answer - BLOCK, BLOCK)
     state = jax.eval_shape(lambda state: run.model.resize(state, room), read.state)
     prefix = Prefix(shapes.rows(state, axis=1), shapes.rows(read.hidden), shapes.rows(read.length))
     sampler = Sampler(*(shapes.scalar(x) for x in (jnp.float32, jnp.int32, jnp.float32)))
@@ -138,6 +137,6 @@ def _decode(run: AbstractRun) -> Program:
         f"{BLOCK} tokens after each of {rows} prompts",
         _generation(run)[2],
         (*params, prefix, run.keys(rows), sampler, shapes.integers(rows)),
-        model_flops=rows * BLOCK * forward_flops(run.model.config, _longest(run)),
+        model_flops=run.operations(rows * BLOCK, _longest(run), read=1),
         compared=prefill.compared,
     )

@@ -11,18 +11,20 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.base.errors import CheckpointError, ConfigError
-from refine_jax.base.files import parse_object, read_text
-from refine_jax.checkpoint.folders import ModelCheckpoint
+from refine_jax.base.files import parse_object, path_of, read_text
+from refine_jax.base.hub import is_hub
+from refine_jax.checkpoint.folders import CONFIG, ModelCheckpoint
+from refine_jax.checkpoint.hub import fetch
+from refine_jax.checkpoint.tree import flatten
 from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.config import Config
+from refine_jax.models.lora import linear_maps
 from refine_jax.models.trainable import split
 from refine_jax.parallel import is_spread, partition_spec, state_shardings
 from refine_jax.phases.setup import abstract_params, load_start, make_model, with_updates
 from refine_jax.refine.objective import Objective
 from refine_jax.refine.optimizer import make_optimizer
 from refine_jax.refine.step import TrainState, states_together
-
-CONFIG = "config.json"
 
 # A run reads documents and prompts with a tokenizer, whose special tokens change no shape.
 EOS, PAD = 2, 0
@@ -35,9 +37,8 @@ class Program:
     function: jitted. args: pytrees of ShapeDtypeStruct, and static arguments as they are.
     runs: in a training step; 0: at other times. resident: trees of what else is in memory while it
     runs. states: trees of the decode states of forks that are there at once. model_flops:
-    operations of one run that the method asks for, on all devices: one forward pass over each token
-    read or sampled, three where it is trained on, nothing computed again. compared: not a part of
-    the run, compiled to compare with.
+    operations of one run that the method asks for, on all devices and with nothing computed again
+    (`AbstractRun.operations`). compared: not a part of the run, compiled to compare with.
     """
 
     name: str
@@ -57,7 +58,8 @@ def describe_model(config: Config) -> ModelCheckpoint:
     Raises ConfigError, ModelConfigError: neither describes a model.
     """
     if config.model.checkpoint is not None:
-        folder = Path(config.model.checkpoint)
+        folder = config.model.checkpoint
+        folder = fetch(folder, only=(CONFIG,)) if is_hub(folder) else path_of(folder)
         for file in (folder / "checkpoints" / CONFIG, folder / CONFIG):
             if file.is_file():
                 text = read_text(file, CheckpointError)
@@ -200,9 +202,36 @@ class AbstractRun:
         count, states = states_together(objective, self.params, batch, parts)
         return (self.shapes.states(states),) * (count if together else 1)
 
-    def flops(self, rows: int, *, trunk: float, rollouts: float) -> float:
-        """Count operations of rows in `trunk` forward passes, of their rollouts in `rollouts`."""
+    def operations(self, tokens: int, length: int, *, read: int = 0, trained: int = 0) -> float:
+        """Count the operations of `tokens` in rows of `length` that the method asks for.
+
+        read: forward passes over each of them. trained: gradients. A gradient takes three passes,
+        but that of a frozen matrix is not made, which is a third of what the matrix takes.
+        """
+        forward = forward_flops(self.model.config, length) + 2 * self._updates
+        return tokens * ((read + 3 * trained) * forward - 2 * trained * self._frozen_weights)
+
+    @functools.cached_property
+    def _updates(self) -> int:
+        """Parameters of low-rank updates."""
+        named = flatten(self.unplaced_params).items()
+        return sum(x.size for name, x in named if name.endswith(("lora_A", "lora_B")))
+
+    @functools.cached_property
+    def _frozen_weights(self) -> int:
+        """Parameters of frozen matrices that every token is multiplied with."""
+        frozen = split(self.unplaced_params, self.config.train.trainable)[1]
+        if frozen is None:
+            return 0
+        matrices = linear_maps(frozen) | self.model.head_params(frozen)
+        return sum(x.size for x in jax.tree.leaves(matrices))
+
+    def row_operations(
+        self, rows: int, of_rows: dict[str, int], of_rollouts: dict[str, int]
+    ) -> float:
+        """Count operations of rows and of their rollouts, by `read` and `trained` of either."""
         config, length = self.config.refine, self.config.data.sequence_length
         rollout_tokens = config.num_positions * config.rollouts_per_position * config.rollout_length
-        tokens = rows * (trunk * length + rollouts * rollout_tokens)
-        return tokens * forward_flops(self.model.config, length)
+        return self.operations(rows * length, length, **of_rows) + self.operations(
+            rows * rollout_tokens, length, **of_rollouts
+        )

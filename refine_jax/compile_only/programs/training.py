@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from refine_jax.compile_only.estimate.flops import forward_flops
 from refine_jax.compile_only.programs.run import EOS, PAD, AbstractRun, Program
 from refine_jax.phases.setup import rows_at_once
 from refine_jax.refine.answers import (
@@ -53,7 +52,7 @@ def evaluation(run: AbstractRun) -> Program:
         (run.state.model_params, batch, key, run.shapes.scalar()),
         resident=(run.state,),
         states=run.rollout_states(batch, max_documents=run.max_documents),
-        model_flops=run.flops(rows, trunk=1, rollouts=2),
+        model_flops=run.row_operations(rows, {"read": 1}, {"read": 2}),
     )
 
 
@@ -70,14 +69,15 @@ def _update(run: AbstractRun, objective: str, *, compared: bool) -> Program:
         max_documents=run.max_documents,
         steps=train.steps,
     )
-    rows, trunk, rollouts, states = train.batch_size, 3, 0, ()
+    rows, states = train.batch_size, ()
+    of_rows, of_rollouts = {"read": 0, "trained": 1}, {}
     batch, wording = run.batch(rows), "next-token"
     if objective == "refine":
         wording = "ReFINE"
     if objective == "refine" and config.estimator == "rollouts":
-        rollouts = 4
+        of_rollouts = {"read": 1, "trained": 1}
         collects = config.rollouts == "batch"
-        trunk += collects
+        of_rows["read"] += collects
         parts = rows // at_once
         states = run.rollout_states(batch, parts, run.max_documents, together=collects)
     return Program(
@@ -87,7 +87,7 @@ def _update(run: AbstractRun, objective: str, *, compared: bool) -> Program:
         (run.state, batch),
         runs=0 if compared else 1,
         states=states,
-        model_flops=run.flops(rows, trunk=trunk, rollouts=rollouts),
+        model_flops=run.row_operations(rows, of_rows, of_rollouts),
         compared=compared,
     )
 
@@ -114,7 +114,7 @@ def _answer_update(run: AbstractRun, update: Callable, inputs: Any, sampled: int
         update,
         (run.state, inputs),
         runs=1,
-        model_flops=3 * rows * (length + sampled) * forward_flops(run.model.config, length),
+        model_flops=run.operations(rows * (length + sampled), length, trained=1),
     )
 
 
@@ -146,7 +146,7 @@ def _sample(run: AbstractRun) -> Program:
         (run.state.model_params, run.batch(rows, answers=True), run.keys(rows)),
         runs=1,
         resident=(run.state,),
-        model_flops=rows * (length + _sampled(run)) * forward_flops(run.model.config, length),
+        model_flops=run.operations(rows * (length + _sampled(run)), length, read=1),
     )
 
 
@@ -170,5 +170,5 @@ def _answer_evaluation(run: AbstractRun) -> Program:
         make_answer_eval(_method(run)),
         (run.state.model_params, run.batch(rows, answers=True)),
         resident=(run.state,),
-        model_flops=tokens * forward_flops(run.model.config, length),
+        model_flops=run.operations(tokens, length, read=1),
     )

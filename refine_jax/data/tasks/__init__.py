@@ -14,12 +14,11 @@
 import dataclasses
 import difflib
 from collections.abc import Callable
-from pathlib import Path
 
 from absl import logging
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import local_path, short
+from refine_jax.base.files import given_path, path_of, short
 from refine_jax.data.sources import find_files
 from refine_jax.data.tasks import facts, files, niah, ruler_qa, synthetic
 from refine_jax.data.tasks.example import Example, Naming, Task, settings_of
@@ -164,7 +163,7 @@ def load_examples(
         name, length=length, samples=samples, data=data, essays=essays, setting=setting
     )
     task = dataclasses.replace(task, metric=metric or task.metric)
-    data = str(local_path(data, setting("data"), DataError)) if data else data
+    data = str(given_path(data, setting("data"), DataError)) if data else data
     build = {"length": length, "samples": samples, "tokenizer": tokenizer, "seed": seed}
     if not is_built(name, data):
         return files.read_examples(task, data, report=report, setting=setting, **build)
@@ -181,4 +180,4 @@ def load_examples(
 
 def is_built(name: str, data: str | None) -> bool:
     """Say whether the examples of a task are built, not read from `data`."""
-    return not data or (name in RULER_QA and stem_name(Path(data)).endswith(".json"))
+    return not data or (name in RULER_QA and stem_name(path_of(data)).endswith(".json"))

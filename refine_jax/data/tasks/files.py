@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import clean_text, counted, local_path, names_of, replacing, short
+from refine_jax.base.files import clean_text, counted, given_path, names_of, replacing, short
 from refine_jax.data.formats import record_files
 from refine_jax.data.records import Records
 from refine_jax.data.references import (
@@ -130,7 +130,7 @@ def write_examples(examples: Sequence[Example], path: str | os.PathLike) -> None
 
     Raises DataError: the file cannot be written, or has another suffix.
     """
-    path = local_path(path, "the file", DataError)
+    path = given_path(path, "the file", DataError, write=True)
     if path.suffix not in SUFFIXES:
         raise DataError(f"examples are written to .parquet or .jsonl. Got: {path}.")
     rows = [

@@ -13,10 +13,9 @@ Examples:
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from refine_jax.base.errors import DataError
-from refine_jax.base.files import check_writable
+from refine_jax.base.files import check_writable, path_of
 from refine_jax.commands import Command, Options
 from refine_jax.config import DataConfig, EvaluateConfig
 from refine_jax.data.tasks import (
@@ -48,7 +47,7 @@ def run(options: Options) -> None:
     wanted = [(task, length) for task in asked.task_names for length in asked.token_lengths]
     if not wanted or not given["lengths"] or not options.out:
         raise DataError("--tasks, --lengths and --out must name something, and one is empty.")
-    folder, tokenizer = Path(options.out), load_tokenizer(options.tokenizer)
+    folder, tokenizer = path_of(options.out), load_tokenizer(options.tokenizer)
     sources = {"samples": asked.samples, "data": asked.data, "essays": asked.essays}
     sources["setting"] = settings_of("--")
     if any(needs_essays(task) and is_built(task, asked.data) for task in asked.task_names):
