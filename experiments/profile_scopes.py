@@ -45,8 +45,10 @@ def contains_others(event: str) -> bool:
 
 def shares(folder: Path) -> dict[str, float]:
     """Seconds of each scope in the newest trace of a run's folder, and of what is in none."""
-    from xprof.convert import raw_to_tool_data
-
+    try:
+        from xprof.convert import raw_to_tool_data
+    except ImportError:
+        sys.exit("traces are read by the package xprof: pip install -e '.[profile]'")
     files = sorted(folder.glob("profile/**/*.xplane.pb"))
     if not files:
         sys.exit(f"{folder} has no trace: train with --config.train.profile=FIRST:LAST.")

@@ -388,6 +388,7 @@ SCRIPTS = {
     "test_the_script_trains_and_exports_the_same_model_twice",
     STUDY + " .*--signals": "tests/experiments/test_study.py::"
     "test_signals_alone_need_no_more_than_the_base",
+    STUDY + " .*--arms": "tests/experiments/test_study.py::test_seeds_may_share_base_models",
     STUDY + " --report": "tests/experiments/test_study.py::test_the_report_of_nothing_says_so",
     STUDY: "tests/experiments/test_study.py::test_a_study_chooses_rates_then_runs_all_seeds_once",
 }

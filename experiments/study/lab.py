@@ -59,7 +59,8 @@ class Plan:
 
     fields: of config.json. fast_rate: LaCT's initial rate (0.001 is made for chunks of 2048
     tokens); None: as published. sizes: of the section `refine`, for all arms. measured: held-out
-    rows. scales: lengths that are measured, as multiples of the training length.
+    rows. scales: lengths that are measured, as multiples of the training length. bases: seeds
+    of base models, which all seeds share in turn; none: each seed has its own.
     """
 
     fields: Mapping[str, Any]
@@ -71,6 +72,7 @@ class Plan:
     measured: int = 512
     adapted: int = 96
     scales: tuple[int, ...] = (1, 2, 4)
+    bases: tuple[int, ...] = ()
 
 
 class StudyObjective(Objective):

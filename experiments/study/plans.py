@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,24 @@ def plan_of(task: str, family: str, small: bool) -> Plan:
             "model_type": "lact_swiglu",
             "num_attn_heads": 2,
             "num_lact_heads": 1,
-            "lact_chunk_size": 8,
-            "window_size": 8,
+            "lact_chunk_size": 16,
+            "window_size": 16,
             "ttt_nope": True,
         }
     else:
         # A state has hidden_size / num_heads numbers a channel: half as many where it is crowded.
-        fields |= {"model_type": "delta_net", "num_heads": 4 if task == "crowded" else 2}
+        fields |= {"model_type": "delta_net", "num_heads": 4 if task in ("crowded", "half") else 2}
     if small:
         pretrain, arms, posttrain = Training(2, 4, 1e-3, 0.5), Training(2, 2), Training(2, 2)
         sizes = {"num_positions": 2, "edge_margin": 5}
-        return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None, 8, 4, (1, 2))
+        return Plan(fields, pretrain, arms, posttrain, sizes, 0.03 if lact else None, 8, 4, (1, 2))
     pretrain = Training(8, 20_000, 3e-3, 0.25) if text else Training(8, 8000, 5e-3, 0.25)
     sizes = {"num_positions": 8, "edge_margin": 5}
-    arms, posttrain = Training(8, 400), Training(8, 100)
-    return Plan(fields, pretrain, arms, posttrain, sizes, 1.0 if lact else None)
+    if lact:
+        pretrain = dataclasses.replace(pretrain, steps=2000)
+    half = task == "half"
+    arms, posttrain = Training(8, 800 if half else 400), Training(8, 100)
+    # Base models that all seeds share: of `half` the one of `crowded` whose recall is nearest to
+    # one half; of LaCT, whose steps are slower, a single one.
+    bases = (1,) if half else (0,) if lact else ()
+    return Plan(fields, pretrain, arms, posttrain, sizes, 0.03 if lact else None, bases=bases)

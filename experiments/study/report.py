@@ -14,7 +14,7 @@ from signals import at_equal_cost
 from refine_jax.base.figures import finish, new_figure, save_figure
 
 TITLES = {"deltanet": "DeltaNet", "lact": "LaCT", "symbols": "symbols"}
-TITLES |= {"crowded": "crowded symbols", "text": "text"}
+TITLES |= {"crowded": "crowded symbols", "half": "half of crowded symbols", "text": "text"}
 # Column, figure, factor, digits.
 _COLUMNS = (
     ("recall, %", "recall_1", 100, 1),
@@ -46,9 +46,13 @@ _CURVES = ("exact whole", "published", "oracle", "weight p")
 
 
 def plot_trade(lines: Sequence[Line], path: Path) -> None:
-    """Draw what each weight gains in recall for its loss, as curves over lambda_rl, to a PNG."""
+    """Draw what each weight gains in recall for its loss, as curves over lambda_rl, to a PNG.
+
+    Of tasks and families of which an arm has been run with several weights.
+    """
     runs = _of_kind(lines, "final")
-    found = list(dict.fromkeys((line["task"], line["family"]) for line in runs))
+    weighed = [line for line in runs if ", lambda_rl=" in line["arm"]]
+    found = list(dict.fromkeys((line["task"], line["family"]) for line in weighed))
     if not found:
         return
     figure, axes = new_figure(len(found), 2, (11, 4.2 * len(found)))

@@ -2,11 +2,12 @@
 
     python experiments/study/study.py                      # all; goes on where it was interrupted
     python experiments/study/study.py --task=symbols --family=deltanet --core
+    python experiments/study/study.py --task=half --arms ntp "exact whole" published --seeds=3
     python experiments/study/study.py --signals            # only how noisy each estimator is
     python experiments/study/study.py --report             # tables of what is done
     python experiments/study/study.py --small              # a few steps: does everything run?
 
-Base models of two families are trained on two tasks (`tasks.py`) until further next-token training
+Base models of two families are trained on each task (`tasks.py`) until further next-token training
 does not improve them. Every arm of `arms.py` then continues from the same models. A finished run is
 a line of results.jsonl, beside this file, and is never repeated; a line says what it measured, with
 which learning rate, seed and base model. Delete lines to run them again.
@@ -18,11 +19,12 @@ which learning rate, seed and base model. Delete lines to run them again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ from refine_jax.base.files import path_flag, write_bytes
 if TYPE_CHECKING:
     from lab import Lab
 
-TASKS = ("symbols", "crowded", "text")
+TASKS = ("symbols", "crowded", "half", "text")
 FAMILIES = ("deltanet", "lact")
 RESULTS = Path(__file__).with_name("results.jsonl")
 Line = dict[str, Any]
@@ -96,6 +98,8 @@ class Study:
         """The base model of a seed and its fingerprint; trained where its file is not there."""
         from flax import serialization
 
+        if bases := self.lab.plan.bases:
+            seed = bases[seed % len(bases)]
         if seed not in self._bases:
             file = self.folder / f"base-{seed}.msgpack"
             if file.is_file():
@@ -156,7 +160,7 @@ class Study:
 
                 self.store.get(self.common | what, make)
 
-    def compare(self, names: tuple[str, ...]) -> None:
+    def compare(self, names: Sequence[str]) -> None:
         """Tune arms and run their final seeds, arm by arm; then their costs."""
         for name in names:
             rate = self.rate(name)
@@ -176,7 +180,7 @@ class Study:
 
         self.store.get(self.common | {"kind": "cost", "arm": name}, make)
 
-    def signals(self, names: tuple[str, ...]) -> None:
+    def signals(self, names: Sequence[str]) -> None:
         """How much of the gradient of each estimator is signal, in the tuning seed's base."""
         from signals import gradients, signal
 
@@ -245,7 +249,10 @@ class Study:
 def stages(study: Study, args: argparse.Namespace) -> Iterator[Callable[[], None]]:
     """What is run, the most important first."""
     if args.signals:
-        yield lambda: study.signals(tuple(ARMS))
+        yield lambda: study.signals(args.arms or tuple(ARMS))
+        return
+    if args.arms:
+        yield lambda: study.compare(args.arms)
         return
     yield study.saturation
     yield study.cooling
@@ -266,6 +273,8 @@ def main() -> int:
     flags.add_argument("--task", choices=TASKS, help="only this task")
     flags.add_argument("--family", choices=FAMILIES, help="only this family")
     flags.add_argument("--core", action="store_true", help="only saturation and the core arms")
+    flags.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="only these arms")
+    flags.add_argument("--seeds", type=int, help="only so many of the final seeds")
     flags.add_argument("--signals", action="store_true", help="only the shares of signal")
     flags.add_argument("--small", action="store_true", help="tiny models, a few steps")
     flags.add_argument("--report", action="store_true", help="only the tables of what is done")
@@ -297,6 +306,7 @@ def run(args: argparse.Namespace, workdir: Path, results: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     store = ResultStore(results)
     seeds = SMALL if args.small else FINAL
+    seeds = dataclasses.replace(seeds, final=seeds.final[: args.seeds])
     for task in [args.task] if args.task else TASKS:
         made = make_task(task, workdir, args.small)
         studies = [

@@ -1,4 +1,4 @@
-"""The study's two tasks: rows in which values follow from an earlier mention and nothing else.
+"""The study's tasks: rows in which values follow from an earlier mention and nothing else.
 
 `SymbolTask` is nothing but facts, with more of them than a small state holds. `TextTask` hides
 facts in source code (`corpus.py`).

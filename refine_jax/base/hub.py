@@ -82,6 +82,11 @@ def pinned(path: str, setting: str, error: type[UserError]) -> str:
         )
     kind, name, revision, rest = match[1] or "", match[2], match[3], match[4] or ""
     with hub_errors(text, error) as library:
+        if _offline():
+            raise error(
+                f"{setting}={text}: HF_HUB_OFFLINE forbids to read data on the hub, of which "
+                "nothing is kept here. Name files of this machine, or unset HF_HUB_OFFLINE."
+            )
         info = library.HfApi().repo_info(
             name, revision=revision, repo_type="dataset" if kind == "datasets/" else "model"
         )

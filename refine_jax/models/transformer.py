@@ -418,8 +418,9 @@ class Model(LayerStack):
     ) -> Params:
         """Gradient of rows and of forks that continue them, layer by layer in reverse.
 
-        Equal to the pullback of `forward_with_forks`, without a second forward pass: with remat "full"
-        each layer is computed again, once, with its forks; else its forks are, from its trace.
+        Equal to the pullback of `forward_with_forks`, without a second forward pass: with remat
+        "full" each layer is computed again, once, with its forks; else its forks are, from its
+        trace.
 
         Args:
           rows: As `run_rows` gives them.

@@ -31,6 +31,7 @@ from refine_jax.presets import PRESETS
 from refine_jax.report.metrics import write_results
 from refine_jax.report.page import PAGE_FILE, write_page
 from refine_jax.report.runs import Run, read_run
+from refine_jax.report.trackers import check_trackers
 
 BEFORE, ADAPTED = "answers-before", "answers-adapted"
 
@@ -93,6 +94,7 @@ def run(config: Config, workdir: str | Path) -> dict:
     RunError: training cannot go on.
     """
     workdir = given_path(workdir, "workdir", write=True).absolute()
+    check_trackers(config.train.tracker_names or [])  # not after the first of the answers
     parts = list_parts(config, workdir)
     begin, spent = time.perf_counter(), time.process_time()
     with only_run_in(workdir), _programs_kept():

@@ -110,8 +110,12 @@ def response_starts(
     outside of the text. A rollout longer than the margin keeps its own length from the end.
     """
     num_tokens = mask.shape[1]
-    first = jnp.argmax(mask, axis=1).astype(jnp.int32)[:, None]
-    end = num_tokens - jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)[:, None]
+    slots = jnp.arange(num_tokens, dtype=jnp.int32)
+    real = mask.any(axis=1, keepdims=True)
+    # By argmax, XLA would take seconds to fold what is constant where no row has padding.
+    first = jnp.where(mask, slots, num_tokens - 1).min(axis=1, keepdims=True)
+    end = jnp.where(mask, slots, 0).max(axis=1, keepdims=True) + 1
+    first, end = jnp.where(real, first, 0), jnp.where(real, end, num_tokens)
     lower = first + edge_margin
     upper = end - max(edge_margin, rollout_length)
     return jnp.minimum(jnp.maximum(chosen + 1, lower), upper)

@@ -13,6 +13,7 @@ from refine_jax import convert
 from refine_jax.base.errors import CheckpointError, ConfigError
 from refine_jax.checkpoint import load_model, save_model
 from refine_jax.checkpoint.card import PRIVATE, model_card
+from refine_jax.checkpoint.hub import fetch
 from refine_jax.checkpoint.tree import flatten
 from refine_jax.compile_only.programs.run import describe_model
 from refine_jax.config import Config, ModelConfig, defaults
@@ -75,6 +76,15 @@ def test_a_model_is_converted_once_and_serves_offline(small, monkeypatch):
         CheckpointError, match=r"hf://org/small@v2 is not in the cache .* HF_HUB_OFF"
     ):
         load_model(MODEL + "@v2")
+
+
+def test_a_part_of_a_model_is_not_taken_for_the_model(small, monkeypatch):
+    assert fetch(MODEL, only=("config.json",)).is_dir()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="not in the cache of huggingface_hub as a whole"):
+        load_model(MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    same(load_model(MODEL).params, load_model(SMALL).params)
 
 
 def test_a_hub_that_does_not_answer_is_replaced_by_the_cache(small, monkeypatch):

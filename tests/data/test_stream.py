@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from corpora import assert_equal, collect, data_config
+from huggingface_hub import constants
 
 from refine_jax.base.errors import DataError
 from refine_jax.config import PromptsConfig
@@ -261,6 +262,14 @@ def test_no_token_is_seen_where_the_hub_refuses(hub, monkeypatch, caplog, status
             ask()
         assert "hf://datasets/org/words" in str(error.value) and hub.tokens[secret]
         assert secret not in str(error.value) + caplog.text
+
+
+def test_data_of_a_hub_is_refused_offline(hub, monkeypatch):
+    hub.add("datasets", "org/words", {"a.jsonl": lines(texts(8))})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE forbids to read data on the hub"):
+        train("hf://datasets/org/words/a.jsonl")
+    assert not hub.asked
 
 
 def test_prompts_and_texts_of_a_hub_are_read_at_first(hub):

@@ -319,6 +319,7 @@ class CountingLab:
     """Stands for a Lab; rates of 1e-3 are the best everywhere."""
 
     family = "lact"
+    plan = plan_of("symbols", "lact", small=True)
 
     def __init__(self):
         self.calls, self.model = [], self
@@ -384,6 +385,15 @@ def test_a_study_chooses_rates_then_runs_all_seeds_once(tmp_path):
     again.compare(("ntp", "exact whole", "exact whole, k=2"))
     again.answers()
     assert again.lab.calls == []
+
+
+def test_seeds_may_share_base_models(tmp_path):
+    study = counting_study(tmp_path)
+    study.lab.plan = dataclasses.replace(study.lab.plan, bases=(7,))
+    study.compare(("ntp",))
+    assert [call for call in study.lab.calls if call[0] == "pretrain"] == [("pretrain", 7)]
+    runs = study.store.find(kind="final", arm="ntp")
+    assert [(run["seed"], run["base"]) for run in runs] == [(0, "7"), (1, "7")]
 
 
 # Signals

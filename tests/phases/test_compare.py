@@ -11,6 +11,7 @@ from refine_jax.base.errors import ConfigError
 from refine_jax.config import Config
 from refine_jax.phases import compare
 from refine_jax.presets import PRESETS
+from refine_jax.report import trackers
 from refine_jax.report.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -114,6 +115,14 @@ def test_unknown_arms_are_refused(arms):
         ConfigError, match=r"config\.compare\.arms must be names of ntp, refine, paper"
     ):
         configured(compare={"arms": arms})
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_any_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "_is_installed", lambda name: False)
+    config = configured(train={"trackers": "tensorboard"})
+    with pytest.raises(ConfigError, match="needs the package tensorboard"):
+        compare.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_differences_are_paired_by_question():
