@@ -267,6 +267,13 @@ def _lact_decode(name, forks, heads=4, d=384) -> Case:
     return Case(name, shape, function, args, flops, kernel=None, donated=(0,))
 
 
+# The heads of Qwen 3.5 from 0.8B to 27B.
+_QWEN_HEADS = tuple(
+    CrossEntropySpec(f"ce_248k_{size}", 16384, 1, size, 248_320)
+    for size in (1024, 2048, 2560, 4096, 5120)
+)
+
+
 def _cross_entropy(spec: CrossEntropySpec) -> Case:
     """Next-token loss with entropies, and its gradients for hidden states and head."""
 
@@ -418,7 +425,7 @@ _ALL = (
     _delta_decode("delta_decode", 8),
     _delta_decode("delta_decode_64", 64),
     _lact_decode("lact_decode", 8),
-    *map(_cross_entropy, CROSS_ENTROPY_SPECS),
+    *map(_cross_entropy, (*CROSS_ENTROPY_SPECS, *_QWEN_HEADS)),
     *_attention_cases(*ATTENTION_SPECS),
     *_lact_inputs_cases("lact_inputs_{}_16k", 16384),
     *_lact_outputs_cases("lact_outputs_{}_16k", 16384),

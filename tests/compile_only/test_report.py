@@ -29,6 +29,7 @@ from refine_jax.compile_only.programs.run import AbstractRun
 from refine_jax.config import Config, defaults
 from refine_jax.generation.generator import BLOCK
 from refine_jax.kernels.delta_rule import delta_rule
+from refine_jax.models.causal_attention import causal_attention
 from refine_jax.models.config import model_config
 from refine_jax.models.transformer import ComputePolicy, Model
 from refine_jax.parallel import make_mesh
@@ -88,6 +89,21 @@ def test_kernels_count_the_branches_that_their_steps_take():
     found, kernels = count_flops(jax.make_jaxpr(call)(x))
     assert found == 3 * 4 * 2 * 16**3
     assert {(kernel.name, kernel.flops) for kernel in kernels} == {("some_kernel", found)}
+
+
+def test_splash_attention_counts_the_blocks_that_causality_leaves():
+    """Of 8 x 8 blocks of 512 tokens 36: two products in the forward pass, then three and four."""
+    queries = jax.ShapeDtypeStruct((1, 2, 3, 4096, 128), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((1, 2, 4096, 128), jnp.bfloat16)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, implementation="splash").sum()
+
+    product = 36 * 2 * 6 * 512**2 * 128
+    assert flops(attend, queries, keys, keys) == 2 * product
+    assert flops(jax.grad(attend, argnums=(0, 1, 2)), queries, keys, keys) == (
+        pytest.approx((2 + 3 + 4) * product, rel=1e-3)
+    )
 
 
 HYBRID = [fields for fields in CONFIGS.values() if model_config(fields).layer_kinds is not None]

@@ -27,8 +27,8 @@ def count_flops(jaxpr) -> tuple[float, set[Kernel]]:
     """Count operations of a jaxpr on all devices, Pallas kernels included; list the kernels.
 
     Of branches the most expensive one counts, but in kernels those that the step of the grid
-    decides. A loop without a known number of turns counts as one, one that compares its counter
-    with a constant as that many.
+    decides, and in splash attention those that causality leaves. A loop without a known number of
+    turns counts as one, one that compares its counter with a constant as that many.
     """
     kernels: set[Kernel] = set()
     return _count(getattr(jaxpr, "jaxpr", jaxpr), kernels, {}), kernels
@@ -94,7 +94,19 @@ def _kernel_flops(params, kernels: set[Kernel]) -> float:
     for steps in itertools.product(*(range(grid[axis]) for axis in used)):
         place = dict(zip(used, steps, strict=True))
         total += _count(params["jaxpr"], kernels, {"grid": grid, "place": place})
-    return rest * total
+    return rest * total * _causal_share(params["name"] or "", grid)
+
+
+def _causal_share(name: str, grid: tuple[int, ...]) -> float:
+    """Share of the steps of a kernel of jax's splash attention that causality leaves.
+
+    A table of the mask decides, which the jaxpr does not show. With a window the grid has fewer
+    blocks of keys than of queries, and all of them count.
+    """
+    blocks = max(grid, default=1)
+    if not name.startswith("splash_") or grid.count(blocks) < 2:
+        return 1.0
+    return (blocks + 1) / (2 * blocks)
 
 
 def _branching_axes(jaxpr, axes: int) -> set[int]:
