@@ -97,7 +97,7 @@ def test_the_file_has_no_outputs_and_stable_ids():
 @pytest.mark.timeout(1200)
 def test_every_cell_runs(tmp_path, monkeypatch, hub):
     hub.add_folder("models", "org/small", folder("deltanet"))
-    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub")}
+    home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
     for name, value in home.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
