@@ -264,6 +264,9 @@ def main() -> None:
         for case in cases()
         if str(case.file(Path())).removesuffix(".json").startswith(options.only)
     ]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(str(case.file(Path()).parent) for case in cases()))
+        flags.error(f"--only must begin a case of {names}. Got: {options.only!r}.")
     for case in chosen:
         file = case.file(options.out)
         if not options.tables and not file.exists():
