@@ -30,7 +30,7 @@ from refine_jax.config import DataConfig
 from refine_jax.data.rows import SPLITS, DocumentRows, make_rows
 from refine_jax.data.stream import DocumentStream, Place, Window, open_stream
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer
-from refine_jax.data.tokens import FORMAT, TokenSource, open_tokens
+from refine_jax.data.tokens import FORMAT, TokenSource, is_token_folder, open_tokens
 
 READ_THREADS = 2  # a row is a copy from memory or one record: more threads do not help
 READ_AHEAD = 4  # batches
@@ -428,9 +428,10 @@ def load_corpus(
     """
     _check_lengths(options)
     tokenizer = tokenizer or load_tokenizer(options.tokenizer)
-    stream = open_stream(options, tokenizer, seed=seed)
-    if stream is not None:
-        return StreamedCorpus(stream, validation_rows)
+    if not is_token_folder(options.source):
+        stream = open_stream(options, tokenizer, seed=seed)
+        if stream is not None:
+            return StreamedCorpus(stream, validation_rows)
     tokens = open_tokens(options, tokenizer)
     return Corpus(options, tokens, tokenizer, seed=seed, validation_rows=validation_rows)
 

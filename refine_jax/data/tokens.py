@@ -25,7 +25,7 @@ from absl import logging
 from refine_jax.base.errors import DataError, describe
 from refine_jax.base.files import json_field, path_of, read_json
 from refine_jax.base.growing import fetch_folder, scratch_folder, upload_folder
-from refine_jax.base.remote import RemotePath, is_remote
+from refine_jax.base.remote import WRITABLE, RemotePath, is_remote, scheme_of
 from refine_jax.config import DataConfig
 from refine_jax.data.formats import TFDS_INFO, is_tfds_folder
 from refine_jax.data.sources import TextSource, open_source
@@ -305,7 +305,8 @@ def unread(source: TextSource, options: DataConfig) -> dict[str, int]:
 def is_token_folder(path: str) -> bool:
     """Say whether `refine_jax.data.prepare` wrote the folder `path`."""
     if is_remote(path):
-        return all((path_of(path) / name).is_file() for name in (TFDS_INFO, INDEX_FILE))
+        files = (path_of(path) / name for name in (TFDS_INFO, INDEX_FILE))
+        return scheme_of(path) in WRITABLE and all(file.is_file() for file in files)
     return is_tfds_folder(path) and os.path.isfile(
         os.path.join(os.path.expanduser(path), INDEX_FILE)
     )
