@@ -117,9 +117,15 @@ HYBRID_SLICES = (
     ("4b", 16, "v6e:2x4", mesh(fsdp=4, tensor=2)),
     ("27b", 16, "v5p:4x4x4", mesh(fsdp=32, tensor=2)),
     ("0.8b", 128, "v5e:2x4", mesh(fsdp=2, sequence=4)),
+    ("0.8b", 128, "v5e:4x4", mesh(fsdp=2, sequence=8)),
     ("2b", 128, "v6e:2x2", mesh(fsdp=1, sequence=4)),
+    ("2b", 128, "v5e:4x8", mesh(fsdp=4, sequence=8)),
+    ("2b", 128, "v6e:4x4", mesh(fsdp=4, sequence=4)),
+    ("4b", 128, "v5p:2x2x1", mesh(tensor=2, sequence=2)),
     ("9b", 128, "v5p:2x2x1", mesh(fsdp=2, sequence=2)),
+    ("9b", 128, "v5p:2x2x4", mesh(fsdp=4, sequence=4)),
     ("27b", 128, "v5p:4x4x4", mesh(fsdp=8, tensor=2, sequence=4)),
+    ("27b", 128, "v5p:4x4x8", mesh(fsdp=16, tensor=2, sequence=4)),
 )
 
 
