@@ -68,3 +68,11 @@ def test_a_wheel_holds_all_modules_and_imports(tmp_path):
 
     imported = python("-I", "-c", REPORT, str(installed), cwd=tmp_path).split()
     assert all(Path(file).is_relative_to(installed) for file in imported), imported
+
+
+def test_training_starts_without_what_extras_bring(tmp_path):
+    """However much is installed, nothing of it is imported before it is needed."""
+    code = "import sys, refine_jax.main, refine_jax.phases.midtrain; print(*sys.modules)"
+    extras = {"gcsfs", "huggingface_hub", "lm_eval", "mlflow", "tensorboard", "torch"}
+    extras |= {"trackio", "transformers", "wandb", "xprof"}
+    assert not extras & {*python("-c", code, cwd=tmp_path).split()}
