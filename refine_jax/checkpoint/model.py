@@ -61,7 +61,8 @@ def save_model(
 ) -> None:
     """Write a model's folder: `params`, the text of its config.json, and {name: path} of files.
 
-    The folder appears when it is complete. One process, local disk.
+    The folder appears when it is complete; in a bucket it counts once config.json is there. Of
+    several processes one calls this.
     Raises CheckpointError if it exists (with `overwrite`: if it is no checkpoint).
     """
     named = flatten(params)
@@ -98,7 +99,7 @@ def load_model(
     Raises CheckpointError: not a checkpoint, a corrupt one, or one whose arrays are not those of
     its config.json.
     """
-    folder = local_checkpoint(path).absolute()
+    folder = checkpoint_folder(path).absolute()
     if (folder / "checkpoints" / CONFIG).exists():
         folder = folder / "checkpoints"
     if not (folder / CONFIG).exists():
@@ -123,8 +124,9 @@ def load_model(
     return model._replace(params=params, lora=lora)
 
 
-def local_checkpoint(path: epath.PathLike) -> Path:
-    """Find the folder of a checkpoint; a model on the hub has that of its conversion here.
+def checkpoint_folder(path: epath.PathLike) -> Path:
+    """Find the folder of a checkpoint, on a disk or in a bucket; of a model on the hub, that of its
+    conversion.
 
     Raises CheckpointError: it is a URL of another kind, or the hub does not give it.
     """

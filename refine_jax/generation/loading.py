@@ -12,7 +12,7 @@ from refine_jax.base.errors import CheckpointError, DataError
 from refine_jax.base.files import given_path, json_field, read_json, short
 from refine_jax.checkpoint import load_model
 from refine_jax.checkpoint.folders import CONFIG, RUN, has_tokenizer
-from refine_jax.checkpoint.model import local_checkpoint
+from refine_jax.checkpoint.model import checkpoint_folder
 from refine_jax.data.tokenizer import Tokenizer, load_tokenizer, with_ends
 from refine_jax.models.config import model_config
 from refine_jax.models.hybrid_config import text_fields
@@ -50,7 +50,7 @@ def load(
       CheckpointError: No checkpoint, or a corrupt one.
       DataError: No such tokenizer, or the checkpoint has none.
     """
-    folder = local_checkpoint(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     saved = load_model(folder, step=step, adapter=adapter)
     model = Model(model_config(saved.config), ComputePolicy(compute_dtype=compute_dtype))
     name = tokenizer or saved.tokenizer
@@ -96,7 +96,7 @@ def trained_with(checkpoint: Path) -> str | None:
         start = _setting(config, "model", "checkpoint", where)
         if start is None:
             return None
-        folder = local_checkpoint(start)
+        folder = checkpoint_folder(start)
         if has_tokenizer(folder):
             return str(folder)
     return None

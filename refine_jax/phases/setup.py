@@ -23,7 +23,7 @@ from refine_jax.checkpoint.folders import (
     ModelCheckpoint,
     has_tokenizer,
 )
-from refine_jax.checkpoint.model import load_model, local_checkpoint, read_lora
+from refine_jax.checkpoint.model import checkpoint_folder, load_model, read_lora
 from refine_jax.checkpoint.peft import read_adapter
 from refine_jax.checkpoint.steps import find_steps
 from refine_jax.config import Config, ModelConfig
@@ -206,7 +206,7 @@ def load_matching_tokenizer(config: Config, start: ModelCheckpoint) -> Tokenizer
     if name == "checkpoint":
         name, source = start.tokenizer, config.model.checkpoint
         if name is None or not has_tokenizer(name):
-            name = None if source is None else trained_with(local_checkpoint(source))
+            name = None if source is None else trained_with(checkpoint_folder(source))
         if name is None:
             raise ConfigError(
                 "config.data.tokenizer='checkpoint' needs a model.checkpoint with tokenizer files. "
